@@ -1,0 +1,466 @@
+//! The pick itself: no lock, no allocation, no clock.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::table::{Entry, Table};
+use super::{Balancer, Policy};
+use crate::node::Node;
+
+/// The most candidates that can be configured.
+pub(super) const MAX_CANDIDATES: usize = 8;
+/// How often a draw that gave an excluded backend, or one drawn already, is repeated. Then the
+/// whole table is searched instead (excluded), or fewer candidates have to do (drawn already).
+const REDRAWS: usize = 4;
+
+/// What a request asks of a pick beyond the policy.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PickOptions<'a> {
+    /// What [`Policy::Consistent`] hashes. Without it, as if it were empty.
+    pub key: &'a [u8],
+    /// Backends not to pick, because they have been tried. With nothing left, nothing is picked.
+    pub exclude: &'a [SocketAddr],
+}
+
+/// A backend that was picked, counted as busy with one request until this is dropped: so a
+/// request that is cancelled, or never sent, leaks nothing. In a Pingora proxy it lives in the
+/// request's context.
+pub struct Upstream {
+    entry: Arc<Entry>,
+}
+
+impl Upstream {
+    fn new(entry: &Arc<Entry>) -> Self {
+        entry.hot.in_flight.fetch_add(1, Ordering::Relaxed);
+        Self {
+            entry: entry.clone(),
+        }
+    }
+
+    /// Where to send the request.
+    pub fn addr(&self) -> SocketAddr {
+        self.entry.addr
+    }
+
+    /// The node, as it was when its table was made.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.entry.node
+    }
+
+    /// The weight it was picked with.
+    pub fn weight(&self) -> f64 {
+        self.entry.weight
+    }
+
+    /// How many requests of this process the backend is working on, this one included.
+    pub fn in_flight(&self) -> u32 {
+        self.entry.hot.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// The request was answered after `latency`. The policies there are so far learn nothing from
+    /// it beyond the end of the request.
+    pub fn succeeded(self, latency: Duration) {
+        let _ = latency;
+    }
+
+    /// The backend failed the request: no connection, a time-out, a 5xx. Not for a client that
+    /// went away: drop the guard for that. The policies there are so far learn nothing from it
+    /// beyond the end of the request.
+    pub fn failed(self) {}
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.entry.hot.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Upstream")
+            .field("node", &self.entry.node.id)
+            .field("addr", &self.entry.addr)
+            .finish()
+    }
+}
+
+impl Balancer {
+    /// Picks a backend for a request; `None` if there is none.
+    pub fn pick(&self) -> Option<Upstream> {
+        self.pick_with(PickOptions::default())
+    }
+
+    /// Picks with a key, or around backends that have been tried.
+    pub fn pick_with(&self, options: PickOptions<'_>) -> Option<Upstream> {
+        self.pick_by(options, || fastrand::u64(..))
+    }
+
+    /// Picks with randomness from outside: 64 uniform bits a call, so that a simulation can be
+    /// repeated. [`Policy::RoundRobin`] and [`Policy::Consistent`] ask for none.
+    pub fn pick_by(
+        &self,
+        options: PickOptions<'_>,
+        mut random: impl FnMut() -> u64,
+    ) -> Option<Upstream> {
+        let table = self.table.load();
+        let exclude = options.exclude;
+        let index = match self.config.policy {
+            _ if table.slots.is_empty() => return None,
+            Policy::Headroom => table.least_busy(self.config.candidates, exclude, &mut random),
+            Policy::Random => table.draw(exclude, &mut random),
+            Policy::RoundRobin => self.next_in_turn(&table, exclude),
+            Policy::Consistent => table
+                .ring
+                .owners(options.key)
+                .find(|index| !table.is_excluded(*index, exclude)),
+        }?;
+        Some(Upstream::new(&table.slots[index].entry))
+    }
+
+    fn next_in_turn(&self, table: &Table, exclude: &[SocketAddr]) -> Option<usize> {
+        // 2^64 divided by the golden ratio: multiples of it are spread over the circle as evenly
+        // as a sequence can be at every length, so each backend's turns are too.
+        const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+        let tries = table.slots.len().min(REDRAWS);
+        for _ in 0..tries {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+            let index = if table.uniform {
+                turn % table.slots.len()
+            } else {
+                table.spread((turn as u64).wrapping_mul(GOLDEN))
+            };
+            if !table.is_excluded(index, exclude) {
+                return Some(index);
+            }
+        }
+        table.any_other_than(exclude, 0)
+    }
+}
+
+impl Table {
+    fn is_excluded(&self, index: usize, exclude: &[SocketAddr]) -> bool {
+        !exclude.is_empty() && exclude.contains(&self.slots[index].entry.addr)
+    }
+
+    /// The backend at this point of the circle, of which each has a part as long as its weight.
+    fn spread(&self, point: u64) -> usize {
+        let bounds = &self.bounds;
+        bounds
+            .partition_point(|bound| *bound <= point)
+            .min(bounds.len().saturating_sub(1))
+    }
+
+    /// One backend by weight.
+    fn draw(&self, exclude: &[SocketAddr], random: &mut impl FnMut() -> u64) -> Option<usize> {
+        for _ in 0..REDRAWS {
+            let index = self.alias.draw(random());
+            if !self.is_excluded(index, exclude) {
+                return Some(index);
+            }
+        }
+        self.any_other_than(exclude, random())
+    }
+
+    /// What is left when draws keep giving excluded backends: by weight among the others.
+    fn any_other_than(&self, exclude: &[SocketAddr], random: u64) -> Option<usize> {
+        let others = || {
+            self.slots
+                .iter()
+                .enumerate()
+                .filter(|(index, _)| !self.is_excluded(*index, exclude))
+        };
+        let total: f64 = others().map(|(_, slot)| slot.entry.weight).sum();
+        let mut rest = random as f64 / 2_f64.powi(64) * total;
+        let mut last = None;
+        for (index, slot) in others() {
+            last = Some(index);
+            rest -= slot.entry.weight;
+            if rest < 0.0 {
+                break;
+            }
+        }
+        last
+    }
+
+    /// Of several backends drawn by weight the one that is least busy for its weight.
+    fn least_busy(
+        &self,
+        candidates: usize,
+        exclude: &[SocketAddr],
+        random: &mut impl FnMut() -> u64,
+    ) -> Option<usize> {
+        let score = |index: usize| {
+            let slot = &self.slots[index];
+            let busy = slot.hot.in_flight.load(Ordering::Relaxed).saturating_add(1);
+            busy as f32 * slot.inverse_weight
+        };
+        let first = self.draw(exclude, random)?;
+        let wanted = candidates.min(self.slots.len());
+        let mut drawn = [first; MAX_CANDIDATES];
+        let mut count = 1;
+        let (mut best, mut least) = (first, score(first));
+        let mut redraws = REDRAWS;
+        while count < wanted {
+            let index = self.alias.draw(random());
+            if drawn[..count].contains(&index) || self.is_excluded(index, exclude) {
+                if redraws == 0 {
+                    break;
+                }
+                redraws -= 1;
+                continue;
+            }
+            drawn[count] = index;
+            count += 1;
+            let score = score(index);
+            if score < least {
+                (best, least) = (index, score);
+            }
+        }
+        Some(best)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, HashSet};
+
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::node::NodeState;
+
+    fn node(index: u16, cpu: f64) -> Arc<Node> {
+        let node = Node::new(format!("n{index}"), "10.0.0.1".parse().unwrap())
+            .with_port(1000 + index)
+            .with_metadata(json!({ "cpu_usage_percent": cpu }));
+        Arc::new(node)
+    }
+
+    fn nodes(count: u16) -> Vec<Arc<Node>> {
+        (0..count).map(|index| node(index, 50.0)).collect()
+    }
+
+    fn balancer(policy: Policy, nodes: &[Arc<Node>]) -> Balancer {
+        let balancer = Balancer::builder().policy(policy).try_build().unwrap();
+        balancer.update(nodes);
+        balancer
+    }
+
+    fn rng() -> impl FnMut() -> u64 {
+        let mut rng = fastrand::Rng::with_seed(1);
+        move || rng.u64(..)
+    }
+
+    const POLICIES: [Policy; 4] = [
+        Policy::RoundRobin,
+        Policy::Random,
+        Policy::Consistent,
+        Policy::Headroom,
+    ];
+
+    #[test]
+    fn every_policy_with_any_number_of_backends() {
+        for policy in POLICIES {
+            for count in [0, 1, 2, 3, 1000] {
+                let nodes = nodes(count);
+                let balancer = balancer(policy, &nodes);
+                let mut seen = HashSet::new();
+                for round in 0..u32::from(count) * 20 {
+                    let key = round.to_le_bytes();
+                    let options = PickOptions {
+                        key: &key,
+                        ..PickOptions::default()
+                    };
+                    seen.insert(balancer.pick_with(options).unwrap().addr());
+                }
+                assert!(
+                    seen.len() * 10 >= usize::from(count) * 9,
+                    "{policy:?}: {} of {count}",
+                    seen.len()
+                );
+                assert_eq!(balancer.pick().is_none(), count == 0);
+            }
+        }
+    }
+
+    #[test]
+    fn tried_backends_are_not_picked_again() {
+        let nodes = nodes(4);
+        for policy in POLICIES {
+            let balancer = balancer(policy, &nodes);
+            let mut tried = Vec::new();
+            for _ in 0..4 {
+                let options = PickOptions {
+                    key: b"k",
+                    exclude: &tried,
+                };
+                let addr = balancer.pick_with(options).unwrap().addr();
+                assert!(!tried.contains(&addr), "{policy:?}");
+                tried.push(addr);
+            }
+            let options = PickOptions {
+                key: b"k",
+                exclude: &tried,
+            };
+            assert!(balancer.pick_with(options).is_none(), "{policy:?}");
+        }
+    }
+
+    #[test]
+    fn draining_nodes_are_not_picked_and_unknown_load_is_no_reason_not_to() {
+        let serving = Arc::new(Node::new("a", "10.0.0.1".parse().unwrap()));
+        let draining =
+            Arc::new(Node::new("b", "10.0.0.2".parse().unwrap()).with_state(NodeState::Draining));
+        for policy in POLICIES {
+            let balancer = balancer(policy, &[serving.clone(), draining.clone()]);
+            for _ in 0..50 {
+                assert_eq!(balancer.pick().unwrap().node().id, "a");
+            }
+        }
+    }
+
+    #[test]
+    fn in_flight_is_counted_across_updates_and_ends_with_the_registration() {
+        let balancer = balancer(Policy::Headroom, &nodes(1));
+        let one = balancer.pick().unwrap();
+        balancer.update(&[node(0, 80.0)]);
+        let two = balancer.pick().unwrap();
+        assert_eq!(two.in_flight(), 2);
+        drop(one);
+        assert_eq!(two.in_flight(), 1);
+        let again = Arc::new(Node::clone(&node(0, 80.0)).with_incarnation(9));
+        balancer.update(&[again]);
+        assert_eq!(balancer.backends()[0].in_flight, 0);
+        two.succeeded(Duration::ZERO);
+        assert_eq!(balancer.backends()[0].in_flight, 0, "never below zero");
+    }
+
+    #[test]
+    fn the_busy_one_is_avoided() {
+        let balancer = balancer(Policy::Headroom, &nodes(2));
+        let mut held: BTreeMap<SocketAddr, Vec<Upstream>> = BTreeMap::new();
+        for _ in 0..100 {
+            let upstream = balancer.pick().unwrap();
+            held.entry(upstream.addr()).or_default().push(upstream);
+        }
+        for upstreams in held.values() {
+            assert!((48..=52).contains(&upstreams.len()), "{}", upstreams.len());
+        }
+    }
+
+    #[test]
+    fn weights_shape_traffic() {
+        let nodes = [node(0, 0.0), node(1, 100.0)];
+        // Cost per request equal and instantly over: what is left is the choice by weight.
+        let balancer = Balancer::builder().candidates(1).try_build().unwrap();
+        balancer.update(&nodes);
+        let mut random = rng();
+        let mut counts = [0_u32; 2];
+        for _ in 0..30_000 {
+            let upstream = balancer
+                .pick_by(PickOptions::default(), &mut random)
+                .unwrap();
+            counts[usize::from(upstream.addr().port() - 1000)] += 1;
+        }
+        let ratio = f64::from(counts[0]) / f64::from(counts[1]);
+        assert!((ratio - 2.0).abs() < 0.1, "1 against 0.5: {ratio}");
+    }
+
+    #[test]
+    fn round_robin_is_strict_when_equal_and_evenly_spread_when_not() {
+        let balancer = balancer(Policy::RoundRobin, &nodes(3));
+        let ports: Vec<_> = (0..6)
+            .map(|_| balancer.pick().unwrap().addr().port())
+            .collect();
+        assert_eq!(ports, [1000, 1001, 1002, 1000, 1001, 1002]);
+
+        let mut weighted = nodes(3);
+        weighted[0] = Arc::new(Node::clone(&weighted[0]).with_weight(5.0));
+        let balancer = self::balancer(Policy::RoundRobin, &weighted);
+        let picks: Vec<_> = (0..700)
+            .map(|_| balancer.pick().unwrap().addr().port())
+            .collect();
+        for (port, share) in [(1000, 500), (1001, 100), (1002, 100)] {
+            let count = picks.iter().filter(|pick| **pick == port).count();
+            assert!(count.abs_diff(share) <= 3, "{port}: {count}");
+        }
+        // 5,1,1 in blocks would give five in a row and gaps of seven; here runs stay short.
+        let longest = picks.chunk_by(|a, b| a == b).map(<[u16]>::len).max();
+        assert!(longest <= Some(5), "{longest:?}");
+        for port in [1001, 1002] {
+            let at: Vec<_> = (0..700).filter(|index| picks[*index] == port).collect();
+            let widest = at.windows(2).map(|pair| pair[1] - pair[0]).max();
+            assert!(widest <= Some(13), "{widest:?}");
+        }
+    }
+
+    #[test]
+    fn consistent_moves_only_what_it_must() {
+        let mut nodes = nodes(10);
+        let before = balancer(Policy::Consistent, &nodes);
+        let gone = nodes.remove(3);
+        let after = balancer(Policy::Consistent, &nodes);
+        let pick = |balancer: &Balancer, key: u32| {
+            let options = PickOptions {
+                key: &key.to_le_bytes(),
+                ..PickOptions::default()
+            };
+            balancer.pick_with(options).unwrap().addr()
+        };
+        let mut moved = 0;
+        for key in 0..10_000 {
+            let old = pick(&before, key);
+            if old == gone.addr(80) {
+                moved += 1;
+            } else {
+                assert_eq!(pick(&after, key), old);
+            }
+        }
+        assert!((600..1500).contains(&moved), "{moved} of 10,000 moved");
+    }
+
+    #[test]
+    fn bad_settings_are_named() {
+        for (builder, field) in [
+            (Balancer::builder().default_port(0), "default_port"),
+            (Balancer::builder().candidates(0), "candidates"),
+            (Balancer::builder().candidates(9), "candidates"),
+        ] {
+            let error = builder.try_build().unwrap_err().to_string();
+            assert!(error.contains(field), "{error}");
+        }
+    }
+
+    proptest! {
+        /// Whatever nodes report and whichever drain, a pick is a serving node, there is one
+        /// whenever some node serves, and dropping every guard leaves nothing in flight.
+        #[test]
+        fn always_a_serving_node(
+            loads in prop::collection::vec((any::<f64>(), any::<f64>(), any::<bool>()), 0..20),
+            policy in 0_usize..4,
+        ) {
+            let nodes: Vec<_> = loads.iter().enumerate().map(|(index, (cpu, weight, draining))| {
+                let state = if *draining { NodeState::Draining } else { NodeState::Serving };
+                let node = Node::clone(&node(index as u16, *cpu)).with_weight(*weight).with_state(state);
+                Arc::new(node)
+            }).collect();
+            let balancer = balancer(POLICIES[policy], &nodes);
+            let any = loads.iter().any(|(_, _, draining)| !draining);
+            let mut held = Vec::new();
+            for _ in 0..30 {
+                let picked = balancer.pick();
+                prop_assert_eq!(picked.is_some(), any);
+                if let Some(picked) = picked {
+                    prop_assert!(picked.node().is_serving());
+                    held.push(picked);
+                }
+            }
+            drop(held);
+            prop_assert!(balancer.backends().iter().all(|backend| backend.in_flight == 0));
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! The published pick table: immutable, replaced as a whole.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::node::Node;
+
+/// What changes with every request, kept across tables for as long as the registration lives. On
+/// cache lines of its own (two, for processors that fetch them in pairs), so that counting on one
+/// backend does not slow down another.
+#[repr(align(128))]
+#[derive(Debug, Default)]
+pub(super) struct Hot {
+    pub(super) in_flight: AtomicU32,
+}
+
+/// A backend as one table has it.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) node: Arc<Node>,
+    pub(super) addr: SocketAddr,
+    pub(super) weight: f64,
+    pub(super) hot: Arc<Hot>,
+}
+
+/// What a pick touches of a backend, side by side.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) hot: Arc<Hot>,
+    pub(super) entry: Arc<Entry>,
+    pub(super) inverse_weight: f32,
+}
+
+/// Backends to pick from, drained ones not among them.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    pub(super) slots: Box<[Slot]>,
+    pub(super) alias: AliasTable,
+    /// Only for the policy that needs it.
+    pub(super) ring: Ring,
+    /// Whether all weights are equal.
+    pub(super) uniform: bool,
+    /// Where each backend's part of a circle of 2^64 points ends, for turns spread evenly.
+    pub(super) bounds: Box<[u64]>,
+}
+
+impl Table {
+    pub(super) fn new(entries: Vec<Arc<Entry>>, with_ring: bool) -> Self {
+        let weights: Vec<f64> = entries.iter().map(|entry| entry.weight).collect();
+        let mean = weights.iter().sum::<f64>() / weights.len().max(1) as f64;
+        let ring = if with_ring {
+            Ring::new(&entries)
+        } else {
+            Ring::default()
+        };
+        let total: f64 = weights.iter().sum();
+        let mut end = 0.0;
+        let bounds = weights.iter().map(|weight| {
+            end += weight;
+            (end / total * 2_f64.powi(64)) as u64
+        });
+        Self {
+            bounds: bounds.collect(),
+            alias: AliasTable::new(&weights),
+            ring,
+            uniform: weights.windows(2).all(|pair| pair[0] == pair[1]),
+            slots: entries
+                .into_iter()
+                .map(|entry| Slot {
+                    hot: entry.hot.clone(),
+                    inverse_weight: (mean / entry.weight) as f32,
+                    entry,
+                })
+                .collect(),
+        }
+    }
+}
+
+/// Draws an index with a probability proportional to its weight in constant time: M. D. Vose, "A
+/// linear algorithm for generating random numbers with a given distribution", IEEE Transactions
+/// on Software Engineering 17(9), 1991. Eight bytes an index.
+#[derive(Debug, Clone, Default)]
+pub(super) struct AliasTable {
+    columns: Box<[Column]>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Column {
+    /// Of 2^32: how often the column's own index is meant, and not the other one.
+    own: u32,
+    other: u32,
+}
+
+impl AliasTable {
+    /// A table over these weights. What is not above 0 is never drawn, unless nothing is: then
+    /// all are drawn alike.
+    pub(super) fn new(weights: &[f64]) -> Self {
+        let usable = |weight: f64| {
+            if weight > 0.0 && weight.is_finite() {
+                weight
+            } else {
+                0.0
+            }
+        };
+        let total: f64 = weights.iter().copied().map(usable).sum();
+        let count = weights.len() as f64;
+        let scaled = |weight: f64| {
+            if total > 0.0 && total.is_finite() {
+                usable(weight) / total * count
+            } else {
+                1.0
+            }
+        };
+        let mut scaled: Vec<f64> = weights.iter().copied().map(scaled).collect();
+        let mut columns: Vec<Column> = (0..weights.len() as u32)
+            .map(|index| Column {
+                own: u32::MAX,
+                other: index,
+            })
+            .collect();
+        let (mut small, mut large): (Vec<usize>, Vec<usize>) =
+            (0..scaled.len()).partition(|index| scaled[*index] < 1.0);
+        while let (Some(less), Some(more)) = (small.pop(), large.last().copied()) {
+            columns[less] = Column {
+                own: (scaled[less] * 2_f64.powi(32)) as u32,
+                other: more as u32,
+            };
+            scaled[more] -= 1.0 - scaled[less];
+            if scaled[more] < 1.0 {
+                large.pop();
+                small.push(more);
+            }
+        }
+        // What is left over in either list is 1 but for rounding, which `own` says already.
+        Self {
+            columns: columns.into(),
+        }
+    }
+
+    /// The index that 64 random bits stand for. The table must not be empty.
+    pub(super) fn draw(&self, random: u64) -> usize {
+        let index = ((random >> 32) * self.columns.len() as u64) >> 32;
+        let column = self.columns[index as usize];
+        if (random as u32) <= column.own && column.own > 0 {
+            index as usize
+        } else {
+            column.other as usize
+        }
+    }
+}
+
+/// Points per unit of weight relative to the mean on the hash ring. 100 keep the shares of equal
+/// backends within about a tenth of each other.
+const RING_POINTS: f64 = 100.0;
+/// No backend has more points than this many times the mean.
+const RING_MOST: f64 = 10.0;
+
+/// Consistent hashing: backends own points on a ring of hashes, and a key goes to the owner of
+/// the next point. A backend that comes or goes moves only the keys it gets or had. Twelve bytes a
+/// point.
+#[derive(Debug, Default)]
+pub(super) struct Ring {
+    /// Sorted hashes.
+    points: Box<[u64]>,
+    owners: Box<[u32]>,
+}
+
+impl Ring {
+    fn new(entries: &[Arc<Entry>]) -> Self {
+        let mean =
+            entries.iter().map(|entry| entry.weight).sum::<f64>() / entries.len().max(1) as f64;
+        let mut points = Vec::new();
+        for (index, entry) in entries.iter().enumerate() {
+            let share = (entry.weight / mean).min(RING_MOST) * RING_POINTS;
+            for point in 0..(share.round() as u64).max(1) {
+                // By address, not by id: what is kept for a key is kept in a process.
+                let hash = xxh3_64_with_seed(entry.addr.to_string().as_bytes(), point);
+                points.push((hash, index as u32));
+            }
+        }
+        points.sort_unstable();
+        let (points, owners): (Vec<_>, Vec<_>) = points.into_iter().unzip();
+        Self {
+            points: points.into(),
+            owners: owners.into(),
+        }
+    }
+
+    /// Backends in the order in which they are responsible for `key`; each may come repeatedly.
+    pub(super) fn owners(&self, key: &[u8]) -> impl Iterator<Item = usize> {
+        let hash = xxh3_64_with_seed(key, 0);
+        let start = self.points.partition_point(|point| *point < hash);
+        let (before, after) = self.owners.split_at(start);
+        after.iter().chain(before).map(|owner| *owner as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn shares(weights: &[f64], draws: u64) -> Vec<f64> {
+        let table = AliasTable::new(weights);
+        let mut rng = fastrand::Rng::with_seed(7);
+        let mut counts = vec![0_u64; weights.len()];
+        for _ in 0..draws {
+            counts[table.draw(rng.u64(..))] += 1;
+        }
+        counts
+            .iter()
+            .map(|count| *count as f64 / draws as f64)
+            .collect()
+    }
+
+    #[test]
+    fn draws_are_proportional() {
+        let shares = shares(&[1.0, 2.0, 5.0], 400_000);
+        for (share, expected) in shares.iter().zip([0.125, 0.25, 0.625]) {
+            assert!((share - expected).abs() < 0.005, "{shares:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_usable_means_all_alike_and_zero_means_never() {
+        for share in shares(&[0.0, 0.0, f64::NAN], 90_000) {
+            assert!((share - 1.0 / 3.0).abs() < 0.01);
+        }
+        assert_eq!(shares(&[0.0, 1.0], 100_000)[0], 0.0);
+    }
+
+    proptest! {
+        /// The chance of each index, added up over the columns, is its share of the weights.
+        #[test]
+        fn exact(weights in prop::collection::vec(0.0..1e6_f64, 1..60)) {
+            let table = AliasTable::new(&weights);
+            let total: f64 = weights.iter().sum();
+            prop_assume!(total > 0.0);
+            let mut chance = vec![0.0; weights.len()];
+            for (index, column) in table.columns.iter().enumerate() {
+                let own = if column.own == u32::MAX { 1.0 } else { f64::from(column.own) / 2_f64.powi(32) };
+                chance[index] += own / weights.len() as f64;
+                chance[column.other as usize] += (1.0 - own) / weights.len() as f64;
+            }
+            for (chance, weight) in chance.iter().zip(&weights) {
+                prop_assert!((chance - weight / total).abs() < 1e-6);
+            }
+        }
+    }
+}

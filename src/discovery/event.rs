@@ -1,0 +1,88 @@
+use std::fmt;
+use std::sync::Arc;
+
+use super::snapshot::Nodes;
+use crate::node::Node;
+use crate::worker::Leadership;
+
+/// What happened in a group, as [`subscribe`](super::ServiceDiscovery::subscribe) tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ClusterEvent {
+    /// A node has registered.
+    NodeJoined(Arc<Node>),
+    /// A node has changed something about itself other than the time of writing.
+    NodeUpdated {
+        /// As it was.
+        old: Arc<Node>,
+        /// As it is.
+        new: Arc<Node>,
+    },
+    /// A node has left, or its lease has run out.
+    NodeLeft(Arc<Node>),
+    /// A node leads from now on; also a node that leads again, in a new term.
+    LeaderElected(Arc<Node>),
+    /// Nobody leads for the moment.
+    LeaderLost,
+    /// The first complete view is there.
+    Ready,
+    /// The store is not heard any more; the last view stays.
+    Disconnected,
+    /// The store is heard again, and what was missed has been told.
+    Reconnected,
+}
+
+impl fmt::Display for ClusterEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NodeJoined(node) => write!(f, "node {} joined at {}", node.id, node.ip),
+            Self::NodeUpdated { new, .. } => write!(f, "node {} updated", new.id),
+            Self::NodeLeft(node) => write!(f, "node {} left", node.id),
+            Self::LeaderElected(node) => write!(f, "node {} leads", node.id),
+            Self::LeaderLost => f.write_str("no leader"),
+            Self::Ready => f.write_str("ready"),
+            Self::Disconnected => f.write_str("disconnected"),
+            Self::Reconnected => f.write_str("reconnected"),
+        }
+    }
+}
+
+/// A step from one state of a group to the next, as
+/// [`changes`](super::ServiceDiscovery::changes) tells it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Change {
+    /// Forget what you know: these are the nodes. The leader follows as the next change.
+    Reset(Arc<Nodes>),
+    /// A node has registered.
+    Joined(Arc<Node>),
+    /// A node has written its entry again.
+    Updated {
+        /// As it was.
+        old: Arc<Node>,
+        /// As it is.
+        new: Arc<Node>,
+    },
+    /// A node is gone.
+    Left(Arc<Node>),
+    /// Who leads now.
+    Leader(Option<Leadership>),
+}
+
+impl Change {
+    /// The event that tells of this change, if there is one.
+    pub(super) fn event(&self) -> Option<ClusterEvent> {
+        Some(match self {
+            Self::Reset(_) => return None,
+            Self::Joined(node) => ClusterEvent::NodeJoined(node.clone()),
+            Self::Updated { old, new } if new.differs(old) => ClusterEvent::NodeUpdated {
+                old: old.clone(),
+                new: new.clone(),
+            },
+            Self::Updated { .. } => return None,
+            Self::Left(node) => ClusterEvent::NodeLeft(node.clone()),
+            Self::Leader(Some(leadership)) => ClusterEvent::LeaderElected(leadership.node.clone()),
+            Self::Leader(None) => ClusterEvent::LeaderLost,
+        })
+    }
+}

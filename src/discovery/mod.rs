@@ -1,0 +1,470 @@
+//! A process that watches a group: its nodes, its leader, and what changes.
+
+mod event;
+mod snapshot;
+mod sync;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::SystemTime;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use futures_core::Stream;
+use tokio::sync::{broadcast, watch};
+use tokio_stream::wrappers::BroadcastStream;
+
+use crate::error::ClusterError;
+use crate::keys::{self, GroupKeys};
+use crate::node::Node;
+use crate::store::{EtcdOptions, Store};
+use crate::worker::Leadership;
+
+pub use event::{Change, ClusterEvent};
+pub use snapshot::Nodes;
+
+/// Events a slow subscriber may be behind before it misses some.
+const EVENT_BUFFER: usize = 256;
+/// Changes a slow reader may be behind before it is given a `Reset` instead.
+const CHANGE_BUFFER: usize = 1_024;
+
+/// How current the view is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DiscoveryStatus {
+    /// There is no view yet.
+    #[default]
+    Connecting,
+    /// The view follows the store.
+    Live,
+    /// The store is not heard; the view is as it was at that time.
+    Stale {
+        /// When it stopped being heard.
+        since: SystemTime,
+    },
+    /// The view was read from a snapshot file, the store has not been heard yet.
+    FromDisk,
+}
+
+/// A live view of one group, kept current by a watch.
+///
+/// Clones are handles to the same view. [`run_until`](Self::run_until) does the work; reads never
+/// wait for it. While the store is away the last view keeps being served.
+///
+/// ```
+/// use pingora_etcd::{EtcdOptions, ServiceDiscovery};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let discovery = ServiceDiscovery::builder(EtcdOptions::memory("doc-disc"), "my-service").try_build()?;
+/// let running = discovery.clone();
+/// let task = tokio::spawn(async move { running.run_until(std::future::pending()).await });
+///
+/// discovery.wait_ready().await;
+/// for node in discovery.nodes().iter() {
+///     println!("{} at {}", node.id, node.addr(8080));
+/// }
+/// if let Some(leadership) = discovery.leadership() {
+///     println!("{} leads, token {}", leadership.node.id, leadership.epoch);
+/// }
+/// # task.abort();
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct ServiceDiscovery {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    group: String,
+    etcd: EtcdOptions,
+    /// Where `new` and `build` leave what `try_build` would have returned.
+    invalid: Option<ClusterError>,
+    keys: GroupKeys,
+    store: Mutex<Option<Arc<dyn Store>>>,
+    running: AtomicBool,
+    nodes: ArcSwap<Nodes>,
+    leadership: ArcSwapOption<Leadership>,
+    nodes_watch: watch::Sender<Arc<Nodes>>,
+    leader_watch: watch::Sender<Option<Arc<Node>>>,
+    status: watch::Sender<DiscoveryStatus>,
+    ready: watch::Sender<bool>,
+    skipped: AtomicU64,
+    events: broadcast::Sender<ClusterEvent>,
+    changes: broadcast::Sender<Change>,
+    /// Held while a view is published together with its changes, so that a reader who joins sees
+    /// either both or none.
+    publishing: Mutex<()>,
+}
+
+impl fmt::Debug for ServiceDiscovery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServiceDiscovery")
+            .field("group", &self.shared.group)
+            .field("status", &self.status())
+            .field("nodes", &self.nodes().len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Builds a [`ServiceDiscovery`].
+#[derive(Debug)]
+pub struct ServiceDiscoveryBuilder {
+    etcd: EtcdOptions,
+    group: String,
+    store: Option<Arc<dyn Store>>,
+}
+
+impl ServiceDiscoveryBuilder {
+    /// A view of this group.
+    pub fn new(etcd: impl Into<EtcdOptions>, group_name: impl Into<String>) -> Self {
+        Self {
+            etcd: etcd.into(),
+            group: group_name.into(),
+            store: None,
+        }
+    }
+
+    /// Uses this store instead of opening one: to share a connection between nodes and
+    /// discoveries of one runtime, or for tests. Of the etcd options only the key prefix then
+    /// matters.
+    #[must_use]
+    pub fn store(mut self, store: Arc<dyn Store>) -> Self {
+        self.store = Some(store);
+        self
+    }
+
+    /// Checks everything and builds the discovery. Connects to nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig) or
+    /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
+    pub fn try_build(self) -> Result<ServiceDiscovery, ClusterError> {
+        self.validate()?;
+        Ok(self.finish(None))
+    }
+
+    /// Builds the discovery; what [`try_build`](Self::try_build) would have refused is reported
+    /// by `run`.
+    pub fn build(self) -> ServiceDiscovery {
+        let invalid = self.validate().err();
+        self.finish(invalid)
+    }
+
+    fn validate(&self) -> Result<(), ClusterError> {
+        if self.store.is_none() {
+            self.etcd.validate()?;
+        }
+        keys::check_group(&self.group)
+    }
+
+    fn finish(self, invalid: Option<ClusterError>) -> ServiceDiscovery {
+        let nodes = Arc::new(Nodes::default());
+        ServiceDiscovery {
+            shared: Arc::new(Shared {
+                keys: GroupKeys::new(&self.etcd.key_prefix, &self.group),
+                group: self.group,
+                etcd: self.etcd,
+                invalid,
+                store: Mutex::new(self.store),
+                running: AtomicBool::new(false),
+                nodes: ArcSwap::new(nodes.clone()),
+                leadership: ArcSwapOption::empty(),
+                nodes_watch: watch::Sender::new(nodes),
+                leader_watch: watch::Sender::new(None),
+                status: watch::Sender::new(DiscoveryStatus::Connecting),
+                ready: watch::Sender::new(false),
+                skipped: AtomicU64::new(0),
+                events: broadcast::Sender::new(EVENT_BUFFER),
+                changes: broadcast::Sender::new(CHANGE_BUFFER),
+                publishing: Mutex::new(()),
+            }),
+        }
+    }
+}
+
+impl ServiceDiscovery {
+    /// A view of this group. Prefer [`builder`](Self::builder), which says what is wrong at once:
+    /// here a bad argument is reported by [`run`](Self::run).
+    pub fn new(etcd_endpoints: Vec<String>, group_name: String) -> Self {
+        ServiceDiscoveryBuilder::new(etcd_endpoints, group_name).build()
+    }
+
+    /// A builder for a view of this group.
+    pub fn builder(
+        etcd: impl Into<EtcdOptions>,
+        group_name: impl Into<String>,
+    ) -> ServiceDiscoveryBuilder {
+        ServiceDiscoveryBuilder::new(etcd, group_name)
+    }
+
+    /// The group.
+    pub fn group_name(&self) -> &str {
+        &self.shared.group
+    }
+
+    /// Follows the group until `shutdown` resolves. A lost connection is never a reason to
+    /// return: the view stays as it was, and following resumes where it stopped, for ever, after
+    /// 1 s to 30 s. Spawns no task, so dropping the future stops everything.
+    ///
+    /// # Errors
+    ///
+    /// What [`try_build`](ServiceDiscoveryBuilder::try_build) would have said, and
+    /// [`AlreadyRunning`](ClusterError::AlreadyRunning).
+    pub async fn run_until(
+        &self,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<(), ClusterError> {
+        let shared = &*self.shared;
+        if let Some(error) = &shared.invalid {
+            return Err(error.clone());
+        }
+        let _running = Running::start(shared)?;
+        let store = shared.store()?;
+        tokio::select! {
+            () = shutdown => {}
+            () = shared.follow(&*store) => {}
+        }
+        Ok(())
+    }
+
+    /// [`run_until`](Self::run_until) a message arrives on `shutdown`, or its sender is dropped;
+    /// for ever with `None`.
+    ///
+    /// # Errors
+    ///
+    /// As [`run_until`](Self::run_until).
+    pub async fn run(
+        &self,
+        shutdown: Option<&mut broadcast::Receiver<()>>,
+    ) -> Result<(), ClusterError> {
+        self.run_until(async {
+            match shutdown {
+                // A message, a sender that is gone and missed messages all mean the same here.
+                Some(shutdown) => drop(shutdown.recv().await),
+                None => std::future::pending().await,
+            }
+        })
+        .await
+    }
+
+    /// Whether a `run` is in progress.
+    pub fn is_running(&self) -> bool {
+        self.shared.running.load(Ordering::Acquire)
+    }
+
+    /// The nodes. One atomic load and one reference count; never blocks.
+    pub fn nodes(&self) -> Arc<Nodes> {
+        self.shared.nodes.load_full()
+    }
+
+    /// The leader, if there is one and it is registered. Its metadata is current. Costs as much
+    /// as [`nodes`](Self::nodes).
+    pub fn leader(&self) -> Option<Arc<Node>> {
+        let leadership = self.shared.leadership.load();
+        Some(leadership.as_ref()?.node.clone())
+    }
+
+    /// The leader with its fencing token.
+    pub fn leadership(&self) -> Option<Leadership> {
+        let leadership = self.shared.leadership.load();
+        leadership.as_ref().map(|leadership| (**leadership).clone())
+    }
+
+    /// Follows [`nodes`](Self::nodes). Sees the latest view, not each one.
+    pub fn watch_nodes(&self) -> watch::Receiver<Arc<Nodes>> {
+        self.shared.nodes_watch.subscribe()
+    }
+
+    /// Follows [`leader`](Self::leader). Sees the latest one, not each one.
+    pub fn watch_leader(&self) -> watch::Receiver<Option<Arc<Node>>> {
+        self.shared.leader_watch.subscribe()
+    }
+
+    /// How current the view is.
+    pub fn status(&self) -> DiscoveryStatus {
+        *self.shared.status.borrow()
+    }
+
+    /// Follows [`status`](Self::status).
+    pub fn watch_status(&self) -> watch::Receiver<DiscoveryStatus> {
+        self.shared.status.subscribe()
+    }
+
+    /// How many values have been skipped since the start because they could not be parsed, or
+    /// because their id was not their key's. Each such key is logged once.
+    pub fn skipped_entries(&self) -> u64 {
+        self.shared.skipped.load(Ordering::Relaxed)
+    }
+
+    /// Events from now on. A subscriber more than 256 behind gets `Lagged` and has to start over
+    /// from [`nodes`](Self::nodes); [`changes`](Self::changes) does that by itself.
+    pub fn subscribe(&self) -> broadcast::Receiver<ClusterEvent> {
+        self.shared.events.subscribe()
+    }
+
+    /// The state of now, then every change to it: folding them over nothing gives
+    /// [`nodes`](Self::nodes) and [`leadership`](Self::leadership) at any time. A reader that is
+    /// too slow is given the state anew, as is everybody after a relist.
+    ///
+    /// ```
+    /// # use pingora_etcd::{Change, EtcdOptions, ServiceDiscovery};
+    /// # async fn example(discovery: ServiceDiscovery) {
+    /// let mut changes = discovery.changes();
+    /// loop {
+    ///     match changes.next().await {
+    ///         Change::Reset(nodes) => println!("{} nodes", nodes.len()),
+    ///         Change::Joined(node) => println!("{} joined", node.id),
+    ///         Change::Left(node) => println!("{} left", node.id),
+    ///         _ => {}
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    pub fn changes(&self) -> Changes {
+        let mut changes = Changes {
+            inner: BroadcastStream::new(self.shared.changes.subscribe()),
+            shared: self.shared.clone(),
+            first: VecDeque::new(),
+        };
+        changes.start_over();
+        changes
+    }
+
+    /// Whether there has been a complete view since the start.
+    pub fn is_ready(&self) -> bool {
+        *self.shared.ready.borrow()
+    }
+
+    /// Waits for the first complete view. For ever if nobody calls `run`, or if the store is
+    /// never reached: add a timeout where that matters.
+    pub async fn wait_ready(&self) {
+        // The sender lives in `self`, so this cannot fail; the same holds below.
+        let _ = self.shared.ready.subscribe().wait_for(|ready| *ready).await;
+    }
+
+    /// Waits until there are at least `count` nodes.
+    pub async fn wait_for_nodes(&self, count: usize) {
+        let mut nodes = self.watch_nodes();
+        let _ = nodes.wait_for(|nodes| nodes.len() >= count).await;
+    }
+
+    /// Waits until there is a leader.
+    pub async fn wait_for_leader(&self) -> Arc<Node> {
+        let mut leader = self.watch_leader();
+        loop {
+            if let Some(node) = &*leader.borrow_and_update() {
+                return node.clone();
+            }
+            let _ = leader.changed().await;
+        }
+    }
+}
+
+/// See [`ServiceDiscovery::changes`].
+pub struct Changes {
+    shared: Arc<Shared>,
+    inner: BroadcastStream<Change>,
+    /// Goes before what `inner` has.
+    first: VecDeque<Change>,
+}
+
+impl Changes {
+    /// The next change. Dropping the future loses nothing.
+    pub async fn next(&mut self) -> Change {
+        std::future::poll_fn(|context| self.poll(context)).await
+    }
+
+    fn start_over(&mut self) {
+        let _publishing = self.shared.lock_publishing();
+        self.inner = BroadcastStream::new(self.shared.changes.subscribe());
+        self.first = self.shared.state_as_changes().into();
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Change> {
+        loop {
+            if let Some(change) = self.first.pop_front() {
+                return Poll::Ready(change);
+            }
+            match Pin::new(&mut self.inner).poll_next(context) {
+                Poll::Ready(Some(Ok(change))) => return Poll::Ready(change),
+                // Too slow. (The sender lives in `shared`, so the stream cannot end.)
+                Poll::Ready(_) => self.start_over(),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+}
+
+impl Stream for Changes {
+    type Item = Change;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Change>> {
+        self.poll(context).map(Some)
+    }
+}
+
+/// Makes sure that there is one run at a time.
+struct Running<'a>(&'a Shared);
+
+impl<'a> Running<'a> {
+    fn start(shared: &'a Shared) -> Result<Self, ClusterError> {
+        if shared.running.swap(true, Ordering::AcqRel) {
+            return Err(ClusterError::AlreadyRunning {
+                what: format!("discovery of {}", shared.group),
+            });
+        }
+        Ok(Self(shared))
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        // Nobody follows any more: what is served from here on grows old.
+        self.0.went_stale();
+        self.0.running.store(false, Ordering::Release);
+    }
+}
+
+impl Shared {
+    fn store(&self) -> Result<Arc<dyn Store>, ClusterError> {
+        let mut store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = &*store {
+            return Ok(store.clone());
+        }
+        let opened = crate::store::open(&self.etcd)?;
+        *store = Some(opened.clone());
+        Ok(opened)
+    }
+
+    fn lock_publishing(&self) -> MutexGuard<'_, ()> {
+        self.publishing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state_as_changes(&self) -> [Change; 2] {
+        let leadership = self.leadership.load();
+        [
+            Change::Reset(self.nodes.load_full()),
+            Change::Leader(leadership.as_ref().map(|leadership| (**leadership).clone())),
+        ]
+    }
+
+    /// Answers whether it had been live.
+    fn went_stale(&self) -> bool {
+        self.status.send_if_modified(|status| {
+            let was_live = *status == DiscoveryStatus::Live;
+            if was_live {
+                *status = DiscoveryStatus::Stale {
+                    since: SystemTime::now(),
+                };
+            }
+            was_live
+        })
+    }
+}

@@ -1,0 +1,173 @@
+//! List, then watch from the next revision; resume, or list again.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tracing::{debug, info, warn};
+
+use super::event::{Change, ClusterEvent};
+use super::snapshot::View;
+use super::{DiscoveryStatus, Shared};
+use crate::backoff::Backoff;
+use crate::error::ClusterError;
+use crate::store::{Selector, Store, WatchRange};
+
+/// How far following has come.
+enum Position {
+    /// Nothing is known, or what is known cannot be continued: everything has to be listed.
+    Unlisted,
+    /// Everything before these revisions is in the view.
+    Listed(Vec<WatchRange>),
+}
+
+impl Shared {
+    /// Follows the group for ever.
+    pub(super) async fn follow(&self, store: &dyn Store) {
+        let mut view = View::new(self.keys.clone());
+        // An earlier run's view is still being served: the difference to it is told, not a view
+        // that is empty for a moment.
+        view.adopt(&self.nodes.load_full(), self.leadership.load_full());
+        let mut position = Position::Unlisted;
+        let mut backoff = Backoff::new();
+        loop {
+            let error = self.follow_from(store, &mut view, &mut position).await;
+            let delay = match &error {
+                ClusterError::Compacted { .. } => {
+                    warn!(group = %self.group, %error, "events were missed, listing again");
+                    position = Position::Unlisted;
+                    // At once, but not in lockstep with every other watcher.
+                    Duration::from_millis(fastrand::u64(0..100))
+                }
+                error if self.went_stale() => {
+                    warn!(group = %self.group, %error, "disconnected, the last view stays");
+                    let _ = self.events.send(ClusterEvent::Disconnected);
+                    backoff.reset();
+                    // The first try comes soon: most often one connection broke, not the store.
+                    Duration::from_millis(fastrand::u64(10..250))
+                }
+                error => {
+                    let delay = backoff.next_delay();
+                    if self.status_is_connecting() {
+                        warn!(group = %self.group, %error, ?delay, "cannot load the group yet");
+                    } else {
+                        debug!(group = %self.group, %error, ?delay, "still disconnected");
+                    }
+                    delay
+                }
+            };
+            sleep(delay).await;
+        }
+    }
+
+    async fn follow_from(
+        &self,
+        store: &dyn Store,
+        view: &mut View,
+        position: &mut Position,
+    ) -> ClusterError {
+        match self.try_follow_from(store, view, position).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    async fn try_follow_from(
+        &self,
+        store: &dyn Store,
+        view: &mut View,
+        position: &mut Position,
+    ) -> Result<std::convert::Infallible, ClusterError> {
+        let ranges = match position {
+            Position::Listed(ranges) => ranges.clone(),
+            Position::Unlisted => {
+                let ranges = self.load(store, view).await?;
+                *position = Position::Listed(ranges.clone());
+                ranges
+            }
+        };
+        let mut watcher = store.watch(ranges).await?;
+        self.went_live();
+        loop {
+            let events = watcher.next().await?;
+            *position = Position::Listed(watcher.position().to_vec());
+            let changes = view.apply(&events);
+            self.publish(view, changes, false);
+        }
+    }
+
+    /// Lists nodes and candidates at one revision. Answers with what to watch from there.
+    async fn load(
+        &self,
+        store: &dyn Store,
+        view: &mut View,
+    ) -> Result<Vec<WatchRange>, ClusterError> {
+        let registry = Selector::Prefix(self.keys.registry_prefix().to_owned());
+        let election = Selector::Prefix(self.keys.election_prefix().to_owned());
+        let nodes = store.list(&registry, None).await?;
+        let revision = nodes.revision;
+        let candidates = store.list(&election, Some(revision)).await?;
+        let changes = view.reset(&nodes.entries, &candidates.entries, revision);
+        info!(group = %self.group, revision, nodes = view.nodes().len(), "group loaded");
+        self.publish(view, changes, true);
+        if !self.ready.send_replace(true) {
+            let _ = self.events.send(ClusterEvent::Ready);
+        }
+        let from = revision + 1;
+        Ok([registry, election]
+            .map(|keys| WatchRange { keys, from })
+            .into())
+    }
+
+    /// Makes a view and the changes that led to it visible together. Readers see the new state
+    /// before they are told of it.
+    fn publish(&self, view: &View, changes: Vec<Change>, reset: bool) {
+        let _publishing = self.lock_publishing();
+        let nodes = Arc::new(view.nodes().clone());
+        let leadership = view.leader().cloned();
+        let leader = leadership
+            .as_ref()
+            .map(|leadership| leadership.node.clone());
+        self.skipped.store(view.skipped(), Ordering::Relaxed);
+        self.nodes.store(nodes.clone());
+        self.leadership.store(leadership.map(Arc::new));
+        if reset || !changes.is_empty() {
+            self.nodes_watch.send_replace(nodes);
+        }
+        self.leader_watch.send_if_modified(|current| {
+            let same = match (&*current, &leader) {
+                (Some(current), Some(leader)) => Arc::ptr_eq(current, leader),
+                (None, None) => true,
+                _ => false,
+            };
+            *current = leader;
+            !same
+        });
+        for event in changes.iter().filter_map(Change::event) {
+            // Nobody may be listening; the same below.
+            let _ = self.events.send(event);
+        }
+        if reset {
+            for change in self.state_as_changes() {
+                let _ = self.changes.send(change);
+            }
+        } else {
+            for change in changes {
+                let _ = self.changes.send(change);
+            }
+        }
+    }
+
+    fn went_live(&self) {
+        let before = self.status.send_replace(DiscoveryStatus::Live);
+        if matches!(before, DiscoveryStatus::Stale { .. }) {
+            info!(group = %self.group, "reconnected");
+            let _ = self.events.send(ClusterEvent::Reconnected);
+        }
+    }
+
+    fn status_is_connecting(&self) -> bool {
+        *self.status.borrow() == DiscoveryStatus::Connecting
+    }
+}

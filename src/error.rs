@@ -1,0 +1,121 @@
+//! What can go wrong, and with which field, endpoint, key or revision.
+
+use std::time::Duration;
+
+use crate::store::{LeaseId, Revision};
+
+/// Every error of this crate. Each variant carries what its reader needs in order to act.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClusterError {
+    /// A setting makes no sense. Nothing was started.
+    #[error("invalid {field}: {reason}")]
+    InvalidConfig {
+        /// The setting, as it is called in the builder or in the YAML file.
+        field: String,
+        /// What is wrong with it, and what would be right.
+        reason: String,
+    },
+    /// An endpoint cannot be used. Nothing was started.
+    #[error("invalid etcd endpoint {endpoint:?}: {reason}")]
+    InvalidEndpoint {
+        /// The endpoint as it was given.
+        endpoint: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The store could not be reached, or cannot serve for the moment (no quorum, no space, too
+    /// many requests). Trying again later may help.
+    #[error("etcd at {endpoint} is unavailable for {operation}: {reason}")]
+    Unavailable {
+        /// The endpoint that failed.
+        endpoint: String,
+        /// What was asked of it.
+        operation: &'static str,
+        /// The transport's or the server's words.
+        reason: String,
+    },
+    /// The store did not answer in time. Whether a write took effect is unknown: read before you
+    /// claim.
+    #[error("etcd at {endpoint} did not answer {operation} within {after:?}")]
+    Timeout {
+        /// The endpoint that stayed silent.
+        endpoint: String,
+        /// What was asked of it.
+        operation: &'static str,
+        /// How long the answer was waited for.
+        after: Duration,
+    },
+    /// The store refused for good: no permission, wrong password, invalid request.
+    #[error("etcd at {endpoint} refused {operation}: {reason}")]
+    Rejected {
+        /// The endpoint that refused.
+        endpoint: String,
+        /// What was asked of it.
+        operation: &'static str,
+        /// The server's words.
+        reason: String,
+    },
+    /// The revision asked for is no longer kept. List again, or go on from `oldest`.
+    #[error("the revision asked for has been compacted; the oldest one kept is {oldest}")]
+    Compacted {
+        /// The oldest revision that a watch can still start from, 0 where the server did not say.
+        oldest: Revision,
+    },
+    /// The lease expired, was revoked, or never existed. Keys under it are gone.
+    #[error("lease {lease} is unknown, expired or revoked")]
+    LeaseNotFound {
+        /// The lease in question.
+        lease: LeaseId,
+    },
+    /// The call needs leadership, and this node does not hold it.
+    #[error("node {node:?} is not the leader of group {group:?}")]
+    NotLeader {
+        /// This node.
+        node: String,
+        /// Its group.
+        group: String,
+    },
+    /// Leadership stays where it is, because it cannot be handed to that node.
+    #[error("leadership cannot be transferred to {target:?}: {reason}")]
+    TransferRefused {
+        /// The node that should have taken over.
+        target: String,
+        /// Why it cannot.
+        reason: String,
+    },
+    /// The call needs `run` to be in progress.
+    #[error("{what} is not running: call run first")]
+    NotRunning {
+        /// The node or discovery concerned.
+        what: String,
+    },
+    /// `run` was called while an earlier call of it had not returned.
+    #[error("{what} is running already: one run at a time")]
+    AlreadyRunning {
+        /// The node or discovery concerned.
+        what: String,
+    },
+    /// The configuration file could not be read or parsed.
+    #[error("{path}: {reason}")]
+    ConfigFile {
+        /// The file.
+        path: String,
+        /// What is wrong, with line and column where known.
+        reason: String,
+    },
+}
+
+impl ClusterError {
+    pub(crate) fn config(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::InvalidConfig {
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+
+    /// Whether the same call may succeed later without anybody changing anything.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Unavailable { .. } | Self::Timeout { .. })
+    }
+}

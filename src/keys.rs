@@ -1,0 +1,137 @@
+//! The key layout, shared with `photon-etcd-cluster`:
+//!
+//! ```text
+//! {prefix}registry/{group}/{node id}       -> the node, as JSON
+//! {prefix}election/{group}/{lease in hex}  -> the candidate's node id; least create revision leads
+//! ```
+//!
+//! Prefixes end with a slash: without it group `app` would see the keys of `app-2`.
+
+use crate::error::ClusterError;
+use crate::store::LeaseId;
+
+/// Longest node id or group accepted, in bytes. etcd has no limit of its own below its request
+/// size; a name past this one is a mistake.
+const MAX_NAME: usize = 512;
+
+/// The keys of one group.
+#[derive(Debug, Clone)]
+pub(crate) struct GroupKeys {
+    registry: String,
+    election: String,
+}
+
+impl GroupKeys {
+    pub(crate) fn new(prefix: &str, group: &str) -> Self {
+        Self {
+            registry: format!("{prefix}registry/{group}/"),
+            election: format!("{prefix}election/{group}/"),
+        }
+    }
+
+    pub(crate) fn registry_prefix(&self) -> &str {
+        &self.registry
+    }
+
+    pub(crate) fn election_prefix(&self) -> &str {
+        &self.election
+    }
+
+    pub(crate) fn registration(&self, node_id: &str) -> String {
+        format!("{}{node_id}", self.registry)
+    }
+
+    pub(crate) fn candidacy(&self, lease: LeaseId) -> String {
+        format!("{}{lease}", self.election)
+    }
+
+    /// The node id that a registry key stands for. `None` for a key of a nested group
+    /// (`registry/app/blue/n1` is of group `app/blue`, not of `app`).
+    pub(crate) fn node_id<'k>(&self, key: &'k str) -> Option<&'k str> {
+        Self::last(&self.registry, key)
+    }
+
+    /// Whether `key` is a candidacy of this very group.
+    pub(crate) fn is_candidacy(&self, key: &str) -> bool {
+        Self::last(&self.election, key).is_some()
+    }
+
+    fn last<'k>(prefix: &str, key: &'k str) -> Option<&'k str> {
+        key.strip_prefix(prefix)
+            .filter(|rest| !rest.is_empty() && !rest.contains('/'))
+    }
+}
+
+/// A node id: one key segment.
+pub(crate) fn check_node_id(id: &str) -> Result<(), ClusterError> {
+    check_name("node_id", id)?;
+    if id.contains('/') {
+        return Err(ClusterError::config(
+            "node_id",
+            format!("{id:?} contains a slash; it is the last segment of an etcd key"),
+        ));
+    }
+    Ok(())
+}
+
+/// A group: one key segment or several.
+pub(crate) fn check_group(group: &str) -> Result<(), ClusterError> {
+    check_name("group", group)?;
+    if group.split('/').any(str::is_empty) {
+        return Err(ClusterError::config(
+            "group",
+            format!("{group:?} has an empty segment (leading, trailing or double slash)"),
+        ));
+    }
+    Ok(())
+}
+
+fn check_name(field: &str, name: &str) -> Result<(), ClusterError> {
+    let reason = if name.is_empty() {
+        "must not be empty".to_owned()
+    } else if name.len() > MAX_NAME {
+        format!("is {} bytes long, at most {MAX_NAME} allowed", name.len())
+    } else if name.chars().any(char::is_control) {
+        format!("{name:?} contains a control character")
+    } else {
+        return Ok(());
+    };
+    Err(ClusterError::config(field, reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layout_is_the_shared_one() {
+        let keys = GroupKeys::new("", "app");
+        assert_eq!(keys.registration("n1"), "registry/app/n1");
+        assert_eq!(keys.candidacy(LeaseId(0x1a2b)), "election/app/1a2b");
+        let keys = GroupKeys::new("prod/", "app");
+        assert_eq!(keys.registration("n1"), "prod/registry/app/n1");
+    }
+
+    #[test]
+    fn groups_do_not_mix() {
+        let keys = GroupKeys::new("", "app");
+        assert_eq!(keys.node_id("registry/app/n1"), Some("n1"));
+        assert_eq!(keys.node_id("registry/app-2/n1"), None);
+        assert_eq!(keys.node_id("registry/app/blue/n1"), None);
+        assert_eq!(keys.node_id("registry/app/"), None);
+        assert!(!keys.is_candidacy("election/app-2/1"));
+    }
+
+    #[test]
+    fn bad_names_are_refused_by_name() {
+        for id in ["", "a/b", "a\nb"] {
+            let error = check_node_id(id).unwrap_err().to_string();
+            assert!(error.contains("node_id"), "{error}");
+        }
+        for group in ["", "/app", "app/", "a//b"] {
+            let error = check_group(group).unwrap_err().to_string();
+            assert!(error.contains("group"), "{error}");
+        }
+        check_group("team/app").unwrap();
+    }
+}

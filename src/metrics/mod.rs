@@ -1,0 +1,100 @@
+//! What a node reports about itself.
+
+mod sampler;
+#[cfg(feature = "system-metrics")]
+mod system;
+
+use serde_json::Value;
+
+use crate::node::NodeMetadata;
+
+pub(crate) use sampler::Sampler;
+#[cfg(feature = "system-metrics")]
+pub use system::SystemMetricsCollector;
+
+/// Where a node's metrics come from.
+///
+/// Called on a thread of its own, once at a time, so it may block: a collector that hangs or
+/// panics stops the metrics, never the node.
+///
+/// ```
+/// use pingora_etcd::{MetricsCollector, NodeMetadata, metadata_keys};
+///
+/// struct Queue(std::sync::Arc<std::sync::atomic::AtomicU32>);
+///
+/// impl MetricsCollector for Queue {
+///     fn collect(&self) -> NodeMetadata {
+///         let depth = self.0.load(std::sync::atomic::Ordering::Relaxed);
+///         serde_json::json!({ metadata_keys::QUEUE_DEPTH: depth })
+///     }
+/// }
+/// ```
+pub trait MetricsCollector: Send + Sync {
+    /// The metrics of this moment: a JSON object, with the keys of
+    /// [`metadata_keys`](crate::metadata_keys) where they fit.
+    fn collect(&self) -> NodeMetadata;
+}
+
+/// Reports nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoopMetricsCollector;
+
+impl NoopMetricsCollector {
+    /// A collector that reports nothing.
+    pub fn new() -> Self {
+        Self
+    }
+}
+
+impl MetricsCollector for NoopMetricsCollector {
+    fn collect(&self) -> NodeMetadata {
+        Value::Null
+    }
+}
+
+/// Several collectors as one: their objects merged, a later one winning where keys meet. What is
+/// no object is left out.
+///
+/// ```
+/// use pingora_etcd::{CompositeMetricsCollector, MetricsCollector, NodeMetadata};
+/// # struct Fixed(serde_json::Value);
+/// # impl MetricsCollector for Fixed { fn collect(&self) -> NodeMetadata { self.0.clone() } }
+/// let both = CompositeMetricsCollector::new()
+///     .with_collector(Fixed(serde_json::json!({"a": 1, "b": 1})))
+///     .with_collector(Fixed(serde_json::json!({"b": 2})));
+/// assert_eq!(both.collect(), serde_json::json!({"a": 1, "b": 2}));
+/// ```
+#[derive(Default)]
+pub struct CompositeMetricsCollector {
+    collectors: Vec<Box<dyn MetricsCollector>>,
+}
+
+impl CompositeMetricsCollector {
+    /// No collectors yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds one, which overrides those before it.
+    #[must_use]
+    pub fn with_collector(mut self, collector: impl MetricsCollector + 'static) -> Self {
+        self.collectors.push(Box::new(collector));
+        self
+    }
+}
+
+impl MetricsCollector for CompositeMetricsCollector {
+    fn collect(&self) -> NodeMetadata {
+        let mut merged = serde_json::Map::new();
+        for collector in &self.collectors {
+            if let Value::Object(object) = collector.collect() {
+                merged.extend(object);
+            }
+        }
+        if merged.is_empty() {
+            Value::Null
+        } else {
+            Value::Object(merged)
+        }
+    }
+}

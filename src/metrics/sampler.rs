@@ -1,0 +1,149 @@
+//! Calls a collector without trusting it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use tokio::sync::mpsc::{Receiver, channel as tokio_channel};
+use tokio::time::timeout;
+use tracing::{error, warn};
+
+use super::MetricsCollector;
+use crate::node::NodeMetadata;
+
+/// A thread that collects when asked. Not one of the runtime's: a runtime waits for its blocking
+/// threads when it shuts down, and a collector may hang for ever.
+pub(crate) struct Sampler {
+    collector: Arc<dyn MetricsCollector>,
+    thread: Option<Thread>,
+    stuck: bool,
+}
+
+struct Thread {
+    requests: Sender<()>,
+    samples: Receiver<Option<NodeMetadata>>,
+    /// An answer is still to come.
+    busy: bool,
+}
+
+impl Sampler {
+    pub(crate) fn new(collector: Arc<dyn MetricsCollector>) -> Self {
+        Self {
+            collector,
+            thread: None,
+            stuck: false,
+        }
+    }
+
+    /// The next sample, if it comes within that time. One that comes later is the answer to the
+    /// next call, so that a slow collector is called once at a time.
+    pub(crate) async fn sample(&mut self, within: Duration) -> Option<NodeMetadata> {
+        let thread = match &mut self.thread {
+            Some(thread) => thread,
+            none => none.insert(spawn(self.collector.clone())?),
+        };
+        if !thread.busy {
+            if thread.requests.send(()).is_err() {
+                self.thread = None;
+                return None;
+            }
+            thread.busy = true;
+        }
+        match timeout(within, thread.samples.recv()).await {
+            Ok(sample) => {
+                thread.busy = false;
+                self.stuck = false;
+                sample.flatten()
+            }
+            Err(_) => {
+                if !self.stuck {
+                    self.stuck = true;
+                    warn!(
+                        ?within,
+                        "the metrics collector does not return; metrics stay as they are"
+                    );
+                }
+                None
+            }
+        }
+    }
+}
+
+fn spawn(collector: Arc<dyn MetricsCollector>) -> Option<Thread> {
+    let (requests, asked) = channel();
+    let (answers, samples) = tokio_channel(1);
+    let spawned = std::thread::Builder::new()
+        .name("metrics".to_owned())
+        .spawn(move || {
+            while asked.recv().is_ok() {
+                let sample = catch_unwind(AssertUnwindSafe(|| collector.collect()));
+                if sample.is_err() {
+                    error!("the metrics collector panicked; metrics stay as they are");
+                }
+                if answers.blocking_send(sample.ok()).is_err() {
+                    return;
+                }
+            }
+        });
+    if let Err(error) = spawned {
+        error!(%error, "no thread for the metrics collector");
+        return None;
+    }
+    Some(Thread {
+        requests,
+        samples,
+        busy: false,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    struct PanicsOnce(AtomicU32);
+
+    impl MetricsCollector for PanicsOnce {
+        fn collect(&self) -> NodeMetadata {
+            let call = self.0.fetch_add(1, Ordering::SeqCst);
+            assert_ne!(call, 0, "the first call panics");
+            serde_json::json!({ "call": call })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_costs_one_sample() {
+        let mut sampler = Sampler::new(Arc::new(PanicsOnce(AtomicU32::new(0))));
+        let within = Duration::from_secs(10);
+        assert_eq!(sampler.sample(within).await, None);
+        assert_eq!(
+            sampler.sample(within).await,
+            Some(serde_json::json!({ "call": 1 }))
+        );
+    }
+
+    struct Gate(Arc<Mutex<()>>, AtomicU32);
+
+    impl MetricsCollector for Gate {
+        fn collect(&self) -> NodeMetadata {
+            let call = self.1.fetch_add(1, Ordering::SeqCst);
+            drop(self.0.lock());
+            serde_json::json!(call)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_block_costs_the_time_limit_and_is_not_called_again_meanwhile() {
+        let gate = Arc::new(Mutex::new(()));
+        let mut sampler = Sampler::new(Arc::new(Gate(gate.clone(), AtomicU32::new(0))));
+        let closed = gate.lock().unwrap();
+        for _ in 0..3 {
+            assert_eq!(sampler.sample(Duration::from_millis(5)).await, None);
+        }
+        drop(closed);
+        let sample = sampler.sample(Duration::from_secs(10)).await;
+        assert_eq!(sample, Some(serde_json::json!(0)), "called once in all");
+    }
+}

@@ -1,0 +1,109 @@
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use sysinfo::{
+    CpuRefreshKind, MINIMUM_CPU_UPDATE_INTERVAL, MemoryRefreshKind, RefreshKind, System,
+};
+use tracing::warn;
+
+use super::MetricsCollector;
+use crate::node::{NodeMetadata, metadata_keys};
+
+/// CPU, memory and load of this machine (feature `system-metrics`).
+///
+/// Reports `cpu_usage_percent` since the call before, `memory_usage_percent`,
+/// `memory_available_bytes` and `load_avg_1m`. CPU usage is a difference of two readings: the
+/// first is taken by [`new`](Self::new), and a call that comes less than 200 ms after the reading
+/// before it waits for the rest, so that the first report is as good as any.
+pub struct SystemMetricsCollector {
+    state: Mutex<State>,
+}
+
+struct State {
+    /// `None` on a platform that says nothing of CPU and memory.
+    system: Option<System>,
+    read: Instant,
+}
+
+impl SystemMetricsCollector {
+    /// Takes the first reading.
+    pub fn new() -> Self {
+        let kinds = RefreshKind::nothing()
+            .with_cpu(CpuRefreshKind::nothing().with_usage())
+            .with_memory(MemoryRefreshKind::nothing().with_ram());
+        let system = System::new_with_specifics(kinds)
+            .inspect_err(|error| warn!(%error, "no CPU and memory metrics on this platform"))
+            .ok();
+        Self {
+            state: Mutex::new(State {
+                system,
+                read: Instant::now(),
+            }),
+        }
+    }
+}
+
+impl Default for SystemMetricsCollector {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl MetricsCollector for SystemMetricsCollector {
+    fn collect(&self) -> NodeMetadata {
+        let mut metrics = serde_json::Map::new();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { system, read } = &mut *state;
+        if let Some(system) = system {
+            if let Some(rest) = MINIMUM_CPU_UPDATE_INTERVAL.checked_sub(read.elapsed()) {
+                std::thread::sleep(rest);
+            }
+            system.refresh_cpu_usage();
+            system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
+            *read = Instant::now();
+            let cpu = f64::from(system.global_cpu_usage()).clamp(0.0, 100.0);
+            metrics.insert(metadata_keys::CPU_USAGE_PERCENT.into(), tenth(cpu).into());
+            let (available, total) = (system.available_memory(), system.total_memory());
+            if total > 0 {
+                let used = total.saturating_sub(available) as f64 / total as f64;
+                let key = metadata_keys::MEMORY_USAGE_PERCENT;
+                metrics.insert(key.into(), tenth(used * 100.0).into());
+                let key = metadata_keys::MEMORY_AVAILABLE_BYTES;
+                metrics.insert(key.into(), available.into());
+            }
+        }
+        if let Ok(load) = System::load_average() {
+            metrics.insert(metadata_keys::LOAD_AVG_1M.into(), load.one.into());
+        }
+        NodeMetadata::Object(metrics)
+    }
+}
+
+/// More digits would be noise, and bytes in etcd.
+fn tenth(value: f64) -> f64 {
+    (value * 10.0).round() / 10.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_reading_already_sees_the_load() {
+        let collector = SystemMetricsCollector::new();
+        // Keep one core busy for longer than the least interval between readings.
+        let start = Instant::now();
+        let mut work = 0_u64;
+        while start.elapsed() < MINIMUM_CPU_UPDATE_INTERVAL * 2 {
+            work = std::hint::black_box(work.wrapping_mul(31).wrapping_add(7));
+        }
+        let metrics = collector.collect();
+        let value = |key: &str| metrics[key].as_f64().unwrap();
+        let cpu = value(metadata_keys::CPU_USAGE_PERCENT);
+        assert!(cpu > 0.0 && cpu <= 100.0, "{metrics}");
+        let memory = value(metadata_keys::MEMORY_USAGE_PERCENT);
+        assert!(memory > 0.0 && memory <= 100.0, "{metrics}");
+        assert!(value(metadata_keys::MEMORY_AVAILABLE_BYTES) > 0.0);
+        assert!(value(metadata_keys::LOAD_AVG_1M) >= 0.0);
+    }
+}

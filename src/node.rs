@@ -1,0 +1,252 @@
+//! What is stored under a registry key.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+/// Arbitrary JSON that a node publishes about itself, normally an object with the keys of
+/// [`metadata_keys`]. `Value::Null` where it publishes nothing.
+pub type NodeMetadata = serde_json::Value;
+
+/// The standard keys of [`NodeMetadata`]. Others are kept and passed on untouched.
+pub mod metadata_keys {
+    /// CPU usage in percent of the whole machine, 0 to 100 (`f64`).
+    pub const CPU_USAGE_PERCENT: &str = "cpu_usage_percent";
+    /// Memory in use in percent, 0 to 100 (`f64`).
+    pub const MEMORY_USAGE_PERCENT: &str = "memory_usage_percent";
+    /// Memory available without swapping, in bytes (`u64`).
+    pub const MEMORY_AVAILABLE_BYTES: &str = "memory_available_bytes";
+    /// Load average over one minute (`f64`, 0 or more).
+    pub const LOAD_AVG_1M: &str = "load_avg_1m";
+    /// Open connections (`u32`).
+    pub const ACTIVE_CONNECTIONS: &str = "active_connections";
+    /// Request throughput per second (`f64`).
+    pub const REQUESTS_PER_SECOND: &str = "requests_per_second";
+    /// Work waiting to be done (`u32`).
+    pub const QUEUE_DEPTH: &str = "queue_depth";
+}
+
+/// Whether a node takes new requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum NodeState {
+    /// Is about to leave: finishes what it has, takes nothing new.
+    Draining,
+    /// Takes requests. Also what a state unknown to this version is read as.
+    #[default]
+    #[serde(other)]
+    Serving,
+}
+
+impl NodeState {
+    fn is_serving(&self) -> bool {
+        *self == Self::Serving
+    }
+}
+
+/// One registered node, as JSON under `registry/{group}/{id}`.
+///
+/// Two nodes are equal when `id` and `ip` are, whatever they report at the moment; compare the
+/// fields for more.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Node {
+    /// Unique within the group; the last segment of its key.
+    pub id: String,
+    /// Where it is reached.
+    pub ip: IpAddr,
+    /// When it last wrote this entry, by its own clock: Unix time in milliseconds.
+    #[serde(default)]
+    pub last_seen: u64,
+    /// What it reports about itself.
+    #[serde(default, skip_serializing_if = "NodeMetadata::is_null")]
+    pub metadata: NodeMetadata,
+    /// The port it serves on; `None` leaves it to the reader's default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// Where it runs: availability zone, rack, data centre.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
+    /// Free labels.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub tags: BTreeSet<String>,
+    /// Its static share of traffic relative to others, above 0; `None` means 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
+    /// Whether it takes new requests.
+    #[serde(default, skip_serializing_if = "NodeState::is_serving")]
+    pub state: NodeState,
+    #[serde(skip)]
+    incarnation: i64,
+}
+
+impl PartialEq for Node {
+    fn eq(&self, other: &Self) -> bool {
+        self.id == other.id && self.ip == other.ip
+    }
+}
+
+impl Eq for Node {}
+
+impl Node {
+    /// A serving node that reports nothing and leaves its port to the reader's default.
+    pub fn new(id: impl Into<String>, ip: IpAddr) -> Self {
+        Self {
+            id: id.into(),
+            ip,
+            last_seen: 0,
+            metadata: NodeMetadata::Null,
+            port: None,
+            zone: None,
+            tags: BTreeSet::new(),
+            weight: None,
+            state: NodeState::Serving,
+            incarnation: 0,
+        }
+    }
+
+    /// Sets the port it serves on.
+    #[must_use]
+    pub fn with_port(mut self, port: u16) -> Self {
+        self.port = Some(port);
+        self
+    }
+
+    /// Sets its zone.
+    #[must_use]
+    pub fn with_zone(mut self, zone: impl Into<String>) -> Self {
+        self.zone = Some(zone.into());
+        self
+    }
+
+    /// Sets its labels.
+    #[must_use]
+    pub fn with_tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> Self {
+        self.tags = tags.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets its static weight.
+    #[must_use]
+    pub fn with_weight(mut self, weight: f64) -> Self {
+        self.weight = Some(weight);
+        self
+    }
+
+    /// Sets what it reports.
+    #[must_use]
+    pub fn with_metadata(mut self, metadata: NodeMetadata) -> Self {
+        self.metadata = metadata;
+        self
+    }
+
+    /// Sets whether it takes new requests.
+    #[must_use]
+    pub fn with_state(mut self, state: NodeState) -> Self {
+        self.state = state;
+        self
+    }
+
+    /// Sets which registration this is; see [`incarnation`](Self::incarnation). Discovery does
+    /// it; a simulator or a test that feeds a balancer by hand may.
+    #[must_use]
+    pub fn with_incarnation(mut self, incarnation: i64) -> Self {
+        self.incarnation = incarnation;
+        self
+    }
+
+    /// Its address, with `default_port` where it registered none (or 0).
+    pub fn addr(&self, default_port: u16) -> SocketAddr {
+        let port = self.port.filter(|port| *port != 0).unwrap_or(default_port);
+        SocketAddr::new(self.ip, port)
+    }
+
+    /// Tells one registration of this id from the next: the lease that holds the entry, 0 for a
+    /// node that did not come from a store. A process that restarts, or loses its lease and
+    /// registers again, has another one.
+    pub fn incarnation(&self) -> i64 {
+        self.incarnation
+    }
+
+    /// Whether it takes new requests.
+    pub fn is_serving(&self) -> bool {
+        self.state.is_serving()
+    }
+
+    /// A number from the metadata; `None` where it is absent or no number.
+    pub fn metric(&self, key: &str) -> Option<f64> {
+        self.metadata.get(key)?.as_f64()
+    }
+
+    /// Whether anything but the time of writing differs.
+    pub(crate) fn differs(&self, other: &Self) -> bool {
+        self != other
+            || self.incarnation != other.incarnation
+            || self.metadata != other.metadata
+            || self.port != other.port
+            || self.zone != other.zone
+            || self.tags != other.tags
+            || self.weight != other.weight
+            || self.state != other.state
+    }
+}
+
+/// How a [`ClusterNode`](crate::ClusterNode) stands with the store.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum HealthStatus {
+    /// Not registered yet.
+    #[default]
+    Unknown,
+    /// Registered, and its lease is being renewed.
+    Healthy,
+    /// Three renewals in a row have failed, or the registration is lost and being made again.
+    Unhealthy,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_is_the_predecessors_while_nothing_is_added() {
+        let node = Node::new("n1", "192.168.1.10".parse().unwrap());
+        assert_eq!(
+            serde_json::to_string(&node).unwrap(),
+            r#"{"id":"n1","ip":"192.168.1.10","last_seen":0}"#
+        );
+    }
+
+    #[test]
+    fn reads_the_predecessor_and_ignores_what_it_does_not_know() {
+        let node: Node = serde_json::from_str(
+            r#"{"id":"n1","ip":"::1","last_seen":7,"metadata":{"cpu_usage_percent":45.2},"new":[1]}"#,
+        )
+        .unwrap();
+        assert_eq!(node.last_seen, 7);
+        assert_eq!(node.metric(metadata_keys::CPU_USAGE_PERCENT), Some(45.2));
+        assert_eq!(node.addr(8080), "[::1]:8080".parse().unwrap());
+        assert!(node.is_serving());
+    }
+
+    #[test]
+    fn round_trip_keeps_every_field() {
+        let node = Node::new("n1", "10.0.0.1".parse().unwrap())
+            .with_port(81)
+            .with_zone("a")
+            .with_tags(["x", "y"])
+            .with_weight(2.5)
+            .with_state(NodeState::Draining)
+            .with_metadata(serde_json::json!({"queue_depth": 3}));
+        let read: Node = serde_json::from_slice(&serde_json::to_vec(&node).unwrap()).unwrap();
+        assert!(!read.differs(&node));
+    }
+
+    #[test]
+    fn an_unknown_state_serves() {
+        let node: Node =
+            serde_json::from_str(r#"{"id":"n","ip":"::1","state":"warming"}"#).unwrap();
+        assert!(node.is_serving());
+    }
+}

@@ -1,0 +1,545 @@
+//! A store inside this process: the embedded default, unit tests, simulation.
+//!
+//! Nothing runs in the background. Leases are expired by whoever looks next: every call, and every
+//! watcher, which sleeps until the next lease is due. So it works in any runtime, in several at
+//! once, and under a paused clock.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::ops::Bound;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::{
+    Condition, Entry, Lease, LeaseId, LeaseKeeper, Listing, Revision, Selector, Store, Txn,
+    WatchEvent, WatchRange, Watcher, Write,
+};
+use crate::error::ClusterError;
+
+/// Changes kept for watches that start in the past. Older ones are compacted away.
+const HISTORY: usize = 16_384;
+
+/// What the store does instead of serving; for tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(any(test, feature = "test-util")), allow(dead_code))]
+pub enum Fault {
+    /// Every call fails at once, every watch ends.
+    Refuse,
+    /// No call is answered and no watch tells anything, until the fault is lifted. Leases run on.
+    Silence,
+}
+
+/// A coordination store in this process. It is lost with the process.
+///
+/// Clones are handles to the same store.
+#[derive(Debug, Clone)]
+pub struct MemoryStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// Bumped after each change of state that somebody may be waiting for.
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    revision: Revision,
+    compacted: Revision,
+    entries: BTreeMap<String, Entry>,
+    history: VecDeque<Change>,
+    leases: HashMap<LeaseId, LeaseState>,
+    last_lease: i64,
+    fault: Option<Fault>,
+}
+
+#[derive(Debug)]
+struct Change {
+    event: WatchEvent,
+    before: Option<Entry>,
+}
+
+#[derive(Debug)]
+struct LeaseState {
+    ttl: Duration,
+    ends: Instant,
+    keys: BTreeSet<String>,
+}
+
+static NAMED: Mutex<BTreeMap<String, Weak<Shared>>> = Mutex::new(BTreeMap::new());
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl MemoryStore {
+    /// A store of its own.
+    pub fn new() -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                state: Mutex::new(State {
+                    revision: 1,
+                    ..State::default()
+                }),
+                changed: watch::Sender::new(0),
+            }),
+        }
+    }
+
+    /// The store of that name in this process, which lives as long as somebody holds it.
+    pub fn named(name: &str) -> Self {
+        let mut named = NAMED.lock().unwrap_or_else(PoisonError::into_inner);
+        named.retain(|_, store| store.strong_count() > 0);
+        if let Some(shared) = named.get(name).and_then(Weak::upgrade) {
+            return Self { shared };
+        }
+        let store = Self::new();
+        named.insert(name.to_owned(), Arc::downgrade(&store.shared));
+        store
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        self.shared.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Runs `call` on the state once the store serves, with leases that are due expired.
+    async fn serve<T>(
+        &self,
+        operation: &'static str,
+        call: impl FnOnce(&mut State) -> Result<T, ClusterError>,
+    ) -> Result<T, ClusterError> {
+        let mut changed = self.shared.changed.subscribe();
+        loop {
+            {
+                let mut state = self.lock();
+                match state.fault {
+                    Some(Fault::Refuse) => return Err(refused(operation)),
+                    Some(Fault::Silence) => changed.mark_unchanged(),
+                    None => {
+                        let before = state.revision;
+                        state.expire(Instant::now());
+                        let result = call(&mut state);
+                        if state.revision != before {
+                            drop(state);
+                            self.wake();
+                        }
+                        return result;
+                    }
+                }
+            }
+            // The sender lives in `self`, so this cannot fail.
+            let _ = changed.changed().await;
+        }
+    }
+}
+
+/// Controls for tests.
+#[cfg(any(test, feature = "test-util"))]
+impl MemoryStore {
+    /// Forgets history before `revision`, as etcd's compaction does: a watch from before it, or a
+    /// list at a revision before it, fails from now on.
+    pub fn compact(&self, revision: Revision) {
+        self.lock().compact(revision);
+        self.wake();
+    }
+
+    /// The current revision.
+    pub fn revision(&self) -> Revision {
+        self.lock().revision
+    }
+
+    /// Makes the store misbehave, or serve again with `None`.
+    pub fn set_fault(&self, fault: Option<Fault>) {
+        self.lock().fault = fault;
+        self.wake();
+    }
+
+    /// Ends a lease and its keys at once, as if it had run out.
+    pub fn expire_lease(&self, lease: LeaseId) {
+        self.lock().end_lease(lease);
+        self.wake();
+    }
+
+    /// The leases that are alive.
+    pub fn leases(&self) -> Vec<LeaseId> {
+        let mut state = self.lock();
+        state.expire(Instant::now());
+        let mut leases: Vec<_> = state.leases.keys().copied().collect();
+        leases.sort_unstable();
+        leases
+    }
+
+    /// Every entry, in the order of keys.
+    pub fn entries(&self) -> Vec<Entry> {
+        let mut state = self.lock();
+        state.expire(Instant::now());
+        state.entries.values().cloned().collect()
+    }
+}
+
+impl State {
+    fn expire(&mut self, now: Instant) {
+        let mut due: Vec<_> = self
+            .leases
+            .iter()
+            .filter(|(_, lease)| lease.ends <= now)
+            .map(|(id, lease)| (lease.ends, *id))
+            .collect();
+        due.sort_unstable();
+        for (_, id) in due {
+            self.end_lease(id);
+        }
+    }
+
+    fn next_expiry(&self) -> Option<Instant> {
+        self.leases.values().map(|lease| lease.ends).min()
+    }
+
+    fn end_lease(&mut self, id: LeaseId) -> bool {
+        let Some(lease) = self.leases.remove(&id) else {
+            return false;
+        };
+        let revision = self.revision + 1;
+        for key in lease.keys {
+            self.delete(&key, revision);
+        }
+        true
+    }
+
+    fn holds(&self, condition: &Condition) -> bool {
+        match condition {
+            Condition::Absent(key) => !self.entries.contains_key(key),
+            Condition::HeldBy(key, lease) => self
+                .entries
+                .get(key)
+                .is_some_and(|entry| entry.lease == Some(*lease)),
+            Condition::CreatedAt(key, revision) => self
+                .entries
+                .get(key)
+                .is_some_and(|entry| entry.create_revision == *revision),
+        }
+    }
+
+    fn put(&mut self, key: String, value: Vec<u8>, lease: Option<LeaseId>, revision: Revision) {
+        let before = self.entries.get(&key).cloned();
+        if let Some(old) = before.as_ref().and_then(|entry| entry.lease)
+            && let Some(old) = self.leases.get_mut(&old)
+        {
+            old.keys.remove(&key);
+        }
+        if let Some(lease) = lease.and_then(|id| self.leases.get_mut(&id)) {
+            lease.keys.insert(key.clone());
+        }
+        let entry = Entry {
+            create_revision: before
+                .as_ref()
+                .map_or(revision, |entry| entry.create_revision),
+            mod_revision: revision,
+            key: key.clone(),
+            value,
+            lease,
+        };
+        self.entries.insert(key, entry.clone());
+        self.record(WatchEvent::Put(entry), before);
+    }
+
+    fn delete(&mut self, key: &str, revision: Revision) {
+        let Some(before) = self.entries.remove(key) else {
+            return;
+        };
+        if let Some(lease) = before.lease.and_then(|id| self.leases.get_mut(&id)) {
+            lease.keys.remove(key);
+        }
+        let event = WatchEvent::Delete {
+            key: key.to_owned(),
+            revision,
+        };
+        self.record(event, Some(before));
+    }
+
+    fn record(&mut self, event: WatchEvent, before: Option<Entry>) {
+        self.revision = event.revision();
+        self.history.push_back(Change { event, before });
+        while self.history.len() > HISTORY {
+            if let Some(oldest) = self.history.front().map(|change| change.event.revision()) {
+                self.compact(oldest + 1);
+            }
+        }
+    }
+
+    fn compact(&mut self, revision: Revision) {
+        self.compacted = self.compacted.max(revision);
+        let kept = self
+            .history
+            .partition_point(|change| change.event.revision() < self.compacted);
+        self.history.drain(..kept);
+    }
+
+    fn txn(&mut self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
+        let mut written = BTreeSet::new();
+        for write in &txn.writes {
+            let (key, lease) = match write {
+                Write::Put { key, lease, .. } => (key, *lease),
+                Write::Delete { key } => (key, None),
+            };
+            if !written.insert(key) {
+                return Err(rejected("txn", format!("key {key:?} is written twice")));
+            }
+            if let Some(lease) = lease
+                && !self.leases.contains_key(&lease)
+                && txn.conditions.iter().all(|condition| self.holds(condition))
+            {
+                return Err(ClusterError::LeaseNotFound { lease });
+            }
+        }
+        if !txn.conditions.iter().all(|condition| self.holds(condition)) {
+            return Ok(None);
+        }
+        let revision = self.revision + 1;
+        for write in txn.writes {
+            match write {
+                Write::Put { key, value, lease } => self.put(key, value, lease, revision),
+                Write::Delete { key } => self.delete(&key, revision),
+            }
+        }
+        Ok(Some(self.revision))
+    }
+
+    fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
+        let revision = at.unwrap_or(self.revision);
+        if revision < self.compacted {
+            return Err(ClusterError::Compacted {
+                oldest: self.compacted,
+            });
+        }
+        if revision > self.revision {
+            return Err(ClusterError::Unavailable {
+                endpoint: ENDPOINT.to_owned(),
+                operation: "list",
+                reason: format!("revision {revision} has not happened yet"),
+            });
+        }
+        let mut found: BTreeMap<&str, &Entry> = self
+            .entries
+            .range::<str, _>((Bound::Included(keys.as_str()), Bound::Unbounded))
+            .take_while(|(key, _)| keys.matches(key))
+            .map(|(key, entry)| (key.as_str(), entry))
+            .collect();
+        // Undo, newest first, what came after the revision asked for.
+        for change in self.history.iter().rev() {
+            if change.event.revision() <= revision {
+                break;
+            }
+            let key = change.event.key();
+            if keys.matches(key) {
+                match &change.before {
+                    Some(before) => found.insert(key, before),
+                    None => found.remove(key),
+                };
+            }
+        }
+        Ok(Listing {
+            revision,
+            entries: found.into_values().cloned().collect(),
+        })
+    }
+}
+
+const ENDPOINT: &str = "memory://";
+
+fn refused(operation: &'static str) -> ClusterError {
+    ClusterError::Unavailable {
+        endpoint: ENDPOINT.to_owned(),
+        operation,
+        reason: "the store refuses to serve".to_owned(),
+    }
+}
+
+fn rejected(operation: &'static str, reason: String) -> ClusterError {
+    ClusterError::Rejected {
+        endpoint: ENDPOINT.to_owned(),
+        operation,
+        reason,
+    }
+}
+
+#[async_trait]
+impl Store for MemoryStore {
+    async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError> {
+        self.serve("grant", |state| {
+            state.last_lease += 1;
+            let id = LeaseId(state.last_lease);
+            let lease = LeaseState {
+                ttl,
+                ends: Instant::now() + ttl,
+                keys: BTreeSet::new(),
+            };
+            state.leases.insert(id, lease);
+            Ok(Lease { id, ttl })
+        })
+        .await
+        // A watcher sleeps until the next lease is due: it has to hear of this one.
+        .inspect(|_| self.wake())
+    }
+
+    fn keeper(&self, lease: Lease) -> Box<dyn LeaseKeeper> {
+        Box::new(MemoryKeeper {
+            store: self.clone(),
+            lease: lease.id,
+        })
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
+        self.serve("revoke", |state| {
+            if state.end_lease(lease) {
+                Ok(())
+            } else {
+                Err(ClusterError::LeaseNotFound { lease })
+            }
+        })
+        .await
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
+        self.serve("txn", |state| state.txn(txn)).await
+    }
+
+    async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
+        self.serve("list", |state| state.list(keys, at)).await
+    }
+
+    async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
+        let changed = self.shared.changed.subscribe();
+        self.serve("watch", |_| Ok(())).await?;
+        Ok(Box::new(MemoryWatcher {
+            store: self.clone(),
+            changed,
+            ranges,
+        }))
+    }
+}
+
+struct MemoryKeeper {
+    store: MemoryStore,
+    lease: LeaseId,
+}
+
+#[async_trait]
+impl LeaseKeeper for MemoryKeeper {
+    async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
+        let lease = self.lease;
+        let renewal = self.store.serve("renew", |state| {
+            let state = state
+                .leases
+                .get_mut(&lease)
+                .ok_or(ClusterError::LeaseNotFound { lease })?;
+            state.ends = Instant::now() + state.ttl;
+            Ok(state.ttl)
+        });
+        tokio::time::timeout(within, renewal)
+            .await
+            .unwrap_or(Err(ClusterError::Timeout {
+                endpoint: ENDPOINT.to_owned(),
+                operation: "renew",
+                after: within,
+            }))
+    }
+}
+
+struct MemoryWatcher {
+    store: MemoryStore,
+    changed: watch::Receiver<u64>,
+    ranges: Vec<WatchRange>,
+}
+
+impl MemoryWatcher {
+    fn take(&mut self, state: &State) -> Result<Vec<WatchEvent>, ClusterError> {
+        let first = self.ranges.iter().map(|range| range.from).min();
+        let Some(first) = first else {
+            return Ok(Vec::new());
+        };
+        if first < state.compacted {
+            return Err(ClusterError::Compacted {
+                oldest: state.compacted,
+            });
+        }
+        let start = state
+            .history
+            .partition_point(|change| change.event.revision() < first);
+        let events = state
+            .history
+            .range(start..)
+            .map(|change| &change.event)
+            .filter(|event| {
+                self.ranges
+                    .iter()
+                    .any(|range| range.from <= event.revision() && range.keys.matches(event.key()))
+            })
+            .cloned()
+            .collect();
+        for range in &mut self.ranges {
+            range.from = range.from.max(state.revision + 1);
+        }
+        Ok(events)
+    }
+}
+
+#[async_trait]
+impl Watcher for MemoryWatcher {
+    async fn next(&mut self) -> Result<Vec<WatchEvent>, ClusterError> {
+        loop {
+            let due = {
+                let store = self.store.clone();
+                let mut state = store.lock();
+                match state.fault {
+                    Some(Fault::Refuse) => return Err(refused("watch")),
+                    Some(Fault::Silence) => {
+                        self.changed.mark_unchanged();
+                        None
+                    }
+                    None => {
+                        let before = state.revision;
+                        state.expire(Instant::now());
+                        if state.revision != before {
+                            store.wake();
+                        }
+                        self.changed.mark_unchanged();
+                        let events = self.take(&state)?;
+                        if !events.is_empty() {
+                            return Ok(events);
+                        }
+                        state.next_expiry()
+                    }
+                }
+            };
+            let expiry = async {
+                match due {
+                    Some(due) => tokio::time::sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                _ = self.changed.changed() => {}
+                () = expiry => {}
+            }
+        }
+    }
+
+    fn position(&self) -> &[WatchRange] {
+        &self.ranges
+    }
+}

@@ -1,0 +1,291 @@
+//! The one seam to the coordination store.
+//!
+//! [`Store`] has the few operations that registration, election and discovery need, with etcd's
+//! meaning: every transaction that changes something takes the next revision of the whole store;
+//! a key remembers the revision it was created and last modified at, and the lease it hangs on; a
+//! lease that ends takes its keys with it in one revision; a watch from a revision tells each
+//! change once and in order.
+//!
+//! Two implementations pass one conformance suite: [`EtcdStore`] and [`MemoryStore`].
+
+mod etcd;
+mod memory;
+mod options;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::error::ClusterError;
+
+pub use etcd::EtcdStore;
+#[cfg(any(test, feature = "test-util"))]
+pub use memory::Fault;
+pub use memory::MemoryStore;
+pub use options::EtcdOptions;
+
+/// A point in the history of the whole store; grows by one with each transaction that changes
+/// something.
+pub type Revision = i64;
+
+/// Identifies a lease. Prints as lower-case hexadecimal, the form it has in election keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LeaseId(pub i64);
+
+impl fmt::Display for LeaseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0)
+    }
+}
+
+/// A lease as it was granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease {
+    /// Its identity.
+    pub id: LeaseId,
+    /// How long it lives without a renewal. May be longer than what was asked for.
+    pub ttl: Duration,
+}
+
+/// A key with its value and history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The key.
+    pub key: String,
+    /// Its value.
+    pub value: Vec<u8>,
+    /// The revision that created it.
+    pub create_revision: Revision,
+    /// The revision that last changed it.
+    pub mod_revision: Revision,
+    /// The lease that it ends with.
+    pub lease: Option<LeaseId>,
+}
+
+/// Which keys a call is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Selector {
+    /// This key.
+    Key(String),
+    /// Every key that starts with this.
+    Prefix(String),
+}
+
+impl Selector {
+    /// Whether `key` is one of them.
+    pub fn matches(&self, key: &str) -> bool {
+        match self {
+            Self::Key(own) => own == key,
+            Self::Prefix(prefix) => key.starts_with(prefix.as_str()),
+        }
+    }
+
+    /// The key, or the prefix.
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Key(text) | Self::Prefix(text) => text,
+        }
+    }
+}
+
+/// The answer to [`Store::list`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listing {
+    /// The revision the entries were read at.
+    pub revision: Revision,
+    /// In the order of their keys.
+    pub entries: Vec<Entry>,
+}
+
+/// What must hold for a transaction to be carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Condition {
+    /// The key does not exist.
+    Absent(String),
+    /// The key exists under this lease.
+    HeldBy(String, LeaseId),
+    /// The key exists and was created by this revision.
+    CreatedAt(String, Revision),
+}
+
+/// One change of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Write {
+    /// Sets a key.
+    Put {
+        /// The key.
+        key: String,
+        /// Its new value.
+        value: Vec<u8>,
+        /// The lease it shall end with.
+        lease: Option<LeaseId>,
+    },
+    /// Removes a key, if it is there.
+    Delete {
+        /// The key.
+        key: String,
+    },
+}
+
+/// Changes that take effect together, in one revision, if every condition holds. A key may be
+/// written once at most.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Txn {
+    /// What must hold.
+    pub conditions: Vec<Condition>,
+    /// What is then done.
+    pub writes: Vec<Write>,
+}
+
+impl Txn {
+    /// A transaction that does nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a condition.
+    #[must_use]
+    pub fn when(mut self, condition: Condition) -> Self {
+        self.conditions.push(condition);
+        self
+    }
+
+    /// Adds a put under a lease.
+    #[must_use]
+    pub fn put(mut self, key: impl Into<String>, value: Vec<u8>, lease: Option<LeaseId>) -> Self {
+        self.writes.push(Write::Put {
+            key: key.into(),
+            value,
+            lease,
+        });
+        self
+    }
+
+    /// Adds a delete.
+    #[must_use]
+    pub fn delete(mut self, key: impl Into<String>) -> Self {
+        self.writes.push(Write::Delete { key: key.into() });
+        self
+    }
+
+    fn lease(&self) -> Option<LeaseId> {
+        self.writes.iter().find_map(|write| match write {
+            Write::Put { lease, .. } => *lease,
+            Write::Delete { .. } => None,
+        })
+    }
+}
+
+/// One change that a watch tells of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WatchEvent {
+    /// A key was created or changed.
+    Put(Entry),
+    /// A key is gone.
+    Delete {
+        /// The key.
+        key: String,
+        /// The revision that removed it.
+        revision: Revision,
+    },
+}
+
+impl WatchEvent {
+    /// The revision of the change.
+    pub fn revision(&self) -> Revision {
+        match self {
+            Self::Put(entry) => entry.mod_revision,
+            Self::Delete { revision, .. } => *revision,
+        }
+    }
+
+    /// The key concerned.
+    pub fn key(&self) -> &str {
+        match self {
+            Self::Put(entry) => &entry.key,
+            Self::Delete { key, .. } => key,
+        }
+    }
+}
+
+/// Keys to watch, and the first revision to tell of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WatchRange {
+    /// The keys.
+    pub keys: Selector,
+    /// Changes from this revision on are told.
+    pub from: Revision,
+}
+
+/// A watch in progress.
+#[async_trait]
+pub trait Watcher: Send {
+    /// Waits for the next changes. Within each range of the watch every change is told once, in
+    /// the order of revisions; changes of different ranges may be told in either order.
+    ///
+    /// Dropping the future loses nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Compacted`](ClusterError::Compacted) when changes are gone for good: list again.
+    /// Anything else ends this watch only: open another from [`position`](Self::position).
+    async fn next(&mut self) -> Result<Vec<WatchEvent>, ClusterError>;
+
+    /// The ranges, with the revisions from which a new watch would tell everything that this one
+    /// has not.
+    fn position(&self) -> &[WatchRange];
+}
+
+/// Renews one lease, one renewal at a time.
+#[async_trait]
+pub trait LeaseKeeper: Send {
+    /// Renews the lease and waits for the answer, `within` at most. Answers with the time to live
+    /// that the lease has from now on. A caller that counts on the lease has to count from the
+    /// instant before this call.
+    ///
+    /// # Errors
+    ///
+    /// [`LeaseNotFound`](ClusterError::LeaseNotFound) when it is gone, and every key with it.
+    async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError>;
+}
+
+/// What coordination needs of a store. See the [module](self) for what it has to mean.
+///
+/// Every call is bounded in time by the implementation, except [`Watcher::next`].
+#[async_trait]
+pub trait Store: Send + Sync + fmt::Debug {
+    /// Grants a lease that lives `ttl` without a renewal, or longer.
+    async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError>;
+
+    /// A keeper for a lease that was granted. Does no I/O yet.
+    fn keeper(&self, lease: Lease) -> Box<dyn LeaseKeeper>;
+
+    /// Ends a lease and every key under it, in one revision.
+    async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError>;
+
+    /// Carries out `txn` if its conditions hold and answers with its revision; `None` if one did
+    /// not hold.
+    async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError>;
+
+    /// Lists keys as they were at revision `at`, or as they are now.
+    async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError>;
+
+    /// Opens one watch over several ranges. Returns once the store has accepted all of them.
+    async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError>;
+}
+
+/// The store that the options name: `memory://name`, or an etcd cluster. Connects to nothing yet.
+///
+/// # Errors
+///
+/// [`InvalidEndpoint`](ClusterError::InvalidEndpoint) or
+/// [`InvalidConfig`](ClusterError::InvalidConfig), which name what is wrong.
+pub fn open(options: &EtcdOptions) -> Result<Arc<dyn Store>, ClusterError> {
+    options.validate()?;
+    Ok(match options.memory_name() {
+        Some(name) => Arc::new(MemoryStore::named(name)),
+        None => Arc::new(EtcdStore::new(options.clone())?),
+    })
+}

@@ -1,0 +1,225 @@
+//! How to reach the store.
+
+use std::time::Duration;
+
+use crate::error::ClusterError;
+
+const MEMORY: &str = "memory://";
+
+/// How to reach etcd, or the embedded store.
+///
+/// A list of endpoints converts into it, so that wherever options are taken
+/// `vec!["http://10.0.0.1:2379".to_string()]` will do.
+///
+/// ```
+/// use pingora_etcd::EtcdOptions;
+/// let options = EtcdOptions::new(["http://10.0.0.1:2379", "http://10.0.0.2:2379"])
+///     .key_prefix("prod/")
+///     .request_timeout(std::time::Duration::from_secs(2));
+/// options.validate().unwrap();
+/// assert!(EtcdOptions::new(["ftp://nowhere"]).validate().is_err());
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EtcdOptions {
+    /// `http://host:port` (the scheme may be left out) of each member, tried in turn; one
+    /// connection is used at a time. Or one `memory://name`: the embedded store of that name in
+    /// this process, which needs no server and keeps nothing.
+    pub endpoints: Vec<String>,
+    /// Goes before every key, to share an etcd with others. Default: empty.
+    pub key_prefix: String,
+    /// How long to wait for a connection to one endpoint. Default: 2 s. Range: 10 ms to 60 s.
+    pub connect_timeout: Duration,
+    /// How long to wait for the answer to one request. Default: 3 s. Range: 10 ms to 60 s.
+    pub request_timeout: Duration,
+    /// How often an open connection is probed by an HTTP/2 ping, which has to be answered within
+    /// `request_timeout`. Default: 10 s. At least 10 s, because etcd closes the connection of a
+    /// client that pings more often than every 5 s.
+    pub keep_alive_interval: Duration,
+}
+
+impl EtcdOptions {
+    /// These endpoints, and every default.
+    pub fn new<E: Into<String>>(endpoints: impl IntoIterator<Item = E>) -> Self {
+        Self {
+            endpoints: endpoints.into_iter().map(Into::into).collect(),
+            key_prefix: String::new(),
+            connect_timeout: Duration::from_secs(2),
+            request_timeout: Duration::from_secs(3),
+            keep_alive_interval: Duration::from_secs(10),
+        }
+    }
+
+    /// The embedded store of this name in this process.
+    pub fn memory(name: &str) -> Self {
+        Self::new([format!("{MEMORY}{name}")])
+    }
+
+    /// Sets [`key_prefix`](Self::key_prefix).
+    #[must_use]
+    pub fn key_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.key_prefix = prefix.into();
+        self
+    }
+
+    /// Sets [`connect_timeout`](Self::connect_timeout).
+    #[must_use]
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = timeout;
+        self
+    }
+
+    /// Sets [`request_timeout`](Self::request_timeout).
+    #[must_use]
+    pub fn request_timeout(mut self, timeout: Duration) -> Self {
+        self.request_timeout = timeout;
+        self
+    }
+
+    /// Sets [`keep_alive_interval`](Self::keep_alive_interval).
+    #[must_use]
+    pub fn keep_alive_interval(mut self, interval: Duration) -> Self {
+        self.keep_alive_interval = interval;
+        self
+    }
+
+    /// Checks every field.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint) or
+    /// [`InvalidConfig`](ClusterError::InvalidConfig), which name the one that is wrong.
+    pub fn validate(&self) -> Result<(), ClusterError> {
+        if self.endpoints.is_empty() {
+            return Err(ClusterError::config(
+                "endpoints",
+                "at least one etcd endpoint is needed, such as http://127.0.0.1:2379",
+            ));
+        }
+        for endpoint in &self.endpoints {
+            check_endpoint(endpoint, self.endpoints.len())?;
+        }
+        if self.key_prefix.chars().any(char::is_control) {
+            return Err(ClusterError::config(
+                "key_prefix",
+                "contains a control character",
+            ));
+        }
+        let (least, most) = (Duration::from_millis(10), Duration::from_secs(60));
+        for (field, value, least, most) in [
+            ("connect_timeout", self.connect_timeout, least, most),
+            ("request_timeout", self.request_timeout, least, most),
+            (
+                "keep_alive_interval",
+                self.keep_alive_interval,
+                Duration::from_secs(10),
+                Duration::from_secs(3600),
+            ),
+        ] {
+            if value < least || value > most {
+                return Err(ClusterError::config(
+                    field,
+                    format!("{value:?} is out of range, {least:?} to {most:?}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The name of the embedded store, if that is what is asked for.
+    pub(crate) fn memory_name(&self) -> Option<&str> {
+        self.endpoints.first()?.strip_prefix(MEMORY)
+    }
+}
+
+impl From<Vec<String>> for EtcdOptions {
+    fn from(endpoints: Vec<String>) -> Self {
+        Self::new(endpoints)
+    }
+}
+
+fn check_endpoint(endpoint: &str, count: usize) -> Result<(), ClusterError> {
+    let invalid = |reason: &str| {
+        Err(ClusterError::InvalidEndpoint {
+            endpoint: endpoint.to_owned(),
+            reason: reason.to_owned(),
+        })
+    };
+    if endpoint.starts_with(MEMORY) {
+        return if count == 1 {
+            Ok(())
+        } else {
+            invalid("the embedded store cannot be mixed with other endpoints")
+        };
+    }
+    if endpoint.starts_with("https://") {
+        return invalid("TLS to etcd is not supported yet, use http://");
+    }
+    let rest = endpoint.strip_prefix("http://").unwrap_or(endpoint);
+    if rest.contains("://") {
+        return invalid("the scheme must be http:// or memory://");
+    }
+    match format!("http://{rest}").parse::<http::Uri>() {
+        Err(error) => invalid(&error.to_string()),
+        Ok(uri) if uri.host().is_none_or(str::is_empty) => invalid("there is no host in it"),
+        Ok(uri) if uri.port_u16().is_none() => invalid("there is no port in it, etcd's is 2379"),
+        Ok(uri) if uri.path() != "/" || uri.query().is_some() => {
+            invalid("only scheme, host and port belong there")
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_endpoints_are_named() {
+        for endpoint in [
+            "",
+            "http://",
+            "http://host",
+            "host",
+            "ftp://host:1",
+            "https://host:2379",
+            "http://host:2379/path",
+            "http://host:99999",
+            "http://ho st:2379",
+        ] {
+            let error = EtcdOptions::new([endpoint]).validate().unwrap_err();
+            assert!(
+                matches!(&error, ClusterError::InvalidEndpoint { endpoint: named, .. } if named == endpoint),
+                "{endpoint:?}: {error:?}"
+            );
+        }
+        assert!(
+            EtcdOptions::new(["http://a:1", "memory://b"])
+                .validate()
+                .is_err()
+        );
+        let none: [&str; 0] = [];
+        let error = EtcdOptions::new(none).validate().unwrap_err();
+        assert!(error.to_string().contains("endpoints"));
+    }
+
+    #[test]
+    fn right_ones_pass() {
+        for endpoint in [
+            "http://127.0.0.1:2379",
+            "localhost:2379",
+            "http://[::1]:2379",
+            "memory://",
+            "memory://demo",
+        ] {
+            EtcdOptions::new([endpoint]).validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn out_of_range_times_are_named() {
+        let options = EtcdOptions::new(["h:1"]).keep_alive_interval(Duration::from_secs(1));
+        let error = options.validate().unwrap_err().to_string();
+        assert!(error.contains("keep_alive_interval"), "{error}");
+    }
+}

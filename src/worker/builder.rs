@@ -1,0 +1,218 @@
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::ClusterNode;
+use crate::error::ClusterError;
+use crate::keys;
+use crate::metrics::{MetricsCollector, NoopMetricsCollector};
+use crate::node::Node;
+use crate::store::{EtcdOptions, Store};
+
+const DEFAULT_TTL: i64 = 5;
+const MAX_TTL: i64 = 86_400;
+const MAX_INTERVAL: u64 = 86_400;
+
+/// What a node was built from, checked.
+pub(super) struct NodeConfig {
+    pub(super) etcd: EtcdOptions,
+    pub(super) store: Option<Arc<dyn Store>>,
+    pub(super) id: String,
+    pub(super) ip: IpAddr,
+    pub(super) group: String,
+    /// In seconds.
+    pub(super) ttl: u64,
+    pub(super) collector: Arc<dyn MetricsCollector>,
+    /// `None`: metrics are not published.
+    pub(super) interval: Option<Duration>,
+    port: Option<u16>,
+    zone: Option<String>,
+    tags: BTreeSet<String>,
+    weight: Option<f64>,
+}
+
+impl NodeConfig {
+    pub(super) fn node(&self) -> Node {
+        let mut node = Node::new(&self.id, self.ip);
+        node.port = self.port;
+        node.zone.clone_from(&self.zone);
+        node.tags.clone_from(&self.tags);
+        node.weight = self.weight;
+        node
+    }
+}
+
+/// Builds a [`ClusterNode`].
+pub struct ClusterNodeBuilder {
+    etcd: EtcdOptions,
+    store: Option<Arc<dyn Store>>,
+    id: String,
+    ip: IpAddr,
+    group: String,
+    ttl: i64,
+    collector: Arc<dyn MetricsCollector>,
+    interval: u64,
+    port: Option<u16>,
+    zone: Option<String>,
+    tags: BTreeSet<String>,
+    weight: Option<f64>,
+}
+
+impl ClusterNodeBuilder {
+    /// A node of this group, under this id (unique in the group, no slash), reached at this IP.
+    pub fn new(
+        etcd: impl Into<EtcdOptions>,
+        node_id: impl Into<String>,
+        node_ip: IpAddr,
+        group_name: impl Into<String>,
+    ) -> Self {
+        Self {
+            etcd: etcd.into(),
+            store: None,
+            id: node_id.into(),
+            ip: node_ip,
+            group: group_name.into(),
+            ttl: DEFAULT_TTL,
+            collector: Arc::new(NoopMetricsCollector::new()),
+            interval: 0,
+            port: None,
+            zone: None,
+            tags: BTreeSet::new(),
+            weight: None,
+        }
+    }
+
+    /// Time to live of its lease, in seconds: how long after a crash it is still listed. Default:
+    /// 5. Range: 1 to 86,400; etcd grants at least 2 by default.
+    #[must_use]
+    pub fn ttl(mut self, seconds: i64) -> Self {
+        self.ttl = seconds;
+        self
+    }
+
+    /// Where its metrics come from. Default: none. Takes effect with
+    /// [`metrics_update_interval`](Self::metrics_update_interval).
+    #[must_use]
+    pub fn metrics_collector(mut self, collector: impl MetricsCollector + 'static) -> Self {
+        self.collector = Arc::new(collector);
+        self
+    }
+
+    /// How often metrics are collected, in seconds; they are written when they changed, and at
+    /// least every 30 s. Default: 0, never. At most 86,400.
+    #[must_use]
+    pub fn metrics_update_interval(mut self, seconds: u64) -> Self {
+        self.interval = seconds;
+        self
+    }
+
+    /// The port it serves on, 1 to 65,535. Default: none registered, readers use their own.
+    #[must_use]
+    pub fn port(mut self, port: u16) -> Self {
+        self.port = Some(port);
+        self
+    }
+
+    /// Where it runs. Default: none.
+    #[must_use]
+    pub fn zone(mut self, zone: impl Into<String>) -> Self {
+        self.zone = Some(zone.into());
+        self
+    }
+
+    /// Free labels. Default: none.
+    #[must_use]
+    pub fn tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> Self {
+        self.tags = tags.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Its static share of traffic relative to others: above 0, at most 1,000,000. Default: 1.
+    #[must_use]
+    pub fn weight(mut self, weight: f64) -> Self {
+        self.weight = Some(weight);
+        self
+    }
+
+    /// Uses this store instead of opening one: to share a connection between nodes and
+    /// discoveries of one runtime, or for tests. Of the etcd options only the key prefix then
+    /// matters.
+    #[must_use]
+    pub fn store(mut self, store: Arc<dyn Store>) -> Self {
+        self.store = Some(store);
+        self
+    }
+
+    /// Checks everything and builds the node. Connects to nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig) or
+    /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
+    pub fn try_build(self) -> Result<ClusterNode, ClusterError> {
+        self.validate()?;
+        Ok(self.finish(None))
+    }
+
+    /// Builds the node; what [`try_build`](Self::try_build) would have refused is reported by
+    /// `run`.
+    pub fn build(self) -> ClusterNode {
+        let invalid = self.validate().err();
+        self.finish(invalid)
+    }
+
+    fn validate(&self) -> Result<(), ClusterError> {
+        if self.store.is_none() {
+            self.etcd.validate()?;
+        }
+        keys::check_node_id(&self.id)?;
+        keys::check_group(&self.group)?;
+        let range = |field: &str, ok: bool, given: String, range: &str| {
+            if ok {
+                Ok(())
+            } else {
+                let reason = format!("{given} is out of range, {range}");
+                Err(ClusterError::config(field, reason))
+            }
+        };
+        range(
+            "ttl",
+            (1..=MAX_TTL).contains(&self.ttl),
+            format!("{} s", self.ttl),
+            "1 s to 86,400 s",
+        )?;
+        range(
+            "metrics_update_interval",
+            self.interval <= MAX_INTERVAL,
+            format!("{} s", self.interval),
+            "0 (never) to 86,400 s",
+        )?;
+        range("port", self.port != Some(0), "0".to_owned(), "1 to 65,535")?;
+        let weight = self.weight.unwrap_or(1.0);
+        range(
+            "weight",
+            crate::balance::is_base_weight(weight),
+            weight.to_string(),
+            "above 0 up to 1,000,000",
+        )
+    }
+
+    fn finish(self, invalid: Option<ClusterError>) -> ClusterNode {
+        let config = NodeConfig {
+            etcd: self.etcd,
+            store: self.store,
+            id: self.id,
+            ip: self.ip,
+            group: self.group,
+            ttl: self.ttl.clamp(1, MAX_TTL).unsigned_abs(),
+            collector: self.collector,
+            interval: (self.interval > 0).then(|| Duration::from_secs(self.interval)),
+            port: self.port,
+            zone: self.zone,
+            tags: self.tags,
+            weight: self.weight,
+        };
+        ClusterNode::from_config(config, invalid)
+    }
+}
