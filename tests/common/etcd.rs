@@ -1,0 +1,334 @@
+//! A real etcd, found in this order: `ETCD_ENDPOINTS` (comma-separated, running), `ETCD_BIN` (a
+//! binary), `ETCD_IMAGE` (a container image, run through testcontainers), an `etcd` on the `PATH`.
+
+use std::future::Future;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, Once, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use pingora_etcd::EtcdOptions;
+use pingora_etcd::store::{EtcdStore, Selector, Store};
+use testcontainers::core::{IntoContainerPort, WaitFor};
+use testcontainers::runners::AsyncRunner;
+use testcontainers::{ContainerAsync, GenericImage, ImageExt};
+use tokio::runtime::Runtime;
+
+use super::{free_port, local};
+
+enum Source {
+    Endpoints(Vec<String>),
+    Binary(PathBuf),
+    Image(String),
+}
+
+fn source() -> &'static Source {
+    static SOURCE: OnceLock<Source> = OnceLock::new();
+    SOURCE.get_or_init(|| {
+        let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let source = if let Some(endpoints) = variable("ETCD_ENDPOINTS") {
+            Source::Endpoints(endpoints.split(',').map(str::to_owned).collect())
+        } else {
+            breakable()
+        };
+        announce(&source);
+        source
+    })
+}
+
+/// Where to get an etcd of one's own, which may be stopped.
+fn breakable() -> Source {
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    if let Some(binary) = variable("ETCD_BIN") {
+        Source::Binary(binary.into())
+    } else if let Some(image) = variable("ETCD_IMAGE") {
+        Source::Image(image)
+    } else if let Some(binary) = on_path() {
+        Source::Binary(binary)
+    } else {
+        panic!(
+            "these tests need a real etcd: set ETCD_BIN to an etcd binary, or ETCD_IMAGE to the \
+             name of a container image (with a Docker engine), or put etcd on the PATH; \
+             `make test` gets one by itself"
+        );
+    }
+}
+
+fn on_path() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|directory| directory.join("etcd"))
+        .find(|file| file.is_file())
+}
+
+/// Past the test harness, which hides what passing tests print: which etcd was used must be seen.
+fn announce(source: &Source) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let what = match source {
+            Source::Endpoints(endpoints) => format!("running at {}", endpoints.join(",")),
+            Source::Binary(binary) => format!("process {}", binary.display()),
+            Source::Image(image) => format!("container {image} through testcontainers"),
+        };
+        let _ = writeln!(std::io::stderr(), "etcd under test: {what}");
+    });
+}
+
+/// An etcd that is stopped when the last handle to it is dropped, or when this process ends.
+pub struct Etcd {
+    endpoints: Vec<String>,
+    server: Server,
+}
+
+enum Server {
+    External,
+    Process {
+        binary: PathBuf,
+        client_port: u16,
+        peer_port: u16,
+        data: PathBuf,
+        running: Mutex<Option<Process>>,
+    },
+    /// Taken out only to be removed.
+    Container(Option<Box<ContainerAsync<GenericImage>>>),
+}
+
+struct Process {
+    shell: Child,
+    pid: u32,
+}
+
+impl Etcd {
+    /// The one that the tests of this process share. Nobody may stop it or compact it.
+    pub fn shared() -> Arc<Etcd> {
+        static SHARED: Mutex<Weak<Etcd>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap_or_else(|error| error.into_inner());
+        if let Some(etcd) = shared.upgrade() {
+            return etcd;
+        }
+        let etcd = Arc::new(match source() {
+            Source::Endpoints(endpoints) => Etcd {
+                endpoints: endpoints.clone(),
+                server: Server::External,
+            },
+            other => Etcd::start_from(other),
+        });
+        *shared = Arc::downgrade(&etcd);
+        etcd
+    }
+
+    /// One of this test's own, to be stopped, paused or compacted.
+    pub fn own() -> Etcd {
+        match source() {
+            Source::Endpoints(_) => Etcd::start_from(&breakable()),
+            other => Etcd::start_from(other),
+        }
+    }
+
+    fn start_from(source: &Source) -> Etcd {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let client_port = free_port();
+        let endpoints = vec![format!("http://{}:{client_port}", local())];
+        let server = match source {
+            Source::Endpoints(_) => unreachable!("endpoints cannot be started"),
+            Source::Binary(binary) => {
+                let name = format!(
+                    "etcd-{}-{}",
+                    std::process::id(),
+                    COUNT.fetch_add(1, Ordering::Relaxed)
+                );
+                Server::Process {
+                    binary: binary.clone(),
+                    client_port,
+                    peer_port: free_port(),
+                    data: std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name),
+                    running: Mutex::new(None),
+                }
+            }
+            Source::Image(image) => {
+                let (name, tag) = image.rsplit_once(':').unwrap_or((image, "latest"));
+                let container = GenericImage::new(name, tag)
+                    .with_wait_for(WaitFor::message_on_stderr("ready to serve client requests"))
+                    // A fixed port, so that it is the same after a restart.
+                    .with_mapped_port(client_port, 2379.tcp());
+                let container = block_on(container.start())
+                    .unwrap_or_else(|error| panic!("cannot run image {image}: {error}"));
+                Server::Container(Some(Box::new(container)))
+            }
+        };
+        let etcd = Etcd { endpoints, server };
+        if matches!(etcd.server, Server::Process { .. }) {
+            etcd.start();
+        } else {
+            etcd.wait_until_it_serves();
+        }
+        etcd
+    }
+
+    pub fn endpoints(&self) -> Vec<String> {
+        self.endpoints.clone()
+    }
+
+    pub fn options(&self) -> EtcdOptions {
+        EtcdOptions::new(self.endpoints.clone())
+    }
+
+    /// `host:port` of the first endpoint.
+    pub fn address(&self) -> String {
+        self.endpoints[0].trim_start_matches("http://").to_owned()
+    }
+
+    pub async fn raw_client(&self) -> etcd_client::Client {
+        etcd_client::Client::connect(&self.endpoints, None)
+            .await
+            .unwrap()
+    }
+
+    /// Stops it from running without closing anything: it is silent.
+    pub fn pause(&self) {
+        match &self.server {
+            Server::Container(Some(container)) => block_on(container.pause()).unwrap(),
+            _ => self.signal("STOP"),
+        }
+    }
+
+    pub fn resume(&self) {
+        match &self.server {
+            Server::Container(Some(container)) => block_on(container.unpause()).unwrap(),
+            _ => self.signal("CONT"),
+        }
+    }
+
+    /// Kills it. Its data stays.
+    pub fn stop(&self) {
+        match &self.server {
+            Server::External | Server::Container(None) => unreachable!("not a running one"),
+            Server::Container(Some(container)) => {
+                block_on(container.stop_with_timeout(Some(0))).unwrap()
+            }
+            Server::Process { running, .. } => {
+                let process = running.lock().unwrap().take().expect("is running");
+                process.end(true);
+            }
+        }
+    }
+
+    /// Starts it again with the data it had.
+    pub fn start(&self) {
+        match &self.server {
+            Server::External | Server::Container(None) => unreachable!("not a running one"),
+            Server::Container(Some(container)) => block_on(container.start()).unwrap(),
+            Server::Process {
+                binary,
+                client_port,
+                peer_port,
+                data,
+                running,
+            } => {
+                let url = |port: u16| format!("http://{}:{port}", local());
+                // The shell outlives this process by an instant, in which it stops etcd: its
+                // standard input closes with us, however we end.
+                let script = r#"
+                    data=$1; shift
+                    "$@" --data-dir "$data" >>"$data.log" 2>&1 </dev/null &
+                    pid=$!
+                    echo $pid
+                    read -r last
+                    kill -9 $pid
+                    wait $pid 2>/dev/null
+                    [ "$last" = keep ] || rm -rf "$data" "$data.log"
+                "#;
+                let mut shell = Command::new("sh")
+                    .args(["-c", script, "sh"])
+                    .arg(data)
+                    .arg(binary)
+                    .args(["--listen-client-urls", &url(*client_port)])
+                    .args(["--advertise-client-urls", &url(*client_port)])
+                    .args(["--listen-peer-urls", &url(*peer_port)])
+                    .args(["--initial-advertise-peer-urls", &url(*peer_port)])
+                    .args(["--initial-cluster", &format!("default={}", url(*peer_port))])
+                    .args(["--unsafe-no-fsync", "--log-level", "error"])
+                    .stdin(Stdio::piped())
+                    .stdout(Stdio::piped())
+                    .spawn()
+                    .expect("sh starts");
+                let mut line = String::new();
+                BufReader::new(shell.stdout.take().unwrap())
+                    .read_line(&mut line)
+                    .unwrap();
+                let pid = line.trim().parse().expect("the shell prints etcd's pid");
+                *running.lock().unwrap() = Some(Process { shell, pid });
+            }
+        }
+        self.wait_until_it_serves();
+    }
+
+    fn signal(&self, signal: &str) {
+        let Server::Process { running, .. } = &self.server else {
+            unreachable!("only our own process is given signals");
+        };
+        let running = running.lock().unwrap();
+        let pid = running.as_ref().expect("is running").pid;
+        send_signal(pid, signal);
+    }
+
+    fn wait_until_it_serves(&self) {
+        let store = EtcdStore::new(self.options()).unwrap();
+        block_on(async {
+            let start = Instant::now();
+            let any = Selector::Key("any".to_owned());
+            while let Err(error) = store.list(&any, None).await {
+                let waited = start.elapsed();
+                assert!(waited < super::DEADLINE, "etcd does not serve: {error}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+    }
+}
+
+/// On a thread outside any runtime, for the caller is most often in one. All in the same runtime,
+/// which the container client's connections belong to.
+fn block_on<T: Send>(future: impl Future<Output = T> + Send) -> T {
+    static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| RUNTIME.block_on(future));
+        thread.join().expect("etcd can be controlled")
+    })
+}
+
+pub fn send_signal(pid: u32, signal: &str) {
+    let status = Command::new("kill")
+        .args([&format!("-{signal}"), &pid.to_string()])
+        .status()
+        .expect("kill runs");
+    assert!(status.success(), "kill -{signal} {pid}");
+}
+
+impl Process {
+    fn end(mut self, keep_data: bool) {
+        if let Some(mut input) = self.shell.stdin.take() {
+            let _ = writeln!(input, "{}", if keep_data { "keep" } else { "remove" });
+        }
+        let _ = self.shell.wait();
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        match &mut self.server {
+            Server::External => {}
+            Server::Container(container) => {
+                if let Some(container) = container.take() {
+                    let _ = block_on(container.rm());
+                }
+            }
+            Server::Process { running, .. } => {
+                if let Some(process) = running.get_mut().ok().and_then(Option::take) {
+                    process.end(false);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! A TCP proxy in front of etcd that counts connections and can go silent: it then passes nothing
+//! and closes nothing, as a network does that drops packets.
+
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pingora_etcd::EtcdOptions;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+pub struct Link {
+    address: SocketAddr,
+    connections: Arc<AtomicUsize>,
+    silent: watch::Sender<bool>,
+    _accepting: JoinSet<()>,
+}
+
+impl Link {
+    /// In front of `target` (`host:port`).
+    pub async fn to(target: String) -> Link {
+        let listener = TcpListener::bind((super::local(), 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let connections = Arc::new(AtomicUsize::new(0));
+        let silent = watch::Sender::new(false);
+        let (counter, state) = (connections.clone(), silent.subscribe());
+        let mut accepting = JoinSet::new();
+        accepting.spawn(async move {
+            let mut passing = JoinSet::new();
+            loop {
+                let Ok((near, _)) = listener.accept().await else {
+                    continue;
+                };
+                counter.fetch_add(1, Ordering::Relaxed);
+                passing.spawn(pass(near, target.clone(), state.clone()));
+            }
+        });
+        Link {
+            address,
+            connections,
+            silent,
+            _accepting: accepting,
+        }
+    }
+
+    pub fn options(&self) -> EtcdOptions {
+        EtcdOptions::new([format!("http://{}", self.address)])
+    }
+
+    /// Connections accepted so far.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Passes nothing from now on, or passes again what has been held back.
+    pub fn set_silent(&self, silent: bool) {
+        self.silent.send_replace(silent);
+    }
+}
+
+async fn pass(near: TcpStream, target: String, mut silent: watch::Receiver<bool>) {
+    // A connection made during silence is accepted by the kernel and then hears nothing.
+    if silent.wait_for(|silent| !silent).await.is_err() {
+        return;
+    }
+    let Ok(far) = TcpStream::connect(target).await else {
+        return;
+    };
+    let (near_in, near_out) = near.into_split();
+    let (far_in, far_out) = far.into_split();
+    tokio::join!(
+        pump(near_in, far_out, silent.clone()),
+        pump(far_in, near_out, silent)
+    );
+}
+
+async fn pump(
+    mut from: impl AsyncReadExt + Unpin,
+    mut to: impl AsyncWriteExt + Unpin,
+    mut silent: watch::Receiver<bool>,
+) {
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        let read = match from.read(&mut buffer).await {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(_) => break,
+        };
+        if silent.wait_for(|silent| !silent).await.is_err() {
+            return;
+        }
+        if to.write_all(&buffer[..read]).await.is_err() {
+            break;
+        }
+    }
+    if silent.wait_for(|silent| !silent).await.is_ok() {
+        let _ = to.shutdown().await;
+    }
+}
