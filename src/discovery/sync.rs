@@ -111,6 +111,7 @@ impl Shared {
         let changes = view.reset(&nodes.entries, &candidates.entries, revision);
         info!(group = %self.group, revision, nodes = view.nodes().len(), "group loaded");
         self.publish(view, changes, true);
+        self.went_live();
         if !self.ready.send_replace(true) {
             let _ = self.events.send(ClusterEvent::Ready);
         }

@@ -16,6 +16,7 @@ pub struct Link {
     address: SocketAddr,
     connections: Arc<AtomicUsize>,
     silent: watch::Sender<bool>,
+    cut: Arc<tokio::sync::Notify>,
     _accepting: JoinSet<()>,
 }
 
@@ -27,13 +28,20 @@ impl Link {
         let connections = Arc::new(AtomicUsize::new(0));
         let silent = watch::Sender::new(false);
         let (counter, state) = (connections.clone(), silent.subscribe());
+        let cut = Arc::new(tokio::sync::Notify::new());
+        let to_cut = cut.clone();
         let mut accepting = JoinSet::new();
         accepting.spawn(async move {
             let mut passing = JoinSet::new();
             loop {
-                let Ok((near, _)) = listener.accept().await else {
-                    continue;
+                let near = tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    () = to_cut.notified() => {
+                        passing.shutdown().await;
+                        continue;
+                    }
                 };
+                let Ok((near, _)) = near else { continue };
                 counter.fetch_add(1, Ordering::Relaxed);
                 passing.spawn(pass(near, target.clone(), state.clone()));
             }
@@ -42,6 +50,7 @@ impl Link {
             address,
             connections,
             silent,
+            cut,
             _accepting: accepting,
         }
     }
@@ -53,6 +62,11 @@ impl Link {
     /// Connections accepted so far.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Closes every connection there is.
+    pub fn cut(&self) {
+        self.cut.notify_one();
     }
 
     /// Passes nothing from now on, or passes again what has been held back.

@@ -14,9 +14,18 @@ use tokio::time::{Instant, sleep, timeout};
 /// Longer than anything here takes on a machine that is busy with other tests.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
+/// Shows this crate's log lines of a failing test (`RUST_LOG` has the filter).
+pub fn log() {
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_test_writer()
+        .try_init();
+}
+
 /// A group of this test's own.
 pub fn group(test: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
+    log();
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     format!("{test}-{}-{count}", std::process::id())
 }

@@ -1,0 +1,58 @@
+.DEFAULT_GOAL := help
+.PHONY: help deps demo test test-docker lint bench bench-build clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+deps: ## install what a build needs besides Rust (protoc, cmake)
+	@.ci/install-build-tools
+
+# exec leaves one process between the terminal and the example, so that Ctrl-C
+# ends it and it alone decides how.
+demo: deps ## a load balancer on 127.0.0.1:6188 and three nodes, until Ctrl-C
+	@exec cargo run --example load_balancer -- --conf config/demo.yaml --demo 3
+
+# The integration tests start the example binaries, which `cargo test` alone does
+# not build. ETCD_IMAGE (name:tag, through testcontainers) takes the place of an etcd
+# process. ETCD_ENDPOINTS (a running etcd) does so only for the tests that do not
+# stop theirs, so a binary is needed beside it.
+test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS is set
+	cargo build --all-features --examples
+	@set -e; \
+	if [ -n "$$ETCD_IMAGE" ]; then \
+		unset ETCD_BIN; \
+	else \
+		ETCD_BIN=$$(.ci/install-etcd); \
+		export ETCD_BIN; \
+	fi; \
+	set -x; \
+	cargo test --all-features --lib --bins --examples --tests; \
+	cargo test --all-features --doc; \
+	cargo test --no-default-features --lib --tests
+
+test-docker: deps ## the etcd tests against etcd in containers
+	cargo build --all-features --examples
+	@set -e; \
+	image=$$(.ci/etcd-image); \
+	unset ETCD_BIN ETCD_ENDPOINTS; \
+	set -x; \
+	ETCD_IMAGE=$$image cargo test --all-features --test store_conformance --test cluster --test proxy
+
+# Features change what is compiled, so each useful set is linted by itself.
+lint: deps ## formatting, clippy and rustdoc, without warnings
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --no-default-features -- -D warnings
+	cargo clippy --all-targets --no-default-features --features system-metrics -- -D warnings
+	cargo clippy --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --no-default-features
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
+
+bench: deps ## run the benchmarks
+	cargo bench --all-features
+
+bench-build: deps ## compile the benchmarks without running them
+	cargo bench --all-features --no-run
+
+clean: ## remove target/, downloaded tools included
+	cargo clean

@@ -1,0 +1,275 @@
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use pingora_etcd::{Change, ClusterError, ClusterEvent, ServiceDiscovery};
+
+use super::common::etcd::Etcd;
+use super::common::{eventually, group, throughout, within};
+use super::{Running, leader_id, ready, watch_group};
+
+#[tokio::test]
+async fn groups_whose_names_begin_alike_do_not_see_each_other() {
+    let etcd = Etcd::shared();
+    let (app, app2) = {
+        let app = group("app");
+        (app.clone(), format!("{app}-2"))
+    };
+    let two = Running::start(&etcd.options(), &app2, "two").await;
+    within("leadership", two.node.wait_for_leadership()).await;
+    let of_app = ready(&etcd.options(), &app).await;
+    let of_app2 = ready(&etcd.options(), &app2).await;
+    assert!(of_app.nodes().is_empty());
+    assert!(of_app.leader().is_none());
+
+    let one = Running::start(&etcd.options(), &app, "one").await;
+    within("leadership", one.node.wait_for_leadership()).await;
+    eventually("each its own", || {
+        leader_id(&of_app).as_deref() == Some("one")
+            && leader_id(&of_app2).as_deref() == Some("two")
+    })
+    .await;
+    two.stop().await;
+    eventually("two is gone", || of_app2.nodes().is_empty()).await;
+    assert_eq!(leader_id(&of_app).as_deref(), Some("one"));
+    assert_eq!(of_app.nodes().len(), 1);
+    one.stop().await;
+}
+
+#[tokio::test]
+async fn a_key_prefix_keeps_installations_apart() {
+    let etcd = Etcd::shared();
+    let group = group("prefix");
+    let prefixed = etcd.options().key_prefix("blue/");
+    let node = Running::start(&prefixed, &group, "n1").await;
+    let plain = ready(&etcd.options(), &group).await;
+    let blue = ready(&prefixed, &group).await;
+    within("it is seen", blue.wait_for_nodes(1)).await;
+    assert!(plain.nodes().is_empty());
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn bad_entries_are_skipped_and_the_others_are_served() {
+    let etcd = Etcd::shared();
+    let group = group("bad");
+    let mut client = etcd.raw_client().await;
+    let key = |id: &str| format!("registry/{group}/{id}");
+    client.put(key("broken"), "{not json", None).await.unwrap();
+    let liar = r#"{"id":"n1","ip":"10.9.9.9","last_seen":1}"#;
+    client.put(key("liar"), liar, None).await.unwrap();
+    client.put(key("binary"), [0xff, 0xfe], None).await.unwrap();
+    let node = Running::start(&etcd.options(), &group, "n1").await;
+    let discovery = ready(&etcd.options(), &group).await;
+    within("the good one", discovery.wait_for_nodes(1)).await;
+    assert_eq!(discovery.skipped_entries(), 3);
+    // The same while watching.
+    client.put(key("late"), "[]", None).await.unwrap();
+    eventually("counted", || discovery.skipped_entries() == 4).await;
+    assert_eq!(discovery.nodes().len(), 1);
+    assert!(discovery.nodes().get("n1").unwrap().ip.is_loopback());
+    // A bad one that becomes good is taken.
+    let good = r#"{"id":"late","ip":"10.9.9.9","last_seen":1}"#;
+    client.put(key("late"), good, None).await.unwrap();
+    eventually("taken", || discovery.nodes().len() == 2).await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_compaction_between_list_and_watch_is_survived() {
+    let etcd = Etcd::own();
+    let group = group("compact");
+    let link = super::common::link::Link::to(etcd.address()).await;
+    let discovery = ready(&link.options(), &group).await;
+    let mut events = discovery.subscribe();
+    let old = Running::start(&etcd.options(), &group, "old").await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+    // The discovery hears nothing while the group changes and history is cut off behind it.
+    link.set_silent(true);
+    old.stop().await;
+    let new = Running::start(&etcd.options(), &group, "new").await;
+    let mut client = etcd.raw_client().await;
+    let mut revision = 0;
+    for _ in 0..10 {
+        let put = client.put("elsewhere", "", None).await.unwrap();
+        revision = put.header().unwrap().revision();
+    }
+    client.compact(revision, None).await.unwrap();
+    assert!(
+        discovery.nodes().get("old").is_some(),
+        "the last view stays"
+    );
+    // Its connection breaks, and what it missed is gone: it lists again and tells the difference.
+    link.cut();
+    link.set_silent(false);
+    eventually("the new state", || {
+        let nodes = discovery.nodes();
+        nodes.len() == 1
+            && nodes.get("new").is_some()
+            && leader_id(&discovery).as_deref() == Some("new")
+    })
+    .await;
+    let mut told = Vec::new();
+    while let Ok(event) = events.try_recv() {
+        told.push(event.to_string());
+    }
+    for expected in [
+        "disconnected",
+        "node old left",
+        "node new joined at 127.0.0.1",
+        "node new leads",
+    ] {
+        assert!(
+            told.iter().any(|event| event == expected),
+            "{expected}: {told:?}"
+        );
+    }
+    // And it hears on.
+    new.stop().await;
+    eventually("the end", || discovery.nodes().is_empty()).await;
+}
+
+#[tokio::test]
+async fn after_a_break_it_resumes_without_a_relist() {
+    let etcd = Etcd::shared();
+    let group = group("resume");
+    let link = super::common::link::Link::to(etcd.address()).await;
+    let discovery = ready(&link.options(), &group).await;
+    let mut changes = discovery.changes();
+    assert!(matches!(changes.next().await, Change::Reset(_)));
+    assert!(matches!(changes.next().await, Change::Leader(None)));
+    let mut events = discovery.subscribe();
+    link.cut();
+    let node = Running::start(&etcd.options(), &group, "n1").await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+    let first = within("a change", changes.next()).await;
+    assert!(matches!(first, Change::Joined(_)), "{first:?}");
+    let mut told = Vec::new();
+    while told.len() < 3 {
+        told.push(within("an event", events.recv()).await.unwrap().to_string());
+    }
+    assert_eq!(told[..2], ["disconnected", "reconnected"]);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn folding_the_changes_gives_the_view_even_for_a_reader_too_slow() {
+    let etcd = Etcd::shared();
+    let group = group("fold");
+    let discovery = ready(&etcd.options(), &group).await;
+    let mut slow = discovery.changes();
+    let mut client = etcd.raw_client().await;
+    for round in 0..3_000 {
+        let id = format!("n{}", round % 7);
+        let key = format!("registry/{group}/{id}");
+        if round % 5 == 4 {
+            client.delete(key, None).await.unwrap();
+        } else {
+            let value = format!(r#"{{"id":"{id}","ip":"10.0.0.1","last_seen":{round}}}"#);
+            client.put(key, value, None).await.unwrap();
+        }
+    }
+    let put = client.put("elsewhere", "", None).await.unwrap();
+    let last = put.header().unwrap().revision();
+    eventually("all is seen", || discovery.nodes().revision() >= last - 1).await;
+    let mut folded = BTreeMap::new();
+    let mut resets = 0;
+    let expected: BTreeMap<_, _> = discovery
+        .nodes()
+        .iter()
+        .map(|node| (node.id.clone(), node.last_seen))
+        .collect();
+    while folded != expected || resets < 2 {
+        match within("a change", slow.next()).await {
+            Change::Reset(nodes) => {
+                resets += 1;
+                folded = nodes
+                    .iter()
+                    .map(|node| (node.id.clone(), node.last_seen))
+                    .collect();
+            }
+            Change::Joined(node) | Change::Updated { new: node, .. } => {
+                folded.insert(node.id.clone(), node.last_seen);
+            }
+            Change::Left(node) => {
+                folded.remove(&node.id);
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(resets, 2, "once at the start and once for being too slow");
+}
+
+#[tokio::test]
+async fn wrong_endpoints_are_errors_and_never_panics() {
+    let build = |endpoints: &[&str]| {
+        let endpoints: Vec<String> = endpoints.iter().map(|e| (*e).to_owned()).collect();
+        (
+            ServiceDiscovery::builder(endpoints.clone(), "g")
+                .try_build()
+                .map(drop),
+            ServiceDiscovery::new(endpoints, "g".to_owned()),
+        )
+    };
+    for (endpoints, named) in [
+        (vec![], "endpoints"),
+        (vec!["http://"], "http://"),
+        (vec!["no port"], "no port"),
+        (vec!["https://etcd:2379"], "https://etcd:2379"),
+    ] {
+        let (checked, unchecked) = build(&endpoints);
+        let error = checked.unwrap_err();
+        assert!(error.to_string().contains(named), "{error}");
+        assert_eq!(unchecked.run(None).await.unwrap_err(), error);
+    }
+    let error = ServiceDiscovery::builder(vec!["http://h:1".to_owned()], "a//b")
+        .try_build()
+        .unwrap_err();
+    assert!(matches!(error, ClusterError::InvalidConfig { .. }));
+}
+
+#[tokio::test]
+async fn with_nobody_listening_it_keeps_trying_and_stops_when_asked() {
+    let dead = vec![format!("http://127.0.0.1:{}", super::common::free_port())];
+    let discovery = watch_group(&dead.into(), "g");
+    throughout("not ready", Duration::from_secs(1), || {
+        !discovery.is_ready()
+    })
+    .await;
+    assert!(discovery.is_running());
+    let mut events = discovery.subscribe();
+    assert!(events.try_recv().is_err());
+
+    let node = super::builder(&vec!["http://127.0.0.1:1".to_owned()].into(), "g", "n");
+    let running = Running::new(node.try_build().unwrap());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(running.stop().await < Duration::from_secs(2));
+}
+
+#[tokio::test]
+async fn the_predecessors_events_in_their_order() {
+    let etcd = Etcd::shared();
+    let group = group("events");
+    let discovery = ServiceDiscovery::new(etcd.endpoints(), group.clone());
+    let mut events = discovery.subscribe();
+    let (stop, mut stopped) = tokio::sync::broadcast::channel(1);
+    let running = discovery.clone();
+    let task = tokio::spawn(async move { running.run(Some(&mut stopped)).await });
+    let mut next = async || within("an event", events.recv()).await.unwrap();
+    assert_eq!(next().await, ClusterEvent::Ready);
+    let node = Running::start(&etcd.options(), &group, "n1").await;
+    let joined = next().await;
+    let ClusterEvent::NodeJoined(joined) = joined else {
+        panic!("{joined}")
+    };
+    assert_eq!(joined.id, "n1");
+    assert_eq!(next().await, ClusterEvent::LeaderElected(joined.clone()));
+    node.stop().await;
+    let mut ends = [next().await, next().await];
+    ends.sort_by_key(|event| matches!(event, ClusterEvent::LeaderLost));
+    assert_eq!(
+        ends,
+        [ClusterEvent::NodeLeft(joined), ClusterEvent::LeaderLost]
+    );
+    stop.send(()).unwrap();
+    within("run returns", task).await.unwrap().unwrap();
+}

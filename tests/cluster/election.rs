@@ -1,0 +1,261 @@
+use std::time::Duration;
+
+use pingora_etcd::{ClusterError, ClusterEvent};
+
+use super::common::etcd::Etcd;
+use super::common::{DEADLINE, eventually, group, throughout, within};
+use super::{Running, leader_id, ready};
+
+#[tokio::test]
+async fn a_single_node_elects_itself() {
+    let etcd = Etcd::shared();
+    let group = group("self");
+    let running = Running::start(&etcd.options(), &group, "n1").await;
+    let leadership = within("leadership", running.node.wait_for_leadership()).await;
+    assert_eq!(leadership.node.id, "n1");
+    assert!(leadership.epoch > 0);
+    assert!(running.node.is_leader());
+
+    let discovery = ready(&etcd.options(), &group).await;
+    let seen = within("a leader", discovery.wait_for_leader()).await;
+    assert_eq!(seen.id, "n1");
+    assert_eq!(discovery.leadership().unwrap().epoch, leadership.epoch);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_new_leader_after_a_crash_within_the_ttl_and_a_second() {
+    let etcd = Etcd::shared();
+    let group = group("crash");
+    let first = Running::start(&etcd.options(), &group, "n1").await;
+    within("leadership", first.node.wait_for_leadership()).await;
+    let second = Running::start(&etcd.options(), &group, "n2").await;
+    let discovery = ready(&etcd.options(), &group).await;
+    within("both", discovery.wait_for_nodes(2)).await;
+    let epoch = discovery.leadership().unwrap().epoch;
+
+    first.crash();
+    let took = eventually("n2 leads", || {
+        leader_id(&discovery).as_deref() == Some("n2")
+    })
+    .await;
+    // The lease was granted for 2 s and may just have been renewed.
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert_eq!(discovery.nodes().len(), 1, "the crashed node is gone");
+    eventually("n2 knows", || second.node.is_leader()).await;
+    assert!(discovery.leadership().unwrap().epoch > epoch);
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn twenty_nodes_come_and_go_with_always_a_valid_leader() {
+    const COUNT: usize = 20;
+    let etcd = Etcd::shared();
+    let group = group("twenty");
+    let discovery = ready(&etcd.options(), &group).await;
+    let mut nodes = Vec::new();
+    for index in 0..COUNT {
+        let id = format!("n{index:02}");
+        nodes.push(Running::start(&etcd.options(), &group, &id).await);
+        let count = index + 1;
+        within("it is seen", discovery.wait_for_nodes(count)).await;
+        within("there is a leader", discovery.wait_for_leader()).await;
+    }
+    let valid = |nodes: &[Running]| {
+        let leaders: Vec<_> = nodes
+            .iter()
+            .filter(|running| running.node.is_leader())
+            .collect();
+        assert!(leaders.len() <= 1, "two leaders");
+        leaders.len() == 1
+            && leader_id(&discovery).as_deref() == Some(leaders[0].node.id())
+            && discovery.nodes().len() == nodes.len()
+    };
+    assert_eq!(leader_id(&discovery).as_deref(), Some("n00"));
+    // The leader each time first, then from the other end: both orders matter to the queue.
+    while !nodes.is_empty() {
+        let leaving = if nodes.len().is_multiple_of(2) {
+            nodes.remove(0)
+        } else {
+            nodes.pop().unwrap()
+        };
+        let id = leaving.node.id().to_owned();
+        leaving.stop().await;
+        if !nodes.is_empty() {
+            eventually("a valid leader", || valid(&nodes)).await;
+            assert!(discovery.nodes().get(&id).is_none());
+        }
+    }
+    eventually("nobody", || {
+        discovery.nodes().is_empty() && discovery.leader().is_none()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_graceful_leave_is_seen_within_half_a_second() {
+    let etcd = Etcd::shared();
+    let group = group("leave");
+    let first = Running::start(&etcd.options(), &group, "n1").await;
+    within("leadership", first.node.wait_for_leadership()).await;
+    let second = Running::start(&etcd.options(), &group, "n2").await;
+    let discovery = ready(&etcd.options(), &group).await;
+    let mut events = discovery.subscribe();
+    first.stop().await;
+    let seen = async {
+        let mut told = Vec::new();
+        while !["node n1 left", "node n2 leads"]
+            .iter()
+            .all(|event| told.iter().any(|told| told == event))
+        {
+            told.push(events.recv().await.unwrap().to_string());
+        }
+    };
+    tokio::time::timeout(Duration::from_millis(500), seen)
+        .await
+        .expect("seen within 500 ms");
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn resigning_passes_leadership_on_with_a_greater_token() {
+    let etcd = Etcd::shared();
+    let group = group("resign");
+    let first = Running::start(&etcd.options(), &group, "n1").await;
+    let before = within("leadership", first.node.wait_for_leadership()).await;
+    // Alone it leads again, in a new term.
+    first.node.resign().await.unwrap();
+    assert_ne!(first.node.leadership(), Some(before.clone()));
+    let again = within("leadership", first.node.wait_for_leadership()).await;
+    assert!(again.epoch > before.epoch);
+
+    let second = Running::start(&etcd.options(), &group, "n2").await;
+    first.node.resign().await.unwrap();
+    let other = within("leadership", second.node.wait_for_leadership()).await;
+    assert!(other.epoch > again.epoch);
+    assert!(!first.node.is_leader());
+    first.stop().await;
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn a_transfer_goes_to_the_next_in_line_or_is_refused_with_the_reason() {
+    let etcd = Etcd::shared();
+    let group = group("transfer");
+    let mut nodes = Vec::new();
+    for id in ["n1", "n2", "n3"] {
+        nodes.push(Running::start(&etcd.options(), &group, id).await);
+    }
+    let discovery = ready(&etcd.options(), &group).await;
+    within("leadership", nodes[0].node.wait_for_leadership()).await;
+    let refused = |error: ClusterError, reason: &str| {
+        assert!(error.to_string().contains(reason), "{error}");
+    };
+    let first = &nodes[0].node;
+    refused(
+        first.transfer_to("n3").await.unwrap_err(),
+        "\"n2\" is ahead",
+    );
+    refused(
+        first.transfer_to("n9").await.unwrap_err(),
+        "not a candidate",
+    );
+    assert!(first.is_leader(), "still, after a refusal");
+    let error = nodes[1].node.transfer_to("n3").await.unwrap_err();
+    assert!(matches!(error, ClusterError::NotLeader { .. }), "{error}");
+
+    first.transfer_to("n2").await.unwrap();
+    assert!(!first.is_leader());
+    within("n2 leads", nodes[1].node.wait_for_leadership()).await;
+    eventually("seen", || leader_id(&discovery).as_deref() == Some("n2")).await;
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn draining_is_announced_and_gives_up_leadership_but_not_the_registration() {
+    let etcd = Etcd::shared();
+    let group = group("drain");
+    let first = Running::start(&etcd.options(), &group, "n1").await;
+    within("leadership", first.node.wait_for_leadership()).await;
+    let second = Running::start(&etcd.options(), &group, "n2").await;
+    let discovery = ready(&etcd.options(), &group).await;
+    let mut events = discovery.subscribe();
+    first.node.drain().await.unwrap();
+    assert!(!first.node.is_leader());
+    within("n2 leads", second.node.wait_for_leadership()).await;
+    eventually("seen", || {
+        let nodes = discovery.nodes();
+        nodes.get("n1").is_some_and(|node| !node.is_serving())
+            && leader_id(&discovery).as_deref() == Some("n2")
+    })
+    .await;
+    let first_event = events.recv().await.unwrap();
+    assert!(matches!(first_event, ClusterEvent::NodeUpdated { .. }));
+    // For good: it does not come back as a candidate when it would be next.
+    second.stop().await;
+    eventually("nobody leads", || discovery.leader().is_none()).await;
+    throughout("drained", Duration::from_secs(1), || {
+        !first.node.is_leader() && discovery.nodes().len() == 1
+    })
+    .await;
+    first.stop().await;
+}
+
+#[tokio::test]
+async fn an_election_key_deleted_by_somebody_ends_the_term_and_it_stands_again() {
+    let etcd = Etcd::shared();
+    let group = group("deleted");
+    let running = Running::start(&etcd.options(), &group, "n1").await;
+    let before = within("leadership", running.node.wait_for_leadership()).await;
+    let discovery = ready(&etcd.options(), &group).await;
+    let mut client = etcd.raw_client().await;
+    let prefix = etcd_client::DeleteOptions::new().with_prefix();
+    client
+        .delete(format!("election/{group}/"), Some(prefix.clone()))
+        .await
+        .unwrap();
+    client
+        .delete(format!("registry/{group}/"), Some(prefix))
+        .await
+        .unwrap();
+    let again = || {
+        let term = running.node.leadership();
+        term.is_some_and(|term| term.epoch > before.epoch)
+    };
+    eventually("it leads again", again).await;
+    eventually("it is registered again", || {
+        discovery.nodes().len() == 1 && discovery.leader().is_some()
+    })
+    .await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn commands_and_runs_at_the_wrong_time_are_errors() {
+    let etcd = Etcd::shared();
+    let group = group("misuse");
+    let node = super::builder(&etcd.options(), &group, "n1")
+        .try_build()
+        .unwrap();
+    for result in [
+        node.resign().await,
+        node.drain().await,
+        node.transfer_to("n2").await,
+    ] {
+        assert!(matches!(result, Err(ClusterError::NotRunning { .. })));
+    }
+    let running = Running::new(node.clone());
+    running.wait_until_healthy().await;
+    let again = tokio::time::timeout(DEADLINE, node.run_until(std::future::pending())).await;
+    assert!(matches!(
+        again.unwrap(),
+        Err(ClusterError::AlreadyRunning { .. })
+    ));
+    running.stop().await;
+    // It can be run again.
+    let running = Running::new(node);
+    within("leadership", running.node.wait_for_leadership()).await;
+    running.stop().await;
+}
