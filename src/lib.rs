@@ -4,11 +4,14 @@
 
 mod backoff;
 pub mod balance;
+pub mod config;
 pub mod discovery;
 pub mod error;
 mod keys;
 pub mod metrics;
 mod node;
+#[cfg(feature = "pingora")]
+pub mod pingora;
 pub mod store;
 mod worker;
 

@@ -10,22 +10,24 @@
 
 mod pick;
 mod table;
+mod weigher;
 mod weight;
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 use serde::Deserialize;
 
 use crate::error::ClusterError;
 use crate::node::Node;
-use table::{Entry, Hot, Table};
-use weight::{base_weight, mean_load};
+use table::{Entry, Table};
 
 pub use pick::{PickOptions, Upstream};
+#[cfg(feature = "pingora")]
+pub(crate) use table::Spread;
+pub(crate) use weigher::Weigher;
 pub(crate) use weight::is_base_weight;
 pub use weight::{Headroom, Load};
 
@@ -120,12 +122,12 @@ impl BalancerBuilder {
                 ),
             ));
         }
+        let weigher = Weigher::new(self.policy, self.headroom, self.default_port);
         Ok(Balancer {
             config: self,
             table: ArcSwap::from_pointee(Table::default()),
-            members: Mutex::new(HashMap::new()),
+            weigher: Mutex::new(weigher),
             turn: AtomicUsize::new(0),
-            refused: AtomicU64::new(0),
         })
     }
 }
@@ -151,24 +153,8 @@ impl BalancerBuilder {
 pub struct Balancer {
     config: BalancerBuilder,
     table: ArcSwap<Table>,
-    members: Mutex<HashMap<Registration, Member>>,
+    weigher: Mutex<Weigher>,
     turn: AtomicUsize,
-    refused: AtomicU64,
-}
-
-/// One incarnation of a node at one address. Whatever was learned about it ends with it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Registration {
-    id: String,
-    addr: SocketAddr,
-    incarnation: i64,
-}
-
-/// What is known of a registration. The place for the adaptive controller's state.
-#[derive(Debug)]
-struct Member {
-    hot: Arc<Hot>,
-    load: Load,
 }
 
 impl Balancer {
@@ -182,47 +168,27 @@ impl Balancer {
     /// the table. Costs time and memory in proportion to the number of nodes, off the request
     /// path.
     pub fn update<'a>(&self, nodes: impl IntoIterator<Item = &'a Arc<Node>>) {
-        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut before = std::mem::take(&mut *members);
-        let mut serving = Vec::new();
-        let mut refused = 0;
-        for node in nodes {
-            let addr = node.addr(self.config.default_port);
-            let registration = Registration {
-                id: node.id.clone(),
-                addr,
-                incarnation: node.incarnation(),
-            };
-            let mut member = before.remove(&registration).unwrap_or_else(|| Member {
-                hot: Arc::new(Hot::default()),
-                load: Load::default(),
-            });
-            refused += member.load.observe(node);
-            if node.is_serving() {
-                serving.push((node, addr, member.hot.clone(), member.load));
-            }
-            members.insert(registration, member);
-        }
-        self.refused.fetch_add(refused.into(), Ordering::Relaxed);
-
-        let mean = mean_load(serving.iter().map(|(_, _, _, load)| load));
-        let entries = serving.into_iter().map(|(node, addr, hot, load)| {
-            let base = base_weight(node);
-            let weight = match self.config.policy {
-                Policy::Headroom => self.config.headroom.weight(base, &load, &mean),
-                Policy::RoundRobin | Policy::Random | Policy::Consistent => base,
-            };
+        let mut weigher = self.weigher();
+        let serving = weigher
+            .weigh(nodes)
+            .into_iter()
+            .filter(|weighed| weighed.node.is_serving());
+        let entries = serving.map(|weighed| {
             Arc::new(Entry {
-                node: node.clone(),
-                addr,
-                weight,
-                hot,
+                node: weighed.node,
+                addr: weighed.addr,
+                weight: weighed.weight,
+                hot: weighed.hot,
             })
         });
         let with_ring = self.config.policy == Policy::Consistent;
         let table = Table::new(entries.collect(), with_ring);
         // Under the lock, so that of two updates the later one is published last.
         self.table.store(Arc::new(table));
+    }
+
+    fn weigher(&self) -> MutexGuard<'_, Weigher> {
+        self.weigher.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many backends can be picked.
@@ -251,7 +217,7 @@ impl Balancer {
     /// How many metrics have been refused since the start because they were no number, not
     /// finite, or out of range. The last good one of that node stayed in use each time.
     pub fn refused_metrics(&self) -> u64 {
-        self.refused.load(Ordering::Relaxed)
+        self.weigher().refused()
     }
 }
 

@@ -121,16 +121,13 @@ impl Balancer {
     }
 
     fn next_in_turn(&self, table: &Table, exclude: &[SocketAddr]) -> Option<usize> {
-        // 2^64 divided by the golden ratio: multiples of it are spread over the circle as evenly
-        // as a sequence can be at every length, so each backend's turns are too.
-        const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
         let tries = table.slots.len().min(REDRAWS);
         for _ in 0..tries {
             let turn = self.turn.fetch_add(1, Ordering::Relaxed);
             let index = if table.uniform {
                 turn % table.slots.len()
             } else {
-                table.spread((turn as u64).wrapping_mul(GOLDEN))
+                table.spread.turn(turn as u64)
             };
             if !table.is_excluded(index, exclude) {
                 return Some(index);
@@ -143,14 +140,6 @@ impl Balancer {
 impl Table {
     fn is_excluded(&self, index: usize, exclude: &[SocketAddr]) -> bool {
         !exclude.is_empty() && exclude.contains(&self.slots[index].entry.addr)
-    }
-
-    /// The backend at this point of the circle, of which each has a part as long as its weight.
-    fn spread(&self, point: u64) -> usize {
-        let bounds = &self.bounds;
-        bounds
-            .partition_point(|bound| *bound <= point)
-            .min(bounds.len().saturating_sub(1))
     }
 
     /// One backend by weight.

@@ -43,8 +43,7 @@ pub(super) struct Table {
     pub(super) ring: Ring,
     /// Whether all weights are equal.
     pub(super) uniform: bool,
-    /// Where each backend's part of a circle of 2^64 points ends, for turns spread evenly.
-    pub(super) bounds: Box<[u64]>,
+    pub(super) spread: Spread,
 }
 
 impl Table {
@@ -56,14 +55,8 @@ impl Table {
         } else {
             Ring::default()
         };
-        let total: f64 = weights.iter().sum();
-        let mut end = 0.0;
-        let bounds = weights.iter().map(|weight| {
-            end += weight;
-            (end / total * 2_f64.powi(64)) as u64
-        });
         Self {
-            bounds: bounds.collect(),
+            spread: Spread::new(&weights),
             alias: AliasTable::new(&weights),
             ring,
             uniform: weights.windows(2).all(|pair| pair[0] == pair[1]),
@@ -149,6 +142,42 @@ impl AliasTable {
         } else {
             column.other as usize
         }
+    }
+}
+
+/// A circle of 2^64 points, of which each index has a part as long as its weight: for turns that
+/// are spread evenly instead of drawn at random. Eight bytes an index, whatever the weights.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Spread {
+    /// Where each part ends.
+    bounds: Box<[u64]>,
+}
+
+impl Spread {
+    /// A circle with parts of these lengths, all of which have to be above 0.
+    pub(crate) fn new(weights: &[f64]) -> Self {
+        let total: f64 = weights.iter().sum();
+        let mut end = 0.0;
+        let bounds = weights.iter().map(|weight| {
+            end += weight;
+            (end / total * 2_f64.powi(64)) as u64
+        });
+        Self {
+            bounds: bounds.collect(),
+        }
+    }
+
+    /// Whose part a point is in. There must be at least one index.
+    pub(crate) fn at(&self, point: u64) -> usize {
+        let index = self.bounds.partition_point(|bound| *bound <= point);
+        index.min(self.bounds.len() - 1)
+    }
+
+    /// Whose turn it is. Multiples of 2^64 divided by the golden ratio are spread over the circle
+    /// as evenly as a sequence can be at every length, so each index's turns are too (V. T. Sós,
+    /// "On the distribution mod 1 of the sequence nα", 1958).
+    pub(crate) fn turn(&self, turn: u64) -> usize {
+        self.at(turn.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 }
 

@@ -124,25 +124,25 @@ mod tests {
         );
     }
 
-    struct Gate(Arc<Mutex<()>>, AtomicU32);
+    /// Returns when it is told to.
+    struct Gate(Mutex<std::sync::mpsc::Receiver<()>>, AtomicU32);
 
     impl MetricsCollector for Gate {
         fn collect(&self) -> NodeMetadata {
             let call = self.1.fetch_add(1, Ordering::SeqCst);
-            drop(self.0.lock());
+            self.0.lock().unwrap().recv().unwrap();
             serde_json::json!(call)
         }
     }
 
     #[tokio::test]
     async fn a_block_costs_the_time_limit_and_is_not_called_again_meanwhile() {
-        let gate = Arc::new(Mutex::new(()));
-        let mut sampler = Sampler::new(Arc::new(Gate(gate.clone(), AtomicU32::new(0))));
-        let closed = gate.lock().unwrap();
+        let (open, gate) = channel();
+        let mut sampler = Sampler::new(Arc::new(Gate(Mutex::new(gate), AtomicU32::new(0))));
         for _ in 0..3 {
             assert_eq!(sampler.sample(Duration::from_millis(5)).await, None);
         }
-        drop(closed);
+        open.send(()).unwrap();
         let sample = sampler.sample(Duration::from_secs(10)).await;
         assert_eq!(sample, Some(serde_json::json!(0)), "called once in all");
     }

@@ -1,0 +1,138 @@
+//! A complete HTTP load balancer from one YAML file.
+//!
+//! ```text
+//! cargo run --example load_balancer -- --conf config/load_balancer.yaml
+//! cargo run --example load_balancer -- --conf config/demo.yaml --demo 3
+//! ```
+//!
+//! With `--demo N`, N workers run in the same process, on 127.0.0.1:9001 and up.
+
+mod support;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+
+use async_trait::async_trait;
+use clap::Parser;
+use pingora::server::configuration::Opt;
+use pingora::server::{Server, ShutdownWatch};
+use pingora::services::background::{BackgroundService, background_service};
+use pingora_etcd::config::{ClusterConfig, server_conf};
+use pingora_etcd::pingora::ClusterProxy;
+use support::{WorkerOptions, init_log, run_worker};
+use tokio::task::JoinSet;
+
+const FIRST_DEMO_PORT: u16 = 9001;
+
+/// A complete HTTP load balancer from one YAML file.
+#[derive(Parser)]
+struct Arguments {
+    /// The configuration file.
+    #[arg(long, short)]
+    conf: String,
+    /// Also start this many workers in this process, on 127.0.0.1:9001 and up.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=99))]
+    demo: u16,
+    /// Take the listening sockets over from a running process.
+    #[arg(long, short)]
+    upgrade: bool,
+    /// Check the configuration and exit.
+    #[arg(long, short)]
+    test: bool,
+}
+
+fn main() -> ExitCode {
+    init_log();
+    let arguments = Arguments::parse();
+    match build(&arguments) {
+        Ok(server) if !arguments.test => server.run_forever(),
+        Ok(_) => {
+            println!("{}: ok", arguments.conf);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("load_balancer: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
+    let config = ClusterConfig::load(&arguments.conf)?;
+    let text = std::fs::read_to_string(&arguments.conf)?;
+    let options = Opt {
+        upgrade: arguments.upgrade,
+        ..Opt::default()
+    };
+    let mut server = Server::new_with_opt_and_conf(options, server_conf(&text, &arguments.conf)?);
+    ClusterProxy::add_to(&mut server, &config, false)?;
+    if arguments.demo > 0 {
+        let workers = Workers {
+            config: config.clone(),
+            count: arguments.demo,
+        };
+        server.add_service(background_service("demo workers", workers));
+        explain(&config, arguments.demo);
+    }
+    if !arguments.test {
+        server.bootstrap();
+    }
+    Ok(server)
+}
+
+/// Workers in this process.
+struct Workers {
+    config: ClusterConfig,
+    count: u16,
+}
+
+#[async_trait]
+impl BackgroundService for Workers {
+    async fn start(&self, shutdown: ShutdownWatch) {
+        let mut workers = JoinSet::new();
+        for index in 0..self.count {
+            let port = FIRST_DEMO_PORT + index;
+            let id = format!("worker-{}", index + 1);
+            let options = WorkerOptions {
+                etcd: (&self.config.etcd).into(),
+                group: self.config.group.clone(),
+                id: id.clone(),
+                listen: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+                advertise: None,
+                zone: None,
+                ttl: 5,
+            };
+            let mut shutdown = shutdown.clone();
+            workers.spawn(async move {
+                let shutdown = async move { drop(shutdown.wait_for(|down| *down).await) };
+                match run_worker(options, shutdown).await {
+                    Ok(ended) => tracing::info!(id, ?ended, "worker ended"),
+                    Err(error) => tracing::error!(id, error, "worker failed"),
+                }
+            });
+        }
+        while workers.join_next().await.is_some() {}
+    }
+}
+
+fn explain(config: &ClusterConfig, count: u16) {
+    let listen = &config.listen;
+    let (first, last) = (FIRST_DEMO_PORT, FIRST_DEMO_PORT + count - 1);
+    println!(
+        "\
+load balancer on http://{listen}, {count} workers on ports {first} to {last}, group {group}
+
+Try, in another terminal:
+
+  curl -i http://{listen}/                                         # see x-upstream-node
+  for i in $(seq 1000); do curl -s http://{listen}/; done | sort | uniq -c
+  curl -X PUT 'http://127.0.0.1:{first}/load?cpu=95&memory=40&queue=12'   # load worker-1, count again
+  curl -X PUT 'http://127.0.0.1:{first}/load?cpu=0&memory=0&queue=0'
+  curl -X POST http://127.0.0.1:{last}/stop                        # it leaves: not one request fails
+  curl -X POST http://127.0.0.1:{first}/crash                       # it is retried, and gone after 5 s
+
+Ctrl-C ends it.
+",
+        group = config.group,
+    );
+}

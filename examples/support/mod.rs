@@ -1,0 +1,239 @@
+//! A worker: a small HTTP server that is a member of a group. The example `worker` runs one in a
+//! process of its own, `load_balancer --demo` several in the balancer's.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Query, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{post, put};
+use pingora_etcd::{
+    ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, MetricsCollector, NodeMetadata,
+    metadata_keys,
+};
+use serde::Deserialize;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+/// How long a request takes on an idle worker.
+const SERVICE_TIME: Duration = Duration::from_millis(2);
+
+/// What a worker is started with.
+pub struct WorkerOptions {
+    pub etcd: EtcdOptions,
+    pub group: String,
+    pub id: String,
+    pub listen: SocketAddr,
+    /// Where others reach it; `None`: where it listens.
+    pub advertise: Option<IpAddr>,
+    pub zone: Option<String>,
+    /// In seconds.
+    pub ttl: i64,
+}
+
+/// Why a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It left: nobody misses it.
+    Left,
+    /// It crashed: its lease has to run out.
+    Crashed,
+}
+
+/// The load that `PUT /load` sets, and that the node reports.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Load {
+    /// In percent.
+    cpu: f64,
+    /// In percent.
+    memory: f64,
+    queue: u32,
+}
+
+impl Load {
+    fn check(&self) -> Result<(), String> {
+        for (field, value) in [("cpu", self.cpu), ("memory", self.memory)] {
+            if !(0.0..=100.0).contains(&value) {
+                return Err(format!("{field}: {value} is out of range, 0 to 100\n"));
+            }
+        }
+        if self.queue > 10_000 {
+            return Err(format!(
+                "queue: {} is out of range, 0 to 10000\n",
+                self.queue
+            ));
+        }
+        Ok(())
+    }
+
+    /// How long an answer takes under it: the mean response time of a single server whose
+    /// utilisation is the CPU usage, after everything in the queue.
+    fn delay(&self) -> Duration {
+        let idle = 1.0 - (self.cpu / 100.0).min(0.99);
+        SERVICE_TIME.div_f64(idle) + SERVICE_TIME * self.queue
+    }
+}
+
+#[derive(Clone)]
+struct Shared {
+    node: ClusterNode,
+    load: Arc<Mutex<Load>>,
+    end: watch::Sender<Option<Ended>>,
+    /// The greatest fencing token seen: what makes a replaced leader's requests harmless.
+    greatest_epoch: Arc<AtomicI64>,
+}
+
+#[derive(Clone)]
+struct Reported(Arc<Mutex<Load>>);
+
+impl MetricsCollector for Reported {
+    fn collect(&self) -> NodeMetadata {
+        let load = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        serde_json::json!({
+            metadata_keys::CPU_USAGE_PERCENT: load.cpu,
+            metadata_keys::MEMORY_USAGE_PERCENT: load.memory,
+            metadata_keys::QUEUE_DEPTH: load.queue,
+        })
+    }
+}
+
+/// Serves and stays registered until `shutdown`, `POST /stop` or `POST /crash`.
+pub async fn run_worker(
+    options: WorkerOptions,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<Ended, Box<dyn std::error::Error + Send + Sync>> {
+    let ip = options.advertise.unwrap_or(options.listen.ip());
+    if ip.is_unspecified() {
+        return Err(Box::new(ClusterError::InvalidConfig {
+            field: "advertise".to_owned(),
+            reason: format!("others cannot reach {ip}: say where they can"),
+        }));
+    }
+    let load = Arc::new(Mutex::new(Load::default()));
+    let mut builder = ClusterNodeBuilder::new(options.etcd, &options.id, ip, options.group)
+        .ttl(options.ttl)
+        .metrics_collector(Reported(load.clone()))
+        .metrics_update_interval(1);
+    if let Some(zone) = options.zone {
+        builder = builder.zone(zone);
+    }
+    // Listen first, register then: whoever hears of the node can reach it.
+    let listener = TcpListener::bind(options.listen).await?;
+    let node = builder.port(listener.local_addr()?.port()).try_build()?;
+    let (end, mut ended) = watch::channel(None);
+    let shared = Shared {
+        node: node.clone(),
+        load,
+        end: end.clone(),
+        greatest_epoch: Arc::default(),
+    };
+    let app = Router::new()
+        .route("/load", put(set_load))
+        .route("/stop", post(stop))
+        .route("/crash", post(crash))
+        .fallback(serve)
+        .with_state(shared);
+    println!("{} serves on {}", options.id, listener.local_addr()?);
+
+    let mut left = end.subscribe();
+    let serving = axum::serve(listener, app).with_graceful_shutdown(async move {
+        // Fails when the worker is gone, which ends the server too.
+        let _ = left.wait_for(Option::is_some).await;
+    });
+    let membership = node.run_until(async {
+        tokio::select! {
+            () = shutdown => {}
+            _ = ended.wait_for(Option::is_some) => {}
+        }
+    });
+    let mut crashed = end.subscribe();
+    let living = async {
+        let leaving = async {
+            membership.await?;
+            // Deregistered: nobody sends anything new. What is under way is finished.
+            end.send_if_modified(|end| end.is_none() && end.replace(Ended::Left).is_none());
+            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
+        };
+        let (left, served) = tokio::join!(leaving, serving.into_future());
+        left?;
+        served?;
+        Ok(Ended::Left)
+    };
+    tokio::select! {
+        // First, so that nothing gets the chance to clean up.
+        biased;
+        _ = crashed.wait_for(|end| *end == Some(Ended::Crashed)) => Ok(Ended::Crashed),
+        result = living => result,
+    }
+}
+
+/// Any other request: after as long as the load says, with the worker's name.
+async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
+    let epoch = headers.get("x-leader-epoch").map(HeaderValue::to_str);
+    if let Some(epoch) = epoch {
+        let Some(epoch) = epoch.ok().and_then(|epoch| epoch.parse().ok()) else {
+            return (StatusCode::BAD_REQUEST, "x-leader-epoch is no number\n").into_response();
+        };
+        let own = shared.node.leadership().map_or(0, |term| term.epoch);
+        let greatest = shared
+            .greatest_epoch
+            .fetch_max(own.max(epoch), Ordering::AcqRel)
+            .max(own);
+        if epoch < greatest {
+            let reason = format!("token {epoch} is of an older term than {greatest}\n");
+            return (StatusCode::CONFLICT, reason).into_response();
+        }
+    }
+    let delay = {
+        let load = shared.load.lock().unwrap_or_else(PoisonError::into_inner);
+        load.delay()
+    };
+    tokio::time::sleep(delay).await;
+    let id = shared.node.id();
+    let mut response = format!("{id}\n").into_response();
+    if let Ok(id) = HeaderValue::from_bytes(id.as_bytes()) {
+        response.headers_mut().insert("x-served-by", id);
+    }
+    response
+}
+
+async fn set_load(
+    State(shared): State<Shared>,
+    load: Result<Query<Load>, axum::extract::rejection::QueryRejection>,
+) -> Response {
+    let load = match load {
+        Ok(Query(load)) => load,
+        Err(error) => return (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response(),
+    };
+    if let Err(reason) = load.check() {
+        return (StatusCode::BAD_REQUEST, reason).into_response();
+    }
+    *shared.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
+    format!("{load:?}, {:?} per request\n", load.delay()).into_response()
+}
+
+async fn stop(State(shared): State<Shared>) -> &'static str {
+    shared.end.send_replace(Some(Ended::Left));
+    "leaving\n"
+}
+
+async fn crash(State(shared): State<Shared>) -> &'static str {
+    shared.end.send_replace(Some(Ended::Crashed));
+    "crashed\n"
+}
+
+/// Log lines of this crate and its examples, warnings of others; `RUST_LOG` overrides.
+pub fn init_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+        tracing_subscriber::EnvFilter::new("warn,pingora_etcd=info,load_balancer=info,worker=info")
+    });
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+}

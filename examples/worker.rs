@@ -1,0 +1,85 @@
+//! A small HTTP server that registers in a group.
+//!
+//! ```text
+//! cargo run --example worker -- --etcd http://127.0.0.1:2379 --group workers --id w1 --listen 127.0.0.1:9001
+//!
+//! curl -i 127.0.0.1:9001/                                       # w1, x-served-by: w1
+//! curl -X PUT '127.0.0.1:9001/load?cpu=95&memory=40&queue=12'   # report this load, and be as slow
+//! curl -X POST 127.0.0.1:9001/stop                              # leave gracefully
+//! curl -X POST 127.0.0.1:9001/crash                             # exit at once
+//! ```
+//!
+//! SIGTERM and Ctrl-C leave gracefully too.
+
+mod support;
+
+use std::net::{IpAddr, SocketAddr};
+use std::process::ExitCode;
+
+use clap::Parser;
+use pingora_etcd::EtcdOptions;
+use support::{Ended, WorkerOptions, init_log, run_worker};
+
+/// A small HTTP server that registers in a group.
+#[derive(Parser)]
+struct Arguments {
+    /// etcd's endpoints.
+    #[arg(long, value_delimiter = ',', default_value = "http://127.0.0.1:2379")]
+    etcd: Vec<String>,
+    /// The group to register in.
+    #[arg(long, default_value = "workers")]
+    group: String,
+    /// Its id, unique in the group.
+    #[arg(long)]
+    id: String,
+    /// Where to listen.
+    #[arg(long, default_value = "127.0.0.1:9001")]
+    listen: SocketAddr,
+    /// The IP that others reach it at, if it is not the one it listens on.
+    #[arg(long)]
+    advertise: Option<IpAddr>,
+    /// Where it runs.
+    #[arg(long)]
+    zone: Option<String>,
+    /// Seconds after a crash until it is missed.
+    #[arg(long, default_value_t = 5)]
+    ttl: i64,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    init_log();
+    let arguments = Arguments::parse();
+    let options = WorkerOptions {
+        etcd: EtcdOptions::new(arguments.etcd),
+        group: arguments.group,
+        id: arguments.id,
+        listen: arguments.listen,
+        advertise: arguments.advertise,
+        zone: arguments.zone,
+        ttl: arguments.ttl,
+    };
+    match run_worker(options, signal()).await {
+        Ok(Ended::Left) => ExitCode::SUCCESS,
+        // At once: no destructor, no flushing, as a crash would.
+        Ok(Ended::Crashed) => std::process::abort(),
+        Err(error) => {
+            eprintln!("worker: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn signal() {
+    let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
+    let terminate = async {
+        match terminate {
+            Ok(mut terminate) => drop(terminate.recv().await),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = terminate => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}

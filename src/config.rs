@@ -1,0 +1,417 @@
+//! Everything the YAML file of the bundled load balancer can say. Parsed strictly, checked once.
+//!
+//! The file is Pingora's own configuration with a `cluster:` section beside it. A field that does
+//! not exist is an error that names it and its line, in Pingora's part too, where Pingora alone
+//! would ignore it. `config/load_balancer.yaml` shows every field.
+
+use std::fmt;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::balance::{Balancer, Headroom, Policy};
+use crate::discovery::ServiceDiscovery;
+use crate::error::ClusterError;
+use crate::store::EtcdOptions;
+
+/// The `cluster:` section.
+///
+/// ```
+/// use pingora_etcd::config::ClusterConfig;
+/// let yaml = "
+/// cluster:
+///   group: workers
+///   etcd: { endpoints: ['http://127.0.0.1:2379'] }
+///   policy: headroom
+/// ";
+/// let config = ClusterConfig::from_yaml(yaml, "balancer.yaml")?;
+/// assert_eq!(config.listen, "127.0.0.1:6188");
+///
+/// let typo = yaml.replace("policy", "polcy");
+/// let error = ClusterConfig::from_yaml(&typo, "balancer.yaml").unwrap_err().to_string();
+/// assert!(error.contains("polcy") && error.contains("line 5"));
+/// # Ok::<(), pingora_etcd::ClusterError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct ClusterConfig {
+    /// How to reach etcd.
+    pub etcd: EtcdConfig,
+    /// The group to route to.
+    pub group: String,
+    /// `address:port` to listen on. Default: `127.0.0.1:6188`.
+    #[serde(default = "default_listen")]
+    pub listen: String,
+    /// How a backend is chosen. Default: `headroom`.
+    #[serde(default)]
+    pub policy: Policy,
+    /// The coefficients of `headroom`.
+    #[serde(default)]
+    pub headroom: Headroom,
+    /// How many backends `headroom` draws to choose from. Default: 3. Range: 1 to 8.
+    #[serde(default = "default_candidates")]
+    pub candidates: usize,
+    /// What `consistent` hashes. Default: `client_ip`.
+    #[serde(default)]
+    pub hash_on: HashOn,
+    /// The port of nodes that registered none. Default: 80.
+    #[serde(default = "default_port")]
+    pub default_port: u16,
+    /// How often a request is tried on another backend, while nothing of an answer has reached
+    /// the client: after a failed connection always, after a lost one only for methods without
+    /// side effects. Default: 2. Range: 0 to 2.
+    #[serde(default = "default_retries")]
+    pub retries: usize,
+    /// How long to wait for a connection to a backend. Default: 1,000 ms. Range: 1 to 60,000.
+    #[serde(default = "default_upstream_connect")]
+    pub upstream_connect_timeout_ms: u64,
+    /// How long to wait for a backend to send something. Default: 60,000 ms. Range: 1 to
+    /// 3,600,000.
+    #[serde(default = "default_upstream_read")]
+    pub upstream_read_timeout_ms: u64,
+    /// How long the start waits for the first view of the group. Default: 10,000 ms. Range: 0 to
+    /// 600,000.
+    #[serde(default = "default_ready")]
+    pub ready_timeout_ms: u64,
+    /// How long a write waits for a leader, where writes go to the leader. Default: 2,000 ms.
+    /// Range: 0 to 60,000.
+    #[serde(default = "default_leader_wait")]
+    pub leader_wait_ms: u64,
+}
+
+/// `cluster.etcd`: the fields of [`EtcdOptions`].
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct EtcdConfig {
+    /// See [`EtcdOptions::endpoints`].
+    pub endpoints: Vec<String>,
+    /// See [`EtcdOptions::key_prefix`].
+    #[serde(default)]
+    pub key_prefix: String,
+    /// See [`EtcdOptions::connect_timeout`].
+    #[serde(default = "default_etcd_connect")]
+    pub connect_timeout_ms: u64,
+    /// See [`EtcdOptions::request_timeout`].
+    #[serde(default = "default_etcd_request")]
+    pub request_timeout_ms: u64,
+    /// See [`EtcdOptions::keep_alive_interval`].
+    #[serde(default = "default_etcd_keep_alive")]
+    pub keep_alive_interval_ms: u64,
+}
+
+/// What a request is hashed on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+#[non_exhaustive]
+pub enum HashOn {
+    /// `client_ip`: the address the request came from.
+    #[default]
+    ClientIp,
+    /// `uri`: path and query.
+    Uri,
+    /// `header:NAME`: the value of a request header; empty where there is none.
+    Header(http::HeaderName),
+}
+
+impl TryFrom<String> for HashOn {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match (text.as_str(), text.strip_prefix("header:")) {
+            ("client_ip", _) => Ok(Self::ClientIp),
+            ("uri", _) => Ok(Self::Uri),
+            (_, Some(name)) => name
+                .parse()
+                .map(Self::Header)
+                .map_err(|_| format!("hash_on: {name:?} is not the name of a header")),
+            _ => Err(format!(
+                "hash_on: {text:?} is none of client_ip, uri, header:NAME"
+            )),
+        }
+    }
+}
+
+fn default_listen() -> String {
+    "127.0.0.1:6188".to_owned()
+}
+fn default_candidates() -> usize {
+    3
+}
+fn default_port() -> u16 {
+    80
+}
+fn default_retries() -> usize {
+    2
+}
+fn default_upstream_connect() -> u64 {
+    1_000
+}
+fn default_upstream_read() -> u64 {
+    60_000
+}
+fn default_ready() -> u64 {
+    10_000
+}
+fn default_leader_wait() -> u64 {
+    2_000
+}
+fn default_etcd_connect() -> u64 {
+    2_000
+}
+fn default_etcd_request() -> u64 {
+    3_000
+}
+fn default_etcd_keep_alive() -> u64 {
+    10_000
+}
+
+/// The file as far as it is read here.
+#[derive(Deserialize)]
+struct File {
+    cluster: ClusterConfig,
+}
+
+impl ClusterConfig {
+    /// Reads a file.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigFile`](ClusterError::ConfigFile) with file, line and field, or what
+    /// [`validate`](Self::validate) says.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ClusterError> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path).map_err(|error| in_file(path.display(), error))?;
+        Self::from_yaml(&text, &path.display().to_string())
+    }
+
+    /// Reads the text of a file; `name` is for errors.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load).
+    pub fn from_yaml(text: &str, name: &str) -> Result<Self, ClusterError> {
+        let file: File = serde_saphyr::from_str(text).map_err(|error| in_file(name, error))?;
+        file.cluster.validate()?;
+        Ok(file.cluster)
+    }
+
+    /// Checks every field's range.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig) or
+    /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
+    pub fn validate(&self) -> Result<(), ClusterError> {
+        self.discovery()?;
+        self.balancer()?;
+        self.headroom.validate("cluster.headroom")?;
+        if self.listen.parse::<std::net::SocketAddr>().is_err() {
+            return Err(ClusterError::config(
+                "cluster.listen",
+                format!("{:?} is not an address and a port", self.listen),
+            ));
+        }
+        let retries = u64::try_from(self.retries).unwrap_or(u64::MAX);
+        for (field, value, range) in [
+            ("retries", retries, 0..=2),
+            (
+                "upstream_connect_timeout_ms",
+                self.upstream_connect_timeout_ms,
+                1..=60_000,
+            ),
+            (
+                "upstream_read_timeout_ms",
+                self.upstream_read_timeout_ms,
+                1..=3_600_000,
+            ),
+            ("ready_timeout_ms", self.ready_timeout_ms, 0..=600_000),
+            ("leader_wait_ms", self.leader_wait_ms, 0..=60_000),
+        ] {
+            if !range.contains(&value) {
+                return Err(ClusterError::config(
+                    format!("cluster.{field}"),
+                    format!(
+                        "{value} is out of range, {} to {}",
+                        range.start(),
+                        range.end()
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The discovery that this section describes.
+    ///
+    /// # Errors
+    ///
+    /// When endpoints, times or group make no sense.
+    pub fn discovery(&self) -> Result<ServiceDiscovery, ClusterError> {
+        ServiceDiscovery::builder(&self.etcd, &self.group).try_build()
+    }
+
+    /// The balancer that this section describes.
+    ///
+    /// # Errors
+    ///
+    /// When coefficients, candidates or the default port are out of range.
+    pub fn balancer(&self) -> Result<Balancer, ClusterError> {
+        Balancer::builder()
+            .policy(self.policy)
+            .headroom(self.headroom)
+            .candidates(self.candidates)
+            .default_port(self.default_port)
+            .try_build()
+    }
+}
+
+impl From<&EtcdConfig> for EtcdOptions {
+    fn from(config: &EtcdConfig) -> Self {
+        EtcdOptions::new(config.endpoints.iter().cloned())
+            .key_prefix(config.key_prefix.clone())
+            .connect_timeout(Duration::from_millis(config.connect_timeout_ms))
+            .request_timeout(Duration::from_millis(config.request_timeout_ms))
+            .keep_alive_interval(Duration::from_millis(config.keep_alive_interval_ms))
+    }
+}
+
+fn in_file(path: impl fmt::Display, reason: impl fmt::Display) -> ClusterError {
+    ClusterError::ConfigFile {
+        path: path.to_string(),
+        reason: reason.to_string(),
+    }
+}
+
+/// Pingora's part of the file, checked for fields that do not exist.
+///
+/// # Errors
+///
+/// [`ConfigFile`](ClusterError::ConfigFile), naming the field and its line.
+#[cfg(feature = "pingora")]
+pub fn server_conf(
+    text: &str,
+    name: &str,
+) -> Result<pingora::server::configuration::ServerConf, ClusterError> {
+    use std::collections::HashMap;
+
+    use pingora::server::configuration::ServerConf;
+    use serde::de::IgnoredAny;
+    use serde_saphyr::Spanned;
+
+    type Fields<Key> = HashMap<Key, IgnoredAny>;
+    let given: Fields<Spanned<String>> =
+        serde_saphyr::from_str(text).map_err(|error| in_file(name, error))?;
+    let known: Fields<String> = serde_saphyr::from_str(&ServerConf::default().to_yaml())
+        .map_err(|error| in_file("Pingora's defaults", error))?;
+    let mut unknown: Vec<_> = given
+        .keys()
+        .filter(|field| field.value != "cluster" && !known.contains_key(&field.value))
+        .collect();
+    unknown.sort_by_key(|field| field.referenced.line());
+    if let Some(field) = unknown.first() {
+        let (line, field) = (field.referenced.line(), &field.value);
+        return Err(in_file(
+            name,
+            format!("line {line}: Pingora's server section has no field {field:?}"),
+        ));
+    }
+    ServerConf::from_yaml(text).map_err(|error| in_file(name, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = "
+version: 1
+threads: 2
+cluster:
+  etcd:
+    endpoints: ['memory://x']
+  group: workers
+";
+
+    fn error(text: &str) -> String {
+        ClusterConfig::from_yaml(text, "file.yaml")
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_default() {
+        let config = ClusterConfig::from_yaml(LEAST, "file.yaml").unwrap();
+        assert_eq!(config.policy, Policy::Headroom);
+        assert_eq!(config.retries, 2);
+        assert_eq!(
+            EtcdOptions::from(&config.etcd),
+            EtcdOptions::new(["memory://x"]),
+            "the defaults are written down twice"
+        );
+    }
+
+    #[test]
+    fn unknown_fields_are_named_with_their_line() {
+        for (at, line) in [
+            ("  group: workers\n", 8),
+            ("    endpoints: ['memory://x']\n", 7),
+        ] {
+            let indent = &at[..at.len() - at.trim_start().len()];
+            let text = LEAST.replace(at, &format!("{at}{indent}grop: 1\n"));
+            let error = error(&text);
+            assert!(error.contains("grop"), "{error}");
+            assert!(error.contains(&format!("line {line}")), "{line}: {error}");
+            assert!(error.starts_with("file.yaml: "), "{error}");
+        }
+        let text = format!("{LEAST}  headroom: {{ cpu: 1, mem: 1 }}\n");
+        assert!(error(&text).contains("mem"), "{}", error(&text));
+    }
+
+    #[test]
+    fn wrong_values_are_named() {
+        for (field, named) in [
+            ("policy: fastest", "fastest"),
+            ("headroom: { cpu: -1 }", "headroom.cpu"),
+            ("headroom: { cpu: much }", "cpu"),
+            ("candidates: 99", "candidates"),
+            ("default_port: 0", "default_port"),
+            ("retries: 3", "cluster.retries"),
+            ("listen: nowhere", "cluster.listen"),
+            ("leader_wait_ms: 1000000", "cluster.leader_wait_ms"),
+            ("hash_on: colour", "colour"),
+            ("hash_on: 'header:not valid'", "not valid"),
+        ] {
+            let error = error(&format!("{LEAST}  {field}\n"));
+            assert!(error.contains(named), "{field}: {error}");
+        }
+        let error = error(&LEAST.replace("memory://x", "ftp://x"));
+        assert!(error.contains("ftp://x"), "{error}");
+        assert!(self::error("cluster:\n  group: g\n").contains("etcd"));
+        assert!(self::error("version: 1\n").contains("cluster"));
+        assert!(self::error(": : :").contains("file.yaml"));
+    }
+
+    #[test]
+    fn hash_on() {
+        let text = format!("{LEAST}  hash_on: header:X-User\n");
+        let config = ClusterConfig::from_yaml(&text, "file.yaml").unwrap();
+        let header = http::HeaderName::from_static("x-user");
+        assert_eq!(config.hash_on, HashOn::Header(header));
+    }
+
+    #[cfg(feature = "pingora")]
+    #[test]
+    fn pingoras_part_is_strict_too() {
+        assert_eq!(server_conf(LEAST, "file.yaml").unwrap().threads, 2);
+        let text = LEAST.replace("threads", "thread");
+        let error = server_conf(&text, "file.yaml").unwrap_err().to_string();
+        assert!(
+            error.contains("line 3") && error.contains("\"thread\""),
+            "{error}"
+        );
+        let text = LEAST.replace("threads: 2", "threads: many");
+        assert!(server_conf(&text, "file.yaml").is_err());
+    }
+}

@@ -1,0 +1,165 @@
+use std::collections::hash_map::DefaultHasher;
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{Hash, Hasher};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ::pingora::lb::Backend;
+use ::pingora::lb::discovery::ServiceDiscovery as PingoraDiscovery;
+use ::pingora::{Error, ErrorType, Result};
+use async_trait::async_trait;
+use tokio::task::JoinHandle;
+
+use super::selection::LiveWeights;
+use super::{READY_TIMEOUT, follow, wait_ready};
+use crate::balance::Headroom;
+use crate::discovery::ServiceDiscovery;
+use crate::error::ClusterError;
+
+/// A group as the discovery of a stock Pingora `LoadBalancer`.
+///
+/// The first `discover` starts following the group, in the runtime that calls it, and waits for
+/// the first complete view for 10 s at most. Membership then reaches the load balancer every
+/// `update_frequency`, which has to be set; weights reach
+/// [`MetricsWeighted`](super::MetricsWeighted) at once. Draining nodes are disabled.
+///
+/// ```
+/// use pingora::lb::{Backends, LoadBalancer};
+/// use pingora_etcd::{EtcdOptions, ServiceDiscovery};
+/// use pingora_etcd::pingora::{ClusterBackends, MetricsWeighted};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let discovery = ServiceDiscovery::builder(vec!["http://10.0.0.1:2379".to_string()], "my-service").try_build()?;
+/// let backends = Backends::new(Box::new(ClusterBackends::new(discovery, 8080)));
+/// let mut upstreams = LoadBalancer::<MetricsWeighted>::from_backends(backends);
+/// upstreams.update_frequency = Some(std::time::Duration::from_millis(500));
+/// # Ok(()) }
+/// ```
+pub struct ClusterBackends {
+    discovery: ServiceDiscovery,
+    weights: Arc<LiveWeights>,
+    ready_timeout: Duration,
+    driver: Driver,
+}
+
+/// Who runs the discovery.
+enum Driver {
+    /// A task that the first `discover` spawns.
+    Own(Mutex<Option<Task>>),
+    /// A service that does it anyway.
+    Service,
+}
+
+/// A task that ends with its handle.
+struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl ClusterBackends {
+    /// The nodes of a group as backends; `default_port` is for nodes that registered none.
+    pub fn new(discovery: ServiceDiscovery, default_port: u16) -> Self {
+        let weights = LiveWeights::new(Headroom::default(), default_port);
+        Self::with_driver(discovery, weights, Driver::Own(Mutex::new(None)))
+    }
+
+    /// The same with other coefficients for the weights.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field.
+    pub fn with_headroom(
+        discovery: ServiceDiscovery,
+        default_port: u16,
+        headroom: Headroom,
+    ) -> Result<Self, ClusterError> {
+        headroom.validate("headroom")?;
+        let weights = LiveWeights::new(headroom, default_port);
+        let driver = Driver::Own(Mutex::new(None));
+        Ok(Self::with_driver(discovery, weights, driver))
+    }
+
+    pub(super) fn driven(discovery: ServiceDiscovery, weights: Arc<LiveWeights>) -> Self {
+        Self::with_driver(discovery, weights, Driver::Service)
+    }
+
+    fn with_driver(discovery: ServiceDiscovery, weights: Arc<LiveWeights>, driver: Driver) -> Self {
+        Self {
+            discovery,
+            weights,
+            ready_timeout: READY_TIMEOUT,
+            driver,
+        }
+    }
+
+    /// Sets how long the first `discover` waits for a complete view. Default: 10 s.
+    #[must_use]
+    pub fn ready_timeout(mut self, timeout: Duration) -> Self {
+        self.ready_timeout = timeout;
+        self
+    }
+
+    /// Starts following the group, unless somebody does.
+    fn ensure_running(&self) {
+        let Driver::Own(task) = &self.driver else {
+            return;
+        };
+        let mut task = task.lock().unwrap_or_else(PoisonError::into_inner);
+        if task.as_ref().is_some_and(|task| !task.0.is_finished()) {
+            return;
+        }
+        let (discovery, weights) = (self.discovery.clone(), self.weights.clone());
+        *task = Some(Task(tokio::spawn(async move {
+            let mut nodes = discovery.watch_nodes();
+            let refreshing = async {
+                while nodes.changed().await.is_ok() {
+                    weights.refresh(&discovery);
+                }
+            };
+            if discovery.is_running() {
+                refreshing.await;
+            } else {
+                tokio::select! {
+                    () = follow(&discovery) => {}
+                    () = refreshing => {}
+                }
+            }
+        })));
+    }
+}
+
+#[async_trait]
+impl PingoraDiscovery for ClusterBackends {
+    async fn discover(&self) -> Result<(BTreeSet<Backend>, HashMap<u64, bool>)> {
+        self.ensure_running();
+        if !self.discovery.is_ready() {
+            let waits = matches!(self.driver, Driver::Own(_));
+            if !waits || !wait_ready(&self.discovery, self.ready_timeout).await {
+                let group = self.discovery.group_name();
+                return Error::e_explain(
+                    ErrorType::InternalError,
+                    format!("there is no view of group {group:?} yet"),
+                );
+            }
+        }
+        self.weights.refresh(&self.discovery);
+        let mut backends = BTreeSet::new();
+        let mut enablement = HashMap::new();
+        for (backend, serving) in self.weights.backends() {
+            // For every backend, true or false: what is left out keeps its old value.
+            enablement.insert(hash_key(&backend), serving);
+            backends.insert(backend);
+        }
+        Ok((backends, enablement))
+    }
+}
+
+/// The key of a backend in Pingora's enablement map, as its documentation defines it.
+fn hash_key(backend: &Backend) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    backend.hash(&mut hasher);
+    hasher.finish()
+}

@@ -1,0 +1,71 @@
+//! Adapters for [Pingora](https://docs.rs/pingora) (feature `pingora`, on by default).
+//!
+//! | you have | you take |
+//! |---|---|
+//! | a proxy with a `LoadBalancer` | [`ClusterBackends`] as its discovery, [`MetricsWeighted`] as its selection |
+//! | the same, and want changes at once instead of every `update_frequency` | [`LiveLoadBalancer`] |
+//! | nothing yet | [`ClusterProxy`]: a complete proxy, which the example `load_balancer` runs from a YAML file |
+//! | a proxy to write | [`BalancerService`]: the pick that also counts requests in flight |
+//! | requests for the leader only | [`LeaderRoute`] |
+//!
+//! Everything runs inside Pingora's runtimes: nothing is spawned, and no connection made, before
+//! the server runs (it may fork). A service signals ready after the first complete view, so that
+//! a proxy service that depends on it starts with backends; if etcd cannot be reached it signals
+//! ready anyway after a bounded wait (10 s by default), with an error in the log.
+//!
+//! After SIGTERM Pingora keeps serving for `grace_period_seconds`. The services here keep
+//! following the group for as long, so that requests in that time still find live backends; they
+//! end with their runtime.
+
+mod balancer;
+mod discovery;
+mod leader;
+mod proxy;
+mod selection;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ::pingora::upstreams::peer::HttpPeer;
+use tracing::error;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::discovery::ServiceDiscovery;
+use crate::node::Node;
+
+pub use balancer::{BalancerService, LiveLoadBalancer};
+pub use discovery::ClusterBackends;
+pub use leader::{LeaderRoute, LeaderUpstream};
+pub use proxy::{ClusterProxy, RequestContext};
+pub use selection::{BackendNode, MetricsWeighted};
+
+/// How long a service waits for the first complete view before it signals ready without one.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A plain-text HTTP peer for a node. Its connections are kept apart from those to any other
+/// registration at the same address, so that a reused address never meets an old connection.
+pub fn http_peer(addr: SocketAddr, node: &Node) -> HttpPeer {
+    let mut peer = HttpPeer::new(addr, false, String::new());
+    peer.group_key = xxh3_64_with_seed(node.id.as_bytes(), node.incarnation().cast_unsigned());
+    peer
+}
+
+/// Waits for the first complete view, for so long at most. Answers whether there is one.
+async fn wait_ready(discovery: &ServiceDiscovery, at_most: Duration) -> bool {
+    let ready = tokio::time::timeout(at_most, discovery.wait_ready()).await;
+    if ready.is_err() {
+        error!(
+            group = discovery.group_name(),
+            waited = ?at_most,
+            "no view of the group yet; going on without, backends will come when etcd answers"
+        );
+    }
+    ready.is_ok()
+}
+
+/// Runs a discovery until it is dropped. Returns only if it cannot be run at all.
+async fn follow(discovery: &ServiceDiscovery) {
+    if let Err(error) = discovery.run_until(std::future::pending()).await {
+        error!(group = discovery.group_name(), %error, "the group cannot be followed");
+    }
+}

@@ -1,0 +1,358 @@
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ::pingora::http::{RequestHeader, ResponseHeader};
+use ::pingora::proxy::{FailToProxy, HttpProxy, ProxyHttp, Session, http_proxy_service};
+use ::pingora::server::Server;
+use ::pingora::services::background::background_service;
+use ::pingora::services::listening::Service;
+use ::pingora::upstreams::peer::HttpPeer;
+use ::pingora::{Error, ErrorSource, ErrorType, Result};
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderName, HeaderValue};
+use tracing::debug;
+
+use super::{BalancerService, LeaderRoute, LeaderUpstream, http_peer};
+use crate::balance::{PickOptions, Upstream};
+use crate::config::{ClusterConfig, HashOn};
+use crate::error::ClusterError;
+use crate::node::Node;
+use crate::store::Revision;
+
+/// On every proxied response: the id of the node that answered.
+const UPSTREAM_NODE: HeaderName = HeaderName::from_static("x-upstream-node");
+/// On requests to the leader: the fencing token of its term.
+const LEADER_EPOCH: HeaderName = HeaderName::from_static("x-leader-epoch");
+
+/// The bundled load balancer: a complete HTTP proxy over a [`BalancerService`].
+///
+/// Picks a backend for each request, tries another one while nothing has reached the client,
+/// answers 503 with the reason in plain text when there is none, and names the node in
+/// `x-upstream-node`. With [`leader_route`](Self::leader_route), writes go to the leader.
+///
+/// [`add_to`](Self::add_to) puts it into a Pingora server, as the example `load_balancer` does
+/// with a YAML file. Take it apart, or wrap it, when you need more.
+pub struct ClusterProxy {
+    balancer: Arc<BalancerService>,
+    leader: Option<LeaderRoute>,
+    leader_wait: Duration,
+    hash_on: HashOn,
+    retries: usize,
+    connect_timeout: Duration,
+    read_timeout: Duration,
+}
+
+impl ClusterProxy {
+    /// A proxy as `config` describes it, over a balancer that is part of the same server.
+    pub fn new(balancer: Arc<BalancerService>, config: &ClusterConfig) -> Self {
+        Self {
+            balancer,
+            leader: None,
+            leader_wait: Duration::from_millis(config.leader_wait_ms),
+            hash_on: config.hash_on.clone(),
+            retries: config.retries,
+            connect_timeout: Duration::from_millis(config.upstream_connect_timeout_ms),
+            read_timeout: Duration::from_millis(config.upstream_read_timeout_ms),
+        }
+    }
+
+    /// Sends writes (`POST`, `PUT`, `PATCH`, `DELETE`) to the leader, with its fencing token in
+    /// `x-leader-epoch`. Without a leader a write waits, and then gets 503 with `retry-after`.
+    #[must_use]
+    pub fn leader_route(mut self, leader: LeaderRoute) -> Self {
+        self.leader = Some(leader);
+        self
+    }
+
+    /// Adds a balancer and a proxy that waits for it to a Pingora server; `writes_to_leader` as
+    /// [`leader_route`](Self::leader_route). Connects to nothing and listens to nothing before
+    /// the server runs.
+    ///
+    /// # Errors
+    ///
+    /// When `config` makes no sense.
+    pub fn add_to(
+        server: &mut Server,
+        config: &ClusterConfig,
+        writes_to_leader: bool,
+    ) -> Result<Arc<BalancerService>, ClusterError> {
+        config.validate()?;
+        let discovery = config.discovery()?;
+        let balancer = BalancerService::new(discovery.clone(), config.balancer()?)
+            .ready_timeout(Duration::from_millis(config.ready_timeout_ms));
+        let balancer = background_service("balancer", balancer);
+        let task = balancer.task();
+        let mut proxy = Self::new(task.clone(), config);
+        if writes_to_leader {
+            proxy = proxy.leader_route(LeaderRoute::new(discovery, config.default_port));
+        }
+        let mut proxy: Service<HttpProxy<Self>> = http_proxy_service(&server.configuration, proxy);
+        proxy.add_tcp(&config.listen);
+        let balancer = server.add_service(balancer);
+        server.add_service(proxy).add_dependency(balancer);
+        Ok(task)
+    }
+
+    fn peer(&self, addr: SocketAddr, node: &Node) -> Box<HttpPeer> {
+        let mut peer = http_peer(addr, node);
+        peer.options.connection_timeout = Some(self.connect_timeout);
+        peer.options.total_connection_timeout = Some(self.connect_timeout);
+        peer.options.read_timeout = Some(self.read_timeout);
+        peer.options.write_timeout = Some(self.read_timeout);
+        Box::new(peer)
+    }
+
+    fn hash_key<'s>(&self, session: &'s Session) -> Cow<'s, [u8]> {
+        match &self.hash_on {
+            HashOn::ClientIp => match session.client_addr().and_then(|addr| addr.as_inet()) {
+                Some(addr) => Cow::Owned(addr.ip().to_string().into_bytes()),
+                None => Cow::Borrowed(&[]),
+            },
+            HashOn::Uri => {
+                let uri = session.req_header().uri.path_and_query();
+                Cow::Borrowed(uri.map_or(&[], |uri| uri.as_str().as_bytes()))
+            }
+            HashOn::Header(name) => {
+                let value = session.get_header(name);
+                Cow::Borrowed(value.map_or(&[], HeaderValue::as_bytes))
+            }
+        }
+    }
+
+    fn pick(&self, session: &Session, context: &mut RequestContext) -> Result<Box<HttpPeer>> {
+        // The one that failed is not busy with this request any more.
+        context.upstream = None;
+        let key = self.hash_key(session);
+        let options = PickOptions {
+            key: &key,
+            exclude: &context.tried,
+        };
+        let Some(upstream) = self.balancer.pick_with(options) else {
+            return Err(unavailable(if context.tried.is_empty() {
+                "no backend is registered"
+            } else {
+                "every backend has been tried"
+            }));
+        };
+        context.tried.push(upstream.addr());
+        let peer = self.peer(upstream.addr(), upstream.node());
+        context.upstream = Some(upstream);
+        Ok(peer)
+    }
+
+    async fn peer_of_leader(
+        &self,
+        leader: &LeaderRoute,
+        context: &mut RequestContext,
+    ) -> Result<Box<HttpPeer>> {
+        let left = self.leader_wait.saturating_sub(context.started.elapsed());
+        let Some(found) = leader.wait_for_other_than(context.failed_epoch, left).await else {
+            return Err(unavailable("there is no leader"));
+        };
+        let peer = self.peer(found.addr, &found.node);
+        context.leader = Some(found);
+        Ok(peer)
+    }
+}
+
+/// What [`ClusterProxy`] remembers of a request.
+pub struct RequestContext {
+    started: Instant,
+    /// Dropped with the context, so a request that is simply dropped is counted out too.
+    upstream: Option<Upstream>,
+    tried: Vec<SocketAddr>,
+    retries: usize,
+    leader: Option<LeaderUpstream>,
+    failed_epoch: Option<Revision>,
+}
+
+impl RequestContext {
+    fn node(&self) -> Option<&Node> {
+        match (&self.leader, &self.upstream) {
+            (Some(leader), _) => Some(&leader.node),
+            (None, Some(upstream)) => Some(upstream.node()),
+            (None, None) => None,
+        }
+    }
+}
+
+/// 503, with this in plain text.
+fn unavailable(reason: &'static str) -> Box<Error> {
+    Error::explain(ErrorType::HTTPStatus(503), reason)
+}
+
+#[async_trait]
+impl ProxyHttp for ClusterProxy {
+    type CTX = RequestContext;
+
+    fn new_ctx(&self) -> RequestContext {
+        RequestContext {
+            started: Instant::now(),
+            upstream: None,
+            tried: Vec::new(),
+            retries: 0,
+            leader: None,
+            failed_epoch: None,
+        }
+    }
+
+    async fn upstream_peer(
+        &self,
+        session: &mut Session,
+        context: &mut RequestContext,
+    ) -> Result<Box<HttpPeer>> {
+        match &self.leader {
+            Some(leader) if LeaderRoute::is_write(&session.req_header().method) => {
+                self.peer_of_leader(leader, context).await
+            }
+            _ => self.pick(session, context),
+        }
+    }
+
+    async fn upstream_request_filter(
+        &self,
+        _: &mut Session,
+        request: &mut RequestHeader,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        // What a client claims about the term must not look like what we say.
+        request.remove_header(&LEADER_EPOCH);
+        if let Some(leader) = &context.leader {
+            request.insert_header(LEADER_EPOCH, leader.epoch.to_string())?;
+        }
+        Ok(())
+    }
+
+    async fn response_filter(
+        &self,
+        _: &mut Session,
+        response: &mut ResponseHeader,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        let id = context.node().map(|node| node.id.as_bytes());
+        if let Some(id) = id.and_then(|id| HeaderValue::from_bytes(id).ok()) {
+            response.insert_header(UPSTREAM_NODE, id)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing has been sent: another backend may be tried, whatever the method.
+    fn fail_to_connect(
+        &self,
+        _: &mut Session,
+        peer: &HttpPeer,
+        context: &mut RequestContext,
+        mut error: Box<Error>,
+    ) -> Box<Error> {
+        debug!(%peer, %error, "cannot connect to the backend");
+        if let Some(upstream) = context.upstream.take() {
+            upstream.failed();
+        }
+        if let Some(leader) = context.leader.take() {
+            // Its crash may not have been noticed yet; the next leader has another term.
+            context.failed_epoch = Some(leader.epoch);
+            error.set_retry(context.started.elapsed() < self.leader_wait);
+        } else if context.retries < self.retries {
+            context.retries += 1;
+            error.set_retry(true);
+        }
+        error
+    }
+
+    /// Something may have been sent. Pingora's own rules first, which retry a request on a reused
+    /// connection that turned out closed; beyond them, a method without side effects is tried on
+    /// another backend as long as nothing has reached the client.
+    fn error_while_proxy(
+        &self,
+        peer: &HttpPeer,
+        session: &mut Session,
+        error: Box<Error>,
+        context: &mut RequestContext,
+        client_reused: bool,
+    ) -> Box<Error> {
+        let mut error = error.more_context(format!("Peer: {peer}"));
+        let repeatable = !session.as_ref().retry_buffer_truncated();
+        if session.req_header().method.is_idempotent() && repeatable {
+            error.retry.decide_reuse(client_reused);
+        } else {
+            error.set_retry(false);
+        }
+        let safe = session.req_header().method.is_safe() && repeatable;
+        let answered = session.response_written().is_some();
+        if safe && !answered && error.esource() == &ErrorSource::Upstream {
+            error.set_retry(context.retries < self.retries);
+        }
+        if error.retry() {
+            context.retries += 1;
+        }
+        error
+    }
+
+    async fn fail_to_proxy(
+        &self,
+        session: &mut Session,
+        error: &Error,
+        _: &mut RequestContext,
+    ) -> FailToProxy {
+        let (code, reason) = match (error.etype(), error.esource()) {
+            (ErrorType::HTTPStatus(code), _) => {
+                let reason = error.context.as_ref().map(|reason| reason.as_str());
+                (*code, reason.unwrap_or("the request cannot be proxied"))
+            }
+            (ErrorType::ConnectTimedout | ErrorType::ReadTimedout, ErrorSource::Upstream) => {
+                (504, "the backend did not answer in time")
+            }
+            (_, ErrorSource::Upstream) => (502, "the backend failed"),
+            (
+                ErrorType::WriteError | ErrorType::ReadError | ErrorType::ConnectionClosed,
+                ErrorSource::Downstream,
+            ) => (0, ""), // nobody is there to be told
+            (_, ErrorSource::Downstream) => (400, "bad request"),
+            (_, ErrorSource::Internal | ErrorSource::Unset) => (500, "internal error"),
+        };
+        if code > 0
+            && let Err(error) = answer(session, code, reason).await
+        {
+            debug!(%error, code, "the client could not be told");
+        }
+        FailToProxy {
+            error_code: code,
+            can_reuse_downstream: false,
+        }
+    }
+
+    async fn logging(
+        &self,
+        session: &mut Session,
+        error: Option<&Error>,
+        context: &mut RequestContext,
+    ) {
+        let Some(upstream) = context.upstream.take() else {
+            return;
+        };
+        let status = session.response_written().map(|response| response.status);
+        match (error.map(Error::esource), status) {
+            // The client's doing: says nothing about the backend.
+            (Some(ErrorSource::Downstream), _) => {}
+            (None, Some(status)) if !status.is_server_error() => {
+                upstream.succeeded(context.started.elapsed());
+            }
+            _ => upstream.failed(),
+        }
+    }
+}
+
+async fn answer(session: &mut Session, code: u16, reason: &str) -> Result<()> {
+    let body = Bytes::from(format!("{reason}\n"));
+    let mut response = ResponseHeader::build(code, Some(4))?;
+    response.insert_header(CONTENT_TYPE, "text/plain; charset=utf-8")?;
+    response.insert_header(CONTENT_LENGTH, body.len())?;
+    if code == 503 {
+        response.insert_header(RETRY_AFTER, "1")?;
+    }
+    session.write_error_response(response, body).await
+}

@@ -1,0 +1,399 @@
+use std::cell::Cell;
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use ::pingora::lb::Backend;
+use ::pingora::lb::selection::{BackendIter, BackendSelection};
+use arc_swap::ArcSwap;
+
+use crate::balance::{Headroom, Policy, Spread, Weigher};
+use crate::discovery::ServiceDiscovery;
+use crate::node::Node;
+
+/// The node behind a [`Backend`], in its `ext`.
+///
+/// A backend's identity in Pingora is its address and weight, and what is in `ext` never counts
+/// as a change. So the weight of every backend here is 1, and what changes lives behind this
+/// handle: an update of metrics or weights leaves the backend's health and enablement alone.
+#[derive(Debug, Clone)]
+pub struct BackendNode {
+    slot: Arc<Slot>,
+    weights: Arc<LiveWeights>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    node: ArcSwap<Node>,
+    /// The bits of an `f64`.
+    weight: AtomicU64,
+}
+
+impl Slot {
+    fn weight(&self) -> f64 {
+        f64::from_bits(self.weight.load(Ordering::Relaxed))
+    }
+}
+
+impl BackendNode {
+    /// The node of a backend that came from [`ClusterBackends`](super::ClusterBackends).
+    pub fn of(backend: &Backend) -> Option<&Self> {
+        backend.ext.get()
+    }
+
+    /// The node, as it is now.
+    pub fn node(&self) -> Arc<Node> {
+        self.slot.node.load_full()
+    }
+
+    /// Its weight, as it is now.
+    pub fn weight(&self) -> f64 {
+        self.slot.weight()
+    }
+}
+
+/// Weights beside the backends, and the selections that have to follow them.
+#[derive(Debug)]
+pub(super) struct LiveWeights {
+    state: Mutex<State>,
+    selections: Mutex<Vec<Weak<Weighted>>>,
+}
+
+#[derive(Debug)]
+struct State {
+    weigher: Weigher,
+    slots: HashMap<SocketAddr, Arc<Slot>>,
+}
+
+impl State {
+    /// Answers whether addresses have come or gone, or started or stopped to drain.
+    fn apply<'a>(&mut self, nodes: impl IntoIterator<Item = &'a Arc<Node>>) -> bool {
+        let mut changed = false;
+        let mut before = std::mem::take(&mut self.slots);
+        for weighed in self.weigher.weigh(nodes) {
+            // Two registrations of one address: the process that wrote last is there.
+            if let Some(other) = self.slots.get(&weighed.addr)
+                && other.node.load().last_seen > weighed.node.last_seen
+            {
+                continue;
+            }
+            let taken = self.slots.remove(&weighed.addr);
+            let slot = match taken.or_else(|| before.remove(&weighed.addr)) {
+                Some(slot) => {
+                    let old = slot.node.swap(weighed.node.clone());
+                    changed |= old.is_serving() != weighed.node.is_serving();
+                    let weight = weighed.weight.to_bits();
+                    slot.weight.store(weight, Ordering::Relaxed);
+                    slot
+                }
+                None => {
+                    changed = true;
+                    Arc::new(Slot {
+                        node: ArcSwap::new(weighed.node),
+                        weight: AtomicU64::new(weighed.weight.to_bits()),
+                    })
+                }
+            };
+            self.slots.insert(weighed.addr, slot);
+        }
+        changed || !before.is_empty()
+    }
+}
+
+impl LiveWeights {
+    pub(super) fn new(headroom: Headroom, default_port: u16) -> Arc<Self> {
+        Arc::new(Self {
+            state: Mutex::new(State {
+                weigher: Weigher::new(Policy::Headroom, headroom, default_port),
+                slots: HashMap::new(),
+            }),
+            selections: Mutex::new(Vec::new()),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn selections(&self) -> MutexGuard<'_, Vec<Weak<Weighted>>> {
+        self.selections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes over what the nodes report, and rebuilds the selections in use. Answers whether
+    /// addresses have come or gone, or started or stopped to drain: then Pingora has to discover
+    /// again.
+    pub(super) fn refresh(&self, discovery: &ServiceDiscovery) -> bool {
+        let changed = {
+            let mut state = self.state();
+            // Read under the lock, so that of two refreshes the later one has the newer nodes.
+            state.apply(discovery.nodes().iter())
+        };
+        self.rebuild_selections();
+        changed
+    }
+
+    fn rebuild_selections(&self) {
+        self.selections()
+            .retain(|selection| match selection.upgrade() {
+                Some(selection) => {
+                    selection.rebuild();
+                    true
+                }
+                None => false,
+            });
+    }
+
+    /// The backends, and whether each serves.
+    pub(super) fn backends(self: &Arc<Self>) -> Vec<(Backend, bool)> {
+        let state = self.state();
+        let backend = |(addr, slot): (&SocketAddr, &Arc<Slot>)| {
+            let mut ext = http::Extensions::new();
+            ext.insert(BackendNode {
+                slot: slot.clone(),
+                weights: self.clone(),
+            });
+            let backend = Backend {
+                addr: (*addr).into(),
+                weight: 1,
+                ext,
+            };
+            (backend, slot.node.load().is_serving())
+        };
+        state.slots.iter().map(backend).collect()
+    }
+}
+
+/// Selection by live weights, for a stock Pingora `LoadBalancer`.
+///
+/// Weights are [`Headroom`] weights. They are read beside the backends, so a change takes effect
+/// with the next request, without an update of the load balancer. Picks are spread evenly in
+/// proportion to the weights (5, 1, 1 gives no run of five), memory per backend is constant
+/// whatever the weights, and later choices are weighted too and never repeat an earlier one. The
+/// key is ignored.
+///
+/// It cannot see when a request ends. [`BalancerService`](super::BalancerService) can, and routes
+/// around a backend that is busy before its metrics say so.
+///
+/// Backends that did not come from [`ClusterBackends`](super::ClusterBackends) have the weight
+/// that Pingora knows.
+pub struct MetricsWeighted {
+    weighted: Arc<Weighted>,
+}
+
+#[derive(Debug)]
+struct Weighted {
+    backends: Box<[Backend]>,
+    spread: ArcSwap<Spread>,
+    /// Held from reading weights to publishing, so that what is published last was read last.
+    rebuilding: Mutex<()>,
+}
+
+impl Weighted {
+    fn weight(backend: &Backend) -> f64 {
+        match BackendNode::of(backend) {
+            Some(node) => node.weight(),
+            // Nothing at all would be a share of nothing.
+            None => (backend.weight as f64).max(f64::MIN_POSITIVE),
+        }
+    }
+
+    fn rebuild(&self) {
+        let _rebuilding = self
+            .rebuilding
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let weights: Vec<f64> = self.backends.iter().map(Self::weight).collect();
+        self.spread.store(Arc::new(Spread::new(&weights)));
+    }
+}
+
+impl BackendSelection for MetricsWeighted {
+    type Iter = MetricsWeightedIter;
+    type Config = ();
+
+    fn build(backends: &BTreeSet<Backend>) -> Self {
+        let weighted = Arc::new(Weighted {
+            backends: backends.iter().cloned().collect(),
+            spread: ArcSwap::from_pointee(Spread::default()),
+            rebuilding: Mutex::new(()),
+        });
+        // Known to the updater first, so that no change falls between the two.
+        if let Some(node) = weighted.backends.iter().find_map(BackendNode::of) {
+            let mut selections = node.weights.selections();
+            selections.retain(|selection| selection.strong_count() > 0);
+            selections.push(Arc::downgrade(&weighted));
+        }
+        weighted.rebuild();
+        Self { weighted }
+    }
+
+    fn iter(self: &Arc<Self>, _key: &[u8]) -> Self::Iter {
+        MetricsWeightedIter {
+            weighted: self.weighted.clone(),
+            tried: Vec::new(),
+            first: None,
+        }
+    }
+}
+
+/// See [`MetricsWeighted`].
+pub struct MetricsWeightedIter {
+    weighted: Arc<Weighted>,
+    first: Option<usize>,
+    /// What came after the first: most requests need no list.
+    tried: Vec<usize>,
+}
+
+impl BackendIter for MetricsWeightedIter {
+    fn next(&mut self) -> Option<&Backend> {
+        let backends = &self.weighted.backends;
+        let index = match self.first {
+            None if backends.is_empty() => return None,
+            None => {
+                let index = self.weighted.spread.load().turn(next_turn());
+                self.first = Some(index);
+                index
+            }
+            Some(first) => {
+                let tried = |index: &usize| *index == first || self.tried.contains(index);
+                let index = another(&self.weighted, tried)?;
+                self.tried.push(index);
+                index
+            }
+        };
+        backends.get(index)
+    }
+}
+
+/// By weight among those not tried yet.
+fn another(weighted: &Weighted, tried: impl Fn(&usize) -> bool) -> Option<usize> {
+    let left = || (0..weighted.backends.len()).filter(|index| !tried(index));
+    let weight = |index: usize| Weighted::weight(&weighted.backends[index]);
+    let mut rest = fastrand::f64() * left().map(weight).sum::<f64>();
+    let mut last = None;
+    for index in left() {
+        last = Some(index);
+        rest -= weight(index);
+        if rest < 0.0 {
+            break;
+        }
+    }
+    last
+}
+
+/// Each thread takes turns of its own: a counter shared by all would be what they wait for.
+fn next_turn() -> u64 {
+    thread_local! {
+        static TURN: Cell<u64> = Cell::new(fastrand::u64(..));
+    }
+    TURN.with(|turn| {
+        let next = turn.get().wrapping_add(1);
+        turn.set(next);
+        next
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn refresh(weights: &Arc<LiveWeights>, nodes: &[Arc<Node>]) -> bool {
+        let changed = weights.state().apply(nodes);
+        weights.rebuild_selections();
+        changed
+    }
+
+    fn node(port: u16, cpu: f64) -> Arc<Node> {
+        let node = Node::new(format!("n{port}"), "127.0.0.1".parse().unwrap())
+            .with_port(port)
+            .with_metadata(json!({ "cpu_usage_percent": cpu }));
+        Arc::new(node)
+    }
+
+    fn selection(weights: &Arc<LiveWeights>) -> Arc<MetricsWeighted> {
+        let backends = weights.backends().into_iter().map(|(backend, _)| backend);
+        Arc::new(MetricsWeighted::build(&backends.collect()))
+    }
+
+    fn first_ports(selection: &Arc<MetricsWeighted>, count: usize) -> Vec<u16> {
+        let port = |_| {
+            let mut iter = selection.iter(b"");
+            iter.next().unwrap().addr.as_inet().unwrap().port()
+        };
+        (0..count).map(port).collect()
+    }
+
+    fn share(ports: &[u16], port: u16) -> f64 {
+        ports.iter().filter(|other| **other == port).count() as f64 / ports.len() as f64
+    }
+
+    #[test]
+    fn a_weight_change_takes_effect_without_a_build() {
+        let weights = LiveWeights::new(Headroom::default(), 80);
+        assert!(refresh(&weights, &[node(1, 0.0), node(2, 0.0)]));
+        let selection = selection(&weights);
+        assert!((share(&first_ports(&selection, 1000), 1) - 0.5).abs() < 0.01);
+        assert!(
+            !refresh(&weights, &[node(1, 100.0), node(2, 0.0)]),
+            "no new membership"
+        );
+        let share = share(&first_ports(&selection, 3000), 1);
+        assert!((share - 1.0 / 3.0).abs() < 0.01, "0.5 against 1: {share}");
+    }
+
+    #[test]
+    fn picks_are_spread_evenly() {
+        let weights = LiveWeights::new(Headroom::default(), 80);
+        let heavy = Arc::new(Node::clone(&node(1, 0.0)).with_weight(5.0));
+        refresh(&weights, &[heavy, node(2, 0.0), node(3, 0.0)]);
+        let ports = first_ports(&selection(&weights), 700);
+        for port in [2, 3] {
+            assert!((share(&ports, port) - 1.0 / 7.0).abs() < 0.01);
+        }
+        let longest = ports.chunk_by(|a, b| a == b).map(<[u16]>::len).max();
+        assert!(longest <= Some(5), "{longest:?}");
+    }
+
+    #[test]
+    fn later_choices_never_repeat_and_come_to_an_end() {
+        let weights = LiveWeights::new(Headroom::default(), 80);
+        let nodes: Vec<_> = (1..=20).map(|port| node(port, f64::from(port))).collect();
+        refresh(&weights, &nodes);
+        let selection = selection(&weights);
+        let mut iter = selection.iter(b"");
+        let mut seen = BTreeSet::new();
+        while let Some(backend) = iter.next() {
+            assert!(seen.insert(backend.addr.clone()), "repeated");
+        }
+        assert_eq!(seen.len(), 20);
+    }
+
+    #[test]
+    fn no_backends_and_foreign_backends() {
+        let none = Arc::new(MetricsWeighted::build(&BTreeSet::new()));
+        assert!(none.iter(b"").next().is_none());
+        let zero =
+            ["127.0.0.1:1", "127.0.0.1:2"].map(|addr| Backend::new_with_weight(addr, 0).unwrap());
+        let selection = Arc::new(MetricsWeighted::build(&zero.into()));
+        assert!((share(&first_ports(&selection, 100), 1) - 0.5).abs() < 0.1);
+    }
+
+    #[test]
+    fn of_two_registrations_at_one_address_the_newer_counts() {
+        let weights = LiveWeights::new(Headroom::default(), 80);
+        let mut old = Node::clone(&node(1, 0.0));
+        old.last_seen = 1;
+        let mut new = Node::clone(&node(1, 0.0));
+        new.id = "new".to_owned();
+        new.last_seen = 2;
+        refresh(&weights, &[Arc::new(new), Arc::new(old)]);
+        let backends = weights.backends();
+        assert_eq!(backends.len(), 1);
+        let node = BackendNode::of(&backends[0].0).unwrap().node();
+        assert_eq!(node.id, "new");
+    }
+}
