@@ -1,0 +1,320 @@
+//! `ClusterProxy` on a real etcd.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pingora_etcd::EtcdOptions;
+use pingora_etcd::pingora::{BalancerService, ClusterProxy};
+
+use super::common::etcd::Etcd;
+use super::common::{eventually, free_port, group, local};
+use super::{Backend, RunningServer, client, cluster_config, load, until_it_answers};
+
+struct Proxy {
+    url: String,
+    balancer: Arc<BalancerService>,
+    _server: RunningServer,
+}
+
+async fn proxy(etcd: &EtcdOptions, group: &str, leader: bool, more: &str) -> Proxy {
+    let config = cluster_config(etcd, group, more);
+    let mut balancer = None;
+    let server = RunningServer::start(|server| {
+        balancer = Some(ClusterProxy::add_to(server, &config, leader).unwrap());
+    });
+    let url = format!("http://{}/", config.listen);
+    until_it_answers(&url).await;
+    Proxy {
+        url,
+        balancer: balancer.unwrap(),
+        _server: server,
+    }
+}
+
+impl Proxy {
+    async fn until_it_has(&self, count: usize) {
+        eventually("the backends are there", || self.balancer.len() == count).await;
+    }
+}
+
+fn shares(backends: &[Backend]) -> Vec<f64> {
+    let counts: Vec<_> = backends.iter().map(Backend::take_requests).collect();
+    let total: u64 = counts.iter().sum();
+    let share = |count| count as f64 / total.max(1) as f64;
+    counts.into_iter().map(share).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_are_spread_by_weight_and_a_metrics_change_shifts_them() {
+    let etcd = Etcd::shared();
+    let group = group("weights");
+    let mut backends = Vec::new();
+    for (id, weight) in [("b1", 3.0), ("b2", 2.0), ("b3", 1.0)] {
+        let weighted = |builder: pingora_etcd::ClusterNodeBuilder| builder.weight(weight);
+        backends.push(Backend::start_with(&etcd.options(), &group, id, weighted).await);
+    }
+    let proxy = proxy(&etcd.options(), &group, false, "  headroom: { cpu: 1 }\n").await;
+    proxy.until_it_has(3).await;
+    shares(&backends);
+    assert_eq!(load(&proxy.url, 3_000, 36).await, Vec::<String>::new());
+    let before = shares(&backends);
+    for (share, expected) in before.iter().zip([0.5, 0.333, 0.167]) {
+        assert!((share - expected).abs() < 0.08, "{before:?}");
+    }
+
+    // The first one reports that it is busy: three times the weight of the third becomes less.
+    backends[0].cpu.set(95);
+    let weight = |id: &str| {
+        let backends = proxy.balancer.backends();
+        let backend = backends.iter().find(|backend| backend.node.id == id);
+        backend.map_or(f64::NAN, |backend| backend.weight)
+    };
+    eventually("the weight follows", || weight("b1") < 0.2).await;
+    shares(&backends);
+    assert_eq!(load(&proxy.url, 3_000, 36).await, Vec::<String>::new());
+    let after = shares(&backends);
+    assert!(after[0] < 0.1, "{after:?}");
+    assert!(after[1] > after[2] && after[2] > after[0], "{after:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_and_a_leave_under_load_cost_no_get() {
+    let etcd = Etcd::shared();
+    let group = group("crash");
+    let mut backends = Vec::new();
+    for id in ["b1", "b2", "b3"] {
+        backends.push(Backend::start(&etcd.options(), &group, id).await);
+    }
+    let proxy = proxy(&etcd.options(), &group, false, "").await;
+    proxy.until_it_has(3).await;
+    let url = proxy.url.clone();
+    let loading = tokio::spawn(async move { load(&url, 6_000, 24).await });
+    eventually("load", || {
+        backends[0]
+            .requests
+            .load(std::sync::atomic::Ordering::Relaxed)
+            > 200
+    })
+    .await;
+    // Every task of it at once: connections break in the middle of requests.
+    drop(backends.remove(0));
+    eventually("its lease runs out", || proxy.balancer.len() == 2).await;
+    backends[0].leave();
+    eventually("it left", || proxy.balancer.len() == 1).await;
+    assert_eq!(loading.await.unwrap(), Vec::<String>::new());
+    assert_eq!(proxy.balancer.backends()[0].node.id, backends[1].id);
+    eventually("nothing stays counted", || {
+        proxy.balancer.backends()[0].in_flight == 0
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_backend_is_503_with_the_reason_and_a_dead_one_is_tried_around() {
+    let etcd = Etcd::shared();
+    let group = group("none");
+    let proxy = proxy(&etcd.options(), &group, false, "").await;
+    let response = client().get(&proxy.url).send().await.unwrap();
+    assert_eq!(response.status(), 503);
+    let header = |name: &str| response.headers()[name].to_str().unwrap().to_owned();
+    assert!(header("content-type").starts_with("text/plain"));
+    assert_eq!(header("retry-after"), "1");
+    assert_eq!(response.text().await.unwrap(), "no backend is registered\n");
+
+    // Registered, but nobody listens: every try fails.
+    let dead =
+        |id: &str| Backend::register(&etcd.options(), &group, id, free_port(), |builder| builder);
+    let _dead = [dead("d1"), dead("d2")];
+    proxy.until_it_has(2).await;
+    let response = client().get(&proxy.url).send().await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert_eq!(
+        response.text().await.unwrap(),
+        "every backend has been tried\n"
+    );
+
+    // Two dead ones and one that lives: at most two retries always find it, for a POST too.
+    let alive = Backend::start(&etcd.options(), &group, "alive").await;
+    proxy.until_it_has(3).await;
+    for _ in 0..30 {
+        let response = client().post(&proxy.url).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["x-upstream-node"], "alive");
+    }
+    assert_eq!(alive.take_requests(), 30, "each exactly once");
+}
+
+/// A server that takes a request and hangs up, so often.
+async fn hangs_up(count: Arc<std::sync::atomic::AtomicU32>) -> u16 {
+    let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let count = count.clone();
+            tokio::spawn(async move {
+                let mut buffer = [0; 4096];
+                let read = tokio::io::AsyncReadExt::read(&mut stream, &mut buffer).await;
+                if read.is_ok_and(|read| read > 0) {
+                    count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                }
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_get_is_repeated_and_a_lost_post_is_not() {
+    let etcd = Etcd::shared();
+    let group = group("lost");
+    let taken = Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let port = hangs_up(taken.clone()).await;
+    let heavy = |builder: pingora_etcd::ClusterNodeBuilder| builder.weight(1000.0);
+    let _bad = Backend::register(&etcd.options(), &group, "bad", port, heavy);
+    let good = Backend::start(&etcd.options(), &group, "good").await;
+    let proxy = proxy(&etcd.options(), &group, false, "").await;
+    proxy.until_it_has(2).await;
+    good.take_requests();
+    taken.store(0, std::sync::atomic::Ordering::SeqCst);
+
+    let response = client().get(&proxy.url).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["x-upstream-node"], "good");
+    assert_eq!(taken.load(std::sync::atomic::Ordering::SeqCst), 1);
+    assert_eq!(good.take_requests(), 1);
+
+    let response = client().post(&proxy.url).body("x").send().await.unwrap();
+    assert_eq!(response.status(), 502);
+    assert_eq!(response.text().await.unwrap(), "the backend failed\n");
+    assert_eq!(taken.load(std::sync::atomic::Ordering::SeqCst), 2);
+    assert_eq!(good.take_requests(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_etcd_the_server_starts_after_a_bounded_wait() {
+    let dead = EtcdOptions::new([format!("http://{}:{}", local(), free_port())]);
+    let group = group("late");
+    let start = Instant::now();
+    let proxy = proxy(&dead, &group, false, "  ready_timeout_ms: 1500\n").await;
+    let took = start.elapsed();
+    assert!(took > Duration::from_millis(1400), "it did wait: {took:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    let response = client().get(&proxy.url).send().await.unwrap();
+    assert_eq!(response.status(), 503);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_view_is_served_while_etcd_is_away() {
+    let etcd = Etcd::own();
+    let group = group("away");
+    let backends = [
+        Backend::start(&etcd.options(), &group, "b1").await,
+        Backend::start(&etcd.options(), &group, "b2").await,
+    ];
+    let proxy = proxy(&etcd.options(), &group, false, "").await;
+    proxy.until_it_has(2).await;
+    etcd.stop();
+    // For longer than the leases live.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(4) {
+        assert_eq!(load(&proxy.url, 50, 4).await, Vec::<String>::new());
+    }
+    etcd.start();
+    eventually("all are back", || {
+        backends.iter().any(|backend| backend.node.is_leader()) && proxy.balancer.len() == 2
+    })
+    .await;
+    assert_eq!(load(&proxy.url, 100, 4).await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_stays_with_its_backend() {
+    let etcd = Etcd::shared();
+    let group = group("sticky");
+    let mut backends = Vec::new();
+    for id in ["b1", "b2", "b3"] {
+        backends.push(Backend::start(&etcd.options(), &group, id).await);
+    }
+    let more = "  policy: consistent\n  hash_on: header:x-user\n";
+    let proxy = proxy(&etcd.options(), &group, false, more).await;
+    proxy.until_it_has(3).await;
+    let client = client();
+    let mut nodes = std::collections::HashSet::new();
+    for user in 0..30 {
+        let mut of_user = std::collections::HashSet::new();
+        for _ in 0..3 {
+            let request = client.get(&proxy.url).header("x-user", user.to_string());
+            let response = request.send().await.unwrap();
+            of_user.insert(response.headers()["x-upstream-node"].clone());
+        }
+        assert_eq!(of_user.len(), 1, "{of_user:?}");
+        nodes.extend(of_user);
+    }
+    assert_eq!(nodes.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writes_go_to_the_leader_with_its_token_and_wait_for_one() {
+    let etcd = Etcd::shared();
+    let group = group("writes");
+    let mut first = Backend::start(&etcd.options(), &group, "b1").await;
+    first.node.wait_for_leadership().await;
+    let second = Backend::start(&etcd.options(), &group, "b2").await;
+    let proxy = proxy(&etcd.options(), &group, true, "").await;
+    proxy.until_it_has(2).await;
+    let client = client();
+    let write = |method: &'static str| {
+        let method = method.parse().unwrap();
+        // A token that a client makes up must not get through.
+        let request = client
+            .request(method, &proxy.url)
+            .header("x-leader-epoch", "999999999");
+        async move { request.send().await.unwrap() }
+    };
+    let epoch = first.node.leadership().unwrap().epoch.to_string();
+    for method in ["POST", "PUT", "PATCH", "DELETE"] {
+        let response = write(method).await;
+        assert_eq!(response.headers()["x-upstream-node"], "b1");
+        assert_eq!(response.headers()["x-epoch-seen"], epoch.as_str());
+    }
+    let mut readers = std::collections::HashSet::new();
+    for _ in 0..50 {
+        let response = write("GET").await;
+        readers.insert(response.headers()["x-upstream-node"].clone());
+        assert_eq!(response.headers()["x-epoch-seen"], "none");
+    }
+    assert_eq!(readers.len(), 2, "reads go to any node");
+
+    // The leader leaves: the next write finds the next leader, and its token is greater.
+    first.leave();
+    let response = write("POST").await;
+    assert_eq!(response.status(), 200);
+    second.node.wait_for_leadership().await;
+    let response = write("POST").await;
+    assert_eq!(response.headers()["x-upstream-node"], "b2");
+    let later: i64 = response.headers()["x-epoch-seen"]
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!(later > epoch.parse().unwrap());
+
+    // It crashes: nobody listens, its lease runs on for a while, and there is no other leader.
+    drop(second);
+    let start = Instant::now();
+    let response = write("POST").await;
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+    assert_eq!(response.text().await.unwrap(), "there is no leader\n");
+    let took = start.elapsed();
+    assert!(took > Duration::from_millis(1900), "it waited: {took:?}");
+    assert!(took < Duration::from_secs(4), "not for ever: {took:?}");
+
+    // A write that is waiting when a leader comes goes through.
+    let waiting = tokio::spawn(write("POST"));
+    let third = Backend::start(&etcd.options(), &group, "b3").await;
+    let response = waiting.await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["x-upstream-node"], third.id.as_str());
+}

@@ -1,0 +1,183 @@
+//! Stock Pingora load balancers over a group.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora::lb::health_check::TcpHealthCheck;
+use pingora::lb::selection::RoundRobin;
+use pingora::lb::{Backends, LoadBalancer};
+use pingora::proxy::{ProxyHttp, Session, http_proxy_service};
+use pingora::services::background::background_service;
+use pingora::upstreams::peer::HttpPeer;
+use pingora_etcd::ServiceDiscovery;
+use pingora_etcd::pingora::{BackendNode, ClusterBackends, LiveLoadBalancer, MetricsWeighted};
+
+use super::common::etcd::Etcd;
+use super::common::{eventually, free_port, group, local, throughout};
+use super::{Backend, RunningServer, load, until_it_answers};
+
+fn discovery(etcd: &Etcd, group: &str) -> ServiceDiscovery {
+    ServiceDiscovery::builder(etcd.options(), group)
+        .try_build()
+        .unwrap()
+}
+
+/// How often each port is selected.
+fn selected(select: impl Fn() -> Option<u16>, times: u32) -> BTreeMap<u16, u32> {
+    let mut counts = BTreeMap::new();
+    for _ in 0..times {
+        if let Some(port) = select() {
+            *counts.entry(port).or_default() += 1;
+        }
+    }
+    counts
+}
+
+fn port(backend: &pingora::lb::Backend) -> u16 {
+    backend.addr.as_inet().unwrap().port()
+}
+
+macro_rules! ports {
+    ($load_balancer:expr) => {
+        || $load_balancer.select(b"", 16).map(|backend| port(&backend))
+    };
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_down_backend_stays_down_when_its_weight_changes() {
+    let etcd = Etcd::shared();
+    let group = group("health");
+    let up = Backend::start(&etcd.options(), &group, "up").await;
+    let down = Backend::register(&etcd.options(), &group, "down", free_port(), |b| b);
+    let mut live = LiveLoadBalancer::<MetricsWeighted>::new(discovery(&etcd, &group), 80);
+    let mut check = TcpHealthCheck::new();
+    // One failed check is enough to be down, and no check will bring it up again.
+    check.consecutive_failure = 1;
+    check.consecutive_success = 1_000_000;
+    live.set_health_check(check);
+    live.health_check_frequency = Some(Duration::from_millis(50));
+    let service = background_service("cluster", live);
+    let lb = service.task();
+    let _server = RunningServer::start(|server| drop(server.add_service(service)));
+
+    eventually("both are known", || lb.backends().get_backend().len() == 2).await;
+    eventually("one is down", || {
+        !selected(ports!(lb), 50).contains_key(&down.port)
+    })
+    .await;
+    let weight_of = |wanted: u16| {
+        let backends = lb.backends().get_backend();
+        let backend = backends.iter().find(|backend| port(backend) == wanted)?;
+        BackendNode::of(backend).map(BackendNode::weight)
+    };
+    // Its metrics change its weight, several times; its health has to survive each.
+    for cpu in [90, 10, 70] {
+        let before = weight_of(down.port).unwrap();
+        down.cpu.set(cpu);
+        eventually("its weight changes", || {
+            let now = weight_of(down.port);
+            assert!(
+                !selected(ports!(lb), 20).contains_key(&down.port),
+                "it is down"
+            );
+            now.is_some_and(|now| (now - before).abs() > 0.1)
+        })
+        .await;
+    }
+    throughout("it stays down", Duration::from_millis(300), || {
+        selected(ports!(lb), 20).keys().eq([&up.port])
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_reach_a_live_load_balancer_without_polling() {
+    let etcd = Etcd::shared();
+    let group = group("live");
+    let mut first = Backend::start(&etcd.options(), &group, "b1").await;
+    // Any selection of Pingora's will do.
+    let live = LiveLoadBalancer::<RoundRobin>::new(discovery(&etcd, &group), 80);
+    let service = background_service("cluster", live);
+    let lb = service.task();
+    let _server = RunningServer::start(|server| drop(server.add_service(service)));
+    eventually("one", || selected(ports!(lb), 4).len() == 1).await;
+    let second = Backend::start(&etcd.options(), &group, "b2").await;
+    eventually("two", || selected(ports!(lb), 4).len() == 2).await;
+    let known = lb.backends().get_backend();
+    let names: Vec<_> = known
+        .iter()
+        .map(|backend| BackendNode::of(backend).unwrap().node().id.clone())
+        .collect();
+    assert_eq!(names.len(), 2);
+
+    // Draining: out of the selection, but still there.
+    second.node.drain().await.unwrap();
+    let took = eventually("it is disabled", || {
+        !selected(ports!(lb), 8).contains_key(&second.port)
+    })
+    .await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert_eq!(lb.backends().get_backend().len(), 2);
+
+    first.leave();
+    eventually("nothing is left", || selected(ports!(lb), 8).is_empty()).await;
+    assert_eq!(lb.backends().get_backend().len(), 1);
+}
+
+/// The proxy of Pingora's own documentation, with our discovery and selection in it.
+struct Stock(Arc<LoadBalancer<MetricsWeighted>>);
+
+#[async_trait]
+impl ProxyHttp for Stock {
+    type CTX = ();
+
+    fn new_ctx(&self) {}
+
+    async fn upstream_peer(&self, _: &mut Session, (): &mut ()) -> pingora::Result<Box<HttpPeer>> {
+        let backend = self
+            .0
+            .select(b"", 256)
+            .ok_or_else(|| pingora::Error::new(pingora::ErrorType::HTTPStatus(503)))?;
+        Ok(Box::new(HttpPeer::new(backend, false, String::new())))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stock_load_balancer_with_our_discovery_and_selection() {
+    let etcd = Etcd::shared();
+    let group = group("stock");
+    let heavy = |builder: pingora_etcd::ClusterNodeBuilder| builder.weight(3.0);
+    let backends = [
+        Backend::start_with(&etcd.options(), &group, "b1", heavy).await,
+        Backend::start(&etcd.options(), &group, "b2").await,
+    ];
+    let ours = ClusterBackends::new(discovery(&etcd, &group), 80);
+    let mut lb = LoadBalancer::from_backends(Backends::new(Box::new(ours)));
+    lb.update_frequency = Some(Duration::from_millis(100));
+    let service = background_service("stock", lb);
+    let lb = service.task();
+    let listen = format!("{}:{}", local(), free_port());
+    let server = RunningServer::start(|server| {
+        let mut proxy = http_proxy_service(&server.configuration, Stock(lb.clone()));
+        proxy.add_tcp(&listen);
+        let service = server.add_service(service);
+        server.add_service(proxy).add_dependency(service);
+    });
+    let url = format!("http://{listen}/");
+    until_it_answers(&url).await;
+    eventually("both are known", || lb.backends().get_backend().len() == 2).await;
+    // What both report may take a second to be there; the share is steady after that.
+    let ratio = || {
+        let counts = selected(ports!(lb), 400);
+        let of = |backend: &Backend| f64::from(*counts.get(&backend.port).unwrap_or(&0));
+        of(&backends[0]) / of(&backends[1])
+    };
+    eventually("three to one", || (ratio() - 3.0).abs() < 0.2).await;
+    assert_eq!(load(&url, 400, 8).await, Vec::<String>::new());
+    // A weight reaches the selection at once, without an update of the load balancer.
+    backends[0].cpu.set(100);
+    eventually("busy: half of it", || (ratio() - 1.5).abs() < 0.2).await;
+    drop(server);
+}

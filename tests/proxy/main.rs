@@ -1,0 +1,232 @@
+//! Through real Pingora servers, in this process and as the example programs.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bundled;
+mod drop_in;
+mod programs;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora::server::configuration::ServerConf;
+use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch};
+use pingora_etcd::config::ClusterConfig;
+use pingora_etcd::{
+    ClusterNode, ClusterNodeBuilder, EtcdOptions, MetricsCollector, NodeMetadata, metadata_keys,
+};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+
+use common::{free_port, local};
+
+/// A Pingora server on a thread of its own, stopped when this is dropped.
+struct RunningServer {
+    stop: watch::Sender<bool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+struct WhenTold(watch::Receiver<bool>);
+
+#[async_trait]
+impl ShutdownSignalWatch for WhenTold {
+    async fn recv(&self) -> ShutdownSignal {
+        let _ = self.0.clone().wait_for(|stop| *stop).await;
+        ShutdownSignal::FastShutdown
+    }
+}
+
+impl RunningServer {
+    fn start(build: impl FnOnce(&mut Server)) -> Self {
+        let conf = ServerConf {
+            threads: 2,
+            ..ServerConf::default()
+        };
+        let mut server = Server::new_with_opt_and_conf(None, conf);
+        build(&mut server);
+        server.bootstrap();
+        let (stop, stopped) = watch::channel(false);
+        let thread = std::thread::spawn(move || {
+            server.run(RunArgs {
+                shutdown_signal: Box::new(WhenTold(stopped)),
+            });
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for RunningServer {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// CPU usage as set.
+#[derive(Clone, Default)]
+struct Cpu(Arc<AtomicU32>);
+
+impl Cpu {
+    fn set(&self, percent: u32) {
+        self.0.store(percent, Ordering::SeqCst);
+    }
+}
+
+impl MetricsCollector for Cpu {
+    fn collect(&self) -> NodeMetadata {
+        let percent = self.0.load(Ordering::SeqCst);
+        serde_json::json!({ metadata_keys::CPU_USAGE_PERCENT: percent })
+    }
+}
+
+/// An HTTP server that counts its requests, and its membership.
+struct Backend {
+    id: String,
+    port: u16,
+    node: ClusterNode,
+    cpu: Cpu,
+    requests: Arc<AtomicU64>,
+    stop: Option<oneshot::Sender<()>>,
+    tasks: JoinSet<()>,
+}
+
+impl Backend {
+    async fn start(etcd: &EtcdOptions, group: &str, id: &str) -> Self {
+        Self::start_with(etcd, group, id, |builder| builder).await
+    }
+
+    async fn start_with(
+        etcd: &EtcdOptions,
+        group: &str,
+        id: &str,
+        configure: impl FnOnce(ClusterNodeBuilder) -> ClusterNodeBuilder,
+    ) -> Self {
+        let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let requests = Arc::new(AtomicU64::new(0));
+        let counter = requests.clone();
+        let name = id.to_owned();
+        let app = axum::Router::new().fallback(move |headers: axum::http::HeaderMap| async move {
+            counter.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            let epoch = headers.get("x-leader-epoch").cloned();
+            let epoch = epoch.unwrap_or(axum::http::HeaderValue::from_static("none"));
+            ([("x-epoch-seen", epoch)], name)
+        });
+        let mut backend = Self::register(etcd, group, id, port, configure);
+        backend.requests = requests;
+        backend.tasks.spawn(async move {
+            axum::serve(listener, app).await.unwrap();
+        });
+        backend
+    }
+
+    /// Only the membership: nobody listens on that port.
+    fn register(
+        etcd: &EtcdOptions,
+        group: &str,
+        id: &str,
+        port: u16,
+        configure: impl FnOnce(ClusterNodeBuilder) -> ClusterNodeBuilder,
+    ) -> Self {
+        let cpu = Cpu::default();
+        let builder = ClusterNodeBuilder::new(etcd.clone(), id, local(), group)
+            .ttl(2)
+            .port(port)
+            .metrics_collector(cpu.clone())
+            .metrics_update_interval(1);
+        let node = configure(builder).try_build().unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let mut tasks = JoinSet::new();
+        let running = node.clone();
+        tasks.spawn(async move {
+            let until = async { drop(stopped.await) };
+            running.run_until(until).await.unwrap();
+        });
+        Self {
+            id: id.to_owned(),
+            port,
+            node,
+            cpu,
+            requests: Arc::default(),
+            stop: Some(stop),
+            tasks,
+        }
+    }
+
+    /// Requests since the last call.
+    fn take_requests(&self) -> u64 {
+        self.requests.swap(0, Ordering::Relaxed)
+    }
+
+    /// Leaves the group, and goes on serving.
+    fn leave(&mut self) {
+        drop(self.stop.take());
+    }
+}
+
+fn cluster_config(etcd: &EtcdOptions, group: &str, more: &str) -> ClusterConfig {
+    let endpoints = etcd.endpoints.join("','");
+    let listen = format!("{}:{}", local(), free_port());
+    let yaml = format!(
+        "cluster:\n  etcd: {{ endpoints: ['{endpoints}'] }}\n  group: {group}\n  listen: '{listen}'\n{more}"
+    );
+    ClusterConfig::from_yaml(&yaml, "test").unwrap()
+}
+
+/// A client that keeps no connection to a server that is gone.
+fn client() -> reqwest::Client {
+    reqwest::Client::builder()
+        .timeout(Duration::from_secs(20))
+        .build()
+        .unwrap()
+}
+
+/// `count` GETs, so many at a time. Answers with what failed.
+async fn load(url: &str, count: usize, at_a_time: usize) -> Vec<String> {
+    let left = Arc::new(AtomicU64::new(count as u64));
+    let mut clients = JoinSet::new();
+    for _ in 0..at_a_time {
+        let (left, url, client) = (left.clone(), url.to_owned(), client());
+        clients.spawn(async move {
+            let mut failed = Vec::new();
+            while left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                    left.checked_sub(1)
+                })
+                .is_ok()
+            {
+                match client.get(&url).send().await {
+                    Ok(response) if response.status().is_success() => {
+                        drop(response.bytes().await);
+                    }
+                    Ok(response) => {
+                        let status = response.status();
+                        failed.push(format!("{status}: {:?}", response.text().await));
+                    }
+                    Err(error) => failed.push(format!("{error:?}")),
+                }
+            }
+            failed
+        });
+    }
+    clients.join_all().await.into_iter().flatten().collect()
+}
+
+/// Waits until something answers there, with any status.
+async fn until_it_answers(url: &str) {
+    let client = client();
+    let start = std::time::Instant::now();
+    while let Err(error) = client.get(url).send().await {
+        assert!(start.elapsed() < common::DEADLINE, "{url}: {error}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

@@ -1,0 +1,329 @@
+//! The example programs, as processes.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use super::common::etcd::{Etcd, send_signal};
+use super::common::{DEADLINE, free_port, group, local};
+use super::{client, load, until_it_answers};
+
+/// A program that is killed when this is dropped.
+struct Program {
+    child: Child,
+}
+
+impl Program {
+    fn start(name: &str, arguments: &[&str]) -> Self {
+        let child = Command::new(binary(name))
+            .args(arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|error| panic!("example {name}: {error}; build the examples first"));
+        Self { child }
+    }
+
+    fn signal(&self, signal: &str) {
+        send_signal(self.child.id(), signal);
+    }
+
+    /// How it ended, and how long that took.
+    async fn ended(&mut self) -> (ExitStatus, Duration) {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return (status, start.elapsed());
+            }
+            assert!(start.elapsed() < DEADLINE, "the program does not end");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Beside the test binary, in `target/*/examples`.
+fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let target = test.parent().and_then(Path::parent).unwrap();
+    target.join("examples").join(name)
+}
+
+fn config_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("config")
+        .join(name)
+}
+
+/// A shipped configuration file with other endpoints, group and port.
+fn adapted(name: &str, etcd: &str, group: &str) -> (PathBuf, String) {
+    let text = std::fs::read_to_string(config_file(name)).unwrap();
+    let listen = format!("{}:{}", local(), free_port());
+    let mut adapted = String::new();
+    for line in text.lines() {
+        let value = match line.trim_start().split_once(':') {
+            Some(("- http", _)) | Some(("- memory", _)) => format!("      - {etcd}"),
+            Some(("group", _)) => format!("  group: {group}"),
+            Some(("listen", _)) => format!("  listen: \"{listen}\""),
+            _ => line.to_owned(),
+        };
+        adapted.push_str(&value);
+        adapted.push('\n');
+    }
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{group}-{name}"));
+    std::fs::write(&file, adapted).unwrap();
+    (file, format!("http://{listen}"))
+}
+
+struct Worker {
+    program: Program,
+    url: String,
+}
+
+fn worker(etcd: &str, group: &str, id: &str) -> Worker {
+    let listen = format!("{}:{}", local(), free_port());
+    let arguments = [
+        "--etcd", etcd, "--group", group, "--id", id, "--listen", &listen,
+    ];
+    Worker {
+        program: Program::start(
+            "worker",
+            &[&arguments[..], &["--ttl", "2", "--zone", "z"]].concat(),
+        ),
+        url: format!("http://{listen}"),
+    }
+}
+
+/// Waits until so many nodes answer through the proxy.
+async fn until_nodes_answer(url: &str, count: usize) {
+    let client = client();
+    let mut nodes = std::collections::HashSet::new();
+    let start = Instant::now();
+    while nodes.len() < count {
+        assert!(start.elapsed() < DEADLINE, "only {nodes:?}");
+        if let Ok(response) = client.get(url).send().await
+            && let Some(node) = response.headers().get("x-upstream-node")
+        {
+            nodes.insert(node.clone());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_and_a_load_balancer_as_the_readme_runs_them() {
+    let etcd = Etcd::shared();
+    let (endpoint, group) = (&etcd.endpoints()[0], group("programs"));
+    let mut workers = Vec::new();
+    for id in ["w1", "w2", "w3"] {
+        workers.push(worker(endpoint, &group, id));
+    }
+    let (file, url) = adapted("load_balancer.yaml", endpoint, &group);
+    let mut balancer = Program::start("load_balancer", &["--conf", file.to_str().unwrap()]);
+    until_it_answers(&url).await;
+    until_nodes_answer(&url, 3).await;
+    let client = client();
+
+    // A worker by itself.
+    let response = client.get(&workers[0].url).send().await.unwrap();
+    assert_eq!(response.headers()["x-served-by"], "w1");
+    assert_eq!(response.text().await.unwrap(), "w1\n");
+
+    // The load it is told to have makes it slow, and is reported.
+    let set = |url: &str, query: &str| {
+        let request = client.put(format!("{url}/load?{query}"));
+        async move { request.send().await.unwrap() }
+    };
+    let refused = set(&workers[0].url, "cpu=101").await;
+    assert_eq!(refused.status(), 400);
+    assert!(refused.text().await.unwrap().contains("cpu"));
+    let done = set(&workers[0].url, "cpu=95&memory=40&queue=12").await;
+    assert_eq!(done.status(), 200);
+    let start = Instant::now();
+    client.get(&workers[0].url).send().await.unwrap();
+    assert!(
+        start.elapsed() > Duration::from_millis(60),
+        "20 times 2 ms and 12 in the queue"
+    );
+    let mut unloaded = 0;
+    let start = Instant::now();
+    while unloaded < 100 {
+        let response = client.get(&url).send().await.unwrap();
+        unloaded = if response.headers()["x-upstream-node"] == "w1" {
+            0
+        } else {
+            unloaded + 1
+        };
+        assert!(start.elapsed() < DEADLINE, "it is still picked");
+    }
+    set(&workers[0].url, "cpu=0&memory=0&queue=0").await;
+    until_nodes_answer(&url, 3).await;
+
+    // One is killed, one leaves, one is told to crash, under load: not one GET fails while any
+    // lives.
+    let target = url.clone();
+    let loading = tokio::spawn(async move { load(&target, 4_000, 16).await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    workers[0].program.signal("KILL");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let response = client
+        .post(format!("{}/stop", workers[1].url))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(response.status(), 200);
+    let (status, took) = workers[1].program.ended().await;
+    assert!(
+        status.success() && took < Duration::from_secs(5),
+        "{status} {took:?}"
+    );
+    assert_eq!(loading.await.unwrap(), Vec::<String>::new());
+
+    // Its answer may get lost with it.
+    let _ = client
+        .post(format!("{}/crash", workers[2].url))
+        .send()
+        .await;
+    let (status, _) = workers[2].program.ended().await;
+    assert!(!status.success(), "a crash is no clean exit");
+
+    // SIGTERM leaves gracefully, SIGINT ends the balancer.
+    let mut last = worker(endpoint, &group, "w4");
+    until_nodes_answer(&url, 1).await;
+    last.program.signal("TERM");
+    let (status, took) = last.program.ended().await;
+    assert!(
+        status.success() && took < Duration::from_secs(5),
+        "{status} {took:?}"
+    );
+    balancer.signal("INT");
+    let (status, took) = balancer.ended().await;
+    assert!(
+        status.success() && took < Duration::from_secs(5),
+        "{status} {took:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leader_routing_as_the_readme_runs_it() {
+    let etcd = Etcd::shared();
+    let (endpoint, group) = (&etcd.endpoints()[0], group("routing"));
+    let (file, url) = adapted("leader_routing.yaml", endpoint, &group);
+    let _routing = Program::start("leader_routing", &["--conf", file.to_str().unwrap()]);
+    until_it_answers(&url).await;
+    let client = client();
+    let response = client.post(&url).send().await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+
+    let mut first = worker(endpoint, &group, "w1");
+    until_nodes_answer(&url, 1).await;
+    let second = worker(endpoint, &group, "w2");
+    until_nodes_answer(&url, 2).await;
+    for _ in 0..10 {
+        let response = client.post(&url).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["x-served-by"], "w1");
+    }
+    first.program.signal("TERM");
+    first.program.ended().await;
+    let response = client.post(&url).send().await.unwrap();
+    assert_eq!(response.headers()["x-served-by"], "w2");
+
+    // A worker refuses a token of an older term than the one it leads.
+    let stale = client.post(&second.url).header("x-leader-epoch", "1");
+    assert_eq!(stale.send().await.unwrap().status(), 409);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_demo_serves_and_ends_with_ctrl_c() {
+    let (file, url) = adapted("demo.yaml", "memory://demo", &group("demo"));
+    let mut child = Command::new(binary("load_balancer"))
+        .args(["--conf", file.to_str().unwrap(), "--demo", "3"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let told = BufReader::new(child.stdout.take().unwrap());
+    let mut demo = Program { child };
+    until_nodes_answer(&url, 3).await;
+    // What it tells to try names the address it listens on.
+    let first = told.lines().next().unwrap().unwrap();
+    assert!(first.contains(&url), "{first}");
+    demo.signal("INT");
+    let (status, took) = demo.ended().await;
+    assert!(
+        status.success() && took < Duration::from_secs(5),
+        "{status} {took:?}"
+    );
+}
+
+#[test]
+fn wrong_configurations_are_explained() {
+    let run = |text: &str| {
+        let name = group("wrong");
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        std::fs::write(&file, text).unwrap();
+        let output = Command::new(binary("load_balancer"))
+            .args(["--test", "--conf", file.to_str().unwrap()])
+            .output()
+            .unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        (output.status.success(), told)
+    };
+    let good = std::fs::read_to_string(config_file("load_balancer.yaml")).unwrap();
+    assert!(run(&good).0);
+    for (wrong, explained) in [
+        (good.replace("  group:", "  grupe:"), "grupe"),
+        (good.replace("threads:", "thread:"), "\"thread\""),
+        (
+            good.replace("policy: headroom", "policy: quickest"),
+            "quickest",
+        ),
+        (good.replace("http://127", "htp://127"), "htp://127"),
+        (good.replace("floor: 0.05", "floor: 5"), "headroom.floor"),
+    ] {
+        let (succeeded, told) = run(&wrong);
+        assert!(
+            !succeeded && told.contains(explained),
+            "{explained}: {told}"
+        );
+        assert!(!told.contains("panicked"), "{told}");
+    }
+}
+
+/// The shipped files show every field there is.
+#[test]
+fn every_field_is_in_every_configuration_file() {
+    let fields_of = |path: &str, bogus: &str| -> Vec<String> {
+        let error = pingora_etcd::config::ClusterConfig::from_yaml(bogus, path).unwrap_err();
+        let told = error.to_string();
+        let (_, list) = told
+            .split_once("expected one of")
+            .unwrap_or_else(|| panic!("{told}"));
+        let list = list.lines().next().unwrap();
+        list.split(',')
+            .map(|field| field.trim().to_owned())
+            .collect()
+    };
+    let mut fields = fields_of("cluster", "cluster: { bogus: 1 }");
+    fields.extend(fields_of("etcd", "cluster: { etcd: { bogus: 1 } }"));
+    fields.extend(fields_of("headroom", "cluster: { headroom: { bogus: 1 } }"));
+    assert!(fields.len() > 20, "{fields:?}");
+    for file in ["load_balancer.yaml", "leader_routing.yaml", "demo.yaml"] {
+        let text = std::fs::read_to_string(config_file(file)).unwrap();
+        for field in &fields {
+            let shown = text.lines().any(|line| {
+                let line = line.trim_start();
+                line.starts_with(&format!("{field}:"))
+            });
+            assert!(shown, "{file} does not show {field}");
+        }
+    }
+}
