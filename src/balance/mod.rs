@@ -14,7 +14,7 @@ mod weigher;
 mod weight;
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -22,12 +22,13 @@ use serde::Deserialize;
 
 use crate::error::ClusterError;
 use crate::node::Node;
-use table::{Entry, Table};
+use table::Table;
+pub(crate) use weigher::Weigher;
 
 pub use pick::{PickOptions, Upstream};
 #[cfg(feature = "pingora")]
-pub(crate) use table::Spread;
-pub(crate) use weigher::Weigher;
+pub(crate) use {table::Spread, weigher::Member};
+
 pub(crate) use weight::is_base_weight;
 pub use weight::{Headroom, Load};
 
@@ -169,20 +170,10 @@ impl Balancer {
     /// path.
     pub fn update<'a>(&self, nodes: impl IntoIterator<Item = &'a Arc<Node>>) {
         let mut weigher = self.weigher();
-        let serving = weigher
-            .weigh(nodes)
-            .into_iter()
-            .filter(|weighed| weighed.node.is_serving());
-        let entries = serving.map(|weighed| {
-            Arc::new(Entry {
-                node: weighed.node,
-                addr: weighed.addr,
-                weight: weighed.weight,
-                hot: weighed.hot,
-            })
-        });
+        let mut members = weigher.weigh(nodes);
+        members.retain(|member| member.is_serving());
         let with_ring = self.config.policy == Policy::Consistent;
-        let table = Table::new(entries.collect(), with_ring);
+        let table = Table::new(members, with_ring);
         // Under the lock, so that of two updates the later one is published last.
         self.table.store(Arc::new(table));
     }
@@ -206,10 +197,10 @@ impl Balancer {
     pub fn backends(&self) -> Vec<BackendStatus> {
         let table = self.table.load();
         let status = |slot: &table::Slot| BackendStatus {
-            node: slot.entry.node.clone(),
-            addr: slot.entry.addr,
-            weight: slot.entry.weight,
-            in_flight: slot.hot.in_flight.load(Ordering::Relaxed),
+            node: slot.member.node(),
+            addr: slot.member.addr(),
+            weight: slot.member.weight(),
+            in_flight: slot.member.in_flight(),
         };
         table.slots.iter().map(status).collect()
     }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::table::{Entry, Table};
+use super::table::Table;
+use super::weigher::{Live, in_flight_of};
 use super::{Balancer, Policy};
 use crate::node::Node;
 
@@ -29,35 +30,28 @@ pub struct PickOptions<'a> {
 /// request that is cancelled, or never sent, leaks nothing. In a Pingora proxy it lives in the
 /// request's context.
 pub struct Upstream {
-    entry: Arc<Entry>,
+    live: Arc<Live>,
 }
 
 impl Upstream {
-    fn new(entry: &Arc<Entry>) -> Self {
-        entry.hot.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self {
-            entry: entry.clone(),
-        }
-    }
-
     /// Where to send the request.
     pub fn addr(&self) -> SocketAddr {
-        self.entry.addr
+        self.live.addr()
     }
 
-    /// The node, as it was when its table was made.
-    pub fn node(&self) -> &Arc<Node> {
-        &self.entry.node
+    /// The node, as it is now.
+    pub fn node(&self) -> Arc<Node> {
+        self.live.node()
     }
 
-    /// The weight it was picked with.
+    /// Its share of traffic relative to the other backends', as it is now.
     pub fn weight(&self) -> f64 {
-        self.entry.weight
+        self.live.weight()
     }
 
     /// How many requests of this process the backend is working on, this one included.
     pub fn in_flight(&self) -> u32 {
-        self.entry.hot.in_flight.load(Ordering::Relaxed)
+        in_flight_of(&self.live)
     }
 
     /// The request was answered after `latency`. The policies there are so far learn nothing from
@@ -72,17 +66,11 @@ impl Upstream {
     pub fn failed(self) {}
 }
 
-impl Drop for Upstream {
-    fn drop(&mut self) {
-        self.entry.hot.in_flight.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl fmt::Debug for Upstream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Upstream")
-            .field("node", &self.entry.node.id)
-            .field("addr", &self.entry.addr)
+            .field("node", &self.node().id)
+            .field("addr", &self.addr())
             .finish()
     }
 }
@@ -95,7 +83,9 @@ impl Balancer {
 
     /// Picks with a key, or around backends that have been tried.
     pub fn pick_with(&self, options: PickOptions<'_>) -> Option<Upstream> {
-        self.pick_by(options, || fastrand::u64(..))
+        // The thread's generator is asked once a pick; what follows from it stays in registers.
+        let mut random = fastrand::Rng::with_seed(fastrand::u64(..));
+        self.pick_by(options, || random.u64(..))
     }
 
     /// Picks with randomness from outside: 64 uniform bits a call, so that a simulation can be
@@ -117,7 +107,8 @@ impl Balancer {
                 .owners(options.key)
                 .find(|index| !table.is_excluded(*index, exclude)),
         }?;
-        Some(Upstream::new(&table.slots[index].entry))
+        let live = table.slots[index].member.enter();
+        Some(Upstream { live })
     }
 
     fn next_in_turn(&self, table: &Table, exclude: &[SocketAddr]) -> Option<usize> {
@@ -139,7 +130,7 @@ impl Balancer {
 
 impl Table {
     fn is_excluded(&self, index: usize, exclude: &[SocketAddr]) -> bool {
-        !exclude.is_empty() && exclude.contains(&self.slots[index].entry.addr)
+        !exclude.is_empty() && exclude.contains(&self.slots[index].member.addr())
     }
 
     /// One backend by weight.
@@ -161,12 +152,12 @@ impl Table {
                 .enumerate()
                 .filter(|(index, _)| !self.is_excluded(*index, exclude))
         };
-        let total: f64 = others().map(|(_, slot)| slot.entry.weight).sum();
+        let total: f64 = others().map(|(_, slot)| slot.member.weight()).sum();
         let mut rest = random as f64 / 2_f64.powi(64) * total;
         let mut last = None;
         for (index, slot) in others() {
             last = Some(index);
-            rest -= slot.entry.weight;
+            rest -= slot.member.weight();
             if rest < 0.0 {
                 break;
             }
@@ -183,8 +174,7 @@ impl Table {
     ) -> Option<usize> {
         let score = |index: usize| {
             let slot = &self.slots[index];
-            let busy = slot.hot.in_flight.load(Ordering::Relaxed).saturating_add(1);
-            busy as f32 * slot.inverse_weight
+            (slot.counter.in_flight() + 1) as f32 * slot.inverse_weight
         };
         let first = self.draw(exclude, random)?;
         let wanted = candidates.min(self.slots.len());

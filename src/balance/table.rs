@@ -1,36 +1,17 @@
 //! The published pick table: immutable, replaced as a whole.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::node::Node;
+use super::weigher::{Counter, Member};
 
-/// What changes with every request, kept across tables for as long as the registration lives. On
-/// cache lines of its own (two, for processors that fetch them in pairs), so that counting on one
-/// backend does not slow down another.
-#[repr(align(128))]
-#[derive(Debug, Default)]
-pub(super) struct Hot {
-    pub(super) in_flight: AtomicU32,
-}
-
-/// A backend as one table has it.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) node: Arc<Node>,
-    pub(super) addr: SocketAddr,
-    pub(super) weight: f64,
-    pub(super) hot: Arc<Hot>,
-}
-
-/// What a pick touches of a backend, side by side.
+/// A backend as a pick sees it.
 #[derive(Debug)]
 pub(super) struct Slot {
-    pub(super) hot: Arc<Hot>,
-    pub(super) entry: Arc<Entry>,
+    pub(super) member: Arc<Member>,
+    pub(super) counter: Counter,
+    /// Relative to the mean weight, as of this table.
     pub(super) inverse_weight: f32,
 }
 
@@ -47,11 +28,11 @@ pub(super) struct Table {
 }
 
 impl Table {
-    pub(super) fn new(entries: Vec<Arc<Entry>>, with_ring: bool) -> Self {
-        let weights: Vec<f64> = entries.iter().map(|entry| entry.weight).collect();
+    pub(super) fn new(members: Vec<Arc<Member>>, with_ring: bool) -> Self {
+        let weights: Vec<f64> = members.iter().map(|member| member.weight()).collect();
         let mean = weights.iter().sum::<f64>() / weights.len().max(1) as f64;
         let ring = if with_ring {
-            Ring::new(&entries)
+            Ring::new(&members, &weights)
         } else {
             Ring::default()
         };
@@ -60,12 +41,13 @@ impl Table {
             alias: AliasTable::new(&weights),
             ring,
             uniform: weights.windows(2).all(|pair| pair[0] == pair[1]),
-            slots: entries
+            slots: members
                 .into_iter()
-                .map(|entry| Slot {
-                    hot: entry.hot.clone(),
-                    inverse_weight: (mean / entry.weight) as f32,
-                    entry,
+                .zip(&weights)
+                .map(|(member, weight)| Slot {
+                    counter: member.counter(),
+                    member,
+                    inverse_weight: (mean / weight) as f32,
                 })
                 .collect(),
         }
@@ -198,15 +180,15 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    fn new(entries: &[Arc<Entry>]) -> Self {
-        let mean =
-            entries.iter().map(|entry| entry.weight).sum::<f64>() / entries.len().max(1) as f64;
+    fn new(members: &[Arc<Member>], weights: &[f64]) -> Self {
+        let mean = weights.iter().sum::<f64>() / weights.len().max(1) as f64;
         let mut points = Vec::new();
-        for (index, entry) in entries.iter().enumerate() {
-            let share = (entry.weight / mean).min(RING_MOST) * RING_POINTS;
+        for (index, (member, weight)) in members.iter().zip(weights).enumerate() {
+            let share = (weight / mean).min(RING_MOST) * RING_POINTS;
+            // By address, not by id: what is kept for a key is kept in a process.
+            let name = member.addr().to_string();
             for point in 0..(share.round() as u64).max(1) {
-                // By address, not by id: what is kept for a key is kept in a process.
-                let hash = xxh3_64_with_seed(entry.addr.to_string().as_bytes(), point);
+                let hash = xxh3_64_with_seed(name.as_bytes(), point);
                 points.push((hash, index as u32));
             }
         }

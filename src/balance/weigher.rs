@@ -2,14 +2,114 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use arc_swap::ArcSwap;
 
 use super::Policy;
-use super::table::Hot;
 use super::weight::{Headroom, Load, base_weight, mean_load};
 use crate::node::Node;
 
-/// One incarnation of a node at one address. Whatever was learned about it ends with it.
+/// A registration: one incarnation of a node at one address. Lives as long as that, across
+/// updates and tables, and whatever was learned about it ends with it.
+///
+/// Shared by everything that routes. What requests hold on to is the [`Live`] part, which has this
+/// as its only other owner: so the number of requests in flight is the number of its owners less
+/// one, exactly and for one atomic operation at each end of a request instead of two.
+#[derive(Debug)]
+pub(crate) struct Member {
+    live: Arc<Live>,
+}
+
+/// What a request holds on to. Only a guard may own one beside its [`Member`].
+///
+/// An `Arc` puts its counts in front; they are what every request writes. The space at the end
+/// keeps them away from the next registration's: on another cache line, and not on the adjacent
+/// one, which processors fetch along.
+#[derive(Debug)]
+pub(super) struct Live {
+    addr: SocketAddr,
+    /// The bits of an `f64`.
+    weight: AtomicU64,
+    node: ArcSwap<Node>,
+    _apart: [u64; 8],
+}
+
+impl Live {
+    pub(super) fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// As it is now.
+    pub(super) fn node(&self) -> Arc<Node> {
+        self.node.load_full()
+    }
+
+    /// Above 0, whatever the node reports.
+    pub(super) fn weight(&self) -> f64 {
+        f64::from_bits(self.weight.load(Ordering::Relaxed))
+    }
+}
+
+/// Requests in flight, as a guard sees it: the other owner is the member, while there is one.
+pub(super) fn in_flight_of(live: &Arc<Live>) -> u32 {
+    Arc::strong_count(live).saturating_sub(1).max(1) as u32
+}
+
+impl Member {
+    fn new(node: &Arc<Node>, addr: SocketAddr) -> Self {
+        Self {
+            live: Arc::new(Live {
+                addr,
+                weight: AtomicU64::new(1_f64.to_bits()),
+                node: ArcSwap::new(node.clone()),
+                _apart: [0; 8],
+            }),
+        }
+    }
+
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.live.addr
+    }
+
+    pub(crate) fn node(&self) -> Arc<Node> {
+        self.live.node()
+    }
+
+    pub(crate) fn is_serving(&self) -> bool {
+        self.live.node.load().is_serving()
+    }
+
+    pub(crate) fn weight(&self) -> f64 {
+        self.live.weight()
+    }
+
+    pub(super) fn in_flight(&self) -> u32 {
+        (Arc::strong_count(&self.live) - 1) as u32
+    }
+
+    /// Counts a request in; dropping the answer counts it out.
+    pub(super) fn enter(&self) -> Arc<Live> {
+        self.live.clone()
+    }
+
+    /// For reading the count without going through the member.
+    pub(super) fn counter(&self) -> Counter {
+        Counter(Arc::downgrade(&self.live))
+    }
+}
+
+/// Reads a member's requests in flight with one step less.
+#[derive(Debug)]
+pub(super) struct Counter(Weak<Live>);
+
+impl Counter {
+    pub(super) fn in_flight(&self) -> usize {
+        self.0.strong_count().saturating_sub(1)
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Registration {
     id: String,
@@ -17,10 +117,11 @@ struct Registration {
     incarnation: i64,
 }
 
-/// What is known of a registration. The place for the adaptive controller's state.
-#[derive(Debug, Default)]
-struct Member {
-    hot: Arc<Hot>,
+/// What only the updater needs to know of a registration. The place for the adaptive
+/// controller's state.
+#[derive(Debug)]
+struct Known {
+    member: Arc<Member>,
     load: Load,
 }
 
@@ -30,18 +131,8 @@ pub(crate) struct Weigher {
     policy: Policy,
     headroom: Headroom,
     default_port: u16,
-    members: HashMap<Registration, Member>,
+    known: HashMap<Registration, Known>,
     refused: u64,
-}
-
-/// A node with its weight.
-#[derive(Debug)]
-pub(crate) struct Weighed {
-    pub(crate) node: Arc<Node>,
-    pub(crate) addr: SocketAddr,
-    /// Above 0, whatever the node reports.
-    pub(crate) weight: f64,
-    pub(super) hot: Arc<Hot>,
 }
 
 impl Weigher {
@@ -50,17 +141,18 @@ impl Weigher {
             policy,
             headroom,
             default_port,
-            members: HashMap::new(),
+            known: HashMap::new(),
             refused: 0,
         }
     }
 
-    /// Weighs every node, draining ones too. Forgets registrations that are gone.
+    /// Weighs every node, draining ones too, and answers with them in their order. Forgets
+    /// registrations that are gone.
     pub(crate) fn weigh<'a>(
         &mut self,
         nodes: impl IntoIterator<Item = &'a Arc<Node>>,
-    ) -> Vec<Weighed> {
-        let mut before = std::mem::take(&mut self.members);
+    ) -> Vec<Arc<Member>> {
+        let mut before = std::mem::take(&mut self.known);
         let mut reports = Vec::new();
         for node in nodes {
             let addr = node.addr(self.default_port);
@@ -69,21 +161,25 @@ impl Weigher {
                 addr,
                 incarnation: node.incarnation(),
             };
-            let mut member = before.remove(&registration).unwrap_or_default();
-            self.refused += u64::from(member.load.observe(node));
-            reports.push((node, addr, member.hot.clone(), member.load));
-            self.members.insert(registration, member);
+            let mut known = before.remove(&registration).unwrap_or_else(|| Known {
+                member: Arc::new(Member::new(node, addr)),
+                load: Load::default(),
+            });
+            self.refused += u64::from(known.load.observe(node));
+            known.member.live.node.store(node.clone());
+            reports.push((known.member.clone(), base_weight(node), known.load));
+            self.known.insert(registration, known);
         }
-        let serving = reports.iter().filter(|(node, ..)| node.is_serving());
-        let mean = mean_load(serving.map(|(_, _, _, load)| load));
-        let weigh = |(node, addr, hot, load): (&Arc<Node>, _, _, _)| Weighed {
-            weight: match self.policy {
-                Policy::Headroom => self.headroom.weight(base_weight(node), &load, &mean),
-                Policy::RoundRobin | Policy::Random | Policy::Consistent => base_weight(node),
-            },
-            node: node.clone(),
-            addr,
-            hot,
+        let serving = reports.iter().filter(|(member, ..)| member.is_serving());
+        let mean = mean_load(serving.map(|(_, _, load)| load));
+        let weigh = |(member, base, load): (Arc<Member>, f64, Load)| {
+            let weight = match self.policy {
+                Policy::Headroom => self.headroom.weight(base, &load, &mean),
+                Policy::RoundRobin | Policy::Random | Policy::Consistent => base,
+            };
+            let bits = weight.to_bits();
+            member.live.weight.store(bits, Ordering::Relaxed);
+            member
         };
         reports.into_iter().map(weigh).collect()
     }
@@ -91,5 +187,16 @@ impl Weigher {
     /// Metrics refused so far.
     pub(crate) fn refused(&self) -> u64 {
         self.refused
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_requests_write_is_far_from_the_next_registrations() {
+        // With the two counts of the `Arc`: a line and the one fetched along with it.
+        assert!(size_of::<Live>() + 2 * size_of::<usize>() >= 128);
     }
 }

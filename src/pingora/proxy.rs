@@ -139,7 +139,7 @@ impl ClusterProxy {
             }));
         };
         context.tried.push(upstream.addr());
-        let peer = self.peer(upstream.addr(), upstream.node());
+        let peer = self.peer(upstream.addr(), &upstream.node());
         context.upstream = Some(upstream);
         Ok(peer)
     }
@@ -171,9 +171,9 @@ pub struct RequestContext {
 }
 
 impl RequestContext {
-    fn node(&self) -> Option<&Node> {
+    fn node(&self) -> Option<Arc<Node>> {
         match (&self.leader, &self.upstream) {
-            (Some(leader), _) => Some(&leader.node),
+            (Some(leader), _) => Some(leader.node.clone()),
             (None, Some(upstream)) => Some(upstream.node()),
             (None, None) => None,
         }
@@ -233,8 +233,9 @@ impl ProxyHttp for ClusterProxy {
         response: &mut ResponseHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
-        let id = context.node().map(|node| node.id.as_bytes());
-        if let Some(id) = id.and_then(|id| HeaderValue::from_bytes(id).ok()) {
+        if let Some(node) = context.node()
+            && let Ok(id) = HeaderValue::from_bytes(node.id.as_bytes())
+        {
             response.insert_header(UPSTREAM_NODE, id)?;
         }
         Ok(())

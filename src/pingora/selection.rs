@@ -1,14 +1,13 @@
 use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ::pingora::lb::Backend;
 use ::pingora::lb::selection::{BackendIter, BackendSelection};
 use arc_swap::ArcSwap;
 
-use crate::balance::{Headroom, Policy, Spread, Weigher};
+use crate::balance::{Headroom, Member, Policy, Spread, Weigher};
 use crate::discovery::ServiceDiscovery;
 use crate::node::Node;
 
@@ -23,18 +22,9 @@ pub struct BackendNode {
     weights: Arc<LiveWeights>,
 }
 
-#[derive(Debug)]
-struct Slot {
-    node: ArcSwap<Node>,
-    /// The bits of an `f64`.
-    weight: AtomicU64,
-}
-
-impl Slot {
-    fn weight(&self) -> f64 {
-        f64::from_bits(self.weight.load(Ordering::Relaxed))
-    }
-}
+/// The registration at an address: the same slot for as long as the address is known, whoever
+/// registers there.
+type Slot = ArcSwap<Member>;
 
 impl BackendNode {
     /// The node of a backend that came from [`ClusterBackends`](super::ClusterBackends).
@@ -44,12 +34,12 @@ impl BackendNode {
 
     /// The node, as it is now.
     pub fn node(&self) -> Arc<Node> {
-        self.slot.node.load_full()
+        self.slot.load().node()
     }
 
     /// Its weight, as it is now.
     pub fn weight(&self) -> f64 {
-        self.slot.weight()
+        self.slot.load().weight()
     }
 }
 
@@ -63,7 +53,8 @@ pub(super) struct LiveWeights {
 #[derive(Debug)]
 struct State {
     weigher: Weigher,
-    slots: HashMap<SocketAddr, Arc<Slot>>,
+    /// With whether it was serving.
+    slots: HashMap<SocketAddr, (Arc<Slot>, bool)>,
 }
 
 impl State {
@@ -71,31 +62,27 @@ impl State {
     fn apply<'a>(&mut self, nodes: impl IntoIterator<Item = &'a Arc<Node>>) -> bool {
         let mut changed = false;
         let mut before = std::mem::take(&mut self.slots);
-        for weighed in self.weigher.weigh(nodes) {
+        for member in self.weigher.weigh(nodes) {
+            let (addr, serving) = (member.addr(), member.is_serving());
             // Two registrations of one address: the process that wrote last is there.
-            if let Some(other) = self.slots.get(&weighed.addr)
-                && other.node.load().last_seen > weighed.node.last_seen
+            if let Some((other, _)) = self.slots.get(&addr)
+                && other.load().node().last_seen > member.node().last_seen
             {
                 continue;
             }
-            let taken = self.slots.remove(&weighed.addr);
-            let slot = match taken.or_else(|| before.remove(&weighed.addr)) {
-                Some(slot) => {
-                    let old = slot.node.swap(weighed.node.clone());
-                    changed |= old.is_serving() != weighed.node.is_serving();
-                    let weight = weighed.weight.to_bits();
-                    slot.weight.store(weight, Ordering::Relaxed);
+            let taken = self.slots.remove(&addr);
+            let slot = match taken.or_else(|| before.remove(&addr)) {
+                Some((slot, was_serving)) => {
+                    changed |= was_serving != serving;
+                    slot.store(member);
                     slot
                 }
                 None => {
                     changed = true;
-                    Arc::new(Slot {
-                        node: ArcSwap::new(weighed.node),
-                        weight: AtomicU64::new(weighed.weight.to_bits()),
-                    })
+                    Arc::new(Slot::new(member))
                 }
             };
-            self.slots.insert(weighed.addr, slot);
+            self.slots.insert(addr, (slot, serving));
         }
         changed || !before.is_empty()
     }
@@ -149,7 +136,7 @@ impl LiveWeights {
     /// The backends, and whether each serves.
     pub(super) fn backends(self: &Arc<Self>) -> Vec<(Backend, bool)> {
         let state = self.state();
-        let backend = |(addr, slot): (&SocketAddr, &Arc<Slot>)| {
+        let backend = |(addr, (slot, serving)): (&SocketAddr, &(Arc<Slot>, bool))| {
             let mut ext = http::Extensions::new();
             ext.insert(BackendNode {
                 slot: slot.clone(),
@@ -160,7 +147,7 @@ impl LiveWeights {
                 weight: 1,
                 ext,
             };
-            (backend, slot.node.load().is_serving())
+            (backend, *serving)
         };
         state.slots.iter().map(backend).collect()
     }
