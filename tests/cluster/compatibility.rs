@@ -81,3 +81,114 @@ async fn what_is_written_is_what_the_predecessor_reads() {
     );
     running.stop().await;
 }
+
+/// Every public call of the predecessor, as its users write them; only the crate's name differs.
+#[cfg(feature = "system-metrics")]
+#[tokio::test]
+async fn the_predecessors_calls_compile_and_work() {
+    use std::net::{IpAddr, SocketAddr};
+
+    use pingora_etcd::cluster_node::{ClusterNode, ClusterNodeBuilder};
+    use pingora_etcd::discovery::ServiceDiscovery;
+    use pingora_etcd::error::ClusterError;
+    use pingora_etcd::event::ClusterEvent;
+    use pingora_etcd::metrics::{
+        CompositeMetricsCollector, MetricsCollector, NoopMetricsCollector, SystemMetricsCollector,
+    };
+    use pingora_etcd::types::{HealthStatus, NodeMetadata, metadata_keys};
+    use tokio::sync::broadcast;
+
+    struct Fixed;
+    impl MetricsCollector for Fixed {
+        fn collect(&self) -> NodeMetadata {
+            serde_json::json!({ "queue_depth": 150, "cpu_usage_percent": -1 })
+        }
+    }
+
+    let etcd = Etcd::shared();
+    let endpoints: Vec<String> = etcd.endpoints();
+    let group: String = group("calls");
+    let ip: IpAddr = "127.0.0.1".parse().unwrap();
+    let (shutdown_tx, _) = broadcast::channel::<()>(1);
+
+    let plain = ClusterNode::new(endpoints.clone(), "a".into(), ip, group.clone(), Some(5));
+    let with_metrics =
+        ClusterNodeBuilder::new(endpoints.clone(), "b".to_string(), ip, group.clone())
+            .ttl(5)
+            .metrics_collector(
+                CompositeMetricsCollector::new()
+                    .with_collector(NoopMetricsCollector::new())
+                    .with_collector(Fixed)
+                    .with_collector(SystemMetricsCollector::new()),
+            )
+            .metrics_update_interval(1)
+            .build();
+    let mut tasks = Vec::new();
+    for node in [plain.clone(), with_metrics.clone()] {
+        let mut shutdown_rx = shutdown_tx.subscribe();
+        tasks.push(tokio::spawn(async move {
+            let ended: Result<(), ClusterError> = node.run(&mut shutdown_rx).await;
+            ended
+        }));
+    }
+
+    let discovery = ServiceDiscovery::new(endpoints, group.clone());
+    assert_eq!(discovery.group_name(), group);
+    let mut events: broadcast::Receiver<ClusterEvent> = discovery.subscribe();
+    let d = discovery.clone();
+    let mut shutdown_rx = shutdown_tx.subscribe();
+    tasks.push(tokio::spawn(
+        async move { d.run(Some(&mut shutdown_rx)).await },
+    ));
+    within("ready", discovery.wait_ready()).await;
+    assert!(discovery.is_ready());
+    within("two", discovery.wait_for_nodes(2)).await;
+    within("a leader", discovery.wait_for_leader()).await;
+    let addresses: Vec<SocketAddr> = discovery
+        .nodes()
+        .iter()
+        .map(|node| SocketAddr::new(node.ip, 8080))
+        .collect();
+    assert_eq!(addresses.len(), 2);
+    let leader: Option<SocketAddr> = discovery
+        .leader()
+        .map(|leader| SocketAddr::new(leader.ip, 8080));
+    assert!(leader.is_some());
+    let mut watch = discovery.watch_nodes();
+    let mut leaders = discovery.watch_leader();
+    assert_eq!(watch.borrow_and_update().len(), 2);
+    assert!(leaders.borrow_and_update().is_some());
+    eventually("one of them knows that it leads", || {
+        plain.is_leader() || with_metrics.is_leader()
+    })
+    .await;
+    assert_eq!(plain.current_health(), HealthStatus::Healthy);
+
+    // Metrics: the later collector wins, the rest is kept.
+    eventually("metrics", || {
+        discovery.nodes().iter().any(|node| {
+            let number = |key: &str| node.metadata.get(key).and_then(|value| value.as_f64());
+            let cpu = number(metadata_keys::CPU_USAGE_PERCENT);
+            cpu.is_some_and(|cpu| cpu >= 0.0) && number("queue_depth") == Some(150.0)
+        })
+    })
+    .await;
+    let mut updated = false;
+    while let Ok(event) = events.try_recv() {
+        println!("{event} {event:?}");
+        match event {
+            ClusterEvent::NodeJoined(node) | ClusterEvent::NodeLeft(node) => {
+                println!("{} {}", node.id, node.ip);
+            }
+            ClusterEvent::NodeUpdated { old, new } => updated |= old == new,
+            ClusterEvent::LeaderElected(node) => println!("{}", node.id),
+            _ => {}
+        }
+    }
+    assert!(updated);
+    shutdown_tx.send(()).unwrap();
+    for task in tasks {
+        within("run returns", task).await.unwrap().unwrap();
+    }
+    assert_eq!(plain.current_health(), HealthStatus::Unknown);
+}
