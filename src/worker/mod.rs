@@ -4,6 +4,8 @@ mod builder;
 mod election;
 mod publisher;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::future::Future;

@@ -1,0 +1,231 @@
+//! Nodes on the in-memory store under a paused clock: time is exact and costs nothing.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep};
+
+use super::*;
+use crate::store::{EtcdOptions, Fault, MemoryStore, Selector};
+
+const TTL: Duration = Duration::from_secs(5);
+const MARGIN: Duration = Duration::from_millis(500);
+
+struct Running {
+    node: ClusterNode,
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<Result<(), ClusterError>>,
+}
+
+fn start(store: &MemoryStore, id: &str) -> Running {
+    let ip: IpAddr = "10.0.0.1".parse().unwrap();
+    let node = ClusterNodeBuilder::new(EtcdOptions::memory(""), id, ip, "g")
+        .store(Arc::new(store.clone()))
+        .ttl(5)
+        .try_build()
+        .unwrap();
+    let (stop, stopped) = oneshot::channel();
+    let running = node.clone();
+    let task = tokio::spawn(async move {
+        let until = async { drop(stopped.await) };
+        running.run_until(until).await
+    });
+    Running { node, stop, task }
+}
+
+/// Lets time pass until `state` holds, in steps of a millisecond. Answers how long it took.
+async fn until(what: &str, mut state: impl FnMut() -> bool) -> Duration {
+    let start = Instant::now();
+    while !state() {
+        assert!(start.elapsed() < Duration::from_secs(300), "never: {what}");
+        sleep(Duration::from_millis(1)).await;
+    }
+    start.elapsed()
+}
+
+#[tokio::test(start_paused = true)]
+async fn leadership_ends_at_the_deadline_and_the_successor_comes_after_it() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    // Just after a renewal: the deadline is as far away as it can be.
+    sleep(TTL / 3 + Duration::from_millis(1)).await;
+    store.set_fault(Some(Fault::Silence));
+    let ended = until("it leads no longer", || !running.node.is_leader()).await;
+    assert!(ended <= TTL - MARGIN, "{ended:?}");
+    assert!(
+        ended > TTL - MARGIN - TTL / 3,
+        "not before it has to: {ended:?}"
+    );
+    // The lease itself lives on for the margin: nobody can have taken over yet.
+    store.set_fault(None);
+    assert_eq!(store.leases().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn unhealthy_after_three_missed_renewals_and_a_new_session_when_the_lease_is_gone() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    assert_eq!(running.node.current_health(), HealthStatus::Healthy);
+    let first = running.node.leadership().unwrap().epoch;
+    store.set_fault(Some(Fault::Refuse));
+    let unhealthy = until("it is unhealthy", || {
+        running.node.current_health() == HealthStatus::Unhealthy
+    })
+    .await;
+    let third = TTL / 3 + 2 * (TTL / 9);
+    assert!(
+        unhealthy <= third + Duration::from_millis(5),
+        "{unhealthy:?}"
+    );
+    assert!(
+        unhealthy > third - TTL / 9,
+        "not before the third: {unhealthy:?}"
+    );
+    // Long enough for the lease to run out, and for ten misses.
+    sleep(Duration::from_secs(60)).await;
+    store.set_fault(None);
+    let back = until("it leads again", || running.node.is_leader()).await;
+    assert!(back <= Duration::from_secs(30), "{back:?}");
+    assert_eq!(running.node.current_health(), HealthStatus::Healthy);
+    assert!(running.node.leadership().unwrap().epoch > first);
+    assert_eq!(store.leases().len(), 1, "nothing is left behind");
+}
+
+#[tokio::test(start_paused = true)]
+async fn three_misses_do_not_lose_a_lease_that_lives() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    let epoch = running.node.leadership().unwrap().epoch;
+    store.set_fault(Some(Fault::Refuse));
+    sleep(TTL - Duration::from_secs(1)).await;
+    store.set_fault(None);
+    sleep(TTL).await;
+    assert_eq!(running.node.leadership().unwrap().epoch, epoch);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_expired_lease_is_replaced_and_the_term_is_a_new_one() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    let epoch = running.node.leadership().unwrap().epoch;
+    for lease in store.leases() {
+        store.expire_lease(lease);
+    }
+    let back = until("it leads anew", || {
+        running
+            .node
+            .leadership()
+            .is_some_and(|term| term.epoch > epoch)
+    })
+    .await;
+    assert!(back < TTL, "{back:?}");
+    assert_eq!(store.entries().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn shutdown_takes_less_than_two_seconds_from_every_state() {
+    for fault in [None, Some(Fault::Refuse), Some(Fault::Silence)] {
+        for after in [0, 1, 5, 20, 100] {
+            for fault_first in [false, true] {
+                let store = MemoryStore::new();
+                if fault_first {
+                    store.set_fault(fault);
+                }
+                let running = start(&store, "n1");
+                sleep(Duration::from_secs(1)).await;
+                store.set_fault(fault);
+                sleep(Duration::from_secs(after)).await;
+                let asked = Instant::now();
+                running.stop.send(()).unwrap();
+                running.task.await.unwrap().unwrap();
+                let took = asked.elapsed();
+                assert!(
+                    took < Duration::from_secs(2),
+                    "{fault:?} {after} s: {took:?}"
+                );
+                assert!(!running.node.is_leader());
+                if fault.is_none() {
+                    assert!(store.entries().is_empty() && store.leases().is_empty());
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn never_two_leaders_and_always_one_soon_while_leases_expire_at_random() {
+    let mut random = fastrand::Rng::with_seed(42);
+    let store = MemoryStore::new();
+    let nodes: Vec<_> = (0..5)
+        .map(|index| start(&store, &format!("n{index}")))
+        .collect();
+    let mut last = 0;
+    for _ in 0..200 {
+        match random.u8(0..4) {
+            0 => {
+                let leases = store.leases();
+                if let Some(lease) = random.choice(leases) {
+                    store.expire_lease(lease);
+                }
+            }
+            1 => {
+                store.set_fault(Some(Fault::Refuse));
+                sleep(Duration::from_millis(random.u64(0..8_000))).await;
+                store.set_fault(None);
+            }
+            2 => {
+                store.set_fault(Some(Fault::Silence));
+                sleep(Duration::from_millis(random.u64(0..8_000))).await;
+                store.set_fault(None);
+            }
+            _ => {
+                let node = &nodes[random.usize(0..nodes.len())].node;
+                // Only with a working store; a refusal is an answer too.
+                let _ = node.resign().await;
+            }
+        }
+        for _ in 0..random.u32(1..2_000) {
+            sleep(Duration::from_millis(1)).await;
+            let terms: Vec<_> = nodes
+                .iter()
+                .filter_map(|running| running.node.leadership())
+                .collect();
+            assert!(terms.len() <= 1, "two leaders: {terms:?}");
+            for term in terms {
+                assert!(term.epoch >= last, "tokens only grow");
+                last = term.epoch;
+            }
+        }
+    }
+    until("everything settles", || {
+        nodes
+            .iter()
+            .filter(|running| running.node.is_leader())
+            .count()
+            == 1
+            && store.leases().len() == nodes.len()
+            && store.entries().len() == 2 * nodes.len()
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_answer_to_registering_is_read_not_guessed() {
+    // The write takes effect, its answer does not come: the node must find itself registered.
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it is there", || !store.entries().is_empty()).await;
+    store.set_fault(Some(Fault::Silence));
+    sleep(Duration::from_millis(100)).await;
+    store.set_fault(None);
+    until("it leads", || running.node.is_leader()).await;
+    let registry = Selector::Prefix("registry/".to_owned());
+    assert_eq!(store.list(&registry, None).await.unwrap().entries.len(), 1);
+}
