@@ -7,10 +7,10 @@
 //! # Three ways in
 //!
 //! - **Drop in.** A Pingora proxy that has a `LoadBalancer` swaps its discovery for
-//!   [`ClusterBackends`](pingora::ClusterBackends) and its selection for
-//!   [`MetricsWeighted`](pingora::MetricsWeighted), or takes
-//!   [`LiveLoadBalancer`](pingora::LiveLoadBalancer), which changes reach at once.
-//! - **Bundled.** [`ClusterProxy`](pingora::ClusterProxy) is a complete proxy; the example
+//!   `pingora::ClusterBackends` and its selection for
+//!   `pingora::MetricsWeighted`, or takes
+//!   `pingora::LiveLoadBalancer`, which changes reach at once.
+//! - **Bundled.** `pingora::ClusterProxy` is a complete proxy; the example
 //!   `load_balancer` runs it from one YAML file.
 //! - **The core alone.** [`ClusterNode`] and [`ServiceDiscovery`] without Pingora
 //!   (`default-features = false`), for workers and for programs that only need membership or a
@@ -67,13 +67,9 @@
 //!
 //! | feature | default | what it adds |
 //! |---|---|---|
-//! | `pingora` | yes | [`pingora`], the adapters |
+//! | `pingora` | yes | the module `pingora`, the adapters |
 //! | `system-metrics` | no | `SystemMetricsCollector` |
 //! | `test-util` | no | controls of the in-memory store: compaction, expiry, refusal, silence |
-#![cfg_attr(
-    not(feature = "pingora"),
-    doc = "\n[`pingora`]: https://docs.rs/pingora-etcd/latest/pingora_etcd/pingora/"
-)]
 #![forbid(unsafe_code)]
 #![deny(missing_docs, unreachable_pub)]
 

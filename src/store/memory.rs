@@ -22,9 +22,9 @@ use crate::error::ClusterError;
 /// Changes kept for watches that start in the past. Older ones are compacted away.
 const HISTORY: usize = 16_384;
 
-/// What the store does instead of serving; for tests.
+/// What the store does instead of serving, when a test says so (`MemoryStore::set_fault`, feature
+/// `test-util`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(not(any(test, feature = "test-util")), allow(dead_code))]
 pub enum Fault {
     /// Every call fails at once, every watch ends.
     Refuse,

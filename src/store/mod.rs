@@ -21,9 +21,7 @@ use async_trait::async_trait;
 use crate::error::ClusterError;
 
 pub use etcd::EtcdStore;
-#[cfg(any(test, feature = "test-util"))]
-pub use memory::Fault;
-pub use memory::MemoryStore;
+pub use memory::{Fault, MemoryStore};
 pub use options::EtcdOptions;
 
 /// A point in the history of the whole store; grows by one with each transaction that changes
