@@ -72,10 +72,17 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
             count: arguments.demo,
         };
         server.add_service(background_service("demo workers", workers));
-        explain(&config, arguments.demo);
     }
     if !arguments.test {
+        if !arguments.upgrade {
+            // Pingora would try for half a minute, and panic then.
+            std::net::TcpListener::bind(&config.listen)
+                .map_err(|error| format!("cannot listen on {}: {error}", config.listen))?;
+        }
         server.bootstrap();
+        if arguments.demo > 0 {
+            explain(&config, arguments.demo);
+        }
     }
     Ok(server)
 }

@@ -123,7 +123,9 @@ pub async fn run_worker(
         builder = builder.zone(zone);
     }
     // Listen first, register then: whoever hears of the node can reach it.
-    let listener = TcpListener::bind(options.listen).await?;
+    let listener = TcpListener::bind(options.listen)
+        .await
+        .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
     let node = builder.port(listener.local_addr()?.port()).try_build()?;
     let (end, mut ended) = watch::channel(None);
     let shared = Shared {
