@@ -21,7 +21,7 @@ use tokio_stream::wrappers::BroadcastStream;
 use crate::error::ClusterError;
 use crate::keys::{self, GroupKeys};
 use crate::node::Node;
-use crate::store::{EtcdOptions, Store};
+use crate::store::{EtcdOptions, LazyStore, Store};
 use crate::worker::Leadership;
 
 pub use event::{Change, ClusterEvent};
@@ -80,11 +80,10 @@ pub struct ServiceDiscovery {
 
 struct Shared {
     group: String,
-    etcd: EtcdOptions,
     /// Where `new` and `build` leave what `try_build` would have returned.
     invalid: Option<ClusterError>,
     keys: GroupKeys,
-    store: Mutex<Option<Arc<dyn Store>>>,
+    store: LazyStore,
     running: AtomicBool,
     nodes: ArcSwap<Nodes>,
     leadership: ArcSwapOption<Leadership>,
@@ -168,9 +167,8 @@ impl ServiceDiscoveryBuilder {
             shared: Arc::new(Shared {
                 keys: GroupKeys::new(&self.etcd.key_prefix, &self.group),
                 group: self.group,
-                etcd: self.etcd,
                 invalid,
-                store: Mutex::new(self.store),
+                store: LazyStore::new(self.etcd, self.store),
                 running: AtomicBool::new(false),
                 nodes: ArcSwap::new(nodes.clone()),
                 leadership: ArcSwapOption::empty(),
@@ -224,7 +222,7 @@ impl ServiceDiscovery {
             return Err(error.clone());
         }
         let _running = Running::start(shared)?;
-        let store = shared.store()?;
+        let store = shared.store.get()?;
         tokio::select! {
             () = shutdown => {}
             () = shared.follow(&*store) => {}
@@ -431,16 +429,6 @@ impl Drop for Running<'_> {
 }
 
 impl Shared {
-    fn store(&self) -> Result<Arc<dyn Store>, ClusterError> {
-        let mut store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(store) = &*store {
-            return Ok(store.clone());
-        }
-        let opened = crate::store::open(&self.etcd)?;
-        *store = Some(opened.clone());
-        Ok(opened)
-    }
-
     fn lock_publishing(&self) -> MutexGuard<'_, ()> {
         self.publishing
             .lock()

@@ -82,8 +82,7 @@ where
         default_port: u16,
         headroom: Headroom,
     ) -> Result<Self, ClusterError> {
-        headroom.validate("headroom")?;
-        let weights = LiveWeights::new(headroom, default_port);
+        let weights = LiveWeights::try_new(headroom, default_port)?;
         Ok(Self::with_weights(discovery, weights))
     }
 

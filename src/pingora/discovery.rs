@@ -76,8 +76,7 @@ impl ClusterBackends {
         default_port: u16,
         headroom: Headroom,
     ) -> Result<Self, ClusterError> {
-        headroom.validate("headroom")?;
-        let weights = LiveWeights::new(headroom, default_port);
+        let weights = LiveWeights::try_new(headroom, default_port)?;
         let driver = Driver::Own(Mutex::new(None));
         Ok(Self::with_driver(discovery, weights, driver))
     }

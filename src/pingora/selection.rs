@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 
 use crate::balance::{Headroom, Member, Policy, Spread, Weigher};
 use crate::discovery::ServiceDiscovery;
+use crate::error::ClusterError;
 use crate::node::Node;
 
 /// The node behind a [`Backend`], in its `ext`.
@@ -97,6 +98,12 @@ impl LiveWeights {
             }),
             selections: Mutex::new(Vec::new()),
         })
+    }
+
+    /// With coefficients that may be wrong.
+    pub(super) fn try_new(headroom: Headroom, port: u16) -> Result<Arc<Self>, ClusterError> {
+        headroom.validate("headroom")?;
+        Ok(Self::new(headroom, port))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -13,7 +13,7 @@ mod memory;
 mod options;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -272,6 +272,32 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Opens one watch over several ranges. Returns once the store has accepted all of them.
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError>;
+}
+
+/// A store that is opened when it is first needed, or was given.
+#[derive(Debug)]
+pub(crate) struct LazyStore {
+    options: EtcdOptions,
+    store: Mutex<Option<Arc<dyn Store>>>,
+}
+
+impl LazyStore {
+    pub(crate) fn new(options: EtcdOptions, given: Option<Arc<dyn Store>>) -> Self {
+        Self {
+            options,
+            store: Mutex::new(given),
+        }
+    }
+
+    pub(crate) fn get(&self) -> Result<Arc<dyn Store>, ClusterError> {
+        let mut store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = &*store {
+            return Ok(store.clone());
+        }
+        let opened = open(&self.options)?;
+        *store = Some(opened.clone());
+        Ok(opened)
+    }
 }
 
 /// The store that the options name: `memory://name`, or an etcd cluster. Connects to nothing yet.

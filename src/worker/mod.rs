@@ -23,7 +23,7 @@ use crate::backoff::Backoff;
 use crate::error::ClusterError;
 use crate::keys::GroupKeys;
 use crate::node::{HealthStatus, Node, NodeState};
-use crate::store::{Condition, LeaseId, Revision, Store, Txn};
+use crate::store::{Condition, LazyStore, LeaseId, Revision, Store, Txn};
 
 pub use builder::ClusterNodeBuilder;
 use builder::NodeConfig;
@@ -85,7 +85,7 @@ struct Shared {
     /// Where `new` and `build` leave what `try_build` would have returned.
     invalid: Option<ClusterError>,
     keys: GroupKeys,
-    store: Mutex<Option<Arc<dyn Store>>>,
+    store: LazyStore,
     running: AtomicBool,
     draining: AtomicBool,
     health: watch::Sender<HealthStatus>,
@@ -147,7 +147,7 @@ impl ClusterNode {
         Self {
             shared: Arc::new(Shared {
                 keys: GroupKeys::new(&config.etcd.key_prefix, &config.group),
-                store: Mutex::new(config.store.clone()),
+                store: LazyStore::new(config.etcd.clone(), config.store.clone()),
                 entry: Mutex::new(config.node()),
                 config,
                 invalid,
@@ -194,7 +194,7 @@ impl ClusterNode {
             return Err(error.clone());
         }
         let _running = Running::start(shared)?;
-        let store = shared.store()?;
+        let store = shared.store.get()?;
         let mut inbox = shared.inbox.lock().await;
         while inbox.try_recv().is_ok() {}
         info!(group = %shared.config.group, node = %shared.config.id, "node starts");
@@ -345,16 +345,6 @@ impl Drop for Running<'_> {
 impl Shared {
     fn what(&self) -> String {
         format!("node {}/{}", self.config.group, self.config.id)
-    }
-
-    fn store(&self) -> Result<Arc<dyn Store>, ClusterError> {
-        let mut store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(store) = &*store {
-            return Ok(store.clone());
-        }
-        let opened = crate::store::open(&self.config.etcd)?;
-        *store = Some(opened.clone());
-        Ok(opened)
     }
 
     fn entry(&self) -> std::sync::MutexGuard<'_, Node> {
