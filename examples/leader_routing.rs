@@ -9,11 +9,14 @@
 //!
 //! While there is no leader, a write waits up to 2 s and then gets 503 with `retry-after`.
 
+#[path = "support/log.rs"]
+mod log;
+
 use std::process::ExitCode;
 
 use clap::Parser;
 use pingora::server::Server;
-use pingora_etcd::config::{ClusterConfig, server_conf};
+use pingora_etcd::config;
 use pingora_etcd::pingora::ClusterProxy;
 
 /// An HTTP proxy that sends writes to the leader and reads to any node.
@@ -25,13 +28,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| "warn,pingora_etcd=info".into()),
-        )
-        .with_writer(std::io::stderr)
-        .init();
+    log::init();
     match build(&Arguments::parse().conf) {
         Ok(server) => server.run_forever(),
         Err(error) => {
@@ -42,9 +39,8 @@ fn main() -> ExitCode {
 }
 
 fn build(path: &str) -> Result<Server, Box<dyn std::error::Error>> {
-    let config = ClusterConfig::load(path)?;
-    let text = std::fs::read_to_string(path)?;
-    let mut server = Server::new_with_opt_and_conf(None, server_conf(&text, path)?);
+    let (config, server_conf) = config::load(path)?;
+    let mut server = Server::new_with_opt_and_conf(None, server_conf);
     ClusterProxy::add_to(&mut server, &config, true)?;
     server.bootstrap();
     Ok(server)

@@ -7,6 +7,8 @@
 //!
 //! With `--demo N`, N workers run in the same process, on 127.0.0.1:9001 and up.
 
+#[path = "support/log.rs"]
+mod log;
 mod support;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -17,9 +19,9 @@ use clap::Parser;
 use pingora::server::configuration::Opt;
 use pingora::server::{Server, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
-use pingora_etcd::config::{ClusterConfig, server_conf};
+use pingora_etcd::config::{self, ClusterConfig};
 use pingora_etcd::pingora::ClusterProxy;
-use support::{WorkerOptions, init_log, run_worker};
+use support::{WorkerOptions, run_worker};
 use tokio::task::JoinSet;
 
 const FIRST_DEMO_PORT: u16 = 9001;
@@ -42,7 +44,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    init_log();
+    log::init();
     let arguments = Arguments::parse();
     match build(&arguments) {
         Ok(server) if !arguments.test => server.run_forever(),
@@ -58,13 +60,12 @@ fn main() -> ExitCode {
 }
 
 fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
-    let config = ClusterConfig::load(&arguments.conf)?;
-    let text = std::fs::read_to_string(&arguments.conf)?;
+    let (config, server_conf) = config::load(&arguments.conf)?;
     let options = Opt {
         upgrade: arguments.upgrade,
         ..Opt::default()
     };
-    let mut server = Server::new_with_opt_and_conf(options, server_conf(&text, &arguments.conf)?);
+    let mut server = Server::new_with_opt_and_conf(options, server_conf);
     ClusterProxy::add_to(&mut server, &config, false)?;
     if arguments.demo > 0 {
         let workers = Workers {

@@ -11,6 +11,8 @@
 //!
 //! SIGTERM and Ctrl-C leave gracefully too.
 
+#[path = "support/log.rs"]
+mod log;
 mod support;
 
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +20,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pingora_etcd::EtcdOptions;
-use support::{Ended, WorkerOptions, init_log, run_worker};
+use support::{Ended, WorkerOptions, run_worker};
 
 /// A small HTTP server that registers in a group.
 #[derive(Parser)]
@@ -48,7 +50,7 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    init_log();
+    log::init();
     let arguments = Arguments::parse();
     let options = WorkerOptions {
         etcd: EtcdOptions::new(arguments.etcd),

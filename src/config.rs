@@ -175,26 +175,15 @@ struct File {
 }
 
 impl ClusterConfig {
-    /// Reads a file.
+    /// Reads this section from the text of a file; `name` is for errors.
     ///
     /// # Errors
     ///
-    /// [`ConfigFile`](ClusterError::ConfigFile) with file, line and field, or what
-    /// [`validate`](Self::validate) says.
-    pub fn load(path: impl AsRef<Path>) -> Result<Self, ClusterError> {
-        let path = path.as_ref();
-        let text = std::fs::read_to_string(path).map_err(|error| in_file(path.display(), error))?;
-        Self::from_yaml(&text, &path.display().to_string())
-    }
-
-    /// Reads the text of a file; `name` is for errors.
-    ///
-    /// # Errors
-    ///
-    /// As [`load`](Self::load).
+    /// [`ConfigFile`](ClusterError::ConfigFile) with file, field and, where known, line.
     pub fn from_yaml(text: &str, name: &str) -> Result<Self, ClusterError> {
         let file: File = serde_saphyr::from_str(text).map_err(|error| in_file(name, error))?;
-        file.cluster.validate()?;
+        let checked = file.cluster.validate();
+        checked.map_err(|error| in_file(name, error))?;
         Ok(file.cluster)
     }
 
@@ -205,9 +194,12 @@ impl ClusterConfig {
     /// [`InvalidConfig`](ClusterError::InvalidConfig) or
     /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
     pub fn validate(&self) -> Result<(), ClusterError> {
-        self.discovery()?;
-        self.balancer()?;
-        self.headroom.validate("cluster.headroom")?;
+        EtcdOptions::from(&self.etcd)
+            .validate()
+            .map_err(|error| named(error, "cluster.etcd.", "_ms"))?;
+        let outer = |error| named(error, "cluster.", "");
+        self.discovery().map_err(outer)?;
+        self.balancer().map_err(outer)?;
         if self.listen.parse::<std::net::SocketAddr>().is_err() {
             return Err(ClusterError::config(
                 "cluster.listen",
@@ -278,6 +270,18 @@ impl From<&EtcdConfig> for EtcdOptions {
     }
 }
 
+/// Gives a field the name it has in the file: with where it is, and the unit of a time.
+fn named(error: ClusterError, path: &str, unit: &str) -> ClusterError {
+    match error {
+        ClusterError::InvalidConfig { field, reason } => {
+            let is_time = field.ends_with("timeout") || field.ends_with("interval");
+            let unit = if is_time { unit } else { "" };
+            ClusterError::config(format!("{path}{field}{unit}"), reason)
+        }
+        other => other,
+    }
+}
+
 fn in_file(path: impl fmt::Display, reason: impl fmt::Display) -> ClusterError {
     ClusterError::ConfigFile {
         path: path.to_string(),
@@ -318,7 +322,36 @@ pub fn server_conf(
             format!("line {line}: Pingora's server section has no field {field:?}"),
         ));
     }
-    ServerConf::from_yaml(text).map_err(|error| in_file(name, error))
+    // Not by Pingora's own parser, whose errors repeat the whole file.
+    let conf: ServerConf = serde_saphyr::from_str(text).map_err(|error| in_file(name, error))?;
+    for (field, value) in [
+        ("threads", conf.threads),
+        ("listener_tasks_per_fd", conf.listener_tasks_per_fd),
+        ("max_retries", conf.max_retries),
+    ] {
+        if value == 0 {
+            return Err(in_file(
+                name,
+                format!("{field}: 0 is out of range, at least 1"),
+            ));
+        }
+    }
+    conf.validate().map_err(|error| in_file(name, error))
+}
+
+/// Reads both parts of a file: what the bundled load balancer starts from.
+///
+/// # Errors
+///
+/// [`ConfigFile`](ClusterError::ConfigFile) with file, field and, where known, line.
+#[cfg(feature = "pingora")]
+pub fn load(
+    path: impl AsRef<Path>,
+) -> Result<(ClusterConfig, pingora::server::configuration::ServerConf), ClusterError> {
+    let name = path.as_ref().display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|error| in_file(&name, error))?;
+    let cluster = ClusterConfig::from_yaml(&text, &name)?;
+    Ok((cluster, server_conf(&text, &name)?))
 }
 
 #[cfg(test)]
@@ -373,10 +406,10 @@ cluster:
     fn wrong_values_are_named() {
         for (field, named) in [
             ("policy: fastest", "fastest"),
-            ("headroom: { cpu: -1 }", "headroom.cpu"),
+            ("headroom: { cpu: -1 }", "cluster.headroom.cpu"),
             ("headroom: { cpu: much }", "cpu"),
-            ("candidates: 99", "candidates"),
-            ("default_port: 0", "default_port"),
+            ("candidates: 99", "cluster.candidates"),
+            ("default_port: 0", "cluster.default_port"),
             ("retries: 3", "cluster.retries"),
             ("listen: nowhere", "cluster.listen"),
             ("leader_wait_ms: 1000000", "cluster.leader_wait_ms"),
@@ -388,6 +421,12 @@ cluster:
         }
         let error = error(&LEAST.replace("memory://x", "ftp://x"));
         assert!(error.contains("ftp://x"), "{error}");
+        let slow = LEAST.replace("  group", "    keep_alive_interval_ms: 1\n  group");
+        let told = self::error(&slow);
+        assert!(
+            told.contains("cluster.etcd.keep_alive_interval_ms"),
+            "{told}"
+        );
         assert!(self::error("cluster:\n  group: g\n").contains("etcd"));
         assert!(self::error("version: 1\n").contains("cluster"));
         assert!(self::error(": : :").contains("file.yaml"));
@@ -411,7 +450,15 @@ cluster:
             error.contains("line 3") && error.contains("\"thread\""),
             "{error}"
         );
-        let text = LEAST.replace("threads: 2", "threads: many");
-        assert!(server_conf(&text, "file.yaml").is_err());
+        for (wrong, named) in [
+            ("threads: many", "line 3"),
+            ("threads: 0", "threads"),
+            ("max_retries: 0", "max_retries"),
+            ("listener_tasks_per_fd: 0", "listener_tasks_per_fd"),
+        ] {
+            let text = LEAST.replace("threads: 2", wrong);
+            let error = server_conf(&text, "file.yaml").unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
     }
 }

@@ -72,7 +72,8 @@ pub struct Node {
     /// Free labels.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub tags: BTreeSet<String>,
-    /// Its static share of traffic relative to others, above 0; `None` means 1.
+    /// Its static share of traffic relative to others, 0.000001 to 1,000,000; `None`, or anything
+    /// else, means 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<f64>,
     /// Whether it takes new requests.

@@ -161,9 +161,8 @@ pub async fn run_worker(
             end.send_if_modified(|end| end.is_none() && end.replace(Ended::Left).is_none());
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
         };
-        let (left, served) = tokio::join!(leaving, serving.into_future());
-        left?;
-        served?;
+        let serving = async { Ok(serving.into_future().await?) };
+        tokio::try_join!(leaving, serving)?;
         Ok(Ended::Left)
     };
     tokio::select! {
@@ -227,15 +226,4 @@ async fn stop(State(shared): State<Shared>) -> &'static str {
 async fn crash(State(shared): State<Shared>) -> &'static str {
     shared.end.send_replace(Some(Ended::Crashed));
     "crashed\n"
-}
-
-/// Log lines of this crate and its examples, warnings of others; `RUST_LOG` overrides.
-pub fn init_log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| {
-        tracing_subscriber::EnvFilter::new("warn,pingora_etcd=info,load_balancer=info,worker=info")
-    });
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
 }

@@ -309,11 +309,13 @@ mod tests {
         balancer.update(&[node(0, 80.0)]);
         let two = balancer.pick().unwrap();
         assert_eq!(two.in_flight(), 2);
-        drop(one);
-        assert_eq!(two.in_flight(), 1);
+        assert_eq!(balancer.backends()[0].in_flight, 2);
         let again = Arc::new(Node::clone(&node(0, 80.0)).with_incarnation(9));
         balancer.update(&[again]);
         assert_eq!(balancer.backends()[0].in_flight, 0);
+        assert_eq!(two.in_flight(), 2, "of the registration that is gone");
+        drop(one);
+        assert_eq!(two.in_flight(), 1);
         two.succeeded(Duration::ZERO);
         assert_eq!(balancer.backends()[0].in_flight, 0, "never below zero");
     }
@@ -379,27 +381,33 @@ mod tests {
 
     #[test]
     fn consistent_moves_only_what_it_must() {
-        let mut nodes = nodes(10);
-        let before = balancer(Policy::Consistent, &nodes);
-        let gone = nodes.remove(3);
-        let after = balancer(Policy::Consistent, &nodes);
-        let pick = |balancer: &Balancer, key: u32| {
-            let options = PickOptions {
-                key: &key.to_le_bytes(),
-                ..PickOptions::default()
+        for heavy in [1.0, 10.0] {
+            let mut nodes = nodes(10);
+            nodes[3] = Arc::new(Node::clone(&nodes[3]).with_weight(heavy));
+            let before = balancer(Policy::Consistent, &nodes);
+            let gone = nodes.remove(3).addr(80);
+            let after = balancer(Policy::Consistent, &nodes);
+            let pick = |balancer: &Balancer, key: u32| {
+                let options = PickOptions {
+                    key: &key.to_le_bytes(),
+                    ..PickOptions::default()
+                };
+                balancer.pick_with(options).unwrap().addr()
             };
-            balancer.pick_with(options).unwrap().addr()
-        };
-        let mut moved = 0;
-        for key in 0..10_000 {
-            let old = pick(&before, key);
-            if old == gone.addr(80) {
-                moved += 1;
-            } else {
-                assert_eq!(pick(&after, key), old);
+            let mut shares: BTreeMap<SocketAddr, f64> = BTreeMap::new();
+            for key in 0..20_000 {
+                let old = pick(&before, key);
+                *shares.entry(old).or_default() += (9.0 + heavy) / 20_000.0;
+                if old != gone {
+                    assert_eq!(pick(&after, key), old);
+                }
+            }
+            for (addr, share) in shares {
+                let fair = if addr == gone { heavy } else { 1.0 };
+                let off = share / fair;
+                assert!((0.75..1.34).contains(&off), "{addr}: {off} of its share");
             }
         }
-        assert!((600..1500).contains(&moved), "{moved} of 10,000 moved");
     }
 
     #[test]

@@ -163,15 +163,15 @@ impl Spread {
     }
 }
 
-/// Points per unit of weight relative to the mean on the hash ring. 100 keep the shares of equal
-/// backends within about a tenth of each other.
-const RING_POINTS: f64 = 100.0;
-/// No backend has more points than this many times the mean.
-const RING_MOST: f64 = 10.0;
+/// Points per unit of weight on the hash ring. With so many, ten equal backends get between three
+/// quarters and four thirds of an equal share.
+const RING_POINTS: f64 = 160.0;
+/// No backend has more points than this, however great its weight: those of 100 equal ones.
+const RING_MOST: f64 = 16_000.0;
 
 /// Consistent hashing: backends own points on a ring of hashes, and a key goes to the owner of
-/// the next point. A backend that comes or goes moves only the keys it gets or had. Twelve bytes a
-/// point.
+/// the next point. A backend that comes or goes moves only the keys it gets or had: how many points
+/// one has depends on nobody else. Twelve bytes a point.
 #[derive(Debug, Default)]
 pub(super) struct Ring {
     /// Sorted hashes.
@@ -181,13 +181,12 @@ pub(super) struct Ring {
 
 impl Ring {
     fn new(members: &[Arc<Member>], weights: &[f64]) -> Self {
-        let mean = weights.iter().sum::<f64>() / weights.len().max(1) as f64;
         let mut points = Vec::new();
         for (index, (member, weight)) in members.iter().zip(weights).enumerate() {
-            let share = (weight / mean).min(RING_MOST) * RING_POINTS;
+            let share = (weight * RING_POINTS).clamp(1.0, RING_MOST).round() as u64;
             // By address, not by id: what is kept for a key is kept in a process.
             let name = member.addr().to_string();
-            for point in 0..(share.round() as u64).max(1) {
+            for point in 0..share {
                 let hash = xxh3_64_with_seed(name.as_bytes(), point);
                 points.push((hash, index as u32));
             }

@@ -1,8 +1,9 @@
 //! From the nodes of a group to their weights: what is shared by everything that routes.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
@@ -33,6 +34,8 @@ pub(super) struct Live {
     /// The bits of an `f64`.
     weight: AtomicU64,
     node: ArcSwap<Node>,
+    /// The member is gone: it owns nothing of this any more.
+    orphaned: AtomicBool,
     _apart: [u64; 8],
 }
 
@@ -52,9 +55,16 @@ impl Live {
     }
 }
 
-/// Requests in flight, as a guard sees it: the other owner is the member, while there is one.
+/// Requests in flight, as a guard sees it.
 pub(super) fn in_flight_of(live: &Arc<Live>) -> u32 {
-    Arc::strong_count(live).saturating_sub(1).max(1) as u32
+    let of_member = usize::from(!live.orphaned.load(Ordering::Relaxed));
+    Arc::strong_count(live).saturating_sub(of_member) as u32
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.live.orphaned.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Member {
@@ -64,6 +74,7 @@ impl Member {
                 addr,
                 weight: AtomicU64::new(1_f64.to_bits()),
                 node: ArcSwap::new(node.clone()),
+                orphaned: AtomicBool::new(false),
                 _apart: [0; 8],
             }),
         }
@@ -123,6 +134,8 @@ struct Registration {
 struct Known {
     member: Arc<Member>,
     load: Load,
+    /// Whether `load` has taken over what the member's node says.
+    reported: bool,
 }
 
 /// Weighs nodes, and remembers of each registration what a single report does not tell.
@@ -146,14 +159,16 @@ impl Weigher {
         }
     }
 
-    /// Weighs every node, draining ones too, and answers with them in their order. Forgets
-    /// registrations that are gone.
+    /// Weighs the nodes, draining ones too, and answers with them in their order. Of several
+    /// registrations of one address it takes the one written last: that process is there, the
+    /// others are leases that have not run out yet. Forgets registrations that are gone.
     pub(crate) fn weigh<'a>(
         &mut self,
         nodes: impl IntoIterator<Item = &'a Arc<Node>>,
     ) -> Vec<Arc<Member>> {
         let mut before = std::mem::take(&mut self.known);
         let mut reports = Vec::new();
+        let mut at: HashMap<SocketAddr, (usize, u64)> = HashMap::new();
         for node in nodes {
             let addr = node.addr(self.default_port);
             let registration = Registration {
@@ -164,11 +179,29 @@ impl Weigher {
             let mut known = before.remove(&registration).unwrap_or_else(|| Known {
                 member: Arc::new(Member::new(node, addr)),
                 load: Load::default(),
+                reported: false,
             });
-            self.refused += u64::from(known.load.observe(node));
-            known.member.live.node.store(node.clone());
-            reports.push((known.member.clone(), base_weight(node), known.load));
+            // Each report counts once, however often the group changes in the meantime.
+            let current = known.member.live.node.load();
+            if !known.reported || !Arc::ptr_eq(&current, node) {
+                known.reported = true;
+                self.refused += u64::from(known.load.observe(node));
+                known.member.live.node.store(node.clone());
+            }
+            let report = (known.member.clone(), base_weight(node), known.load);
             self.known.insert(registration, known);
+            match at.entry(addr) {
+                Entry::Vacant(vacant) => {
+                    vacant.insert((reports.len(), node.last_seen));
+                    reports.push(report);
+                }
+                Entry::Occupied(mut other) if other.get().1 < node.last_seen => {
+                    let index = other.get().0;
+                    other.get_mut().1 = node.last_seen;
+                    reports[index] = report;
+                }
+                Entry::Occupied(_) => {}
+            }
         }
         let serving = reports.iter().filter(|(member, ..)| member.is_serving());
         let mean = mean_load(serving.map(|(_, _, load)| load));
@@ -193,6 +226,35 @@ impl Weigher {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_two_registrations_of_one_address_the_newer_counts() {
+        let node = |id: &str, last_seen| {
+            let mut node = Node::new(id, "10.0.0.1".parse().unwrap());
+            node.last_seen = last_seen;
+            Arc::new(node)
+        };
+        for nodes in [
+            [node("old", 1), node("new", 2)],
+            [node("new", 2), node("old", 1)],
+        ] {
+            let mut weigher = Weigher::new(Policy::Headroom, Headroom::default(), 80);
+            let members = weigher.weigh(&nodes);
+            assert_eq!(members.len(), 1);
+            assert_eq!(members[0].node().id, "new");
+        }
+    }
+
+    #[test]
+    fn a_report_is_counted_once() {
+        let bad = serde_json::json!({ "cpu_usage_percent": -1 });
+        let node = Arc::new(Node::new("n", "10.0.0.1".parse().unwrap()).with_metadata(bad));
+        let mut weigher = Weigher::new(Policy::Headroom, Headroom::default(), 80);
+        for _ in 0..3 {
+            weigher.weigh([&node]);
+        }
+        assert_eq!(weigher.refused(), 1);
+    }
 
     #[test]
     fn what_requests_write_is_far_from_the_next_registrations() {

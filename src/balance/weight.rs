@@ -5,14 +5,14 @@ use serde::Deserialize;
 use crate::error::ClusterError;
 use crate::node::{Node, metadata_keys};
 
-/// The greatest static weight accepted.
-const MAX_BASE_WEIGHT: f64 = 1e6;
+/// The range of static weights, wide enough for any fleet and narrow enough to calculate with.
+const BASE_WEIGHTS: std::ops::RangeInclusive<f64> = 1e-6..=1e6;
 /// A queue deeper than this is no queue but a wrong number.
 const MAX_QUEUE_DEPTH: f64 = 1e9;
 
 /// Whether a static weight can be used.
 pub(crate) fn is_base_weight(weight: f64) -> bool {
-    weight > 0.0 && weight <= MAX_BASE_WEIGHT
+    BASE_WEIGHTS.contains(&weight)
 }
 
 /// A node's static weight; 1 where it has none or a senseless one.
@@ -22,8 +22,8 @@ pub(super) fn base_weight(node: &Node) -> f64 {
         .unwrap_or(1.0)
 }
 
-/// The metrics that count for routing, each checked on its own: `None` where it was never
-/// reported, or never with a value that can be believed.
+/// The metrics that count for routing, each checked on its own: `None` where the latest report does
+/// not have it, or it never had a value that can be believed.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Load {
     /// CPU in use, 0 to 1.
@@ -35,9 +35,9 @@ pub struct Load {
 }
 
 impl Load {
-    /// Takes over from the node's metadata what can be believed. A field that is not a finite
-    /// number in its range is refused alone: the last good one stays. Answers how many were
-    /// refused.
+    /// Takes over from the node's metadata what can be believed. A field that is there, but is no
+    /// finite number in its range, is refused alone: the last good one stays. Answers how many
+    /// were refused.
     pub(super) fn observe(&mut self, node: &Node) -> u32 {
         use metadata_keys::{CPU_USAGE_PERCENT, MEMORY_USAGE_PERCENT, QUEUE_DEPTH};
         let mut refused = 0;
@@ -47,6 +47,7 @@ impl Load {
             (&mut self.queue, QUEUE_DEPTH, MAX_QUEUE_DEPTH, 1.0),
         ] {
             let Some(value) = node.metadata.get(key).filter(|value| !value.is_null()) else {
+                *field = None;
                 continue;
             };
             match value.as_f64().filter(|value| (0.0..=most).contains(value)) {
@@ -180,9 +181,13 @@ mod tests {
             assert_eq!(load.queue, Some(7.0));
         }
         assert_eq!(load.observe(&node(json!({"queue_depth": 1e12}))), 1);
-        assert_eq!(load.observe(&node(json!(null))), 0);
-        assert_eq!(load.observe(&node(json!("text"))), 0);
-        assert_eq!(load.memory, Some(0.505));
+        assert_eq!(load.queue, Some(7.0));
+        // What is not reported any more is not known any more.
+        assert_eq!(load.memory, None);
+        for nothing in [json!(null), json!("text"), json!({"queue_depth": null})] {
+            assert_eq!(load.observe(&node(nothing)), 0);
+            assert_eq!(load, Load::default());
+        }
     }
 
     #[test]

@@ -132,19 +132,20 @@ impl Shared {
             .map(|leadership| leadership.node.clone());
         self.skipped.store(view.skipped(), Ordering::Relaxed);
         self.nodes.store(nodes.clone());
-        self.leadership.store(leadership.map(Arc::new));
+        let before = self.leadership.swap(leadership.clone().map(Arc::new));
         if reset || !changes.is_empty() {
             self.nodes_watch.send_replace(nodes);
         }
-        self.leader_watch.send_if_modified(|current| {
-            let same = match (&*current, &leader) {
-                (Some(current), Some(leader)) => Arc::ptr_eq(current, leader),
-                (None, None) => true,
-                _ => false,
-            };
-            *current = leader;
-            !same
-        });
+        let same = match (before.as_deref(), &leadership) {
+            (Some(before), Some(now)) => {
+                before.epoch == now.epoch && Arc::ptr_eq(&before.node, &now.node)
+            }
+            (None, None) => true,
+            _ => false,
+        };
+        if !same {
+            self.leader_watch.send_replace(leader);
+        }
         for event in changes.iter().filter_map(Change::event) {
             // Nobody may be listening; the same below.
             let _ = self.events.send(event);

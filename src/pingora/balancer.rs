@@ -9,6 +9,7 @@ use ::pingora::server::ShutdownWatch;
 use ::pingora::services::ServiceReadyNotifier;
 use ::pingora::services::background::BackgroundService;
 use async_trait::async_trait;
+use tokio::sync::Notify;
 use tracing::error;
 
 use super::discovery::ClusterBackends;
@@ -108,18 +109,20 @@ where
         &self.discovery
     }
 
-    async fn keep_current(&self, ready: Option<ServiceReadyNotifier>) {
+    async fn keep_current(&self, ready: Option<ServiceReadyNotifier>, updated: &Notify) {
         let mut nodes = self.discovery.watch_nodes();
         let mut ready = ready;
         wait_ready(&self.discovery, self.ready_timeout).await;
         loop {
             nodes.mark_unchanged();
             let membership_changed = self.weights.refresh(&self.discovery);
-            if (membership_changed || ready.is_some())
-                && self.discovery.is_ready()
-                && let Err(error) = self.load_balancer.update().await
-            {
-                error!(group = self.discovery.group_name(), %error, "load balancer not updated");
+            if (membership_changed || ready.is_some()) && self.discovery.is_ready() {
+                match self.load_balancer.update().await {
+                    Ok(()) => updated.notify_one(),
+                    Err(error) => {
+                        error!(group = self.discovery.group_name(), %error, "load balancer not updated");
+                    }
+                }
             }
             // Dropping it signals ready.
             ready = None;
@@ -129,8 +132,9 @@ where
         }
     }
 
-    async fn check_health(&self) {
-        let _ = tokio::time::timeout(self.ready_timeout, self.discovery.wait_ready()).await;
+    async fn check_health(&self, updated: &Notify) {
+        // Before that there is nobody to check.
+        updated.notified().await;
         loop {
             let backends = self.load_balancer.backends();
             backends.run_health_check(self.parallel_health_check).await;
@@ -138,6 +142,15 @@ where
                 Some(every) => tokio::time::sleep(every).await,
                 None => return std::future::pending().await,
             }
+        }
+    }
+
+    async fn run(&self, ready: Option<ServiceReadyNotifier>) {
+        let updated = Notify::new();
+        tokio::select! {
+            () = follow(&self.discovery) => {}
+            () = self.keep_current(ready, &updated) => {}
+            () = self.check_health(&updated) => {}
         }
     }
 }
@@ -157,19 +170,11 @@ where
     S::Iter: BackendIter,
 {
     async fn start_with_ready_notifier(&self, _: ShutdownWatch, ready: ServiceReadyNotifier) {
-        tokio::select! {
-            () = follow(&self.discovery) => {}
-            () = self.keep_current(Some(ready)) => {}
-            () = self.check_health() => {}
-        }
+        self.run(Some(ready)).await;
     }
 
     async fn start(&self, _: ShutdownWatch) {
-        tokio::select! {
-            () = follow(&self.discovery) => {}
-            () = self.keep_current(None) => {}
-            () = self.check_health() => {}
-        }
+        self.run(None).await;
     }
 }
 

@@ -21,7 +21,11 @@ use crate::error::ClusterError;
 /// The first `discover` starts following the group, in the runtime that calls it, and waits for
 /// the first complete view for 10 s at most. Membership then reaches the load balancer every
 /// `update_frequency`, which has to be set; weights reach
-/// [`MetricsWeighted`](super::MetricsWeighted) at once. Draining nodes are disabled.
+/// [`MetricsWeighted`](super::MetricsWeighted) at once.
+///
+/// Each `discover` says of every backend whether it is enabled: draining nodes are not. That
+/// overrules what `set_enable` said before; to take a node out by hand, let it
+/// [`drain`](crate::ClusterNode::drain).
 ///
 /// ```
 /// use pingora::lb::{Backends, LoadBalancer};
@@ -118,13 +122,9 @@ impl ClusterBackends {
                     weights.refresh(&discovery);
                 }
             };
-            if discovery.is_running() {
-                refreshing.await;
-            } else {
-                tokio::select! {
-                    () = follow(&discovery) => {}
-                    () = refreshing => {}
-                }
+            tokio::select! {
+                () = follow(&discovery) => {}
+                () = refreshing => {}
             }
         })));
     }

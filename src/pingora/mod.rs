@@ -31,6 +31,7 @@ use tracing::error;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::discovery::ServiceDiscovery;
+use crate::error::ClusterError;
 use crate::node::Node;
 
 pub use balancer::{BalancerService, LiveLoadBalancer};
@@ -41,6 +42,8 @@ pub use selection::{BackendNode, MetricsWeighted};
 
 /// How long a service waits for the first complete view before it signals ready without one.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often to look whether a discovery that somebody else runs is still being run.
+const TAKE_OVER: Duration = Duration::from_secs(1);
 
 /// A plain-text HTTP peer for a node. Its connections are kept apart from those to any other
 /// registration at the same address, so that a reused address never meets an old connection.
@@ -63,9 +66,18 @@ async fn wait_ready(discovery: &ServiceDiscovery, at_most: Duration) -> bool {
     ready.is_ok()
 }
 
-/// Runs a discovery until it is dropped. Returns only if it cannot be run at all.
+/// Runs a discovery until it is dropped, or sees to it that somebody does: of several services
+/// over one discovery one runs it, and another takes over should that end. Returns only if it
+/// cannot be run at all.
 async fn follow(discovery: &ServiceDiscovery) {
-    if let Err(error) = discovery.run_until(std::future::pending()).await {
-        error!(group = discovery.group_name(), %error, "the group cannot be followed");
+    loop {
+        match discovery.run_until(std::future::pending()).await {
+            Err(ClusterError::AlreadyRunning { .. }) => tokio::time::sleep(TAKE_OVER).await,
+            Err(error) => {
+                error!(group = discovery.group_name(), %error, "the group cannot be followed");
+                return;
+            }
+            Ok(()) => return,
+        }
     }
 }

@@ -9,7 +9,7 @@ use ::pingora::server::Server;
 use ::pingora::services::background::background_service;
 use ::pingora::services::listening::Service;
 use ::pingora::upstreams::peer::HttpPeer;
-use ::pingora::{Error, ErrorSource, ErrorType, Result};
+use ::pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
@@ -27,6 +27,9 @@ use crate::store::Revision;
 const UPSTREAM_NODE: HeaderName = HeaderName::from_static("x-upstream-node");
 /// On requests to the leader: the fencing token of its term.
 const LEADER_EPOCH: HeaderName = HeaderName::from_static("x-leader-epoch");
+
+/// How long to wait for another leader before one that could not be reached is tried again.
+const LEADER_RETRY: Duration = Duration::from_millis(200);
 
 /// The bundled load balancer: a complete HTTP proxy over a [`BalancerService`].
 ///
@@ -62,6 +65,9 @@ impl ClusterProxy {
 
     /// Sends writes (`POST`, `PUT`, `PATCH`, `DELETE`) to the leader, with its fencing token in
     /// `x-leader-epoch`. Without a leader a write waits, and then gets 503 with `retry-after`.
+    ///
+    /// Writes are not counted as in flight: where the leader also answers reads, the pick does not
+    /// see how busy it is with writes, other than by its metrics.
     #[must_use]
     pub fn leader_route(mut self, leader: LeaderRoute) -> Self {
         self.leader = Some(leader);
@@ -150,12 +156,29 @@ impl ClusterProxy {
         context: &mut RequestContext,
     ) -> Result<Box<HttpPeer>> {
         let left = self.leader_wait.saturating_sub(context.started.elapsed());
-        let Some(found) = leader.wait_for_other_than(context.failed_epoch, left).await else {
-            return Err(unavailable("there is no leader"));
+        // One that could not be reached may have crashed: its successor has another term. Or it
+        // may be there again in a moment.
+        let patience = match context.failed_epoch {
+            Some(_) => left.min(LEADER_RETRY),
+            None => left,
         };
+        let other = leader
+            .wait_for_other_than(context.failed_epoch, patience)
+            .await;
+        let Some(found) = other.or_else(|| leader.leader()) else {
+            let left = self.leader_wait.saturating_sub(context.started.elapsed());
+            return match leader.wait(left).await {
+                Some(found) => Ok(self.lead(found, context)),
+                None => Err(unavailable("there is no leader")),
+            };
+        };
+        Ok(self.lead(found, context))
+    }
+
+    fn lead(&self, found: LeaderUpstream, context: &mut RequestContext) -> Box<HttpPeer> {
         let peer = self.peer(found.addr, &found.node);
         context.leader = Some(found);
-        Ok(peer)
+        peer
     }
 }
 
@@ -166,6 +189,8 @@ pub struct RequestContext {
     upstream: Option<Upstream>,
     tried: Vec<SocketAddr>,
     retries: usize,
+    /// A pooled connection turned out closed.
+    reconnected: bool,
     leader: Option<LeaderUpstream>,
     failed_epoch: Option<Revision>,
 }
@@ -195,6 +220,7 @@ impl ProxyHttp for ClusterProxy {
             upstream: None,
             tried: Vec::new(),
             retries: 0,
+            reconnected: false,
             leader: None,
             failed_epoch: None,
         }
@@ -254,7 +280,6 @@ impl ProxyHttp for ClusterProxy {
             upstream.failed();
         }
         if let Some(leader) = context.leader.take() {
-            // Its crash may not have been noticed yet; the next leader has another term.
             context.failed_epoch = Some(leader.epoch);
             error.set_retry(context.started.elapsed() < self.leader_wait);
         } else if context.retries < self.retries {
@@ -276,18 +301,27 @@ impl ProxyHttp for ClusterProxy {
         client_reused: bool,
     ) -> Box<Error> {
         let mut error = error.more_context(format!("Peer: {peer}"));
+        let stale = client_reused && matches!(error.retry, RetryType::ReusedOnly);
+        let method = &session.req_header().method;
         let repeatable = !session.as_ref().retry_buffer_truncated();
-        if session.req_header().method.is_idempotent() && repeatable {
+        if method.is_idempotent() && repeatable {
             error.retry.decide_reuse(client_reused);
         } else {
             error.set_retry(false);
         }
-        let safe = session.req_header().method.is_safe() && repeatable;
-        let answered = session.response_written().is_some();
-        if safe && !answered && error.esource() == &ErrorSource::Upstream {
-            error.set_retry(context.retries < self.retries);
+        if error.retry() && stale && !context.reconnected {
+            // An idle connection that was closed says nothing about the backend, which may be the
+            // only one: it may be tried again, once, and that counts as no retry.
+            context.reconnected = true;
+            context.tried.pop();
+            return error;
         }
-        if error.retry() {
+        let unanswered = session.response_written().is_none();
+        let safe = method.is_safe() && repeatable && unanswered;
+        let lost = safe && error.esource() == &ErrorSource::Upstream;
+        let retry = (error.retry() || lost) && context.retries < self.retries;
+        error.set_retry(retry);
+        if retry {
             context.retries += 1;
         }
         error
@@ -297,9 +331,12 @@ impl ProxyHttp for ClusterProxy {
         &self,
         session: &mut Session,
         error: &Error,
-        _: &mut RequestContext,
+        context: &mut RequestContext,
     ) -> FailToProxy {
         let (code, reason) = match (error.etype(), error.esource()) {
+            (etype, _) if context.failed_epoch.is_some() && is_connect_error(etype) => {
+                (503, "the leader cannot be reached")
+            }
             (ErrorType::HTTPStatus(code), _) => {
                 let reason = error.context.as_ref().map(|reason| reason.as_str());
                 (*code, reason.unwrap_or("the request cannot be proxied"))
@@ -345,6 +382,17 @@ impl ProxyHttp for ClusterProxy {
             _ => upstream.failed(),
         }
     }
+}
+
+fn is_connect_error(etype: &ErrorType) -> bool {
+    matches!(
+        etype,
+        ErrorType::ConnectTimedout
+            | ErrorType::ConnectRefused
+            | ErrorType::ConnectNoRoute
+            | ErrorType::ConnectError
+            | ErrorType::SocketError
+    )
 }
 
 async fn answer(session: &mut Session, code: u16, reason: &str) -> Result<()> {

@@ -12,6 +12,10 @@ use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::node::Node;
 
+/// The weight of a backend that Pingora says has none. Above 0, so that it is picked when all
+/// others are down.
+const MIN_WEIGHT: f64 = 1e-6;
+
 /// The node behind a [`Backend`], in its `ext`.
 ///
 /// A backend's identity in Pingora is its address and weight, and what is in `ext` never counts
@@ -56,6 +60,10 @@ struct State {
     weigher: Weigher,
     /// With whether it was serving.
     slots: HashMap<SocketAddr, (Arc<Slot>, bool)>,
+    /// Slots of addresses that are gone, for as long as some backend still refers to them: an
+    /// address that returns before Pingora has looked is no change for Pingora, which keeps the
+    /// backend it has.
+    departed: HashMap<SocketAddr, Weak<Slot>>,
 }
 
 impl State {
@@ -65,14 +73,7 @@ impl State {
         let mut before = std::mem::take(&mut self.slots);
         for member in self.weigher.weigh(nodes) {
             let (addr, serving) = (member.addr(), member.is_serving());
-            // Two registrations of one address: the process that wrote last is there.
-            if let Some((other, _)) = self.slots.get(&addr)
-                && other.load().node().last_seen > member.node().last_seen
-            {
-                continue;
-            }
-            let taken = self.slots.remove(&addr);
-            let slot = match taken.or_else(|| before.remove(&addr)) {
+            let slot = match before.remove(&addr) {
                 Some((slot, was_serving)) => {
                     changed |= was_serving != serving;
                     slot.store(member);
@@ -80,12 +81,24 @@ impl State {
                 }
                 None => {
                     changed = true;
-                    Arc::new(Slot::new(member))
+                    match self.departed.remove(&addr).and_then(|slot| slot.upgrade()) {
+                        Some(slot) => {
+                            slot.store(member);
+                            slot
+                        }
+                        None => Arc::new(Slot::new(member)),
+                    }
                 }
             };
             self.slots.insert(addr, (slot, serving));
         }
-        changed || !before.is_empty()
+        changed |= !before.is_empty();
+        let gone = before
+            .into_iter()
+            .map(|(addr, (slot, _))| (addr, Arc::downgrade(&slot)));
+        self.departed.extend(gone);
+        self.departed.retain(|_, slot| slot.strong_count() > 0);
+        changed
     }
 }
 
@@ -95,6 +108,7 @@ impl LiveWeights {
             state: Mutex::new(State {
                 weigher: Weigher::new(Policy::Headroom, headroom, default_port),
                 slots: HashMap::new(),
+                departed: HashMap::new(),
             }),
             selections: Mutex::new(Vec::new()),
         })
@@ -190,7 +204,7 @@ impl Weighted {
         match BackendNode::of(backend) {
             Some(node) => node.weight(),
             // Nothing at all would be a share of nothing.
-            None => (backend.weight as f64).max(f64::MIN_POSITIVE),
+            None => (backend.weight as f64).max(MIN_WEIGHT),
         }
     }
 
@@ -227,8 +241,8 @@ impl BackendSelection for MetricsWeighted {
     fn iter(self: &Arc<Self>, _key: &[u8]) -> Self::Iter {
         MetricsWeightedIter {
             weighted: self.weighted.clone(),
-            tried: Vec::new(),
             first: None,
+            rest: Vec::new(),
         }
     }
 }
@@ -237,8 +251,9 @@ impl BackendSelection for MetricsWeighted {
 pub struct MetricsWeightedIter {
     weighted: Arc<Weighted>,
     first: Option<usize>,
-    /// What came after the first: most requests need no list.
-    tried: Vec<usize>,
+    /// What to try after the first, best last; put together when it is needed, for most requests
+    /// do not need it.
+    rest: Vec<usize>,
 }
 
 impl BackendIter for MetricsWeightedIter {
@@ -252,30 +267,39 @@ impl BackendIter for MetricsWeightedIter {
                 index
             }
             Some(first) => {
-                let tried = |index: &usize| *index == first || self.tried.contains(index);
-                let index = another(&self.weighted, tried)?;
-                self.tried.push(index);
-                index
+                if self.rest.is_empty() {
+                    self.rest = shuffled(&self.weighted, first);
+                    // So that an empty rest means the end from here on.
+                    self.rest.insert(0, first);
+                }
+                match self.rest.pop() {
+                    Some(index) if !self.rest.is_empty() => index,
+                    _ => {
+                        self.rest.push(first);
+                        return None;
+                    }
+                }
             }
         };
         backends.get(index)
     }
 }
 
-/// By weight among those not tried yet.
-fn another(weighted: &Weighted, tried: impl Fn(&usize) -> bool) -> Option<usize> {
-    let left = || (0..weighted.backends.len()).filter(|index| !tried(index));
-    let weight = |index: usize| Weighted::weight(&weighted.backends[index]);
-    let mut rest = fastrand::f64() * left().map(weight).sum::<f64>();
-    let mut last = None;
-    for index in left() {
-        last = Some(index);
-        rest -= weight(index);
-        if rest < 0.0 {
-            break;
-        }
-    }
-    last
+/// All but `first`, in an order as if each had been drawn by weight from those left, best last:
+/// P. S. Efraimidis and P. G. Spirakis, "Weighted random sampling with a reservoir", Information
+/// Processing Letters 97(5), 2006.
+fn shuffled(weighted: &Weighted, first: usize) -> Vec<usize> {
+    let key = |(index, backend)| {
+        let uniform = 1.0 - fastrand::f64(); // above 0
+        (-uniform.ln() / Weighted::weight(backend), index)
+    };
+    let others = weighted.backends.iter().enumerate();
+    let mut keyed: Vec<(f64, usize)> = others
+        .filter(|(index, _)| *index != first)
+        .map(key)
+        .collect();
+    keyed.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
+    keyed.into_iter().map(|(_, index)| index).collect()
 }
 
 /// Each thread takes turns of its own: a counter shared by all would be what they wait for.

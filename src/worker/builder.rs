@@ -128,7 +128,8 @@ impl ClusterNodeBuilder {
         self
     }
 
-    /// Its static share of traffic relative to others: above 0, at most 1,000,000. Default: 1.
+    /// Its static share of traffic relative to others: 0.000001 to 1,000,000.
+    /// Default: 1.
     #[must_use]
     pub fn weight(mut self, weight: f64) -> Self {
         self.weight = Some(weight);
@@ -194,7 +195,7 @@ impl ClusterNodeBuilder {
             "weight",
             crate::balance::is_base_weight(weight),
             weight.to_string(),
-            "above 0 up to 1,000,000",
+            "0.000001 to 1,000,000",
         )
     }
 

@@ -8,7 +8,7 @@ use pingora_etcd::pingora::{BalancerService, ClusterProxy};
 
 use super::common::etcd::Etcd;
 use super::common::{eventually, free_port, group, local};
-use super::{Backend, RunningServer, client, cluster_config, load, until_it_answers};
+use super::{Backend, Load, RunningServer, client, cluster_config, load, until_it_answers};
 
 struct Proxy {
     url: String,
@@ -87,21 +87,16 @@ async fn a_crash_and_a_leave_under_load_cost_no_get() {
     }
     let proxy = proxy(&etcd.options(), &group, false, "").await;
     proxy.until_it_has(3).await;
-    let url = proxy.url.clone();
-    let loading = tokio::spawn(async move { load(&url, 6_000, 24).await });
-    eventually("load", || {
-        backends[0]
-            .requests
-            .load(std::sync::atomic::Ordering::Relaxed)
-            > 200
-    })
-    .await;
-    // Every task of it at once: connections break in the middle of requests.
-    drop(backends.remove(0));
+    let load = Load::start(&proxy.url, 24);
+    load.goes_on(500).await;
+    // Connections break in the middle of requests.
+    backends.remove(0).crash().await;
     eventually("its lease runs out", || proxy.balancer.len() == 2).await;
+    load.goes_on(500).await;
     backends[0].leave();
     eventually("it left", || proxy.balancer.len() == 1).await;
-    assert_eq!(loading.await.unwrap(), Vec::<String>::new());
+    load.goes_on(500).await;
+    assert_eq!(load.stop().await, Vec::<String>::new());
     assert_eq!(proxy.balancer.backends()[0].node.id, backends[1].id);
     eventually("nothing stays counted", || {
         proxy.balancer.backends()[0].in_flight == 0
@@ -122,8 +117,7 @@ async fn no_backend_is_503_with_the_reason_and_a_dead_one_is_tried_around() {
     assert_eq!(response.text().await.unwrap(), "no backend is registered\n");
 
     // Registered, but nobody listens: every try fails.
-    let dead =
-        |id: &str| Backend::register(&etcd.options(), &group, id, free_port(), |builder| builder);
+    let dead = |id: &str| Backend::dead(&etcd.options(), &group, id);
     let _dead = [dead("d1"), dead("d2")];
     proxy.until_it_has(2).await;
     let response = client().get(&proxy.url).send().await.unwrap();
@@ -189,6 +183,47 @@ async fn a_lost_get_is_repeated_and_a_lost_post_is_not() {
     assert_eq!(response.text().await.unwrap(), "the backend failed\n");
     assert_eq!(taken.load(std::sync::atomic::Ordering::SeqCst), 2);
     assert_eq!(good.take_requests(), 0);
+}
+
+/// A server that answers one request per connection and then closes it without saying so
+/// beforehand: the connection sits in the proxy's pool until it is tried again.
+async fn closes_after_each_answer() -> u16 {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut buffer = [0; 4096];
+                let _ = stream.read(&mut buffer).await;
+                let _ = stream
+                    .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+                    .await;
+                // The next request on this connection is read, and never answered.
+                let _ = stream.read(&mut buffer).await;
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stale_connection_to_the_only_backend_is_no_failure() {
+    let etcd = Etcd::shared();
+    let group = group("stale");
+    let port = closes_after_each_answer().await;
+    let _only = Backend::register(&etcd.options(), &group, "only", port, |builder| builder);
+    for retries in [0, 2] {
+        let more = format!("  retries: {retries}\n");
+        let proxy = proxy(&etcd.options(), &group, false, &more).await;
+        proxy.until_it_has(1).await;
+        let client = client();
+        for _ in 0..20 {
+            let response = client.get(&proxy.url).send().await.unwrap();
+            assert_eq!(response.status(), 200, "{:?}", response.text().await);
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -301,12 +336,14 @@ async fn writes_go_to_the_leader_with_its_token_and_wait_for_one() {
     assert!(later > epoch.parse().unwrap());
 
     // It crashes: nobody listens, its lease runs on for a while, and there is no other leader.
-    drop(second);
+    second.crash().await;
     let start = Instant::now();
     let response = write("POST").await;
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
-    assert_eq!(response.text().await.unwrap(), "there is no leader\n");
+    let reason = response.text().await.unwrap();
+    let reasons = ["there is no leader\n", "the leader cannot be reached\n"];
+    assert!(reasons.contains(&&*reason), "{reason}");
     let took = start.elapsed();
     assert!(took > Duration::from_millis(1900), "it waited: {took:?}");
     assert!(took < Duration::from_secs(4), "not for ever: {took:?}");

@@ -50,7 +50,7 @@ async fn a_down_backend_stays_down_when_its_weight_changes() {
     let etcd = Etcd::shared();
     let group = group("health");
     let up = Backend::start(&etcd.options(), &group, "up").await;
-    let down = Backend::register(&etcd.options(), &group, "down", free_port(), |b| b);
+    let down = Backend::dead(&etcd.options(), &group, "down");
     let mut live = LiveLoadBalancer::<MetricsWeighted>::new(discovery(&etcd, &group), 80);
     let mut check = TcpHealthCheck::new();
     // One failed check is enough to be down, and no check will bring it up again.
@@ -121,6 +121,18 @@ async fn changes_reach_a_live_load_balancer_without_polling() {
     assert!(took < Duration::from_secs(1), "{took:?}");
     assert_eq!(lb.backends().get_backend().len(), 2);
 
+    // An update of its metrics does not enable it again.
+    let reported = || {
+        let nodes = lb.discovery().nodes();
+        nodes.get("b2")?.metric("cpu_usage_percent")
+    };
+    second.cpu.set(55);
+    eventually("its metrics change", || reported() == Some(55.0)).await;
+    throughout("it stays disabled", Duration::from_millis(300), || {
+        !selected(ports!(lb), 8).contains_key(&second.port)
+    })
+    .await;
+
     first.leave();
     eventually("nothing is left", || selected(ports!(lb), 8).is_empty()).await;
     assert_eq!(lb.backends().get_backend().len(), 1);
@@ -149,13 +161,13 @@ async fn a_stock_load_balancer_with_our_discovery_and_selection() {
     let etcd = Etcd::shared();
     let group = group("stock");
     let heavy = |builder: pingora_etcd::ClusterNodeBuilder| builder.weight(3.0);
-    let backends = [
+    let mut backends = [
         Backend::start_with(&etcd.options(), &group, "b1", heavy).await,
         Backend::start(&etcd.options(), &group, "b2").await,
     ];
     let ours = ClusterBackends::new(discovery(&etcd, &group), 80);
     let mut lb = LoadBalancer::from_backends(Backends::new(Box::new(ours)));
-    lb.update_frequency = Some(Duration::from_millis(100));
+    lb.update_frequency = Some(Duration::from_secs(1));
     let service = background_service("stock", lb);
     let lb = service.task();
     let listen = format!("{}:{}", local(), free_port());
@@ -169,15 +181,30 @@ async fn a_stock_load_balancer_with_our_discovery_and_selection() {
     until_it_answers(&url).await;
     eventually("both are known", || lb.backends().get_backend().len() == 2).await;
     // What both report may take a second to be there; the share is steady after that.
+    let ports = [backends[0].port, backends[1].port];
     let ratio = || {
         let counts = selected(ports!(lb), 400);
-        let of = |backend: &Backend| f64::from(*counts.get(&backend.port).unwrap_or(&0));
-        of(&backends[0]) / of(&backends[1])
+        let [first, second] = ports.map(|port| f64::from(*counts.get(&port).unwrap_or(&0)));
+        first / second
     };
     eventually("three to one", || (ratio() - 3.0).abs() < 0.2).await;
     assert_eq!(load(&url, 400, 8).await, Vec::<String>::new());
     // A weight reaches the selection at once, without an update of the load balancer.
     backends[0].cpu.set(100);
     eventually("busy: half of it", || (ratio() - 1.5).abs() < 0.2).await;
+
+    // It leaves and returns at its address, for Pingora perhaps between two looks: weights still
+    // follow.
+    let port = backends[0].port;
+    backends[0].leave();
+    let discovery = discovery(&etcd, &group);
+    let watching = discovery.clone();
+    tokio::spawn(async move { watching.run(None).await });
+    eventually("it left", || discovery.nodes().len() == 1).await;
+    let again = Backend::register(&etcd.options(), &group, "again", port, heavy);
+    again.cpu.set(100);
+    eventually("half of it again", || (ratio() - 1.5).abs() < 0.2).await;
+    again.cpu.set(0);
+    eventually("all of it", || (ratio() - 3.0).abs() < 0.2).await;
     drop(server);
 }

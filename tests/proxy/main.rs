@@ -96,6 +96,10 @@ struct Backend {
     requests: Arc<AtomicU64>,
     stop: Option<oneshot::Sender<()>>,
     tasks: JoinSet<()>,
+    /// Of the HTTP server: shutting it down drops every connection where it stands.
+    server: Option<tokio::runtime::Runtime>,
+    /// Holds the port of a backend that does not listen.
+    _held: Option<tokio::net::TcpSocket>,
 }
 
 impl Backend {
@@ -109,7 +113,17 @@ impl Backend {
         id: &str,
         configure: impl FnOnce(ClusterNodeBuilder) -> ClusterNodeBuilder,
     ) -> Self {
-        let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
+        let server = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let listener = {
+            let _server = server.enter();
+            let listener = std::net::TcpListener::bind((local(), 0)).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            tokio::net::TcpListener::from_std(listener).unwrap()
+        };
         let port = listener.local_addr().unwrap().port();
         let requests = Arc::new(AtomicU64::new(0));
         let counter = requests.clone();
@@ -123,13 +137,23 @@ impl Backend {
         });
         let mut backend = Self::register(etcd, group, id, port, configure);
         backend.requests = requests;
-        backend.tasks.spawn(async move {
-            axum::serve(listener, app).await.unwrap();
-        });
+        server.spawn(async move { axum::serve(listener, app).await });
+        backend.server = Some(server);
         backend
     }
 
-    /// Only the membership: nobody listens on that port.
+    /// Only the membership: a port that refuses connections.
+    fn dead(etcd: &EtcdOptions, group: &str, id: &str) -> Self {
+        let held = tokio::net::TcpSocket::new_v4().unwrap();
+        held.bind((std::net::Ipv4Addr::LOCALHOST, 0).into())
+            .unwrap();
+        let port = held.local_addr().unwrap().port();
+        let mut backend = Self::register(etcd, group, id, port, |builder| builder);
+        backend._held = Some(held);
+        backend
+    }
+
+    /// Only the membership.
     fn register(
         etcd: &EtcdOptions,
         group: &str,
@@ -159,6 +183,8 @@ impl Backend {
             requests: Arc::default(),
             stop: Some(stop),
             tasks,
+            server: None,
+            _held: None,
         }
     }
 
@@ -167,9 +193,30 @@ impl Backend {
         self.requests.swap(0, Ordering::Relaxed)
     }
 
+    /// Ends as a process does that is killed: connections break where they stand, and nothing is
+    /// cleaned up. Returns when the port refuses connections.
+    async fn crash(mut self) {
+        self.tasks.abort_all();
+        if let Some(server) = self.server.take() {
+            server.shutdown_background();
+        }
+        let address = (local(), self.port);
+        while tokio::net::TcpStream::connect(address).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
     /// Leaves the group, and goes on serving.
     fn leave(&mut self) {
         drop(self.stop.take());
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.shutdown_background();
+        }
     }
 }
 
@@ -191,34 +238,72 @@ fn client() -> reqwest::Client {
 }
 
 /// `count` GETs, so many at a time. Answers with what failed.
-async fn load(url: &str, count: usize, at_a_time: usize) -> Vec<String> {
-    let left = Arc::new(AtomicU64::new(count as u64));
-    let mut clients = JoinSet::new();
-    for _ in 0..at_a_time {
-        let (left, url, client) = (left.clone(), url.to_owned(), client());
-        clients.spawn(async move {
-            let mut failed = Vec::new();
-            while left
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                    left.checked_sub(1)
-                })
-                .is_ok()
-            {
-                match client.get(&url).send().await {
-                    Ok(response) if response.status().is_success() => {
-                        drop(response.bytes().await);
+async fn load(url: &str, count: u64, at_a_time: usize) -> Vec<String> {
+    let load = Load::start(url, at_a_time);
+    common::eventually("so many GETs", || load.sent() >= count).await;
+    load.stop().await
+}
+
+/// GETs without end, so many at a time.
+struct Load {
+    sent: Arc<AtomicU64>,
+    stop: watch::Sender<bool>,
+    clients: JoinSet<Vec<String>>,
+}
+
+impl Load {
+    fn start(url: &str, at_a_time: usize) -> Self {
+        let sent = Arc::new(AtomicU64::new(0));
+        let stop = watch::Sender::new(false);
+        let mut clients = JoinSet::new();
+        for _ in 0..at_a_time {
+            let (sent, stopped) = (sent.clone(), stop.subscribe());
+            let (url, client) = (url.to_owned(), client());
+            clients.spawn(async move {
+                let mut failed = Vec::new();
+                while !*stopped.borrow() {
+                    sent.fetch_add(1, Ordering::Relaxed);
+                    match client.get(&url).send().await {
+                        Ok(response) if response.status().is_success() => {
+                            drop(response.bytes().await);
+                        }
+                        Ok(response) => {
+                            let status = response.status();
+                            failed.push(format!("{status}: {:?}", response.text().await));
+                        }
+                        Err(error) => failed.push(format!("{error:?}")),
                     }
-                    Ok(response) => {
-                        let status = response.status();
-                        failed.push(format!("{status}: {:?}", response.text().await));
-                    }
-                    Err(error) => failed.push(format!("{error:?}")),
                 }
-            }
-            failed
-        });
+                failed
+            });
+        }
+        Self {
+            sent,
+            stop,
+            clients,
+        }
     }
-    clients.join_all().await.into_iter().flatten().collect()
+
+    fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many more have been sent: the load goes on.
+    async fn goes_on(&self, more: u64) {
+        let until = self.sent() + more;
+        common::eventually("the load goes on", || self.sent() >= until).await;
+    }
+
+    /// Answers with what failed.
+    async fn stop(self) -> Vec<String> {
+        self.stop.send_replace(true);
+        self.clients
+            .join_all()
+            .await
+            .into_iter()
+            .flatten()
+            .collect()
+    }
 }
 
 /// Waits until something answers there, with any status.

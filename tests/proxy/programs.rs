@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::common::etcd::{Etcd, send_signal};
 use super::common::{DEADLINE, free_port, group, local};
-use super::{client, load, until_it_answers};
+use super::{Load, client, until_it_answers};
 
 /// A program that is killed when this is dropped.
 struct Program {
@@ -167,11 +167,10 @@ async fn workers_and_a_load_balancer_as_the_readme_runs_them() {
 
     // One is killed, one leaves, one is told to crash, under load: not one GET fails while any
     // lives.
-    let target = url.clone();
-    let loading = tokio::spawn(async move { load(&target, 4_000, 16).await });
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let load = Load::start(&url, 16);
+    load.goes_on(300).await;
     workers[0].program.signal("KILL");
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    load.goes_on(300).await;
     let response = client
         .post(format!("{}/stop", workers[1].url))
         .send()
@@ -183,7 +182,8 @@ async fn workers_and_a_load_balancer_as_the_readme_runs_them() {
         status.success() && took < Duration::from_secs(5),
         "{status} {took:?}"
     );
-    assert_eq!(loading.await.unwrap(), Vec::<String>::new());
+    load.goes_on(300).await;
+    assert_eq!(load.stop().await, Vec::<String>::new());
 
     // Its answer may get lost with it.
     let _ = client
@@ -223,7 +223,17 @@ async fn leader_routing_as_the_readme_runs_it() {
     assert!(response.headers().contains_key("retry-after"));
 
     let mut first = worker(endpoint, &group, "w1");
-    until_nodes_answer(&url, 1).await;
+    let start = Instant::now();
+    while !client
+        .post(&url)
+        .send()
+        .await
+        .unwrap()
+        .status()
+        .is_success()
+    {
+        assert!(start.elapsed() < DEADLINE, "w1 does not lead");
+    }
     let second = worker(endpoint, &group, "w2");
     until_nodes_answer(&url, 2).await;
     for _ in 0..10 {
