@@ -197,7 +197,7 @@ impl Node {
 /// How a [`ClusterNode`](crate::ClusterNode) stands with the store.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum HealthStatus {
-    /// Not registered yet.
+    /// Not running, or not through with the first try to register.
     #[default]
     Unknown,
     /// Registered, and its lease is being renewed.

@@ -28,7 +28,7 @@ pub enum ClusterEvent {
     Ready,
     /// The store is not heard any more; the last view stays.
     Disconnected,
-    /// The store is heard again, and what was missed has been told.
+    /// The store is heard again; what was missed follows, or has been told.
     Reconnected,
 }
 

@@ -85,7 +85,8 @@ impl View {
     }
 
     /// Starts from a view that is being served already.
-    pub(crate) fn adopt(&mut self, nodes: &Nodes, leader: Option<Arc<Leadership>>) {
+    pub(crate) fn adopt(&mut self, nodes: &Nodes, leader: Option<Arc<Leadership>>, skipped: u64) {
+        self.skipped = skipped;
         self.nodes = nodes.clone();
         self.leader = leader.map(Arc::unwrap_or_clone);
     }

@@ -1,10 +1,11 @@
 //! List, then watch from the next revision; resume, or list again.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
 use super::event::{Change, ClusterEvent};
@@ -13,6 +14,9 @@ use super::{DiscoveryStatus, Shared};
 use crate::backoff::Backoff;
 use crate::error::ClusterError;
 use crate::store::{Selector, Store, WatchRange};
+
+/// A watch that has been open for so long works.
+const STEADY: Duration = Duration::from_secs(5);
 
 /// How far following has come.
 enum Position {
@@ -28,35 +32,44 @@ impl Shared {
         let mut view = View::new(self.keys.clone());
         // An earlier run's view is still being served: the difference to it is told, not a view
         // that is empty for a moment.
-        view.adopt(&self.nodes.load_full(), self.leadership.load_full());
+        let skipped = self.skipped.load(Ordering::Relaxed);
+        view.adopt(
+            &self.nodes.load_full(),
+            self.leadership.load_full(),
+            skipped,
+        );
         let mut position = Position::Unlisted;
         let mut backoff = Backoff::new();
+        // The first try after something that worked comes soon: most often one connection broke,
+        // or history moved on, and not the whole store. Not at the same instant as every other
+        // watcher's, though.
+        let mut soon = true;
         loop {
-            let error = self.follow_from(store, &mut view, &mut position).await;
-            let delay = match &error {
-                ClusterError::Compacted { .. } => {
-                    warn!(group = %self.group, %error, "events were missed, listing again");
-                    position = Position::Unlisted;
-                    // At once, but not in lockstep with every other watcher.
-                    Duration::from_millis(fastrand::u64(0..100))
-                }
-                error if self.went_stale() => {
-                    warn!(group = %self.group, %error, "disconnected, the last view stays");
-                    let _ = self.events.send(ClusterEvent::Disconnected);
-                    backoff.reset();
-                    // The first try comes soon: most often one connection broke, not the store.
-                    Duration::from_millis(fastrand::u64(10..250))
-                }
-                error => {
-                    let delay = backoff.next_delay();
-                    if self.status_is_connecting() {
-                        warn!(group = %self.group, %error, ?delay, "cannot load the group yet");
-                    } else {
-                        debug!(group = %self.group, %error, ?delay, "still disconnected");
-                    }
-                    delay
-                }
+            let started = Instant::now();
+            let mut heard = false;
+            let error = self
+                .follow_from(store, &mut view, &mut position, &mut heard)
+                .await;
+            if heard || started.elapsed() >= STEADY {
+                soon = true;
+            }
+            let delay = if std::mem::take(&mut soon) {
+                backoff.reset();
+                Duration::from_millis(fastrand::u64(10..250))
+            } else {
+                backoff.next_delay()
             };
+            if matches!(error, ClusterError::Compacted { .. }) {
+                warn!(group = %self.group, %error, ?delay, "events were missed, will list again");
+                position = Position::Unlisted;
+            } else if self.went_stale() {
+                warn!(group = %self.group, %error, ?delay, "disconnected, the last view stays");
+                let _ = self.events.send(ClusterEvent::Disconnected);
+            } else if self.status_is_connecting() {
+                warn!(group = %self.group, %error, ?delay, "cannot load the group yet");
+            } else {
+                debug!(group = %self.group, %error, ?delay, "still disconnected");
+            }
             sleep(delay).await;
         }
     }
@@ -66,8 +79,9 @@ impl Shared {
         store: &dyn Store,
         view: &mut View,
         position: &mut Position,
+        heard: &mut bool,
     ) -> ClusterError {
-        match self.try_follow_from(store, view, position).await {
+        match self.try_follow_from(store, view, position, heard).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
@@ -78,7 +92,18 @@ impl Shared {
         store: &dyn Store,
         view: &mut View,
         position: &mut Position,
-    ) -> Result<std::convert::Infallible, ClusterError> {
+        heard: &mut bool,
+    ) -> Result<Infallible, ClusterError> {
+        if let Position::Listed(ranges) = position {
+            // A store whose history is shorter than what has been seen of it was restored, or is
+            // another one: a watch from there would wait in silence for it to catch up.
+            let any = Selector::Key(self.keys.registry_prefix().to_owned());
+            let reached = store.list(&any, None).await?.revision;
+            if ranges.iter().any(|range| range.from > reached + 1) {
+                warn!(group = %self.group, revision = reached, "the store's history went back, listing again");
+                *position = Position::Unlisted;
+            }
+        }
         let ranges = match position {
             Position::Listed(ranges) => ranges.clone(),
             Position::Unlisted => {
@@ -90,9 +115,12 @@ impl Shared {
         let mut watcher = store.watch(ranges).await?;
         self.went_live();
         loop {
-            let events = watcher.next().await?;
+            let events = watcher.next().await;
+            // Without events too: a quiet group's position moves on with the store's, so that it
+            // is not compacted away.
             *position = Position::Listed(watcher.position().to_vec());
-            let changes = view.apply(&events);
+            let changes = view.apply(&events?);
+            *heard = true;
             self.publish(view, changes, false);
         }
     }

@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -16,7 +16,7 @@ use etcd_client::{
     LeaseKeepAliveStream, LeaseKeeper as EtcdLeaseKeeper, PutOptions, SortOrder, SortTarget, TxnOp,
     WatchOptions, WatchResponse, WatchStream,
 };
-use tokio::sync::Mutex;
+use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use super::{
@@ -25,9 +25,11 @@ use super::{
 };
 use crate::error::ClusterError;
 
-/// Keys per page of a list. 1,000 entries of 500 bytes are an eighth of the 4 MiB that one
-/// response may have.
+/// Keys per page of a list.
 const PAGE: i64 = 1_000;
+/// The largest response accepted, to a page of a list or on a watch: 1,000 entries of 64 KiB. The
+/// client's own limit of 4 MiB is too little for what etcd may send at once.
+const LARGEST_RESPONSE: usize = 64 << 20;
 
 /// The client of etcd 3.4 or newer. Clones share one connection.
 #[derive(Debug, Clone)]
@@ -39,11 +41,15 @@ pub struct EtcdStore {
 struct Shared {
     options: EtcdOptions,
     link: Mutex<Link>,
+    /// Held while connecting, so that many callers make one connection.
+    dialing: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
 struct Link {
     connection: Option<Connection>,
+    /// Dropped with the connection: ends the streams on it that have not noticed yet.
+    open: Option<watch::Sender<()>>,
     /// Counts connections, so that a failure is only held against the one it happened on.
     generation: u64,
     /// The endpoint to try next.
@@ -56,6 +62,8 @@ struct Connection {
     client: Client,
     endpoint: String,
     generation: u64,
+    /// Fails once the connection has been given up.
+    open: watch::Receiver<()>,
 }
 
 impl std::fmt::Debug for Connection {
@@ -76,6 +84,7 @@ impl EtcdStore {
             shared: Arc::new(Shared {
                 options,
                 link: Mutex::new(Link::default()),
+                dialing: tokio::sync::Mutex::new(()),
             }),
         })
     }
@@ -84,44 +93,71 @@ impl EtcdStore {
         self.shared.options.request_timeout
     }
 
+    fn link(&self) -> MutexGuard<'_, Link> {
+        self.shared
+            .link
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn connection(&self) -> Result<Connection, ClusterError> {
-        let mut link = self.shared.link.lock().await;
-        if let Some(connection) = &link.connection {
+        if let Some(connection) = &self.link().connection {
+            return Ok(connection.clone());
+        }
+        let _dialing = self.shared.dialing.lock().await;
+        // Somebody else may have been faster.
+        if let Some(connection) = &self.link().connection {
             return Ok(connection.clone());
         }
         let endpoints = &self.shared.options.endpoints;
         let mut last = None;
         for _ in 0..endpoints.len() {
-            let endpoint = endpoints[link.next % endpoints.len()].clone();
-            match self.dial(&endpoint).await {
+            // Moved on before the try: a caller with little patience gives up in the middle of it,
+            // and the next one must not get stuck at the same silent endpoint.
+            let index = {
+                let mut link = self.link();
+                let index = link.next % endpoints.len();
+                link.next = (index + 1) % endpoints.len();
+                index
+            };
+            let endpoint = &endpoints[index];
+            match self.dial(endpoint).await {
                 Ok((client, version)) => {
-                    link.generation += 1;
-                    info!(endpoint, version, "connected to etcd");
-                    if !link.warned_about_version && has_lease_bug(&version) {
-                        link.warned_about_version = true;
-                        warn!(
-                            endpoint,
-                            version,
-                            "this etcd answers renewals of a revoked lease with success; \
-                             upgrade to 3.5.23, 3.6.5 or newer"
-                        );
-                    }
-                    let connection = Connection {
-                        client,
-                        endpoint,
-                        generation: link.generation,
-                    };
-                    link.connection = Some(connection.clone());
-                    return Ok(connection);
+                    return Ok(self.connected(client, index, endpoint, &version));
                 }
                 Err(error) => {
                     debug!(endpoint, %error, "cannot connect to etcd");
-                    link.next = (link.next + 1) % endpoints.len();
                     last = Some(error);
                 }
             }
         }
         Err(last.unwrap_or_else(|| ClusterError::config("endpoints", "must not be empty")))
+    }
+
+    fn connected(&self, client: Client, index: usize, endpoint: &str, version: &str) -> Connection {
+        info!(endpoint, version, "connected to etcd");
+        let mut link = self.link();
+        if !link.warned_about_version && has_lease_bug(version) {
+            link.warned_about_version = true;
+            warn!(
+                endpoint,
+                version,
+                "this etcd answers renewals of a revoked lease with success; upgrade to 3.5.23, \
+                 3.6.5 or newer"
+            );
+        }
+        let (open, is_open) = watch::channel(());
+        link.generation += 1;
+        link.next = index;
+        let connection = Connection {
+            client,
+            endpoint: endpoint.to_owned(),
+            generation: link.generation,
+            open: is_open,
+        };
+        link.open = Some(open);
+        link.connection = Some(connection.clone());
+        connection
     }
 
     /// Connects to one endpoint and makes sure that it answers: connecting alone succeeds even
@@ -130,25 +166,34 @@ impl EtcdStore {
         let options = &self.shared.options;
         let connect = ConnectOptions::default()
             .with_connect_timeout(options.connect_timeout)
+            // A member that has lost its leader says so, instead of staying silent.
+            .with_require_leader(true)
             .with_tcp_keepalive(options.keep_alive_interval)
             .with_keep_alive(options.keep_alive_interval, options.request_timeout);
-        bounded("connect", endpoint, options.connect_timeout, async {
+        let connecting = async {
             let mut client = Client::connect([endpoint], Some(connect)).await?;
             let status = client.status().await?;
-            Ok((client, status.version().to_owned()))
-        })
-        .await
+            Ok((client, status.version().to_owned(), status.leader()))
+        };
+        let (client, version, leader) =
+            bounded("connect", endpoint, options.connect_timeout, connecting).await?;
+        if leader == 0 {
+            return Err(ClusterError::Unavailable {
+                endpoint: endpoint.to_owned(),
+                operation: "connect",
+                reason: "this member sees no leader".to_owned(),
+            });
+        }
+        Ok((client, version))
     }
 
-    /// Forgets the connection after a failure on it, unless it has been replaced already.
-    async fn discard(&self, failed: u64) {
-        let mut link = self.shared.link.lock().await;
-        if link
-            .connection
-            .as_ref()
-            .is_some_and(|connection| connection.generation == failed)
-        {
+    /// Gives up the connection after a failure on it, unless it has been replaced already, and
+    /// with it every stream on it: what holds for one holds for all.
+    fn discard(&self, failed: u64) {
+        let mut link = self.link();
+        if link.connection.is_some() && link.generation == failed {
             link.connection = None;
+            link.open = None;
             link.next = (link.next + 1) % self.shared.options.endpoints.len();
         }
     }
@@ -173,7 +218,7 @@ impl EtcdStore {
         if let Err(error) = &result
             && error.is_transient()
         {
-            self.discard(connection.generation).await;
+            self.discard(connection.generation);
         }
         result
     }
@@ -328,6 +373,7 @@ impl Store for EtcdStore {
             store: self.clone(),
             lease,
             stream: None,
+            used: None,
         })
     }
 
@@ -372,8 +418,11 @@ impl Store for EtcdStore {
             }
             let from = start.clone();
             let page = self
-                .call("list", |mut client| async move {
-                    client.get(from, Some(options)).await
+                .call("list", |client| async move {
+                    let mut kv = client
+                        .kv_client()
+                        .max_decoding_message_size(LARGEST_RESPONSE);
+                    kv.get(from, Some(options)).await
                 })
                 .await?;
             let read_at = page.header().map_or(0, |header| header.revision());
@@ -405,7 +454,7 @@ impl Store for EtcdStore {
             Ok(watcher) => Ok(Box::new(watcher)),
             Err(error) => {
                 if error.is_transient() {
-                    self.discard(connection.generation).await;
+                    self.discard(connection.generation);
                 }
                 Err(error)
             }
@@ -430,68 +479,48 @@ struct EtcdKeeper {
     store: EtcdStore,
     lease: Lease,
     stream: Option<KeepAliveStream>,
+    /// The connection that the renewal in progress is on.
+    used: Option<u64>,
 }
 
 struct KeepAliveStream {
     requests: EtcdLeaseKeeper,
     replies: LeaseKeepAliveStream,
     endpoint: String,
-    generation: u64,
 }
 
 impl EtcdKeeper {
-    async fn renew_on_stream(&mut self) -> Result<i64, (Option<u64>, ClusterError)> {
+    async fn renew_on_stream(&mut self) -> Result<i64, ClusterError> {
         const OPERATION: &str = "renew";
         let after = self.store.timeout();
         match &mut self.stream {
             None => {
-                let connection = match self.store.connection().await {
-                    Ok(connection) => connection,
-                    Err(error) => return Err((None, error)),
-                };
+                self.used = None;
+                let connection = self.store.connection().await?;
+                self.used = Some(connection.generation);
                 let mut client = connection.client;
                 // Sends the first renewal and waits for its reply.
-                let (requests, replies) =
-                    client
-                        .lease_keep_alive(self.lease.id.0)
-                        .await
-                        .map_err(|error| {
-                            (
-                                Some(connection.generation),
-                                explain(OPERATION, &connection.endpoint, after, &error),
-                            )
-                        })?;
+                let opened = client.lease_keep_alive(self.lease.id.0).await;
+                let (requests, replies) = opened
+                    .map_err(|error| explain(OPERATION, &connection.endpoint, after, &error))?;
                 self.stream = Some(KeepAliveStream {
                     requests,
                     replies,
                     endpoint: connection.endpoint,
-                    generation: connection.generation,
                 });
                 Ok(i64::try_from(self.lease.ttl.as_secs()).unwrap_or(i64::MAX))
             }
             Some(stream) => {
-                let failed = |error: &etcd_client::Error| {
-                    (
-                        Some(stream.generation),
-                        explain(OPERATION, &stream.endpoint, after, error),
-                    )
-                };
-                stream
-                    .requests
-                    .keep_alive()
-                    .await
-                    .map_err(|error| failed(&error))?;
+                let failed = |error| explain(OPERATION, &stream.endpoint, after, &error);
+                stream.requests.keep_alive().await.map_err(failed)?;
                 match stream.replies.message().await {
                     Ok(Some(reply)) => Ok(reply.ttl()),
-                    Ok(None) => Err((
-                        Some(stream.generation),
-                        ClusterError::Unavailable {
-                            endpoint: stream.endpoint.clone(),
-                            operation: OPERATION,
-                            reason: "the stream has ended".to_owned(),
-                        },
-                    )),
-                    Err(error) => Err(failed(&error)),
+                    Ok(None) => Err(ClusterError::Unavailable {
+                        endpoint: stream.endpoint.clone(),
+                        operation: OPERATION,
+                        reason: "the stream has ended".to_owned(),
+                    }),
+                    Err(error) => Err(failed(error)),
                 }
             }
         }
@@ -502,36 +531,24 @@ impl EtcdKeeper {
 impl LeaseKeeper for EtcdKeeper {
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
         let lease = self.lease.id;
-        let current = self.stream.as_ref().map(|stream| stream.generation);
-        let (generation, error) = match tokio::time::timeout(within, self.renew_on_stream()).await {
+        let renewal = tokio::time::timeout(within, self.renew_on_stream()).await;
+        let error = match renewal {
             Ok(Ok(ttl)) if ttl > 0 => return Ok(Duration::from_secs(ttl.unsigned_abs())),
             // Not an error for etcd: the lease has ended.
             Ok(Ok(_)) => return Err(ClusterError::LeaseNotFound { lease }),
-            Ok(Err((generation, error))) => (generation, error),
-            Err(_) => {
-                let connection = match current {
-                    Some(generation) => Some(generation),
-                    None => {
-                        let link = self.store.shared.link.lock().await;
-                        link.connection
-                            .as_ref()
-                            .map(|connection| connection.generation)
-                    }
-                };
-                let error = ClusterError::Timeout {
-                    endpoint: self.store.shared.options.endpoints.join(","),
-                    operation: "renew",
-                    after: within,
-                };
-                (connection, error)
-            }
+            Ok(Err(error)) => error,
+            Err(_) => ClusterError::Timeout {
+                endpoint: self.store.shared.options.endpoints.join(","),
+                operation: "renew",
+                after: within,
+            },
         };
         // A late reply must never be taken for the answer to the next renewal.
         self.stream = None;
-        if let Some(generation) = generation
+        if let Some(generation) = self.used
             && error.is_transient()
         {
-            self.store.discard(generation).await;
+            self.store.discard(generation);
         }
         about_lease(lease, Err(error))
     }
@@ -542,6 +559,7 @@ struct EtcdWatcher {
     stream: WatchStream,
     endpoint: String,
     generation: u64,
+    open: watch::Receiver<()>,
     /// What is watched, and how far each range has been told.
     ranges: Vec<WatchRange>,
     /// Which range a watch id belongs to.
@@ -559,7 +577,10 @@ impl EtcdWatcher {
         let after = store.timeout();
         let failed =
             |error: &etcd_client::Error| explain("watch", &connection.endpoint, after, error);
-        let mut client = connection.client.clone();
+        let mut client = connection
+            .client
+            .watch_client()
+            .max_decoding_message_size(LARGEST_RESPONSE);
         let mut stream = None;
         let mut ids = HashMap::new();
         for (index, range) in ranges.iter().enumerate() {
@@ -593,6 +614,7 @@ impl EtcdWatcher {
             stream,
             endpoint: connection.endpoint.clone(),
             generation: connection.generation,
+            open: connection.open.clone(),
             ranges,
             ids,
             early: VecDeque::new(),
@@ -612,13 +634,21 @@ impl EtcdWatcher {
 
     async fn response(&mut self) -> Result<WatchResponse, ClusterError> {
         let after = self.store.timeout();
-        match self.stream.message().await {
+        let unavailable = |reason: &str| ClusterError::Unavailable {
+            endpoint: self.endpoint.clone(),
+            operation: "watch",
+            reason: reason.to_owned(),
+        };
+        let message = tokio::select! {
+            message = self.stream.message() => message,
+            // Nothing is ever sent: this is its end.
+            _ = self.open.changed() => {
+                return Err(unavailable("its connection has been given up"));
+            }
+        };
+        match message {
             Ok(Some(response)) => Ok(response),
-            Ok(None) => Err(ClusterError::Unavailable {
-                endpoint: self.endpoint.clone(),
-                operation: "watch",
-                reason: "the stream has ended".to_owned(),
-            }),
+            Ok(None) => Err(unavailable("the stream has ended")),
             Err(error) => Err(explain("watch", &self.endpoint, after, &error)),
         }
     }
@@ -701,7 +731,7 @@ impl Watcher for EtcdWatcher {
                 Ok(events) => return Ok(events),
                 Err(error) => {
                     if error.is_transient() {
-                        self.store.discard(self.generation).await;
+                        self.store.discard(self.generation);
                     }
                     return Err(error);
                 }

@@ -19,6 +19,8 @@ use super::{
 };
 use crate::error::ClusterError;
 
+/// How long a call waits while the store is silent.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Changes kept for watches that start in the past. Older ones are compacted away.
 const HISTORY: usize = 16_384;
 
@@ -28,8 +30,10 @@ const HISTORY: usize = 16_384;
 pub enum Fault {
     /// Every call fails at once, every watch ends.
     Refuse,
-    /// No call is answered and no watch tells anything, until the fault is lifted. Leases run on.
+    /// No call is carried out or answered within its time, no watch tells anything. Leases run on.
     Silence,
+    /// Calls are carried out, but their answers get lost. Watches work.
+    LoseAnswers,
 }
 
 /// A coordination store in this process. It is lost with the process.
@@ -122,28 +126,49 @@ impl MemoryStore {
         operation: &'static str,
         call: impl FnOnce(&mut State) -> Result<T, ClusterError>,
     ) -> Result<T, ClusterError> {
+        let timeout = || ClusterError::Timeout {
+            endpoint: ENDPOINT.to_owned(),
+            operation,
+            after: PATIENCE,
+        };
         let mut changed = self.shared.changed.subscribe();
+        let deadline = Instant::now() + PATIENCE;
         loop {
-            {
-                let mut state = self.lock();
-                match state.fault {
-                    Some(Fault::Refuse) => return Err(refused(operation)),
-                    Some(Fault::Silence) => changed.mark_unchanged(),
-                    None => {
-                        let before = state.revision;
-                        state.expire(Instant::now());
-                        let result = call(&mut state);
-                        if state.revision != before {
-                            drop(state);
-                            self.wake();
-                        }
-                        return result;
-                    }
+            let fault = self.lock().fault;
+            match fault {
+                None => return self.carry_out(call),
+                Some(Fault::Refuse) => return Err(refused(operation)),
+                Some(Fault::LoseAnswers) => {
+                    drop(self.carry_out(call));
+                    tokio::time::sleep_until(deadline).await;
+                    return Err(timeout());
                 }
+                Some(Fault::Silence) => {}
             }
-            // The sender lives in `self`, so this cannot fail.
-            let _ = changed.changed().await;
+            // The sender lives in `self`, so waiting cannot fail, but it can be too long.
+            if tokio::time::timeout_at(deadline, changed.changed())
+                .await
+                .is_err()
+            {
+                return Err(timeout());
+            }
         }
+    }
+
+    fn carry_out<T>(
+        &self,
+        call: impl FnOnce(&mut State) -> Result<T, ClusterError>,
+    ) -> Result<T, ClusterError> {
+        let mut state = self.lock();
+        let before = state.revision;
+        state.expire(Instant::now());
+        let result = call(&mut state);
+        let moved = state.revision != before;
+        drop(state);
+        if moved {
+            self.wake();
+        }
+        result
     }
 }
 
@@ -511,7 +536,7 @@ impl Watcher for MemoryWatcher {
                         self.changed.mark_unchanged();
                         None
                     }
-                    None => {
+                    Some(Fault::LoseAnswers) | None => {
                         let before = state.revision;
                         state.expire(Instant::now());
                         if state.revision != before {

@@ -7,6 +7,7 @@
 //! node and not all. Nothing is claimed from the answer to a write, which may be lost: only from a
 //! read that came after it.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use super::session::Session;
-use super::{Command, Shared, refuse_while};
+use super::{Command, Shared};
 use crate::error::ClusterError;
 use crate::node::{HealthStatus, Node};
 use crate::store::{
@@ -28,15 +29,20 @@ enum Standing {
     /// Something of it is missing there: `register` or `campaign` or both have to be written.
     Outside { register: bool, campaign: bool },
     /// Another process has registered under the same id since.
-    Superseded { by: Option<LeaseId> },
+    Superseded {
+        by: LeaseId,
+        candidacy: Option<Revision>,
+    },
     /// First in line.
     Leads { epoch: Revision },
     /// In line behind the candidate with this key.
     Waits { ahead: String },
     /// Registered, and not to campaign.
     Drained,
-    /// Drains, but is still a candidate, or its entry does not say so yet.
-    Drains,
+    /// Drains, but is still a candidate (created then), or its entry does not say so yet.
+    Drains { candidacy: Option<Revision> },
+    /// Still a candidate, although it has resigned.
+    Abandoned { candidacy: Revision },
 }
 
 /// What a standing is judged by.
@@ -49,36 +55,46 @@ struct View<'a> {
 struct Me<'a> {
     lease: LeaseId,
     candidacy: &'a str,
-    /// The lease under which this process last saw itself registered.
-    last_held: Option<LeaseId>,
+    /// Leases that this process has had.
+    own_leases: &'a VecDeque<LeaseId>,
+    /// It has seen itself registered before.
+    was_registered: bool,
+    /// The candidacy it has given up, by its create revision.
+    abandoned: Revision,
     draining: bool,
 }
 
 fn standing(view: &View<'_>, me: &Me<'_>) -> Standing {
-    let registered = match view.registration {
-        None => false,
-        Some(entry) if entry.lease == Some(me.lease) => true,
-        // A process that starts takes its id over from its predecessor; one that held it and
-        // lost it to another must not take it back, or the two would fight for ever.
-        Some(entry) if me.last_held.is_none() || entry.lease == me.last_held => false,
-        Some(entry) => return Standing::Superseded { by: entry.lease },
-    };
     let own = view
         .candidates
         .iter()
         .find(|entry| entry.key == me.candidacy);
+    let candidacy = own.map(|entry| entry.create_revision);
+    let registered = match view.registration.map(|entry| entry.lease) {
+        None => false,
+        Some(Some(lease)) if lease == me.lease => true,
+        // Under no lease: nobody who lives holds it.
+        Some(None) => false,
+        // A process that starts takes its id over from its predecessor; one that held it and
+        // lost it to another must not take it back, or the two would fight for ever.
+        Some(Some(lease)) if !me.was_registered || me.own_leases.contains(&lease) => false,
+        Some(Some(by)) => return Standing::Superseded { by, candidacy },
+    };
     if me.draining {
         let told = view.registration.is_some_and(|entry| {
             serde_json::from_slice::<Node>(&entry.value).is_ok_and(|node| !node.is_serving())
         });
-        return match (registered, own) {
+        return match (registered, candidacy) {
             (true, None) if told => Standing::Drained,
-            (true, _) => Standing::Drains,
+            (true, candidacy) => Standing::Drains { candidacy },
             (false, _) => Standing::Outside {
                 register: true,
                 campaign: false,
             },
         };
+    }
+    if let Some(candidacy) = candidacy.filter(|created| *created == me.abandoned) {
+        return Standing::Abandoned { candidacy };
     }
     let Some(own) = own.filter(|_| registered) else {
         return Standing::Outside {
@@ -120,7 +136,7 @@ impl Shared {
                     }
                     let pause = Duration::from_millis(fastrand::u64(200..1000));
                     debug!(group = %self.config.group, node = %self.config.id, %error, ?pause, "cannot read or write the election");
-                    refuse_while(sleep(pause), inbox, &error).await;
+                    self.refuse_while(sleep(pause), inbox, &error).await;
                 }
             }
         }
@@ -140,48 +156,63 @@ impl Shared {
             registration: held.as_ref(),
             candidates: &candidates,
         };
-        let me = Me {
-            lease,
-            candidacy: &candidacy,
-            last_held: self.last_held(),
-            draining: self.is_draining(),
+        let own = candidates.iter().find(|entry| entry.key == candidacy);
+        let own = own.map(|entry| entry.create_revision);
+        let standing = {
+            let past = self.past();
+            let me = Me {
+                lease,
+                candidacy: &candidacy,
+                own_leases: &past.leases,
+                was_registered: past.was_registered,
+                abandoned: session.abandoned(),
+                draining: self.is_draining(),
+            };
+            standing(&view, &me)
         };
-        let standing = standing(&view, &me);
         debug!(group = %self.config.group, node = %self.config.id, revision, ?standing, "election read");
 
         let mut watched = vec![registration.clone()];
-        match standing {
+        match &standing {
             Standing::Outside { register, campaign } => {
                 self.end_term();
-                return self.enter(store, session, register, campaign).await;
+                let held = held.as_ref().filter(|_| *register);
+                return self.enter(store, session, *register, held, *campaign).await;
             }
-            Standing::Drains => {
+            Standing::Drains { candidacy } => {
                 self.end_term();
-                return self.write_draining(store, session).await;
+                return self.write_draining(store, session, *candidacy).await;
             }
-            Standing::Superseded { by } => {
+            Standing::Abandoned { candidacy } => {
                 self.end_term();
-                self.withdraw(store, &candidacy, lease).await?;
+                return self.withdraw(store, session, *candidacy).await;
+            }
+            Standing::Superseded { by, candidacy } => {
+                self.end_term();
+                if let Some(candidacy) = candidacy {
+                    self.withdraw(store, session, *candidacy).await?;
+                }
                 session.set_registered(false);
-                self.set_health(HealthStatus::Unhealthy);
-                let by = by.map(|lease| lease.to_string());
-                warn!(group = %self.config.group, node = %self.config.id, by, "another process has registered this id; waiting until it leaves");
+                if self.set_health(HealthStatus::Unhealthy) {
+                    warn!(group = %self.config.group, node = %self.config.id, %by, "another process has registered this id; waiting until it leaves");
+                }
             }
             Standing::Drained => self.end_term(),
             Standing::Leads { epoch } => {
                 watched.push(candidacy.clone());
                 if session.is_valid() {
-                    self.begin_term(epoch, session);
+                    self.begin_term(*epoch, session);
                 }
             }
             Standing::Waits { ahead } => {
                 self.end_term();
                 watched.push(candidacy.clone());
-                watched.push(ahead);
+                watched.push(ahead.clone());
             }
         }
-        if held.is_some_and(|entry| entry.lease == Some(lease)) {
-            self.set_last_held(lease);
+        let holder = held.and_then(|entry| entry.lease);
+        if holder == Some(lease) {
+            self.past().was_registered = true;
             if !session.set_registered(true) {
                 info!(group = %self.config.group, node = %self.config.id, %lease, "node is registered");
                 self.set_health(HealthStatus::Healthy);
@@ -194,10 +225,10 @@ impl Shared {
         });
         let mut watcher = store.watch(ranges.collect()).await?;
         tokio::select! {
-            changed = until_it_matters(&mut *watcher, &registration, lease) => changed,
+            changed = until_it_matters(&mut *watcher, &registration, holder) => changed,
             () = session.recheck_asked() => Ok(()),
             Some(command) = inbox.recv() => {
-                self.obey(command, store, session).await;
+                self.obey(command, store, session, own).await;
                 Ok(())
             }
         }
@@ -223,17 +254,27 @@ impl Shared {
         ))
     }
 
+    /// Registers in place of `held`, campaigns, or both; or neither, if that is not how things
+    /// are any more: the next reading will tell.
     async fn enter(
         &self,
         store: &dyn Store,
         session: &Session,
         register: bool,
+        held: Option<&Entry>,
         campaign: bool,
     ) -> Result<(), ClusterError> {
         let lease = session.lease.id;
         let mut txn = Txn::new();
         if register {
             let key = self.keys.registration(&self.config.id);
+            txn = txn.when(match held {
+                None => Condition::Absent(key.clone()),
+                Some(entry) => match entry.lease {
+                    Some(lease) => Condition::HeldBy(key.clone(), lease),
+                    None => Condition::CreatedAt(key.clone(), entry.create_revision),
+                },
+            });
             txn = txn.put(key, self.fresh_entry(), Some(lease));
         }
         if campaign {
@@ -247,14 +288,18 @@ impl Shared {
         store.txn(txn).await.map(drop)
     }
 
+    /// Gives up the candidacy that was created then, and no later one: this request may be
+    /// carried out long after it was given up on.
     async fn withdraw(
         &self,
         store: &dyn Store,
-        candidacy: &str,
-        lease: LeaseId,
+        session: &Session,
+        created: Revision,
     ) -> Result<(), ClusterError> {
+        session.abandon(created);
+        let candidacy = self.keys.candidacy(session.lease.id);
         let resign = Txn::new()
-            .when(Condition::HeldBy(candidacy.to_owned(), lease))
+            .when(Condition::CreatedAt(candidacy.clone(), created))
             .delete(candidacy);
         store.txn(resign).await.map(drop)
     }
@@ -263,6 +308,7 @@ impl Shared {
         &self,
         store: &dyn Store,
         session: &Session,
+        candidacy: Option<Revision>,
     ) -> Result<(), ClusterError> {
         let lease = session.lease.id;
         let registration = self.keys.registration(&self.config.id);
@@ -270,24 +316,36 @@ impl Shared {
             .when(Condition::HeldBy(registration.clone(), lease))
             .put(registration, self.fresh_entry(), Some(lease));
         store.txn(announce).await?;
-        self.withdraw(store, &self.keys.candidacy(lease), lease)
-            .await
+        match candidacy {
+            Some(created) => self.withdraw(store, session, created).await,
+            None => Ok(()),
+        }
     }
 
     /// Carries out what the application asked for. In each case leadership ends here before
-    /// anything is written, so that it never overlaps with the successor's.
-    async fn obey(&self, command: Command, store: &dyn Store, session: &Session) {
+    /// anything is written, so that it never overlaps with the successor's; and if the answer gets
+    /// lost, the candidacy stays given up.
+    async fn obey(
+        &self,
+        command: Command,
+        store: &dyn Store,
+        session: &Session,
+        candidacy: Option<Revision>,
+    ) {
         match command {
             Command::Resign(reply) => {
                 self.end_term();
-                let candidacy = self.keys.candidacy(session.lease.id);
-                let result = self.withdraw(store, &candidacy, session.lease.id).await;
+                let result = match candidacy {
+                    Some(created) => self.withdraw(store, session, created).await,
+                    None => Ok(()),
+                };
                 answer(reply, result);
             }
             Command::Drain(reply) => {
                 self.set_draining();
                 self.end_term();
-                answer(reply, self.write_draining(store, session).await);
+                let result = self.write_draining(store, session, candidacy).await;
+                answer(reply, result);
             }
             Command::Transfer(target, reply) => {
                 answer(reply, self.transfer(store, session, target).await);
@@ -301,13 +359,12 @@ impl Shared {
         session: &Session,
         target: String,
     ) -> Result<(), ClusterError> {
-        let lease = session.lease.id;
-        if self.epoch().is_none() {
+        let Some(epoch) = self.epoch() else {
             return Err(ClusterError::NotLeader {
                 node: self.config.id.clone(),
                 group: self.config.group.clone(),
             });
-        }
+        };
         if target == self.config.id {
             return Ok(());
         }
@@ -318,7 +375,7 @@ impl Shared {
             })
         };
         let registration = self.keys.registration(&self.config.id);
-        let candidacy = self.keys.candidacy(lease);
+        let candidacy = self.keys.candidacy(session.lease.id);
         let (_, _, candidates) = self.read(store, &registration).await?;
         let mut others = candidates.iter().filter(|entry| entry.key != candidacy);
         let Some(next) = others.next() else {
@@ -333,15 +390,18 @@ impl Shared {
             };
         }
         self.end_term();
+        session.abandon(epoch);
         let hand_over = Txn::new()
-            .when(Condition::HeldBy(candidacy.clone(), lease))
+            .when(Condition::CreatedAt(candidacy.clone(), epoch))
             .when(Condition::CreatedAt(next.key.clone(), next.create_revision))
             .delete(candidacy);
-        match store.txn(hand_over).await? {
-            Some(_) => Ok(()),
-            // The next reading finds this node still first, and its term goes on.
-            None => refused("it has just left".to_owned()),
+        if store.txn(hand_over).await?.is_some() {
+            return Ok(());
         }
+        // Nothing was written, and nothing will be: the next reading finds this node still first,
+        // and its term goes on.
+        session.abandon(0);
+        refused("it has just left".to_owned())
     }
 }
 
@@ -350,19 +410,20 @@ fn answer(reply: oneshot::Sender<Result<(), ClusterError>>, result: Result<(), C
     let _ = reply.send(result);
 }
 
-/// Waits for any change of the watched keys but this node's own updates of its entry.
+/// Waits for any change of the watched keys but updates of the registration by its holder: this
+/// process, or the one that has replaced it.
 async fn until_it_matters(
     watcher: &mut dyn Watcher,
     registration: &str,
-    lease: LeaseId,
+    holder: Option<LeaseId>,
 ) -> Result<(), ClusterError> {
     loop {
         let events = watcher.next().await?;
-        let own_update = |event: &WatchEvent| {
+        let update = |event: &WatchEvent| {
             matches!(event, WatchEvent::Put(entry)
-                if entry.key == registration && entry.lease == Some(lease))
+                if entry.key == registration && entry.lease == holder)
         };
-        if !events.iter().all(own_update) {
+        if !events.iter().all(update) {
             return Ok(());
         }
     }
@@ -392,11 +453,15 @@ mod tests {
         standing(&view, me)
     }
 
+    static NONE: VecDeque<LeaseId> = VecDeque::new();
+
     fn me() -> Me<'static> {
         Me {
             lease: ME,
             candidacy: "e/7",
-            last_held: None,
+            own_leases: &NONE,
+            was_registered: false,
+            abandoned: 0,
             draining: false,
         }
     }
@@ -449,24 +514,54 @@ mod tests {
             Standing::Outside { register: true, .. }
         ));
         let replaced = Me {
-            last_held: Some(ME),
+            was_registered: true,
             ..me()
         };
         assert_eq!(
             judge(Some(&other), &[], &replaced),
             Standing::Superseded {
-                by: Some(LeaseId(3))
+                by: LeaseId(3),
+                candidacy: None
             }
         );
         // Its own registration of an earlier session, whose lease has not run out yet.
+        let own_leases = VecDeque::from([LeaseId(3), ME]);
         let earlier = Me {
-            last_held: Some(LeaseId(3)),
-            ..me()
+            own_leases: &own_leases,
+            ..replaced
         };
         assert!(matches!(
             judge(Some(&other), &[], &earlier),
             Standing::Outside { register: true, .. }
         ));
+        // Written by hand, under no lease: nobody lives there.
+        let nobodys = Entry {
+            lease: None,
+            ..other
+        };
+        assert!(matches!(
+            judge(Some(&nobodys), &[], &replaced),
+            Standing::Outside { register: true, .. }
+        ));
+    }
+
+    #[test]
+    fn a_candidacy_given_up_never_leads() {
+        let registration = entry("r/n", "{}", 5, 7);
+        let candidacy = [entry("e/7", "n", 6, 7)];
+        let resigned = Me {
+            abandoned: 6,
+            ..me()
+        };
+        assert_eq!(
+            judge(Some(&registration), &candidacy, &resigned),
+            Standing::Abandoned { candidacy: 6 }
+        );
+        let later = [entry("e/7", "n", 8, 7)];
+        assert_eq!(
+            judge(Some(&registration), &later, &resigned),
+            Standing::Leads { epoch: 8 }
+        );
     }
 
     #[test]
@@ -478,8 +573,9 @@ mod tests {
         let serving = entry("r/n", r#"{"id":"n","ip":"::1"}"#, 5, 7);
         let told = entry("r/n", r#"{"id":"n","ip":"::1","state":"draining"}"#, 5, 7);
         let candidacy = [entry("e/7", "n", 6, 7)];
-        assert_eq!(judge(Some(&serving), &[], &draining), Standing::Drains);
-        assert_eq!(judge(Some(&told), &candidacy, &draining), Standing::Drains);
+        let drains = |candidacy| Standing::Drains { candidacy };
+        assert_eq!(judge(Some(&serving), &[], &draining), drains(None));
+        assert_eq!(judge(Some(&told), &candidacy, &draining), drains(Some(6)));
         assert_eq!(judge(Some(&told), &[], &draining), Standing::Drained);
     }
 }

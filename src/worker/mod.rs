@@ -7,11 +7,12 @@ mod session;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
@@ -22,6 +23,7 @@ use tracing::{debug, info, warn};
 use crate::backoff::Backoff;
 use crate::error::ClusterError;
 use crate::keys::GroupKeys;
+use crate::metrics::Sampler;
 use crate::node::{HealthStatus, Node, NodeState};
 use crate::store::{Condition, LazyStore, LeaseId, Revision, Store, Txn};
 
@@ -31,6 +33,8 @@ use session::Session;
 
 /// How long leaving may take: the rest is left to the lease running out.
 const LEAVE_BUDGET: Duration = Duration::from_millis(1500);
+/// How many of its latest leases a run remembers as its own.
+const OWN_LEASES: usize = 16;
 
 /// A term of leadership.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,13 +96,21 @@ struct Shared {
     /// The entry as it was last put together: what `leadership` answers with.
     entry: Mutex<Node>,
     session: ArcSwapOption<Session>,
-    /// The lease under which this run last saw the node registered.
-    last_held: Mutex<Option<LeaseId>>,
+    past: Mutex<Past>,
     term: ArcSwapOption<Term>,
     /// Bumped whenever `term` changes.
     term_changed: watch::Sender<()>,
-    commands: mpsc::Sender<Command>,
-    inbox: tokio::sync::Mutex<mpsc::Receiver<Command>>,
+    /// To the run in progress.
+    commands: Mutex<Option<mpsc::Sender<Command>>>,
+}
+
+/// What this run has been through.
+#[derive(Debug, Default)]
+struct Past {
+    /// Its leases, the latest last. Older ones than these have run out.
+    leases: VecDeque<LeaseId>,
+    /// It has seen itself registered.
+    was_registered: bool,
 }
 
 /// Leadership under one session: it ends with the session's deadline, whoever notices.
@@ -143,7 +155,6 @@ impl ClusterNode {
     }
 
     fn from_config(config: NodeConfig, invalid: Option<ClusterError>) -> Self {
-        let (commands, inbox) = mpsc::channel(16);
         Self {
             shared: Arc::new(Shared {
                 keys: GroupKeys::new(&config.etcd.key_prefix, &config.group),
@@ -155,11 +166,10 @@ impl ClusterNode {
                 draining: AtomicBool::new(false),
                 health: watch::Sender::new(HealthStatus::Unknown),
                 session: ArcSwapOption::empty(),
-                last_held: Mutex::new(None),
+                past: Mutex::default(),
                 term: ArcSwapOption::empty(),
                 term_changed: watch::Sender::new(()),
-                commands,
-                inbox: tokio::sync::Mutex::new(inbox),
+                commands: Mutex::new(None),
             }),
         }
     }
@@ -193,10 +203,8 @@ impl ClusterNode {
         if let Some(error) = &shared.invalid {
             return Err(error.clone());
         }
-        let _running = Running::start(shared)?;
+        let (_running, mut inbox) = Running::start(shared)?;
         let store = shared.store.get()?;
-        let mut inbox = shared.inbox.lock().await;
-        while inbox.try_recv().is_ok() {}
         info!(group = %shared.config.group, node = %shared.config.id, "node starts");
         tokio::select! {
             () = shutdown => {}
@@ -305,15 +313,12 @@ impl ClusterNode {
         let not_running = || ClusterError::NotRunning {
             what: self.shared.what(),
         };
-        if !self.shared.running.load(Ordering::Acquire) {
-            return Err(not_running());
-        }
+        let commands = self.shared.commands().clone().ok_or_else(not_running)?;
         let (reply, answer) = oneshot::channel();
-        self.shared
-            .commands
-            .send(command(reply))
-            .await
-            .map_err(|_| not_running())?;
+        // The run may end at any time, and takes with it what it has not answered.
+        let sent = commands.send(command(reply)).await;
+        drop(commands);
+        sent.map_err(|_| not_running())?;
         answer.await.map_err(|_| not_running())?
     }
 }
@@ -322,21 +327,24 @@ impl ClusterNode {
 struct Running<'a>(&'a Shared);
 
 impl<'a> Running<'a> {
-    fn start(shared: &'a Shared) -> Result<Self, ClusterError> {
+    fn start(shared: &'a Shared) -> Result<(Self, mpsc::Receiver<Command>), ClusterError> {
         if shared.running.swap(true, Ordering::AcqRel) {
             return Err(ClusterError::AlreadyRunning {
                 what: shared.what(),
             });
         }
-        Ok(Self(shared))
+        let (commands, inbox) = mpsc::channel(16);
+        *shared.commands() = Some(commands);
+        Ok((Self(shared), inbox))
     }
 }
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
+        *self.0.commands() = None;
         self.0.end_term();
         self.0.session.store(None);
-        self.0.set_last_held(None);
+        *self.0.past() = Past::default();
         self.0.set_health(HealthStatus::Unknown);
         self.0.running.store(false, Ordering::Release);
     }
@@ -347,7 +355,7 @@ impl Shared {
         format!("node {}/{}", self.config.group, self.config.id)
     }
 
-    fn entry(&self) -> std::sync::MutexGuard<'_, Node> {
+    fn entry(&self) -> MutexGuard<'_, Node> {
         self.entry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -362,18 +370,12 @@ impl Shared {
         serde_json::to_vec(&*entry).unwrap_or_default()
     }
 
-    fn last_held(&self) -> Option<LeaseId> {
-        *self
-            .last_held
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn past(&self) -> MutexGuard<'_, Past> {
+        self.past.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set_last_held(&self, lease: impl Into<Option<LeaseId>>) {
-        *self
-            .last_held
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = lease.into();
+    fn commands(&self) -> MutexGuard<'_, Option<mpsc::Sender<Command>>> {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_draining(&self) -> bool {
@@ -384,12 +386,13 @@ impl Shared {
         self.draining.store(true, Ordering::Release);
     }
 
-    fn set_health(&self, health: HealthStatus) {
+    /// Answers whether that is a change.
+    fn set_health(&self, health: HealthStatus) -> bool {
         self.health.send_if_modified(|current| {
             let modified = *current != health;
             *current = health;
             modified
-        });
+        })
     }
 
     fn epoch(&self) -> Option<Revision> {
@@ -424,14 +427,19 @@ impl Shared {
     /// One session after another, for ever.
     async fn live(&self, store: &dyn Store, inbox: &mut mpsc::Receiver<Command>) {
         let mut backoff = Backoff::new();
+        // One for all sessions: a collector that hangs is still called once at a time.
+        let mut sampler = Sampler::new(self.config.collector.clone());
         loop {
             let started = Instant::now();
-            let error = self.session(store, inbox).await;
+            let error = self.session(store, inbox, &mut sampler).await;
             self.end_term();
             self.set_health(HealthStatus::Unhealthy);
+            let session = self.session.load_full();
             // A session that lasted proves that the store works: start over without delay, but
             // not at the same instant as every other node that lost its lease with this one.
-            let lasted = started.elapsed() > Duration::from_secs(self.config.ttl);
+            let lasted = session.as_ref().is_some_and(|session| {
+                session.is_registered() && started.elapsed() > session.lease.ttl
+            });
             let delay = if lasted {
                 backoff.reset();
                 Duration::from_millis(fastrand::u64(0..250))
@@ -439,14 +447,16 @@ impl Shared {
                 backoff.next_delay()
             };
             warn!(group = %self.config.group, node = %self.config.id, %error, ?delay, "session lost, will register again");
-            if let Some(session) = self.session.swap(None)
-                && !matches!(error, ClusterError::LeaseNotFound { .. })
+            if matches!(error, ClusterError::LeaseNotFound { .. }) {
+                self.session.store(None);
+            } else if let Some(session) = session
                 && !error.is_transient()
             {
                 // Not to leave a lease behind that nobody renews. Best effort: it ends anyway.
                 let _ = timeout(LEAVE_BUDGET, store.revoke(session.lease.id)).await;
             }
-            refuse_while(tokio::time::sleep(delay), inbox, &error).await;
+            self.refuse_while(tokio::time::sleep(delay), inbox, &error)
+                .await;
         }
     }
 
@@ -455,6 +465,7 @@ impl Shared {
         &self,
         store: &dyn Store,
         inbox: &mut mpsc::Receiver<Command>,
+        sampler: &mut Sampler,
     ) -> ClusterError {
         let sent = Instant::now();
         let lease = match store.grant(Duration::from_secs(self.config.ttl)).await {
@@ -464,10 +475,17 @@ impl Shared {
         debug!(group = %self.config.group, node = %self.config.id, lease = %lease.id, ttl = ?lease.ttl, "lease granted");
         let session = Arc::new(Session::new(lease, sent));
         self.session.store(Some(session.clone()));
+        {
+            let mut past = self.past();
+            past.leases.push_back(lease.id);
+            if past.leases.len() > OWN_LEASES {
+                past.leases.pop_front();
+            }
+        }
         tokio::select! {
             error = self.keep_alive(store, &session) => error,
             error = self.take_part(store, &session, inbox) => error,
-            error = self.publish(store, &session) => error,
+            error = self.publish(store, &session, sampler) => error,
         }
     }
 
@@ -479,7 +497,7 @@ impl Shared {
             return;
         };
         let lease = session.lease.id;
-        let leaving = async {
+        let clean_up = async || {
             let registration = self.keys.registration(&self.config.id);
             let candidacy = self.keys.candidacy(lease);
             let resign = Txn::new()
@@ -492,6 +510,19 @@ impl Shared {
             store.txn(deregister).await?;
             store.revoke(lease).await
         };
+        let leaving = async {
+            loop {
+                match clean_up().await {
+                    // The connection may just have broken: there is time for another.
+                    Err(error) if error.is_transient() => {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                    // Gone already, and every key with it.
+                    Err(ClusterError::LeaseNotFound { .. }) => return Ok(()),
+                    result => return result,
+                }
+            }
+        };
         match timeout(LEAVE_BUDGET, leaving).await {
             Ok(Ok(())) => info!(group = %self.config.group, node = %self.config.id, "node left"),
             Ok(Err(error)) => {
@@ -502,23 +533,31 @@ impl Shared {
             }
         }
     }
-}
 
-/// Answers whoever asks for something in the meantime, instead of letting them wait.
-async fn refuse_while(
-    pause: impl Future<Output = ()>,
-    inbox: &mut mpsc::Receiver<Command>,
-    error: &ClusterError,
-) {
-    tokio::pin!(pause);
-    loop {
-        let command = tokio::select! {
-            () = &mut pause => return,
-            Some(command) = inbox.recv() => command,
-        };
-        let (Command::Resign(reply) | Command::Transfer(_, reply) | Command::Drain(reply)) =
-            command;
-        let _ = reply.send(Err(error.clone()));
+    /// Answers whoever asks for something in the meantime, instead of letting them wait.
+    async fn refuse_while(
+        &self,
+        pause: impl Future<Output = ()>,
+        inbox: &mut mpsc::Receiver<Command>,
+        error: &ClusterError,
+    ) {
+        tokio::pin!(pause);
+        loop {
+            let command = tokio::select! {
+                () = &mut pause => return,
+                Some(command) = inbox.recv() => command,
+            };
+            let reply = match command {
+                Command::Resign(reply) | Command::Transfer(_, reply) => reply,
+                Command::Drain(reply) => {
+                    // That is a promise: it is kept as soon as the store can be written.
+                    self.set_draining();
+                    self.end_term();
+                    reply
+                }
+            };
+            let _ = reply.send(Err(error.clone()));
+        }
     }
 }
 

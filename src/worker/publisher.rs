@@ -19,12 +19,16 @@ impl Shared {
     /// Collects every interval and writes what changed. One write at a time; one that fails is
     /// dropped, for the next sample will be newer. Never returns an error: a store that cannot be
     /// written is for the renewals to judge.
-    pub(super) async fn publish(&self, store: &dyn Store, session: &Session) -> ClusterError {
+    pub(super) async fn publish(
+        &self,
+        store: &dyn Store,
+        session: &Session,
+        sampler: &mut Sampler,
+    ) -> ClusterError {
         let Some(every) = self.config.interval else {
             return std::future::pending().await;
         };
         let registration = self.keys.registration(&self.config.id);
-        let mut sampler = Sampler::new(self.config.collector.clone());
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut written: Option<Instant> = None;

@@ -1,6 +1,6 @@
 //! One lease's life: granted, renewed, lost; and the local deadline.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -10,7 +10,7 @@ use tracing::{debug, warn};
 use super::Shared;
 use crate::error::ClusterError;
 use crate::node::HealthStatus;
-use crate::store::{Lease, Store};
+use crate::store::{Lease, Revision, Store};
 
 /// Renewals missed in a row until the node is unhealthy.
 const UNHEALTHY_AFTER: u32 = 3;
@@ -24,6 +24,9 @@ pub(super) struct Session {
     /// Nanoseconds after `granted`.
     deadline: AtomicU64,
     registered: AtomicBool,
+    /// The create revision of a candidacy that has been given up, 0 for none. Whatever became of
+    /// the request to delete it, it never leads again.
+    abandoned: AtomicI64,
     recheck: Notify,
 }
 
@@ -35,6 +38,7 @@ impl Session {
             granted: sent,
             deadline: AtomicU64::new(0),
             registered: AtomicBool::new(false),
+            abandoned: AtomicI64::new(0),
             recheck: Notify::new(),
         };
         session.renewed(sent, lease.ttl);
@@ -63,6 +67,14 @@ impl Session {
     /// Answers with what it was before.
     pub(super) fn set_registered(&self, registered: bool) -> bool {
         self.registered.swap(registered, Ordering::AcqRel)
+    }
+
+    pub(super) fn abandoned(&self) -> Revision {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    pub(super) fn abandon(&self, candidacy: Revision) {
+        self.abandoned.store(candidacy, Ordering::Release);
     }
 
     /// Waits until what is known about the election has to be read again.

@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use super::*;
-use crate::store::{EtcdOptions, Fault, MemoryStore, Selector};
+use crate::store::{EtcdOptions, Fault, MemoryStore};
 
 const TTL: Duration = Duration::from_secs(5);
 const MARGIN: Duration = Duration::from_millis(500);
@@ -162,13 +162,15 @@ async fn shutdown_takes_less_than_two_seconds_from_every_state() {
 #[tokio::test(start_paused = true)]
 async fn never_two_leaders_and_always_one_soon_while_leases_expire_at_random() {
     let mut random = fastrand::Rng::with_seed(42);
+    // The nodes' own, too: everything is on this thread.
+    fastrand::seed(42);
     let store = MemoryStore::new();
     let nodes: Vec<_> = (0..5)
         .map(|index| start(&store, &format!("n{index}")))
         .collect();
     let mut last = 0;
     for _ in 0..200 {
-        match random.u8(0..4) {
+        match random.u8(0..5) {
             0 => {
                 let leases = store.leases();
                 if let Some(lease) = random.choice(leases) {
@@ -182,6 +184,11 @@ async fn never_two_leaders_and_always_one_soon_while_leases_expire_at_random() {
             }
             2 => {
                 store.set_fault(Some(Fault::Silence));
+                sleep(Duration::from_millis(random.u64(0..8_000))).await;
+                store.set_fault(None);
+            }
+            3 => {
+                store.set_fault(Some(Fault::LoseAnswers));
                 sleep(Duration::from_millis(random.u64(0..8_000))).await;
                 store.set_fault(None);
             }
@@ -217,15 +224,59 @@ async fn never_two_leaders_and_always_one_soon_while_leases_expire_at_random() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lost_answer_to_registering_is_read_not_guessed() {
-    // The write takes effect, its answer does not come: the node must find itself registered.
+async fn answers_that_get_lost_are_read_not_guessed() {
     let store = MemoryStore::new();
+    store.set_fault(Some(Fault::LoseAnswers));
     let running = start(&store, "n1");
-    until("it is there", || !store.entries().is_empty()).await;
-    store.set_fault(Some(Fault::Silence));
-    sleep(Duration::from_millis(100)).await;
+    // Leases are granted that nobody hears of.
+    sleep(Duration::from_secs(4)).await;
+    assert!(!store.leases().is_empty());
     store.set_fault(None);
     until("it leads", || running.node.is_leader()).await;
-    let registry = Selector::Prefix("registry/".to_owned());
-    assert_eq!(store.list(&registry, None).await.unwrap().entries.len(), 1);
+    // It resigns, the key goes, the answer does not come: it must not lead by that candidacy.
+    let before = running.node.leadership().unwrap().epoch;
+    store.set_fault(Some(Fault::LoseAnswers));
+    running.node.resign().await.unwrap_err();
+    assert!(!running.node.is_leader());
+    store.set_fault(None);
+    until("it leads again", || running.node.is_leader()).await;
+    assert!(running.node.leadership().unwrap().epoch > before);
+    until("no lease is left over", || store.leases().len() == 1).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_is_a_promise_even_when_the_store_is_away() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    store.set_fault(Some(Fault::Refuse));
+    sleep(Duration::from_secs(1)).await;
+    running.node.drain().await.unwrap_err();
+    assert!(!running.node.is_leader());
+    store.set_fault(None);
+    until("it says so", || {
+        let entries = store.entries();
+        entries.len() == 1 && String::from_utf8_lossy(&entries[0].value).contains("draining")
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_while_it_stops_gets_an_answer() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    store.set_fault(Some(Fault::Silence));
+    let asking: Vec<_> = (0..5)
+        .map(|_| {
+            let node = running.node.clone();
+            tokio::spawn(async move { node.resign().await })
+        })
+        .collect();
+    sleep(Duration::from_millis(10)).await;
+    running.stop.send(()).unwrap();
+    for asked in asking {
+        let answer = tokio::time::timeout(Duration::from_secs(30), asked).await;
+        answer.expect("an answer").unwrap().unwrap_err();
+    }
 }

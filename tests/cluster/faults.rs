@@ -51,7 +51,16 @@ async fn an_old_process_does_not_remove_its_successor() {
     let etcd = Etcd::shared();
     let group = group("successor");
     let discovery = ready(&etcd.options(), &group).await;
-    let old = Running::start(&etcd.options(), &group, "n1").await;
+    // With more than enough time for renewals: what is looked for here is not lateness.
+    let slow = || {
+        Running::new(
+            builder(&etcd.options(), &group, "n1")
+                .ttl(6)
+                .try_build()
+                .unwrap(),
+        )
+    };
+    let old = slow();
     within("leadership", old.node.wait_for_leadership()).await;
     within("it is seen", discovery.wait_for_nodes(1)).await;
     let incarnation = || {
@@ -60,7 +69,7 @@ async fn an_old_process_does_not_remove_its_successor() {
     };
     let first = incarnation();
     // A new process under the same id, while the old one still runs.
-    let new = Running::start(&etcd.options(), &group, "n1").await;
+    let new = slow();
     eventually("the new one is registered", || incarnation() != first).await;
     let second = incarnation();
     eventually("the old one stands back", || {
@@ -69,7 +78,7 @@ async fn an_old_process_does_not_remove_its_successor() {
     .await;
     within("the new one leads", new.node.wait_for_leadership()).await;
     old.stop().await;
-    throughout("it stays", Duration::from_secs(4), || {
+    throughout("it stays", Duration::from_secs(7), || {
         incarnation() == second && new.node.is_leader()
     })
     .await;
@@ -216,6 +225,7 @@ async fn one_connection_for_registration_renewals_election_and_metrics() {
         }
     }
     let node = builder(&link.options(), &group, "n1")
+        .ttl(10)
         .metrics_collector(Ticks(0.into()))
         .metrics_update_interval(1);
     let running = Running::new(node.try_build().unwrap());
