@@ -3,6 +3,8 @@
 mod event;
 mod snapshot;
 mod sync;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::fmt;

@@ -199,6 +199,17 @@ impl MemoryStore {
         self.wake();
     }
 
+    /// Forgets everything and starts over at revision 1, as an etcd does whose data was lost.
+    pub fn wipe(&self) {
+        let fault = self.lock().fault;
+        *self.lock() = State {
+            revision: 1,
+            fault,
+            ..State::default()
+        };
+        self.wake();
+    }
+
     /// The leases that are alive.
     pub fn leases(&self) -> Vec<LeaseId> {
         let mut state = self.lock();
