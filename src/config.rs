@@ -5,7 +5,6 @@
 //! would ignore it. `config/load_balancer.yaml` shows every field.
 
 use std::fmt;
-use std::path::Path;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -346,7 +345,7 @@ pub fn server_conf(
 /// [`ConfigFile`](ClusterError::ConfigFile) with file, field and, where known, line.
 #[cfg(feature = "pingora")]
 pub fn load(
-    path: impl AsRef<Path>,
+    path: impl AsRef<std::path::Path>,
 ) -> Result<(ClusterConfig, pingora::server::configuration::ServerConf), ClusterError> {
     let name = path.as_ref().display().to_string();
     let text = std::fs::read_to_string(path).map_err(|error| in_file(&name, error))?;

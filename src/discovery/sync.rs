@@ -26,6 +26,20 @@ enum Position {
     Listed(Vec<WatchRange>),
 }
 
+/// How a watch went.
+#[derive(Default)]
+struct Watched {
+    since: Option<Instant>,
+    /// It has told something.
+    told: bool,
+}
+
+impl Watched {
+    fn worked(&self) -> bool {
+        self.told || self.since.is_some_and(|since| since.elapsed() >= STEADY)
+    }
+}
+
 impl Shared {
     /// Follows the group for ever.
     pub(super) async fn follow(&self, store: &dyn Store) {
@@ -45,14 +59,11 @@ impl Shared {
         // watcher's, though.
         let mut soon = true;
         loop {
-            let started = Instant::now();
-            let mut heard = false;
+            let mut watch = Watched::default();
             let error = self
-                .follow_from(store, &mut view, &mut position, &mut heard)
+                .follow_from(store, &mut view, &mut position, &mut watch)
                 .await;
-            if heard || started.elapsed() >= STEADY {
-                soon = true;
-            }
+            soon |= watch.worked();
             let delay = if std::mem::take(&mut soon) {
                 backoff.reset();
                 Duration::from_millis(fastrand::u64(10..250))
@@ -79,9 +90,9 @@ impl Shared {
         store: &dyn Store,
         view: &mut View,
         position: &mut Position,
-        heard: &mut bool,
+        watch: &mut Watched,
     ) -> ClusterError {
-        match self.try_follow_from(store, view, position, heard).await {
+        match self.try_follow_from(store, view, position, watch).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
@@ -92,7 +103,7 @@ impl Shared {
         store: &dyn Store,
         view: &mut View,
         position: &mut Position,
-        heard: &mut bool,
+        watch: &mut Watched,
     ) -> Result<Infallible, ClusterError> {
         if let Position::Listed(ranges) = position {
             // A store whose history is shorter than what has been seen of it was restored, or is
@@ -113,6 +124,7 @@ impl Shared {
             }
         };
         let mut watcher = store.watch(ranges).await?;
+        watch.since = Some(Instant::now());
         self.went_live();
         loop {
             let events = watcher.next().await;
@@ -120,7 +132,7 @@ impl Shared {
             // is not compacted away.
             *position = Position::Listed(watcher.position().to_vec());
             let changes = view.apply(&events?);
-            *heard = true;
+            watch.told = true;
             self.publish(view, changes, false);
         }
     }

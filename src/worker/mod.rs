@@ -25,7 +25,7 @@ use crate::error::ClusterError;
 use crate::keys::GroupKeys;
 use crate::metrics::Sampler;
 use crate::node::{HealthStatus, Node, NodeState};
-use crate::store::{Condition, LazyStore, LeaseId, Revision, Store, Txn};
+use crate::store::{LazyStore, LeaseId, Revision, Store};
 
 pub use builder::ClusterNodeBuilder;
 use builder::NodeConfig;
@@ -184,8 +184,8 @@ impl ClusterNode {
         &self.shared.config.group
     }
 
-    /// Registers, campaigns and publishes until `shutdown` resolves; then resigns, removes its own
-    /// keys, revokes the lease and returns. A lost connection or lease is never a reason to
+    /// Registers, campaigns and publishes until `shutdown` resolves; then gives up leadership, removes
+    /// its own keys by revoking the lease, and returns. A lost connection or lease is never a reason to
     /// return: it registers again, for ever, after 1 s to 30 s.
     ///
     /// Returns within 2 s of `shutdown`, even if the store is silent; the lease then ends by
@@ -489,30 +489,17 @@ impl Shared {
         }
     }
 
-    /// Resigns, removes the registration unless somebody else has taken it over, and ends the
-    /// lease: what waits for any of these keys sees them go now, not when the lease runs out.
+    /// Revokes the lease. That removes what hangs on it, in one revision: the candidacy, and the
+    /// registration unless another process has taken it over. Who waits for any of these keys sees
+    /// them go now, not when the lease runs out.
     async fn leave(&self, store: &dyn Store) {
         self.end_term();
         let Some(session) = self.session.swap(None) else {
             return;
         };
-        let lease = session.lease.id;
-        let clean_up = async || {
-            let registration = self.keys.registration(&self.config.id);
-            let candidacy = self.keys.candidacy(lease);
-            let resign = Txn::new()
-                .when(Condition::HeldBy(candidacy.clone(), lease))
-                .delete(candidacy);
-            let deregister = Txn::new()
-                .when(Condition::HeldBy(registration.clone(), lease))
-                .delete(registration);
-            store.txn(resign).await?;
-            store.txn(deregister).await?;
-            store.revoke(lease).await
-        };
         let leaving = async {
             loop {
-                match clean_up().await {
+                match store.revoke(session.lease.id).await {
                     // The connection may just have broken: there is time for another.
                     Err(error) if error.is_transient() => {
                         tokio::time::sleep(Duration::from_millis(50)).await;

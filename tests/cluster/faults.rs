@@ -195,6 +195,30 @@ async fn a_candidate_cut_off_for_longer_than_the_ttl_is_registered_again() {
 }
 
 #[tokio::test]
+async fn a_discovery_cut_off_silently_says_so_and_keeps_the_view() {
+    let etcd = Etcd::shared();
+    let group = group("deaf");
+    let link = Link::to(etcd.address()).await;
+    let node = Running::start(&etcd.options(), &group, "n1").await;
+    let discovery = ready(&link.options(), &group).await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("a leader", discovery.wait_for_leader()).await;
+    let mut events = discovery.subscribe();
+    link.set_silent(true);
+    let start = tokio::time::Instant::now();
+    let event = within("an event", events.recv()).await.unwrap();
+    assert_eq!(event, ClusterEvent::Disconnected);
+    // A ping every 10 s, answered within 3 s.
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(16), "{took:?}");
+    assert_eq!(discovery.nodes().len(), 1);
+    node.stop().await;
+    assert_eq!(discovery.nodes().len(), 1, "it has not heard");
+    link.set_silent(false);
+    eventually("it has heard", || discovery.nodes().is_empty()).await;
+}
+
+#[tokio::test]
 async fn a_node_started_before_etcd_registers_when_it_comes() {
     let etcd = Etcd::own();
     let group = group("before");
