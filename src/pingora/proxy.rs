@@ -31,6 +31,10 @@ const LEADER_EPOCH: HeaderName = HeaderName::from_static("x-leader-epoch");
 /// How long to wait for another leader before one that could not be reached is tried again.
 const LEADER_RETRY: Duration = Duration::from_millis(200);
 
+/// How many pooled connections of a request may turn out closed before that counts as a failure of
+/// the backend.
+const MOST_STALE: usize = 8;
+
 /// The bundled load balancer: a complete HTTP proxy over a [`BalancerService`].
 ///
 /// Picks a backend for each request, tries another one while nothing has reached the client,
@@ -189,8 +193,8 @@ pub struct RequestContext {
     upstream: Option<Upstream>,
     tried: Vec<SocketAddr>,
     retries: usize,
-    /// A pooled connection turned out closed.
-    reconnected: bool,
+    /// Pooled connections that turned out closed.
+    stale: usize,
     leader: Option<LeaderUpstream>,
     failed_epoch: Option<Revision>,
 }
@@ -220,7 +224,7 @@ impl ProxyHttp for ClusterProxy {
             upstream: None,
             tried: Vec::new(),
             retries: 0,
-            reconnected: false,
+            stale: 0,
             leader: None,
             failed_epoch: None,
         }
@@ -309,10 +313,10 @@ impl ProxyHttp for ClusterProxy {
         } else {
             error.set_retry(false);
         }
-        if error.retry() && stale && !context.reconnected {
+        if error.retry() && stale && context.stale < MOST_STALE {
             // An idle connection that was closed says nothing about the backend, which may be the
-            // only one: it may be tried again, once, and that counts as no retry.
-            context.reconnected = true;
+            // only one: it may be tried again, and that counts as no retry.
+            context.stale += 1;
             context.tried.pop();
             return error;
         }

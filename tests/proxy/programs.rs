@@ -68,10 +68,10 @@ fn adapted(name: &str, etcd: &str, group: &str) -> (PathBuf, String) {
     let listen = format!("{}:{}", local(), free_port());
     let mut adapted = String::new();
     for line in text.lines() {
-        let value = match line.trim_start().split_once(':') {
-            Some(("- http", _)) | Some(("- memory", _)) => format!("      - {etcd}"),
-            Some(("group", _)) => format!("  group: {group}"),
-            Some(("listen", _)) => format!("  listen: \"{listen}\""),
+        let value = match line.split_once(':') {
+            Some(("      - http" | "      - memory", _)) => format!("      - {etcd}"),
+            Some(("  group", _)) => format!("  group: {group}"),
+            Some(("  listen", _)) => format!("  listen: \"{listen}\""),
             _ => line.to_owned(),
         };
         adapted.push_str(&value);
@@ -326,6 +326,13 @@ fn every_field_is_in_every_configuration_file() {
     fields.extend(fields_of("etcd", "cluster: { etcd: { bogus: 1 } }"));
     fields.extend(fields_of("headroom", "cluster: { headroom: { bogus: 1 } }"));
     assert!(fields.len() > 20, "{fields:?}");
+    // And every field of Pingora's.
+    let defaults = pingora::server::configuration::ServerConf::default().to_yaml();
+    fields.extend(defaults.lines().filter_map(|line| {
+        let (field, _) = line.split_once(':')?;
+        Some(field.to_owned())
+    }));
+    assert!(fields.len() > 50, "{fields:?}");
     for file in ["load_balancer.yaml", "leader_routing.yaml", "demo.yaml"] {
         let text = std::fs::read_to_string(config_file(file)).unwrap();
         for field in &fields {
