@@ -191,8 +191,14 @@ async fn draining_is_announced_and_gives_up_leadership_but_not_the_registration(
             && leader_id(&discovery).as_deref() == Some("n2")
     })
     .await;
-    let first_event = events.recv().await.unwrap();
-    assert!(matches!(first_event, ClusterEvent::NodeUpdated { .. }));
+    let told = async {
+        loop {
+            if let ClusterEvent::NodeUpdated { old, new } = events.recv().await.unwrap() {
+                return old.is_serving() && !new.is_serving();
+            }
+        }
+    };
+    assert!(within("an update", told).await);
     // For good: it does not come back as a candidate when it would be next.
     second.stop().await;
     eventually("nobody leads", || discovery.leader().is_none()).await;
