@@ -59,6 +59,8 @@
 //! - The local deadline trusts the machine's clock to run at the right *rate*, within the margin,
 //!   and not to stop: a machine that is suspended may believe in its term after it resumes, until
 //!   the first renewal. Send the fencing token along with whatever must not be done twice.
+//! - It trusts the store not to end a lease before its time. If somebody revokes a leader's lease by
+//!   hand, the term ends when the leader hears of it: by its watch, or at its next renewal.
 //! - [`EtcdOptions::memory`] is a store for one process, for tests and demos. It keeps nothing.
 //! - TLS and passwords for etcd, a snapshot for a start without etcd, and groups on a shared
 //!   watch are not there yet; see the README for the whole list.

@@ -5,7 +5,9 @@
 pub mod etcd;
 pub mod link;
 
+use std::collections::BTreeSet;
 use std::future::Future;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -64,8 +66,16 @@ pub fn local() -> std::net::IpAddr {
     std::net::Ipv4Addr::LOCALHOST.into()
 }
 
-/// A port nobody listens on at the moment.
+/// A port nobody listens on, and nobody else in this process is given. Below those that the kernel
+/// gives to whoever asks for any.
 pub fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind((local(), 0)).unwrap();
-    socket.local_addr().unwrap().port()
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let port = fastrand::u16(10_000..30_000);
+        let free = std::net::TcpListener::bind((local(), port)).is_ok();
+        let mut given = GIVEN.lock().unwrap_or_else(|error| error.into_inner());
+        if free && given.insert(port) {
+            return port;
+        }
+    }
 }
