@@ -86,6 +86,8 @@ mod node;
 #[cfg(feature = "pingora")]
 pub mod pingora;
 pub mod store;
+#[cfg(test)]
+mod testing;
 mod worker;
 
 pub use discovery::{

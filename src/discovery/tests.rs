@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use super::*;
 use crate::store::{Fault, MemoryStore, Txn};
+use crate::testing::until;
 
 async fn follow(store: &MemoryStore) -> (ServiceDiscovery, JoinHandle<()>) {
     let discovery = ServiceDiscovery::builder(EtcdOptions::memory(""), "g")
@@ -24,15 +25,6 @@ async fn put(store: &MemoryStore, id: &str) {
     let value = format!(r#"{{"id":"{id}","ip":"10.0.0.1"}}"#);
     let txn = Txn::new().put(format!("registry/g/{id}"), value.into(), None);
     store.txn(txn).await.unwrap();
-}
-
-async fn until(what: &str, mut state: impl FnMut() -> bool) -> Duration {
-    let start = Instant::now();
-    while !state() {
-        assert!(start.elapsed() < Duration::from_secs(300), "never: {what}");
-        sleep(Duration::from_millis(1)).await;
-    }
-    start.elapsed()
 }
 
 #[tokio::test(start_paused = true)]

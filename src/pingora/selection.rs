@@ -373,7 +373,10 @@ mod tests {
             assert!((share(&ports, port) - 1.0 / 7.0).abs() < 0.01);
         }
         let longest = ports.chunk_by(|a, b| a == b).map(<[u16]>::len).max();
-        assert!(longest <= Some(5), "{longest:?}");
+        assert!(
+            longest <= Some(4),
+            "5,1,1 in blocks gives five: {longest:?}"
+        );
     }
 
     #[test]

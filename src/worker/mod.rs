@@ -281,7 +281,7 @@ impl ClusterNode {
     }
 
     /// Hands leadership to `target`, if it is next in line. From there on it is not the leader;
-    /// the target sees it within the time of one watch event.
+    /// the target sees it within the time of one watch event. To itself it hands nothing.
     ///
     /// # Errors
     ///

@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use super::*;
 use crate::store::{EtcdOptions, Fault, MemoryStore};
+use crate::testing::until;
 
 const TTL: Duration = Duration::from_secs(5);
 const MARGIN: Duration = Duration::from_millis(500);
@@ -36,16 +37,6 @@ fn start(store: &MemoryStore, id: &str) -> Running {
     Running { node, stop, task }
 }
 
-/// Lets time pass until `state` holds, in steps of a millisecond. Answers how long it took.
-async fn until(what: &str, mut state: impl FnMut() -> bool) -> Duration {
-    let start = Instant::now();
-    while !state() {
-        assert!(start.elapsed() < Duration::from_secs(300), "never: {what}");
-        sleep(Duration::from_millis(1)).await;
-    }
-    start.elapsed()
-}
-
 #[tokio::test(start_paused = true)]
 async fn leadership_ends_at_the_deadline_and_the_successor_comes_after_it() {
     let store = MemoryStore::new();
@@ -63,6 +54,25 @@ async fn leadership_ends_at_the_deadline_and_the_successor_comes_after_it() {
     // The lease itself lives on for the margin: nobody can have taken over yet.
     store.set_fault(None);
     assert_eq!(store.leases().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_counts_from_when_it_was_sent_however_late_its_answer() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    let granted = Instant::now();
+    // The first renewal is sent after a third of the TTL, and answered a second later.
+    sleep(TTL / 3 - Duration::from_millis(50)).await;
+    store.set_fault(Some(Fault::Silence));
+    sleep(Duration::from_millis(1050)).await;
+    store.set_fault(None);
+    sleep(Duration::from_millis(2)).await;
+    store.set_fault(Some(Fault::Silence));
+    until("it leads no longer", || !running.node.is_leader()).await;
+    let deadline = TTL / 3 + TTL - MARGIN;
+    let off = granted.elapsed().abs_diff(deadline);
+    assert!(off < Duration::from_millis(10), "off by {off:?}");
 }
 
 #[tokio::test(start_paused = true)]
