@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::balance::{Balancer, Headroom, Policy};
+use crate::balance::{
+    Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, Headroom, Policy,
+};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::store::EtcdOptions;
@@ -43,18 +45,29 @@ pub struct ClusterConfig {
     /// `address:port` to listen on. Default: `127.0.0.1:6188`.
     #[serde(default = "default_listen")]
     pub listen: String,
-    /// How a backend is chosen. Default: `headroom`.
+    /// How a backend is chosen. Default: `adaptive`.
     #[serde(default)]
     pub policy: Policy,
+    /// The constants of `adaptive`.
+    #[serde(default)]
+    pub adaptive: Adaptive,
     /// The coefficients of `headroom`.
     #[serde(default)]
     pub headroom: Headroom,
-    /// How many backends `headroom` draws to choose from. Default: 3. Range: 1 to 8.
+    /// The constants of `consistent`.
+    #[serde(default)]
+    pub consistent: Consistent,
+    /// How many backends `adaptive` and `headroom` draw to choose from. Default: 5. Range: 1 to 8.
     #[serde(default = "default_candidates")]
     pub candidates: usize,
     /// What `consistent` hashes. Default: `client_ip`.
     #[serde(default)]
     pub hash_on: HashOn,
+    /// Whether backends say in the response header `endpoint-load-metrics` how loaded they are
+    /// ([`LoadReport`](crate::balance::LoadReport)). The header does not reach the client then.
+    /// Default: `false`, the header means nothing and is passed on.
+    #[serde(default)]
+    pub load_reports: bool,
     /// The port of nodes that registered none. Default: 80.
     #[serde(default = "default_port")]
     pub default_port: u16,
@@ -137,7 +150,7 @@ fn default_listen() -> String {
     "127.0.0.1:6188".to_owned()
 }
 fn default_candidates() -> usize {
-    3
+    DEFAULT_CANDIDATES
 }
 fn default_port() -> u16 {
     80
@@ -250,12 +263,18 @@ impl ClusterConfig {
     ///
     /// When coefficients, candidates or the default port are out of range.
     pub fn balancer(&self) -> Result<Balancer, ClusterError> {
+        self.weights().try_build()
+    }
+
+    /// The same as settings: for a stock load balancer.
+    pub fn weights(&self) -> BalancerBuilder {
         Balancer::builder()
             .policy(self.policy)
+            .adaptive(self.adaptive)
             .headroom(self.headroom)
+            .consistent(self.consistent)
             .candidates(self.candidates)
             .default_port(self.default_port)
-            .try_build()
     }
 }
 
@@ -375,7 +394,7 @@ cluster:
     #[test]
     fn what_is_left_out_has_its_default() {
         let config = ClusterConfig::from_yaml(LEAST, "file.yaml").unwrap();
-        assert_eq!(config.policy, Policy::Headroom);
+        assert_eq!(config.policy, Policy::Adaptive);
         assert_eq!(config.retries, 2);
         assert_eq!(
             EtcdOptions::from(&config.etcd),

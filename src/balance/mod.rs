@@ -4,30 +4,43 @@
 //! [`pick`](Balancer::pick) reads that table without a lock and without allocating, and answers
 //! with an [`Upstream`], which counts the request as in flight until it is dropped.
 //!
-//! The pick of the weighted policy draws three backends by weight and takes the one with the
+//! The pick of the weighted policies draws a few backends by weight and takes the one with the
 //! fewest requests in flight for its weight. Weights steer what a proxy cannot see, its own
 //! in-flight counts what the weights are too slow for.
+//!
+//! Time and randomness can come from outside ([`Balancer::update_at`], [`Balancer::tick`],
+//! [`Balancer::pick_by`]), so that a test or a simulator decides both; `benches/routing_quality`
+//! is one.
 
+mod adaptive;
+mod member;
 mod pick;
+mod report;
 mod table;
 mod weigher;
 mod weight;
+mod zone;
 
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use serde::Deserialize;
 
 use crate::error::ClusterError;
 use crate::node::Node;
+use adaptive::in_range;
+use member::Signals;
 use table::Table;
-pub(crate) use weigher::Weigher;
+pub(crate) use weigher::{Weigher, Weighing};
 
+pub use adaptive::Adaptive;
 pub use pick::{PickOptions, Upstream};
+pub use report::{LOAD_REPORT_HEADER, LoadReport, LoadReportError};
 #[cfg(feature = "pingora")]
-pub(crate) use {table::Spread, weigher::Member};
+pub(crate) use {member::Member, report::BINARY_HEADER, table::Spread};
 
 pub(crate) use weight::is_base_weight;
 pub use weight::{Headroom, Load};
@@ -46,15 +59,60 @@ pub enum Policy {
     /// go; shares are in proportion to static weights. Metrics play no part.
     Consistent,
     /// By [`Headroom`] weights and requests in flight.
-    #[default]
     Headroom,
+    /// By weights that follow metrics, latencies and failures ([`Adaptive`]), and requests in
+    /// flight.
+    #[default]
+    Adaptive,
 }
+
+/// The constants of [`Policy::Consistent`].
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Consistent {
+    /// How many requests in flight a backend may have, as a multiple of its fair share of all:
+    /// beyond that its keys go to the next owner, so that a hot key does not drown one backend.
+    /// Default: 1.25. Range: 1.01 to 1,000.
+    pub balance_factor: f64,
+    /// How many it may have in any case, so that keys stay where they belong while there is
+    /// little to do. Default: 8. Range: 1 to 1,000,000.
+    pub slack: usize,
+}
+
+impl Default for Consistent {
+    fn default() -> Self {
+        Self {
+            balance_factor: 1.25,
+            slack: 8,
+        }
+    }
+}
+
+impl Consistent {
+    /// Checks every field, which is named as under `field`.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field and its range.
+    pub fn validate(&self, field: &str) -> Result<(), ClusterError> {
+        in_range(field, "balance_factor", self.balance_factor, 1.01..=1e3)?;
+        in_range(field, "slack", self.slack, 1..=1_000_000)
+    }
+}
+
+/// How often [`Balancer::tick`] wants to be called.
+pub const TICK: Duration = Duration::from_secs(1);
+
+/// How many backends are drawn to choose from, unless it is set.
+pub(crate) const DEFAULT_CANDIDATES: usize = 5;
 
 /// Builds a [`Balancer`].
 #[derive(Debug, Clone)]
 pub struct BalancerBuilder {
     policy: Policy,
     headroom: Headroom,
+    adaptive: Adaptive,
+    consistent: Consistent,
     default_port: u16,
     candidates: usize,
 }
@@ -64,14 +122,16 @@ impl Default for BalancerBuilder {
         Self {
             policy: Policy::default(),
             headroom: Headroom::default(),
+            adaptive: Adaptive::default(),
+            consistent: Consistent::default(),
             default_port: 80,
-            candidates: 3,
+            candidates: DEFAULT_CANDIDATES,
         }
     }
 }
 
 impl BalancerBuilder {
-    /// How a backend is chosen. Default: [`Policy::Headroom`].
+    /// How a backend is chosen. Default: [`Policy::Adaptive`].
     #[must_use]
     pub fn policy(mut self, policy: Policy) -> Self {
         self.policy = policy;
@@ -85,6 +145,20 @@ impl BalancerBuilder {
         self
     }
 
+    /// The constants of [`Policy::Adaptive`].
+    #[must_use]
+    pub fn adaptive(mut self, adaptive: Adaptive) -> Self {
+        self.adaptive = adaptive;
+        self
+    }
+
+    /// The constants of [`Policy::Consistent`].
+    #[must_use]
+    pub fn consistent(mut self, consistent: Consistent) -> Self {
+        self.consistent = consistent;
+        self
+    }
+
     /// The port of nodes that registered none. Default: 80. At least 1.
     #[must_use]
     pub fn default_port(mut self, port: u16) -> Self {
@@ -92,8 +166,8 @@ impl BalancerBuilder {
         self
     }
 
-    /// How many backends [`Policy::Headroom`] draws to choose from. Default: 3. Range: 1 to 8;
-    /// with 1 the weights alone decide.
+    /// How many backends [`Policy::Adaptive`] and [`Policy::Headroom`] draw to choose from.
+    /// Default: 5. Range: 1 to 8; with 1 the weights alone decide.
     #[must_use]
     pub fn candidates(mut self, candidates: usize) -> Self {
         self.candidates = candidates;
@@ -106,7 +180,23 @@ impl BalancerBuilder {
     ///
     /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field and its range.
     pub fn try_build(self) -> Result<Balancer, ClusterError> {
+        self.validate()?;
+        let weigher = Weigher::new(self.weighing());
+        Ok(Balancer {
+            config: self,
+            started: Instant::now(),
+            table: ArcSwap::from_pointee(Table::default()),
+            signals: weigher.signals().clone(),
+            weigher: Mutex::new(weigher),
+            turn: AtomicUsize::new(0),
+            in_flight: Arc::new(()),
+        })
+    }
+
+    pub(crate) fn validate(&self) -> Result<(), ClusterError> {
         self.headroom.validate("headroom")?;
+        self.adaptive.validate("adaptive")?;
+        self.consistent.validate("consistent")?;
         if self.default_port == 0 {
             return Err(ClusterError::config(
                 "default_port",
@@ -123,13 +213,17 @@ impl BalancerBuilder {
                 ),
             ));
         }
-        let weigher = Weigher::new(self.policy, self.headroom, self.default_port);
-        Ok(Balancer {
-            config: self,
-            table: ArcSwap::from_pointee(Table::default()),
-            weigher: Mutex::new(weigher),
-            turn: AtomicUsize::new(0),
-        })
+        Ok(())
+    }
+
+    pub(crate) fn weighing(&self) -> Weighing {
+        Weighing {
+            policy: self.policy,
+            headroom: self.headroom,
+            adaptive: self.adaptive,
+            zones: zone::Zones::default(),
+            default_port: self.default_port,
+        }
     }
 }
 
@@ -153,9 +247,13 @@ impl BalancerBuilder {
 #[derive(Debug)]
 pub struct Balancer {
     config: BalancerBuilder,
+    started: Instant,
     table: ArcSwap<Table>,
+    signals: Arc<Signals>,
     weigher: Mutex<Weigher>,
     turn: AtomicUsize,
+    /// Each request in flight owns it, for the policy that needs to know how many there are.
+    in_flight: Arc<()>,
 }
 
 impl Balancer {
@@ -168,13 +266,34 @@ impl Balancer {
     /// from it. Requests in flight keep being counted across updates. Draining nodes are not in
     /// the table. Costs time and memory in proportion to the number of nodes, off the request
     /// path.
+    ///
+    /// A node that is in no update any more is forgotten; if it comes back, it starts slowly.
     pub fn update<'a>(&self, nodes: impl IntoIterator<Item = &'a Arc<Node>>) {
+        self.update_at(nodes, Instant::now());
+    }
+
+    /// The same at a time from outside.
+    pub fn update_at<'a>(&self, nodes: impl IntoIterator<Item = &'a Arc<Node>>, now: Instant) {
         let mut weigher = self.weigher();
-        let mut members = weigher.weigh(nodes);
+        weigher.update(nodes, now);
+        self.publish(&weigher);
+    }
+
+    /// Lets weights follow what requests have found out: latencies, failures, reports in
+    /// responses, and time. To be called every [`TICK`], `now`;
+    /// [`BalancerService`](crate::pingora::BalancerService) does. Costs as much as
+    /// [`update`](Self::update).
+    pub fn tick(&self, now: Instant) {
+        let mut weigher = self.weigher();
+        weigher.tick(now);
+        self.publish(&weigher);
+    }
+
+    fn publish(&self, weigher: &Weigher) {
+        let mut members = weigher.current();
         members.retain(|member| member.is_serving());
-        let with_ring = self.config.policy == Policy::Consistent;
-        let table = Table::new(members, with_ring);
-        // Under the lock, so that of two updates the later one is published last.
+        let table = Table::new(members, self.config.policy);
+        // Under the weigher's lock, so that of two updates the later one is published last.
         self.table.store(Arc::new(table));
     }
 
@@ -201,6 +320,8 @@ impl Balancer {
             addr: slot.member.addr(),
             weight: slot.member.weight(),
             in_flight: slot.member.in_flight(),
+            success: f64::from(slot.member.success()),
+            share: slot.member.share(),
         };
         table.slots.iter().map(status).collect()
     }
@@ -220,8 +341,12 @@ pub struct BackendStatus {
     pub node: Arc<Node>,
     /// Where requests are sent.
     pub addr: SocketAddr,
-    /// Its share of traffic relative to the other backends'.
+    /// How much it can take relative to the others.
     pub weight: f64,
+    /// In proportion to what it is drawn: its weight, less where it is in another zone or fails.
+    pub share: f64,
+    /// Its success rate of late, 0 to 1.
+    pub success: f64,
     /// Requests of this process that it is working on.
     pub in_flight: u32,
 }

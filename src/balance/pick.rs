@@ -1,13 +1,14 @@
-//! The pick itself: no lock, no allocation, no clock.
+//! The pick itself: no lock, no allocation.
 
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::member::{Live, Signals, in_flight_of};
+use super::report::{LoadReport, LoadReportError};
 use super::table::Table;
-use super::weigher::{Live, in_flight_of};
 use super::{Balancer, Policy};
 use crate::node::Node;
 
@@ -24,13 +25,21 @@ pub struct PickOptions<'a> {
     pub key: &'a [u8],
     /// Backends not to pick, because they have been tried. With nothing left, nothing is picked.
     pub exclude: &'a [SocketAddr],
+    /// The time, where the caller has read the clock anyway, or has one of its own. The pick needs
+    /// it only where backends report their requests in flight, and reads the clock then.
+    pub now: Option<Instant>,
 }
 
 /// A backend that was picked, counted as busy with one request until this is dropped: so a
 /// request that is cancelled, or never sent, leaks nothing. In a Pingora proxy it lives in the
 /// request's context.
+///
+/// Say how it ended: [`succeeded`](Self::succeeded) or [`failed`](Self::failed). Just dropping it
+/// says nothing about the backend: for a request that was cancelled, or whose client went away.
 pub struct Upstream {
     live: Arc<Live>,
+    /// For the policy that needs to know how many there are in all: one owner each.
+    _counted: Option<Arc<()>>,
 }
 
 impl Upstream {
@@ -54,16 +63,36 @@ impl Upstream {
         in_flight_of(&self.live)
     }
 
-    /// The request was answered after `latency`. The policies there are so far learn nothing from
-    /// it beyond the end of the request.
+    /// The request was answered, after `latency` from when it was sent to this backend: what a
+    /// retry took before does not count. The policies that learn from outcomes take it from here.
     pub fn succeeded(self, latency: Duration) {
-        let _ = latency;
+        self.live.succeeded(latency);
     }
 
     /// The backend failed the request: no connection, a time-out, a 5xx. Not for a client that
-    /// went away: drop the guard for that. The policies there are so far learn nothing from it
-    /// beyond the end of the request.
-    pub fn failed(self) {}
+    /// went away: drop the guard for that.
+    pub fn failed(self) {
+        self.live.failed();
+    }
+
+    /// Takes over what the backend said of its load with its answer, `now`. Weights follow at the
+    /// next [`tick`](Balancer::tick), what it says of its requests in flight counts with the next
+    /// pick.
+    pub fn report(&self, report: &LoadReport, now: Instant) {
+        self.live.report(report, now);
+    }
+
+    /// The same with the value of a response's [`LOAD_REPORT_HEADER`](super::LOAD_REPORT_HEADER).
+    ///
+    /// # Errors
+    ///
+    /// [`LoadReportError`] if it is no report at all; that is counted in
+    /// [`refused_metrics`](Balancer::refused_metrics).
+    pub fn report_header(&self, value: &[u8], now: Instant) -> Result<(), LoadReportError> {
+        let report = LoadReport::parse(value).inspect_err(|_| self.live.refuse_report())?;
+        self.report(&report, now);
+        Ok(())
+    }
 }
 
 impl fmt::Debug for Upstream {
@@ -89,7 +118,7 @@ impl Balancer {
     }
 
     /// Picks with randomness from outside: 64 uniform bits a call, so that a simulation can be
-    /// repeated. [`Policy::RoundRobin`] and [`Policy::Consistent`] ask for none.
+    /// repeated. [`Policy::RoundRobin`] asks for none.
     pub fn pick_by(
         &self,
         options: PickOptions<'_>,
@@ -97,18 +126,40 @@ impl Balancer {
     ) -> Option<Upstream> {
         let table = self.table.load();
         let exclude = options.exclude;
+        let mut counted = None;
         let index = match self.config.policy {
             _ if table.slots.is_empty() => return None,
-            Policy::Headroom => table.least_busy(self.config.candidates, exclude, &mut random),
+            Policy::Headroom | Policy::Adaptive => {
+                let signals = &*self.signals;
+                if signals.quiet() {
+                    let judge = |_: usize, score, _: &mut _| Some(score);
+                    table.least_busy(self.config.candidates, exclude, judge, &mut random)
+                } else {
+                    let reporting = signals.reporting();
+                    let now = match options.now {
+                        None if reporting => Instant::now(),
+                        None => self.started,
+                        Some(now) => now,
+                    };
+                    let judge = |index: usize, score: f32, random: &mut _| {
+                        if !table.passes(index, signals, random) {
+                            return None;
+                        }
+                        let live = table.slots[index].member.live();
+                        Some(if reporting { score * live.busyness(now) } else { score })
+                    };
+                    table.least_busy(self.config.candidates, exclude, judge, &mut random)
+                }
+            }
             Policy::Random => table.draw(exclude, &mut random),
             Policy::RoundRobin => self.next_in_turn(&table, exclude),
-            Policy::Consistent => table
-                .ring
-                .owners(options.key)
-                .find(|index| !table.is_excluded(*index, exclude)),
+            Policy::Consistent => {
+                counted = Some(self.in_flight.clone());
+                self.owner(&table, options, &mut random)
+            }
         }?;
         let live = table.slots[index].member.enter();
-        Some(Upstream { live })
+        Some(Upstream { live, _counted: counted })
     }
 
     fn next_in_turn(&self, table: &Table, exclude: &[SocketAddr]) -> Option<usize> {
@@ -126,11 +177,50 @@ impl Balancer {
         }
         table.any_other_than(exclude, 0)
     }
+
+    /// Consistent hashing with bounded loads: V. Mirrokni, M. Thorup and M. Zadimoghaddam,
+    /// "Consistent hashing with bounded loads", SODA 2018. The first owner of the key that is
+    /// well and has room; where none has, the first that may be picked at all.
+    fn owner(
+        &self,
+        table: &Table,
+        options: PickOptions<'_>,
+        random: &mut impl FnMut() -> u64,
+    ) -> Option<usize> {
+        // This request has been counted in.
+        let in_all = Arc::strong_count(&self.in_flight) - 1;
+        let fair = in_all as f32 * self.config.consistent.balance_factor as f32
+            / table.slots.len() as f32;
+        let has_room = |index: usize| {
+            let slot = &table.slots[index];
+            let room = (fair / slot.inverse_weight).ceil() as usize;
+            slot.counter.in_flight() < room.max(self.config.consistent.slack)
+        };
+        let mut fallback = None;
+        for index in table.ring.owners(options.key) {
+            if table.is_excluded(index, options.exclude) {
+                continue;
+            }
+            if has_room(index) && (!self.signals.gated() || table.passes(index, &self.signals, random)) {
+                return Some(index);
+            }
+            fallback.get_or_insert(index);
+        }
+        fallback
+    }
 }
 
 impl Table {
     fn is_excluded(&self, index: usize, exclude: &[SocketAddr]) -> bool {
         !exclude.is_empty() && exclude.contains(&self.slots[index].member.addr())
+    }
+
+    /// Whether a backend that has been drawn is well enough to be taken. How it was when the table
+    /// was built is part of how often it is drawn already.
+    fn passes(&self, index: usize, signals: &Signals, random: &mut impl FnMut() -> u64) -> bool {
+        let slot = &self.slots[index];
+        let chance = signals.chance(slot.member.success()) / slot.gate;
+        chance >= 1.0 || (random() >> 40) as f32 / (1_u32 << 24) as f32 <= chance
     }
 
     /// One backend by weight.
@@ -152,12 +242,12 @@ impl Table {
                 .enumerate()
                 .filter(|(index, _)| !self.is_excluded(*index, exclude))
         };
-        let total: f64 = others().map(|(_, slot)| slot.member.weight()).sum();
+        let total: f64 = others().map(|(_, slot)| slot.member.share()).sum();
         let mut rest = random as f64 / 2_f64.powi(64) * total;
         let mut last = None;
         for (index, slot) in others() {
             last = Some(index);
-            rest -= slot.member.weight();
+            rest -= slot.member.share();
             if rest < 0.0 {
                 break;
             }
@@ -165,40 +255,46 @@ impl Table {
         last
     }
 
-    /// Of several backends drawn by weight the one that is least busy for its weight.
-    fn least_busy(
+    /// Of several backends drawn by weight the one that is least busy for its weight. `judge`
+    /// corrects a score, or says that the backend is not to be had.
+    #[inline]
+    fn least_busy<R: FnMut() -> u64>(
         &self,
         candidates: usize,
         exclude: &[SocketAddr],
-        random: &mut impl FnMut() -> u64,
+        judge: impl Fn(usize, f32, &mut R) -> Option<f32>,
+        random: &mut R,
     ) -> Option<usize> {
         let score = |index: usize| {
             let slot = &self.slots[index];
             (slot.counter.in_flight() + 1) as f32 * slot.inverse_weight
         };
-        let first = self.draw(exclude, random)?;
         let wanted = candidates.min(self.slots.len());
-        let mut drawn = [first; MAX_CANDIDATES];
-        let mut count = 1;
-        let (mut best, mut least) = (first, score(first));
+        let mut drawn = [usize::MAX; MAX_CANDIDATES];
+        let mut count = 0;
+        let mut best = None;
+        let mut least = f32::INFINITY;
         let mut redraws = REDRAWS;
         while count < wanted {
             let index = self.alias.draw(random());
-            if drawn[..count].contains(&index) || self.is_excluded(index, exclude) {
+            let mut judged = None;
+            if !drawn[..count].contains(&index) && !self.is_excluded(index, exclude) {
+                judged = judge(index, score(index), random);
+            }
+            let Some(score) = judged else {
                 if redraws == 0 {
                     break;
                 }
                 redraws -= 1;
                 continue;
-            }
+            };
             drawn[count] = index;
             count += 1;
-            let score = score(index);
             if score < least {
-                (best, least) = (index, score);
+                (best, least) = (Some(index), score);
             }
         }
-        Some(best)
+        best.or_else(|| self.draw(exclude, random))
     }
 }
 
@@ -234,11 +330,12 @@ mod tests {
         move || rng.u64(..)
     }
 
-    const POLICIES: [Policy; 4] = [
+    const POLICIES: [Policy; 5] = [
         Policy::RoundRobin,
         Policy::Random,
         Policy::Consistent,
         Policy::Headroom,
+        Policy::Adaptive,
     ];
 
     #[test]
@@ -276,6 +373,7 @@ mod tests {
                 let options = PickOptions {
                     key: b"k",
                     exclude: &tried,
+                    ..PickOptions::default()
                 };
                 let addr = balancer.pick_with(options).unwrap().addr();
                 assert!(!tried.contains(&addr), "{policy:?}");
@@ -284,6 +382,7 @@ mod tests {
             let options = PickOptions {
                 key: b"k",
                 exclude: &tried,
+                ..PickOptions::default()
             };
             assert!(balancer.pick_with(options).is_none(), "{policy:?}");
         }
@@ -428,7 +527,7 @@ mod tests {
         #[test]
         fn always_a_serving_node(
             loads in prop::collection::vec((any::<f64>(), any::<f64>(), any::<bool>()), 0..20),
-            policy in 0_usize..4,
+            policy in 0_usize..5,
         ) {
             let nodes: Vec<_> = loads.iter().enumerate().map(|(index, (cpu, weight, draining))| {
                 let state = if *draining { NodeState::Draining } else { NodeState::Serving };

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::weigher::{Counter, Member};
+use super::Policy;
+use super::member::{Counter, Member};
 
 /// A backend as a pick sees it.
 #[derive(Debug)]
@@ -13,6 +14,8 @@ pub(super) struct Slot {
     pub(super) counter: Counter,
     /// Relative to the mean weight, as of this table.
     pub(super) inverse_weight: f32,
+    /// The chance, for its success rate, that is part of how often it is drawn.
+    pub(super) gate: f32,
 }
 
 /// Backends to pick from, drained ones not among them.
@@ -28,29 +31,30 @@ pub(super) struct Table {
 }
 
 impl Table {
-    pub(super) fn new(members: Vec<Arc<Member>>, with_ring: bool) -> Self {
-        let weights: Vec<f64> = members.iter().map(|member| member.weight()).collect();
-        let mean = weights.iter().sum::<f64>() / weights.len().max(1) as f64;
-        let ring = if with_ring {
-            Ring::new(&members, &weights)
-        } else {
-            Ring::default()
+    pub(super) fn new(members: Vec<Arc<Member>>, policy: Policy) -> Self {
+        let shares: Vec<f64> = members.iter().map(|member| member.share()).collect();
+        let weights = members.iter().map(|member| member.weight());
+        let mean = weights.sum::<f64>() / members.len().max(1) as f64;
+        let mut table = Self {
+            alias: AliasTable::new(&shares),
+            uniform: shares.windows(2).all(|pair| pair[0] == pair[1]),
+            ..Self::default()
         };
-        Self {
-            spread: Spread::new(&weights),
-            alias: AliasTable::new(&weights),
-            ring,
-            uniform: weights.windows(2).all(|pair| pair[0] == pair[1]),
-            slots: members
-                .into_iter()
-                .zip(&weights)
-                .map(|(member, weight)| Slot {
-                    counter: member.counter(),
-                    member,
-                    inverse_weight: (mean / weight) as f32,
-                })
-                .collect(),
+        match policy {
+            Policy::Consistent => table.ring = Ring::new(&members, &shares),
+            Policy::RoundRobin => table.spread = Spread::new(&shares),
+            _ => {}
         }
+        table.slots = members
+            .into_iter()
+            .map(|member| Slot {
+                counter: member.counter(),
+                inverse_weight: (mean / member.weight()) as f32,
+                gate: member.gate(),
+                member,
+            })
+            .collect();
+        table
     }
 }
 

@@ -14,8 +14,8 @@ use tracing::error;
 
 use super::discovery::ClusterBackends;
 use super::selection::LiveWeights;
-use super::{READY_TIMEOUT, follow, wait_ready};
-use crate::balance::{Balancer, Headroom};
+use super::{COALESCE, READY_TIMEOUT, every_tick, follow, wait_ready};
+use crate::balance::{Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 
@@ -67,23 +67,20 @@ where
     /// A load balancer over the nodes of a group; `default_port` is for nodes that registered
     /// none.
     pub fn new(discovery: ServiceDiscovery, default_port: u16) -> Self {
-        Self::with_weights(
-            discovery,
-            LiveWeights::new(Headroom::default(), default_port),
-        )
+        let settings = Balancer::builder().default_port(default_port);
+        Self::with_weights(discovery, LiveWeights::of(&settings))
     }
 
-    /// The same with other coefficients for the weights.
+    /// The same with weights as a balancer with these settings has them; see [`LiveWeights`].
     ///
     /// # Errors
     ///
     /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field.
-    pub fn with_headroom(
+    pub fn weighted(
         discovery: ServiceDiscovery,
-        default_port: u16,
-        headroom: Headroom,
+        settings: &BalancerBuilder,
     ) -> Result<Self, ClusterError> {
-        let weights = LiveWeights::try_new(headroom, default_port)?;
+        let weights = LiveWeights::try_new(settings)?;
         Ok(Self::with_weights(discovery, weights))
     }
 
@@ -126,6 +123,7 @@ where
             }
             // Dropping it signals ready.
             ready = None;
+            tokio::time::sleep(COALESCE).await;
             if nodes.changed().await.is_err() {
                 return;
             }
@@ -151,6 +149,7 @@ where
             () = follow(&self.discovery) => {}
             () = self.keep_current(ready, &updated) => {}
             () = self.check_health(&updated) => {}
+            () = every_tick(|now| self.weights.tick(now)) => {}
         }
     }
 }
@@ -229,6 +228,7 @@ impl BalancerService {
         loop {
             nodes.mark_unchanged();
             self.balancer.update(self.discovery.nodes().iter());
+            tokio::time::sleep(COALESCE).await;
             if nodes.changed().await.is_err() {
                 return;
             }
@@ -258,6 +258,7 @@ impl BackgroundService for BalancerService {
         tokio::select! {
             () = follow(&self.discovery) => {}
             () = self.feed() => {}
+            () = every_tick(|now| self.balancer.tick(now)) => {}
             () = self.signal_ready(ready) => {}
         }
     }
@@ -266,6 +267,7 @@ impl BackgroundService for BalancerService {
         tokio::select! {
             () = follow(&self.discovery) => {}
             () = self.feed() => {}
+            () = every_tick(|now| self.balancer.tick(now)) => {}
         }
     }
 }

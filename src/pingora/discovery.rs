@@ -11,8 +11,8 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 
 use super::selection::LiveWeights;
-use super::{READY_TIMEOUT, follow, wait_ready};
-use crate::balance::Headroom;
+use super::{COALESCE, READY_TIMEOUT, every_tick, follow, wait_ready};
+use crate::balance::{Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 
@@ -66,21 +66,21 @@ impl Drop for Task {
 impl ClusterBackends {
     /// The nodes of a group as backends; `default_port` is for nodes that registered none.
     pub fn new(discovery: ServiceDiscovery, default_port: u16) -> Self {
-        let weights = LiveWeights::new(Headroom::default(), default_port);
+        let settings = Balancer::builder().default_port(default_port);
+        let weights = LiveWeights::of(&settings);
         Self::with_driver(discovery, weights, Driver::Own(Mutex::new(None)))
     }
 
-    /// The same with other coefficients for the weights.
+    /// The same with weights as a balancer with these settings has them; see [`LiveWeights`].
     ///
     /// # Errors
     ///
     /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field.
-    pub fn with_headroom(
+    pub fn weighted(
         discovery: ServiceDiscovery,
-        default_port: u16,
-        headroom: Headroom,
+        settings: &BalancerBuilder,
     ) -> Result<Self, ClusterError> {
-        let weights = LiveWeights::try_new(headroom, default_port)?;
+        let weights = LiveWeights::try_new(settings)?;
         let driver = Driver::Own(Mutex::new(None));
         Ok(Self::with_driver(discovery, weights, driver))
     }
@@ -120,11 +120,13 @@ impl ClusterBackends {
             let refreshing = async {
                 while nodes.changed().await.is_ok() {
                     weights.refresh(&discovery);
+                    tokio::time::sleep(COALESCE).await;
                 }
             };
             tokio::select! {
                 () = follow(&discovery) => {}
                 () = refreshing => {}
+                () = every_tick(|now| weights.tick(now)) => {}
             }
         })));
     }

@@ -24,12 +24,14 @@ mod proxy;
 mod selection;
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::pingora::upstreams::peer::HttpPeer;
+use tokio::time::MissedTickBehavior;
 use tracing::error;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use crate::balance::TICK;
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::node::Node;
@@ -38,12 +40,17 @@ pub use balancer::{BalancerService, LiveLoadBalancer};
 pub use discovery::ClusterBackends;
 pub use leader::{LeaderRoute, LeaderUpstream};
 pub use proxy::{ClusterProxy, RequestContext};
-pub use selection::{BackendNode, MetricsWeighted};
+pub use selection::{BackendNode, LiveWeights, MetricsWeighted};
 
 /// How long a service waits for the first complete view before it signals ready without one.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often to look whether a discovery that somebody else runs is still being run.
 const TAKE_OVER: Duration = Duration::from_secs(1);
+
+/// The first of several changes takes effect at once, the next ones together after so long: with
+/// many nodes, each of which reports every few seconds, every change by itself would cost too
+/// much.
+const COALESCE: Duration = Duration::from_millis(20);
 
 /// A plain-text HTTP peer for a node. Its connections are kept apart from those to any other
 /// registration at the same address, so that a reused address never meets an old connection.
@@ -64,6 +71,15 @@ async fn wait_ready(discovery: &ServiceDiscovery, at_most: Duration) -> bool {
         );
     }
     ready.is_ok()
+}
+
+/// Calls `tick` as often as weights want it.
+async fn every_tick(tick: impl Fn(Instant)) {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick(ticks.tick().await.into_std());
+    }
 }
 
 /// Runs a discovery until it is dropped, or sees to it that somebody does: of several services

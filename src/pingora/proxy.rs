@@ -14,10 +14,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, HeaderValue};
-use tracing::debug;
+use tracing::{debug, trace};
 
 use super::{BalancerService, LeaderRoute, LeaderUpstream, http_peer};
-use crate::balance::{PickOptions, Upstream};
+use crate::balance::{BINARY_HEADER, LOAD_REPORT_HEADER, PickOptions, Upstream};
 use crate::config::{ClusterConfig, HashOn};
 use crate::error::ClusterError;
 use crate::node::Node;
@@ -51,6 +51,7 @@ pub struct ClusterProxy {
     retries: usize,
     connect_timeout: Duration,
     read_timeout: Duration,
+    load_reports: bool,
 }
 
 impl ClusterProxy {
@@ -64,6 +65,7 @@ impl ClusterProxy {
             retries: config.retries,
             connect_timeout: Duration::from_millis(config.upstream_connect_timeout_ms),
             read_timeout: Duration::from_millis(config.upstream_read_timeout_ms),
+            load_reports: config.load_reports,
         }
     }
 
@@ -137,9 +139,13 @@ impl ClusterProxy {
         // The one that failed is not busy with this request any more.
         context.upstream = None;
         let key = self.hash_key(session);
+        let now = Instant::now();
+        context.sent = now;
+        context.answered = None;
         let options = PickOptions {
             key: &key,
             exclude: &context.tried,
+            now: Some(now),
         };
         let Some(upstream) = self.balancer.pick_with(options) else {
             return Err(unavailable(if context.tried.is_empty() {
@@ -189,6 +195,11 @@ impl ClusterProxy {
 /// What [`ClusterProxy`] remembers of a request.
 pub struct RequestContext {
     started: Instant,
+    /// When the backend at work was picked: what was tried before is not its fault.
+    sent: Instant,
+    /// How long that backend took to answer. Not to the end of the answer, which depends on how
+    /// fast the client reads.
+    answered: Option<Duration>,
     /// Dropped with the context, so a request that is simply dropped is counted out too.
     upstream: Option<Upstream>,
     tried: Vec<SocketAddr>,
@@ -219,8 +230,11 @@ impl ProxyHttp for ClusterProxy {
     type CTX = RequestContext;
 
     fn new_ctx(&self) -> RequestContext {
+        let now = Instant::now();
         RequestContext {
-            started: Instant::now(),
+            started: now,
+            sent: now,
+            answered: None,
             upstream: None,
             tried: Vec::new(),
             retries: 0,
@@ -253,6 +267,27 @@ impl ProxyHttp for ClusterProxy {
         request.remove_header(&LEADER_EPOCH);
         if let Some(leader) = &context.leader {
             request.insert_header(LEADER_EPOCH, leader.epoch.to_string())?;
+        }
+        Ok(())
+    }
+
+    async fn upstream_response_filter(
+        &self,
+        _: &mut Session,
+        response: &mut ResponseHeader,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        let now = Instant::now();
+        context.answered = Some(now.saturating_duration_since(context.sent));
+        if !self.load_reports {
+            return Ok(());
+        }
+        response.remove_header(BINARY_HEADER);
+        if let Some(report) = response.remove_header(LOAD_REPORT_HEADER)
+            && let Some(upstream) = &context.upstream
+            && let Err(error) = upstream.report_header(report.as_bytes(), now)
+        {
+            trace!(node = upstream.node().id, %error, "load report refused");
         }
         Ok(())
     }
@@ -327,6 +362,12 @@ impl ProxyHttp for ClusterProxy {
         error.set_retry(retry);
         if retry {
             context.retries += 1;
+            // Without another try, `logging` tells.
+            if let Some(upstream) = context.upstream.take()
+                && error.esource() == &ErrorSource::Upstream
+            {
+                upstream.failed();
+            }
         }
         error
     }
@@ -378,12 +419,13 @@ impl ProxyHttp for ClusterProxy {
         };
         let status = session.response_written().map(|response| response.status);
         match (error.map(Error::esource), status) {
-            // The client's doing: says nothing about the backend.
-            (Some(ErrorSource::Downstream), _) => {}
-            (None, Some(status)) if !status.is_server_error() => {
-                upstream.succeeded(context.started.elapsed());
+            (Some(ErrorSource::Upstream), _) => upstream.failed(),
+            // The client's doing, or ours: says nothing about the backend.
+            (Some(_), _) | (None, None) => {}
+            (None, Some(status)) if status.is_server_error() => upstream.failed(),
+            (None, Some(_)) => {
+                upstream.succeeded(context.answered.unwrap_or_else(|| context.sent.elapsed()));
             }
-            _ => upstream.failed(),
         }
     }
 }

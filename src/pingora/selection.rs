@@ -1,13 +1,14 @@
-use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
 
 use ::pingora::lb::Backend;
 use ::pingora::lb::selection::{BackendIter, BackendSelection};
 use arc_swap::ArcSwap;
 
-use crate::balance::{Headroom, Member, Policy, Spread, Weigher};
+use crate::balance::{BalancerBuilder, Member, Spread, Weigher};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::node::Node;
@@ -42,15 +43,34 @@ impl BackendNode {
         self.slot.load().node()
     }
 
-    /// Its weight, as it is now.
+    /// Its share of traffic relative to the other backends', as it is now.
     pub fn weight(&self) -> f64 {
-        self.slot.load().weight()
+        self.slot.load().share()
     }
 }
 
-/// Weights beside the backends, and the selections that have to follow them.
+/// Weights beside the backends, and the selections that have to follow them: what
+/// [`ClusterBackends`](super::ClusterBackends) and [`LiveLoadBalancer`](super::LiveLoadBalancer)
+/// work with. To be used by itself where nodes come from somewhere else, or in a simulation.
+///
+/// ```
+/// use std::sync::Arc;
+/// use std::time::Instant;
+/// use pingora::lb::selection::{BackendIter, BackendSelection};
+/// use pingora_etcd::Node;
+/// use pingora_etcd::balance::Balancer;
+/// use pingora_etcd::pingora::{LiveWeights, MetricsWeighted};
+///
+/// let weights = LiveWeights::try_new(&Balancer::builder().default_port(80))?;
+/// let nodes = ["10.0.0.1", "10.0.0.2"].map(|ip| Arc::new(Node::new(ip, ip.parse().unwrap())));
+/// weights.update_at(&nodes, Instant::now());
+/// let backends = weights.backends().into_iter().map(|(backend, _serves)| backend);
+/// let selection = Arc::new(MetricsWeighted::build(&backends.collect()));
+/// assert!(selection.iter(b"").next().is_some());
+/// # Ok::<(), pingora_etcd::ClusterError>(())
+/// ```
 #[derive(Debug)]
-pub(super) struct LiveWeights {
+pub struct LiveWeights {
     state: Mutex<State>,
     selections: Mutex<Vec<Weak<Weighted>>>,
 }
@@ -68,10 +88,15 @@ struct State {
 
 impl State {
     /// Answers whether addresses have come or gone, or started or stopped to drain.
-    fn apply<'a>(&mut self, nodes: impl IntoIterator<Item = &'a Arc<Node>>) -> bool {
+    fn apply<'a>(
+        &mut self,
+        nodes: impl IntoIterator<Item = &'a Arc<Node>>,
+        now: Instant,
+    ) -> bool {
         let mut changed = false;
         let mut before = std::mem::take(&mut self.slots);
-        for member in self.weigher.weigh(nodes) {
+        self.weigher.update(nodes, now);
+        for member in self.weigher.current() {
             let (addr, serving) = (member.addr(), member.is_serving());
             let slot = match before.remove(&addr) {
                 Some((slot, was_serving)) => {
@@ -103,21 +128,27 @@ impl State {
 }
 
 impl LiveWeights {
-    pub(super) fn new(headroom: Headroom, default_port: u16) -> Arc<Self> {
+    /// Weights as a balancer with these settings has them. What only a pick needs, such as the
+    /// number of candidates, plays no part.
+    ///
+    /// # Errors
+    ///
+    /// As [`BalancerBuilder::try_build`].
+    pub fn try_new(settings: &BalancerBuilder) -> Result<Arc<Self>, ClusterError> {
+        settings.validate()?;
+        Ok(Self::of(settings))
+    }
+
+    /// With settings that have been checked.
+    pub(super) fn of(settings: &BalancerBuilder) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
-                weigher: Weigher::new(Policy::Headroom, headroom, default_port),
+                weigher: Weigher::new(settings.weighing()),
                 slots: HashMap::new(),
                 departed: HashMap::new(),
             }),
             selections: Mutex::new(Vec::new()),
         })
-    }
-
-    /// With coefficients that may be wrong.
-    pub(super) fn try_new(headroom: Headroom, port: u16) -> Result<Arc<Self>, ClusterError> {
-        headroom.validate("headroom")?;
-        Ok(Self::new(headroom, port))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -132,15 +163,32 @@ impl LiveWeights {
 
     /// Takes over what the nodes report, and rebuilds the selections in use. Answers whether
     /// addresses have come or gone, or started or stopped to drain: then Pingora has to discover
-    /// again.
+    /// again. Costs time in proportion to the number of nodes.
+    pub fn update_at<'a>(
+        &self,
+        nodes: impl IntoIterator<Item = &'a Arc<Node>>,
+        now: Instant,
+    ) -> bool {
+        let changed = self.state().apply(nodes, now);
+        self.rebuild_selections();
+        changed
+    }
+
+    /// The same with the nodes that a discovery has now.
     pub(super) fn refresh(&self, discovery: &ServiceDiscovery) -> bool {
         let changed = {
             let mut state = self.state();
             // Read under the lock, so that of two refreshes the later one has the newer nodes.
-            state.apply(discovery.nodes().iter())
+            state.apply(discovery.nodes().iter(), Instant::now())
         };
         self.rebuild_selections();
         changed
+    }
+
+    /// Lets weights follow time; to be called every [`TICK`](crate::balance::TICK).
+    pub fn tick(&self, now: Instant) {
+        self.state().weigher.tick(now);
+        self.rebuild_selections();
     }
 
     fn rebuild_selections(&self) {
@@ -154,8 +202,8 @@ impl LiveWeights {
             });
     }
 
-    /// The backends, and whether each serves.
-    pub(super) fn backends(self: &Arc<Self>) -> Vec<(Backend, bool)> {
+    /// The backends, and whether each serves or drains.
+    pub fn backends(self: &Arc<Self>) -> Vec<(Backend, bool)> {
         let state = self.state();
         let backend = |(addr, (slot, serving)): (&SocketAddr, &(Arc<Slot>, bool))| {
             let mut ext = http::Extensions::new();
@@ -176,7 +224,8 @@ impl LiveWeights {
 
 /// Selection by live weights, for a stock Pingora `LoadBalancer`.
 ///
-/// Weights are [`Headroom`] weights. They are read beside the backends, so a change takes effect
+/// Weights follow metrics, by [`Policy::Adaptive`](crate::balance::Policy::Adaptive) unless it is
+/// told otherwise. They are read beside the backends, so a change takes effect
 /// with the next request, without an update of the load balancer. Picks are spread evenly in
 /// proportion to the weights (5, 1, 1 gives no run of five), memory per backend is constant
 /// whatever the weights, and later choices are weighted too and never repeat an earlier one. The
@@ -195,6 +244,7 @@ pub struct MetricsWeighted {
 struct Weighted {
     backends: Box<[Backend]>,
     spread: ArcSwap<Spread>,
+    turns: Turns,
     /// Held from reading weights to publishing, so that what is published last was read last.
     rebuilding: Mutex<()>,
 }
@@ -202,7 +252,8 @@ struct Weighted {
 impl Weighted {
     fn weight(backend: &Backend) -> f64 {
         match BackendNode::of(backend) {
-            Some(node) => node.weight(),
+            // A share of nothing, in a zone that is too far, is still more than no backend at all.
+            Some(node) => node.weight().max(MIN_WEIGHT),
             // Nothing at all would be a share of nothing.
             None => (backend.weight as f64).max(MIN_WEIGHT),
         }
@@ -226,6 +277,7 @@ impl BackendSelection for MetricsWeighted {
         let weighted = Arc::new(Weighted {
             backends: backends.iter().cloned().collect(),
             spread: ArcSwap::from_pointee(Spread::default()),
+            turns: Turns::new(),
             rebuilding: Mutex::new(()),
         });
         // Known to the updater first, so that no change falls between the two.
@@ -262,7 +314,7 @@ impl BackendIter for MetricsWeightedIter {
         let index = match self.first {
             None if backends.is_empty() => return None,
             None => {
-                let index = self.weighted.spread.load().turn(next_turn());
+                let index = self.weighted.spread.load().turn(self.weighted.turns.next());
                 self.first = Some(index);
                 index
             }
@@ -302,27 +354,44 @@ fn shuffled(weighted: &Weighted, first: usize) -> Vec<usize> {
     keyed.into_iter().map(|(_, index)| index).collect()
 }
 
-/// Each thread takes turns of its own: a counter shared by all would be what they wait for.
-fn next_turn() -> u64 {
-    thread_local! {
-        static TURN: Cell<u64> = Cell::new(fastrand::u64(..));
+/// Turns that threads take without waiting for each other: each has a counter of its own, as long
+/// as there are no more threads than counters.
+#[derive(Debug)]
+struct Turns([Turn; 16]);
+
+/// Alone on its cache line, and the one that is fetched along.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Turn(AtomicU64);
+
+impl Turns {
+    fn new() -> Self {
+        // Proxies that start together should not all begin with the same backend.
+        Self(std::array::from_fn(|_| Turn(AtomicU64::new(fastrand::u64(..)))))
     }
-    TURN.with(|turn| {
-        let next = turn.get().wrapping_add(1);
-        turn.set(next);
-        next
-    })
+
+    fn next(&self) -> u64 {
+        static THREADS: AtomicUsize = AtomicUsize::new(0);
+        thread_local! {
+            static THREAD: usize = THREADS.fetch_add(1, Ordering::Relaxed);
+        }
+        let Turn(turn) = &self.0[THREAD.with(|thread| thread % self.0.len())];
+        turn.fetch_add(1, Ordering::Relaxed)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::balance::{Balancer, Policy};
     use serde_json::json;
 
+    fn headroom() -> BalancerBuilder {
+        Balancer::builder().policy(Policy::Headroom)
+    }
+
     fn refresh(weights: &Arc<LiveWeights>, nodes: &[Arc<Node>]) -> bool {
-        let changed = weights.state().apply(nodes);
-        weights.rebuild_selections();
-        changed
+        weights.update_at(nodes, Instant::now())
     }
 
     fn node(port: u16, cpu: f64) -> Arc<Node> {
@@ -351,7 +420,7 @@ mod tests {
 
     #[test]
     fn a_weight_change_takes_effect_without_a_build() {
-        let weights = LiveWeights::new(Headroom::default(), 80);
+        let weights = LiveWeights::of(&headroom());
         assert!(refresh(&weights, &[node(1, 0.0), node(2, 0.0)]));
         let selection = selection(&weights);
         assert!((share(&first_ports(&selection, 1000), 1) - 0.5).abs() < 0.01);
@@ -365,7 +434,7 @@ mod tests {
 
     #[test]
     fn picks_are_spread_evenly() {
-        let weights = LiveWeights::new(Headroom::default(), 80);
+        let weights = LiveWeights::of(&headroom());
         let heavy = Arc::new(Node::clone(&node(1, 0.0)).with_weight(5.0));
         refresh(&weights, &[heavy, node(2, 0.0), node(3, 0.0)]);
         let ports = first_ports(&selection(&weights), 700);
@@ -381,7 +450,7 @@ mod tests {
 
     #[test]
     fn later_choices_never_repeat_and_come_to_an_end() {
-        let weights = LiveWeights::new(Headroom::default(), 80);
+        let weights = LiveWeights::of(&headroom());
         let nodes: Vec<_> = (1..=20).map(|port| node(port, f64::from(port))).collect();
         refresh(&weights, &nodes);
         let selection = selection(&weights);
@@ -405,7 +474,7 @@ mod tests {
 
     #[test]
     fn of_two_registrations_at_one_address_the_newer_counts() {
-        let weights = LiveWeights::new(Headroom::default(), 80);
+        let weights = LiveWeights::of(&headroom());
         let mut old = Node::clone(&node(1, 0.0));
         old.last_seen = 1;
         let mut new = Node::clone(&node(1, 0.0));

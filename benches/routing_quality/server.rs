@@ -1,0 +1,162 @@
+//! A server: some cores, a discipline, and neighbours that take a part of it.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+use crate::world::{RequestId, Seconds};
+
+/// How a server shares itself among requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Discipline {
+    /// All at once: each gets a core, or an equal part of all cores where there are too few.
+    ProcessorSharing,
+    /// One request per core, the others wait in the order in which they came.
+    Fifo,
+}
+
+/// Requests finish when the work done for each of them, `progress` since the server began, has
+/// come to what they need. Progress runs at the rate that every request in service gets.
+pub struct Server {
+    pub cores: f64,
+    pub discipline: Discipline,
+    /// Taken by a neighbour, 0 to 1.
+    pub stolen: f64,
+    /// Answers at once, and wrongly.
+    pub failing: bool,
+    /// Does nothing at all.
+    pub hanging: bool,
+    /// How fast it is compared with what it will be: caches are cold after a start.
+    pub warmth: f64,
+    progress: f64,
+    since: Seconds,
+    in_service: BinaryHeap<Reverse<Finish>>,
+    waiting: VecDeque<(RequestId, f64)>,
+    /// Marks the events that are still valid.
+    pub generation: u64,
+    /// Core seconds used.
+    busy: f64,
+    pub served: u64,
+}
+
+#[derive(Debug, PartialEq)]
+struct Finish {
+    at: f64,
+    request: RequestId,
+}
+
+impl Eq for Finish {}
+
+impl PartialOrd for Finish {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Finish {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at.total_cmp(&other.at)).then(self.request.cmp(&other.request))
+    }
+}
+
+impl Server {
+    pub fn new(cores: f64, discipline: Discipline) -> Self {
+        Self {
+            cores,
+            discipline,
+            stolen: 0.0,
+            failing: false,
+            hanging: false,
+            warmth: 1.0,
+            progress: 0.0,
+            since: 0.0,
+            in_service: BinaryHeap::new(),
+            waiting: VecDeque::new(),
+            generation: 0,
+            busy: 0.0,
+            served: 0,
+        }
+    }
+
+    /// Cores that are left for requests.
+    pub fn capacity(&self) -> f64 {
+        if self.hanging {
+            return 0.0;
+        }
+        self.cores * (1.0 - self.stolen) * self.warmth
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.in_service.len() + self.waiting.len()
+    }
+
+    /// Requests that no core is working on.
+    pub fn queue(&self) -> f64 {
+        match self.discipline {
+            Discipline::ProcessorSharing => (self.in_flight() as f64 - self.cores).max(0.0).floor(),
+            Discipline::Fifo => self.waiting.len() as f64,
+        }
+    }
+
+    fn slots(&self) -> usize {
+        match self.discipline {
+            Discipline::ProcessorSharing => usize::MAX,
+            Discipline::Fifo => self.cores.round() as usize,
+        }
+    }
+
+    /// Work per second for each request in service.
+    fn rate(&self) -> f64 {
+        if self.in_service.is_empty() {
+            return 0.0;
+        }
+        let in_service = self.in_service.len() as f64;
+        (self.capacity() / in_service).min(self.warmth)
+    }
+
+    /// Brings it up to `now`; before anything about it changes.
+    pub fn advance(&mut self, now: Seconds) {
+        let passed = now - self.since;
+        self.since = now;
+        let rate = self.rate();
+        self.progress += rate * passed;
+        self.busy += rate / self.warmth * self.in_service.len() as f64 * passed;
+    }
+
+    /// Core seconds used since the last call.
+    pub fn take_busy(&mut self, now: Seconds) -> f64 {
+        self.advance(now);
+        std::mem::take(&mut self.busy)
+    }
+
+    pub fn accept(&mut self, now: Seconds, request: RequestId, work: f64) {
+        self.advance(now);
+        if self.in_service.len() < self.slots() {
+            self.serve(request, work);
+        } else {
+            self.waiting.push_back((request, work));
+        }
+    }
+
+    fn serve(&mut self, request: RequestId, work: f64) {
+        let at = self.progress + work;
+        self.in_service.push(Reverse(Finish { at, request }));
+    }
+
+    /// When the next request is done, if nothing changes.
+    pub fn next_finish(&self) -> Option<Seconds> {
+        let rate = self.rate();
+        let Reverse(next) = self.in_service.peek()?;
+        (rate > 0.0).then(|| self.since + ((next.at - self.progress) / rate).max(0.0))
+    }
+
+    /// The request that is done now.
+    pub fn finish(&mut self, now: Seconds) -> Option<RequestId> {
+        self.advance(now);
+        let Reverse(done) = self.in_service.pop()?;
+        self.served += 1;
+        if let Some((request, work)) = self.waiting.pop_front() {
+            self.serve(request, work);
+        }
+        Some(done.request)
+    }
+}
