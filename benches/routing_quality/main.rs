@@ -2,15 +2,16 @@
 //! `balance` code, beside what else is in use and an oracle that sees every queue.
 //!
 //! ```text
-//! cargo bench --bench routing_quality                            # everything, 3 seeds
-//! cargo bench --bench routing_quality -- --seeds 5 --first 100   # make bench-routing SEEDS=5 FIRST=100
-//! cargo bench --bench routing_quality -- --quick                 # part of make test
-//! cargo bench --bench routing_quality -- --only "64 proxies"
+//! make bench-routing SEEDS=5 FIRST=100     # everything
+//! cargo bench --bench routing_quality -- --quick          # part of make test
+//! cargo bench --bench routing_quality -- --only "64 proxies" --adaptive '{"own_request": 1}'
 //! ```
 //!
 //! A figure is p99 latency divided by the oracle's in the same world: same arrivals, same work,
-//! same neighbours. Of several seeds the median counts. Fails if a limit is broken.
+//! same neighbours. Of several seeds the median counts. Writes `target/routing_quality.json` and
+//! `.svg`, and fails if a limit is broken. A run depends on its seed alone, so it can be repeated.
 
+mod output;
 mod routers;
 mod scenarios;
 mod server;
@@ -22,18 +23,20 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clap::Parser;
+use pingora_etcd::balance::Adaptive;
 use routers::RouterKind;
-use scenarios::{AGAINST_LEAST_OF_TWO, Row, SPECIALS};
+use scenarios::Row;
 use world::{Figures, World};
 
+/// The oracle first, what the limits are for second.
 const KINDS: [RouterKind; 11] = [
     RouterKind::Oracle,
     RouterKind::Adaptive { candidates: 5 },
     RouterKind::Adaptive { candidates: 3 },
     RouterKind::Headroom,
     RouterKind::DropIn,
-    RouterKind::LeastOfTwo,
     RouterKind::PeakEwma,
+    RouterKind::LeastOfTwo,
     RouterKind::GrpcWeighted,
     RouterKind::OneMinusLoad,
     RouterKind::RoundRobin,
@@ -44,58 +47,107 @@ const KINDS: [RouterKind; 11] = [
 #[derive(Parser)]
 struct Arguments {
     /// How many seeds.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
     seeds: u64,
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     first: u64,
-    /// Only some scenarios, only what limits need.
+    /// Only some scenarios, and only the routers that limits are about.
     #[arg(long)]
     quick: bool,
     /// Only scenarios with this in their name.
     #[arg(long, default_value = "")]
     only: String,
-    /// Only this crate's policies, the oracle and the choice of two.
+    /// Only the routers that limits are about.
     #[arg(long)]
     ours: bool,
+    /// Other constants for the adaptive policy, as JSON: '{"metrics_gain": 0.1}'.
+    #[arg(long, value_parser = |json: &str| serde_json::from_str::<Adaptive>(json))]
+    adaptive: Option<Adaptive>,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
+/// Every run there was: by scenario, router and seed.
+pub struct Runs {
+    pub rows: Vec<Row>,
+    pub kinds: Vec<RouterKind>,
+    pub seeds: Vec<u64>,
+    figures: BTreeMap<(usize, usize, u64), Figures>,
+}
+
+impl Runs {
+    /// The median over seeds of what one router comes to, beside the oracle.
+    pub fn median(
+        &self,
+        row: usize,
+        kind: RouterKind,
+        measure: impl Fn(&Figures, &Figures) -> f64,
+    ) -> f64 {
+        let index = self.kinds.iter().position(|other| *other == kind);
+        let Some(index) = index else { return f64::NAN };
+        let of_seed = |seed: &u64| {
+            let oracle = &self.figures[&(row, 0, *seed)];
+            measure(&self.figures[&(row, index, *seed)], oracle)
+        };
+        let mut values: Vec<f64> = self.seeds.iter().map(of_seed).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    }
+
+    pub fn relative_p99(&self, row: usize, kind: RouterKind) -> f64 {
+        self.median(row, kind, |figures, oracle| figures.p99 / oracle.p99)
+    }
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(adaptive) = arguments.adaptive {
+        let _ = routers::ADAPTIVE.set(adaptive);
+    }
+    let start = std::time::Instant::now();
     let rows: Vec<Row> = scenarios::all()
         .into_iter()
         .filter(|row| !arguments.quick || row.quick)
         .filter(|row| row.scenario.name.contains(&arguments.only))
         .collect();
-    let kinds: Vec<RouterKind> = KINDS
-        .into_iter()
-        .filter(|kind| {
-            !(arguments.ours || arguments.quick)
-                || matches!(kind, RouterKind::Oracle | RouterKind::Adaptive { candidates: 5 } | RouterKind::LeastOfTwo | RouterKind::DropIn)
-        })
-        .collect();
-    let seeds: Vec<u64> = (arguments.first..).take(arguments.seeds as usize).collect();
-    let runs = simulate(&rows, &kinds, &seeds);
-    println!("{:42} {}", "p99 / oracle", kinds[1..].iter().map(|k| format!("{:>10.10}", k.name())).collect::<String>());
-    for (index, row) in rows.iter().enumerate() {
-        let mut line = format!("{:42}", row.scenario.name);
-        for kind in 1..kinds.len() {
-            let ratio = median(seeds.iter().map(|seed| runs[&(index, kind, *seed)].p99 / runs[&(index, 0, *seed)].p99));
-            line += &format!("{ratio:10.2}");
-        }
-        let own = &runs[&(index, 1, seeds[0])];
-        let oracle = &runs[&(index, 0, seeds[0])];
-        line += &format!("   cv {:.3}/{:.3} first {:.4} err {:.4} joined {:.2} near {:.3} p50 {:.2}", own.variation, oracle.variation, own.first, own.errors, own.joined_p99 / oracle.p99, own.near, own.p50 / oracle.p50);
-        println!("{line}");
+    if rows.is_empty() {
+        eprintln!("no scenario has {:?} in its name", arguments.only);
+        return ExitCode::FAILURE;
     }
-    let _ = (SPECIALS.len(), AGAINST_LEAST_OF_TWO);
-    ExitCode::SUCCESS
+    let all = !(arguments.ours || arguments.quick);
+    let kinds = KINDS.into_iter().filter(|kind| all || kind.is_limited());
+    let runs = simulate(rows, kinds.collect(), {
+        (arguments.first..).take(arguments.seeds as usize).collect()
+    });
+    println!("{}", output::table(&runs));
+    let checks = output::checks(&runs);
+    for check in &checks {
+        println!("{check}");
+    }
+    let broken = checks.iter().filter(|check| !check.holds()).count();
+    println!(
+        "{} limits, {broken} broken; seeds {} to {}, {:.0} s",
+        checks.len(),
+        arguments.first,
+        arguments.first + arguments.seeds - 1,
+        start.elapsed().as_secs_f64(),
+    );
+    if !arguments.quick
+        && let Err(error) = output::write(&runs, &checks)
+    {
+        eprintln!("{error}");
+        return ExitCode::FAILURE;
+    }
+    if broken > 0 {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    }
 }
 
-fn simulate(rows: &[Row], kinds: &[RouterKind], seeds: &[u64]) -> BTreeMap<(usize, usize, u64), Figures> {
+fn simulate(rows: Vec<Row>, kinds: Vec<RouterKind>, seeds: Vec<u64>) -> Runs {
     let mut jobs = Vec::new();
     for row in 0..rows.len() {
         for kind in 0..kinds.len() {
@@ -110,7 +162,7 @@ fn simulate(rows: &[Row], kinds: &[RouterKind], seeds: &[u64]) -> BTreeMap<(usiz
             scope.spawn(|| {
                 while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let (row, kind, seed) = *job;
-                    // What a stock selection draws from: seeded too, so that runs repeat.
+                    // What a stock selection draws from is seeded too.
                     fastrand::seed(seed);
                     let run = World::new(&rows[row].scenario, kinds[kind], seed).run();
                     figures.lock().unwrap().insert(*job, run);
@@ -118,11 +170,10 @@ fn simulate(rows: &[Row], kinds: &[RouterKind], seeds: &[u64]) -> BTreeMap<(usiz
             });
         }
     });
-    figures.into_inner().unwrap()
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    Runs {
+        rows,
+        kinds,
+        seeds,
+        figures: figures.into_inner().unwrap(),
+    }
 }

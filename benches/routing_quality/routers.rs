@@ -1,15 +1,17 @@
 //! Everything that is compared: this crate's balancer, what else is in use, and an oracle.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use pingora::lb::selection::{BackendIter, BackendSelection};
 use pingora_etcd::Node;
-use pingora_etcd::balance::{Balancer, BalancerBuilder, LoadReport, PickOptions, Policy, Upstream};
+use pingora_etcd::balance::{
+    Adaptive, Balancer, BalancerBuilder, LoadReport, PickOptions, Policy, Upstream,
+};
 use pingora_etcd::pingora::{LiveWeights, MetricsWeighted};
 
-use crate::server::Server;
-use crate::world::{Scenario, Seconds};
+use crate::server::{Discipline, Server};
+use crate::world::{MEAN_WORK, Scenario, Seconds};
 
 /// What the servers have reported, as all proxies see it.
 pub struct View {
@@ -83,7 +85,9 @@ impl View {
     }
 
     fn available(&self) -> Vec<usize> {
-        (0..self.present.len()).filter(|index| self.present[*index]).collect()
+        (0..self.present.len())
+            .filter(|index| self.present[*index])
+            .collect()
     }
 }
 
@@ -101,13 +105,17 @@ pub struct Ticket {
 
 impl Ticket {
     fn to(server: usize) -> Self {
-        Self { server, guard: None }
+        Self {
+            server,
+            guard: None,
+        }
     }
 }
 
 /// What one proxy routes with.
 pub trait Router {
-    fn pick(&mut self, servers: &[Server], rng: &mut fastrand::Rng, now: Instant) -> Option<Ticket>;
+    fn pick(&mut self, servers: &[Server], rng: &mut fastrand::Rng, now: Instant)
+    -> Option<Ticket>;
     fn done(&mut self, ticket: Ticket, outcome: Outcome, report: Option<&LoadReport>, now: Instant);
     fn metrics(&mut self, view: &View, now: Instant);
     fn tick(&mut self, now: Instant);
@@ -124,7 +132,7 @@ pub enum RouterKind {
     GrpcWeighted,
     LeastOfTwo,
     PeakEwma,
-//     DropIn,
+    DropIn,
 }
 
 impl RouterKind {
@@ -140,8 +148,21 @@ impl RouterKind {
             Self::GrpcWeighted => "gRPC weighted round robin".into(),
             Self::LeastOfTwo => "choice of two, in flight".into(),
             Self::PeakEwma => "choice of two, peak EWMA".into(),
-//             Self::DropIn => "drop-in selection".into(),
+            Self::DropIn => "drop-in selection".into(),
         }
+    }
+
+    /// Whether it is this crate's.
+    pub fn is_ours(self) -> bool {
+        matches!(self, Self::Adaptive { .. } | Self::Headroom | Self::DropIn)
+    }
+
+    /// Whether it is needed to check a limit.
+    pub fn is_limited(self) -> bool {
+        matches!(
+            self,
+            Self::Oracle | Self::Adaptive { candidates: 5 } | Self::LeastOfTwo
+        )
     }
 
     pub fn build(
@@ -155,7 +176,15 @@ impl RouterKind {
         let mut rng = fastrand::Rng::with_seed(seed ^ (proxy as u64) << 32);
         let count = scenario.servers;
         match self {
-            Self::Oracle => Box::new(Oracle { available: view.available() }),
+            Self::Oracle => Box::new(Oracle {
+                available: view.available(),
+                distance: (0..count)
+                    .map(|server| match scenario.zones {
+                        Some(far) if view.zone(server) != view.zone_of_proxy(proxy) => far,
+                        _ => 0.0,
+                    })
+                    .collect(),
+            }),
             Self::Adaptive { candidates } => {
                 let settings = settings(scenario).candidates(candidates);
                 Box::new(Ours::new(settings, view, start))
@@ -165,7 +194,9 @@ impl RouterKind {
                 Box::new(Ours::new(settings, view, start))
             }
             Self::RoundRobin => Box::new(Turns::new(count, &mut rng, |_, _| 1.0)),
-            Self::Random => Box::new(Random { available: view.available() }),
+            Self::Random => Box::new(Random {
+                available: view.available(),
+            }),
             Self::OneMinusLoad => Box::new(Turns::new(count, &mut rng, |(cpu, _, _), _| {
                 (1.0 - cpu).max(0.05)
             })),
@@ -176,14 +207,21 @@ impl RouterKind {
             })),
             Self::LeastOfTwo => Box::new(OfTwo::new(count, false)),
             Self::PeakEwma => Box::new(OfTwo::new(count, true)),
-//             Self::DropIn => Box::new(crate::drop_in::DropIn::new(view, start)),
+            Self::DropIn => Box::new(DropIn::new(scenario, view, start)),
         }
     }
 }
 
-/// The defaults.
-fn settings(_: &Scenario) -> BalancerBuilder {
-    Balancer::builder().default_port(80)
+/// The constants of the adaptive policy; the defaults unless the command line says otherwise.
+pub static ADAPTIVE: OnceLock<Adaptive> = OnceLock::new();
+
+fn settings(scenario: &Scenario) -> BalancerBuilder {
+    let adaptive = ADAPTIVE.get().copied().unwrap_or_default();
+    let settings = Balancer::builder().default_port(80).adaptive(adaptive);
+    match scenario.zones {
+        Some(_) => settings.zone("z0"),
+        None => settings,
+    }
 }
 
 /// The server behind an address of [`View`].
@@ -207,12 +245,24 @@ impl Ours {
 
 impl Router for Ours {
     fn pick(&mut self, _: &[Server], rng: &mut fastrand::Rng, now: Instant) -> Option<Ticket> {
-        let options = PickOptions { now: Some(now), ..PickOptions::default() };
+        let options = PickOptions {
+            now: Some(now),
+            ..PickOptions::default()
+        };
         let guard = self.0.pick_by(options, || rng.u64(..))?;
-        Some(Ticket { server: server_at(guard.addr()), guard: Some(guard) })
+        Some(Ticket {
+            server: server_at(guard.addr()),
+            guard: Some(guard),
+        })
     }
 
-    fn done(&mut self, ticket: Ticket, outcome: Outcome, report: Option<&LoadReport>, now: Instant) {
+    fn done(
+        &mut self,
+        ticket: Ticket,
+        outcome: Outcome,
+        report: Option<&LoadReport>,
+        now: Instant,
+    ) {
         let Some(guard) = ticket.guard else { return };
         if let Some(report) = report {
             guard.report(report, now);
@@ -272,25 +322,34 @@ impl Router for DropIn {
     }
 }
 
-/// Sees every queue at every instant: sends a request where it will be done first.
+/// Sees every queue at every instant: sends a request where it will be done first, whatever else
+/// comes; of several such servers to the first.
 struct Oracle {
     available: Vec<usize>,
+    /// Of each server; how much farther away it is.
+    distance: Vec<Seconds>,
 }
 
 impl Router for Oracle {
     fn pick(&mut self, servers: &[Server], _: &mut fastrand::Rng, _: Instant) -> Option<Ticket> {
-        let score = |index: &&usize| {
-            let server = &servers[**index];
+        let expected = |index: usize| {
+            let server = &servers[index];
             if server.failing {
-                return (f64::INFINITY, f64::INFINITY);
+                return f64::INFINITY;
             }
             let crowd = (server.in_flight() + 1) as f64 / server.capacity();
-            (crowd.max(1.0) / server.warmth, crowd)
+            let stretch = match server.discipline {
+                Discipline::Pipe => crowd,
+                _ => crowd.max(1.0) / server.warmth,
+            };
+            stretch * MEAN_WORK + self.distance[index]
         };
-        let best = self.available.iter().min_by(|a, b| {
-            score(a).partial_cmp(&score(b)).unwrap_or(std::cmp::Ordering::Equal)
-        })?;
-        Some(Ticket::to(*best))
+        let expected = self
+            .available
+            .iter()
+            .map(|index| (*index, expected(*index)));
+        let (best, _) = expected.min_by(|(_, a), (_, b)| a.total_cmp(b))?;
+        Some(Ticket::to(best))
     }
 
     fn done(&mut self, _: Ticket, _: Outcome, _: Option<&LoadReport>, _: Instant) {}
@@ -308,7 +367,9 @@ struct Random {
 
 impl Router for Random {
     fn pick(&mut self, _: &[Server], rng: &mut fastrand::Rng, _: Instant) -> Option<Ticket> {
-        Some(Ticket::to(self.available[rng.usize(..self.available.len())]))
+        Some(Ticket::to(
+            self.available[rng.usize(..self.available.len())],
+        ))
     }
 
     fn done(&mut self, _: Ticket, _: Outcome, _: Option<&LoadReport>, _: Instant) {}
@@ -368,7 +429,11 @@ impl Router for Turns {
                 None => mean,
             };
             let was_absent = self.weights[index] == 0.0;
-            self.weights[index] = if view.present[index] { weight.max(1e-3) } else { 0.0 };
+            self.weights[index] = if view.present[index] {
+                weight.max(1e-3)
+            } else {
+                0.0
+            };
             if was_absent && view.present[index] {
                 self.deadlines[index] = latest;
             }
@@ -431,7 +496,11 @@ impl Router for OfTwo {
             second += 1;
         }
         let (first, second) = (self.available[first], self.available[second]);
-        let best = if self.score(second, now) < self.score(first, now) { second } else { first };
+        let best = if self.score(second, now) < self.score(first, now) {
+            second
+        } else {
+            first
+        };
         self.in_flight[best] += 1;
         Some(Ticket::to(best))
     }
@@ -439,7 +508,9 @@ impl Router for OfTwo {
     fn done(&mut self, ticket: Ticket, outcome: Outcome, _: Option<&LoadReport>, now: Instant) {
         let index = ticket.server;
         self.in_flight[index] -= 1;
-        let Outcome::Succeeded(latency) = outcome else { return };
+        let Outcome::Succeeded(latency) = outcome else {
+            return;
+        };
         let latency = latency.as_secs_f64();
         let (cost, at) = self.cost[index];
         let cost = match at {
@@ -459,4 +530,3 @@ impl Router for OfTwo {
 
     fn tick(&mut self, _: Instant) {}
 }
-

@@ -57,23 +57,52 @@ pub fn all() -> Vec<Row> {
         row(None, with("metrics every 1 s", |it| it.interval = 1.0)),
         row(None, with("metrics every 30 s", |it| it.interval = 30.0)),
         quick(1.30, with("no metrics", |it| it.metrics = Metrics::None)),
-        row(None, with("half of the metrics lost", |it| it.metrics = Metrics::Lost)),
-        row(None, with("a third of the metrics frozen", |it| it.metrics = Metrics::Frozen)),
-        quick(1.30, with("one says it is idle", |it| it.metrics = Metrics::OneLies)),
-        quick(1.40, with("random metrics", |it| it.metrics = Metrics::Random)),
-        row(None, with("exponential work", |it| it.work = Work::Exponential)),
-        row(None, with("cheap and expensive", |it| it.work = Work::Mixed)),
+        row(
+            None,
+            with("half of the metrics lost", |it| it.metrics = Metrics::Lost),
+        ),
+        row(
+            None,
+            with("a third of the metrics frozen", |it| {
+                it.metrics = Metrics::Frozen
+            }),
+        ),
+        quick(
+            1.30,
+            with("one says it is idle", |it| it.metrics = Metrics::OneLies),
+        ),
+        quick(
+            1.40,
+            with("random metrics", |it| it.metrics = Metrics::Random),
+        ),
+        row(
+            None,
+            with("exponential work", |it| it.work = Work::Exponential),
+        ),
+        row(
+            None,
+            with("cheap and expensive", |it| it.work = Work::Mixed),
+        ),
         row(None, with("FIFO", |it| it.discipline = Discipline::Fifo)),
-        row(None, with("FIFO, cheap and expensive", |it| {
-            it.discipline = Discipline::Fifo;
-            it.work = Work::Mixed;
-        })),
+        row(
+            None,
+            with("FIFO, cheap and expensive", |it| {
+                it.discipline = Discipline::Fifo;
+                it.work = Work::Mixed;
+            }),
+        ),
         row(None, with("3 servers", |it| it.servers = 3)),
         row(None, with("1 proxy", |it| it.proxies = 1)),
         quick(1.50, many_proxies("64 proxies, 75 %", 0.75, false)),
         row(1.70, many_proxies("64 proxies, 90 %", 0.9, false)),
-        quick(1.40, many_proxies("64 proxies, 75 %, in flight told", 0.75, true)),
-        row(1.55, many_proxies("64 proxies, 90 %, in flight told", 0.9, true)),
+        quick(
+            1.40,
+            many_proxies("64 proxies, 75 %, in flight told", 0.75, true),
+        ),
+        row(
+            1.55,
+            many_proxies("64 proxies, 90 %, in flight told", 0.9, true),
+        ),
         row(1.25, {
             let mut it = many_proxies("64 proxies, 100 servers, in flight told", 0.75, true);
             it.servers = 100;
@@ -85,38 +114,71 @@ pub fn all() -> Vec<Row> {
             it.metrics = Metrics::Random;
             it
         }),
-        row(None, with("1,000 servers", |it| {
-            it.servers = 1000;
-            it.warm = 30.0;
-            it.measure = 20.0;
-        })),
-        quick(None, with("one fails fast", |it| {
-            it.trouble = Trouble::FailsFast;
-            it.measure = 100.0;
-        })),
-        row(None, with("one joins, cold, 90 %", |it| {
-            it.trouble = Trouble::Joins;
-            it.load = 0.9;
-        })),
-        row(None, with("one hangs for 20 s", |it| it.trouble = Trouble::Hangs)),
-        row(None, with("twice the load for 5 s", |it| {
-            it.trouble = Trouble::Burst;
-            it.load = 0.6;
-        })),
-        row(None, with("two zones, 50 %", |it| {
-            it.zones = Some(0.005);
-            it.load = 0.3;
-        })),
-        row(None, with("two zones, the near one hot", |it| {
-            it.zones = Some(0.005);
-            it.load = 0.7;
-        })),
-        row(None, with("two zones, the near one fails", |it| {
-            it.zones = Some(0.005);
-            it.load = 0.3;
-            it.trouble = Trouble::ZoneFails;
-        })),
+        row(
+            None,
+            with("1,000 servers", |it| {
+                it.servers = 1000;
+                it.warm = 30.0;
+                it.measure = 20.0;
+            }),
+        ),
+        quick(
+            None,
+            with("one fails fast", |it| {
+                it.trouble = Trouble::FailsFast;
+                it.measure = 100.0;
+            }),
+        ),
+        row(
+            None,
+            with("one joins, cold, 90 %", |it| {
+                it.trouble = Trouble::Joins;
+                it.load = 0.9;
+            }),
+        ),
+        row(
+            None,
+            with("one hangs for 20 s", |it| it.trouble = Trouble::Hangs),
+        ),
+        row(
+            None,
+            with("twice the load for 5 s", |it| {
+                it.trouble = Trouble::Burst;
+                it.load = 0.6;
+            }),
+        ),
+        row(
+            None,
+            with("two zones, 50 %", |it| {
+                it.zones = Some(0.005);
+                it.load = 0.3;
+            }),
+        ),
+        row(
+            None,
+            with("two zones, the near one hot", |it| {
+                it.zones = Some(0.005);
+                it.load = 0.7;
+            }),
+        ),
+        row(
+            None,
+            with("two zones, the near one fails", |it| {
+                it.zones = Some(0.005);
+                it.load = 0.3;
+                it.trouble = Trouble::ZoneFails;
+            }),
+        ),
         quick(None, with("nothing changes", |it| it.neighbours = false)),
+        row(
+            None,
+            with("size is speed", |it| it.discipline = Discipline::Pipe),
+        ),
+        row(None, {
+            let mut it = many_proxies("size is speed, 64 proxies", 0.75, false);
+            it.discipline = Discipline::Pipe;
+            it
+        }),
     ]
 }
 

@@ -10,6 +10,9 @@ use crate::world::{RequestId, Seconds};
 pub enum Discipline {
     /// All at once: each gets a core, or an equal part of all cores where there are too few.
     ProcessorSharing,
+    /// All at once, and a request that is alone gets all of the server: classical processor
+    /// sharing, where size is speed.
+    Pipe,
     /// One request per core, the others wait in the order in which they came.
     Fifo,
 }
@@ -92,6 +95,7 @@ impl Server {
     /// Requests that no core is working on.
     pub fn queue(&self) -> f64 {
         match self.discipline {
+            Discipline::Pipe => self.in_service.len().saturating_sub(1) as f64,
             Discipline::ProcessorSharing => (self.in_flight() as f64 - self.cores).max(0.0).floor(),
             Discipline::Fifo => self.waiting.len() as f64,
         }
@@ -99,7 +103,7 @@ impl Server {
 
     fn slots(&self) -> usize {
         match self.discipline {
-            Discipline::ProcessorSharing => usize::MAX,
+            Discipline::ProcessorSharing | Discipline::Pipe => usize::MAX,
             Discipline::Fifo => self.cores.round() as usize,
         }
     }
@@ -110,7 +114,11 @@ impl Server {
             return 0.0;
         }
         let in_service = self.in_service.len() as f64;
-        (self.capacity() / in_service).min(self.warmth)
+        let share = self.capacity() / in_service;
+        match self.discipline {
+            Discipline::Pipe => share,
+            Discipline::ProcessorSharing | Discipline::Fifo => share.min(self.warmth),
+        }
     }
 
     /// Brings it up to `now`; before anything about it changes.

@@ -230,7 +230,11 @@ impl World {
             .map(|proxy| kind.build(&scenario, &view, proxy, seed, start))
             .collect();
         // A third of the servers, at 40 % each on average, belongs to neighbours.
-        let left = if scenario.neighbours { 1.0 - 0.4 / 3.0 } else { 1.0 };
+        let left = if scenario.neighbours {
+            1.0 - 0.4 / 3.0
+        } else {
+            1.0
+        };
         let joining = scenario.trouble == Trouble::Joins;
         let capacity: f64 = cores.iter().take(cores.len() - usize::from(joining)).sum();
         let rate = scenario.load * capacity * left / MEAN_WORK;
@@ -268,7 +272,11 @@ impl World {
     fn at(&mut self, at: Seconds, event: Event) {
         self.sequence += 1;
         let sequence = self.sequence;
-        self.events.push(Reverse(Scheduled { at, sequence, event }));
+        self.events.push(Reverse(Scheduled {
+            at,
+            sequence,
+            event,
+        }));
     }
 
     fn instant(&self) -> Instant {
@@ -500,7 +508,10 @@ impl World {
             self.near += u64::from(near);
         }
         if self.scenario.trouble == Trouble::Hangs {
-            let timeout = Event::Timeout { request: id, arrival: serial };
+            let timeout = Event::Timeout {
+                request: id,
+                arrival: serial,
+            };
             self.at(arrival + TIMEOUT, timeout);
         }
         if self.servers[server].failing {
@@ -555,7 +566,12 @@ impl World {
 
     fn report(&mut self, index: usize) {
         let (now, interval) = (self.now, self.scenario.interval);
-        self.at(now + interval, Event::Report { server: index as u32 });
+        self.at(
+            now + interval,
+            Event::Report {
+                server: index as u32,
+            },
+        );
         self.collect(index);
         let busy = std::mem::take(&mut self.busy[index]);
         let server = &mut self.servers[index];

@@ -63,6 +63,15 @@ pub struct Adaptive {
     /// A backend with a success rate below this gets no more weight for being idle: it may be
     /// idle because it fails. Default: 0.8. Range: 0 to 1.
     pub success_limit: f64,
+    /// How long it takes to find out whether errors persist, in reports per backend: see Trust.
+    /// Default: 12. Range: 1 to 1,000.
+    pub trust_memory: f64,
+    /// The least part of a correction that is made, however little errors persist. Default: 0.1.
+    /// Range: 0 to 1; with 1 every error is believed.
+    pub trust_floor: f64,
+    /// How much of what was learned a tick keeps in which a backend got no request at all: what is
+    /// not tried cannot show that it is better than thought. Default: 0.9. Range: 0 to 1.
+    pub idle_keep: f64,
     /// After how long without a report what was learned from reports starts to fade. Default:
     /// 180,000 ms. Range: 1,000 to 86,400,000.
     pub stale_after_ms: u64,
@@ -83,8 +92,12 @@ pub struct Adaptive {
     /// The part of the best success rate below which a backend is drawn less often. Default:
     /// 0.98. Range: 0 to 1; with 0 none ever is.
     pub gate_below: f64,
-    /// The least chance of such a backend when it is drawn. Default: 0.01. Range: 0.0001 to 1.
+    /// The least chance of such a backend when it is drawn. Default: 0.005. Range: 0.0001 to 1.
     pub gate_floor: f64,
+    /// How much the request to be placed counts beside those in flight, in
+    /// `(in flight + own_request) / weight`. With many proxies each has few in flight anywhere,
+    /// and the greatest weight would win too often. Default: 0.5. Range: 0.01 to 1.
+    pub own_request: f64,
     /// The least weight relative to the mean, times the static weight. Default: 0.1. Range: 0.001
     /// to 1.
     pub weight_min: f64,
@@ -119,6 +132,10 @@ impl Default for Adaptive {
             memory_limit: 0.9,
             memory_gain: 0.5,
             success_limit: 0.8,
+            trust_memory: 12.0,
+            trust_floor: 0.1,
+            idle_keep: 0.9,
+            own_request: 0.5,
             stale_after_ms: 180_000,
             stale_half_life_ms: 180_000,
             latency_gain: 0.15,
@@ -127,7 +144,7 @@ impl Default for Adaptive {
             latency_window_ms: 30_000,
             success_gain: 0.05,
             gate_below: 0.98,
-            gate_floor: 0.01,
+            gate_floor: 0.005,
             weight_min: 0.1,
             weight_max: 10.0,
             slow_start_ms: 30_000,
@@ -162,13 +179,25 @@ impl Adaptive {
             ("step_down", self.step_down, 0.01..=3.0),
             ("metrics_range", self.metrics_range, 1.0..=1e3),
             ("queue_gain", self.queue_gain, 0.0..=10.0),
-            ("queue_capacity", self.queue_capacity, f64::MIN_POSITIVE..=1e9),
+            (
+                "queue_capacity",
+                self.queue_capacity,
+                f64::MIN_POSITIVE..=1e9,
+            ),
             ("memory_limit", self.memory_limit, 0.0..=1.0),
             ("memory_gain", self.memory_gain, 0.0..=10.0),
+            ("trust_memory", self.trust_memory, 1.0..=1e3),
+            ("trust_floor", self.trust_floor, 0.0..=1.0),
+            ("idle_keep", self.idle_keep, 0.0..=1.0),
+            ("own_request", self.own_request, 0.01..=1.0),
             ("success_limit", self.success_limit, 0.0..=1.0),
             ("latency_gain", self.latency_gain, 0.0..=1.0),
             ("latency_keep", self.latency_keep, 0.0..=1.0),
-            ("latency_samples", f64::from(self.latency_samples), 1.0..=1e3),
+            (
+                "latency_samples",
+                f64::from(self.latency_samples),
+                1.0..=1e3,
+            ),
             ("success_gain", self.success_gain, 0.001..=0.5),
             ("gate_below", self.gate_below, 0.0..=1.0),
             ("gate_floor", self.gate_floor, 1e-4..=1.0),
@@ -183,8 +212,16 @@ impl Adaptive {
         }
         let times = [
             ("stale_after_ms", self.stale_after_ms, 1_000..=MOST_MS),
-            ("stale_half_life_ms", self.stale_half_life_ms, 1_000..=MOST_MS),
-            ("latency_window_ms", self.latency_window_ms, 1_000..=3_600_000),
+            (
+                "stale_half_life_ms",
+                self.stale_half_life_ms,
+                1_000..=MOST_MS,
+            ),
+            (
+                "latency_window_ms",
+                self.latency_window_ms,
+                1_000..=3_600_000,
+            ),
             ("slow_start_ms", self.slow_start_ms, 0..=3_600_000),
             ("in_flight_fade_ms", self.in_flight_fade_ms, 1..=60_000),
         ];
@@ -237,6 +274,33 @@ pub(super) fn in_range<T: PartialOrd + std::fmt::Display>(
     ))
 }
 
+/// Whether what is reported can be believed: the load of a server that gets too much stays too high
+/// from one report to the next, noise does not.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Trust {
+    /// Mean product of consecutive errors of a backend.
+    persistent: f64,
+    /// Mean square of errors.
+    all: f64,
+}
+
+impl Trust {
+    /// Another backend's error and the one before. So many `backends` report.
+    fn heard(&mut self, config: &Adaptive, backends: usize, error: f64, previous: f64) {
+        let gain = 1.0 / (backends as f64 * config.trust_memory).max(1.0);
+        self.persistent += gain * (error * previous - self.persistent);
+        self.all += gain * (error.mul_add(error, previous * previous) / 2.0 - self.all);
+    }
+
+    /// How much of a correction to make.
+    fn level(&self, config: &Adaptive) -> f64 {
+        if self.all < 1e-12 {
+            return 1.0;
+        }
+        (2.0 * self.persistent / self.all).clamp(config.trust_floor, 1.0)
+    }
+}
+
 /// What is known of one backend: the cold half, owned by the one who updates.
 #[derive(Debug, Clone)]
 pub(super) struct Learned {
@@ -252,10 +316,14 @@ pub(super) struct Learned {
     /// The least latencies of this window and the one before, in seconds.
     floors: [f64; 2],
     turned: Instant,
-    /// The excess latency last seen, in seconds.
+    /// The mean latency last seen, in seconds.
+    pub(super) mean_latency: Option<f64>,
+    /// By how much that exceeds the least, in seconds.
     pub(super) excess: Option<f64>,
     /// Whether that is new.
     pub(super) fresh: bool,
+    /// The difference in latency that was last seen.
+    late: f64,
     /// When it joined; `None`: it was there before the balancer.
     pub(super) joined: Option<Instant>,
 }
@@ -270,20 +338,36 @@ impl Learned {
             reported: now,
             floors: [f64::INFINITY; 2],
             turned: now,
+            mean_latency: None,
             excess: None,
             fresh: false,
+            late: 0.0,
             joined,
         }
     }
 
-    /// A fresh report, `load`, where the mean is `mean`.
-    pub(super) fn report(&mut self, config: &Adaptive, mean: f64, success: f32) {
+    /// A fresh report, where the mean load is `mean`. `idle`: this process has sent it nothing
+    /// since the report before.
+    pub(super) fn report(
+        &mut self,
+        config: &Adaptive,
+        trust: &mut Trust,
+        mean: &Mean,
+        success: f32,
+        idle: bool,
+    ) {
         let Some(load) = self.load else { return };
-        let mut error = ((mean - load) / mean.max(IDLE)).clamp(-1.0, 1.0);
+        let mean_load = mean.value();
+        let mut error = ((mean_load - load) / mean_load.max(IDLE)).clamp(-1.0, 1.0);
         if f64::from(success) < config.success_limit {
             error = error.min(0.0);
         }
-        let gain = config.metrics_gain;
+        // Whatever it is busy with, it is not what it got from here.
+        if idle {
+            error = error.max(0.0);
+        }
+        trust.heard(config, mean.count, error, self.error);
+        let gain = config.metrics_gain * trust.level(config);
         let step = gain * error + gain / 2.0 * (error - self.error);
         let range = config.metrics_range.ln();
         self.error = error;
@@ -320,18 +404,55 @@ impl Learned {
         if let Some(latencies) = latencies {
             self.floors[0] = self.floors[0].min(latencies.fastest);
             let floor = self.floors[0].min(self.floors[1]);
+            self.mean_latency = Some(latencies.mean);
             self.excess = Some(latencies.mean - floor);
         }
     }
 
     /// Compares its latency with the mean excess latency.
-    pub(super) fn trim(&mut self, config: &Adaptive, mean: f64) {
-        if !self.fresh || mean <= 0.0 {
+    pub(super) fn trim(&mut self, config: &Adaptive, trust: &mut Trust, mean: &Mean) {
+        let mean_excess = mean.value();
+        if !self.fresh || mean_excess <= 0.0 {
             return;
         }
         let Some(excess) = self.excess else { return };
-        let error = ((mean - excess) / mean).clamp(-1.0, 1.0);
-        self.latency = (config.latency_keep * self.latency + config.latency_gain * error)
-            .clamp(-LATENCY_RANGE, LATENCY_RANGE);
+        let error = ((mean_excess - excess) / mean_excess).clamp(-1.0, 1.0);
+        trust.heard(config, mean.count, error, self.late);
+        self.late = error;
+        let step = config.latency_gain * trust.level(config) * error;
+        self.latency =
+            (config.latency_keep * self.latency + step).clamp(-LATENCY_RANGE, LATENCY_RANGE);
+    }
+
+    /// A tick without any request: what is not tried cannot show that it is better than thought.
+    pub(super) fn forget(&mut self, config: &Adaptive) {
+        self.metrics *= config.idle_keep;
+        self.latency *= config.idle_keep;
+    }
+}
+
+/// A mean with weights.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Mean {
+    sum: f64,
+    weights: f64,
+    /// Of how many.
+    pub(super) count: usize,
+}
+
+impl Mean {
+    pub(super) fn add(&mut self, value: f64, weight: f64) {
+        self.sum += value * weight;
+        self.weights += weight;
+        self.count += 1;
+    }
+
+    /// 0 of nothing.
+    pub(super) fn value(&self) -> f64 {
+        if self.weights > 0.0 {
+            self.sum / self.weights
+        } else {
+            0.0
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -48,8 +48,8 @@ pub(super) struct Signals {
     fade: f32,
     /// How far such a report moves a score, either way.
     bound: f32,
-    /// What times in reports count from.
-    epoch: Instant,
+    /// What times in reports count from: the first of them.
+    epoch: OnceLock<Instant>,
     /// Values in reports, and whole reports, that were refused.
     refused: AtomicU64,
 }
@@ -70,7 +70,7 @@ impl Signals {
             floor: config.gate_floor as f32,
             fade: config.in_flight_fade_ms as f32 / 1e3,
             bound: config.in_flight_bound as f32,
-            epoch: Instant::now(),
+            epoch: OnceLock::new(),
             refused: AtomicU64::new(0),
         }
     }
@@ -131,7 +131,8 @@ impl Signals {
 
     fn millis(&self, now: Instant) -> u32 {
         // Wraps after 49 days; ages are differences, and far shorter.
-        now.saturating_duration_since(self.epoch).as_millis() as u32
+        let epoch = self.epoch.get_or_init(|| now);
+        now.saturating_duration_since(*epoch).as_millis() as u32
     }
 }
 
@@ -164,9 +165,7 @@ pub(super) struct Live {
     reported: AtomicU64,
     /// The bits of an `f64`.
     weight: AtomicU64,
-    /// By how much it is drawn more or less often than its weight says: zones, and the gate.
-    preference: AtomicF32,
-    /// The gate's part of that.
+    /// The part of its weight that it is drawn with: less than 1 for one that fails.
     gate: AtomicF32,
     signals: Arc<Signals>,
     addr: SocketAddr,
@@ -235,7 +234,8 @@ impl Live {
         }
         if let Some(in_flight) = report.in_flight {
             let in_flight = in_flight as f32;
-            let stamped = u64::from(in_flight.to_bits()) << 32 | u64::from(self.signals.millis(now));
+            let stamped =
+                u64::from(in_flight.to_bits()) << 32 | u64::from(self.signals.millis(now));
             self.reported.store(stamped, Ordering::Relaxed);
             let fleet = &self.signals.fleet;
             let unit = in_flight / self.weight() as f32;
@@ -310,7 +310,6 @@ impl Member {
                 fastest: AtomicU64::new(u64::MAX),
                 reported: AtomicU64::new(UNREPORTED),
                 weight: AtomicU64::new(1_f64.to_bits()),
-                preference: AtomicF32::new(1.0),
                 gate: AtomicF32::new(1.0),
                 signals: signals.clone(),
                 addr,
@@ -343,17 +342,16 @@ impl Member {
 
     /// In proportion to what it is drawn: 0 or more.
     pub(crate) fn share(&self) -> f64 {
-        self.live.weight() * f64::from(self.live.preference.get())
+        self.live.weight() * f64::from(self.live.gate.get())
     }
 
     pub(super) fn gate(&self) -> f32 {
         self.live.gate.get()
     }
 
-    pub(super) fn set_weight(&self, weight: f64, gate: f32, zone: f32) {
+    pub(super) fn set_weight(&self, weight: f64, gate: f32) {
         self.live.weight.store(weight.to_bits(), Ordering::Relaxed);
         self.live.gate.set(gate);
-        self.live.preference.set(gate * zone);
     }
 
     pub(super) fn live(&self) -> &Live {
@@ -384,6 +382,11 @@ impl Member {
             mean,
             fastest: (fastest as f64 / 1e9).min(mean),
         })
+    }
+
+    /// Whether it has or had anything to do for this process since latencies were last taken.
+    pub(super) fn is_active(&self) -> bool {
+        self.in_flight() > 0 || self.live.successes.load(Ordering::Relaxed) > 0
     }
 
     /// What it last said of its load in a response.

@@ -35,6 +35,7 @@ use adaptive::in_range;
 use member::Signals;
 use table::Table;
 pub(crate) use weigher::{Weigher, Weighing};
+use zone::Place;
 
 pub use adaptive::Adaptive;
 pub use pick::{PickOptions, Upstream};
@@ -44,6 +45,7 @@ pub(crate) use {member::Member, report::BINARY_HEADER, table::Spread};
 
 pub(crate) use weight::is_base_weight;
 pub use weight::{Headroom, Load};
+pub use zone::Zones;
 
 /// How a backend is chosen.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -113,6 +115,8 @@ pub struct BalancerBuilder {
     headroom: Headroom,
     adaptive: Adaptive,
     consistent: Consistent,
+    zones: Zones,
+    place: Place,
     default_port: u16,
     candidates: usize,
 }
@@ -124,6 +128,8 @@ impl Default for BalancerBuilder {
             headroom: Headroom::default(),
             adaptive: Adaptive::default(),
             consistent: Consistent::default(),
+            zones: Zones::default(),
+            place: Place::Anywhere,
             default_port: 80,
             candidates: DEFAULT_CANDIDATES,
         }
@@ -159,6 +165,30 @@ impl BalancerBuilder {
         self
     }
 
+    /// The zone that this balancer is in, as nodes register theirs: backends there are preferred.
+    /// Default: none, all zones are alike. Not for [`Policy::Consistent`], whose keys stay where
+    /// they are.
+    #[must_use]
+    pub fn zone(mut self, zone: impl Into<String>) -> Self {
+        self.place = Place::Zone(zone.into());
+        self
+    }
+
+    /// The same, for a balancer that runs beside a node of the group: its zone is the one that
+    /// this node registered.
+    #[must_use]
+    pub fn zone_of(mut self, node_id: impl Into<String>) -> Self {
+        self.place = Place::Beside(node_id.into());
+        self
+    }
+
+    /// How much traffic leaves the zone.
+    #[must_use]
+    pub fn zones(mut self, zones: Zones) -> Self {
+        self.zones = zones;
+        self
+    }
+
     /// The port of nodes that registered none. Default: 80. At least 1.
     #[must_use]
     pub fn default_port(mut self, port: u16) -> Self {
@@ -183,6 +213,10 @@ impl BalancerBuilder {
         self.validate()?;
         let weigher = Weigher::new(self.weighing());
         Ok(Balancer {
+            own_request: match self.policy {
+                Policy::Adaptive => self.adaptive.own_request as f32,
+                _ => 1.0,
+            },
             config: self,
             started: Instant::now(),
             table: ArcSwap::from_pointee(Table::default()),
@@ -197,6 +231,7 @@ impl BalancerBuilder {
         self.headroom.validate("headroom")?;
         self.adaptive.validate("adaptive")?;
         self.consistent.validate("consistent")?;
+        self.zones.validate("zones")?;
         if self.default_port == 0 {
             return Err(ClusterError::config(
                 "default_port",
@@ -221,8 +256,10 @@ impl BalancerBuilder {
             policy: self.policy,
             headroom: self.headroom,
             adaptive: self.adaptive,
-            zones: zone::Zones::default(),
+            zones: self.zones,
+            place: self.place.clone(),
             default_port: self.default_port,
+            sees_requests: true,
         }
     }
 }
@@ -247,6 +284,8 @@ impl BalancerBuilder {
 #[derive(Debug)]
 pub struct Balancer {
     config: BalancerBuilder,
+    /// How much the request to be placed counts beside those in flight.
+    own_request: f32,
     started: Instant,
     table: ArcSwap<Table>,
     signals: Arc<Signals>,

@@ -18,6 +18,9 @@ pub(super) const MAX_CANDIDATES: usize = 8;
 /// whole table is searched instead (excluded), or fewer candidates have to do (drawn already).
 const REDRAWS: usize = 4;
 
+/// How often any backend at all is looked at, whatever its weight, when none of those drawn works.
+const BLIND_DRAWS: usize = 16;
+
 /// What a request asks of a pick beyond the policy.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PickOptions<'a> {
@@ -126,6 +129,7 @@ impl Balancer {
     ) -> Option<Upstream> {
         let table = self.table.load();
         let exclude = options.exclude;
+        let (candidates, own) = (self.config.candidates, self.own_request);
         let mut counted = None;
         let index = match self.config.policy {
             _ if table.slots.is_empty() => return None,
@@ -133,7 +137,7 @@ impl Balancer {
                 let signals = &*self.signals;
                 if signals.quiet() {
                     let judge = |_: usize, score, _: &mut _| Some(score);
-                    table.least_busy(self.config.candidates, exclude, judge, &mut random)
+                    table.least_busy(candidates, own, exclude, judge, &mut random)
                 } else {
                     let reporting = signals.reporting();
                     let now = match options.now {
@@ -146,9 +150,13 @@ impl Balancer {
                             return None;
                         }
                         let live = table.slots[index].member.live();
-                        Some(if reporting { score * live.busyness(now) } else { score })
+                        Some(if reporting {
+                            score * live.busyness(now)
+                        } else {
+                            score
+                        })
                     };
-                    table.least_busy(self.config.candidates, exclude, judge, &mut random)
+                    table.least_busy(candidates, own, exclude, judge, &mut random)
                 }
             }
             Policy::Random => table.draw(exclude, &mut random),
@@ -159,7 +167,10 @@ impl Balancer {
             }
         }?;
         let live = table.slots[index].member.enter();
-        Some(Upstream { live, _counted: counted })
+        Some(Upstream {
+            live,
+            _counted: counted,
+        })
     }
 
     fn next_in_turn(&self, table: &Table, exclude: &[SocketAddr]) -> Option<usize> {
@@ -189,8 +200,8 @@ impl Balancer {
     ) -> Option<usize> {
         // This request has been counted in.
         let in_all = Arc::strong_count(&self.in_flight) - 1;
-        let fair = in_all as f32 * self.config.consistent.balance_factor as f32
-            / table.slots.len() as f32;
+        let fair =
+            in_all as f32 * self.config.consistent.balance_factor as f32 / table.slots.len() as f32;
         let has_room = |index: usize| {
             let slot = &table.slots[index];
             let room = (fair / slot.inverse_weight).ceil() as usize;
@@ -201,7 +212,9 @@ impl Balancer {
             if table.is_excluded(index, options.exclude) {
                 continue;
             }
-            if has_room(index) && (!self.signals.gated() || table.passes(index, &self.signals, random)) {
+            if has_room(index)
+                && (!self.signals.gated() || table.passes(index, &self.signals, random))
+            {
                 return Some(index);
             }
             fallback.get_or_insert(index);
@@ -261,13 +274,14 @@ impl Table {
     fn least_busy<R: FnMut() -> u64>(
         &self,
         candidates: usize,
+        own: f32,
         exclude: &[SocketAddr],
         judge: impl Fn(usize, f32, &mut R) -> Option<f32>,
         random: &mut R,
     ) -> Option<usize> {
         let score = |index: usize| {
             let slot = &self.slots[index];
-            (slot.counter.in_flight() + 1) as f32 * slot.inverse_weight
+            (slot.counter.in_flight() as f32 + own) * slot.inverse_weight
         };
         let wanted = candidates.min(self.slots.len());
         let mut drawn = [usize::MAX; MAX_CANDIDATES];
@@ -294,7 +308,26 @@ impl Table {
                 (best, least) = (Some(index), score);
             }
         }
-        best.or_else(|| self.draw(exclude, random))
+        best.or_else(|| self.any_well(exclude, &judge, random))
+            .or_else(|| self.draw(exclude, random))
+    }
+
+    /// When everything that is drawn by weight has failed since the table was built, as when a
+    /// whole zone does: whatever works.
+    #[cold]
+    fn any_well<R: FnMut() -> u64>(
+        &self,
+        exclude: &[SocketAddr],
+        judge: &impl Fn(usize, f32, &mut R) -> Option<f32>,
+        random: &mut R,
+    ) -> Option<usize> {
+        (0..BLIND_DRAWS).find_map(|_| {
+            let index = (random() % self.slots.len() as u64) as usize;
+            if self.is_excluded(index, exclude) {
+                return None;
+            }
+            judge(index, 1.0, random).map(|_| index)
+        })
     }
 }
 

@@ -177,7 +177,10 @@ impl fmt::Display for LoadReport {
             ("mem_utilization", self.memory),
             ("named_metrics.queue_depth", self.queue),
             ("named_metrics.in_flight", self.in_flight),
-            ("named_metrics.sampled_at", self.sampled_at.map(|millis| millis as f64)),
+            (
+                "named_metrics.sampled_at",
+                self.sampled_at.map(|millis| millis as f64),
+            ),
         ] {
             let Some(value) = value.filter(|value| value.is_finite()) else {
                 continue;

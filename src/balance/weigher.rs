@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use xxhash_rust::xxh3::{Xxh3DefaultBuilder, xxh3_64};
 
 use super::Policy;
-use super::adaptive::{Adaptive, Learned};
+use super::adaptive::{Adaptive, Learned, Mean, Trust};
 use super::member::{Member, Signals};
 use super::report::LoadReport;
 use super::weight::{Headroom, Load, base_weight, mean_load};
-use super::zone::Zones;
+use super::zone::{Place, Side, Spill, Zones};
 use crate::node::Node;
 
 /// A load that comes with responses is newer than the one in the registration, for so long.
@@ -24,6 +24,9 @@ const SAME_AGAIN: Duration = Duration::from_secs(5);
 /// A report older than the last one by more than this is not late: its sender's clock was set.
 const CLOCK_SET_MS: u64 = 60_000;
 
+/// A weight stays above 0.
+const MIN_SPILL: f64 = 1e-6;
+
 /// What weights follow from.
 #[derive(Debug, Clone)]
 pub(crate) struct Weighing {
@@ -31,7 +34,10 @@ pub(crate) struct Weighing {
     pub(crate) headroom: Headroom,
     pub(crate) adaptive: Adaptive,
     pub(crate) zones: Zones,
+    pub(crate) place: Place,
     pub(crate) default_port: u16,
+    /// Whether requests are counted and their outcomes told. Else every backend counts as busy.
+    pub(crate) sees_requests: bool,
 }
 
 /// What only the updater needs to know of a registration.
@@ -48,6 +54,10 @@ struct Known {
     shadowed: bool,
     /// Its load is new and the controller has not had it yet.
     fresh: bool,
+    /// It was sent something since its last report.
+    tried: bool,
+    /// The same since the last tick.
+    tried_lately: bool,
 }
 
 impl Known {
@@ -80,14 +90,15 @@ impl Known {
         let Some(report) = self.member.take_sample() else {
             return;
         };
-        let again = self.response.is_some_and(|(last, at)| {
-            match (last.sampled_at, report.sampled_at) {
-                (Some(last), Some(this)) => this <= last && last - this < CLOCK_SET_MS,
-                _ => {
-                    last.load() == report.load() && now.saturating_duration_since(at) < SAME_AGAIN
-                }
-            }
-        });
+        let again =
+            self.response
+                .is_some_and(|(last, at)| match (last.sampled_at, report.sampled_at) {
+                    (Some(last), Some(this)) => this <= last && last - this < CLOCK_SET_MS,
+                    _ => {
+                        last.load() == report.load()
+                            && now.saturating_duration_since(at) < SAME_AGAIN
+                    }
+                });
         if again {
             return;
         }
@@ -99,6 +110,10 @@ impl Known {
             queue: load.queue.or(self.load.queue),
         };
         self.fresh = true;
+    }
+
+    fn is_near(&self, zone: Option<&str>) -> bool {
+        zone.is_none() || self.node.zone.as_deref() == zone
     }
 
     fn counts(&self) -> bool {
@@ -115,7 +130,11 @@ pub(crate) struct Weigher {
     /// When there were nodes for the first time: those are not new.
     started: bool,
     ticked: Option<Instant>,
-    spill: f64,
+    trust_in_metrics: Trust,
+    trust_in_latencies: Trust,
+    spill: Spill,
+    /// The balancer's own zone.
+    zone: Option<String>,
     refused: u64,
 }
 
@@ -127,7 +146,10 @@ impl Weigher {
             known: Vec::new(),
             started: false,
             ticked: None,
-            spill: 0.0,
+            trust_in_metrics: Trust::default(),
+            trust_in_latencies: Trust::default(),
+            spill: Spill::default(),
+            zone: None,
             refused: 0,
         }
     }
@@ -139,7 +161,11 @@ impl Weigher {
     /// Takes over the nodes of a group and weighs them. Of several registrations of one address the
     /// one written last counts: that process is there, the others are leases that have not run out
     /// yet. Forgets registrations that are gone.
-    pub(crate) fn update<'a>(&mut self, nodes: impl IntoIterator<Item = &'a Arc<Node>>, now: Instant) {
+    pub(crate) fn update<'a>(
+        &mut self,
+        nodes: impl IntoIterator<Item = &'a Arc<Node>>,
+        now: Instant,
+    ) {
         let joined = self.started.then_some(now);
         let mut before = Before::new(std::mem::take(&mut self.known));
         let mut at: HashMap<SocketAddr, usize, Xxh3DefaultBuilder> = HashMap::default();
@@ -165,6 +191,8 @@ impl Weigher {
                         response: None,
                         shadowed: false,
                         fresh: true,
+                        tried: false,
+                        tried_lately: false,
                     }
                 }
             };
@@ -186,8 +214,22 @@ impl Weigher {
             self.known.push(known);
         }
         self.started |= !self.known.is_empty();
+        self.find_place();
         self.learn(now);
         self.weigh(now);
+    }
+
+    /// Where this balancer is: said, or where a node is that has registered.
+    fn find_place(&mut self) {
+        self.zone = match &self.config.place {
+            Place::Anywhere => None,
+            Place::Zone(zone) => Some(zone.clone()),
+            Place::Beside(id) => {
+                let own = self.known.iter().find(|known| known.node.id == *id);
+                // A node that is gone for a moment has not moved.
+                own.map_or(self.zone.take(), |own| own.node.zone.clone())
+            }
+        };
     }
 
     /// What time and requests bring, once a second.
@@ -201,31 +243,37 @@ impl Weigher {
         }
         self.learn(now);
         let adaptive = &self.config.adaptive;
-        let mut heard = (0.0, 0_u32);
-        let mut excess = (0.0, 0.0);
+        let (mut heard, mut excess) = (Mean::default(), Mean::default());
         for known in &mut self.known {
             let learned = &mut known.learned;
             learned.age(adaptive, now, passed);
+            if !self.config.sees_requests || known.member.is_active() {
+                known.tried = true;
+                known.tried_lately = true;
+            }
+            if !std::mem::take(&mut known.tried_lately) {
+                learned.forget(adaptive);
+            }
             learned.latencies(known.member.take_latencies(adaptive.latency_samples));
-            if known.shadowed || !known.node.is_serving() {
+            if !known.counts() {
                 continue;
             }
-            if learned.load.is_some() {
-                heard = (heard.0 + learned.metrics, heard.1 + 1);
+            if known.learned.load.is_some() {
+                heard.add(known.learned.metrics, 1.0);
             }
-            if let Some(own) = learned.excess {
-                let weight = known.member.share();
-                excess = (excess.0 + own * weight, excess.1 + weight);
+            if let Some(own) = known.learned.excess {
+                excess.add(own, known.member.share());
             }
         }
-        let centre = heard.0 / f64::from(heard.1.max(1));
-        let mean = if excess.1 > 0.0 { excess.0 / excess.1 } else { 0.0 };
         for known in self.known.iter_mut().filter(|known| known.counts()) {
             if known.learned.load.is_some() {
-                known.learned.metrics -= centre;
+                known.learned.metrics -= heard.value();
             }
-            known.learned.trim(adaptive, mean);
+            known
+                .learned
+                .trim(adaptive, &mut self.trust_in_latencies, &excess);
         }
+        self.spill();
         let reporting = self
             .members()
             .any(|member| member.reported_since(Duration::from_secs(5), now));
@@ -242,6 +290,29 @@ impl Weigher {
         self.weigh(now);
     }
 
+    /// How much traffic leaves the zone.
+    fn spill(&mut self) {
+        let zone = self.zone.as_deref();
+        if zone.is_none() {
+            return;
+        }
+        let (mut near, mut far) = (Side::default(), Side::default());
+        for known in self.known.iter().filter(|known| known.counts()) {
+            let is_near = known.is_near(zone);
+            let side = if is_near { &mut near } else { &mut far };
+            let weight = known.member.weight();
+            side.weight += weight;
+            side.well += weight * f64::from(self.signals.chance(known.member.success()));
+            if let Some(load) = known.learned.load {
+                side.load.add(load, weight);
+            }
+            if let Some(latency) = known.learned.mean_latency {
+                side.latency.add(latency, weight);
+            }
+        }
+        self.spill.tick(&self.config.zones, &near, &far);
+    }
+
     /// Lets the controller have the reports that are new.
     fn learn(&mut self, now: Instant) {
         let adaptive = &self.config.adaptive;
@@ -254,14 +325,19 @@ impl Weigher {
             let load = adaptive.load(&known.load, &mean, known.member.success());
             known.learned.heard(load, now);
         }
-        let loads = self.known.iter().filter(|known| known.counts());
-        let (sum, count) = loads
-            .filter_map(|known| known.learned.load)
-            .fold((0.0, 0_u32), |(sum, count), load| (sum + load, count + 1));
+        let mut loads = Mean::default();
+        for load in self.known.iter().filter(|known| known.counts()) {
+            if let Some(load) = load.learned.load {
+                loads.add(load, 1.0);
+            }
+        }
         for known in &mut self.known {
-            if std::mem::take(&mut known.fresh) && count >= 2 && !known.shadowed {
-                let mean = sum / f64::from(count);
-                known.learned.report(adaptive, mean, known.member.success());
+            if std::mem::take(&mut known.fresh) && loads.count >= 2 && !known.shadowed {
+                let tried = std::mem::take(&mut known.tried);
+                let idle = self.config.sees_requests && !tried && !known.member.is_active();
+                let success = known.member.success();
+                let trust = &mut self.trust_in_metrics;
+                known.learned.report(adaptive, trust, &loads, success, idle);
             }
         }
     }
@@ -312,15 +388,22 @@ impl Weigher {
             .iter()
             .map(|known| whole(known) * ramp(known).max(least.min(1.0)))
             .collect();
-        let gates = matches!(config.policy, Policy::Adaptive | Policy::Consistent);
-        self.spill = 1.0;
+        let zone = self.zone.as_deref();
+        let any_near = zone.is_some() && serving().any(|known| known.is_near(zone));
+        let spill = if any_near {
+            self.spill.level(&config.zones)
+        } else {
+            1.0
+        };
         for (known, weight) in self.known.iter().zip(weights) {
-            let gate = if gates {
-                self.signals.chance(known.member.success())
-            } else {
-                1.0
+            let gate = match config.policy {
+                Policy::Adaptive => self.signals.chance(known.member.success()),
+                _ => 1.0,
             };
-            known.member.set_weight(weight, gate, 1.0);
+            // A key stays where it is, whatever the pressure.
+            let near = config.policy == Policy::Consistent || known.is_near(zone);
+            let part = if near { 1.0 } else { spill.max(MIN_SPILL) };
+            known.member.set_weight(weight * part, gate);
         }
     }
 
@@ -377,7 +460,11 @@ impl Before {
             known
                 .filter_map(|(place, known)| {
                     let known = known.as_ref()?;
-                    let key = (known.member.addr(), known.node.incarnation(), hash(&known.node));
+                    let key = (
+                        known.member.addr(),
+                        known.node.incarnation(),
+                        hash(&known.node),
+                    );
                     Some((key, place))
                 })
                 .collect()
@@ -399,7 +486,9 @@ mod tests {
             headroom: Headroom::default(),
             adaptive: Adaptive::default(),
             zones: Zones::default(),
+            place: Place::Anywhere,
             default_port: 80,
+            sees_requests: true,
         })
     }
 

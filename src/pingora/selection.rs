@@ -88,11 +88,7 @@ struct State {
 
 impl State {
     /// Answers whether addresses have come or gone, or started or stopped to drain.
-    fn apply<'a>(
-        &mut self,
-        nodes: impl IntoIterator<Item = &'a Arc<Node>>,
-        now: Instant,
-    ) -> bool {
+    fn apply<'a>(&mut self, nodes: impl IntoIterator<Item = &'a Arc<Node>>, now: Instant) -> bool {
         let mut changed = false;
         let mut before = std::mem::take(&mut self.slots);
         self.weigher.update(nodes, now);
@@ -141,9 +137,11 @@ impl LiveWeights {
 
     /// With settings that have been checked.
     pub(super) fn of(settings: &BalancerBuilder) -> Arc<Self> {
+        let mut weighing = settings.weighing();
+        weighing.sees_requests = false;
         Arc::new(Self {
             state: Mutex::new(State {
-                weigher: Weigher::new(settings.weighing()),
+                weigher: Weigher::new(weighing),
                 slots: HashMap::new(),
                 departed: HashMap::new(),
             }),
@@ -367,7 +365,9 @@ struct Turn(AtomicU64);
 impl Turns {
     fn new() -> Self {
         // Proxies that start together should not all begin with the same backend.
-        Self(std::array::from_fn(|_| Turn(AtomicU64::new(fastrand::u64(..)))))
+        Self(std::array::from_fn(|_| {
+            Turn(AtomicU64::new(fastrand::u64(..)))
+        }))
     }
 
     fn next(&self) -> u64 {
