@@ -109,6 +109,7 @@ impl BackgroundService for Workers {
                 advertise: None,
                 zone: None,
                 ttl: 5,
+                slots: None,
             };
             let mut shutdown = shutdown.clone();
             workers.spawn(async move {

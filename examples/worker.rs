@@ -10,6 +10,10 @@
 //! ```
 //!
 //! SIGTERM and Ctrl-C leave gracefully too.
+//!
+//! With `--slots 4 --service-ms 20` it works on four requests at a time, for 20 ms each on average,
+//! and reports how much of that is in use; `PUT /slots?count=2` leaves it two of them, as if a
+//! neighbour had taken the others.
 
 #[path = "support/log.rs"]
 mod log;
@@ -17,6 +21,7 @@ mod support;
 
 use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use pingora_etcd::EtcdOptions;
@@ -43,6 +48,12 @@ struct Arguments {
     /// Where it runs.
     #[arg(long)]
     zone: Option<String>,
+    /// Works on so many requests at a time; its reported load is what they use then.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    slots: Option<u32>,
+    /// How long a request takes on average, with --slots.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    service_ms: u64,
     /// Seconds after a crash until it is missed.
     #[arg(long, default_value_t = 5)]
     ttl: i64,
@@ -60,6 +71,9 @@ async fn main() -> ExitCode {
         advertise: arguments.advertise,
         zone: arguments.zone,
         ttl: arguments.ttl,
+        slots: arguments
+            .slots
+            .map(|slots| (slots, Duration::from_millis(arguments.service_ms))),
     };
     match run_worker(options, signal()).await {
         Ok(Ended::Left) => ExitCode::SUCCESS,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::balance::{
-    Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, Headroom, Policy,
+    Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, Headroom, Policy, Zones,
 };
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
@@ -57,6 +57,15 @@ pub struct ClusterConfig {
     /// The constants of `consistent`.
     #[serde(default)]
     pub consistent: Consistent,
+    /// The zone this proxy is in: backends there are preferred. Default: none, all are alike.
+    #[serde(default)]
+    pub zone: Option<String>,
+    /// Instead of `zone`: the id of a node whose zone it is in, as that node registered it.
+    #[serde(default)]
+    pub zone_of: Option<String>,
+    /// How much traffic leaves the zone.
+    #[serde(default)]
+    pub zones: Zones,
     /// How many backends `adaptive` and `headroom` draw to choose from. Default: 5. Range: 1 to 8.
     #[serde(default = "default_candidates")]
     pub candidates: usize,
@@ -64,7 +73,7 @@ pub struct ClusterConfig {
     #[serde(default)]
     pub hash_on: HashOn,
     /// Whether backends say in the response header `endpoint-load-metrics` how loaded they are
-    /// ([`LoadReport`](crate::balance::LoadReport)). The header does not reach the client then.
+    /// ([`LoadReport`](crate::LoadReport)). The header does not reach the client then.
     /// Default: `false`, the header means nothing and is passed on.
     #[serde(default)]
     pub load_reports: bool,
@@ -218,6 +227,12 @@ impl ClusterConfig {
                 format!("{:?} is not an address and a port", self.listen),
             ));
         }
+        if self.zone.is_some() && self.zone_of.is_some() {
+            return Err(ClusterError::config(
+                "cluster.zone_of",
+                "cannot be given together with cluster.zone",
+            ));
+        }
         let retries = u64::try_from(self.retries).unwrap_or(u64::MAX);
         for (field, value, range) in [
             ("retries", retries, 0..=2),
@@ -268,7 +283,15 @@ impl ClusterConfig {
 
     /// The same as settings: for a stock load balancer.
     pub fn weights(&self) -> BalancerBuilder {
-        Balancer::builder()
+        let mut builder = Balancer::builder();
+        if let Some(zone) = &self.zone {
+            builder = builder.zone(zone);
+        }
+        if let Some(id) = &self.zone_of {
+            builder = builder.zone_of(id);
+        }
+        builder
+            .zones(self.zones)
             .policy(self.policy)
             .adaptive(self.adaptive)
             .headroom(self.headroom)
@@ -427,6 +450,18 @@ cluster:
             ("headroom: { cpu: -1 }", "cluster.headroom.cpu"),
             ("headroom: { cpu: much }", "cpu"),
             ("candidates: 99", "cluster.candidates"),
+            (
+                "adaptive: { metrics_gain: 2 }",
+                "cluster.adaptive.metrics_gain",
+            ),
+            ("adaptive: { gain: 2 }", "gain"),
+            (
+                "consistent: { balance_factor: 1 }",
+                "cluster.consistent.balance_factor",
+            ),
+            ("zones: { spare: 0 }", "cluster.zones.spare"),
+            ("zone: a\n  zone_of: n1", "cluster.zone_of"),
+            ("zone: ''", "cluster.zone"),
             ("default_port: 0", "cluster.default_port"),
             ("retries: 3", "cluster.retries"),
             ("listen: nowhere", "cluster.listen"),

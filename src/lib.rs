@@ -71,6 +71,7 @@
 //! |---|---|---|
 //! | `pingora` | yes | the module `pingora`, the adapters |
 //! | `system-metrics` | no | `SystemMetricsCollector` |
+//! | `tower` | no | `LoadReporter::layer`: counts requests and reports load with every response |
 //! | `test-util` | no | controls of the in-memory store: compaction, expiry, refusal, silence |
 #![forbid(unsafe_code)]
 #![deny(missing_docs, unreachable_pub)]
@@ -81,6 +82,7 @@ pub mod config;
 pub mod discovery;
 pub mod error;
 mod keys;
+mod load_report;
 pub mod metrics;
 mod node;
 #[cfg(feature = "pingora")]
@@ -95,9 +97,12 @@ pub use discovery::{
     ServiceDiscoveryBuilder,
 };
 pub use error::ClusterError;
+pub use load_report::{LOAD_REPORT_HEADER, LoadReport, LoadReportError};
 #[cfg(feature = "system-metrics")]
 pub use metrics::SystemMetricsCollector;
-pub use metrics::{CompositeMetricsCollector, MetricsCollector, NoopMetricsCollector};
+pub use metrics::{
+    CompositeMetricsCollector, LoadReporter, MetricsCollector, NoopMetricsCollector, RequestGuard,
+};
 pub use node::{HealthStatus, Node, NodeMetadata, NodeState, metadata_keys};
 pub use store::EtcdOptions;
 pub use worker::{ClusterNode, ClusterNodeBuilder, Leadership};

@@ -4,11 +4,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use pingora::lb::selection::{BackendIter, BackendSelection};
-use pingora_etcd::Node;
-use pingora_etcd::balance::{
-    Adaptive, Balancer, BalancerBuilder, LoadReport, PickOptions, Policy, Upstream,
-};
+use pingora_etcd::balance::{Adaptive, Balancer, BalancerBuilder, PickOptions, Policy, Upstream};
 use pingora_etcd::pingora::{LiveWeights, MetricsWeighted};
+use pingora_etcd::{LoadReport, Node};
 
 use crate::server::{Discipline, Server};
 use crate::world::{MEAN_WORK, Scenario, Seconds};

@@ -131,8 +131,15 @@ pub fn all() -> Vec<Row> {
         ),
         row(
             None,
-            with("one joins, cold, 90 %", |it| {
+            with("one joins, 90 %", |it| {
                 it.trouble = Trouble::Joins;
+                it.load = 0.9;
+            }),
+        ),
+        row(
+            None,
+            with("one joins, cold, 90 %", |it| {
+                it.trouble = Trouble::JoinsCold;
                 it.load = 0.9;
             }),
         ),
@@ -198,7 +205,7 @@ pub const SPECIALS: [Special; 3] = [
         measure: |ours, _| ours.first * 100.0,
     },
     Special {
-        scenario: "one joins, cold, 90 %",
+        scenario: "one joins, 90 %",
         what: "p99 of the joining server in its first 30 s",
         limit: 1.5,
         measure: |ours, oracle| ours.joined_p99 / oracle.p99,

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
-use pingora_etcd::balance::LoadReport;
+use pingora_etcd::LoadReport;
 
 use crate::routers::{Outcome, Router, RouterKind, Ticket, View};
 use crate::server::{Discipline, Server};
@@ -43,14 +43,22 @@ pub enum Trouble {
     None,
     /// The first server answers at once, and wrongly.
     FailsFast,
-    /// The last server joins, cold.
+    /// The last server joins.
     Joins,
+    /// The same with cold caches: a third as fast at first, and ten seconds to warm up.
+    JoinsCold,
     /// The first server hangs for 20 s.
     Hangs,
     /// Twice the load for 5 s.
     Burst,
     /// The near zone fails for 30 s.
     ZoneFails,
+}
+
+impl Trouble {
+    fn joins(self) -> bool {
+        matches!(self, Self::Joins | Self::JoinsCold)
+    }
 }
 
 /// When troubles begin, after the start of the measurement.
@@ -118,7 +126,7 @@ pub struct Figures {
     pub p99: f64,
     /// Share of requests that failed.
     pub errors: f64,
-    /// Share of requests that went to the first server, and to the last.
+    /// Share of requests that went to the first server, since the trouble began if there is any.
     pub first: f64,
     /// p99 of the last server in its first 30 s.
     pub joined_p99: f64,
@@ -204,7 +212,11 @@ pub struct World {
     dirty: bool,
     latencies: Vec<f32>,
     joined: Vec<f32>,
+    /// Requests for each server since the trouble began, if there is any.
     counts: Vec<u64>,
+    troubled: bool,
+    since_trouble: u64,
+    requests_measured: u64,
     near: u64,
     failed: u64,
     windows: Vec<Vec<f32>>,
@@ -235,7 +247,7 @@ impl World {
         } else {
             1.0
         };
-        let joining = scenario.trouble == Trouble::Joins;
+        let joining = scenario.trouble.joins();
         let capacity: f64 = cores.iter().take(cores.len() - usize::from(joining)).sum();
         let rate = scenario.load * capacity * left / MEAN_WORK;
         let count = scenario.servers;
@@ -261,6 +273,9 @@ impl World {
             latencies: Vec::new(),
             joined: Vec::new(),
             counts: vec![0; count],
+            troubled: scenario.trouble == Trouble::None,
+            since_trouble: 0,
+            requests_measured: 0,
             near: 0,
             failed: 0,
             windows: vec![Vec::new(); count],
@@ -323,7 +338,7 @@ impl World {
         if self.scenario.trouble != Trouble::None {
             self.at(self.scenario.warm + TROUBLE_AFTER, Event::Trouble);
         }
-        if self.scenario.trouble == Trouble::Joins {
+        if self.scenario.trouble.joins() {
             let last = self.servers.len() - 1;
             self.view.leave(last);
         }
@@ -404,7 +419,10 @@ impl World {
                 self.disturb(next);
             }
             Event::Window => self.window(),
-            Event::Trouble => self.trouble(true),
+            Event::Trouble => {
+                self.troubled = true;
+                self.trouble(true);
+            }
             Event::TroubleEnds => self.trouble(false),
             Event::Warm => {
                 let last = self.servers.len() - 1;
@@ -424,12 +442,14 @@ impl World {
                 self.servers[0].failing = begins;
                 None
             }
-            Trouble::Joins => {
+            Trouble::Joins | Trouble::JoinsCold => {
                 let last = self.servers.len() - 1;
                 self.view.join(last);
                 self.dirty = true;
-                self.servers[last].warmth = 0.3;
-                self.at(self.now + WARM_UP / 10.0, Event::Warm);
+                if self.scenario.trouble == Trouble::JoinsCold {
+                    self.servers[last].warmth = 0.3;
+                    self.at(self.now + WARM_UP / 10.0, Event::Warm);
+                }
                 None
             }
             Trouble::Hangs => {
@@ -503,7 +523,9 @@ impl World {
             }
         };
         if self.measuring() {
-            self.counts[server] += 1;
+            self.requests_measured += 1;
+            self.since_trouble += u64::from(self.troubled);
+            self.counts[server] += u64::from(self.troubled);
             let near = self.view.zone(server) == self.view.zone_of_proxy(proxy as usize);
             self.near += u64::from(near);
         }
@@ -622,7 +644,7 @@ impl World {
     }
 
     fn figures(mut self) -> Figures {
-        let requests: u64 = self.counts.iter().sum();
+        let requests = self.requests_measured;
         let share = |count: u64| count as f64 / requests.max(1) as f64;
         let variation = self.windows.iter().map(|windows| {
             let count = windows.len() as f32;
@@ -637,7 +659,7 @@ impl World {
             p99: quantile(&mut self.latencies, 0.99),
             joined_p99: quantile(&mut self.joined, 0.99),
             errors: share(self.failed),
-            first: share(self.counts[0]),
+            first: self.counts[0] as f64 / self.since_trouble.max(1) as f64,
             near: share(self.near),
         }
     }

@@ -12,8 +12,8 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{post, put};
 use pingora_etcd::{
-    ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, MetricsCollector, NodeMetadata,
-    metadata_keys,
+    ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, LOAD_REPORT_HEADER, LoadReporter,
+    MetricsCollector, NodeMetadata, metadata_keys,
 };
 use serde::Deserialize;
 use tokio::net::TcpListener;
@@ -21,6 +21,11 @@ use tokio::sync::watch;
 
 /// How long a request takes on an idle worker.
 const SERVICE_TIME: Duration = Duration::from_millis(2);
+
+#[path = "slots.rs"]
+mod slots;
+
+use slots::Slots;
 
 /// What a worker is started with.
 pub struct WorkerOptions {
@@ -33,6 +38,9 @@ pub struct WorkerOptions {
     pub zone: Option<String>,
     /// In seconds.
     pub ttl: i64,
+    /// How many requests it works on at a time, and for how long on average. `None`: any number,
+    /// for as long as the load that it is told to have makes it.
+    pub slots: Option<(u32, Duration)>,
 }
 
 /// Why a worker ended.
@@ -82,17 +90,25 @@ impl Load {
 #[derive(Clone)]
 struct Shared {
     node: ClusterNode,
+    reporter: LoadReporter,
     load: Arc<Mutex<Load>>,
+    slots: Option<Arc<Slots>>,
     end: watch::Sender<Option<Ended>>,
     /// The greatest fencing token seen: what makes a replaced leader's requests harmless.
     greatest_epoch: Arc<AtomicI64>,
 }
 
 #[derive(Clone)]
-struct Reported(Arc<Mutex<Load>>);
+struct Reported(Arc<Mutex<Load>>, Option<Arc<Slots>>);
 
 impl MetricsCollector for Reported {
     fn collect(&self) -> NodeMetadata {
+        if let Some(slots) = &self.1 {
+            return serde_json::json!({
+                metadata_keys::CPU_USAGE_PERCENT: slots.take_usage() * 100.0,
+                metadata_keys::QUEUE_DEPTH: slots.waiting(),
+            });
+        }
         let load = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         serde_json::json!({
             metadata_keys::CPU_USAGE_PERCENT: load.cpu,
@@ -115,9 +131,12 @@ pub async fn run_worker(
         }));
     }
     let load = Arc::new(Mutex::new(Load::default()));
+    let slots = options
+        .slots
+        .map(|(count, time)| Arc::new(Slots::new(count, time)));
     let mut builder = ClusterNodeBuilder::new(options.etcd, &options.id, ip, options.group)
         .ttl(options.ttl)
-        .metrics_collector(Reported(load.clone()))
+        .metrics_collector(Reported(load.clone(), slots.clone()))
         .metrics_update_interval(1);
     if let Some(zone) = options.zone {
         builder = builder.zone(zone);
@@ -129,13 +148,16 @@ pub async fn run_worker(
     let node = builder.port(listener.local_addr()?.port()).try_build()?;
     let (end, mut ended) = watch::channel(None);
     let shared = Shared {
+        reporter: node.load_reporter(),
         node: node.clone(),
         load,
+        slots,
         end: end.clone(),
         greatest_epoch: Arc::default(),
     };
     let app = Router::new()
         .route("/load", put(set_load))
+        .route("/slots", put(set_slots))
         .route("/stop", post(stop))
         .route("/crash", post(crash))
         .fallback(serve)
@@ -190,13 +212,23 @@ async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
             return (StatusCode::CONFLICT, reason).into_response();
         }
     }
-    let delay = {
-        let load = shared.load.lock().unwrap_or_else(PoisonError::into_inner);
-        load.delay()
-    };
-    tokio::time::sleep(delay).await;
+    let request = shared.reporter.enter();
+    match &shared.slots {
+        Some(slots) => slots.serve().await,
+        None => {
+            let delay = {
+                let load = shared.load.lock().unwrap_or_else(PoisonError::into_inner);
+                load.delay()
+            };
+            tokio::time::sleep(delay).await;
+        }
+    }
+    drop(request);
     let id = shared.node.id();
     let mut response = format!("{id}\n").into_response();
+    // With the feature `tower` a layer would do this, and count until the body is sent.
+    let report = shared.reporter.header_value();
+    response.headers_mut().insert(LOAD_REPORT_HEADER, report);
     if let Ok(id) = HeaderValue::from_bytes(id.as_bytes()) {
         response.headers_mut().insert("x-served-by", id);
     }
@@ -216,6 +248,30 @@ async fn set_load(
     }
     *shared.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
     format!("{load:?}, {:?} per request\n", load.delay()).into_response()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SlotCount {
+    count: u32,
+}
+
+/// How many slots are left to it: the others are a neighbour's.
+async fn set_slots(
+    State(shared): State<Shared>,
+    slots: Result<Query<SlotCount>, axum::extract::rejection::QueryRejection>,
+) -> Response {
+    let bad = |reason: String| (StatusCode::BAD_REQUEST, reason).into_response();
+    let Some(slots_of_worker) = &shared.slots else {
+        return bad("the worker was started without --slots\n".to_owned());
+    };
+    match slots {
+        Ok(Query(SlotCount { count })) => match slots_of_worker.leave(count) {
+            Ok(()) => format!("{count} slots\n").into_response(),
+            Err(reason) => bad(format!("count: {reason}\n")),
+        },
+        Err(error) => bad(format!("{error}\n")),
+    }
 }
 
 async fn stop(State(shared): State<Shared>) -> &'static str {

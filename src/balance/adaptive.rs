@@ -92,7 +92,7 @@ pub struct Adaptive {
     /// The part of the best success rate below which a backend is drawn less often. Default:
     /// 0.98. Range: 0 to 1; with 0 none ever is.
     pub gate_below: f64,
-    /// The least chance of such a backend when it is drawn. Default: 0.005. Range: 0.0001 to 1.
+    /// The least chance of such a backend when it is drawn. Default: 0.01. Range: 0.0001 to 1.
     pub gate_floor: f64,
     /// How much the request to be placed counts beside those in flight, in
     /// `(in flight + own_request) / weight`. With many proxies each has few in flight anywhere,
@@ -144,7 +144,7 @@ impl Default for Adaptive {
             latency_window_ms: 30_000,
             success_gain: 0.05,
             gate_below: 0.98,
-            gate_floor: 0.005,
+            gate_floor: 0.01,
             weight_min: 0.1,
             weight_max: 10.0,
             slow_start_ms: 30_000,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 
 use super::adaptive::Adaptive;
-use super::report::LoadReport;
+use crate::load_report::LoadReport;
 use crate::node::Node;
 
 /// An `f32` that several threads read and write.

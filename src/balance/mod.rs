@@ -15,7 +15,6 @@
 mod adaptive;
 mod member;
 mod pick;
-mod report;
 mod table;
 mod weigher;
 mod weight;
@@ -39,9 +38,8 @@ use zone::Place;
 
 pub use adaptive::Adaptive;
 pub use pick::{PickOptions, Upstream};
-pub use report::{LOAD_REPORT_HEADER, LoadReport, LoadReportError};
 #[cfg(feature = "pingora")]
-pub(crate) use {member::Member, report::BINARY_HEADER, table::Spread};
+pub(crate) use {member::Member, table::Spread};
 
 pub(crate) use weight::is_base_weight;
 pub use weight::{Headroom, Load};
@@ -232,6 +230,14 @@ impl BalancerBuilder {
         self.adaptive.validate("adaptive")?;
         self.consistent.validate("consistent")?;
         self.zones.validate("zones")?;
+        for (field, empty) in [
+            ("zone", self.place == Place::Zone(String::new())),
+            ("zone_of", self.place == Place::Beside(String::new())),
+        ] {
+            if empty {
+                return Err(ClusterError::config(field, "is empty"));
+            }
+        }
         if self.default_port == 0 {
             return Err(ClusterError::config(
                 "default_port",

@@ -7,9 +7,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::member::{Live, Signals, in_flight_of};
-use super::report::{LoadReport, LoadReportError};
 use super::table::Table;
 use super::{Balancer, Policy};
+use crate::load_report::{LoadReport, LoadReportError};
 use crate::node::Node;
 
 /// The most candidates that can be configured.
@@ -18,6 +18,8 @@ pub(super) const MAX_CANDIDATES: usize = 8;
 /// whole table is searched instead (excluded), or fewer candidates have to do (drawn already).
 const REDRAWS: usize = 4;
 
+/// Idle backends whose weights differ by less than this part may be chosen in either order.
+const ALIKE: f32 = 0.25;
 /// How often any backend at all is looked at, whatever its weight, when none of those drawn works.
 const BLIND_DRAWS: usize = 16;
 
@@ -85,7 +87,7 @@ impl Upstream {
         self.live.report(report, now);
     }
 
-    /// The same with the value of a response's [`LOAD_REPORT_HEADER`](super::LOAD_REPORT_HEADER).
+    /// The same with the value of a response's [`LOAD_REPORT_HEADER`](crate::LOAD_REPORT_HEADER).
     ///
     /// # Errors
     ///
@@ -279,9 +281,13 @@ impl Table {
         judge: impl Fn(usize, f32, &mut R) -> Option<f32>,
         random: &mut R,
     ) -> Option<usize> {
-        let score = |index: usize| {
+        // Chance decides between backends that are nearly alike, so that with little to do all get
+        // something; but no more, for their weights are all that many proxies with few requests
+        // each have to go by.
+        let score = |index: usize, chance: f32| {
             let slot = &self.slots[index];
-            (slot.counter.in_flight() as f32 + own) * slot.inverse_weight
+            let in_flight = slot.counter.in_flight() as f32;
+            (in_flight + own * (1.0 - ALIKE * chance)) * slot.inverse_weight
         };
         let wanted = candidates.min(self.slots.len());
         let mut drawn = [usize::MAX; MAX_CANDIDATES];
@@ -290,10 +296,10 @@ impl Table {
         let mut least = f32::INFINITY;
         let mut redraws = REDRAWS;
         while count < wanted {
-            let index = self.alias.draw(random());
+            let (index, chance) = self.alias.draw_with_rest(random());
             let mut judged = None;
             if !drawn[..count].contains(&index) && !self.is_excluded(index, exclude) {
-                judged = judge(index, score(index), random);
+                judged = judge(index, score(index, chance), random);
             }
             let Some(score) = judged else {
                 if redraws == 0 {

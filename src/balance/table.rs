@@ -121,12 +121,20 @@ impl AliasTable {
 
     /// The index that 64 random bits stand for. The table must not be empty.
     pub(super) fn draw(&self, random: u64) -> usize {
-        let index = ((random >> 32) * self.columns.len() as u64) >> 32;
+        self.draw_with_rest(random).0
+    }
+
+    /// The same with what it leaves of the bits, 0 to 1: not to be asked for more than chance
+    /// enough to break a tie, for with 2^16 backends there are 16 bits of it.
+    pub(super) fn draw_with_rest(&self, random: u64) -> (usize, f32) {
+        let scaled = (random >> 32) * self.columns.len() as u64;
+        let index = scaled >> 32;
+        let rest = (scaled as u32 >> 8) as f32 / (1_u32 << 24) as f32;
         let column = self.columns[index as usize];
         if (random as u32) <= column.own && column.own > 0 {
-            index as usize
+            (index as usize, rest)
         } else {
-            column.other as usize
+            (column.other as usize, rest)
         }
     }
 }

@@ -11,9 +11,9 @@ use xxhash_rust::xxh3::{Xxh3DefaultBuilder, xxh3_64};
 use super::Policy;
 use super::adaptive::{Adaptive, Learned, Mean, Trust};
 use super::member::{Member, Signals};
-use super::report::LoadReport;
 use super::weight::{Headroom, Load, base_weight, mean_load};
 use super::zone::{Place, Side, Spill, Zones};
+use crate::load_report::LoadReport;
 use crate::node::Node;
 
 /// A load that comes with responses is newer than the one in the registration, for so long.
@@ -95,7 +95,7 @@ impl Known {
                 .is_some_and(|(last, at)| match (last.sampled_at, report.sampled_at) {
                     (Some(last), Some(this)) => this <= last && last - this < CLOCK_SET_MS,
                     _ => {
-                        last.load() == report.load()
+                        Load::of(&last) == Load::of(&report)
                             && now.saturating_duration_since(at) < SAME_AGAIN
                     }
                 });
@@ -103,7 +103,7 @@ impl Known {
             return;
         }
         self.response = Some((report, now));
-        let load = report.load();
+        let load = Load::of(&report);
         self.load = Load {
             cpu: load.cpu.or(self.load.cpu),
             memory: load.memory.or(self.load.memory),

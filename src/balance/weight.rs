@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use crate::error::ClusterError;
+use crate::load_report::LoadReport;
 use crate::node::{Node, metadata_keys};
 
 /// The range of static weights, wide enough for any fleet and narrow enough to calculate with.
@@ -35,6 +36,14 @@ pub struct Load {
 }
 
 impl Load {
+    pub(super) fn of(report: &LoadReport) -> Self {
+        Self {
+            cpu: report.cpu,
+            memory: report.memory,
+            queue: report.queue,
+        }
+    }
+
     /// Takes over from the node's metadata what can be believed. A field that is there, but is no
     /// finite number in its range, is refused alone: the last good one stays. Answers how many
     /// were refused.

@@ -1,16 +1,22 @@
 //! What a node reports about itself.
 
+mod reporter;
 mod sampler;
 #[cfg(feature = "system-metrics")]
 mod system;
+#[cfg(feature = "tower")]
+mod tower;
 
 use serde_json::Value;
 
 use crate::node::NodeMetadata;
 
+pub use reporter::{LoadReporter, RequestGuard};
 pub(crate) use sampler::Sampler;
 #[cfg(feature = "system-metrics")]
 pub use system::SystemMetricsCollector;
+#[cfg(feature = "tower")]
+pub use tower::{CountedBody, LoadReportFuture, LoadReportLayer, LoadReportService};
 
 /// Where a node's metrics come from.
 ///

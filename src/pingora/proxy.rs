@@ -17,9 +17,10 @@ use http::{HeaderName, HeaderValue};
 use tracing::{debug, trace};
 
 use super::{BalancerService, LeaderRoute, LeaderUpstream, http_peer};
-use crate::balance::{BINARY_HEADER, LOAD_REPORT_HEADER, PickOptions, Upstream};
+use crate::balance::{PickOptions, Upstream};
 use crate::config::{ClusterConfig, HashOn};
 use crate::error::ClusterError;
+use crate::load_report::{BINARY_HEADER, LOAD_REPORT_HEADER};
 use crate::node::Node;
 use crate::store::Revision;
 

@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use crate::backoff::Backoff;
 use crate::error::ClusterError;
 use crate::keys::GroupKeys;
-use crate::metrics::Sampler;
+use crate::metrics::{LoadReporter, Sampler};
 use crate::node::{HealthStatus, Node, NodeState};
 use crate::store::{LazyStore, LeaseId, Revision, Store};
 
@@ -95,6 +95,7 @@ struct Shared {
     health: watch::Sender<HealthStatus>,
     /// The entry as it was last put together: what `leadership` answers with.
     entry: Mutex<Node>,
+    reporter: LoadReporter,
     session: ArcSwapOption<Session>,
     past: Mutex<Past>,
     term: ArcSwapOption<Term>,
@@ -165,6 +166,7 @@ impl ClusterNode {
                 running: AtomicBool::new(false),
                 draining: AtomicBool::new(false),
                 health: watch::Sender::new(HealthStatus::Unknown),
+                reporter: LoadReporter::new(),
                 session: ArcSwapOption::empty(),
                 past: Mutex::default(),
                 term: ArcSwapOption::empty(),
@@ -172,6 +174,14 @@ impl ClusterNode {
                 commands: Mutex::new(None),
             }),
         }
+    }
+
+    /// Says in responses how loaded this node is, with what its collector said last. The collector
+    /// is asked while the node runs and
+    /// [`metrics_update_interval`](ClusterNodeBuilder::metrics_update_interval) is set; until then
+    /// the reporter knows of requests in flight only.
+    pub fn load_reporter(&self) -> LoadReporter {
+        self.shared.reporter.clone()
     }
 
     /// Its id.

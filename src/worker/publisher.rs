@@ -37,6 +37,7 @@ impl Shared {
             let Some(metadata) = sampler.sample(every).await else {
                 continue;
             };
+            self.reporter.sampled(&metadata);
             let changed = {
                 let mut entry = self.entry();
                 let changed = entry.metadata != metadata;

@@ -1,8 +1,8 @@
-//! Load reports that come with responses, in the ORCA format.
+//! Load reports that go with responses, in the ORCA format.
 
 use std::fmt::{self, Write as _};
 
-use super::weight::Load;
+use crate::node::{NodeMetadata, metadata_keys};
 
 /// The response header that carries a report.
 pub const LOAD_REPORT_HEADER: &str = "endpoint-load-metrics";
@@ -24,7 +24,7 @@ const MAX_COUNT: f64 = 1e9;
 /// A value that is no number, not finite or out of its range is left out alone, and counted.
 ///
 /// ```
-/// use pingora_etcd::balance::LoadReport;
+/// use pingora_etcd::LoadReport;
 /// let text = "TEXT cpu_utilization=0.3,mem_utilization=0.5,named_metrics.queue_depth=12";
 /// let report = LoadReport::parse(text).unwrap();
 /// assert_eq!(report.cpu, Some(0.3));
@@ -70,6 +70,28 @@ impl LoadReport {
     /// A report that says nothing.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// What a node publishes, as a report: CPU, memory and queue depth, with the units that a
+    /// report has. Values that make no sense are refused as in [`parse`](Self::parse).
+    pub fn from_metadata(metadata: &NodeMetadata) -> Self {
+        use metadata_keys::{CPU_USAGE_PERCENT, MEMORY_USAGE_PERCENT, QUEUE_DEPTH};
+        let mut report = Self::default();
+        let mut take = |key, most, unit| {
+            let value = metadata.get(key).filter(|value| !value.is_null())?;
+            report
+                .checked(value.as_f64(), most)
+                .map(|value| value / unit)
+        };
+        let cpu = take(CPU_USAGE_PERCENT, 100.0, 100.0);
+        let memory = take(MEMORY_USAGE_PERCENT, 100.0, 100.0);
+        let queue = take(QUEUE_DEPTH, MAX_COUNT, 1.0);
+        Self {
+            cpu,
+            memory,
+            queue,
+            ..report
+        }
     }
 
     /// Reads the value of the header. Costs no allocation in the text form.
@@ -154,16 +176,8 @@ impl LoadReport {
     }
 
     /// Whether it says anything of the kind that is sampled.
-    pub(super) fn has_load(&self) -> bool {
+    pub(crate) fn has_load(&self) -> bool {
         self.cpu.is_some() || self.memory.is_some() || self.queue.is_some()
-    }
-
-    pub(super) fn load(&self) -> Load {
-        Load {
-            cpu: self.cpu,
-            memory: self.memory,
-            queue: self.queue,
-        }
     }
 }
 
@@ -192,5 +206,105 @@ impl fmt::Display for LoadReport {
             write!(f, "{name}={value}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    #[test]
+    fn both_forms_of_the_format_are_read() {
+        let text = "TEXT cpu_utilization=0.3,mem_utilization=0.5,application_utilization=0.7,\
+                    rps_fractional=10,eps=0.1,named_metrics.queue_depth=12";
+        let report = LoadReport::parse(text).unwrap();
+        assert_eq!(report.cpu, Some(0.7), "the application knows better");
+        assert_eq!((report.memory, report.queue), (Some(0.5), Some(12.0)));
+        assert_eq!((report.in_flight, report.refused), (None, 0));
+
+        let json = r#"JSON {"cpu_utilization": 0.3, "mem_utilization": 0.5, "eps": 1,
+            "application_utilization": 0, "request_cost": {"a": 1},
+            "named_metrics": {"in_flight": 7, "sampled_at": 1700000000000}}"#;
+        let report = LoadReport::parse(json).unwrap();
+        assert_eq!(report.cpu, Some(0.3), "0 is the format's word for not set");
+        assert_eq!(report.in_flight, Some(7.0));
+        assert_eq!(report.sampled_at, Some(1_700_000_000_000));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_alone() {
+        let text = "TEXT cpu_utilization=NaN,mem_utilization=1.5,named_metrics.queue_depth=-1,\
+                    named_metrics.in_flight=3,nonsense";
+        let report = LoadReport::parse(text).unwrap();
+        let expected = LoadReport {
+            in_flight: Some(3.0),
+            refused: 4,
+            ..LoadReport::new()
+        };
+        assert_eq!(report, expected);
+        assert_eq!(
+            LoadReport::parse("TEXT cpu_utilization=1.7").unwrap().cpu,
+            Some(1.0)
+        );
+        for (value, error) in [
+            ("cpu_utilization=1".as_bytes(), LoadReportError::Format),
+            (b"TEXT \xff", LoadReportError::Format),
+            (&[b' '; 5000], LoadReportError::TooLong(5000)),
+        ] {
+            assert_eq!(LoadReport::parse(value), Err(error));
+        }
+        assert!(matches!(
+            LoadReport::parse("JSON [1]"),
+            Err(LoadReportError::Json(_))
+        ));
+    }
+
+    #[test]
+    fn metadata_becomes_a_report() {
+        let metadata =
+            json!({"cpu_usage_percent": 45.0, "memory_usage_percent": -1, "queue_depth": 3});
+        let report = LoadReport::from_metadata(&metadata);
+        assert_eq!(
+            (report.cpu, report.memory, report.queue),
+            (Some(0.45), None, Some(3.0))
+        );
+        assert_eq!(report.refused, 1);
+    }
+
+    proptest! {
+        /// Whatever comes, it is either refused or within range.
+        #[test]
+        fn anything_at_all(prefix in "(TEXT |JSON |)", rest in any::<Vec<u8>>()) {
+            let mut value = prefix.into_bytes();
+            value.extend(rest);
+            if let Ok(report) = LoadReport::parse(&value) {
+                prop_assert!(report.cpu.is_none_or(|cpu| (0.0..=1.0).contains(&cpu)));
+                prop_assert!(report.queue.is_none_or(|queue| (0.0..=1e9).contains(&queue)));
+            }
+        }
+
+        #[test]
+        fn any_numbers(cpu in any::<f64>(), memory in any::<f64>(), in_flight in any::<f64>()) {
+            let text = format!("TEXT cpu_utilization={cpu},mem_utilization={memory},named_metrics.in_flight={in_flight}");
+            let report = LoadReport::parse(&text).unwrap();
+            for value in [report.cpu, report.memory, report.in_flight].into_iter().flatten() {
+                prop_assert!((0.0..=1e9).contains(&value));
+            }
+        }
+
+        /// What is written is read as the same.
+        #[test]
+        fn round_trip(cpu in 0.0..=1.0_f64, queue in 0..1000_u32, in_flight in 0..1000_u32, at in 0..2_000_000_000_000_u64) {
+            let report = LoadReport {
+                cpu: Some(cpu),
+                queue: Some(queue.into()),
+                in_flight: Some(in_flight.into()),
+                sampled_at: Some(at),
+                ..LoadReport::new()
+            };
+            prop_assert_eq!(LoadReport::parse(report.to_string()).unwrap(), report);
+        }
     }
 }
