@@ -20,11 +20,21 @@ use crate::error::ClusterError;
 /// # Metrics
 ///
 /// A fresh report of CPU, memory and queue becomes one number,
-/// `u = cpu * (1 + queue_gain * min(queue / queue_capacity, 3)) + (1 - success)`, plus
+/// `u = cpu * (1 + queue_gain * min(queue / queue_capacity, queue_most))
+/// + (1 - success)`, plus
 /// `memory_gain` for each tenth of memory in use above `memory_limit`. With
-/// `e = clamp((mean u - u) / max(mean u, 0.05), -1, 1)`, `m` moves by
+/// `e = clamp((mean u - u) / max(mean u, idle_load), -1, 1)`, `m` moves by
 /// `metrics_gain * e + metrics_gain / 2 * (e - previous e)`, at most `step_up` up and `step_down`
-/// down, and stays within `ln(metrics_range)` of 0.
+/// down, and stays within `ln(metrics_range)` of 0. A backend that this process has sent nothing
+/// since its last report is not moved down: whatever it is busy with is not from here.
+///
+/// # Trust
+///
+/// The load of a server that gets too much is too high in one report after another; noise is not.
+/// So the mean product of consecutive errors of a backend, relative to their mean square, over all
+/// backends and about `trust_memory` reports of each, tells how much of what is reported is real.
+/// Twice that, between `trust_floor` and 1, is the part of each correction that is made. (The lag-1 autocorrelation, as in G. E. P. Box and G. M.
+/// Jenkins, "Time series analysis", 1970.)
 ///
 /// # Latency
 ///
@@ -55,6 +65,11 @@ pub struct Adaptive {
     pub queue_gain: f64,
     /// The queue depth that counts as full. Default: 100. Range: above 0.
     pub queue_capacity: f64,
+    /// How many full queues a queue counts as at most. Default: 3. Range: 0 to 1,000.
+    pub queue_most: f64,
+    /// A mean load below this is taken for this, so that an idle fleet does not fuss about small
+    /// differences. Default: 0.05. Range: 0.001 to 1.
+    pub idle_load: f64,
     /// The part of memory in use from which on more of it counts as load. Default: 0.9. Range: 0
     /// to 1.
     pub memory_limit: f64,
@@ -63,7 +78,7 @@ pub struct Adaptive {
     /// A backend with a success rate below this gets no more weight for being idle: it may be
     /// idle because it fails. Default: 0.8. Range: 0 to 1.
     pub success_limit: f64,
-    /// How long it takes to find out whether errors persist, in reports per backend: see Trust.
+    /// Over how many reports of each backend it shows whether errors persist.
     /// Default: 12. Range: 1 to 1,000.
     pub trust_memory: f64,
     /// The least part of a correction that is made, however little errors persist. Default: 0.1.
@@ -77,11 +92,14 @@ pub struct Adaptive {
     pub stale_after_ms: u64,
     /// How long it then takes to fade by half. Default: 180,000 ms. Range: 1,000 to 86,400,000.
     pub stale_half_life_ms: u64,
-    /// How much of a difference in latency one tick corrects. Default: 0.15. Range: 0 to 1; with
+    /// How much of a difference in latency one tick corrects. Default: 0.2. Range: 0 to 1; with
     /// 0 latencies play no part.
     pub latency_gain: f64,
     /// How much of what was learned from latencies a tick keeps. Default: 0.98. Range: 0 to 1.
     pub latency_keep: f64,
+    /// How far latencies move a weight in all: to this many times, or this part of, its static
+    /// one. Default: 8. Range: 1 to 1,000.
+    pub latency_range: f64,
     /// How many successes it takes for a latency to count. Default: 4. Range: 1 to 1,000.
     pub latency_samples: u32,
     /// For how long the least latency seen counts as distance: for one to two of these. Default:
@@ -92,12 +110,20 @@ pub struct Adaptive {
     /// The part of the best success rate below which a backend is drawn less often. Default:
     /// 0.98. Range: 0 to 1; with 0 none ever is.
     pub gate_below: f64,
-    /// The least chance of such a backend when it is drawn. Default: 0.01. Range: 0.0001 to 1.
+    /// The least chance of such a backend when it is drawn. Default: 0.005. Range: 0.0001 to 1.
     pub gate_floor: f64,
     /// How much the request to be placed counts beside those in flight, in
     /// `(in flight + own_request) / weight`. With many proxies each has few in flight anywhere,
     /// and the greatest weight would win too often. Default: 0.5. Range: 0.01 to 1.
     pub own_request: f64,
+    /// Backends without requests in flight whose weights differ by less than this part may be
+    /// chosen in either order: so that with little to do all get something. Default: 0.25.
+    /// Range: 0 to 1.
+    pub alike: f64,
+    /// While the backends report less load than this on average, chance decides among idle ones
+    /// whatever their weights; from twice as much on, as far as `alike` says. Default: 0.3. Range:
+    /// 0 to 1.
+    pub calm_load: f64,
     /// The least weight relative to the mean, times the static weight. Default: 0.1. Range: 0.001
     /// to 1.
     pub weight_min: f64,
@@ -112,7 +138,7 @@ pub struct Adaptive {
     /// own share: where many join at once, they start less slowly. Default: 1.25. Range: 1 to
     /// 100.
     pub slow_start_strain: f64,
-    /// Over how much time a report of requests in flight fades. Default: 300 ms. Range: 1 to
+    /// Over how much time a report of requests in flight fades. Default: 200 ms. Range: 1 to
     /// 60,000.
     pub in_flight_fade_ms: u64,
     /// How far such a report moves a backend's score, to this many times or this part of it.
@@ -129,6 +155,8 @@ impl Default for Adaptive {
             metrics_range: 8.0,
             queue_gain: 1.0,
             queue_capacity: 100.0,
+            queue_most: 3.0,
+            idle_load: 0.05,
             memory_limit: 0.9,
             memory_gain: 0.5,
             success_limit: 0.8,
@@ -136,32 +164,29 @@ impl Default for Adaptive {
             trust_floor: 0.1,
             idle_keep: 0.9,
             own_request: 0.5,
+            alike: 0.25,
+            calm_load: 0.3,
             stale_after_ms: 180_000,
             stale_half_life_ms: 180_000,
-            latency_gain: 0.15,
+            latency_gain: 0.2,
             latency_keep: 0.98,
+            latency_range: 8.0,
             latency_samples: 4,
             latency_window_ms: 30_000,
             success_gain: 0.05,
             gate_below: 0.98,
-            gate_floor: 0.01,
+            gate_floor: 0.005,
             weight_min: 0.1,
             weight_max: 10.0,
             slow_start_ms: 30_000,
             slow_start_floor: 0.1,
             slow_start_strain: 1.25,
-            in_flight_fade_ms: 300,
+            in_flight_fade_ms: 200,
             in_flight_bound: 2.0,
         }
     }
 }
 
-/// A mean load below this is taken for this, so that an idle fleet does not fuss.
-const IDLE: f64 = 0.05;
-/// A queue counts as this many full ones at most.
-const QUEUE_MOST: f64 = 3.0;
-/// Latencies move the logarithm of a weight this far at most: to 8 times, or an eighth.
-const LATENCY_RANGE: f64 = 2.08;
 /// What stands in for CPU where nobody reports any: half busy.
 const UNKNOWN_CPU: f64 = 0.5;
 const MOST_MS: u64 = 86_400_000;
@@ -184,6 +209,11 @@ impl Adaptive {
                 self.queue_capacity,
                 f64::MIN_POSITIVE..=1e9,
             ),
+            ("queue_most", self.queue_most, 0.0..=1e3),
+            ("idle_load", self.idle_load, 0.001..=1.0),
+            ("latency_range", self.latency_range, 1.0..=1e3),
+            ("alike", self.alike, 0.0..=1.0),
+            ("calm_load", self.calm_load, 0.0..=1.0),
             ("memory_limit", self.memory_limit, 0.0..=1.0),
             ("memory_gain", self.memory_gain, 0.0..=10.0),
             ("trust_memory", self.trust_memory, 1.0..=1e3),
@@ -238,7 +268,7 @@ impl Adaptive {
         }
         let cpu = load.cpu.or(mean.cpu).unwrap_or(UNKNOWN_CPU);
         let queue = load.queue.or(mean.queue).unwrap_or(0.0);
-        let full = (queue / self.queue_capacity).min(QUEUE_MOST);
+        let full = (queue / self.queue_capacity).min(self.queue_most);
         let memory = load.memory.or(mean.memory).unwrap_or(0.0);
         let over = (memory - self.memory_limit).max(0.0) * 10.0;
         Some(
@@ -322,8 +352,6 @@ pub(super) struct Learned {
     pub(super) excess: Option<f64>,
     /// Whether that is new.
     pub(super) fresh: bool,
-    /// The difference in latency that was last seen.
-    late: f64,
     /// When it joined; `None`: it was there before the balancer.
     pub(super) joined: Option<Instant>,
 }
@@ -341,7 +369,6 @@ impl Learned {
             mean_latency: None,
             excess: None,
             fresh: false,
-            late: 0.0,
             joined,
         }
     }
@@ -358,7 +385,7 @@ impl Learned {
     ) {
         let Some(load) = self.load else { return };
         let mean_load = mean.value();
-        let mut error = ((mean_load - load) / mean_load.max(IDLE)).clamp(-1.0, 1.0);
+        let mut error = ((mean_load - load) / mean_load.max(config.idle_load)).clamp(-1.0, 1.0);
         if f64::from(success) < config.success_limit {
             error = error.min(0.0);
         }
@@ -410,18 +437,16 @@ impl Learned {
     }
 
     /// Compares its latency with the mean excess latency.
-    pub(super) fn trim(&mut self, config: &Adaptive, trust: &mut Trust, mean: &Mean) {
+    pub(super) fn trim(&mut self, config: &Adaptive, mean: &Mean) {
         let mean_excess = mean.value();
         if !self.fresh || mean_excess <= 0.0 {
             return;
         }
         let Some(excess) = self.excess else { return };
         let error = ((mean_excess - excess) / mean_excess).clamp(-1.0, 1.0);
-        trust.heard(config, mean.count, error, self.late);
-        self.late = error;
-        let step = config.latency_gain * trust.level(config) * error;
-        self.latency =
-            (config.latency_keep * self.latency + step).clamp(-LATENCY_RANGE, LATENCY_RANGE);
+        let step = config.latency_gain * error;
+        let range = config.latency_range.ln();
+        self.latency = (config.latency_keep * self.latency + step).clamp(-range, range);
     }
 
     /// A tick without any request: what is not tried cannot show that it is better than thought.

@@ -98,7 +98,7 @@ impl Signals {
     /// What the success rates come to, as of now.
     pub(super) fn settle(&self, best: f32, worst: f32) {
         self.best.set(best);
-        if worst < self.threshold * best {
+        if self.chance(worst) < 1.0 {
             self.raise(GATED);
         } else {
             self.mode.fetch_and(!GATED, Ordering::Relaxed);
@@ -110,18 +110,19 @@ impl Signals {
         self.mode.fetch_and(!REPORTING, Ordering::Relaxed);
     }
 
-    /// Whether a backend with this success rate is as good as the best.
-    pub(super) fn is_well(&self, success: f32) -> bool {
-        success >= self.threshold * self.best.get()
+    /// A success rate relative to the best. Where all are next to nothing, all are alike.
+    fn relative(&self, success: f32) -> f32 {
+        const NOTHING: f32 = 0.02;
+        (success + NOTHING) / (self.best.get() + NOTHING)
     }
 
     /// The chance of a backend with this success rate when it is drawn: its rate relative to the
     /// best, squared.
     pub(super) fn chance(&self, success: f32) -> f32 {
-        if self.is_well(success) {
+        let relative = self.relative(success);
+        if relative >= self.threshold {
             return 1.0;
         }
-        let relative = success / self.best.get();
         (relative * relative).clamp(self.floor, 1.0)
     }
 
@@ -218,7 +219,7 @@ impl Live {
         // Two at once may count as one; the next tells.
         let success = self.success.get() * (1.0 - self.signals.gain);
         self.success.set(success);
-        if !self.signals.is_well(success) {
+        if self.signals.chance(success) < 1.0 {
             self.signals.raise(GATED);
         }
     }

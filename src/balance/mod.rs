@@ -16,6 +16,8 @@ mod adaptive;
 mod member;
 mod pick;
 mod table;
+#[cfg(test)]
+mod tests;
 mod weigher;
 mod weight;
 mod zone;
@@ -32,6 +34,7 @@ use crate::error::ClusterError;
 use crate::node::Node;
 use adaptive::in_range;
 use member::Signals;
+use pick::Choice;
 use table::Table;
 pub(crate) use weigher::{Weigher, Weighing};
 use zone::Place;
@@ -211,9 +214,12 @@ impl BalancerBuilder {
         self.validate()?;
         let weigher = Weigher::new(self.weighing());
         Ok(Balancer {
-            own_request: match self.policy {
-                Policy::Adaptive => self.adaptive.own_request as f32,
-                _ => 1.0,
+            choice: Choice {
+                candidates: self.candidates,
+                own: match self.policy {
+                    Policy::Adaptive => self.adaptive.own_request as f32,
+                    _ => 1.0,
+                },
             },
             config: self,
             started: Instant::now(),
@@ -290,8 +296,7 @@ impl BalancerBuilder {
 #[derive(Debug)]
 pub struct Balancer {
     config: BalancerBuilder,
-    /// How much the request to be placed counts beside those in flight.
-    own_request: f32,
+    choice: Choice,
     started: Instant,
     table: ArcSwap<Table>,
     signals: Arc<Signals>,
@@ -337,7 +342,7 @@ impl Balancer {
     fn publish(&self, weigher: &Weigher) {
         let mut members = weigher.current();
         members.retain(|member| member.is_serving());
-        let table = Table::new(members, self.config.policy);
+        let table = Table::new(members, self.config.policy, weigher.alike());
         // Under the weigher's lock, so that of two updates the later one is published last.
         self.table.store(Arc::new(table));
     }

@@ -18,10 +18,18 @@ pub(super) const MAX_CANDIDATES: usize = 8;
 /// whole table is searched instead (excluded), or fewer candidates have to do (drawn already).
 const REDRAWS: usize = 4;
 
-/// Idle backends whose weights differ by less than this part may be chosen in either order.
-const ALIKE: f32 = 0.25;
+/// One pick in 256 goes by weight alone: too few to be seen in the 99th percentile.
+const EXPLORE: u64 = 255;
 /// How often any backend at all is looked at, whatever its weight, when none of those drawn works.
 const BLIND_DRAWS: usize = 16;
+
+/// How one of several backends is chosen.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Choice {
+    pub(super) candidates: usize,
+    /// How much the request to be placed counts beside those in flight.
+    pub(super) own: f32,
+}
 
 /// What a request asks of a pick beyond the policy.
 #[derive(Debug, Clone, Copy, Default)]
@@ -131,7 +139,7 @@ impl Balancer {
     ) -> Option<Upstream> {
         let table = self.table.load();
         let exclude = options.exclude;
-        let (candidates, own) = (self.config.candidates, self.own_request);
+        let choice = self.choice;
         let mut counted = None;
         let index = match self.config.policy {
             _ if table.slots.is_empty() => return None,
@@ -139,7 +147,7 @@ impl Balancer {
                 let signals = &*self.signals;
                 if signals.quiet() {
                     let judge = |_: usize, score, _: &mut _| Some(score);
-                    table.least_busy(candidates, own, exclude, judge, &mut random)
+                    table.least_busy(choice, exclude, judge, &mut random)
                 } else {
                     let reporting = signals.reporting();
                     let now = match options.now {
@@ -158,7 +166,7 @@ impl Balancer {
                             score
                         })
                     };
-                    table.least_busy(candidates, own, exclude, judge, &mut random)
+                    table.least_busy(choice, exclude, judge, &mut random)
                 }
             }
             Policy::Random => table.draw(exclude, &mut random),
@@ -275,28 +283,38 @@ impl Table {
     #[inline]
     fn least_busy<R: FnMut() -> u64>(
         &self,
-        candidates: usize,
-        own: f32,
+        choice: Choice,
         exclude: &[SocketAddr],
         judge: impl Fn(usize, f32, &mut R) -> Option<f32>,
         random: &mut R,
     ) -> Option<usize> {
+        let Choice { candidates, own } = choice;
+        let alike = self.alike;
         // Chance decides between backends that are nearly alike, so that with little to do all get
         // something; but no more, for their weights are all that many proxies with few requests
         // each have to go by.
         let score = |index: usize, chance: f32| {
             let slot = &self.slots[index];
             let in_flight = slot.counter.in_flight() as f32;
-            (in_flight + own * (1.0 - ALIKE * chance)) * slot.inverse_weight
+            (in_flight + own * (1.0 - alike * chance)) * slot.inverse_weight
         };
-        let wanted = candidates.min(self.slots.len());
+        let first = random();
+        // Now and then by weight alone: who is never tried cannot show how good it is.
+        let wanted = if first & EXPLORE == 0 {
+            1
+        } else {
+            candidates.min(self.slots.len())
+        };
+        let mut next = Some(first);
         let mut drawn = [usize::MAX; MAX_CANDIDATES];
         let mut count = 0;
         let mut best = None;
         let mut least = f32::INFINITY;
         let mut redraws = REDRAWS;
         while count < wanted {
-            let (index, chance) = self.alias.draw_with_rest(random());
+            let (index, chance) = self
+                .alias
+                .draw_with_rest(next.take().unwrap_or_else(&mut *random));
             let mut judged = None;
             if !drawn[..count].contains(&index) && !self.is_excluded(index, exclude) {
                 judged = judge(index, score(index, chance), random);
@@ -334,258 +352,5 @@ impl Table {
             }
             judge(index, 1.0, random).map(|_| index)
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::{BTreeMap, HashSet};
-
-    use proptest::prelude::*;
-    use serde_json::json;
-
-    use super::*;
-    use crate::node::NodeState;
-
-    fn node(index: u16, cpu: f64) -> Arc<Node> {
-        let node = Node::new(format!("n{index}"), "10.0.0.1".parse().unwrap())
-            .with_port(1000 + index)
-            .with_metadata(json!({ "cpu_usage_percent": cpu }));
-        Arc::new(node)
-    }
-
-    fn nodes(count: u16) -> Vec<Arc<Node>> {
-        (0..count).map(|index| node(index, 50.0)).collect()
-    }
-
-    fn balancer(policy: Policy, nodes: &[Arc<Node>]) -> Balancer {
-        let balancer = Balancer::builder().policy(policy).try_build().unwrap();
-        balancer.update(nodes);
-        balancer
-    }
-
-    fn rng() -> impl FnMut() -> u64 {
-        let mut rng = fastrand::Rng::with_seed(1);
-        move || rng.u64(..)
-    }
-
-    const POLICIES: [Policy; 5] = [
-        Policy::RoundRobin,
-        Policy::Random,
-        Policy::Consistent,
-        Policy::Headroom,
-        Policy::Adaptive,
-    ];
-
-    #[test]
-    fn every_policy_with_any_number_of_backends() {
-        for policy in POLICIES {
-            for count in [0, 1, 2, 3, 1000] {
-                let nodes = nodes(count);
-                let balancer = balancer(policy, &nodes);
-                let mut seen = HashSet::new();
-                for round in 0..u32::from(count) * 20 {
-                    let key = round.to_le_bytes();
-                    let options = PickOptions {
-                        key: &key,
-                        ..PickOptions::default()
-                    };
-                    seen.insert(balancer.pick_with(options).unwrap().addr());
-                }
-                assert!(
-                    seen.len() * 10 >= usize::from(count) * 9,
-                    "{policy:?}: {} of {count}",
-                    seen.len()
-                );
-                assert_eq!(balancer.pick().is_none(), count == 0);
-            }
-        }
-    }
-
-    #[test]
-    fn tried_backends_are_not_picked_again() {
-        let nodes = nodes(4);
-        for policy in POLICIES {
-            let balancer = balancer(policy, &nodes);
-            let mut tried = Vec::new();
-            for _ in 0..4 {
-                let options = PickOptions {
-                    key: b"k",
-                    exclude: &tried,
-                    ..PickOptions::default()
-                };
-                let addr = balancer.pick_with(options).unwrap().addr();
-                assert!(!tried.contains(&addr), "{policy:?}");
-                tried.push(addr);
-            }
-            let options = PickOptions {
-                key: b"k",
-                exclude: &tried,
-                ..PickOptions::default()
-            };
-            assert!(balancer.pick_with(options).is_none(), "{policy:?}");
-        }
-    }
-
-    #[test]
-    fn draining_nodes_are_not_picked_and_unknown_load_is_no_reason_not_to() {
-        let serving = Arc::new(Node::new("a", "10.0.0.1".parse().unwrap()));
-        let draining =
-            Arc::new(Node::new("b", "10.0.0.2".parse().unwrap()).with_state(NodeState::Draining));
-        for policy in POLICIES {
-            let balancer = balancer(policy, &[serving.clone(), draining.clone()]);
-            for _ in 0..50 {
-                assert_eq!(balancer.pick().unwrap().node().id, "a");
-            }
-        }
-    }
-
-    #[test]
-    fn in_flight_is_counted_across_updates_and_ends_with_the_registration() {
-        let balancer = balancer(Policy::Headroom, &nodes(1));
-        let one = balancer.pick().unwrap();
-        balancer.update(&[node(0, 80.0)]);
-        let two = balancer.pick().unwrap();
-        assert_eq!(two.in_flight(), 2);
-        assert_eq!(balancer.backends()[0].in_flight, 2);
-        let again = Arc::new(Node::clone(&node(0, 80.0)).with_incarnation(9));
-        balancer.update(&[again]);
-        assert_eq!(balancer.backends()[0].in_flight, 0);
-        assert_eq!(two.in_flight(), 2, "of the registration that is gone");
-        drop(one);
-        assert_eq!(two.in_flight(), 1);
-        two.succeeded(Duration::ZERO);
-        assert_eq!(balancer.backends()[0].in_flight, 0, "never below zero");
-    }
-
-    #[test]
-    fn the_busy_one_is_avoided() {
-        let balancer = balancer(Policy::Headroom, &nodes(2));
-        let mut held: BTreeMap<SocketAddr, Vec<Upstream>> = BTreeMap::new();
-        for _ in 0..100 {
-            let upstream = balancer.pick().unwrap();
-            held.entry(upstream.addr()).or_default().push(upstream);
-        }
-        for upstreams in held.values() {
-            assert!((48..=52).contains(&upstreams.len()), "{}", upstreams.len());
-        }
-    }
-
-    #[test]
-    fn weights_shape_traffic() {
-        let nodes = [node(0, 0.0), node(1, 100.0)];
-        // Cost per request equal and instantly over: what is left is the choice by weight.
-        let balancer = Balancer::builder().candidates(1).try_build().unwrap();
-        balancer.update(&nodes);
-        let mut random = rng();
-        let mut counts = [0_u32; 2];
-        for _ in 0..30_000 {
-            let upstream = balancer
-                .pick_by(PickOptions::default(), &mut random)
-                .unwrap();
-            counts[usize::from(upstream.addr().port() - 1000)] += 1;
-        }
-        let ratio = f64::from(counts[0]) / f64::from(counts[1]);
-        assert!((ratio - 2.0).abs() < 0.1, "1 against 0.5: {ratio}");
-    }
-
-    #[test]
-    fn round_robin_is_strict_when_equal_and_evenly_spread_when_not() {
-        let balancer = balancer(Policy::RoundRobin, &nodes(3));
-        let ports: Vec<_> = (0..6)
-            .map(|_| balancer.pick().unwrap().addr().port())
-            .collect();
-        assert_eq!(ports, [1000, 1001, 1002, 1000, 1001, 1002]);
-
-        let mut weighted = nodes(3);
-        weighted[0] = Arc::new(Node::clone(&weighted[0]).with_weight(5.0));
-        let balancer = self::balancer(Policy::RoundRobin, &weighted);
-        let picks: Vec<_> = (0..700)
-            .map(|_| balancer.pick().unwrap().addr().port())
-            .collect();
-        for (port, share) in [(1000, 500), (1001, 100), (1002, 100)] {
-            let count = picks.iter().filter(|pick| **pick == port).count();
-            assert!(count.abs_diff(share) <= 3, "{port}: {count}");
-        }
-        // 5,1,1 in blocks would give five in a row.
-        let longest = picks.chunk_by(|a, b| a == b).map(<[u16]>::len).max();
-        assert!(longest <= Some(4), "{longest:?}");
-        for port in [1001, 1002] {
-            let at: Vec<_> = (0..700).filter(|index| picks[*index] == port).collect();
-            let widest = at.windows(2).map(|pair| pair[1] - pair[0]).max();
-            assert!(widest <= Some(13), "{widest:?}");
-        }
-    }
-
-    #[test]
-    fn consistent_moves_only_what_it_must() {
-        for heavy in [1.0, 10.0] {
-            let mut nodes = nodes(10);
-            nodes[3] = Arc::new(Node::clone(&nodes[3]).with_weight(heavy));
-            let before = balancer(Policy::Consistent, &nodes);
-            let gone = nodes.remove(3).addr(80);
-            let after = balancer(Policy::Consistent, &nodes);
-            let pick = |balancer: &Balancer, key: u32| {
-                let options = PickOptions {
-                    key: &key.to_le_bytes(),
-                    ..PickOptions::default()
-                };
-                balancer.pick_with(options).unwrap().addr()
-            };
-            let mut shares: BTreeMap<SocketAddr, f64> = BTreeMap::new();
-            for key in 0..20_000 {
-                let old = pick(&before, key);
-                *shares.entry(old).or_default() += (9.0 + heavy) / 20_000.0;
-                if old != gone {
-                    assert_eq!(pick(&after, key), old);
-                }
-            }
-            for (addr, share) in shares {
-                let fair = if addr == gone { heavy } else { 1.0 };
-                let off = share / fair;
-                assert!((0.75..1.34).contains(&off), "{addr}: {off} of its share");
-            }
-        }
-    }
-
-    #[test]
-    fn bad_settings_are_named() {
-        for (builder, field) in [
-            (Balancer::builder().default_port(0), "default_port"),
-            (Balancer::builder().candidates(0), "candidates"),
-            (Balancer::builder().candidates(9), "candidates"),
-        ] {
-            let error = builder.try_build().unwrap_err().to_string();
-            assert!(error.contains(field), "{error}");
-        }
-    }
-
-    proptest! {
-        /// Whatever nodes report and whichever drain, a pick is a serving node, there is one
-        /// whenever some node serves, and dropping every guard leaves nothing in flight.
-        #[test]
-        fn always_a_serving_node(
-            loads in prop::collection::vec((any::<f64>(), any::<f64>(), any::<bool>()), 0..20),
-            policy in 0_usize..5,
-        ) {
-            let nodes: Vec<_> = loads.iter().enumerate().map(|(index, (cpu, weight, draining))| {
-                let state = if *draining { NodeState::Draining } else { NodeState::Serving };
-                let node = Node::clone(&node(index as u16, *cpu)).with_weight(*weight).with_state(state);
-                Arc::new(node)
-            }).collect();
-            let balancer = balancer(POLICIES[policy], &nodes);
-            let any = loads.iter().any(|(_, _, draining)| !draining);
-            let mut held = Vec::new();
-            for _ in 0..30 {
-                let picked = balancer.pick();
-                prop_assert_eq!(picked.is_some(), any);
-                if let Some(picked) = picked {
-                    prop_assert!(picked.node().is_serving());
-                    held.push(picked);
-                }
-            }
-            drop(held);
-            prop_assert!(balancer.backends().iter().all(|backend| backend.in_flight == 0));
-        }
     }
 }

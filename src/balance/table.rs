@@ -25,18 +25,22 @@ pub(super) struct Table {
     pub(super) alias: AliasTable,
     /// Only for the policy that needs it.
     pub(super) ring: Ring,
+    /// Backends without requests in flight whose weights differ by less than this part are chosen
+    /// by chance.
+    pub(super) alike: f32,
     /// Whether all weights are equal.
     pub(super) uniform: bool,
     pub(super) spread: Spread,
 }
 
 impl Table {
-    pub(super) fn new(members: Vec<Arc<Member>>, policy: Policy) -> Self {
+    pub(super) fn new(members: Vec<Arc<Member>>, policy: Policy, alike: f32) -> Self {
         let shares: Vec<f64> = members.iter().map(|member| member.share()).collect();
         let weights = members.iter().map(|member| member.weight());
         let mean = weights.sum::<f64>() / members.len().max(1) as f64;
         let mut table = Self {
             alias: AliasTable::new(&shares),
+            alike,
             uniform: shares.windows(2).all(|pair| pair[0] == pair[1]),
             ..Self::default()
         };

@@ -130,8 +130,7 @@ pub(crate) struct Weigher {
     /// When there were nodes for the first time: those are not new.
     started: bool,
     ticked: Option<Instant>,
-    trust_in_metrics: Trust,
-    trust_in_latencies: Trust,
+    trust: Trust,
     spill: Spill,
     /// The balancer's own zone.
     zone: Option<String>,
@@ -146,8 +145,7 @@ impl Weigher {
             known: Vec::new(),
             started: false,
             ticked: None,
-            trust_in_metrics: Trust::default(),
-            trust_in_latencies: Trust::default(),
+            trust: Trust::default(),
             spill: Spill::default(),
             zone: None,
             refused: 0,
@@ -269,9 +267,7 @@ impl Weigher {
             if known.learned.load.is_some() {
                 known.learned.metrics -= heard.value();
             }
-            known
-                .learned
-                .trim(adaptive, &mut self.trust_in_latencies, &excess);
+            known.learned.trim(adaptive, &excess);
         }
         self.spill();
         let reporting = self
@@ -336,7 +332,7 @@ impl Weigher {
                 let tried = std::mem::take(&mut known.tried);
                 let idle = self.config.sees_requests && !tried && !known.member.is_active();
                 let success = known.member.success();
-                let trust = &mut self.trust_in_metrics;
+                let trust = &mut self.trust;
                 known.learned.report(adaptive, trust, &loads, success, idle);
             }
         }
@@ -405,6 +401,24 @@ impl Weigher {
             let part = if near { 1.0 } else { spill.max(MIN_SPILL) };
             known.member.set_weight(weight * part, gate);
         }
+    }
+
+    /// Up to which difference in weight idle backends are chosen by chance: any, while the fleet
+    /// says that it has little to do.
+    pub(super) fn alike(&self) -> f32 {
+        let adaptive = &self.config.adaptive;
+        let mut loads = Mean::default();
+        for known in self.known.iter().filter(|known| known.counts()) {
+            if let Some(load) = adaptive.load(&known.load, &Load::default(), 1.0) {
+                loads.add(load, 1.0);
+            }
+        }
+        if loads.count == 0 {
+            return adaptive.alike as f32;
+        }
+        // All of it up to the calm load, and what is configured from twice that on.
+        let calm = (2.0 - loads.value() / adaptive.calm_load.max(1e-9)).clamp(0.0, 1.0);
+        (adaptive.alike + (1.0 - adaptive.alike) * calm) as f32
     }
 
     fn members(&self) -> impl Iterator<Item = &Arc<Member>> {

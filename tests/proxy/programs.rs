@@ -293,7 +293,7 @@ fn wrong_configurations_are_explained() {
         (good.replace("  group:", "  grupe:"), "grupe"),
         (good.replace("threads:", "thread:"), "\"thread\""),
         (
-            good.replace("policy: headroom", "policy: quickest"),
+            good.replace("policy: adaptive", "policy: quickest"),
             "quickest",
         ),
         (good.replace("http://127", "htp://127"), "htp://127"),
