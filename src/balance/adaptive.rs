@@ -120,8 +120,8 @@ pub struct Adaptive {
     /// chosen in either order: so that with little to do all get something. Default: 0.25.
     /// Range: 0 to 1.
     pub alike: f64,
-    /// While the backends report less load than this on average, chance decides among idle ones
-    /// whatever their weights; from twice as much on, as far as `alike` says. Default: 0.3. Range:
+    /// While no backend reports more load than this, chance decides among idle ones whatever their
+    /// weights; from twice as much on, as far as `alike` says. Default: 0.3. Range:
     /// 0 to 1.
     pub calm_load: f64,
     /// The least weight relative to the mean, times the static weight. Default: 0.1. Range: 0.001

@@ -403,21 +403,17 @@ impl Weigher {
         }
     }
 
-    /// Up to which difference in weight idle backends are chosen by chance: any, while the fleet
-    /// says that it has little to do.
+    /// Up to which difference in weight idle backends are chosen by chance: any, while all say that
+    /// they have little to do.
     pub(super) fn alike(&self) -> f32 {
         let adaptive = &self.config.adaptive;
-        let mut loads = Mean::default();
-        for known in self.known.iter().filter(|known| known.counts()) {
-            if let Some(load) = adaptive.load(&known.load, &Load::default(), 1.0) {
-                loads.add(load, 1.0);
-            }
-        }
-        if loads.count == 0 {
+        let live = self.known.iter().filter(|known| known.counts());
+        let loads = live.filter_map(|known| adaptive.load(&known.load, &Load::default(), 1.0));
+        let Some(busiest) = loads.reduce(f64::max) else {
             return adaptive.alike as f32;
-        }
+        };
         // All of it up to the calm load, and what is configured from twice that on.
-        let calm = (2.0 - loads.value() / adaptive.calm_load.max(1e-9)).clamp(0.0, 1.0);
+        let calm = (2.0 - busiest / adaptive.calm_load.max(1e-9)).clamp(0.0, 1.0);
         (adaptive.alike + (1.0 - adaptive.alike) * calm) as f32
     }
 

@@ -53,7 +53,13 @@ async fn requests_are_spread_by_weight_and_a_metrics_change_shifts_them() {
         let weighted = |builder: pingora_etcd::ClusterNodeBuilder| builder.weight(weight);
         backends.push(Backend::start_with(&etcd.options(), &group, id, weighted).await);
     }
-    let proxy = proxy(&etcd.options(), &group, false, "  headroom: { cpu: 1 }\n").await;
+    let proxy = proxy(
+        &etcd.options(),
+        &group,
+        false,
+        "  policy: headroom\n  headroom: { cpu: 1 }\n",
+    )
+    .await;
     proxy.until_it_has(3).await;
     shares(&backends);
     assert_eq!(load(&proxy.url, 3_000, 36).await, Vec::<String>::new());

@@ -12,6 +12,7 @@ use pingora::proxy::{ProxyHttp, Session, http_proxy_service};
 use pingora::services::background::background_service;
 use pingora::upstreams::peer::HttpPeer;
 use pingora_etcd::ServiceDiscovery;
+use pingora_etcd::balance::{Balancer, BalancerBuilder, Policy};
 use pingora_etcd::pingora::{BackendNode, ClusterBackends, LiveLoadBalancer, MetricsWeighted};
 
 use super::common::etcd::Etcd;
@@ -22,6 +23,11 @@ fn discovery(etcd: &Etcd, group: &str) -> ServiceDiscovery {
     ServiceDiscovery::builder(etcd.options(), group)
         .try_build()
         .unwrap()
+}
+
+/// Weights that say at once what they follow from.
+fn headroom() -> BalancerBuilder {
+    Balancer::builder().policy(Policy::Headroom)
 }
 
 /// How often each port is selected.
@@ -51,7 +57,9 @@ async fn a_down_backend_stays_down_when_its_weight_changes() {
     let group = group("health");
     let up = Backend::start(&etcd.options(), &group, "up").await;
     let down = Backend::dead(&etcd.options(), &group, "down");
-    let mut live = LiveLoadBalancer::<MetricsWeighted>::new(discovery(&etcd, &group), 80);
+    let mut live =
+        LiveLoadBalancer::<MetricsWeighted>::weighted(discovery(&etcd, &group), &headroom())
+            .unwrap();
     let mut check = TcpHealthCheck::new();
     // One failed check is enough to be down, and no check will bring it up again.
     check.consecutive_failure = 1;
@@ -165,7 +173,7 @@ async fn a_stock_load_balancer_with_our_discovery_and_selection() {
         Backend::start_with(&etcd.options(), &group, "b1", heavy).await,
         Backend::start(&etcd.options(), &group, "b2").await,
     ];
-    let ours = ClusterBackends::new(discovery(&etcd, &group), 80);
+    let ours = ClusterBackends::weighted(discovery(&etcd, &group), &headroom()).unwrap();
     let mut lb = LoadBalancer::from_backends(Backends::new(Box::new(ours)));
     lb.update_frequency = Some(Duration::from_secs(1));
     let service = background_service("stock", lb);

@@ -324,7 +324,12 @@ fn every_field_is_in_every_configuration_file() {
     };
     let mut fields = fields_of("cluster", "cluster: { bogus: 1 }");
     fields.extend(fields_of("etcd", "cluster: { etcd: { bogus: 1 } }"));
-    fields.extend(fields_of("headroom", "cluster: { headroom: { bogus: 1 } }"));
+    for section in ["headroom", "adaptive", "consistent", "zones"] {
+        fields.extend(fields_of(
+            section,
+            &format!("cluster: {{ {section}: {{ bogus: 1 }} }}"),
+        ));
+    }
     assert!(fields.len() > 20, "{fields:?}");
     // And every field of Pingora's.
     let defaults = pingora::server::configuration::ServerConf::default().to_yaml();
