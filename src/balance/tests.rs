@@ -359,6 +359,19 @@ fn one_that_fails_loses_its_traffic_is_still_tried_and_comes_back() {
 }
 
 #[test]
+fn a_balancer_that_ticked_before_there_were_backends_learns_all_the_same() {
+    let mut rig = Rig::new(Balancer::builder());
+    rig.seconds(3);
+    for index in 0..3 {
+        rig.nodes.insert(format!("n{index}"), bare(index));
+    }
+    rig.update();
+    rig.traffic(500, |index| index == 0);
+    let counts = rig.traffic(2_000, |index| index == 0);
+    assert!(counts.get(&0).copied().unwrap_or(0) < 100, "{counts:?}");
+}
+
+#[test]
 fn all_that_fail_alike_are_all_tried() {
     let mut rig = Rig::of(4);
     for _ in 0..5 {

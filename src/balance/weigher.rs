@@ -276,12 +276,11 @@ impl Weigher {
         if !reporting {
             self.signals.no_reports();
         }
-        let success = self.members().filter(|member| member.is_serving());
-        let (mut best, mut worst) = (0.0_f32, 1.0_f32);
-        for success in success.map(|member| member.success()) {
-            best = best.max(success);
-            worst = worst.min(success);
-        }
+        let serving = self.members().filter(|member| member.is_serving());
+        let rates: Vec<f32> = serving.map(|member| member.success()).collect();
+        // Of nobody, all is well: whoever comes has not failed yet.
+        let best = rates.iter().copied().reduce(f32::max).unwrap_or(1.0);
+        let worst = rates.iter().copied().reduce(f32::min).unwrap_or(1.0);
         self.signals.settle(best, worst);
         self.weigh(now);
     }
@@ -297,8 +296,6 @@ impl Weigher {
             let is_near = known.is_near(zone);
             let side = if is_near { &mut near } else { &mut far };
             let weight = known.member.weight();
-            side.weight += weight;
-            side.well += weight * f64::from(self.signals.chance(known.member.success()));
             if let Some(load) = known.learned.load {
                 side.load.add(load, weight);
             }
@@ -385,21 +382,22 @@ impl Weigher {
             .map(|known| whole(known) * ramp(known).max(least.min(1.0)))
             .collect();
         let zone = self.zone.as_deref();
-        let any_near = zone.is_some() && serving().any(|known| known.is_near(zone));
-        let spill = if any_near {
-            self.spill.level(&config.zones)
-        } else {
-            1.0
+        let chance = |known: &Known| match config.policy {
+            Policy::Adaptive => self.signals.chance(known.member.success()),
+            _ => 1.0,
         };
+        let mut well = Mean::default();
+        for (known, weight) in self.known.iter().zip(&weights) {
+            if known.counts() && known.is_near(zone) {
+                well.add(f64::from(chance(known)), *weight);
+            }
+        }
+        let spill = self.spill.level(&config.zones, well.value());
         for (known, weight) in self.known.iter().zip(weights) {
-            let gate = match config.policy {
-                Policy::Adaptive => self.signals.chance(known.member.success()),
-                _ => 1.0,
-            };
             // A key stays where it is, whatever the pressure.
             let near = config.policy == Policy::Consistent || known.is_near(zone);
             let part = if near { 1.0 } else { spill.max(MIN_SPILL) };
-            known.member.set_weight(weight * part, gate);
+            known.member.set_weight(weight * part, chance(known));
         }
     }
 

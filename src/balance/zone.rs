@@ -11,7 +11,7 @@ use crate::error::ClusterError;
 /// own zone has room, and grows every tick by `gain` times the pressure, the greater of
 ///
 /// - by how much the load that near backends report exceeds `load_limit`, and the load elsewhere;
-/// - by how much the mean latency of the near ones exceeds `stretch_limit` times the least of the
+/// - by how much the mean latency of the near ones, smoothed, exceeds `stretch_limit` times the least of the
 ///   last minutes, relative to that.
 ///
 /// Where that is negative it shrinks. It is at least `1 - spare * h`, `h` being the part of the near
@@ -76,6 +76,8 @@ pub(crate) enum Place {
 
 /// Half of the minutes over which the best latency is remembered, in ticks.
 const WINDOW: u32 = 120;
+/// How much a tick moves the smoothed latency.
+const SMOOTHING: f64 = 0.1;
 /// The most that one tick changes the spill.
 const STEP: f64 = 0.2;
 
@@ -86,15 +88,14 @@ pub(super) struct Side {
     pub(super) load: Mean,
     /// In seconds.
     pub(super) latency: Mean,
-    /// Weight, and the part of it that is well.
-    pub(super) weight: f64,
-    pub(super) well: f64,
 }
 
 /// How much of the weight elsewhere counts.
 #[derive(Debug, Clone)]
 pub(super) struct Spill {
     level: f64,
+    /// Of the near ones, smoothed, in seconds.
+    latency: Option<f64>,
     /// The least mean latencies of this window and the one before.
     best: [f64; 2],
     ticks: u32,
@@ -104,6 +105,7 @@ impl Default for Spill {
     fn default() -> Self {
         Self {
             level: 0.0,
+            latency: None,
             best: [f64::INFINITY; 2],
             ticks: 0,
         }
@@ -111,9 +113,11 @@ impl Default for Spill {
 }
 
 impl Spill {
-    /// The part of its weight that a backend elsewhere has.
-    pub(super) fn level(&self, config: &Zones) -> f64 {
-        self.level.clamp(config.least_spill, 1.0)
+    /// The part of its weight that a backend elsewhere has, where so much of the near weight is
+    /// well, 0 to 1.
+    pub(super) fn level(&self, config: &Zones, well: f64) -> f64 {
+        let forced = 1.0 - config.spare * well;
+        self.level.max(forced).clamp(config.least_spill, 1.0)
     }
 
     pub(super) fn tick(&mut self, config: &Zones, near: &Side, far: &Side) {
@@ -127,7 +131,12 @@ impl Spill {
             pressure = (near.load.value() - limit) / config.load_limit;
         }
         if near.latency.count > 0 {
-            let latency = near.latency.value();
+            // Smoothed: the least of many noisy means would be far below what is usual.
+            let new = near.latency.value();
+            let latency = self
+                .latency
+                .map_or(new, |old| old + SMOOTHING * (new - old));
+            self.latency = Some(latency);
             self.best[0] = self.best[0].min(latency);
             let best = self.best[0].min(self.best[1]);
             let limit = config.stretch_limit * best;
@@ -137,12 +146,6 @@ impl Spill {
             let step = (config.gain * pressure).clamp(-STEP, STEP);
             self.level = (self.level + step).clamp(config.least_spill, 1.0);
         }
-        let well = if near.weight > 0.0 {
-            near.well / near.weight
-        } else {
-            0.0
-        };
-        self.level = self.level.max(1.0 - config.spare * well);
     }
 }
 
@@ -150,12 +153,8 @@ impl Spill {
 mod tests {
     use super::*;
 
-    fn side(load: f64, latency: f64, well: f64) -> Side {
-        let mut side = Side {
-            weight: 1.0,
-            well,
-            ..Side::default()
-        };
+    fn side(load: f64, latency: f64) -> Side {
+        let mut side = Side::default();
         side.load.add(load, 1.0);
         side.latency.add(latency, 1.0);
         side
@@ -164,19 +163,19 @@ mod tests {
     #[test]
     fn pressure_spills_and_relief_comes_back() {
         let config = Zones::default();
-        let calm = side(0.5, 0.01, 1.0);
-        for hot in [side(1.0, 0.01, 1.0), side(0.5, 0.05, 1.0)] {
+        let calm = side(0.5, 0.01);
+        for hot in [side(1.0, 0.01), side(0.5, 0.05)] {
             let mut spill = Spill::default();
             spill.tick(&config, &calm, &calm);
-            assert_eq!(spill.level(&config), config.least_spill);
+            assert_eq!(spill.level(&config, 1.0), config.least_spill);
             for _ in 0..10 {
                 spill.tick(&config, &hot, &calm);
             }
-            assert!(spill.level(&config) > 0.3, "{spill:?}");
-            for _ in 0..60 {
+            assert!(spill.level(&config, 1.0) > 0.3, "{spill:?}");
+            for _ in 0..120 {
                 spill.tick(&config, &calm, &calm);
             }
-            assert_eq!(spill.level(&config), config.least_spill);
+            assert_eq!(spill.level(&config, 1.0), config.least_spill);
         }
     }
 
@@ -185,23 +184,18 @@ mod tests {
         let config = Zones::default();
         let mut spill = Spill::default();
         for _ in 0..100 {
-            spill.tick(&config, &side(0.9, 0.01, 1.0), &side(0.95, 0.01, 1.0));
+            spill.tick(&config, &side(0.9, 0.01), &side(0.95, 0.01));
         }
-        assert_eq!(spill.level(&config), config.least_spill);
+        assert_eq!(spill.level(&config, 1.0), config.least_spill);
     }
 
     #[test]
     fn without_a_near_one_that_is_well_all_are_alike() {
-        let config = Zones::default();
-        for near in [side(0.1, 0.01, 0.0), Side::default()] {
-            let mut spill = Spill::default();
-            spill.tick(&config, &near, &side(0.5, 0.01, 1.0));
-            assert_eq!(spill.level(&config), 1.0);
-        }
-        let mut spill = Spill::default();
-        spill.tick(&config, &side(0.1, 0.01, 0.8), &side(0.5, 0.01, 1.0));
+        let (config, spill) = (Zones::default(), Spill::default());
+        assert_eq!(spill.level(&config, 0.0), 1.0);
+        assert!((spill.level(&config, 0.5) - 0.3).abs() < 1e-9);
         assert_eq!(
-            spill.level(&config),
+            spill.level(&config, 0.8),
             config.least_spill,
             "the others can take it"
         );

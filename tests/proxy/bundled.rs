@@ -10,13 +10,13 @@ use super::common::etcd::Etcd;
 use super::common::{eventually, free_port, group, local};
 use super::{Backend, Load, RunningServer, client, cluster_config, load, until_it_answers};
 
-struct Proxy {
-    url: String,
-    balancer: Arc<BalancerService>,
+pub(crate) struct Proxy {
+    pub(crate) url: String,
+    pub(crate) balancer: Arc<BalancerService>,
     _server: RunningServer,
 }
 
-async fn proxy(etcd: &EtcdOptions, group: &str, leader: bool, more: &str) -> Proxy {
+pub(crate) async fn proxy(etcd: &EtcdOptions, group: &str, leader: bool, more: &str) -> Proxy {
     let config = cluster_config(etcd, group, more);
     let mut balancer = None;
     let server = RunningServer::start(|server| {
@@ -32,7 +32,7 @@ async fn proxy(etcd: &EtcdOptions, group: &str, leader: bool, more: &str) -> Pro
 }
 
 impl Proxy {
-    async fn until_it_has(&self, count: usize) {
+    pub(crate) async fn until_it_has(&self, count: usize) {
         eventually("the backends are there", || self.balancer.len() == count).await;
     }
 }

@@ -5,6 +5,7 @@ mod common;
 
 mod bundled;
 mod drop_in;
+mod learning;
 mod programs;
 
 use std::sync::Arc;

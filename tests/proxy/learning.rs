@@ -1,0 +1,179 @@
+//! What `ClusterProxy` learns from its requests: outcomes, load reports, zones.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use pingora_etcd::LOAD_REPORT_HEADER;
+use pingora_etcd::balance::BackendStatus;
+
+use super::bundled::{Proxy, proxy};
+use super::common::etcd::Etcd;
+use super::common::{eventually, group, local};
+use super::{Backend, client, load};
+
+/// An HTTP server that answers as `answer` says, and its port.
+async fn serve<A, R>(answer: A) -> u16
+where
+    A: Fn() -> R + Clone + Send + Sync + 'static,
+    R: Future<Output = axum::response::Response> + Send + 'static,
+{
+    let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let app = axum::Router::new().fallback(move || answer());
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    port
+}
+
+fn status(proxy: &Proxy, id: &str) -> BackendStatus {
+    let backends = proxy.balancer.backends();
+    let own = backends.into_iter().find(|backend| backend.node.id == id);
+    own.unwrap_or_else(|| panic!("{id} is not there"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backend_that_answers_5xx_loses_its_traffic_and_gets_it_back() {
+    let etcd = Etcd::shared();
+    let group = group("fails");
+    let broken = Arc::new(AtomicBool::new(true));
+    let answer = {
+        let broken = broken.clone();
+        move || {
+            let broken = broken.load(Ordering::SeqCst);
+            async move {
+                if broken {
+                    StatusCode::INTERNAL_SERVER_ERROR.into_response()
+                } else {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                    "ok".into_response()
+                }
+            }
+        }
+    };
+    let port = serve(answer).await;
+    let _bad = Backend::register(&etcd.options(), &group, "bad", port, |builder| builder);
+    let _good = [
+        Backend::start(&etcd.options(), &group, "g1").await,
+        Backend::start(&etcd.options(), &group, "g2").await,
+    ];
+    let proxy = proxy(&etcd.options(), &group, false, "").await;
+    proxy.until_it_has(3).await;
+    load(&proxy.url, 1_000, 8).await;
+    let failed = load(&proxy.url, 1_000, 8).await;
+    assert!(failed.len() < 50, "{} of 1,000 failed", failed.len());
+    assert!(status(&proxy, "bad").success < 0.5);
+    assert_eq!(status(&proxy, "g1").success, 1.0);
+
+    broken.store(false, Ordering::SeqCst);
+    for _ in 0..40 {
+        if status(&proxy, "bad").success > 0.98 {
+            break;
+        }
+        load(&proxy.url, 1_000, 8).await;
+    }
+    assert!(
+        status(&proxy, "bad").success > 0.98,
+        "{:?}",
+        status(&proxy, "bad")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn time_outs_and_refused_connections_are_failures_and_a_client_that_leaves_is_not() {
+    let etcd = Etcd::shared();
+    let group = group("outcomes");
+    let port = serve(|| async {
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        "late".into_response()
+    })
+    .await;
+    let _slow = Backend::register(&etcd.options(), &group, "slow", port, |builder| builder);
+    let patient = proxy(&etcd.options(), &group, false, "").await;
+    patient.until_it_has(1).await;
+    // The client does not wait for the answer.
+    for _ in 0..3 {
+        let impatient = reqwest::Client::builder().timeout(Duration::from_millis(100));
+        let answer = impatient.build().unwrap().get(&patient.url).send().await;
+        assert!(answer.is_err_and(|error| error.is_timeout()));
+    }
+    eventually("the requests have ended", || {
+        status(&patient, "slow").in_flight == 0
+    })
+    .await;
+    assert_eq!(status(&patient, "slow").success, 1.0);
+
+    // The proxy does not.
+    let more = "  upstream_read_timeout_ms: 100\n  retries: 0\n";
+    let hasty = proxy(&etcd.options(), &group, false, more).await;
+    hasty.until_it_has(1).await;
+    let response = client().get(&hasty.url).send().await.unwrap();
+    assert_eq!(response.status(), 504);
+    eventually("it counts", || status(&hasty, "slow").success < 1.0).await;
+
+    let _dead = Backend::dead(&etcd.options(), &group, "dead");
+    patient.until_it_has(2).await;
+    load(&patient.url, 20, 4).await;
+    assert!(status(&patient, "dead").success < 1.0);
+    assert_eq!(status(&patient, "slow").success, 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn load_reports_move_weights_and_do_not_reach_the_client() {
+    let etcd = Etcd::shared();
+    let group = group("reports");
+    let mut backends = Vec::new();
+    for (id, cpu) in [("busy", "0.95"), ("idle", "0.2")] {
+        let port = serve(move || async move {
+            static TIME: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+            // Each answer has a sample of its own.
+            let sampled = TIME.fetch_add(1, Ordering::SeqCst);
+            let report = format!("TEXT cpu_utilization={cpu},named_metrics.sampled_at={sampled}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            ([(LOAD_REPORT_HEADER, report)], "ok").into_response()
+        })
+        .await;
+        let silent = |builder: pingora_etcd::ClusterNodeBuilder| builder.metrics_update_interval(0);
+        backends.push(Backend::register(&etcd.options(), &group, id, port, silent));
+    }
+    let reads = proxy(&etcd.options(), &group, false, "  load_reports: true\n").await;
+    reads.until_it_has(2).await;
+    let response = client().get(&reads.url).send().await.unwrap();
+    assert!(!response.headers().contains_key(LOAD_REPORT_HEADER));
+    let mut rounds = 0;
+    while status(&reads, "busy").weight > 0.7 * status(&reads, "idle").weight {
+        load(&reads.url, 400, 16).await;
+        rounds += 1;
+        assert!(rounds < 60, "{:?}", reads.balancer.backends());
+    }
+
+    // Not configured: it is the client's.
+    let ignores = proxy(&etcd.options(), &group, false, "").await;
+    ignores.until_it_has(2).await;
+    let response = client().get(&ignores.url).send().await.unwrap();
+    assert!(response.headers().contains_key(LOAD_REPORT_HEADER));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_own_zone_is_preferred_while_it_lives() {
+    let etcd = Etcd::shared();
+    let group = group("zones");
+    let mut backends = Vec::new();
+    for (id, zone) in [("a1", "a"), ("a2", "a"), ("b1", "b")] {
+        let zoned = |builder: pingora_etcd::ClusterNodeBuilder| builder.zone(zone);
+        backends.push(Backend::start_with(&etcd.options(), &group, id, zoned).await);
+    }
+    // How fast a busy test machine answers must not matter.
+    let more = "  zone: a\n  zones: { stretch_limit: 100 }\n";
+    let proxy = proxy(&etcd.options(), &group, false, more).await;
+    proxy.until_it_has(3).await;
+    assert_eq!(load(&proxy.url, 400, 4).await, Vec::<String>::new());
+    let far = backends[2].take_requests();
+    assert!(far < 20, "{far} of 400 left the zone");
+    backends[0].leave();
+    backends[1].leave();
+    proxy.until_it_has(1).await;
+    assert_eq!(load(&proxy.url, 100, 4).await, Vec::<String>::new());
+    assert!(backends[2].take_requests() >= 100);
+}
