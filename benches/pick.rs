@@ -1,5 +1,7 @@
-//! What a request pays: the pick beside Pingora's own `select`, and reads of the view. Time and
-//! allocations, with 10 and 1,000 backends, on one and two threads.
+//! What a request pays: the pick beside Pingora's own `select`, and reads of the view; and what an
+//! update and a tick cost. Time and allocations, with 10 to 10,000 backends, on one and two threads.
+//!
+//! A pick includes its guard, that is counting the request in and out; it reads no clock.
 //!
 //! ```text
 //! cargo bench --bench pick
@@ -7,14 +9,14 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use divan::counter::ItemsCount;
 use divan::{AllocProfiler, Bencher, black_box};
-use pingora::lb::selection::{BackendIter, BackendSelection, Random, RoundRobin};
+use pingora::lb::selection::{BackendIter, BackendSelection, Consistent, Random, RoundRobin};
 use pingora::lb::{Backend, Backends, LoadBalancer, discovery};
 use pingora::services::background::BackgroundService;
-use pingora_etcd::balance::{Balancer, Policy};
+use pingora_etcd::balance::{Balancer, BalancerBuilder, PickOptions, Policy, TICK};
 use pingora_etcd::pingora::{ClusterBackends, MetricsWeighted};
 use pingora_etcd::store::{MemoryStore, Store, Txn};
 use pingora_etcd::{EtcdOptions, Node, ServiceDiscovery};
@@ -22,7 +24,8 @@ use pingora_etcd::{EtcdOptions, Node, ServiceDiscovery};
 #[global_allocator]
 static ALLOCATIONS: AllocProfiler = AllocProfiler::system();
 
-const SIZES: [usize; 2] = [10, 1_000];
+const SIZES: [usize; 3] = [10, 100, 1_000];
+const FLEETS: [usize; 3] = [100, 1_000, 10_000];
 const THREADS: [usize; 2] = [1, 2];
 /// Picks per measured call, so that reading the clock does not count.
 const BATCH: usize = 1_000;
@@ -46,14 +49,84 @@ fn node(index: usize) -> Node {
         .with_metadata(load)
 }
 
-fn pick(bencher: Bencher, count: usize, policy: Policy) {
-    let balancer = Balancer::builder().policy(policy).try_build().unwrap();
+fn balancer(count: usize, builder: BalancerBuilder) -> Balancer {
+    let balancer = builder.try_build().unwrap();
     let nodes: Vec<_> = (0..count).map(|index| Arc::new(node(index))).collect();
     balancer.update(&nodes);
+    balancer
+}
+
+fn pick(bencher: Bencher, count: usize, policy: Policy) {
+    pick_of(bencher, count, Balancer::builder().policy(policy));
+}
+
+fn pick_of(bencher: Bencher, count: usize, builder: BalancerBuilder) {
+    let balancer = balancer(count, builder);
     bencher.bench(|| {
         for _ in 0..BATCH {
             // The guard too: counting out is part of the price.
             drop(black_box(balancer.pick()));
+        }
+    });
+}
+
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pick_adaptive(bencher: Bencher, count: usize) {
+    pick(bencher, count, Policy::Adaptive);
+}
+
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pick_adaptive_3_candidates(bencher: Bencher, count: usize) {
+    pick_of(bencher, count, Balancer::builder().candidates(3));
+}
+
+/// With the outcome, as a proxy reports it.
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pick_adaptive_and_outcome(bencher: Bencher, count: usize) {
+    let balancer = balancer(count, Balancer::builder());
+    let latency = Duration::from_millis(3);
+    bencher.bench(|| {
+        for _ in 0..BATCH {
+            if let Some(upstream) = black_box(balancer.pick()) {
+                upstream.succeeded(latency);
+            }
+        }
+    });
+}
+
+/// While one backend fails, and every draw has to be judged.
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pick_adaptive_gated(bencher: Bencher, count: usize) {
+    let balancer = balancer(count, Balancer::builder());
+    let failing = balancer.backends()[0].addr;
+    let others: Vec<_> = balancer.backends()[1..].iter().map(|b| b.addr).collect();
+    for _ in 0..100 {
+        let options = PickOptions {
+            exclude: &others,
+            ..PickOptions::default()
+        };
+        let upstream = balancer.pick_with(options).unwrap();
+        assert_eq!(upstream.addr(), failing);
+        upstream.failed();
+    }
+    balancer.tick(Instant::now());
+    bencher.bench(|| {
+        for _ in 0..BATCH {
+            drop(black_box(balancer.pick()));
+        }
+    });
+}
+
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pick_consistent(bencher: Bencher, count: usize) {
+    let balancer = balancer(count, Balancer::builder().policy(Policy::Consistent));
+    bencher.bench(|| {
+        for turn in 0..BATCH {
+            let options = PickOptions {
+                key: &turn.to_le_bytes(),
+                ..PickOptions::default()
+            };
+            drop(black_box(balancer.pick_with(options)));
         }
     });
 }
@@ -80,20 +153,28 @@ where
     LoadBalancer<S>: BackgroundService,
 {
     bencher.bench(|| {
-        for _ in 0..BATCH {
-            black_box(lb.select(b"", 256));
+        for turn in 0..BATCH {
+            black_box(lb.select(&turn.to_le_bytes(), 256));
         }
     });
 }
 
-fn stock<S>(count: usize) -> LoadBalancer<S>
+/// What a proxy may keep beside a backend.
+#[derive(Clone)]
+struct Extension(#[allow(dead_code)] u64);
+
+fn stock<S>(count: usize, extension: bool) -> LoadBalancer<S>
 where
     S: BackendSelection + Send + Sync + 'static,
     S::Iter: BackendIter,
 {
-    let backend = |index| {
+    let backend = |index: usize| {
         let addr = node(index).addr(80).to_string();
-        Backend::new(&addr).unwrap()
+        let mut backend = Backend::new(&addr).unwrap();
+        if extension {
+            backend.ext.insert(Extension(index as u64));
+        }
+        backend
     };
     let backends: BTreeSet<_> = (0..count).map(backend).collect();
     let lb = LoadBalancer::from_backends(Backends::new(discovery::Static::new(backends)));
@@ -103,12 +184,32 @@ where
 
 #[divan::bench(args = SIZES, threads = THREADS)]
 fn pingora_select_round_robin(bencher: Bencher, count: usize) {
-    select(bencher, stock::<RoundRobin>(count));
+    select(bencher, stock::<RoundRobin>(count, false));
+}
+
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pingora_select_round_robin_with_extension(bencher: Bencher, count: usize) {
+    select(bencher, stock::<RoundRobin>(count, true));
 }
 
 #[divan::bench(args = SIZES, threads = THREADS)]
 fn pingora_select_random(bencher: Bencher, count: usize) {
-    select(bencher, stock::<Random>(count));
+    select(bencher, stock::<Random>(count, false));
+}
+
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pingora_select_random_with_extension(bencher: Bencher, count: usize) {
+    select(bencher, stock::<Random>(count, true));
+}
+
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pingora_select_consistent(bencher: Bencher, count: usize) {
+    select(bencher, stock::<Consistent>(count, false));
+}
+
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pingora_select_consistent_with_extension(bencher: Bencher, count: usize) {
+    select(bencher, stock::<Consistent>(count, true));
 }
 
 /// Our selection inside Pingora's `select`.
@@ -120,6 +221,34 @@ fn pingora_select_metrics_weighted(bencher: Bencher, count: usize) {
     let lb = LoadBalancer::<MetricsWeighted>::from_backends(backends);
     runtime.block_on(lb.update()).unwrap();
     select(bencher, lb);
+}
+
+/// One node has reported: the controller, every weight, and the table.
+#[divan::bench(args = FLEETS)]
+fn update_after_one_report(bencher: Bencher, count: usize) {
+    let balancer = Balancer::builder().try_build().unwrap();
+    let mut nodes: Vec<_> = (0..count).map(|index| Arc::new(node(index))).collect();
+    balancer.update(&nodes);
+    let mut time = 0;
+    bencher.counter(ItemsCount::new(1_usize)).bench_local(|| {
+        time += 1;
+        let index = time as usize % count;
+        let mut fresh = Node::clone(&nodes[index]);
+        fresh.last_seen = time;
+        nodes[index] = Arc::new(fresh);
+        balancer.update(&nodes);
+    });
+}
+
+/// The controller's tick, every weight, and the table.
+#[divan::bench(args = FLEETS)]
+fn tick(bencher: Bencher, count: usize) {
+    let balancer = balancer(count, Balancer::builder());
+    let mut now = Instant::now();
+    bencher.counter(ItemsCount::new(1_usize)).bench_local(|| {
+        now += TICK;
+        balancer.tick(now);
+    });
 }
 
 #[divan::bench(args = SIZES, threads = THREADS)]

@@ -342,7 +342,8 @@ impl Balancer {
     fn publish(&self, weigher: &Weigher) {
         let mut members = weigher.current();
         members.retain(|member| member.is_serving());
-        let table = Table::new(members, self.config.policy, weigher.alike());
+        let config = &self.config;
+        let table = Table::new(members, config.policy, config.candidates, weigher.alike());
         // Under the weigher's lock, so that of two updates the later one is published last.
         self.table.store(Arc::new(table));
     }

@@ -145,9 +145,8 @@ impl Balancer {
             _ if table.slots.is_empty() => return None,
             Policy::Headroom | Policy::Adaptive => {
                 let signals = &*self.signals;
-                if signals.quiet() {
-                    let judge = |_: usize, score, _: &mut _| Some(score);
-                    table.least_busy(choice, exclude, judge, &mut random)
+                if signals.quiet() && exclude.is_empty() {
+                    Some(table.quick(choice, &mut random))
                 } else {
                     let reporting = signals.reporting();
                     let now = match options.now {
@@ -278,6 +277,48 @@ impl Table {
         last
     }
 
+    /// How busy a backend is for its weight; what decides between candidates.
+    ///
+    /// Chance decides between backends that are nearly alike, so that with little to do all get
+    /// something; but no more, for their weights are all that many proxies with few requests each
+    /// have to go by.
+    fn score(&self, index: usize, own: f32, chance: f32) -> f32 {
+        let slot = &self.slots[index];
+        let in_flight = slot.counter.in_flight() as f32;
+        (in_flight + own * (1.0 - self.alike * chance)) * slot.inverse_weight
+    }
+
+    /// [`least_busy`](Self::least_busy) where all are well, none has been tried, and none says how
+    /// busy it is: nearly every pick. Draws a few more instead of looking out for repetition, and
+    /// compares without branches, for none of them could be predicted.
+    fn quick(&self, choice: Choice, random: &mut impl FnMut() -> u64) -> usize {
+        let key = |index: usize, chance: f32| {
+            // The bits of floats above 0 have their order.
+            let score = self.score(index, choice.own, chance).to_bits();
+            u64::from(score) << 32 | index as u64
+        };
+        let mut bits = random();
+        let (first, chance) = self.alias.draw_with_rest(bits);
+        // Now and then by weight alone: who is never tried cannot show how good it is.
+        if bits & EXPLORE == 0 {
+            return first;
+        }
+        let mut best = u64::MAX;
+        if self.draws == 0 {
+            for index in 0..self.slots.len() {
+                bits = bits.rotate_left(13);
+                best = best.min(key(index, (bits as u16) as f32 * (1.0 / 65536.0)));
+            }
+        } else {
+            best = key(first, chance);
+            for _ in 1..self.draws {
+                let (index, chance) = self.alias.draw_with_rest(random());
+                best = best.min(key(index, chance));
+            }
+        }
+        best as u32 as usize
+    }
+
     /// Of several backends drawn by weight the one that is least busy for its weight. `judge`
     /// corrects a score, or says that the backend is not to be had.
     #[inline]
@@ -289,15 +330,6 @@ impl Table {
         random: &mut R,
     ) -> Option<usize> {
         let Choice { candidates, own } = choice;
-        let alike = self.alike;
-        // Chance decides between backends that are nearly alike, so that with little to do all get
-        // something; but no more, for their weights are all that many proxies with few requests
-        // each have to go by.
-        let score = |index: usize, chance: f32| {
-            let slot = &self.slots[index];
-            let in_flight = slot.counter.in_flight() as f32;
-            (in_flight + own * (1.0 - alike * chance)) * slot.inverse_weight
-        };
         let first = random();
         // Now and then by weight alone: who is never tried cannot show how good it is.
         let wanted = if first & EXPLORE == 0 {
@@ -317,7 +349,7 @@ impl Table {
                 .draw_with_rest(next.take().unwrap_or_else(&mut *random));
             let mut judged = None;
             if !drawn[..count].contains(&index) && !self.is_excluded(index, exclude) {
-                judged = judge(index, score(index, chance), random);
+                judged = judge(index, self.score(index, own, chance), random);
             }
             let Some(score) = judged else {
                 if redraws == 0 {

@@ -28,19 +28,28 @@ pub(super) struct Table {
     /// Backends without requests in flight whose weights differ by less than this part are chosen
     /// by chance.
     pub(super) alike: f32,
+    /// How many draws give so many different backends on average as are wanted as candidates; 0: all
+    /// of them are wanted.
+    pub(super) draws: usize,
     /// Whether all weights are equal.
     pub(super) uniform: bool,
     pub(super) spread: Spread,
 }
 
 impl Table {
-    pub(super) fn new(members: Vec<Arc<Member>>, policy: Policy, alike: f32) -> Self {
+    pub(super) fn new(
+        members: Vec<Arc<Member>>,
+        policy: Policy,
+        candidates: usize,
+        alike: f32,
+    ) -> Self {
         let shares: Vec<f64> = members.iter().map(|member| member.share()).collect();
         let weights = members.iter().map(|member| member.weight());
         let mean = weights.sum::<f64>() / members.len().max(1) as f64;
         let mut table = Self {
             alias: AliasTable::new(&shares),
             alike,
+            draws: draws(shares.len(), candidates),
             uniform: shares.windows(2).all(|pair| pair[0] == pair[1]),
             ..Self::default()
         };
@@ -62,6 +71,17 @@ impl Table {
     }
 }
 
+/// How many draws out of `count` it takes for `wanted` different ones, on average.
+fn draws(count: usize, wanted: usize) -> usize {
+    if count <= wanted {
+        return 0;
+    }
+    let missed = 1.0 - 1.0 / count as f64;
+    let different = |draws: i32| count as f64 * (1.0 - missed.powi(draws));
+    let enough = (1..64).find(|draws| different(*draws) >= wanted as f64 - 0.5);
+    enough.unwrap_or(64) as usize
+}
+
 /// Draws an index with a probability proportional to its weight in constant time: M. D. Vose, "A
 /// linear algorithm for generating random numbers with a given distribution", IEEE Transactions
 /// on Software Engineering 17(9), 1991. Eight bytes an index.
@@ -72,7 +92,8 @@ pub(super) struct AliasTable {
 
 #[derive(Debug, Clone, Copy)]
 struct Column {
-    /// Of 2^32: how often the column's own index is meant, and not the other one.
+    /// Of 2^32: how often the column's own index is meant, and not the other one. A column that is
+    /// all its own has itself as the other one.
     own: u32,
     other: u32,
 }
@@ -132,14 +153,13 @@ impl AliasTable {
     /// enough to break a tie, for with 2^16 backends there are 16 bits of it.
     pub(super) fn draw_with_rest(&self, random: u64) -> (usize, f32) {
         let scaled = (random >> 32) * self.columns.len() as u64;
-        let index = scaled >> 32;
-        let rest = (scaled as u32 >> 8) as f32 / (1_u32 << 24) as f32;
+        let index = (scaled >> 32) as u32;
+        let rest = (scaled as u32 >> 8) as f32 * (1.0 / (1_u32 << 24) as f32);
         let column = self.columns[index as usize];
-        if (random as u32) <= column.own && column.own > 0 {
-            (index as usize, rest)
-        } else {
-            (column.other as usize, rest)
-        }
+        // No branch: nobody could predict it.
+        let own = 0_u32.wrapping_sub(u32::from((random as u32) < column.own));
+        let drawn = column.other ^ ((index ^ column.other) & own);
+        (drawn as usize, rest)
     }
 }
 
@@ -256,6 +276,15 @@ mod tests {
             assert!((share - 1.0 / 3.0).abs() < 0.01);
         }
         assert_eq!(shares(&[0.0, 1.0], 100_000)[0], 0.0);
+    }
+
+    #[test]
+    fn a_few_draws_more_make_up_for_repetition() {
+        assert_eq!(draws(5, 5), 0);
+        assert_eq!(draws(6, 5), 8);
+        assert_eq!(draws(10, 5), 6);
+        assert_eq!(draws(1_000, 5), 5);
+        assert_eq!(draws(1_000, 1), 1);
     }
 
     proptest! {
