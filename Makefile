@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo test test-docker lint bench bench-build clean
+.PHONY: help deps demo test test-docker real-load lint bench bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -28,7 +28,8 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 	set -x; \
 	cargo test --all-features --lib --bins --examples --tests; \
 	cargo test --all-features --doc; \
-	cargo test --no-default-features --lib --tests
+	cargo test --no-default-features --lib --tests; \
+	cargo bench --all-features --bench routing_quality -- --quick
 
 test-docker: deps ## the etcd tests against etcd in containers
 	cargo build --all-features --examples
@@ -39,17 +40,26 @@ test-docker: deps ## the etcd tests against etcd in containers
 	ETCD_IMAGE=$$image cargo test --all-features --test store_conformance --test cluster --test proxy
 
 # Features change what is compiled, so each useful set is linted by itself.
+real-load: deps ## worker and balancer processes under load, policy by policy; part of test
+	cargo build --all-features --examples
+	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test real_load
+
 lint: deps ## formatting, clippy and rustdoc, without warnings
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --all-targets --no-default-features -- -D warnings
-	cargo clippy --all-targets --no-default-features --features system-metrics -- -D warnings
+	cargo clippy --all-targets --no-default-features --features system-metrics,tower -- -D warnings
 	cargo clippy --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --no-default-features
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
 
-bench: deps ## run the benchmarks
-	cargo bench --all-features
+bench: deps ## run the benchmarks that measure time
+	cargo bench --all-features --bench pick --bench propagation
+
+SEEDS ?= 3
+FIRST ?= 1
+bench-routing: deps ## simulate routing: SEEDS=n seeds from FIRST=s on; a short run is part of test
+	cargo bench --all-features --bench routing_quality -- --seeds $(SEEDS) --first $(FIRST)
 
 bench-build: deps ## compile the benchmarks without running them
 	cargo bench --all-features --no-run

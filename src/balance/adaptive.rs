@@ -20,9 +20,8 @@ use crate::error::ClusterError;
 /// # Metrics
 ///
 /// A fresh report of CPU, memory and queue becomes one number,
-/// `u = cpu * (1 + queue_gain * min(queue / queue_capacity, queue_most))
-/// + (1 - success)`, plus
-/// `memory_gain` for each tenth of memory in use above `memory_limit`. With
+/// `u = cpu * (1 + queue_gain * q) + (1 - success)` with `q = min(queue / queue_capacity,
+/// queue_most)`, plus `memory_gain` for each tenth of memory in use above `memory_limit`. With
 /// `e = clamp((mean u - u) / max(mean u, idle_load), -1, 1)`, `m` moves by
 /// `metrics_gain * e + metrics_gain / 2 * (e - previous e)`, at most `step_up` up and `step_down`
 /// down, and stays within `ln(metrics_range)` of 0. A backend that this process has sent nothing

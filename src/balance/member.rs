@@ -171,6 +171,7 @@ pub(super) struct Live {
     signals: Arc<Signals>,
     addr: SocketAddr,
     node: ArcSwap<Node>,
+    sampled: AtomicBool,
     sample: Mutex<Option<LoadReport>>,
     /// The member is gone: it owns nothing of this any more.
     orphaned: AtomicBool,
@@ -256,6 +257,7 @@ impl Live {
                 Err(TryLockError::WouldBlock) => return,
             };
             *sample = Some(*report);
+            self.sampled.store(true, Ordering::Relaxed);
         }
     }
 
@@ -315,6 +317,7 @@ impl Member {
                 signals: signals.clone(),
                 addr,
                 node: ArcSwap::new(node.clone()),
+                sampled: AtomicBool::new(false),
                 sample: Mutex::new(None),
                 orphaned: AtomicBool::new(false),
             }),
@@ -392,6 +395,11 @@ impl Member {
 
     /// What it last said of its load in a response.
     pub(super) fn take_sample(&self) -> Option<LoadReport> {
+        // With thousands of backends, and most of them silent, locks alone would cost too much.
+        if !self.live.sampled.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.live.sampled.store(false, Ordering::Relaxed);
         let sample = self.live.sample.lock();
         sample.unwrap_or_else(PoisonError::into_inner).take()
     }

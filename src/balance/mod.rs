@@ -340,8 +340,7 @@ impl Balancer {
     }
 
     fn publish(&self, weigher: &Weigher) {
-        let mut members = weigher.current();
-        members.retain(|member| member.is_serving());
+        let members = weigher.serving();
         let config = &self.config;
         let table = Table::new(members, config.policy, config.candidates, weigher.alike());
         // Under the weigher's lock, so that of two updates the later one is published last.

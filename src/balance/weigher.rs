@@ -24,6 +24,8 @@ const SAME_AGAIN: Duration = Duration::from_secs(5);
 /// A report older than the last one by more than this is not late: its sender's clock was set.
 const CLOCK_SET_MS: u64 = 60_000;
 
+/// How long requests in flight count that were reported.
+const REPORTS_COUNT: Duration = Duration::from_secs(5);
 /// A weight stays above 0.
 const MIN_SPILL: f64 = 1e-6;
 
@@ -126,7 +128,8 @@ impl Known {
 pub(crate) struct Weigher {
     config: Weighing,
     signals: Arc<Signals>,
-    known: Vec<Known>,
+    #[allow(clippy::vec_box)] // an update moves every one of them
+    known: Vec<Box<Known>>,
     /// When there were nodes for the first time: those are not new.
     started: bool,
     ticked: Option<Instant>,
@@ -180,7 +183,7 @@ impl Weigher {
                 None => {
                     let mut load = Load::default();
                     self.refused += u64::from(load.observe(node));
-                    Known {
+                    Box::new(Known {
                         member: Arc::new(Member::new(node, addr, &self.signals)),
                         node: node.clone(),
                         base: base_weight(node),
@@ -191,7 +194,7 @@ impl Weigher {
                         fresh: true,
                         tried: false,
                         tried_lately: false,
-                    }
+                    })
                 }
             };
             known.shadowed = false;
@@ -242,6 +245,7 @@ impl Weigher {
         self.learn(now);
         let adaptive = &self.config.adaptive;
         let (mut heard, mut excess) = (Mean::default(), Mean::default());
+        let (mut best, mut worst, mut reporting) = (None::<f32>, 1.0_f32, false);
         for known in &mut self.known {
             let learned = &mut known.learned;
             learned.age(adaptive, now, passed);
@@ -256,6 +260,10 @@ impl Weigher {
             if !known.counts() {
                 continue;
             }
+            let success = known.member.success();
+            best = Some(best.map_or(success, |best| best.max(success)));
+            worst = worst.min(success);
+            reporting |= known.member.reported_since(REPORTS_COUNT, now);
             if known.learned.load.is_some() {
                 heard.add(known.learned.metrics, 1.0);
             }
@@ -270,18 +278,11 @@ impl Weigher {
             known.learned.trim(adaptive, &excess);
         }
         self.spill();
-        let reporting = self
-            .members()
-            .any(|member| member.reported_since(Duration::from_secs(5), now));
         if !reporting {
             self.signals.no_reports();
         }
-        let serving = self.members().filter(|member| member.is_serving());
-        let rates: Vec<f32> = serving.map(|member| member.success()).collect();
         // Of nobody, all is well: whoever comes has not failed yet.
-        let best = rates.iter().copied().reduce(f32::max).unwrap_or(1.0);
-        let worst = rates.iter().copied().reduce(f32::min).unwrap_or(1.0);
-        self.signals.settle(best, worst);
+        self.signals.settle(best.unwrap_or(1.0), worst);
         self.weigh(now);
     }
 
@@ -345,42 +346,21 @@ impl Weigher {
             Policy::Adaptive => (known.learned.metrics + known.learned.latency).exp(),
             Policy::RoundRobin | Policy::Random | Policy::Consistent => known.base,
         };
-        let (sum, count) = serving()
-            .map(raw)
-            .fold((0.0, 0_u32), |(sum, count), raw| (sum + raw, count + 1));
-        let middle = sum / f64::from(count.max(1));
-        let whole = |known: &Known| match config.policy {
-            Policy::Adaptive if middle > 0.0 => {
-                let factor = raw(known) / middle;
-                known.base * factor.clamp(config.adaptive.weight_min, config.adaptive.weight_max)
+        let mut weights: Vec<f64> = self.known.iter().map(|known| raw(known)).collect();
+        if config.policy == Policy::Adaptive {
+            let mut factors = Mean::default();
+            for (known, factor) in self.known.iter().zip(&weights) {
+                if known.counts() {
+                    factors.add(*factor, 1.0);
+                }
             }
-            _ => raw(known),
-        };
-        let ramp = |known: &Known| match known.learned.joined {
-            Some(joined) if config.policy == Policy::Adaptive => {
-                let age = now.saturating_duration_since(joined);
-                config.adaptive.slow_start(age)
+            let middle = factors.value().max(f64::MIN_POSITIVE);
+            let (least, most) = (config.adaptive.weight_min, config.adaptive.weight_max);
+            for (known, weight) in self.known.iter().zip(&mut weights) {
+                *weight = known.base * (*weight / middle).clamp(least, most);
             }
-            _ => 1.0,
-        };
-        // Those that start slowly leave the others to carry their part: so much at most.
-        let (mut settled, mut starting) = (0.0, 0.0);
-        for known in serving() {
-            match ramp(known) {
-                1.0 => settled += whole(known),
-                _ => starting += whole(known),
-            }
+            self.start_slowly(&mut weights, now);
         }
-        let least = if starting > 0.0 {
-            ((settled + starting) / config.adaptive.slow_start_strain - settled) / starting
-        } else {
-            0.0
-        };
-        let weights: Vec<f64> = self
-            .known
-            .iter()
-            .map(|known| whole(known) * ramp(known).max(least.min(1.0)))
-            .collect();
         let zone = self.zone.as_deref();
         let chance = |known: &Known| match config.policy {
             Policy::Adaptive => self.signals.chance(known.member.success()),
@@ -401,6 +381,34 @@ impl Weigher {
         }
     }
 
+    /// Takes from those that joined lately, and leaves the others so much to carry at most.
+    fn start_slowly(&self, weights: &mut [f64], now: Instant) {
+        let adaptive = &self.config.adaptive;
+        let ramp = |known: &Known| match known.learned.joined {
+            Some(joined) => adaptive.slow_start(now.saturating_duration_since(joined)),
+            None => 1.0,
+        };
+        let (mut settled, mut starting) = (0.0, 0.0);
+        for (known, weight) in self.known.iter().zip(weights.iter()) {
+            if !known.counts() {
+                continue;
+            }
+            if ramp(known) < 1.0 {
+                starting += weight;
+            } else {
+                settled += weight;
+            }
+        }
+        if starting <= 0.0 {
+            return;
+        }
+        let carried = (settled + starting) / adaptive.slow_start_strain;
+        let least = ((carried - settled) / starting).min(1.0);
+        for (known, weight) in self.known.iter().zip(weights) {
+            *weight *= ramp(known).max(least);
+        }
+    }
+
     /// Up to which difference in weight idle backends are chosen by chance: any, while all say that
     /// they have little to do.
     pub(super) fn alike(&self) -> f32 {
@@ -415,14 +423,16 @@ impl Weigher {
         (adaptive.alike + (1.0 - adaptive.alike) * calm) as f32
     }
 
-    fn members(&self) -> impl Iterator<Item = &Arc<Member>> {
+    /// Every address once, draining nodes too, in the order they were given in.
+    pub(crate) fn current(&self) -> impl Iterator<Item = &Arc<Member>> {
         let seen = self.known.iter().filter(|known| !known.shadowed);
         seen.map(|known| &known.member)
     }
 
-    /// Every address once, draining nodes too, in the order they were given in.
-    pub(crate) fn current(&self) -> Vec<Arc<Member>> {
-        self.members().cloned().collect()
+    /// The same without draining nodes.
+    pub(super) fn serving(&self) -> Vec<Arc<Member>> {
+        let serving = self.known.iter().filter(|known| known.counts());
+        serving.map(|known| known.member.clone()).collect()
     }
 
     /// Metrics refused so far.
@@ -434,13 +444,14 @@ impl Weigher {
 /// What was known before an update. Nodes mostly come in the order they came in before, so the
 /// next is looked for in its place first.
 struct Before {
-    known: Vec<Option<Known>>,
+    known: Vec<Option<Box<Known>>>,
     next: usize,
     places: Option<HashMap<(SocketAddr, i64, u64), usize, Xxh3DefaultBuilder>>,
 }
 
 impl Before {
-    fn new(known: Vec<Known>) -> Self {
+    #[allow(clippy::vec_box)]
+    fn new(known: Vec<Box<Known>>) -> Self {
         Self {
             known: known.into_iter().map(Some).collect(),
             next: 0,
@@ -448,7 +459,7 @@ impl Before {
         }
     }
 
-    fn take(&mut self, node: &Node, addr: SocketAddr) -> Option<Known> {
+    fn take(&mut self, node: &Node, addr: SocketAddr) -> Option<Box<Known>> {
         let place = match self.known.get(self.next) {
             None => return self.find(node, addr),
             Some(Some(known)) if known.is_of(node, addr) => self.next,
@@ -458,7 +469,7 @@ impl Before {
         self.known[place].take()
     }
 
-    fn find(&mut self, node: &Node, addr: SocketAddr) -> Option<Known> {
+    fn find(&mut self, node: &Node, addr: SocketAddr) -> Option<Box<Known>> {
         if self.known.is_empty() {
             return None;
         }
@@ -513,7 +524,7 @@ mod tests {
         ] {
             let mut weigher = weigher();
             weigher.update(&nodes, Instant::now());
-            let members = weigher.current();
+            let members: Vec<_> = weigher.current().collect();
             assert_eq!(members.len(), 1);
             assert_eq!(members[0].node().id, "new");
         }

@@ -92,7 +92,7 @@ impl State {
         let mut changed = false;
         let mut before = std::mem::take(&mut self.slots);
         self.weigher.update(nodes, now);
-        for member in self.weigher.current() {
+        for member in self.weigher.current().cloned() {
             let (addr, serving) = (member.addr(), member.is_serving());
             let slot = match before.remove(&addr) {
                 Some((slot, was_serving)) => {

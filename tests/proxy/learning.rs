@@ -22,7 +22,7 @@ where
 {
     let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
-    let app = axum::Router::new().fallback(move || answer());
+    let app = axum::Router::new().fallback(answer);
     tokio::spawn(async move { axum::serve(listener, app).await });
     port
 }
