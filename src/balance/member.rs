@@ -336,6 +336,7 @@ impl Member {
         self.live.node.store(node);
     }
 
+    #[cfg(feature = "pingora")]
     pub(crate) fn is_serving(&self) -> bool {
         self.live.node.load().is_serving()
     }

@@ -331,7 +331,7 @@ impl Balancer {
 
     /// Lets weights follow what requests have found out: latencies, failures, reports in
     /// responses, and time. To be called every [`TICK`], `now`;
-    /// [`BalancerService`](crate::pingora::BalancerService) does. Costs as much as
+    /// `pingora::BalancerService` does. Costs as much as
     /// [`update`](Self::update).
     pub fn tick(&self, now: Instant) {
         let mut weigher = self.weigher();

@@ -424,12 +424,13 @@ impl Weigher {
     }
 
     /// Every address once, draining nodes too, in the order they were given in.
+    #[cfg(any(test, feature = "pingora"))]
     pub(crate) fn current(&self) -> impl Iterator<Item = &Arc<Member>> {
         let seen = self.known.iter().filter(|known| !known.shadowed);
         seen.map(|known| &known.member)
     }
 
-    /// The same without draining nodes.
+    /// Every address once, without draining nodes.
     pub(super) fn serving(&self) -> Vec<Arc<Member>> {
         let serving = self.known.iter().filter(|known| known.counts());
         serving.map(|known| known.member.clone()).collect()

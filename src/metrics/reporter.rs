@@ -12,7 +12,7 @@ use crate::node::NodeMetadata;
 /// of requests in flight. So balancers hear of the load with every answer, without a write to etcd.
 ///
 /// [`ClusterNode::load_reporter`](crate::ClusterNode::load_reporter) has one that knows what the
-/// node's collector said last. With the feature `tower`, [`layer`](Self::layer) does all that a
+/// node's collector said last. With the feature `tower`, its `layer` does all that a
 /// server has to do. Clones share the count.
 ///
 /// ```
