@@ -51,7 +51,10 @@
 //!   tells the difference. The last view stays in use for as long as etcd is away.
 //! - **Weights live beside the backends.** An update of metrics never touches a backend's
 //!   identity, so it forgets nobody's health.
-//! - **The pick** draws three backends by weight and takes the least busy for its weight. It takes
+//! - **Weights follow what is seen**, by default ([`balance::Adaptive`]): two integral controllers,
+//!   one on what backends report, one on the latencies of this process's own requests, and a gate on
+//!   failures. [`balance`] does it without I/O, with time and randomness from outside.
+//! - **The pick** draws a few backends by weight and takes the least busy for its weight. It takes
 //!   no lock and allocates nothing.
 //!
 //! # What it does not do

@@ -61,6 +61,9 @@ struct Arguments {
     /// Only the routers that limits are about.
     #[arg(long)]
     ours: bool,
+    /// And those with this in their name.
+    #[arg(long, default_value = "none")]
+    router: String,
     /// Other constants for the adaptive policy, as JSON: '{"metrics_gain": 0.1}'.
     #[arg(long, value_parser = |json: &str| serde_json::from_str::<Adaptive>(json))]
     adaptive: Option<Adaptive>,
@@ -117,7 +120,10 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let all = !(arguments.ours || arguments.quick);
-    let kinds = KINDS.into_iter().filter(|kind| all || kind.is_limited());
+    let named = |kind: &RouterKind| kind.name().contains(&arguments.router);
+    let kinds = KINDS
+        .into_iter()
+        .filter(|kind| all || kind.is_limited() || named(kind));
     let runs = simulate(rows, kinds.collect(), {
         (arguments.first..).take(arguments.seeds as usize).collect()
     });

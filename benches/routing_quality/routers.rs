@@ -214,7 +214,11 @@ impl RouterKind {
 pub static ADAPTIVE: OnceLock<Adaptive> = OnceLock::new();
 
 fn settings(scenario: &Scenario) -> BalancerBuilder {
-    let adaptive = ADAPTIVE.get().copied().unwrap_or_default();
+    settings_with(scenario, Adaptive::default())
+}
+
+fn settings_with(scenario: &Scenario, adaptive: Adaptive) -> BalancerBuilder {
+    let adaptive = ADAPTIVE.get().copied().unwrap_or(adaptive);
     let settings = Balancer::builder().default_port(80).adaptive(adaptive);
     match scenario.zones {
         Some(_) => settings.zone("z0"),
@@ -288,7 +292,8 @@ struct DropIn {
 
 impl DropIn {
     fn new(scenario: &Scenario, view: &View, start: Instant) -> Self {
-        let weights = LiveWeights::try_new(&settings(scenario)).unwrap();
+        let weights =
+            LiveWeights::try_new(&settings_with(scenario, Adaptive::metrics_only())).unwrap();
         weights.update_at(view.nodes(), start);
         let selection = Self::select(&weights);
         Self { weights, selection }

@@ -118,8 +118,8 @@ pub fn all() -> Vec<Row> {
             None,
             with("1,000 servers", |it| {
                 it.servers = 1000;
-                it.warm = 30.0;
-                it.measure = 20.0;
+                it.warm = 20.0;
+                it.measure = 10.0;
             }),
         ),
         quick(

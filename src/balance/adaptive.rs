@@ -191,6 +191,21 @@ const UNKNOWN_CPU: f64 = 0.5;
 const MOST_MS: u64 = 86_400_000;
 
 impl Adaptive {
+    /// The constants for a selection that hears of no outcome and counts nothing in flight, such as
+    /// `pingora::MetricsWeighted` in a stock load balancer. Metrics are
+    /// all there is, so what they say is done faster (`metrics_gain` 0.6, steps of 1) and in full
+    /// (`trust_floor` 1), but within narrower bounds (`metrics_range` 4).
+    pub fn metrics_only() -> Self {
+        Self {
+            metrics_gain: 0.6,
+            step_up: 1.0,
+            step_down: 1.0,
+            metrics_range: 4.0,
+            trust_floor: 1.0,
+            ..Self::default()
+        }
+    }
+
     /// Checks every field, which is named as under `field`.
     ///
     /// # Errors

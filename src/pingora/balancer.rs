@@ -15,7 +15,7 @@ use tracing::error;
 use super::discovery::ClusterBackends;
 use super::selection::LiveWeights;
 use super::{COALESCE, READY_TIMEOUT, every_tick, follow, wait_ready};
-use crate::balance::{Balancer, BalancerBuilder};
+use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 
@@ -67,7 +67,9 @@ where
     /// A load balancer over the nodes of a group; `default_port` is for nodes that registered
     /// none.
     pub fn new(discovery: ServiceDiscovery, default_port: u16) -> Self {
-        let settings = Balancer::builder().default_port(default_port);
+        let settings = Balancer::builder()
+            .adaptive(Adaptive::metrics_only())
+            .default_port(default_port);
         Self::with_weights(discovery, LiveWeights::of(&settings))
     }
 

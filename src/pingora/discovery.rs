@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use super::selection::LiveWeights;
 use super::{COALESCE, READY_TIMEOUT, every_tick, follow, wait_ready};
-use crate::balance::{Balancer, BalancerBuilder};
+use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 
@@ -66,7 +66,9 @@ impl Drop for Task {
 impl ClusterBackends {
     /// The nodes of a group as backends; `default_port` is for nodes that registered none.
     pub fn new(discovery: ServiceDiscovery, default_port: u16) -> Self {
-        let settings = Balancer::builder().default_port(default_port);
+        let settings = Balancer::builder()
+            .adaptive(Adaptive::metrics_only())
+            .default_port(default_port);
         let weights = LiveWeights::of(&settings);
         Self::with_driver(discovery, weights, Driver::Own(Mutex::new(None)))
     }
