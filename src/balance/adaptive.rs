@@ -84,7 +84,7 @@ pub struct Adaptive {
     /// Range: 0 to 1; with 1 every error is believed.
     pub trust_floor: f64,
     /// How much of what was learned a tick keeps in which a backend got no request at all: what is
-    /// not tried cannot show that it is better than thought. Default: 0.9. Range: 0 to 1.
+    /// not tried cannot show that it is better than thought. Default: 0.97. Range: 0 to 1.
     pub idle_keep: f64,
     /// After how long without a report what was learned from reports starts to fade. Default:
     /// 180,000 ms. Range: 1,000 to 86,400,000.
@@ -161,7 +161,7 @@ impl Default for Adaptive {
             success_limit: 0.8,
             trust_memory: 12.0,
             trust_floor: 0.1,
-            idle_keep: 0.9,
+            idle_keep: 0.97,
             own_request: 0.5,
             alike: 0.25,
             calm_load: 0.3,

@@ -389,9 +389,14 @@ impl Member {
         })
     }
 
-    /// Whether it has or had anything to do for this process since latencies were last taken.
-    pub(super) fn is_active(&self) -> bool {
-        self.in_flight() > 0 || self.live.successes.load(Ordering::Relaxed) > 0
+    /// Successes since latencies were last taken.
+    pub(super) fn successes(&self) -> u32 {
+        self.live.successes.load(Ordering::Relaxed)
+    }
+
+    /// Whether it has or had anything to do for this process since so many had succeeded.
+    pub(super) fn is_active(&self, successes: u32) -> bool {
+        self.in_flight() > 0 || self.successes() != successes
     }
 
     /// What it last said of its load in a response.

@@ -326,6 +326,14 @@ impl Rig {
         counts
     }
 
+    /// Enough requests at a time for every backend to get some.
+    fn burst(&mut self) {
+        let held: Vec<_> = (0..40).map(|_| self.pick()).collect();
+        for upstream in held {
+            upstream.succeeded(Duration::from_millis(10));
+        }
+    }
+
     fn weight(&self, index: u16) -> f64 {
         let backends = self.balancer.backends();
         let own = |backend: &&BackendStatus| backend.addr.port() == 1000 + index;
@@ -431,11 +439,11 @@ fn who_is_busier_than_the_others_gets_less() {
     let mut rig = Rig::of(4);
     for round in 1..=12 {
         for index in 0..4 {
-            rig.traffic(40, |_| false);
+            rig.burst();
             let cpu = if index == 0 { 90.0 } else { 50.0 };
             rig.report(index, cpu, round * 5_000 + u64::from(index));
         }
-        rig.seconds(5);
+        rig.seconds(1);
     }
     assert!(rig.weight(0) < 0.6, "{}", rig.weight(0));
     assert!(rig.weight(1) > 1.0, "{}", rig.weight(1));
@@ -476,11 +484,7 @@ fn what_was_learned_fades_without_reports() {
     assert!(before < -0.5, "{before}");
     let with_traffic = |rig: &mut Rig, seconds| {
         for _ in 0..seconds {
-            // Enough at a time for both to get something.
-            let held: Vec<_> = (0..40).map(|_| rig.pick()).collect();
-            for upstream in held {
-                upstream.succeeded(Duration::from_millis(10));
-            }
+            rig.burst();
             rig.seconds(1);
         }
     };

@@ -50,16 +50,18 @@ struct Known {
     base: f64,
     load: Load,
     learned: Learned,
-    /// The last sample that came with a response, and when.
+    /// The last new sample that came with a response, and when.
     response: Option<(LoadReport, Instant)>,
+    /// When the last sample came with a response, new or not.
+    answered: Option<Instant>,
     /// Another registration has its address, and wrote later.
     shadowed: bool,
     /// Its load is new and the controller has not had it yet.
     fresh: bool,
     /// It was sent something since its last report.
     tried: bool,
-    /// The same since the last tick.
-    tried_lately: bool,
+    /// Successes that were too few to count at the last tick.
+    counted: u32,
 }
 
 impl Known {
@@ -74,8 +76,8 @@ impl Known {
         let late = self.node.last_seen.saturating_sub(node.last_seen);
         let outdated = late > 0 && late < CLOCK_SET_MS;
         let by_response = self
-            .response
-            .is_some_and(|(_, at)| now.saturating_duration_since(at) < RESPONSES_COUNT);
+            .answered
+            .is_some_and(|at| now.saturating_duration_since(at) < RESPONSES_COUNT);
         let same = node.last_seen == self.node.last_seen && node.metadata == self.node.metadata;
         self.base = base_weight(node);
         self.node = node.clone();
@@ -92,6 +94,7 @@ impl Known {
         let Some(report) = self.member.take_sample() else {
             return;
         };
+        self.answered = Some(now);
         let again =
             self.response
                 .is_some_and(|(last, at)| match (last.sampled_at, report.sampled_at) {
@@ -190,10 +193,11 @@ impl Weigher {
                         load,
                         learned: Learned::new(joined, now),
                         response: None,
+                        answered: None,
                         shadowed: false,
                         fresh: true,
                         tried: false,
-                        tried_lately: false,
+                        counted: 0,
                     })
                 }
             };
@@ -249,14 +253,13 @@ impl Weigher {
         for known in &mut self.known {
             let learned = &mut known.learned;
             learned.age(adaptive, now, passed);
-            if !self.config.sees_requests || known.member.is_active() {
+            if !self.config.sees_requests || known.member.is_active(known.counted) {
                 known.tried = true;
-                known.tried_lately = true;
-            }
-            if !std::mem::take(&mut known.tried_lately) {
+            } else {
                 learned.forget(adaptive);
             }
             learned.latencies(known.member.take_latencies(adaptive.latency_samples));
+            known.counted = known.member.successes();
             if !known.counts() {
                 continue;
             }
@@ -328,7 +331,8 @@ impl Weigher {
         for known in &mut self.known {
             if std::mem::take(&mut known.fresh) && loads.count >= 2 && !known.shadowed {
                 let tried = std::mem::take(&mut known.tried);
-                let idle = self.config.sees_requests && !tried && !known.member.is_active();
+                let idle =
+                    self.config.sees_requests && !tried && !known.member.is_active(known.counted);
                 let success = known.member.success();
                 let trust = &mut self.trust;
                 known.learned.report(adaptive, trust, &loads, success, idle);
