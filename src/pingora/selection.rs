@@ -222,15 +222,27 @@ impl LiveWeights {
 
 /// Selection by live weights, for a stock Pingora `LoadBalancer`.
 ///
-/// Weights follow metrics, by [`Policy::Adaptive`](crate::balance::Policy::Adaptive) unless it is
-/// told otherwise. They are read beside the backends, so a change takes effect
-/// with the next request, without an update of the load balancer. Picks are spread evenly in
-/// proportion to the weights (5, 1, 1 gives no run of five), memory per backend is constant
-/// whatever the weights, and later choices are weighted too and never repeat an earlier one. The
-/// key is ignored.
+/// Weights follow metrics, by [`Policy::Adaptive`](crate::balance::Policy::Adaptive) with
+/// [`Adaptive::metrics_only`](crate::balance::Adaptive::metrics_only) unless it is told otherwise.
+/// They are read beside the backends, so a change takes effect with the next request, without an
+/// update of the load balancer. Picks are spread evenly in proportion to the weights (5, 1, 1 gives
+/// no run of five), memory per backend is constant whatever the weights, and later choices are
+/// weighted too and never repeat an earlier one. The key is ignored.
 ///
-/// It cannot see when a request ends. [`BalancerService`](super::BalancerService) can, and routes
-/// around a backend that is busy before its metrics say so.
+/// It hears of no outcome and cannot see when a request ends.
+/// [`BalancerService`](super::BalancerService) can, and routes around a backend that is busy, slow
+/// or failing before its metrics say so. What that is worth, in the simulation of
+/// `benches/routing_quality` (p99 latency relative to an oracle's; ten servers, metrics every 5 s):
+///
+/// | load | with the guard | this selection | gRPC's weighted round robin |
+/// |---|---|---|---|
+/// | 50 % | @a50@ | @d50@ | @g50@ |
+/// | 75 % | @a75@ | @d75@ | @g75@ |
+/// | 90 % | @a90@ | @d90@ | @g90@ |
+/// | 75 %, metrics every 1 s | @a1@ | @d1@ | @g1@ |
+///
+/// A backend that reports less load than it has, or fails fast, gets too much here: have health
+/// checks, and metrics every second.
 ///
 /// Backends that did not come from [`ClusterBackends`](super::ClusterBackends) have the weight
 /// that Pingora knows.
