@@ -236,10 +236,10 @@ impl LiveWeights {
 ///
 /// | load | with the guard | this selection | gRPC's weighted round robin |
 /// |---|---|---|---|
-/// | 50 % | @a50@ | @d50@ | @g50@ |
-/// | 75 % | @a75@ | @d75@ | @g75@ |
-/// | 90 % | @a90@ | @d90@ | @g90@ |
-/// | 75 %, metrics every 1 s | @a1@ | @d1@ | @g1@ |
+/// | 50 % | 1.03 | 1.32 | 1.42 |
+/// | 75 % | 1.08 | 3.75 | 9.60 |
+/// | 90 % | 1.14 | 45 | 39 |
+/// | 75 %, metrics every 1 s | 1.07 | 1.61 | 1.65 |
 ///
 /// A backend that reports less load than it has, or fails fast, gets too much here: have health
 /// checks, and metrics every second.
