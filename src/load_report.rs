@@ -106,7 +106,7 @@ impl LoadReport {
             return Err(LoadReportError::TooLong(value.len()));
         }
         let value = std::str::from_utf8(value).map_err(|_| LoadReportError::Format)?;
-        let value = value.trim();
+        let value = value.trim_start();
         let mut report = Self::default();
         let mut application = None;
         if let Some(text) = value.strip_prefix("TEXT ") {
@@ -173,6 +173,31 @@ impl LoadReport {
         let value = value.filter(|value| (0.0..=most).contains(value));
         self.refused += u32::from(value.is_none());
         value
+    }
+
+    /// The same without what is out of range: whoever puts one together by hand may be wrong.
+    pub(crate) fn sane(&self) -> Self {
+        let mut sane = Self {
+            refused: self.refused,
+            sampled_at: self.sampled_at,
+            ..Self::default()
+        };
+        let mut check = |value: Option<f64>, most| {
+            let value = value?;
+            sane.checked(Some(value), most)
+        };
+        let (cpu, memory) = (check(self.cpu, 1.0), check(self.memory, 1.0));
+        let (queue, in_flight) = (
+            check(self.queue, MAX_COUNT),
+            check(self.in_flight, MAX_COUNT),
+        );
+        Self {
+            cpu,
+            memory,
+            queue,
+            in_flight,
+            ..sane
+        }
     }
 
     /// Whether it says anything of the kind that is sampled.

@@ -159,6 +159,8 @@ pub(super) struct Live {
     success: AtomicF32,
     /// Since the controller last took them.
     successes: AtomicU32,
+    /// Ever; wraps.
+    failures: AtomicU32,
     /// Their latencies in nanoseconds.
     latency: AtomicU64,
     fastest: AtomicU64,
@@ -166,6 +168,8 @@ pub(super) struct Live {
     reported: AtomicU64,
     /// The bits of an `f64`.
     weight: AtomicU64,
+    /// Its weight, wherever it is: what its own counts compare with.
+    capacity: AtomicF32,
     /// The part of its weight that it is drawn with: less than 1 for one that fails.
     gate: AtomicF32,
     signals: Arc<Signals>,
@@ -220,6 +224,7 @@ impl Live {
         // Two at once may count as one; the next tells.
         let success = self.success.get() * (1.0 - self.signals.gain);
         self.success.set(success);
+        self.failures.fetch_add(1, Ordering::Relaxed);
         if self.signals.chance(success) < 1.0 {
             self.signals.raise(GATED);
         }
@@ -230,6 +235,7 @@ impl Live {
     }
 
     pub(super) fn report(&self, report: &LoadReport, now: Instant) {
+        let report = &report.sane();
         if report.refused > 0 {
             let refused = &self.signals.refused;
             refused.fetch_add(report.refused.into(), Ordering::Relaxed);
@@ -240,7 +246,7 @@ impl Live {
                 u64::from(in_flight.to_bits()) << 32 | u64::from(self.signals.millis(now));
             self.reported.store(stamped, Ordering::Relaxed);
             let fleet = &self.signals.fleet;
-            let unit = in_flight / self.weight() as f32;
+            let unit = in_flight / self.capacity.get();
             if self.signals.reporting() {
                 // One of two at once may be lost.
                 fleet.set(fleet.get() + (unit - fleet.get()) / 32.0);
@@ -266,7 +272,7 @@ impl Live {
     pub(super) fn busyness(&self, now: Instant) -> f32 {
         let signals = &self.signals;
         let fleet = signals.fleet.get();
-        let weight = self.weight() as f32;
+        let weight = self.capacity.get();
         let unit = match self.reported.load(Ordering::Relaxed) {
             UNREPORTED => fleet,
             stamped => {
@@ -309,10 +315,12 @@ impl Member {
             live: Arc::new(Live {
                 success: AtomicF32::new(1.0),
                 successes: AtomicU32::new(0),
+                failures: AtomicU32::new(0),
                 latency: AtomicU64::new(0),
                 fastest: AtomicU64::new(u64::MAX),
                 reported: AtomicU64::new(UNREPORTED),
                 weight: AtomicU64::new(1_f64.to_bits()),
+                capacity: AtomicF32::new(1.0),
                 gate: AtomicF32::new(1.0),
                 signals: signals.clone(),
                 addr,
@@ -354,8 +362,11 @@ impl Member {
         self.live.gate.get()
     }
 
-    pub(super) fn set_weight(&self, weight: f64, gate: f32) {
-        self.live.weight.store(weight.to_bits(), Ordering::Relaxed);
+    /// What it can take, the part of that which counts for its zone, and its chance when drawn.
+    pub(super) fn set_weight(&self, capacity: f64, part: f64, gate: f32) {
+        let weight = (capacity * part).to_bits();
+        self.live.weight.store(weight, Ordering::Relaxed);
+        self.live.capacity.set(capacity as f32);
         self.live.gate.set(gate);
     }
 
@@ -389,14 +400,16 @@ impl Member {
         })
     }
 
-    /// Successes since latencies were last taken.
-    pub(super) fn successes(&self) -> u32 {
-        self.live.successes.load(Ordering::Relaxed)
+    /// A number that every outcome changes, until latencies are taken.
+    pub(super) fn outcomes(&self) -> u32 {
+        let failures = self.live.failures.load(Ordering::Relaxed);
+        let successes = self.live.successes.load(Ordering::Relaxed);
+        successes.wrapping_add(failures)
     }
 
-    /// Whether it has or had anything to do for this process since so many had succeeded.
-    pub(super) fn is_active(&self, successes: u32) -> bool {
-        self.in_flight() > 0 || self.successes() != successes
+    /// Whether it has or had anything to do for this process since that number was such.
+    pub(super) fn is_active(&self, outcomes: u32) -> bool {
+        self.in_flight() > 0 || self.outcomes() != outcomes
     }
 
     /// What it last said of its load in a response.
@@ -410,11 +423,25 @@ impl Member {
         sample.unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// What it last said of its requests in flight, per unit of weight, if that is no older.
+    /// Whether it has said how many requests it has in flight, so lately.
     pub(super) fn reported_since(&self, at_most: Duration, now: Instant) -> bool {
         let stamped = self.live.reported.load(Ordering::Relaxed);
+        if stamped == UNREPORTED {
+            return false;
+        }
         let age = self.live.signals.millis(now).wrapping_sub(stamped as u32);
-        stamped != UNREPORTED && u128::from(age) <= at_most.as_millis()
+        // What was stamped while this tick was due is later than `now`.
+        let fresh = age > u32::MAX / 2 || u128::from(age) <= at_most.as_millis();
+        if !fresh {
+            // Else it would look new after the time has wrapped.
+            let _ = self.live.reported.compare_exchange(
+                stamped,
+                UNREPORTED,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+        }
+        fresh
     }
 
     /// Counts a request in; dropping the answer counts it out.

@@ -20,6 +20,8 @@ const REDRAWS: usize = 4;
 
 /// One pick in 256 goes by weight alone: too few to be seen in the 99th percentile.
 const EXPLORE: u64 = 255;
+/// So many points of the ring are looked at for an owner with room, once one is found that is well.
+const RING_STEPS: usize = 256;
 /// How often any backend at all is looked at, whatever its weight, when none of those drawn works.
 const BLIND_DRAWS: usize = 16;
 
@@ -195,12 +197,13 @@ impl Balancer {
                 return Some(index);
             }
         }
-        table.any_other_than(exclude, 0)
+        let turn = self.turn.load(Ordering::Relaxed) as u64;
+        table.any_other_than(exclude, turn.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
     /// Consistent hashing with bounded loads: V. Mirrokni, M. Thorup and M. Zadimoghaddam,
     /// "Consistent hashing with bounded loads", SODA 2018. The first owner of the key that is
-    /// well and has room; where none has, the first that may be picked at all.
+    /// well and has room; where none has, the first that is well; where none is, the first.
     fn owner(
         &self,
         table: &Table,
@@ -216,19 +219,28 @@ impl Balancer {
             let room = (fair / slot.inverse_weight).ceil() as usize;
             slot.counter.in_flight() < room.max(self.config.consistent.slack)
         };
-        let mut fallback = None;
-        for index in table.ring.owners(options.key) {
+        // One lot for all, so that a backend with many points is not asked again and again.
+        let lot = (random() >> 40) as f32 / (1_u32 << 24) as f32;
+        let is_well = |index: usize| {
+            !self.signals.gated() || self.signals.chance(table.slots[index].member.success()) > lot
+        };
+        let (mut first, mut full) = (None, None);
+        for (step, index) in table.ring.owners(options.key).enumerate() {
             if table.is_excluded(index, options.exclude) {
                 continue;
             }
-            if has_room(index)
-                && (!self.signals.gated() || table.passes(index, &self.signals, random))
-            {
-                return Some(index);
+            first.get_or_insert(index);
+            if is_well(index) {
+                if has_room(index) {
+                    return Some(index);
+                }
+                full.get_or_insert(index);
             }
-            fallback.get_or_insert(index);
+            if full.is_some() && step > RING_STEPS {
+                break;
+            }
         }
-        fallback
+        full.or(first)
     }
 }
 

@@ -626,6 +626,67 @@ fn a_key_leaves_a_backend_that_fails() {
     assert!(failed > 0 && failed < 100, "{failed}");
 }
 
+#[test]
+fn overflow_of_consistent_hashing_goes_to_those_that_work() {
+    let balancer = balancer(Policy::Consistent, &nodes(2));
+    let options = PickOptions {
+        key: b"k",
+        ..PickOptions::default()
+    };
+    let mut random = rng();
+    let failing = balancer.pick_by(options, &mut random).unwrap().addr();
+    let mut held = Vec::new();
+    let mut failed = 0;
+    for _ in 0..600 {
+        let upstream = balancer.pick_by(options, &mut random).unwrap();
+        if upstream.addr() == failing {
+            failed += 1;
+            upstream.failed();
+        } else {
+            held.push(upstream);
+        }
+    }
+    assert!(failed < 100, "{failed} of 600");
+}
+
+#[test]
+fn what_responses_leave_out_is_still_read_from_the_registration() {
+    let mut rig = Rig::of(2);
+    for round in 1..12 {
+        rig.burst();
+        for _ in 0..20 {
+            let upstream = rig.pick();
+            let text = format!("TEXT cpu_utilization=0.5,named_metrics.sampled_at={round}");
+            upstream.report_header(text.as_bytes(), rig.now).unwrap();
+        }
+        for (index, queue) in [(0, 900), (1, 0)] {
+            let mut node = Node::clone(&bare(index)).with_metadata(json!({"queue_depth": queue}));
+            node.last_seen = round * 1_000;
+            rig.nodes.insert(node.id.clone(), Arc::new(node));
+        }
+        rig.update();
+        rig.seconds(1);
+    }
+    assert!(rig.weight(0) < 0.8 * rig.weight(1), "{}", rig.weight(0));
+}
+
+#[test]
+fn a_report_that_was_put_together_wrongly_harms_nobody() {
+    let mut rig = Rig::of(3);
+    for value in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
+        let upstream = rig.pick();
+        let mut report = LoadReport::new();
+        (report.cpu, report.queue, report.in_flight) = (Some(value), Some(value), Some(value));
+        upstream.report(&report, rig.now);
+        drop(upstream);
+        rig.seconds(1);
+        let counts = rig.traffic(300, |_| false);
+        assert_eq!(counts.len(), 3, "{value}: {counts:?}");
+    }
+    assert_eq!(rig.balancer.refused_metrics(), 12);
+    assert!(rig.balancer.backends().iter().all(|b| b.weight.is_finite()));
+}
+
 fn zoned(index: u16, zone: &str) -> (String, Arc<Node>) {
     let node = Node::clone(&bare(index)).with_zone(zone);
     (node.id.clone(), Arc::new(node))

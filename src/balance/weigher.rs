@@ -21,6 +21,8 @@ const RESPONSES_COUNT: Duration = Duration::from_secs(10);
 /// A load that comes with responses and does not say when it was sampled counts again after so
 /// long, though nothing in it has changed.
 const SAME_AGAIN: Duration = Duration::from_secs(5);
+/// A sample that has been the same for longer than this keeps out the registration no more.
+const SAME_MOST: Duration = Duration::from_secs(60);
 /// A report older than the last one by more than this is not late: its sender's clock was set.
 const CLOCK_SET_MS: u64 = 60_000;
 
@@ -60,7 +62,7 @@ struct Known {
     fresh: bool,
     /// It was sent something since its last report.
     tried: bool,
-    /// Successes that were too few to count at the last tick.
+    /// Its outcomes as of the last tick.
     counted: u32,
 }
 
@@ -82,8 +84,20 @@ impl Known {
         self.base = base_weight(node);
         self.node = node.clone();
         self.member.set_node(node.clone());
-        if outdated || by_response {
+        if outdated {
             return 0;
+        }
+        if let Some((response, _)) = self.response.filter(|_| by_response) {
+            // What responses do not tell is still told here.
+            let mut registered = self.load;
+            let refused = registered.observe(node);
+            let told = Load::of(&response);
+            self.load = Load {
+                cpu: told.cpu.or(registered.cpu),
+                memory: told.memory.or(registered.memory),
+                queue: told.queue.or(registered.queue),
+            };
+            return refused;
         }
         self.fresh |= !same;
         self.load.observe(node)
@@ -94,7 +108,12 @@ impl Known {
         let Some(report) = self.member.take_sample() else {
             return;
         };
-        self.answered = Some(now);
+        let stuck = self
+            .response
+            .is_some_and(|(_, at)| now.saturating_duration_since(at) > SAME_MOST);
+        if !stuck {
+            self.answered = Some(now);
+        }
         let again =
             self.response
                 .is_some_and(|(last, at)| match (last.sampled_at, report.sampled_at) {
@@ -108,6 +127,7 @@ impl Known {
             return;
         }
         self.response = Some((report, now));
+        self.answered = Some(now);
         let load = Load::of(&report);
         self.load = Load {
             cpu: load.cpu.or(self.load.cpu),
@@ -259,7 +279,7 @@ impl Weigher {
                 learned.forget(adaptive);
             }
             learned.latencies(known.member.take_latencies(adaptive.latency_samples));
-            known.counted = known.member.successes();
+            known.counted = known.member.outcomes();
             if !known.counts() {
                 continue;
             }
@@ -303,7 +323,8 @@ impl Weigher {
             if let Some(load) = known.learned.load {
                 side.load.add(load, weight);
             }
-            if let Some(latency) = known.learned.mean_latency {
+            let fresh = known.learned.fresh;
+            if let Some(latency) = known.learned.mean_latency.filter(|_| fresh) {
                 side.latency.add(latency, weight);
             }
         }
@@ -373,7 +394,8 @@ impl Weigher {
         let mut well = Mean::default();
         for (known, weight) in self.known.iter().zip(&weights) {
             if known.counts() && known.is_near(zone) {
-                well.add(f64::from(chance(known)), *weight);
+                let chance = self.signals.chance(known.member.success());
+                well.add(f64::from(chance), *weight);
             }
         }
         let spill = self.spill.level(&config.zones, well.value());
@@ -381,7 +403,7 @@ impl Weigher {
             // A key stays where it is, whatever the pressure.
             let near = config.policy == Policy::Consistent || known.is_near(zone);
             let part = if near { 1.0 } else { spill.max(MIN_SPILL) };
-            known.member.set_weight(weight * part, chance(known));
+            known.member.set_weight(weight, part, chance(known));
         }
     }
 

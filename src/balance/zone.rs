@@ -139,7 +139,7 @@ impl Spill {
             self.latency = Some(latency);
             self.best[0] = self.best[0].min(latency);
             let best = self.best[0].min(self.best[1]);
-            let limit = config.stretch_limit * best;
+            let limit = (config.stretch_limit * best).max(1e-9);
             pressure = pressure.max((latency - limit) / limit);
         }
         if pressure.is_finite() {

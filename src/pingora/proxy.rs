@@ -13,7 +13,7 @@ use ::pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
-use http::{HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue, StatusCode};
 use tracing::{debug, trace};
 
 use super::{BalancerService, LeaderRoute, LeaderUpstream, http_peer};
@@ -356,6 +356,10 @@ impl ProxyHttp for ClusterProxy {
             context.tried.pop();
             return error;
         }
+        if stale && !error.retry() {
+            // Nor does it where the request must not be sent again.
+            context.upstream = None;
+        }
         let unanswered = session.response_written().is_none();
         let safe = method.is_safe() && repeatable && unanswered;
         let lost = safe && error.esource() == &ErrorSource::Upstream;
@@ -420,6 +424,10 @@ impl ProxyHttp for ClusterProxy {
         };
         let status = session.response_written().map(|response| response.status);
         match (error.map(Error::esource), status) {
+            // However long such a connection was silent in the end.
+            (_, Some(StatusCode::SWITCHING_PROTOCOLS)) => {
+                upstream.succeeded(context.answered.unwrap_or_else(|| context.sent.elapsed()));
+            }
             (Some(ErrorSource::Upstream), _) => upstream.failed(),
             // The client's doing, or ours: says nothing about the backend.
             (Some(_), _) | (None, None) => {}
