@@ -281,7 +281,8 @@ impl ClusterConfig {
         self.weights().try_build()
     }
 
-    /// The same as settings: for a stock load balancer.
+    /// The same as settings. For a stock load balancer, which hears of no outcome, give them
+    /// [`Adaptive::metrics_only`].
     pub fn weights(&self) -> BalancerBuilder {
         let mut builder = Balancer::builder();
         if let Some(zone) = &self.zone {

@@ -10,7 +10,10 @@ use super::weight::Load;
 use crate::error::ClusterError;
 
 /// The constants of [`Policy::Adaptive`](super::Policy::Adaptive). The defaults were found, and
-/// are held to their limits, with `benches/routing_quality`: change one only with figures.
+/// are held to their limits, with `benches/routing_quality`: change one only with figures. What is
+/// said of success, of the choice between candidates and of reported requests in flight holds for
+/// [`Policy::Headroom`](super::Policy::Headroom) too, and what is said of success for
+/// [`Policy::Consistent`](super::Policy::Consistent).
 ///
 /// A backend's weight is `base * exp(m + l)`, relative to the mean. `m` follows what the backends
 /// report of their load, `l` what this process sees of their latency. Both are integral
@@ -51,7 +54,7 @@ use crate::error::ClusterError;
 #[serde(default, deny_unknown_fields)]
 pub struct Adaptive {
     /// How much of a difference in load one report corrects. Default: 0.2. Range: 0 to 1; with 0
-    /// metrics play no part.
+    /// metrics move no weight.
     pub metrics_gain: f64,
     /// The most that one report raises the logarithm of a weight. Default: 0.4. Range: 0.01 to 3.
     pub step_up: f64,
@@ -62,7 +65,7 @@ pub struct Adaptive {
     pub metrics_range: f64,
     /// How much a full queue adds to CPU, relative to it. Default: 1. Range: 0 to 10.
     pub queue_gain: f64,
-    /// The queue depth that counts as full. Default: 100. Range: above 0.
+    /// The queue depth that counts as full. Default: 100. Range: above 0, to 1e9.
     pub queue_capacity: f64,
     /// How many full queues a queue counts as at most. Default: 3. Range: 0 to 1,000.
     pub queue_most: f64,
