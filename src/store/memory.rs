@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::{
-    Condition, Entry, Lease, LeaseId, LeaseKeeper, Listing, Revision, Selector, Store, Txn,
+    Clock, Condition, Entry, Lease, LeaseId, LeaseKeeper, Listing, Revision, Selector, Store, TokioClock, Txn,
     WatchEvent, WatchRange, Watcher, Write,
 };
 use crate::error::ClusterError;
@@ -49,9 +49,15 @@ struct Shared {
     state: Mutex<State>,
     /// Bumped after each change of state that somebody may be waiting for.
     changed: watch::Sender<u64>,
+    clock: TokioClock,
 }
 
-#[derive(Debug, Default)]
+/// A store's data at some time (`MemoryStore::backup`, feature `test-util`).
+#[cfg(any(test, feature = "test-util"))]
+#[derive(Debug, Clone)]
+pub struct Backup(State);
+
+#[derive(Debug, Clone, Default)]
 struct State {
     revision: Revision,
     compacted: Revision,
@@ -59,16 +65,19 @@ struct State {
     history: VecDeque<Change>,
     leases: HashMap<LeaseId, LeaseState>,
     last_lease: i64,
+    cluster_id: u64,
+    /// Watches of an earlier one have ended.
+    generation: u64,
     fault: Option<Fault>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Change {
     event: WatchEvent,
     before: Option<Entry>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct LeaseState {
     ttl: Duration,
     ends: Instant,
@@ -90,9 +99,11 @@ impl MemoryStore {
             shared: Arc::new(Shared {
                 state: Mutex::new(State {
                     revision: 1,
+                    cluster_id: 1,
                     ..State::default()
                 }),
                 changed: watch::Sender::new(0),
+                clock: TokioClock::new(),
             }),
         }
     }
@@ -199,14 +210,60 @@ impl MemoryStore {
         self.wake();
     }
 
-    /// Forgets everything and starts over at revision 1, as an etcd does whose data was lost.
+    /// Forgets everything and starts over at revision 1 in a new cluster, as an etcd does whose
+    /// data was lost.
     pub fn wipe(&self) {
-        let fault = self.lock().fault;
-        *self.lock() = State {
+        let empty = State {
             revision: 1,
-            fault,
             ..State::default()
         };
+        self.replace(empty, true);
+    }
+
+    /// The data as it is now, to be restored later.
+    pub fn backup(&self) -> Backup {
+        let mut state = self.lock();
+        state.expire(Instant::now());
+        Backup(state.clone())
+    }
+
+    /// Goes back to that data; with `new_cluster` under another cluster id, as `etcdctl snapshot
+    /// restore` does, without as if the machine's disk had been rolled back. Leases get their
+    /// whole TTL anew, watches end, and there is no history before the revision of the data.
+    pub fn restore(&self, backup: &Backup, new_cluster: bool) {
+        let mut state = backup.0.clone();
+        let revision = state.revision;
+        state.compact(revision);
+        self.replace(state, new_cluster);
+        self.extend_leases();
+    }
+
+    /// Gives every lease its whole TTL anew, as etcd does when its leader changes.
+    pub fn extend_leases(&self) {
+        let now = Instant::now();
+        for lease in self.lock().leases.values_mut() {
+            lease.ends = now + lease.ttl;
+        }
+        self.wake();
+    }
+
+    fn replace(&self, with: State, new_cluster: bool) {
+        let mut state = self.lock();
+        *state = State {
+            // Ids are not given out twice, whatever the data.
+            last_lease: state.last_lease,
+            cluster_id: state.cluster_id + u64::from(new_cluster),
+            fault: state.fault,
+            generation: state.generation + 1,
+            ..with
+        };
+        drop(state);
+        self.wake();
+    }
+
+    /// Ends every watch, as a restart of the store does.
+    pub fn end_watches(&self) {
+        self.lock().generation += 1;
         self.wake();
     }
 
@@ -390,6 +447,7 @@ impl State {
         }
         Ok(Listing {
             revision,
+            cluster_id: self.cluster_id,
             entries: found.into_values().cloned().collect(),
         })
     }
@@ -415,6 +473,10 @@ fn rejected(operation: &'static str, reason: String) -> ClusterError {
 
 #[async_trait]
 impl Store for MemoryStore {
+    fn clock(&self) -> Arc<dyn Clock> {
+        Arc::new(self.shared.clock)
+    }
+
     async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError> {
         self.serve("grant", |state| {
             state.last_lease += 1;
@@ -460,10 +522,11 @@ impl Store for MemoryStore {
 
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
         let changed = self.shared.changed.subscribe();
-        self.serve("watch", |_| Ok(())).await?;
+        let generation = self.serve("watch", |state| Ok(state.generation)).await?;
         Ok(Box::new(MemoryWatcher {
             store: self.clone(),
             changed,
+            generation,
             ranges,
         }))
     }
@@ -499,6 +562,7 @@ impl LeaseKeeper for MemoryKeeper {
 struct MemoryWatcher {
     store: MemoryStore,
     changed: watch::Receiver<u64>,
+    generation: u64,
     ranges: Vec<WatchRange>,
 }
 
@@ -542,6 +606,7 @@ impl Watcher for MemoryWatcher {
                 let store = self.store.clone();
                 let mut state = store.lock();
                 match state.fault {
+                    _ if state.generation != self.generation => return Err(refused("watch")),
                     Some(Fault::Refuse) => return Err(refused("watch")),
                     Some(Fault::Silence) => {
                         self.changed.mark_unchanged();
@@ -569,6 +634,7 @@ impl Watcher for MemoryWatcher {
                 }
             };
             tokio::select! {
+                biased;
                 _ = self.changed.changed() => {}
                 () = expiry => {}
             }

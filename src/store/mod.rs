@@ -8,6 +8,7 @@
 //!
 //! Two implementations pass one conformance suite: [`EtcdStore`] and [`MemoryStore`].
 
+mod clock;
 mod etcd;
 mod memory;
 mod options;
@@ -20,7 +21,10 @@ use async_trait::async_trait;
 
 use crate::error::ClusterError;
 
+pub use clock::{BootClock, Clock, TokioClock};
 pub use etcd::EtcdStore;
+#[cfg(any(test, feature = "test-util"))]
+pub use memory::Backup;
 pub use memory::{Fault, MemoryStore};
 pub use options::EtcdOptions;
 
@@ -93,6 +97,9 @@ impl Selector {
 pub struct Listing {
     /// The revision the entries were read at.
     pub revision: Revision,
+    /// Which history that revision belongs to: another one after data was restored into a new
+    /// cluster.
+    pub cluster_id: u64,
     /// In the order of their keys.
     pub entries: Vec<Entry>,
 }
@@ -254,6 +261,11 @@ pub trait LeaseKeeper: Send {
 /// Every call is bounded in time by the implementation, except [`Watcher::next`].
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug {
+    /// What the deadlines of its leases are to be counted by.
+    fn clock(&self) -> Arc<dyn Clock> {
+        Arc::new(BootClock)
+    }
+
     /// Grants a lease that lives `ttl` without a renewal, or longer.
     async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError>;
 

@@ -1,182 +1,344 @@
-//! One lease's life: granted, renewed, lost; and the local deadline.
+//! Where a node stands with its lease and its entry: a state machine without I/O and without a
+//! clock of its own.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep};
-use tracing::{debug, warn};
 
-use super::Shared;
-use crate::error::ClusterError;
-use crate::node::HealthStatus;
-use crate::store::{Lease, Revision, Store};
+use crate::bugs::{self, Bug};
+use crate::store::{Clock, Lease};
 
-/// Renewals missed in a row until the node is unhealthy.
-const UNHEALTHY_AFTER: u32 = 3;
-/// Renewals missed in a row until the session is given up.
-const LOST_AFTER: u32 = 10;
-
-/// A granted lease, with the instant up to which this process may count on it.
-pub(super) struct Session {
-    pub(super) lease: Lease,
-    granted: Instant,
-    /// Nanoseconds after `granted`.
-    deadline: AtomicU64,
-    registered: AtomicBool,
-    /// The create revision of a candidacy that has been given up, 0 for none. Whatever became of
-    /// the request to delete it, it never leads again.
-    abandoned: AtomicI64,
-    recheck: Notify,
+/// Where a node stands with its lease and with its entry in the store.
+///
+/// ```text
+///              granted          read                 read
+/// BackingOff ---------> Granted ----> Registered <--------> Active
+///     ^                   ^  |            |                   |
+///     | waits             |  +------------+-------------------+--> Doubtful --+
+///     |           renewed |                                           |       |
+///    Lost <---------------+-------------------------------------------+ <-----+
+///                                   the lease is gone
+/// ```
+///
+/// A node that drains goes to `Draining` where it would go to `Registered`, and never to `Active`.
+/// `Closed` is reached from everywhere, when the run ends, and left by the next run only.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum SessionState {
+    /// It has no lease, and waits before it asks for one: for a connection, or after a failure,
+    /// 1 s to 30 s. Goes to `Granted` when there is a lease.
+    BackingOff,
+    /// It has a lease, and nothing is known of its keys: they are being read or written. Goes to
+    /// `Registered`, `Active` or `Draining` by what is read, to `Doubtful` at the deadline, to
+    /// `Lost` with the lease. While another process holds its id it stays here.
+    Granted,
+    /// Its entry was read back under its lease; it is not in the queue for leadership yet. Goes to
+    /// `Active` when its candidacy was read too, back to `Granted` when the entry is gone.
+    Registered,
+    /// Registered, and in the queue for leadership or at its head.
+    Active,
+    /// The deadline has passed without an answered renewal: the lease may live or not, and nothing
+    /// is claimed on it. Goes to `Granted` when a renewal is answered, for what the keys are has
+    /// to be read again; to `Lost` when the lease turns out to be gone, or after ten renewals
+    /// missed in a row.
+    Doubtful,
+    /// The lease is gone, or has been given up. Goes to `BackingOff`, or to `Granted` when there is
+    /// another one already.
+    Lost,
+    /// Registered with an entry that says `draining`, and not a candidate. As `Registered` in
+    /// everything else.
+    Draining,
+    /// Not running.
+    #[default]
+    Closed,
 }
 
-impl Session {
+impl fmt::Display for SessionState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BackingOff => "backing off",
+            Self::Granted => "granted",
+            Self::Registered => "registered",
+            Self::Active => "active",
+            Self::Doubtful => "doubtful",
+            Self::Lost => "lost",
+            Self::Draining => "draining",
+            Self::Closed => "closed",
+        })
+    }
+}
+
+/// What a session goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Input {
+    /// The run starts.
+    Start,
+    /// There is no lease, and none is being used.
+    NoLease,
+    /// There is a lease.
+    Granted,
+    /// The keys under the lease were read.
+    Read { registered: Option<Registered> },
+    /// The deadline has passed.
+    DeadlinePassed,
+    /// A renewal was answered.
+    Renewed,
+    /// The lease is gone or was given up.
+    LeaseGone,
+    /// The run ends.
+    Close,
+}
+
+/// How it is registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Registered {
+    Candidate,
+    NoCandidate,
+    Draining,
+}
+
+impl SessionState {
+    /// The state after this input. One that means nothing in a state leaves it as it is: it was
+    /// sent before the sender could know.
+    #[must_use]
+    pub(super) fn after(self, input: Input) -> Self {
+        use Input as I;
+        use SessionState as S;
+        match (self, input) {
+            (_, I::Close) => S::Closed,
+            (S::Closed, I::Start) => S::BackingOff,
+            (S::Closed, _) | (_, I::Start) => self,
+            (S::BackingOff | S::Lost, I::Granted) => S::Granted,
+            (S::Lost, I::NoLease) => S::BackingOff,
+            (S::BackingOff | S::Lost, _) => self,
+            (_, I::LeaseGone) => S::Lost,
+            (S::Doubtful, I::Renewed) => S::Granted,
+            (S::Doubtful, _) => self,
+            (_, I::DeadlinePassed) => S::Doubtful,
+            (_, I::Read { registered: None }) => S::Granted,
+            (_, I::Read { registered: Some(how) }) => match how {
+                Registered::Candidate => S::Active,
+                Registered::NoCandidate => S::Registered,
+                Registered::Draining => S::Draining,
+            },
+            (_, I::Granted | I::NoLease | I::Renewed) => self,
+        }
+    }
+
+    /// Whether its own entry is known to be in the store.
+    pub fn is_registered(self) -> bool {
+        matches!(self, Self::Registered | Self::Active | Self::Draining)
+    }
+}
+
+/// A lease, with the instant up to which this process may count on it.
+pub(super) struct Tenure {
+    pub(super) lease: Lease,
+    clock: Arc<dyn Clock>,
+    /// On the clock, in nanoseconds.
+    deadline: AtomicU64,
+    /// Told when a renewal is answered after the deadline: what is known has to be read again.
+    pub(super) revived: Notify,
+}
+
+impl fmt::Debug for Tenure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tenure({}, {:?})", self.lease.id, self.remaining())
+    }
+}
+
+impl Tenure {
     /// A lease whose grant was asked for at `sent`.
-    pub(super) fn new(lease: Lease, sent: Instant) -> Self {
-        let session = Self {
+    pub(super) fn new(lease: Lease, clock: Arc<dyn Clock>, sent: Duration) -> Self {
+        let tenure = Self {
             lease,
-            granted: sent,
+            clock,
             deadline: AtomicU64::new(0),
-            registered: AtomicBool::new(false),
-            abandoned: AtomicI64::new(0),
-            recheck: Notify::new(),
+            revived: Notify::new(),
         };
-        session.renewed(sent, lease.ttl);
-        session
+        tenure.renewed(sent, lease.ttl);
+        tenure
     }
 
     /// A renewal that was sent at `sent` has been answered with `ttl`. The store counts from when
     /// it got the request, which is later: so this side stops counting on the lease first.
-    fn renewed(&self, sent: Instant, ttl: Duration) {
-        let deadline =
-            sent.saturating_duration_since(self.granted) + ttl.saturating_sub(margin(ttl));
-        let nanos = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
+    pub(super) fn renewed(&self, sent: Duration, ttl: Duration) {
+        let from = if bugs::has(Bug::DeadlineFromReceipt) {
+            self.clock.now()
+        } else {
+            sent
+        };
+        let margin = if bugs::has(Bug::NoMargin) {
+            Duration::ZERO
+        } else {
+            margin(ttl)
+        };
         // Never back: an answer with a shorter TTL does not undo a promise made.
-        self.deadline.fetch_max(nanos, Ordering::AcqRel);
+        let deadline = from + ttl.saturating_sub(margin);
+        self.deadline.fetch_max(nanos(deadline), Ordering::AcqRel);
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.clock.now()
+    }
+
+    /// How much longer this process may count on the lease.
+    pub(super) fn remaining(&self) -> Duration {
+        let deadline = Duration::from_nanos(self.deadline.load(Ordering::Acquire));
+        deadline.saturating_sub(self.clock.now())
     }
 
     /// Whether this process may count on the lease now.
     pub(super) fn is_valid(&self) -> bool {
-        self.is_valid_at(Instant::now())
+        !self.remaining().is_zero()
     }
+}
 
-    pub(super) fn is_registered(&self) -> bool {
-        self.registered.load(Ordering::Acquire)
-    }
-
-    /// Answers with what it was before.
-    pub(super) fn set_registered(&self, registered: bool) -> bool {
-        self.registered.swap(registered, Ordering::AcqRel)
-    }
-
-    pub(super) fn abandoned(&self) -> Revision {
-        self.abandoned.load(Ordering::Acquire)
-    }
-
-    pub(super) fn abandon(&self, candidacy: Revision) {
-        self.abandoned.store(candidacy, Ordering::Release);
-    }
-
-    /// Waits until what is known about the election has to be read again.
-    pub(super) async fn recheck_asked(&self) {
-        self.recheck.notified().await;
-    }
-
-    pub(super) fn is_valid_at(&self, now: Instant) -> bool {
-        let elapsed = now.saturating_duration_since(self.granted).as_nanos();
-        elapsed < u128::from(self.deadline.load(Ordering::Acquire))
-    }
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// For the clocks of two machines that run at slightly different rates, and for the time between
 /// asking `is_leader` and acting on it.
-fn margin(ttl: Duration) -> Duration {
+pub(super) fn margin(ttl: Duration) -> Duration {
     Duration::from_millis(500).max(ttl / 10)
-}
-
-impl Shared {
-    /// Renews the lease every third of its TTL, and after a miss three times as often: what
-    /// counts then is to get one through before the TTL is over. Returns why the lease is lost.
-    pub(super) async fn keep_alive(&self, store: &dyn Store, session: &Session) -> ClusterError {
-        let period = session.lease.ttl / 3;
-        let mut keeper = store.keeper(session.lease);
-        let mut missed = 0;
-        loop {
-            sleep(if missed == 0 { period } else { period / 3 }).await;
-            let sent = Instant::now();
-            match keeper.renew(period).await {
-                Ok(ttl) => {
-                    if !session.is_valid() {
-                        // The deadline has passed: a term is not to come back to life by itself,
-                        // only after reading that its key is still there.
-                        self.end_term();
-                        session.recheck.notify_one();
-                    }
-                    session.renewed(sent, ttl);
-                    if missed >= UNHEALTHY_AFTER {
-                        debug!(group = %self.config.group, node = %self.config.id, missed, "lease renewed again");
-                    }
-                    missed = 0;
-                    // A renewed lease alone says little.
-                    if session.is_registered() {
-                        self.set_health(HealthStatus::Healthy);
-                    }
-                }
-                Err(error @ ClusterError::LeaseNotFound { .. }) => return error,
-                Err(error) => {
-                    missed += 1;
-                    debug!(group = %self.config.group, node = %self.config.id, missed, %error, "renewal missed");
-                    if missed == UNHEALTHY_AFTER {
-                        warn!(group = %self.config.group, node = %self.config.id, missed, %error, "node is unhealthy");
-                        self.set_health(HealthStatus::Unhealthy);
-                    }
-                    if missed >= LOST_AFTER {
-                        return error;
-                    }
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::store::LeaseId;
+    use proptest::prelude::*;
+    use std::sync::Mutex;
 
-    fn session(ttl: u64, sent: Instant) -> Session {
+    #[derive(Debug, Default)]
+    struct Hands(Mutex<Duration>);
+
+    impl Clock for Hands {
+        fn now(&self) -> Duration {
+            *self.0.lock().unwrap()
+        }
+    }
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// A tenure that begins at 100 s, and its clock.
+    fn tenure(ttl: u64) -> (Tenure, Arc<Hands>) {
         let lease = Lease {
             id: LeaseId(1),
             ttl: Duration::from_secs(ttl),
         };
-        Session::new(lease, sent)
+        let clock = Arc::new(Hands::default());
+        (Tenure::new(lease, clock.clone(), T0), clock)
+    }
+
+    const T0: Duration = Duration::from_secs(100);
+
+    fn is_valid_at(tenure: &(Tenure, Arc<Hands>), now: Duration) -> bool {
+        *tenure.1.0.lock().unwrap() = T0 + now;
+        tenure.0.is_valid()
     }
 
     #[test]
     fn counts_from_sending_less_the_margin() {
-        let t0 = Instant::now();
-        let session = session(5, t0);
-        assert!(session.is_valid_at(t0 + Duration::from_millis(4499)));
-        assert!(!session.is_valid_at(t0 + Duration::from_millis(4500)));
-        session.renewed(t0 + Duration::from_secs(2), Duration::from_secs(5));
-        assert!(session.is_valid_at(t0 + Duration::from_millis(6499)));
-        assert!(!session.is_valid_at(t0 + Duration::from_millis(6500)));
+        let tenure = tenure(5);
+        assert!(is_valid_at(&tenure, ms(4499)));
+        assert!(!is_valid_at(&tenure, ms(4500)));
+        tenure.0.renewed(T0 + ms(2000), Duration::from_secs(5));
+        assert!(is_valid_at(&tenure, ms(6499)));
+        assert!(!is_valid_at(&tenure, ms(6500)));
     }
 
     #[test]
     fn a_late_answer_to_an_early_renewal_takes_nothing_back() {
-        let t0 = Instant::now();
-        let session = session(5, t0);
-        session.renewed(t0 + Duration::from_secs(3), Duration::from_secs(5));
-        session.renewed(t0 + Duration::from_secs(1), Duration::from_secs(5));
-        assert!(session.is_valid_at(t0 + Duration::from_millis(7400)));
+        let tenure = tenure(5);
+        tenure.0.renewed(T0 + ms(3000), Duration::from_secs(5));
+        tenure.0.renewed(T0 + ms(1000), Duration::from_secs(5));
+        assert!(is_valid_at(&tenure, ms(7400)));
     }
 
     #[test]
     fn a_tenth_of_a_long_ttl() {
-        let t0 = Instant::now();
-        let session = session(60, t0);
-        assert!(session.is_valid_at(t0 + Duration::from_millis(53_999)));
-        assert!(!session.is_valid_at(t0 + Duration::from_secs(54)));
+        let tenure = tenure(60);
+        assert!(is_valid_at(&tenure, ms(53_999)));
+        assert!(!is_valid_at(&tenure, ms(54_000)));
+    }
+
+    fn any_input() -> impl Strategy<Value = Input> {
+        prop_oneof![
+            Just(Input::Start),
+            Just(Input::NoLease),
+            Just(Input::Granted),
+            Just(Input::Read { registered: None }),
+            prop_oneof![
+                Just(Registered::Candidate),
+                Just(Registered::NoCandidate),
+                Just(Registered::Draining)
+            ]
+            .prop_map(|how| Input::Read {
+                registered: Some(how)
+            }),
+            Just(Input::DeadlinePassed),
+            Just(Input::Renewed),
+            Just(Input::LeaseGone),
+            Just(Input::Close),
+        ]
+    }
+
+    #[test]
+    fn a_life() {
+        let candidate = Input::Read {
+            registered: Some(Registered::Candidate),
+        };
+        let mut state = SessionState::default();
+        for (input, then) in [
+            (Input::Start, SessionState::BackingOff),
+            (Input::Granted, SessionState::Granted),
+            (candidate, SessionState::Active),
+            (Input::DeadlinePassed, SessionState::Doubtful),
+            // A late read proves nothing about the lease.
+            (candidate, SessionState::Doubtful),
+            (Input::Renewed, SessionState::Granted),
+            (candidate, SessionState::Active),
+            (Input::LeaseGone, SessionState::Lost),
+            (Input::Renewed, SessionState::Lost),
+            (Input::NoLease, SessionState::BackingOff),
+            (Input::Close, SessionState::Closed),
+            (Input::Granted, SessionState::Closed),
+        ] {
+            state = state.after(input);
+            assert_eq!(state, then, "after {input:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_comes_in(inputs in proptest::collection::vec(any_input(), 0..100)) {
+            let mut state = SessionState::default();
+            // What has to have happened since for the state to be what it is.
+            let (mut open, mut leased, mut timely) = (false, false, false);
+            for input in inputs {
+                match input {
+                    Input::Start => open = true,
+                    Input::Close => (open, leased) = (false, false),
+                    Input::Granted if open && !leased => (leased, timely) = (true, true),
+                    Input::LeaseGone => leased = false,
+                    Input::DeadlinePassed => timely = false,
+                    Input::Renewed => timely = true,
+                    _ => {}
+                }
+                state = state.after(input);
+                prop_assert_eq!(state == SessionState::Closed, !open);
+                if state.is_registered() {
+                    prop_assert!(open && leased && timely);
+                }
+                prop_assert_eq!(state == SessionState::Doubtful, open && leased && !timely);
+            }
+        }
     }
 }

@@ -1,0 +1,98 @@
+//! Renews one lease over a stream of its own.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use etcd_client::{LeaseKeepAliveStream, LeaseKeeper as EtcdLeaseKeeper};
+
+use super::{EtcdStore, about_lease, explain};
+use crate::error::ClusterError;
+use crate::store::{Lease, LeaseKeeper};
+
+pub(super) struct EtcdKeeper {
+    store: EtcdStore,
+    lease: Lease,
+    stream: Option<KeepAliveStream>,
+    /// The connection that the renewal in progress is on.
+    used: Option<u64>,
+}
+
+struct KeepAliveStream {
+    requests: EtcdLeaseKeeper,
+    replies: LeaseKeepAliveStream,
+    endpoint: std::sync::Arc<str>,
+}
+
+impl EtcdKeeper {
+    pub(super) fn new(store: EtcdStore, lease: Lease) -> Self {
+        Self {
+            store,
+            lease,
+            stream: None,
+            used: None,
+        }
+    }
+
+    async fn renew_on_stream(&mut self) -> Result<i64, ClusterError> {
+        const OPERATION: &str = "renew";
+        let after = self.store.timeout();
+        match &mut self.stream {
+            None => {
+                self.used = None;
+                let connection = self.store.connection().await?;
+                self.used = Some(connection.generation);
+                let mut client = connection.client;
+                // Sends the first renewal and waits for its reply.
+                let opened = client.lease_keep_alive(self.lease.id.0).await;
+                let (requests, replies) = opened
+                    .map_err(|error| explain(OPERATION, &connection.endpoint, after, &error))?;
+                self.stream = Some(KeepAliveStream {
+                    requests,
+                    replies,
+                    endpoint: connection.endpoint,
+                });
+                Ok(i64::try_from(self.lease.ttl.as_secs()).unwrap_or(i64::MAX))
+            }
+            Some(stream) => {
+                let failed = |error| explain(OPERATION, &stream.endpoint, after, &error);
+                stream.requests.keep_alive().await.map_err(failed)?;
+                match stream.replies.message().await {
+                    Ok(Some(reply)) => Ok(reply.ttl()),
+                    Ok(None) => Err(ClusterError::Unavailable {
+                        endpoint: stream.endpoint.to_string(),
+                        operation: OPERATION,
+                        reason: "the stream has ended".to_owned(),
+                    }),
+                    Err(error) => Err(failed(error)),
+                }
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl LeaseKeeper for EtcdKeeper {
+    async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
+        let lease = self.lease.id;
+        let renewal = tokio::time::timeout(within, self.renew_on_stream()).await;
+        let error = match renewal {
+            Ok(Ok(ttl)) if ttl > 0 => return Ok(Duration::from_secs(ttl.unsigned_abs())),
+            // Not an error for etcd: the lease has ended.
+            Ok(Ok(_)) => return Err(ClusterError::LeaseNotFound { lease }),
+            Ok(Err(error)) => error,
+            Err(_) => ClusterError::Timeout {
+                endpoint: self.store.shared.options.endpoints.join(","),
+                operation: "renew",
+                after: within,
+            },
+        };
+        // A late reply must never be taken for the answer to the next renewal.
+        self.stream = None;
+        if let Some(generation) = self.used
+            && error.is_transient()
+        {
+            self.store.discard(generation);
+        }
+        about_lease(lease, Err(error))
+    }
+}

@@ -1,0 +1,353 @@
+//! The store over etcd, and the only folder that names `etcd-client`.
+//!
+//! One connection at a time, to one endpoint, made by the first call that needs it: the channel
+//! belongs to the runtime that makes it. A call that finds the connection dead or silent discards
+//! it, and the next call goes to the next endpoint. Streams (one for all watches, one for each
+//! lease) end with their connection; whoever holds one opens it again.
+
+mod connection;
+mod keeper;
+mod watcher;
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use etcd_client::{
+    Client, Compare, CompareOp, GetOptions, KeyValue, PutOptions, SortOrder, SortTarget, TxnOp,
+};
+
+use super::{
+    Condition, Entry, EtcdOptions, Lease, LeaseId, LeaseKeeper, Listing, Revision, Selector, Store,
+    Txn, WatchRange, Watcher, Write,
+};
+use crate::error::ClusterError;
+use connection::Link;
+use keeper::EtcdKeeper;
+use watcher::EtcdWatcher;
+
+/// Keys per page of a list.
+const PAGE: i64 = 1_000;
+/// The largest response accepted, to a page of a list or on a watch: 1,000 entries of 64 KiB. The
+/// client's own limit of 4 MiB is too little for what etcd may send at once.
+const LARGEST_RESPONSE: usize = 64 << 20;
+
+/// The client of an etcd cluster; tested with 3.5. Clones share one connection.
+#[derive(Debug, Clone)]
+pub struct EtcdStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    options: EtcdOptions,
+    link: Mutex<Link>,
+    /// Held while connecting, so that many callers make one connection.
+    dialing: tokio::sync::Mutex<()>,
+}
+
+impl EtcdStore {
+    /// A store that will connect when it is first used.
+    ///
+    /// # Errors
+    ///
+    /// When an option is out of range or an endpoint cannot be understood.
+    pub fn new(options: EtcdOptions) -> Result<Self, ClusterError> {
+        options.validate()?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                options,
+                link: Mutex::new(Link::default()),
+                dialing: tokio::sync::Mutex::new(()),
+            }),
+        })
+    }
+
+    fn timeout(&self) -> Duration {
+        self.shared.options.request_timeout
+    }
+
+    fn link(&self) -> MutexGuard<'_, Link> {
+        self.shared
+            .link
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One bounded request on the current connection, which is discarded if it turns out dead.
+    async fn call<T, F>(
+        &self,
+        operation: &'static str,
+        request: impl FnOnce(Client) -> F,
+    ) -> Result<T, ClusterError>
+    where
+        F: Future<Output = Result<T, etcd_client::Error>>,
+    {
+        let connection = self.connection().await?;
+        let result = bounded(
+            operation,
+            &connection.endpoint,
+            self.timeout(),
+            request(connection.client),
+        )
+        .await;
+        if let Err(error) = &result
+            && error.is_transient()
+        {
+            self.discard(connection.generation);
+        }
+        result
+    }
+}
+
+/// Bounds a request in time and gives its error our words.
+async fn bounded<T>(
+    operation: &'static str,
+    endpoint: &str,
+    after: Duration,
+    request: impl Future<Output = Result<T, etcd_client::Error>>,
+) -> Result<T, ClusterError> {
+    match tokio::time::timeout(after, request).await {
+        Ok(result) => result.map_err(|error| explain(operation, endpoint, after, &error)),
+        Err(_) => Err(ClusterError::Timeout {
+            endpoint: endpoint.to_owned(),
+            operation,
+            after,
+        }),
+    }
+}
+
+/// etcd's errors have no types, only gRPC codes and words.
+fn explain(
+    operation: &'static str,
+    endpoint: &str,
+    after: Duration,
+    error: &etcd_client::Error,
+) -> ClusterError {
+    use etcd_client::Error as E;
+    // `tonic::Code` by number, for the crate does not pass the type on.
+    const CANCELLED: i32 = 1;
+    const INVALID_ARGUMENT: i32 = 3;
+    const DEADLINE_EXCEEDED: i32 = 4;
+    const NOT_FOUND: i32 = 5;
+    const PERMISSION_DENIED: i32 = 7;
+    const FAILED_PRECONDITION: i32 = 9;
+    const OUT_OF_RANGE: i32 = 11;
+    const UNIMPLEMENTED: i32 = 12;
+    const UNAUTHENTICATED: i32 = 16;
+
+    let unavailable = |reason: String| ClusterError::Unavailable {
+        endpoint: endpoint.to_owned(),
+        operation,
+        reason,
+    };
+    let rejected = |reason: &str| ClusterError::Rejected {
+        endpoint: endpoint.to_owned(),
+        operation,
+        reason: reason.to_owned(),
+    };
+    match error {
+        E::GRpcStatus(status) => {
+            let words = status.message();
+            match status.code() as i32 {
+                DEADLINE_EXCEEDED => ClusterError::Timeout {
+                    endpoint: endpoint.to_owned(),
+                    operation,
+                    after,
+                },
+                CANCELLED => unavailable(words.to_owned()),
+                NOT_FOUND if words.contains("lease not found") => {
+                    ClusterError::LeaseNotFound { lease: LeaseId(0) }
+                }
+                OUT_OF_RANGE if words.contains("has been compacted") => {
+                    ClusterError::Compacted { oldest: 0 }
+                }
+                INVALID_ARGUMENT | NOT_FOUND | PERMISSION_DENIED | FAILED_PRECONDITION
+                | UNIMPLEMENTED | UNAUTHENTICATED => rejected(words),
+                _ => unavailable(words.to_owned()),
+            }
+        }
+        E::LeaseKeepAliveError(words) if words.contains("lease not found") => {
+            ClusterError::LeaseNotFound { lease: LeaseId(0) }
+        }
+        E::InvalidArgs(words) => rejected(words),
+        other => unavailable(other.to_string()),
+    }
+}
+
+/// Puts the lease that a request was about into its error.
+fn about_lease<T>(lease: LeaseId, result: Result<T, ClusterError>) -> Result<T, ClusterError> {
+    result.map_err(|error| match error {
+        ClusterError::LeaseNotFound { .. } => ClusterError::LeaseNotFound { lease },
+        other => other,
+    })
+}
+
+fn entry(kv: &KeyValue) -> Entry {
+    Entry {
+        // A key that is not UTF-8 cannot be ours; what it is turned into matches no node's id.
+        key: String::from_utf8_lossy(kv.key()).into_owned(),
+        value: kv.value().to_vec(),
+        create_revision: kv.create_revision(),
+        mod_revision: kv.mod_revision(),
+        lease: (kv.lease() != 0).then_some(LeaseId(kv.lease())),
+    }
+}
+
+fn compare(condition: &Condition) -> Compare {
+    match condition {
+        Condition::Absent(key) => Compare::create_revision(key.as_str(), CompareOp::Equal, 0),
+        Condition::HeldBy(key, lease) => Compare::lease(key.as_str(), CompareOp::Equal, lease.0),
+        Condition::CreatedAt(key, revision) => {
+            Compare::create_revision(key.as_str(), CompareOp::Equal, *revision)
+        }
+    }
+}
+
+fn operation(write: Write) -> TxnOp {
+    match write {
+        Write::Put { key, value, lease } => {
+            let options = lease.map(|lease| PutOptions::new().with_lease(lease.0));
+            TxnOp::put(key, value, options)
+        }
+        Write::Delete { key } => TxnOp::delete(key, None),
+    }
+}
+
+#[async_trait]
+impl Store for EtcdStore {
+    async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError> {
+        // etcd counts whole seconds; rounding up keeps the promise "at least".
+        let seconds = ttl.as_millis().div_ceil(1000).max(1);
+        let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+        let granted = self
+            .call("grant", |mut client| async move {
+                client.lease_grant(seconds, None).await
+            })
+            .await?;
+        Ok(Lease {
+            id: LeaseId(granted.id()),
+            ttl: Duration::from_secs(granted.ttl().unsigned_abs()),
+        })
+    }
+
+    fn keeper(&self, lease: Lease) -> Box<dyn LeaseKeeper> {
+        Box::new(EtcdKeeper::new(self.clone(), lease))
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
+        let result = self
+            .call("revoke", |mut client| async move {
+                client.lease_revoke(lease.0).await
+            })
+            .await;
+        about_lease(lease, result).map(drop)
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
+        let lease = txn.lease().unwrap_or(LeaseId(0));
+        let conditions: Vec<_> = txn.conditions.iter().map(compare).collect();
+        let writes: Vec<_> = txn.writes.into_iter().map(operation).collect();
+        let request = etcd_client::Txn::new().when(conditions).and_then(writes);
+        let result = self
+            .call("txn", |mut client| async move { client.txn(request).await })
+            .await;
+        let response = about_lease(lease, result)?;
+        let revision = response.header().map_or(0, |header| header.revision());
+        Ok(response.succeeded().then_some(revision))
+    }
+
+    async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
+        let mut entries = Vec::new();
+        let mut revision = at;
+        let (mut start, end) = match keys {
+            Selector::Key(key) => (key.clone().into_bytes(), None),
+            Selector::Prefix(prefix) => (prefix.clone().into_bytes(), Some(prefix_end(prefix))),
+        };
+        loop {
+            let mut options = GetOptions::new()
+                .with_limit(PAGE)
+                .with_sort(SortTarget::Key, SortOrder::Ascend);
+            if let Some(end) = &end {
+                options = options.with_range(end.clone());
+            }
+            if let Some(revision) = revision {
+                options = options.with_revision(revision);
+            }
+            let from = start.clone();
+            let page = self
+                .call("list", |client| async move {
+                    let mut kv = client
+                        .kv_client()
+                        .max_decoding_message_size(LARGEST_RESPONSE);
+                    kv.get(from, Some(options)).await
+                })
+                .await?;
+            let read_at = page.header().map_or(0, |header| header.revision());
+            let revision = *revision.get_or_insert(read_at);
+            let cluster_id = page.header().map_or(0, |header| header.cluster_id());
+            entries.extend(page.kvs().iter().map(entry));
+            match page.kvs().last() {
+                Some(last) if page.more() => {
+                    start = last.key().to_vec();
+                    start.push(0);
+                }
+                _ => {
+                    return Ok(Listing {
+                        revision,
+                        cluster_id,
+                        entries,
+                    });
+                }
+            }
+        }
+    }
+
+    async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
+        let connection = self.connection().await?;
+        let after = self.timeout();
+        let opened = tokio::time::timeout(after, EtcdWatcher::open(self, &connection, ranges))
+            .await
+            .unwrap_or_else(|_| {
+                Err(ClusterError::Timeout {
+                    endpoint: connection.endpoint.to_string(),
+                    operation: "watch",
+                    after,
+                })
+            });
+        match opened {
+            Ok(watcher) => Ok(Box::new(watcher)),
+            Err(error) => {
+                if error.is_transient() {
+                    self.discard(connection.generation);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+/// The end of the range of keys with this prefix: the prefix with its last byte that can grow
+/// grown by one. An empty prefix, or one of 0xff only, means every key from it on.
+fn prefix_end(prefix: &str) -> Vec<u8> {
+    let mut end = prefix.as_bytes().to_vec();
+    while let Some(last) = end.pop() {
+        if last < 0xff {
+            end.push(last + 1);
+            return end;
+        }
+    }
+    vec![0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_prefix() {
+        assert_eq!(prefix_end("registry/app/"), b"registry/app0");
+        assert_eq!(prefix_end(""), [0]);
+    }
+}
