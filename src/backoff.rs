@@ -12,6 +12,7 @@ const BUILDER: ExponentialBuilder = ExponentialBuilder::new()
     .with_jitter();
 
 /// Endless exponential backoff with jitter.
+#[derive(Debug)]
 pub(crate) struct Backoff(ExponentialBackoff);
 
 impl Backoff {

@@ -5,8 +5,15 @@
 //! {prefix}election/{group}/{lease in hex}  -> the candidate's node id; least create revision leads
 //! ```
 //!
+//! and one of our own, which `photon-etcd-cluster` never looks at:
+//!
+//! ```text
+//! {prefix}handover/{group}/{lease in hex}  -> who is to lead next, asked for by the holder of the lease
+//! ```
+//!
 //! Prefixes end with a slash: without it group `app` would see the keys of `app-2`.
 
+use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::store::LeaseId;
 
@@ -19,14 +26,31 @@ const MAX_NAME: usize = 512;
 pub(crate) struct GroupKeys {
     registry: String,
     election: String,
+    handover: String,
 }
 
 impl GroupKeys {
     pub(crate) fn new(prefix: &str, group: &str) -> Self {
+        let slash = if bugs::has(Bug::PrefixWithoutSlash) {
+            ""
+        } else {
+            "/"
+        };
         Self {
-            registry: format!("{prefix}registry/{group}/"),
-            election: format!("{prefix}election/{group}/"),
+            registry: format!("{prefix}registry/{group}{slash}"),
+            election: format!("{prefix}election/{group}{slash}"),
+            handover: format!("{prefix}handover/{group}/"),
         }
+    }
+
+    /// Who is to lead next.
+    pub(crate) fn handover_prefix(&self) -> &str {
+        &self.handover
+    }
+
+    /// The request of this lease's holder.
+    pub(crate) fn handover(&self, lease: LeaseId) -> String {
+        format!("{}{lease}", self.handover)
     }
 
     pub(crate) fn registry_prefix(&self) -> &str {
@@ -38,10 +62,16 @@ impl GroupKeys {
     }
 
     pub(crate) fn registration(&self, node_id: &str) -> String {
+        if bugs::has(Bug::PrefixWithoutSlash) {
+            return format!("{}/{node_id}", self.registry);
+        }
         format!("{}{node_id}", self.registry)
     }
 
     pub(crate) fn candidacy(&self, lease: LeaseId) -> String {
+        if bugs::has(Bug::PrefixWithoutSlash) {
+            return format!("{}/{lease}", self.election);
+        }
         format!("{}{lease}", self.election)
     }
 
@@ -57,6 +87,9 @@ impl GroupKeys {
     }
 
     fn last<'k>(prefix: &str, key: &'k str) -> Option<&'k str> {
+        if bugs::has(Bug::PrefixWithoutSlash) {
+            return key.strip_prefix(prefix)?.rsplit('/').next();
+        }
         key.strip_prefix(prefix)
             .filter(|rest| !rest.is_empty() && !rest.contains('/'))
     }

@@ -81,6 +81,12 @@
 
 mod backoff;
 pub mod balance;
+#[cfg(any(test, feature = "test-util"))]
+#[doc(hidden)]
+pub mod bugs;
+#[cfg(not(any(test, feature = "test-util")))]
+mod bugs;
+mod cluster;
 pub mod config;
 pub mod discovery;
 pub mod error;
@@ -95,6 +101,7 @@ pub mod store;
 mod testing;
 mod worker;
 
+pub use cluster::{Cluster, ClusterBuilder};
 pub use discovery::{
     Change, Changes, ClusterEvent, DiscoveryStatus, Nodes, ServiceDiscovery,
     ServiceDiscoveryBuilder,
@@ -104,11 +111,12 @@ pub use load_report::{LOAD_REPORT_HEADER, LoadReport, LoadReportError};
 #[cfg(feature = "system-metrics")]
 pub use metrics::SystemMetricsCollector;
 pub use metrics::{
-    CompositeMetricsCollector, LoadReporter, MetricsCollector, NoopMetricsCollector, RequestGuard,
+    CompositeMetricsCollector, Deadband, LoadReporter, MetricsCollector, NoopMetricsCollector,
+    RequestGuard, Tolerance,
 };
 pub use node::{HealthStatus, Node, NodeMetadata, NodeState, metadata_keys};
 pub use store::EtcdOptions;
-pub use worker::{ClusterNode, ClusterNodeBuilder, Leadership};
+pub use worker::{ClusterNode, ClusterNodeBuilder, Leadership, SessionState};
 
 /// The worker's types, under the name that `photon-etcd-cluster` has for them.
 pub mod cluster_node {

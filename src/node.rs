@@ -79,6 +79,11 @@ pub struct Node {
     /// Whether it takes new requests.
     #[serde(default, skip_serializing_if = "NodeState::is_serving")]
     pub state: NodeState,
+    /// Its priority as a leader: one with a higher priority takes over. `None` for a node that
+    /// knows nothing of priorities (`photon-etcd-cluster`): it counts as 0, and makes way for
+    /// nobody.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<u16>,
     #[serde(skip)]
     incarnation: i64,
 }
@@ -104,6 +109,7 @@ impl Node {
             tags: BTreeSet::new(),
             weight: None,
             state: NodeState::Serving,
+            priority: None,
             incarnation: 0,
         }
     }
@@ -150,6 +156,13 @@ impl Node {
         self
     }
 
+    /// Sets its priority as a leader.
+    #[must_use]
+    pub fn with_priority(mut self, priority: u16) -> Self {
+        self.priority = Some(priority);
+        self
+    }
+
     /// Sets which registration this is; see [`incarnation`](Self::incarnation). Discovery does
     /// it; a simulator or a test that feeds a balancer by hand may.
     #[must_use]
@@ -191,6 +204,7 @@ impl Node {
             || self.tags != other.tags
             || self.weight != other.weight
             || self.state != other.state
+            || self.priority != other.priority
     }
 }
 
@@ -239,6 +253,7 @@ mod tests {
             .with_tags(["x", "y"])
             .with_weight(2.5)
             .with_state(NodeState::Draining)
+            .with_priority(7)
             .with_metadata(serde_json::json!({"queue_depth": 3}));
         let read: Node = serde_json::from_slice(&serde_json::to_vec(&node).unwrap()).unwrap();
         assert!(!read.differs(&node));

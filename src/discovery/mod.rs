@@ -85,7 +85,7 @@ struct Shared {
     /// Where `new` and `build` leave what `try_build` would have returned.
     invalid: Option<ClusterError>,
     keys: GroupKeys,
-    store: LazyStore,
+    store: Arc<LazyStore>,
     running: AtomicBool,
     nodes: ArcSwap<Nodes>,
     leadership: ArcSwapOption<Leadership>,
@@ -117,6 +117,8 @@ pub struct ServiceDiscoveryBuilder {
     etcd: EtcdOptions,
     group: String,
     store: Option<Arc<dyn Store>>,
+    /// A cluster's.
+    lazy_store: Option<Arc<LazyStore>>,
 }
 
 impl ServiceDiscoveryBuilder {
@@ -126,6 +128,7 @@ impl ServiceDiscoveryBuilder {
             etcd: etcd.into(),
             group: group_name.into(),
             store: None,
+            lazy_store: None,
         }
     }
 
@@ -135,6 +138,11 @@ impl ServiceDiscoveryBuilder {
     #[must_use]
     pub fn store(mut self, store: Arc<dyn Store>) -> Self {
         self.store = Some(store);
+        self
+    }
+
+    pub(crate) fn lazy_store(mut self, store: &Arc<LazyStore>) -> Self {
+        self.lazy_store = Some(store.clone());
         self
     }
 
@@ -157,7 +165,7 @@ impl ServiceDiscoveryBuilder {
     }
 
     fn validate(&self) -> Result<(), ClusterError> {
-        if self.store.is_none() {
+        if self.store.is_none() && self.lazy_store.is_none() {
             self.etcd.validate()?;
         }
         keys::check_group(&self.group)
@@ -170,7 +178,10 @@ impl ServiceDiscoveryBuilder {
                 keys: GroupKeys::new(&self.etcd.key_prefix, &self.group),
                 group: self.group,
                 invalid,
-                store: LazyStore::new(self.etcd, self.store),
+                store: match (self.store, self.lazy_store) {
+                    (None, Some(shared)) => shared,
+                    (store, _) => Arc::new(LazyStore::new(self.etcd, store)),
+                },
                 running: AtomicBool::new(false),
                 nodes: ArcSwap::new(nodes.clone()),
                 leadership: ArcSwapOption::empty(),
@@ -226,6 +237,7 @@ impl ServiceDiscovery {
         let _running = Running::start(shared)?;
         let store = shared.store.get()?;
         tokio::select! {
+            biased;
             () = shutdown => {}
             () = shared.follow(&*store) => {}
         }

@@ -238,10 +238,15 @@ impl View {
     /// Works out who leads. A leader that is not registered (yet) leads nothing: there is nowhere
     /// to send to.
     fn settle(&mut self, changes: &mut Vec<Change>) {
-        let leader = self.queue.first_key_value().and_then(|((epoch, _), id)| {
+        let leader = self.queue.first_key_value().and_then(|((epoch, key), id)| {
             Some(Leadership {
                 node: self.nodes.get(id)?.clone(),
                 epoch: *epoch,
+                // Settled with every change, and most change no leader.
+                key: match &self.leader {
+                    Some(leader) if *leader.key == **key => leader.key.clone(),
+                    _ => Arc::from(key.as_str()),
+                },
             })
         });
         let term = |leadership: &Option<Leadership>| {

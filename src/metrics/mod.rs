@@ -1,5 +1,6 @@
 //! What a node reports about itself.
 
+mod deadband;
 mod reporter;
 mod sampler;
 #[cfg(feature = "system-metrics")]
@@ -11,6 +12,7 @@ use serde_json::Value;
 
 use crate::node::NodeMetadata;
 
+pub use deadband::{Deadband, Tolerance};
 pub use reporter::{LoadReporter, RequestGuard};
 pub(crate) use sampler::Sampler;
 #[cfg(feature = "system-metrics")]
@@ -39,6 +41,13 @@ pub trait MetricsCollector: Send + Sync {
     /// The metrics of this moment: a JSON object, with the keys of
     /// [`metadata_keys`](crate::metadata_keys) where they fit.
     fn collect(&self) -> NodeMetadata;
+
+    /// Whether [`collect`](Self::collect) may take long or block. One that returns at once, such as
+    /// a read of a few atomics, may say no: it is then called on the runtime's thread, and needs
+    /// none of its own. Default: yes.
+    fn may_block(&self) -> bool {
+        true
+    }
 }
 
 /// Reports nothing.
@@ -55,6 +64,10 @@ impl NoopMetricsCollector {
 impl MetricsCollector for NoopMetricsCollector {
     fn collect(&self) -> NodeMetadata {
         Value::Null
+    }
+
+    fn may_block(&self) -> bool {
+        false
     }
 }
 
@@ -102,5 +115,11 @@ impl MetricsCollector for CompositeMetricsCollector {
         } else {
             Value::Object(merged)
         }
+    }
+
+    fn may_block(&self) -> bool {
+        self.collectors
+            .iter()
+            .any(|collector| collector.may_block())
     }
 }

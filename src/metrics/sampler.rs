@@ -39,6 +39,9 @@ impl Sampler {
     /// The next sample, if it comes within that time. One that comes later is the answer to the
     /// next call, so that a slow collector is called once at a time.
     pub(crate) async fn sample(&mut self, within: Duration) -> Option<NodeMetadata> {
+        if !self.collector.may_block() {
+            return collect(&*self.collector);
+        }
         let thread = match &mut self.thread {
             Some(thread) => thread,
             none => none.insert(spawn(self.collector.clone())?),
@@ -70,6 +73,14 @@ impl Sampler {
     }
 }
 
+fn collect(collector: &dyn MetricsCollector) -> Option<NodeMetadata> {
+    let sample = catch_unwind(AssertUnwindSafe(|| collector.collect()));
+    if sample.is_err() {
+        error!("the metrics collector panicked; metrics stay as they are");
+    }
+    sample.ok()
+}
+
 fn spawn(collector: Arc<dyn MetricsCollector>) -> Option<Thread> {
     let (requests, asked) = channel();
     let (answers, samples) = tokio_channel(1);
@@ -77,11 +88,7 @@ fn spawn(collector: Arc<dyn MetricsCollector>) -> Option<Thread> {
         .name("metrics".to_owned())
         .spawn(move || {
             while asked.recv().is_ok() {
-                let sample = catch_unwind(AssertUnwindSafe(|| collector.collect()));
-                if sample.is_err() {
-                    error!("the metrics collector panicked; metrics stay as they are");
-                }
-                if answers.blocking_send(sample.ok()).is_err() {
+                if answers.blocking_send(collect(&*collector)).is_err() {
                     return;
                 }
             }

@@ -4,15 +4,28 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::ClusterNode;
+use crate::cluster::Cluster;
 use crate::error::ClusterError;
 use crate::keys;
-use crate::metrics::{MetricsCollector, NoopMetricsCollector};
+use crate::metrics::{Deadband, MetricsCollector, NoopMetricsCollector};
 use crate::node::Node;
 use crate::store::{EtcdOptions, Store};
 
 const DEFAULT_TTL: i64 = 5;
 const MAX_TTL: i64 = 86_400;
 const MAX_INTERVAL: u64 = 86_400;
+const MAX_TIME: Duration = Duration::from_secs(86_400);
+const DEFAULT_MAX_AGE: Duration = Duration::from_secs(30);
+const DEFAULT_TAKEOVER_AFTER: Duration = Duration::from_secs(10);
+
+/// A lease's time to live, in seconds.
+pub(crate) fn check_ttl(ttl: i64) -> Result<(), ClusterError> {
+    if (1..=MAX_TTL).contains(&ttl) {
+        return Ok(());
+    }
+    let reason = format!("{ttl} s is out of range, 1 s to 86,400 s");
+    Err(ClusterError::config("ttl", reason))
+}
 
 /// What a node was built from, checked.
 pub(super) struct NodeConfig {
@@ -26,6 +39,12 @@ pub(super) struct NodeConfig {
     pub(super) collector: Arc<dyn MetricsCollector>,
     /// `None`: metrics are not published.
     pub(super) interval: Option<Duration>,
+    pub(super) deadband: Deadband,
+    pub(super) max_age: Duration,
+    pub(super) priority: u16,
+    pub(super) takeover_after: Duration,
+    /// Shares its connection and its lease.
+    pub(super) cluster: Option<Cluster>,
     port: Option<u16>,
     zone: Option<String>,
     tags: BTreeSet<String>,
@@ -39,6 +58,8 @@ impl NodeConfig {
         node.zone.clone_from(&self.zone);
         node.tags.clone_from(&self.tags);
         node.weight = self.weight;
+        // Also when it is 0: it tells that this node makes way for a higher one.
+        node.priority = Some(self.priority);
         node
     }
 }
@@ -53,6 +74,11 @@ pub struct ClusterNodeBuilder {
     ttl: i64,
     collector: Arc<dyn MetricsCollector>,
     interval: u64,
+    deadband: Deadband,
+    max_age: Duration,
+    priority: u16,
+    takeover_after: Duration,
+    cluster: Option<Cluster>,
     port: Option<u16>,
     zone: Option<String>,
     tags: BTreeSet<String>,
@@ -76,6 +102,11 @@ impl ClusterNodeBuilder {
             ttl: DEFAULT_TTL,
             collector: Arc::new(NoopMetricsCollector::new()),
             interval: 0,
+            deadband: Deadband::default(),
+            max_age: DEFAULT_MAX_AGE,
+            priority: 0,
+            takeover_after: DEFAULT_TAKEOVER_AFTER,
+            cluster: None,
             port: None,
             zone: None,
             tags: BTreeSet::new(),
@@ -99,11 +130,55 @@ impl ClusterNodeBuilder {
         self
     }
 
-    /// How often metrics are collected, in seconds; they are written when they changed, and at
-    /// least every 30 s. Default: 0, never. At most 86,400.
+    /// How often metrics are collected, in seconds, lengthened by up to a tenth at random so that
+    /// nodes that start together do not write together. They are written when they have moved out
+    /// of the [`deadband`](Self::deadband), and at least every [`max_age`](Self::max_age); so this
+    /// is also how often they are written at most. Default: 0, never. At most 86,400.
     #[must_use]
     pub fn metrics_update_interval(mut self, seconds: u64) -> Self {
         self.interval = seconds;
+        self
+    }
+
+    /// How far metrics have to move from what was last written until they are written again.
+    /// Default: [`Deadband::default`].
+    #[must_use]
+    pub fn deadband(mut self, deadband: Deadband) -> Self {
+        self.deadband = deadband;
+        self
+    }
+
+    /// How old written metrics may become, give or take a tenth, before they are written again
+    /// unchanged: so that a reader can tell an idle node from one whose collector is stuck.
+    /// Default: 30 s. Range: 1 s to 86,400 s.
+    #[must_use]
+    pub fn max_age(mut self, max_age: Duration) -> Self {
+        self.max_age = max_age;
+        self
+    }
+
+    /// Its priority as a leader: a candidate with a higher one takes over from one with a lower
+    /// one. Default: 0. Nodes of `photon-etcd-cluster` have none; leadership is not taken from
+    /// them, and those that queue ahead of a candidate are waited for.
+    #[must_use]
+    pub fn priority(mut self, priority: u16) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// How long a node with a priority has to have been a candidate before it takes over, and how
+    /// often it compares then: so that one that restarts in a loop does not take leadership each
+    /// time. Default: 10 s. Range: 100 ms to 86,400 s.
+    #[must_use]
+    pub fn takeover_after(mut self, after: Duration) -> Self {
+        self.takeover_after = after;
+        self
+    }
+
+    /// Shares a cluster's connection and lease; [`Cluster::node`] does this.
+    #[must_use]
+    pub(crate) fn cluster(mut self, cluster: Cluster) -> Self {
+        self.cluster = Some(cluster);
         self
     }
 
@@ -164,7 +239,17 @@ impl ClusterNodeBuilder {
     }
 
     fn validate(&self) -> Result<(), ClusterError> {
-        if self.store.is_none() {
+        if let Some(cluster) = &self.cluster {
+            if self.store.is_some() {
+                let reason = "is the cluster's, for a node of a Cluster";
+                return Err(ClusterError::config("store", reason));
+            }
+            if self.ttl != cluster.ttl() {
+                let (own, shared) = (self.ttl, cluster.ttl());
+                let reason = format!("{own} s is not that of the Cluster, which is {shared} s");
+                return Err(ClusterError::config("ttl", reason));
+            }
+        } else if self.store.is_none() {
             self.etcd.validate()?;
         }
         keys::check_node_id(&self.id)?;
@@ -177,12 +262,20 @@ impl ClusterNodeBuilder {
                 Err(ClusterError::config(field, reason))
             }
         };
+        check_ttl(self.ttl)?;
         range(
-            "ttl",
-            (1..=MAX_TTL).contains(&self.ttl),
-            format!("{} s", self.ttl),
+            "max_age",
+            (Duration::from_secs(1)..=MAX_TIME).contains(&self.max_age),
+            format!("{:?}", self.max_age),
             "1 s to 86,400 s",
         )?;
+        range(
+            "takeover_after",
+            (Duration::from_millis(100)..=MAX_TIME).contains(&self.takeover_after),
+            format!("{:?}", self.takeover_after),
+            "100 ms to 86,400 s",
+        )?;
+        self.deadband.validate()?;
         range(
             "metrics_update_interval",
             self.interval <= MAX_INTERVAL,
@@ -209,6 +302,11 @@ impl ClusterNodeBuilder {
             ttl: self.ttl.clamp(1, MAX_TTL).unsigned_abs(),
             collector: self.collector,
             interval: (self.interval > 0).then(|| Duration::from_secs(self.interval)),
+            deadband: self.deadband,
+            max_age: self.max_age,
+            priority: self.priority,
+            takeover_after: self.takeover_after,
+            cluster: self.cluster,
             port: self.port,
             zone: self.zone,
             tags: self.tags,

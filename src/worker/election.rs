@@ -9,14 +9,19 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::sleep;
+use tokio::sync::mpsc;
+use tokio::time::{sleep, sleep_until};
 use tracing::{debug, info, warn};
 
-use super::session::Session;
-use super::{Command, Shared};
+use super::handover::{Errand, Request};
+use super::lease::LeaseHolder;
+use super::session::{Registered, Tenure};
+use super::{Command, Past, Reply, Shared};
+use crate::backoff::Backoff;
+use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::node::{HealthStatus, Node};
 use crate::store::{
@@ -25,7 +30,7 @@ use crate::store::{
 
 /// Where this node stands, read off the store at one revision.
 #[derive(Debug, PartialEq, Eq)]
-enum Standing {
+pub(super) enum Standing {
     /// Something of it is missing there: `register` or `campaign` or both have to be written.
     Outside { register: bool, campaign: bool },
     /// Another process has registered under the same id since.
@@ -35,8 +40,12 @@ enum Standing {
     },
     /// First in line.
     Leads { epoch: Revision },
+    /// First in line, with one of higher priority next that asks for it.
+    HandsOver { epoch: Revision, to: Entry },
     /// In line behind the candidate with this key.
     Waits { ahead: String },
+    /// In line ahead of one that is to lead next: it has to queue again behind it.
+    MakesWay { candidacy: Revision },
     /// Registered, and not to campaign.
     Drained,
     /// Drains, but is still a candidate (created then), or its entry does not say so yet.
@@ -49,12 +58,14 @@ enum Standing {
 struct View<'a> {
     registration: Option<&'a Entry>,
     candidates: &'a [Entry],
+    requests: &'a [Request],
 }
 
 /// Who is asking.
 struct Me<'a> {
     lease: LeaseId,
     candidacy: &'a str,
+    priority: u16,
     /// Leases that this process has had.
     own_leases: &'a VecDeque<LeaseId>,
     /// It has seen itself registered before.
@@ -78,13 +89,18 @@ fn standing(view: &View<'_>, me: &Me<'_>) -> Standing {
         // A process that starts takes its id over from its predecessor; one that held it and
         // lost it to another must not take it back, or the two would fight for ever.
         Some(Some(lease)) if !me.was_registered || me.own_leases.contains(&lease) => false,
+        Some(Some(_)) if bugs::has(Bug::SupersededFightsBack) => false,
         Some(Some(by)) => return Standing::Superseded { by, candidacy },
     };
     if me.draining {
         let told = view.registration.is_some_and(|entry| {
             serde_json::from_slice::<Node>(&entry.value).is_ok_and(|node| !node.is_serving())
         });
+        let candidacy = candidacy.filter(|_| !bugs::has(Bug::DrainingStaysCandidate));
         return match (registered, candidacy) {
+            (true, None) if told && own.is_some() => Standing::Leads {
+                epoch: own.map_or(0, |own| own.create_revision),
+            },
             (true, None) if told => Standing::Drained,
             (true, candidacy) => Standing::Drains { candidacy },
             (false, _) => Standing::Outside {
@@ -93,7 +109,9 @@ fn standing(view: &View<'_>, me: &Me<'_>) -> Standing {
             },
         };
     }
-    if let Some(candidacy) = candidacy.filter(|created| *created == me.abandoned) {
+    if let Some(candidacy) = candidacy.filter(|created| *created == me.abandoned)
+        && !bugs::has(Bug::AbandonedCandidacyLeads)
+    {
         return Standing::Abandoned { candidacy };
     }
     let Some(own) = own.filter(|_| registered) else {
@@ -102,222 +120,366 @@ fn standing(view: &View<'_>, me: &Me<'_>) -> Standing {
             campaign: own.is_none(),
         };
     };
-    let ahead = view
-        .candidates
-        .iter()
-        .filter(|entry| entry.create_revision < own.create_revision)
-        .max_by_key(|entry| entry.create_revision);
-    match ahead {
-        None => Standing::Leads {
+    in_line(view, me, own)
+}
+
+/// The standing of a candidate that is registered.
+fn in_line(view: &View<'_>, me: &Me<'_>, own: &Entry) -> Standing {
+    let mut line: Vec<&Entry> = view.candidates.iter().collect();
+    line.sort_unstable_by_key(|entry| entry.create_revision);
+    let place = line.partition_point(|entry| entry.create_revision < own.create_revision);
+    let (ahead, behind) = (&line[..place], &line[place + 1..]);
+    // For itself a candidate can only ask because of its priority, for another only a leader.
+    let asks = |entry: &Entry| {
+        view.requests.iter().any(|request| {
+            request.to == entry.key
+                && match request.priority {
+                    Some(priority) => request.is_from(entry) && priority > me.priority,
+                    None => line.first().is_some_and(|leader| request.is_from(leader)),
+                }
+        })
+    };
+    match (ahead.last(), behind.first()) {
+        (None, Some(next)) if asks(next) => Standing::HandsOver {
+            epoch: own.create_revision,
+            to: (*next).clone(),
+        },
+        (None, _) => Standing::Leads {
             epoch: own.create_revision,
         },
-        Some(ahead) => Standing::Waits {
+        (Some(_), _) if behind.iter().any(|entry| asks(entry)) => Standing::MakesWay {
+            candidacy: own.create_revision,
+        },
+        (Some(ahead), _) => Standing::Waits {
             ahead: ahead.key.clone(),
         },
     }
 }
 
+/// The keys of the election, all read at one revision.
+pub(super) struct Reading {
+    pub(super) revision: Revision,
+    pub(super) cluster_id: u64,
+    pub(super) registration: Option<Entry>,
+    /// The oldest first.
+    pub(super) candidates: Vec<Entry>,
+    pub(super) requests: Vec<Request>,
+}
+
+impl Past {
+    /// Takes note of how far the store's history goes; true if it is another one than before.
+    fn is_another_history(&mut self, reading: &Reading) -> bool {
+        let before = self
+            .history
+            .replace((reading.cluster_id, reading.revision));
+        before.is_some_and(|(cluster, revision)| {
+            cluster != reading.cluster_id || revision > reading.revision
+        }) && !bugs::has(Bug::HistoryNotChecked)
+    }
+}
+
+/// One node's part in the election under one lease.
+pub(super) struct Part<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) store: &'a dyn Store,
+    holder: &'a LeaseHolder,
+    pub(super) tenure: &'a Arc<Tenure>,
+    registration: String,
+    pub(super) candidacy: String,
+    pub(super) errand: Errand,
+}
+
 impl Shared {
-    /// Keeps the node registered and in the election under this lease. Returns when the lease
-    /// turns out to be gone, or when the very first registration fails for a lasting reason.
+    /// Keeps the node registered and in the election under this lease. Never returns.
     pub(super) async fn take_part(
         &self,
         store: &dyn Store,
-        session: &Arc<Session>,
+        holder: &LeaseHolder,
+        tenure: &Arc<Tenure>,
         inbox: &mut mpsc::Receiver<Command>,
-    ) -> ClusterError {
+    ) {
+        let mut backoff = Backoff::new();
+        let mut part = Part {
+            shared: self,
+            store,
+            holder,
+            tenure,
+            registration: self.keys.registration(&self.config.id),
+            candidacy: self.keys.candidacy(tenure.lease.id),
+            errand: Errand::None,
+        };
         loop {
-            match self.step(store, session, inbox).await {
-                Ok(()) => {}
-                Err(error @ ClusterError::LeaseNotFound { .. }) => return error,
-                Err(error) => {
-                    if !session.is_registered() && !error.is_transient() {
-                        return error;
-                    }
-                    let pause = Duration::from_millis(fastrand::u64(200..1000));
-                    debug!(group = %self.config.group, node = %self.config.id, %error, ?pause, "cannot read or write the election");
-                    self.refuse_while(sleep(pause), inbox, &error).await;
+            let error = match part.step(inbox).await {
+                Ok(()) => {
+                    backoff.reset();
+                    continue;
                 }
+                Err(error) => error,
+            };
+            let pause = if error.is_transient() {
+                Duration::from_millis(fastrand::u64(200..1000))
+            } else {
+                backoff.next_delay()
+            };
+            if error.is_transient() || self.state.borrow().is_registered() {
+                debug!(group = %self.config.group, node = %self.config.id, %error, ?pause, "cannot read or write the election");
+            } else {
+                self.set_health(HealthStatus::Unhealthy);
+                warn!(group = %self.config.group, node = %self.config.id, %error, ?pause, "cannot register");
             }
+            self.refuse_while(sleep(pause), inbox, &error).await;
         }
     }
+}
 
-    async fn step(
-        &self,
-        store: &dyn Store,
-        session: &Arc<Session>,
-        inbox: &mut mpsc::Receiver<Command>,
-    ) -> Result<(), ClusterError> {
-        let lease = session.lease.id;
-        let registration = self.keys.registration(&self.config.id);
-        let candidacy = self.keys.candidacy(lease);
-        let (revision, held, candidates) = self.read(store, &registration).await?;
-        let view = View {
-            registration: held.as_ref(),
-            candidates: &candidates,
-        };
-        let own = candidates.iter().find(|entry| entry.key == candidacy);
-        let own = own.map(|entry| entry.create_revision);
-        let standing = {
-            let past = self.past();
-            let me = Me {
-                lease,
-                candidacy: &candidacy,
-                own_leases: &past.leases,
-                was_registered: past.was_registered,
-                abandoned: session.abandoned(),
-                draining: self.is_draining(),
-            };
-            standing(&view, &me)
-        };
-        debug!(group = %self.config.group, node = %self.config.id, revision, ?standing, "election read");
+impl Part<'_> {
+    pub(super) fn lease(&self) -> LeaseId {
+        self.tenure.lease.id
+    }
 
-        let mut watched = vec![registration.clone()];
-        match &standing {
+    /// Reads, does the one thing that is missing, or waits for a change that matters.
+    async fn step(&mut self, inbox: &mut mpsc::Receiver<Command>) -> Result<(), ClusterError> {
+        let shared = self.shared;
+        let (group, node) = (&shared.config.group, &shared.config.id);
+        let mut held = self.holder.subscribe();
+        let revived = held.borrow_and_update().revived;
+        let reading = self.read().await?;
+        let own = reading.candidacy(&self.candidacy);
+        let (standing, quiet_until) = {
+            let mut past = shared.past();
+            if past.is_another_history(&reading) {
+                let ttl = self.tenure.lease.ttl;
+                warn!(%group, %node, revision = reading.revision, wait = ?ttl, "the store's history is another one; leadership is claimed when leases of the former one have run out");
+                past.quiet_until = self.tenure.now() + ttl;
+                past.abandoned = 0;
+                shared.end_term();
+            }
+            (self.standing(&reading, &past), past.quiet_until)
+        };
+        debug!(%group, %node, revision = reading.revision, ?standing, "election read");
+        let holder = reading.registration.as_ref().and_then(|entry| entry.lease);
+        let registered = (holder == Some(self.lease())).then_some(match (&standing, own) {
+            (Standing::Drained, _) => Registered::Draining,
+            (_, Some(_)) => Registered::Candidate,
+            (_, None) => Registered::NoCandidate,
+        });
+        if registered.is_some() {
+            shared.past().was_registered = true;
+        }
+        shared.feed_read(registered);
+
+        if !matches!(standing, Standing::Leads { .. } | Standing::HandsOver { .. }) {
+            shared.end_term();
+        }
+        let leads = matches!(standing, Standing::Leads { .. });
+        if self.settle_errand(&reading, leads).await? {
+            return Ok(());
+        }
+        let mut watched = vec![Selector::Key(self.registration.clone())];
+        let mut predecessor = None;
+        match standing {
             Standing::Outside { register, campaign } => {
-                self.end_term();
-                let held = held.as_ref().filter(|_| *register);
-                return self.enter(store, session, *register, held, *campaign).await;
+                return self.enter(&reading, register, campaign).await;
             }
-            Standing::Drains { candidacy } => {
-                self.end_term();
-                return self.write_draining(store, session, *candidacy).await;
+            Standing::Drains { candidacy } => return self.write_draining(candidacy).await,
+            Standing::Abandoned { candidacy } => return self.withdraw(candidacy).await,
+            Standing::MakesWay { candidacy } => {
+                info!(%group, %node, "makes way for the one that is to lead next");
+                return self.withdraw(candidacy).await;
             }
-            Standing::Abandoned { candidacy } => {
-                self.end_term();
-                return self.withdraw(store, session, *candidacy).await;
+            Standing::HandsOver { epoch, to } => {
+                info!(%group, %node, to = %to.key, "hands over to a higher priority");
+                shared.end_term();
+                return self.hand_over(epoch, &to).await.map(drop);
             }
             Standing::Superseded { by, candidacy } => {
-                self.end_term();
                 if let Some(candidacy) = candidacy {
-                    self.withdraw(store, session, *candidacy).await?;
+                    self.withdraw(candidacy).await?;
                 }
-                session.set_registered(false);
-                if self.set_health(HealthStatus::Unhealthy) {
-                    warn!(group = %self.config.group, node = %self.config.id, %by, "another process has registered this id; waiting until it leaves");
+                if shared.set_health(HealthStatus::Unhealthy) {
+                    warn!(%group, %node, %by, "another process has registered this id; waiting until it leaves");
                 }
             }
-            Standing::Drained => self.end_term(),
+            Standing::Drained => {}
             Standing::Leads { epoch } => {
-                watched.push(candidacy.clone());
-                if session.is_valid() {
-                    self.begin_term(*epoch, session);
+                if self.tenure.is_valid() && self.tenure.now() >= quiet_until {
+                    shared.begin_term(epoch, self.tenure);
                 }
+                watched.extend(self.watched_in_line());
+                watched.push(Selector::Key(self.candidacy.clone()));
             }
             Standing::Waits { ahead } => {
-                self.end_term();
-                watched.push(candidacy.clone());
-                watched.push(ahead.clone());
-            }
-        }
-        let holder = held.and_then(|entry| entry.lease);
-        if holder == Some(lease) {
-            self.past().was_registered = true;
-            if !session.set_registered(true) {
-                info!(group = %self.config.group, node = %self.config.id, %lease, "node is registered");
-                self.set_health(HealthStatus::Healthy);
+                watched.extend(self.watched_in_line());
+                watched.push(Selector::Key(self.candidacy.clone()));
+                watched.push(Selector::Key(ahead.clone()));
+                predecessor = Some(ahead);
             }
         }
 
-        let ranges = watched.into_iter().map(|key| WatchRange {
-            keys: Selector::Key(key),
-            from: revision + 1,
+        let ranges = watched.into_iter().map(|keys| WatchRange {
+            keys,
+            from: reading.revision + 1,
         });
-        let mut watcher = store.watch(ranges.collect()).await?;
+        let mut watcher = self.store.watch(ranges.collect()).await?;
+        let quiet = async {
+            let left = quiet_until.saturating_sub(self.tenure.now());
+            if left.is_zero() {
+                std::future::pending::<()>().await;
+            }
+            sleep(left).await;
+        };
+        let revived_again = async { drop(held.wait_for(|held| held.revived != revived).await) };
+        let errand_due = self.errand.due();
+        let errand = async {
+            match errand_due {
+                Some(due) => sleep_until(due).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            changed = until_it_matters(&mut *watcher, &registration, holder) => changed,
-            () = session.recheck_asked() => Ok(()),
+            biased;
+            // A renewal past the deadline: a term is not to come back to life by itself, only
+            // after reading that its key is still there.
+            () = revived_again => Ok(()),
             Some(command) = inbox.recv() => {
-                self.obey(command, store, session, own).await;
+                self.obey(command, own).await;
                 Ok(())
             }
+            events = until_it_matters(&mut *watcher, &self.registration, holder) => {
+                let events = events?;
+                if let Some(ahead) = predecessor
+                    && bugs::has(Bug::ClaimWhenPredecessorGoes)
+                    && events.iter().any(|event| matches!(event, WatchEvent::Delete { key, .. } if *key == ahead))
+                {
+                    shared.begin_term(own.unwrap_or(0), self.tenure);
+                }
+                Ok(())
+            }
+            () = quiet => Ok(()),
+            () = errand => Ok(()),
         }
     }
 
-    /// The registration and the candidates, oldest first, at one revision.
-    async fn read(
-        &self,
-        store: &dyn Store,
-        registration: &str,
-    ) -> Result<(Revision, Option<Entry>, Vec<Entry>), ClusterError> {
-        let election = Selector::Prefix(self.keys.election_prefix().to_owned());
-        let listing = store.list(&election, None).await?;
-        let own = Selector::Key(registration.to_owned());
-        let held = store.list(&own, Some(listing.revision)).await?;
-        let mut candidates = listing.entries;
-        candidates.retain(|entry| self.keys.is_candidacy(&entry.key));
-        candidates.sort_by_key(|entry| entry.create_revision);
-        Ok((
-            listing.revision,
-            held.entries.into_iter().next(),
-            candidates,
-        ))
+    pub(super) fn may_hand_over(&self) -> bool {
+        !self.shared.no_handover.load(Ordering::Relaxed)
     }
 
-    /// Registers in place of `held`, campaigns, or both; or neither, if that is not how things
-    /// are any more: the next reading will tell.
+    fn standing(&self, reading: &Reading, past: &Past) -> Standing {
+        let view = View {
+            registration: reading.registration.as_ref(),
+            candidates: &reading.candidates,
+            requests: &reading.requests,
+        };
+        let me = Me {
+            lease: self.lease(),
+            candidacy: &self.candidacy,
+            priority: self.shared.config.priority,
+            own_leases: &past.leases,
+            was_registered: past.was_registered,
+            abandoned: past.abandoned,
+            draining: self.shared.is_draining(),
+        };
+        standing(&view, &me)
+    }
+
+    /// Everything there is of the election, at one revision.
+    pub(super) async fn read(&self) -> Result<Reading, ClusterError> {
+        let keys = &self.shared.keys;
+        let election = Selector::Prefix(keys.election_prefix().to_owned());
+        let own = Selector::Key(self.registration.clone());
+        let handover = Selector::Prefix(keys.handover_prefix().to_owned());
+        let listing = self.store.list(&election, None).await?;
+        let at = Some(listing.revision);
+        let held = self.store.list(&own, at).await?;
+        let requests = if self.may_hand_over() {
+            match self.store.list(&handover, at).await {
+                Ok(listing) => listing.entries,
+                // An etcd user with the rights that the predecessor needs: everything else works.
+                Err(error @ ClusterError::Rejected { .. }) => {
+                    warn!(group = %self.shared.config.group, node = %self.shared.config.id, %error, "no transfers or priorities here: the etcd user needs to read and write handover/");
+                    self.shared.no_handover.store(true, Ordering::Relaxed);
+                    Vec::new()
+                }
+                Err(error) => return Err(error),
+            }
+        } else {
+            Vec::new()
+        };
+        let mut candidates = listing.entries;
+        candidates.retain(|entry| keys.is_candidacy(&entry.key));
+        candidates.sort_by_key(|entry| entry.create_revision);
+        Ok(Reading {
+            revision: listing.revision,
+            cluster_id: listing.cluster_id,
+            registration: held.entries.into_iter().next(),
+            candidates,
+            requests: requests.iter().filter_map(Request::read).collect(),
+        })
+    }
+
+    /// Registers in place of who is registered, campaigns, or both; or neither, if that is not how
+    /// things are any more: the next reading will tell.
     async fn enter(
         &self,
-        store: &dyn Store,
-        session: &Session,
+        reading: &Reading,
         register: bool,
-        held: Option<&Entry>,
         campaign: bool,
     ) -> Result<(), ClusterError> {
-        let lease = session.lease.id;
+        let lease = self.lease();
         let mut txn = Txn::new();
         if register {
-            let key = self.keys.registration(&self.config.id);
-            txn = txn.when(match held {
-                None => Condition::Absent(key.clone()),
-                Some(entry) => match entry.lease {
-                    Some(lease) => Condition::HeldBy(key.clone(), lease),
-                    None => Condition::CreatedAt(key.clone(), entry.create_revision),
-                },
-            });
-            txn = txn.put(key, self.fresh_entry(), Some(lease));
+            let key = self.registration.clone();
+            if !bugs::has(Bug::UnconditionalRegistration) {
+                txn = txn.when(match &reading.registration {
+                    None => Condition::Absent(key.clone()),
+                    Some(entry) => match entry.lease {
+                        Some(lease) => Condition::HeldBy(key.clone(), lease),
+                        None => Condition::CreatedAt(key.clone(), entry.create_revision),
+                    },
+                });
+            }
+            txn = txn.put(key, self.shared.fresh_entry(), Some(lease));
         }
         if campaign {
-            let key = self.keys.candidacy(lease);
+            let key = self.candidacy.clone();
             txn = txn.when(Condition::Absent(key.clone())).put(
                 key,
-                self.config.id.clone().into_bytes(),
+                self.shared.config.id.clone().into_bytes(),
                 Some(lease),
             );
         }
-        store.txn(txn).await.map(drop)
+        let entered = self.store.txn(txn).await?;
+        if let Some(revision) = entered
+            && campaign
+            && reading.candidates.is_empty()
+            && bugs::has(Bug::ClaimFromWrite)
+        {
+            self.shared.begin_term(revision, self.tenure);
+        }
+        Ok(())
     }
 
     /// Gives up the candidacy that was created then, and no later one: this request may be
     /// carried out long after it was given up on.
-    async fn withdraw(
-        &self,
-        store: &dyn Store,
-        session: &Session,
-        created: Revision,
-    ) -> Result<(), ClusterError> {
-        session.abandon(created);
-        let candidacy = self.keys.candidacy(session.lease.id);
+    async fn withdraw(&self, created: Revision) -> Result<(), ClusterError> {
+        self.shared.past().abandoned = created;
         let resign = Txn::new()
-            .when(Condition::CreatedAt(candidacy.clone(), created))
-            .delete(candidacy);
-        store.txn(resign).await.map(drop)
+            .when(Condition::CreatedAt(self.candidacy.clone(), created))
+            .delete(self.candidacy.clone());
+        self.store.txn(resign).await.map(drop)
     }
 
-    async fn write_draining(
-        &self,
-        store: &dyn Store,
-        session: &Session,
-        candidacy: Option<Revision>,
-    ) -> Result<(), ClusterError> {
-        let lease = session.lease.id;
-        let registration = self.keys.registration(&self.config.id);
+    async fn write_draining(&self, candidacy: Option<Revision>) -> Result<(), ClusterError> {
         let announce = Txn::new()
-            .when(Condition::HeldBy(registration.clone(), lease))
-            .put(registration, self.fresh_entry(), Some(lease));
-        store.txn(announce).await?;
+            .when(Condition::HeldBy(self.registration.clone(), self.lease()))
+            .put(
+                self.registration.clone(),
+                self.shared.fresh_entry(),
+                Some(self.lease()),
+            );
+        self.store.txn(announce).await?;
         match candidacy {
-            Some(created) => self.withdraw(store, session, created).await,
+            Some(created) => self.withdraw(created).await,
             None => Ok(()),
         }
     }
@@ -325,87 +487,41 @@ impl Shared {
     /// Carries out what the application asked for. In each case leadership ends here before
     /// anything is written, so that it never overlaps with the successor's; and if the answer gets
     /// lost, the candidacy stays given up.
-    async fn obey(
-        &self,
-        command: Command,
-        store: &dyn Store,
-        session: &Session,
-        candidacy: Option<Revision>,
-    ) {
+    async fn obey(&mut self, command: Command, candidacy: Option<Revision>) {
+        let shared = self.shared;
         match command {
             Command::Resign(reply) => {
-                self.end_term();
+                let late = bugs::has(Bug::TermEndsAfterResigning);
+                if !late {
+                    shared.end_term();
+                }
                 let result = match candidacy {
-                    Some(created) => self.withdraw(store, session, created).await,
+                    Some(created) => self.withdraw(created).await,
                     None => Ok(()),
                 };
+                if late {
+                    shared.end_term();
+                }
                 answer(reply, result);
             }
             Command::Drain(reply) => {
-                self.set_draining();
-                self.end_term();
-                let result = self.write_draining(store, session, candidacy).await;
-                answer(reply, result);
+                shared.set_draining();
+                shared.end_term();
+                answer(reply, self.write_draining(candidacy).await);
             }
-            Command::Transfer(target, reply) => {
-                answer(reply, self.transfer(store, session, target).await);
-            }
+            Command::Transfer(target, reply) => self.transfer(target, reply).await,
         }
-    }
-
-    async fn transfer(
-        &self,
-        store: &dyn Store,
-        session: &Session,
-        target: String,
-    ) -> Result<(), ClusterError> {
-        let Some(epoch) = self.epoch() else {
-            return Err(ClusterError::NotLeader {
-                node: self.config.id.clone(),
-                group: self.config.group.clone(),
-            });
-        };
-        if target == self.config.id {
-            return Ok(());
-        }
-        let refused = |reason: String| {
-            Err(ClusterError::TransferRefused {
-                target: target.clone(),
-                reason,
-            })
-        };
-        let registration = self.keys.registration(&self.config.id);
-        let candidacy = self.keys.candidacy(session.lease.id);
-        let (_, _, candidates) = self.read(store, &registration).await?;
-        let mut others = candidates.iter().filter(|entry| entry.key != candidacy);
-        let Some(next) = others.next() else {
-            return refused("there is no other candidate".to_owned());
-        };
-        if next.value != target.as_bytes() {
-            let ahead = String::from_utf8_lossy(&next.value);
-            return if others.any(|entry| entry.value == target.as_bytes()) {
-                refused(format!("{ahead:?} is ahead of it in the queue"))
-            } else {
-                refused("it is not a candidate".to_owned())
-            };
-        }
-        self.end_term();
-        session.abandon(epoch);
-        let hand_over = Txn::new()
-            .when(Condition::CreatedAt(candidacy.clone(), epoch))
-            .when(Condition::CreatedAt(next.key.clone(), next.create_revision))
-            .delete(candidacy);
-        if store.txn(hand_over).await?.is_some() {
-            return Ok(());
-        }
-        // Nothing was written, and nothing will be: the next reading finds this node still first,
-        // and its term goes on.
-        session.abandon(0);
-        refused("it has just left".to_owned())
     }
 }
 
-fn answer(reply: oneshot::Sender<Result<(), ClusterError>>, result: Result<(), ClusterError>) {
+impl Reading {
+    pub(super) fn candidacy(&self, key: &str) -> Option<Revision> {
+        let own = self.candidates.iter().find(|entry| entry.key == key);
+        own.map(|entry| entry.create_revision)
+    }
+}
+
+pub(super) fn answer(reply: Reply, result: Result<(), ClusterError>) {
     // Whoever asked may have stopped waiting.
     let _ = reply.send(result);
 }
@@ -416,7 +532,7 @@ async fn until_it_matters(
     watcher: &mut dyn Watcher,
     registration: &str,
     holder: Option<LeaseId>,
-) -> Result<(), ClusterError> {
+) -> Result<Vec<WatchEvent>, ClusterError> {
     loop {
         let events = watcher.next().await?;
         let update = |event: &WatchEvent| {
@@ -424,7 +540,7 @@ async fn until_it_matters(
                 if entry.key == registration && entry.lease == holder)
         };
         if !events.iter().all(update) {
-            return Ok(());
+            return Ok(events);
         }
     }
 }
@@ -446,9 +562,19 @@ mod tests {
     }
 
     fn judge(registration: Option<&Entry>, candidates: &[Entry], me: &Me<'_>) -> Standing {
+        asked(registration, candidates, &[], me)
+    }
+
+    fn asked(
+        registration: Option<&Entry>,
+        candidates: &[Entry],
+        requests: &[Request],
+        me: &Me<'_>,
+    ) -> Standing {
         let view = View {
             registration,
             candidates,
+            requests,
         };
         standing(&view, me)
     }
@@ -459,6 +585,7 @@ mod tests {
         Me {
             lease: ME,
             candidacy: "e/7",
+            priority: 0,
             own_leases: &NONE,
             was_registered: false,
             abandoned: 0,
@@ -577,5 +704,72 @@ mod tests {
         assert_eq!(judge(Some(&serving), &[], &draining), drains(None));
         assert_eq!(judge(Some(&told), &candidacy, &draining), drains(Some(6)));
         assert_eq!(judge(Some(&told), &[], &draining), Standing::Drained);
+    }
+
+    #[test]
+    fn makes_way_for_a_higher_priority_or_when_the_leader_says_so_and_for_nobody_else() {
+        let registration = entry("r/n", "{}", 5, 7);
+        let line = [
+            entry("e/9", "leader", 2, 9),
+            entry("e/7", "n", 6, 7),
+            entry("e/8", "target", 8, 8),
+        ];
+        let ask = |from: i64, priority| Request {
+            from: LeaseId(from),
+            to: "e/8".to_owned(),
+            priority,
+        };
+        let makes_way = Standing::MakesWay { candidacy: 6 };
+        let waits = Standing::Waits {
+            ahead: "e/9".to_owned(),
+        };
+        for (request, then) in [
+            (ask(8, Some(1)), &makes_way),
+            (ask(8, Some(0)), &waits),
+            (ask(9, None), &makes_way),
+            // Not the leader's, and not the target's own.
+            (ask(7, None), &waits),
+            (ask(9, Some(1)), &waits),
+        ] {
+            let standing = asked(Some(&registration), &line, &[request], &me());
+            assert_eq!(standing, *then);
+        }
+        // For one that is ahead anyway there is no way to make.
+        let ahead = Request {
+            from: LeaseId(9),
+            to: "e/9".to_owned(),
+            priority: Some(9),
+        };
+        assert_eq!(asked(Some(&registration), &line, &[ahead], &me()), waits);
+    }
+
+    #[test]
+    fn a_leader_hands_over_to_a_higher_priority_once_that_is_next() {
+        let registration = entry("r/n", "{}", 5, 7);
+        let line = [
+            entry("e/7", "n", 6, 7),
+            entry("e/8", "a", 8, 8),
+            entry("e/9", "b", 9, 9),
+        ];
+        let ask = |key: &str, from: i64, priority: u16| Request {
+            from: LeaseId(from),
+            to: key.to_owned(),
+            priority: Some(priority),
+        };
+        let leads = Standing::Leads { epoch: 6 };
+        let judge = |request, me: &Me<'_>| asked(Some(&registration), &line, &[request], me);
+        assert_eq!(judge(ask("e/9", 9, 1), &me()), leads);
+        assert_eq!(
+            judge(ask("e/8", 8, 1), &me()),
+            Standing::HandsOver {
+                epoch: 6,
+                to: line[1].clone()
+            }
+        );
+        let equal = Me {
+            priority: 1,
+            ..me()
+        };
+        assert_eq!(judge(ask("e/8", 8, 1), &equal), leads);
     }
 }

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, warn};
 
-use super::session::Tenure;
+use super::session::{Tenure, margin};
 use crate::backoff::Backoff;
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
@@ -44,8 +44,8 @@ pub(super) struct Held {
     pub(super) tenure: Option<Arc<Tenure>>,
     /// Renewals missed in a row.
     pub(super) missed: u32,
-    /// Counts renewals answered.
-    pub(super) renewed: u64,
+    /// Counts renewals answered after the deadline: what was known before has to be read again.
+    pub(super) revived: u64,
     /// Why there is no lease, or why a renewal was missed.
     pub(super) error: Option<ClusterError>,
 }
@@ -101,7 +101,7 @@ impl LeaseHolder {
     }
 
     /// Takes a node of `group` in; false if there is one of that group.
-    pub(super) fn enter(&self, group: &str, registration: &str) -> bool {
+    pub(crate) fn enter(&self, group: &str, registration: &str) -> bool {
         let mut users = self.users();
         if users.by_group.contains_key(group) {
             return false;
@@ -232,7 +232,14 @@ impl LeaseHolder {
         let mut missed = 0;
         let mut changes = self.subscribe();
         loop {
-            let pause = sleep(if missed == 0 { period } else { period / 3 });
+            let pause = if missed == 0 {
+                // Counted from when the last one was sent, whoever drove then.
+                let due = tenure.lease.ttl.saturating_sub(margin(tenure.lease.ttl) + period);
+                tenure.remaining().saturating_sub(due).min(period)
+            } else {
+                period / 3
+            };
+            let pause = sleep(pause);
             tokio::pin!(pause);
             loop {
                 tokio::select! {
@@ -254,11 +261,7 @@ impl LeaseHolder {
             }
             match renewal {
                 Ok(ttl) => {
-                    // Past the deadline a term is not to come back to life by itself, only after
-                    // reading that its key is still there.
-                    if !tenure.is_valid() {
-                        tenure.revived.notify_waiters();
-                    }
+                    let revived = !tenure.is_valid();
                     tenure.renewed(sent, ttl);
                     if missed >= UNHEALTHY_AFTER {
                         debug!(lease = %tenure.lease.id, missed, "lease renewed again");
@@ -266,7 +269,7 @@ impl LeaseHolder {
                     missed = 0;
                     self.update(tenure, |held| {
                         held.missed = 0;
-                        held.renewed += 1;
+                        held.revived += u64::from(revived);
                     });
                 }
                 Err(error @ ClusterError::LeaseNotFound { .. }) => return error,

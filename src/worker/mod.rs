@@ -2,7 +2,10 @@
 
 mod builder;
 mod election;
+mod handover;
+mod lease;
 mod publisher;
+mod run;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -13,31 +16,41 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use tokio::time::{Instant, timeout};
-use tracing::{debug, info, warn};
+use tokio::time::{Instant, sleep};
 
-use crate::backoff::Backoff;
+use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::keys::GroupKeys;
-use crate::metrics::{LoadReporter, Sampler};
-use crate::node::{HealthStatus, Node, NodeState};
-use crate::store::{LazyStore, LeaseId, Revision, Store};
+use crate::metrics::LoadReporter;
+use crate::node::{HealthStatus, Node};
+use crate::store::{Condition, LazyStore, LeaseId, Revision};
 
 pub use builder::ClusterNodeBuilder;
+pub(crate) use builder::check_ttl;
 use builder::NodeConfig;
-use session::Session;
+pub(crate) use lease::LeaseHolder;
+use run::Running;
+pub use session::SessionState;
+use session::Tenure;
 
-/// How long leaving may take: the rest is left to the lease running out.
-const LEAVE_BUDGET: Duration = Duration::from_millis(1500);
 /// How many of its latest leases a run remembers as its own.
 const OWN_LEASES: usize = 16;
+/// How long no request may have been in flight until a draining node counts as idle: balancers
+/// need a moment to hear of it.
+const IDLE_FOR: Duration = Duration::from_millis(500);
 
-/// A term of leadership.
+/// A term of leadership, with what keeps a leader that was replaced from doing harm.
+///
+/// No leader can know that it still leads at the instant at which its work takes effect: the
+/// process may stop for a while between asking and acting. So whatever must not be done by two
+/// leaders has to be refused where it takes effect, by the [token](Self::epoch) or by the
+/// [guard](Self::guard). See "Fencing" in the crate guide.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Leadership {
     /// Who leads. Its metadata is as of the moment of asking.
     pub node: Arc<Node>,
@@ -45,6 +58,37 @@ pub struct Leadership {
     /// in the group has a greater one, so a system that remembers the greatest token it has seen
     /// can refuse a leader that does not know yet that it was replaced.
     pub epoch: Revision,
+    /// The leader's election key. It exists, created at `epoch`, for as long as the term lasts.
+    pub key: Arc<str>,
+}
+
+impl Leadership {
+    /// What a transaction of the etcd that holds the election has to be conditional on, so that
+    /// it is carried out in this term or not at all.
+    ///
+    /// ```no_run
+    /// # async fn example(node: pingora_etcd::ClusterNode, mut client: etcd_client::Client)
+    /// #     -> Result<(), Box<dyn std::error::Error>> {
+    /// use etcd_client::{Compare, CompareOp, Txn, TxnOp};
+    /// use pingora_etcd::store;
+    ///
+    /// # let Some(leadership) = node.leadership() else { return Ok(()) };
+    /// // With this crate's store:
+    /// let txn = store::Txn::new()
+    ///     .when(leadership.guard())
+    ///     .put("jobs/next", b"42".to_vec(), None);
+    /// // With a client of one's own:
+    /// let guard = Compare::create_revision(&*leadership.key, CompareOp::Equal, leadership.epoch);
+    /// let write = TxnOp::put("jobs/next", "42", None);
+    /// let done = client.txn(Txn::new().when([guard]).and_then([write])).await?;
+    /// if !done.succeeded() {
+    ///     println!("this term is over: somebody else leads");
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn guard(&self) -> Condition {
+        Condition::CreatedAt(self.key.to_string(), self.epoch)
+    }
 }
 
 /// A member of a group: registers under a lease, campaigns for leadership, publishes metrics.
@@ -89,14 +133,16 @@ struct Shared {
     /// Where `new` and `build` leave what `try_build` would have returned.
     invalid: Option<ClusterError>,
     keys: GroupKeys,
-    store: LazyStore,
+    store: Arc<LazyStore>,
     running: AtomicBool,
     draining: AtomicBool,
+    /// It may not read who is to lead next.
+    no_handover: AtomicBool,
     health: watch::Sender<HealthStatus>,
+    state: watch::Sender<SessionState>,
     /// The entry as it was last put together: what `leadership` answers with.
     entry: Mutex<Node>,
     reporter: LoadReporter,
-    session: ArcSwapOption<Session>,
     past: Mutex<Past>,
     term: ArcSwapOption<Term>,
     /// Bumped whenever `term` changes.
@@ -112,18 +158,29 @@ struct Past {
     leases: VecDeque<LeaseId>,
     /// It has seen itself registered.
     was_registered: bool,
+    /// The create revision of a candidacy that has been given up, 0 for none. Whatever became of
+    /// the request to delete it, it never leads again.
+    abandoned: Revision,
+    /// The history that the store was last seen to have: its cluster, and how far it went.
+    history: Option<(u64, Revision)>,
+    /// On the store's clock: until then nobody's leadership is claimed, because leases of another
+    /// history may still be counted on.
+    quiet_until: Duration,
 }
 
-/// Leadership under one session: it ends with the session's deadline, whoever notices.
+/// Leadership under one lease: it ends with the lease's deadline, whoever notices.
 struct Term {
     epoch: Revision,
-    session: Arc<Session>,
+    key: Arc<str>,
+    tenure: Arc<Tenure>,
 }
 
+type Reply = oneshot::Sender<Result<(), ClusterError>>;
+
 enum Command {
-    Resign(oneshot::Sender<Result<(), ClusterError>>),
-    Transfer(String, oneshot::Sender<Result<(), ClusterError>>),
-    Drain(oneshot::Sender<Result<(), ClusterError>>),
+    Resign(Reply),
+    Transfer(String, Reply),
+    Drain(Reply),
 }
 
 impl fmt::Debug for ClusterNode {
@@ -131,7 +188,7 @@ impl fmt::Debug for ClusterNode {
         f.debug_struct("ClusterNode")
             .field("id", &self.shared.config.id)
             .field("group", &self.shared.config.group)
-            .field("health", &self.current_health())
+            .field("state", &self.session_state())
             .field("leader", &self.is_leader())
             .finish_non_exhaustive()
     }
@@ -156,18 +213,23 @@ impl ClusterNode {
     }
 
     fn from_config(config: NodeConfig, invalid: Option<ClusterError>) -> Self {
+        let store = match &config.cluster {
+            Some(cluster) => cluster.lazy_store().clone(),
+            None => Arc::new(LazyStore::new(config.etcd.clone(), config.store.clone())),
+        };
         Self {
             shared: Arc::new(Shared {
                 keys: GroupKeys::new(&config.etcd.key_prefix, &config.group),
-                store: LazyStore::new(config.etcd.clone(), config.store.clone()),
+                store,
                 entry: Mutex::new(config.node()),
                 config,
                 invalid,
                 running: AtomicBool::new(false),
                 draining: AtomicBool::new(false),
+                no_handover: AtomicBool::new(false),
                 health: watch::Sender::new(HealthStatus::Unknown),
+                state: watch::Sender::default(),
                 reporter: LoadReporter::new(),
-                session: ArcSwapOption::empty(),
                 past: Mutex::default(),
                 term: ArcSwapOption::empty(),
                 term_changed: watch::Sender::new(()),
@@ -195,8 +257,8 @@ impl ClusterNode {
     }
 
     /// Registers, campaigns and publishes until `shutdown` resolves; then gives up leadership, removes
-    /// its own keys by revoking the lease, and returns. A lost connection or lease is never a reason to
-    /// return: it registers again, for ever, after 1 s to 30 s.
+    /// its own keys, and returns. A lost connection or lease is never a reason to return: it
+    /// registers again, for ever, after 1 s to 30 s.
     ///
     /// Returns within 2 s of `shutdown`, even if the store is silent; the lease then ends by
     /// itself. Spawns no task, so dropping the future stops everything, but without the clean-up.
@@ -213,14 +275,15 @@ impl ClusterNode {
         if let Some(error) = &shared.invalid {
             return Err(error.clone());
         }
-        let (_running, mut inbox) = Running::start(shared)?;
+        let (running, mut inbox) = Running::start(shared)?;
         let store = shared.store.get()?;
-        info!(group = %shared.config.group, node = %shared.config.id, "node starts");
         tokio::select! {
+            biased;
             () = shutdown => {}
-            () = shared.live(&*store, &mut inbox) => {}
+            never = running.lease().drive(&*store) => match never {},
+            () = shared.live(&*store, running.lease(), &mut inbox) => {}
         }
-        shared.leave(&*store).await;
+        running.leave(&*store).await;
         Ok(())
     }
 
@@ -242,19 +305,21 @@ impl ClusterNode {
     /// and an atomic load; never blocks.
     ///
     /// The deadline is the instant at which the last renewal that was answered had been *sent*,
-    /// plus the lease's TTL, less a margin of 500 ms or a tenth of the TTL, whichever is more.
+    /// plus the lease's TTL, less a margin of 500 ms or a tenth of the TTL, whichever is more; on
+    /// a clock that goes on while the machine is suspended, where there is one.
     pub fn is_leader(&self) -> bool {
-        self.shared.epoch().is_some()
+        self.shared.term().is_some()
     }
 
     /// The term this node holds at this instant, with its fencing token; `None` unless
     /// [`is_leader`](Self::is_leader).
     pub fn leadership(&self) -> Option<Leadership> {
-        let epoch = self.shared.epoch()?;
+        let term = self.shared.term()?;
         let node = self.shared.entry().clone();
         Some(Leadership {
             node: Arc::new(node),
-            epoch,
+            epoch: term.epoch,
+            key: term.key.clone(),
         })
     }
 
@@ -268,6 +333,34 @@ impl ClusterNode {
             // The sender lives in `self`, so this cannot fail.
             let _ = changed.changed().await;
         }
+    }
+
+    /// Waits until this node does not lead, or does so in another term than `epoch`: what a
+    /// leader's work runs in a `select!` with. Notices the deadline by itself, but only as soon as
+    /// its task is run: see [`is_leader`](Self::is_leader) for what holds at any instant.
+    pub async fn wait_for_loss(&self, epoch: Revision) {
+        let mut changed = self.shared.term_changed.subscribe();
+        loop {
+            let Some(term) = self.shared.term().filter(|term| term.epoch == epoch) else {
+                return;
+            };
+            tokio::select! {
+                biased;
+                // The sender lives in `self`, so this cannot fail.
+                _ = changed.changed() => {}
+                () = sleep(term.tenure.remaining()) => {}
+            }
+        }
+    }
+
+    /// Where it stands with its lease and its entry, in detail.
+    pub fn session_state(&self) -> SessionState {
+        *self.shared.state.borrow()
+    }
+
+    /// Follows [`session_state`](Self::session_state).
+    pub fn watch_session_state(&self) -> watch::Receiver<SessionState> {
+        self.shared.state.subscribe()
     }
 
     /// How it stands with the store.
@@ -290,14 +383,16 @@ impl ClusterNode {
         self.ask(Command::Resign).await
     }
 
-    /// Hands leadership to `target`, if it is next in line. From there on it is not the leader;
-    /// the target sees it within the time of one watch event. To itself it hands nothing.
+    /// Hands leadership to `target`. Candidates ahead of it make way first, while this node still
+    /// leads: then there is one change of leader and a few milliseconds without one. To itself it
+    /// hands nothing.
     ///
     /// # Errors
     ///
     /// [`NotLeader`](ClusterError::NotLeader);
-    /// [`TransferRefused`](ClusterError::TransferRefused) when the target is not a candidate, or
-    /// another one is ahead of it: this node then still leads.
+    /// [`TransferRefused`](ClusterError::TransferRefused) when the target is not a candidate, has
+    /// just left, or has a candidate ahead of it that does not make way: because it cannot, being
+    /// a node of `photon-etcd-cluster`, or not within 2 s. This node then still leads.
     /// [`NotRunning`](ClusterError::NotRunning), or the store's.
     pub async fn transfer_to(&self, target: impl Into<String>) -> Result<(), ClusterError> {
         let target = target.into();
@@ -305,8 +400,8 @@ impl ClusterNode {
     }
 
     /// Announces that it takes no new requests: its entry says `draining`, it gives up leadership
-    /// and no longer campaigns, but stays registered until it is stopped. There is no way back
-    /// short of a new `ClusterNode`.
+    /// and no longer campaigns, but stays registered until it is stopped. Balancers stop picking
+    /// it and let requests in flight end. There is no way back short of a new `ClusterNode`.
     ///
     /// # Errors
     ///
@@ -314,6 +409,36 @@ impl ClusterNode {
     /// soon as the store can be written.
     pub async fn drain(&self) -> Result<(), ClusterError> {
         self.ask(Command::Drain).await
+    }
+
+    /// Drains, and waits until its [`load_reporter`](Self::load_reporter) has had no request in
+    /// flight for half a second, or until `grace` is over. What a process does between being told
+    /// to stop and stopping:
+    ///
+    /// ```no_run
+    /// # async fn example(node: pingora_etcd::ClusterNode) -> Result<(), pingora_etcd::ClusterError> {
+    /// node.run_until(async {
+    ///     let _ = tokio::signal::ctrl_c().await;
+    ///     node.drain_until_idle(std::time::Duration::from_secs(30)).await;
+    /// }).await
+    /// # }
+    /// ```
+    ///
+    /// Answers whether it is idle. While the store is away balancers cannot hear of it, and it
+    /// ends all the same.
+    pub async fn drain_until_idle(&self, grace: Duration) -> bool {
+        let idle = async {
+            // Refused or not: the drain itself is a promise.
+            let _ = self.drain().await;
+            let mut busy = Instant::now();
+            while busy.elapsed() < IDLE_FOR {
+                sleep(Duration::from_millis(20)).await;
+                if self.shared.reporter.in_flight() > 0 {
+                    busy = Instant::now();
+                }
+            }
+        };
+        tokio::time::timeout(grace, idle).await.is_ok()
     }
 
     async fn ask(
@@ -333,33 +458,6 @@ impl ClusterNode {
     }
 }
 
-/// Makes sure that there is one run at a time, and leaves a clean state however it ends.
-struct Running<'a>(&'a Shared);
-
-impl<'a> Running<'a> {
-    fn start(shared: &'a Shared) -> Result<(Self, mpsc::Receiver<Command>), ClusterError> {
-        if shared.running.swap(true, Ordering::AcqRel) {
-            return Err(ClusterError::AlreadyRunning {
-                what: shared.what(),
-            });
-        }
-        let (commands, inbox) = mpsc::channel(16);
-        *shared.commands() = Some(commands);
-        Ok((Self(shared), inbox))
-    }
-}
-
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        *self.0.commands() = None;
-        self.0.end_term();
-        self.0.session.store(None);
-        *self.0.past() = Past::default();
-        self.0.set_health(HealthStatus::Unknown);
-        self.0.running.store(false, Ordering::Release);
-    }
-}
-
 impl Shared {
     fn what(&self) -> String {
         format!("node {}/{}", self.config.group, self.config.id)
@@ -367,17 +465,6 @@ impl Shared {
 
     fn entry(&self) -> MutexGuard<'_, Node> {
         self.entry.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The entry to write now, as JSON.
-    fn fresh_entry(&self) -> Vec<u8> {
-        let mut entry = self.entry();
-        entry.last_seen = unix_millis();
-        if self.is_draining() {
-            entry.state = NodeState::Draining;
-        }
-        // Only a map with keys that are no strings could fail, and `Node` has none.
-        serde_json::to_vec(&*entry).unwrap_or_default()
     }
 
     fn past(&self) -> MutexGuard<'_, Past> {
@@ -392,176 +479,11 @@ impl Shared {
         self.draining.load(Ordering::Acquire)
     }
 
-    fn set_draining(&self) {
-        self.draining.store(true, Ordering::Release);
-    }
-
-    /// Answers whether that is a change.
-    fn set_health(&self, health: HealthStatus) -> bool {
-        self.health.send_if_modified(|current| {
-            let modified = *current != health;
-            *current = health;
-            modified
-        })
-    }
-
-    fn epoch(&self) -> Option<Revision> {
+    /// The term of this instant.
+    fn term(&self) -> Option<Arc<Term>> {
         let term = self.term.load();
         let term = term.as_ref()?;
-        term.session.is_valid().then_some(term.epoch)
+        let counts = term.tenure.is_valid() || bugs::has(Bug::FlagInsteadOfClock);
+        counts.then(|| term.clone())
     }
-
-    fn begin_term(&self, epoch: Revision, session: &Arc<Session>) {
-        let current = self.term.load();
-        if current
-            .as_ref()
-            .is_some_and(|term| term.epoch == epoch && Arc::ptr_eq(&term.session, session))
-        {
-            return;
-        }
-        info!(group = %self.config.group, node = %self.config.id, epoch, "node leads");
-        self.term.store(Some(Arc::new(Term {
-            epoch,
-            session: session.clone(),
-        })));
-        self.term_changed.send_replace(());
-    }
-
-    fn end_term(&self) {
-        if let Some(term) = self.term.swap(None) {
-            info!(group = %self.config.group, node = %self.config.id, epoch = term.epoch, "node leads no longer");
-            self.term_changed.send_replace(());
-        }
-    }
-
-    /// One session after another, for ever.
-    async fn live(&self, store: &dyn Store, inbox: &mut mpsc::Receiver<Command>) {
-        let mut backoff = Backoff::new();
-        // One for all sessions: a collector that hangs is still called once at a time.
-        let mut sampler = Sampler::new(self.config.collector.clone());
-        loop {
-            let started = Instant::now();
-            let error = self.session(store, inbox, &mut sampler).await;
-            self.end_term();
-            self.set_health(HealthStatus::Unhealthy);
-            let session = self.session.load_full();
-            // A session that lasted proves that the store works: start over without delay, but
-            // not at the same instant as every other node that lost its lease with this one.
-            let lasted = session.as_ref().is_some_and(|session| {
-                session.is_registered() && started.elapsed() > session.lease.ttl
-            });
-            let delay = if lasted {
-                backoff.reset();
-                Duration::from_millis(fastrand::u64(0..250))
-            } else {
-                backoff.next_delay()
-            };
-            warn!(group = %self.config.group, node = %self.config.id, %error, ?delay, "session lost, will register again");
-            if matches!(error, ClusterError::LeaseNotFound { .. }) {
-                self.session.store(None);
-            } else if let Some(session) = session
-                && !error.is_transient()
-            {
-                // Not to leave a lease behind that nobody renews. Best effort: it ends anyway.
-                let _ = timeout(LEAVE_BUDGET, store.revoke(session.lease.id)).await;
-            }
-            self.refuse_while(tokio::time::sleep(delay), inbox, &error)
-                .await;
-        }
-    }
-
-    /// One lease's life, until it is lost.
-    async fn session(
-        &self,
-        store: &dyn Store,
-        inbox: &mut mpsc::Receiver<Command>,
-        sampler: &mut Sampler,
-    ) -> ClusterError {
-        let sent = Instant::now();
-        let lease = match store.grant(Duration::from_secs(self.config.ttl)).await {
-            Ok(lease) => lease,
-            Err(error) => return error,
-        };
-        debug!(group = %self.config.group, node = %self.config.id, lease = %lease.id, ttl = ?lease.ttl, "lease granted");
-        let session = Arc::new(Session::new(lease, sent));
-        self.session.store(Some(session.clone()));
-        {
-            let mut past = self.past();
-            past.leases.push_back(lease.id);
-            if past.leases.len() > OWN_LEASES {
-                past.leases.pop_front();
-            }
-        }
-        tokio::select! {
-            error = self.keep_alive(store, &session) => error,
-            error = self.take_part(store, &session, inbox) => error,
-            error = self.publish(store, &session, sampler) => error,
-        }
-    }
-
-    /// Revokes the lease. That removes what hangs on it, in one revision: the candidacy, and the
-    /// registration unless another process has taken it over. Who waits for any of these keys sees
-    /// them go now, not when the lease runs out.
-    async fn leave(&self, store: &dyn Store) {
-        self.end_term();
-        let Some(session) = self.session.swap(None) else {
-            return;
-        };
-        let leaving = async {
-            loop {
-                match store.revoke(session.lease.id).await {
-                    // The connection may just have broken: there is time for another.
-                    Err(error) if error.is_transient() => {
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                    }
-                    // Gone already, and every key with it.
-                    Err(ClusterError::LeaseNotFound { .. }) => return Ok(()),
-                    result => return result,
-                }
-            }
-        };
-        match timeout(LEAVE_BUDGET, leaving).await {
-            Ok(Ok(())) => info!(group = %self.config.group, node = %self.config.id, "node left"),
-            Ok(Err(error)) => {
-                warn!(group = %self.config.group, node = %self.config.id, %error, "node left without cleaning up, its lease will run out");
-            }
-            Err(_) => {
-                warn!(group = %self.config.group, node = %self.config.id, budget = ?LEAVE_BUDGET, "node left without an answer from the store, its lease will run out");
-            }
-        }
-    }
-
-    /// Answers whoever asks for something in the meantime, instead of letting them wait.
-    async fn refuse_while(
-        &self,
-        pause: impl Future<Output = ()>,
-        inbox: &mut mpsc::Receiver<Command>,
-        error: &ClusterError,
-    ) {
-        tokio::pin!(pause);
-        loop {
-            let command = tokio::select! {
-                () = &mut pause => return,
-                Some(command) = inbox.recv() => command,
-            };
-            let reply = match command {
-                Command::Resign(reply) | Command::Transfer(_, reply) => reply,
-                Command::Drain(reply) => {
-                    // That is a promise: it is kept as soon as the store can be written.
-                    self.set_draining();
-                    self.end_term();
-                    reply
-                }
-            };
-            let _ = reply.send(Err(error.clone()));
-        }
-    }
-}
-
-fn unix_millis() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| {
-            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-        })
 }

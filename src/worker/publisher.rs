@@ -1,66 +1,95 @@
 //! When metadata is worth a write.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::time::Duration;
 
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, sleep};
 use tracing::debug;
 
 use super::Shared;
-use super::session::Session;
+use super::session::Tenure;
 use crate::error::ClusterError;
 use crate::metrics::Sampler;
-use crate::store::{Condition, Store, Txn};
+use crate::node::NodeMetadata;
+use crate::store::{Condition, Revision, Store, Txn};
 
-/// An entry is written again at least this often while metrics are published, so that a reader
-/// can tell an idle node from one whose collector is stuck.
-const MAX_AGE: Duration = Duration::from_secs(30);
+type Writing<'a> =
+    Pin<Box<dyn Future<Output = Result<Option<Revision>, ClusterError>> + Send + 'a>>;
 
 impl Shared {
-    /// Collects every interval and writes what changed. One write at a time; one that fails is
-    /// dropped, for the next sample will be newer. Never returns an error: a store that cannot be
-    /// written is for the renewals to judge.
+    /// Collects every interval, and writes what has left the deadband of what was written last, or
+    /// has become old. One write at a time; what is collected while it is under way is not queued,
+    /// for the next sample will be newer. Never returns: a store that cannot be written is for the
+    /// renewals to judge.
     pub(super) async fn publish(
         &self,
         store: &dyn Store,
-        session: &Session,
+        tenure: &Tenure,
         sampler: &mut Sampler,
-    ) -> ClusterError {
+    ) {
         let Some(every) = self.config.interval else {
             return std::future::pending().await;
         };
-        let registration = self.keys.registration(&self.config.id);
-        let mut ticks = interval(every);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut written: Option<Instant> = None;
+        let mut written: Option<(NodeMetadata, Instant)> = None;
+        let mut writing: Option<(NodeMetadata, Writing<'_>)> = None;
+        let mut due = Box::pin(sleep(Duration::ZERO));
         loop {
-            ticks.tick().await;
+            let done = async {
+                match &mut writing {
+                    Some((_, writing)) => writing.await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                result = done => {
+                    let metadata = writing.take().map(|(metadata, _)| metadata);
+                    written = match result {
+                        Ok(Some(_)) => metadata.map(|metadata| (metadata, Instant::now())),
+                        // Not registered (yet, or any more): registering writes the metrics too.
+                        Ok(None) => None,
+                        Err(error) => {
+                            debug!(group = %self.config.group, node = %self.config.id, %error, "metrics not published");
+                            None
+                        }
+                    };
+                    continue;
+                }
+                () = &mut due => {}
+            }
+            due = Box::pin(sleep(every.mul_f64(1.0 + 0.1 * fastrand::f64())));
+            // While a sample is awaited the write under way waits too: at most an interval.
             let Some(metadata) = sampler.sample(every).await else {
                 continue;
             };
             self.reporter.sampled(&metadata);
-            let changed = {
-                let mut entry = self.entry();
-                let changed = entry.metadata != metadata;
-                entry.metadata = metadata;
-                changed
-            };
-            let fresh = written.is_some_and(|written| written.elapsed() < MAX_AGE);
-            if fresh && !changed {
-                continue;
-            }
-            let lease = session.lease.id;
-            let update = Txn::new()
-                .when(Condition::HeldBy(registration.clone(), lease))
-                .put(registration.clone(), self.fresh_entry(), Some(lease));
-            match store.txn(update).await {
-                Ok(Some(_)) => written = Some(Instant::now()),
-                // Not registered (yet, or any more): registering writes the metrics too.
-                Ok(None) => written = None,
-                Err(error) => {
-                    written = None;
-                    debug!(group = %self.config.group, node = %self.config.id, %error, "metrics not published");
-                }
+            self.entry().metadata = metadata.clone();
+            if writing.is_none() && self.is_worth_a_write(written.as_ref(), &metadata) {
+                writing = Some((metadata, self.write_metrics(store, tenure)));
             }
         }
+    }
+
+    fn is_worth_a_write(
+        &self,
+        written: Option<&(NodeMetadata, Instant)>,
+        now: &NodeMetadata,
+    ) -> bool {
+        let Some((metadata, at)) = written else {
+            return true;
+        };
+        let jitter = 0.9 + 0.1 * fastrand::f64();
+        self.config.deadband.is_left(metadata, now)
+            || at.elapsed() >= self.config.max_age.mul_f64(jitter)
+    }
+
+    fn write_metrics<'a>(&self, store: &'a dyn Store, tenure: &Tenure) -> Writing<'a> {
+        let registration = self.keys.registration(&self.config.id);
+        let lease = tenure.lease.id;
+        let update = Txn::new()
+            .when(Condition::HeldBy(registration.clone(), lease))
+            .put(registration, self.fresh_entry(), Some(lease));
+        store.txn(update)
     }
 }

@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Notify;
-
 use crate::bugs::{self, Bug};
 use crate::store::{Clock, Lease};
 
@@ -140,8 +138,6 @@ pub(super) struct Tenure {
     clock: Arc<dyn Clock>,
     /// On the clock, in nanoseconds.
     deadline: AtomicU64,
-    /// Told when a renewal is answered after the deadline: what is known has to be read again.
-    pub(super) revived: Notify,
 }
 
 impl fmt::Debug for Tenure {
@@ -157,7 +153,6 @@ impl Tenure {
             lease,
             clock,
             deadline: AtomicU64::new(0),
-            revived: Notify::new(),
         };
         tenure.renewed(sent, lease.ttl);
         tenure

@@ -1,0 +1,186 @@
+//! Nodes and discoveries of one process on one connection, with one lease and one watch stream.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::discovery::ServiceDiscoveryBuilder;
+use crate::error::ClusterError;
+use crate::store::{EtcdOptions, LazyStore, Store};
+use crate::worker::{ClusterNodeBuilder, LeaseHolder, check_ttl};
+
+const DEFAULT_TTL: i64 = 5;
+
+/// One connection, one lease and one watch stream for all the nodes and discoveries of a process,
+/// however many groups they are in.
+///
+/// A process that is a member of ten groups then costs etcd as much as one that is in a single one:
+/// one renewal per third of the TTL, one stream for watches. If the process dies, it leaves all
+/// groups in the same instant. Clones are handles to the same cluster.
+///
+/// The connection belongs to the runtime in which it is first used: run everything in that one.
+/// The lease is renewed by any of its nodes that runs, so no task is spawned for it. A node that
+/// ends takes its own keys with it, and the last one ends the lease. A second node of the *same*
+/// group has a lease of its own, because candidates are told apart by their leases.
+///
+/// ```
+/// use pingora_etcd::{Cluster, EtcdOptions};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let cluster = Cluster::connect(EtcdOptions::memory("doc-cluster"))?;
+/// let ip = "10.0.0.1".parse()?;
+/// let web = cluster.node("n1", ip, "web").port(8080).try_build()?;
+/// let jobs = cluster.node("n1", ip, "jobs").try_build()?;
+/// let peers = cluster.discovery("web").try_build()?;
+///
+/// let (stop, _) = tokio::sync::broadcast::channel(1);
+/// let (mut a, mut b, mut c) = (stop.subscribe(), stop.subscribe(), stop.subscribe());
+/// let run = async { tokio::try_join!(web.run(&mut a), jobs.run(&mut b), peers.run(Some(&mut c))) };
+/// let work = async {
+///     web.wait_for_leadership().await;
+///     jobs.wait_for_leadership().await;
+///     peers.wait_for_nodes(1).await;
+///     stop.send(())
+/// };
+/// let (ran, told) = tokio::join!(run, work);
+/// ran?;
+/// told?;
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct Cluster {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    etcd: EtcdOptions,
+    ttl: i64,
+    store: Arc<LazyStore>,
+    leases: Mutex<Vec<Arc<LeaseHolder>>>,
+}
+
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cluster")
+            .field("endpoints", &self.shared.etcd.endpoints)
+            .field("ttl", &self.shared.ttl)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Builds a [`Cluster`].
+#[derive(Debug)]
+pub struct ClusterBuilder {
+    etcd: EtcdOptions,
+    ttl: i64,
+    store: Option<Arc<dyn Store>>,
+}
+
+impl ClusterBuilder {
+    /// A cluster over this etcd.
+    pub fn new(etcd: impl Into<EtcdOptions>) -> Self {
+        Self {
+            etcd: etcd.into(),
+            ttl: DEFAULT_TTL,
+            store: None,
+        }
+    }
+
+    /// Time to live of the lease, in seconds: how long after a crash its nodes are still listed.
+    /// Default: 5. Range: 1 to 86,400; etcd grants at least 2 by default.
+    #[must_use]
+    pub fn ttl(mut self, seconds: i64) -> Self {
+        self.ttl = seconds;
+        self
+    }
+
+    /// Uses this store instead of opening one. Of the etcd options only the key prefix then
+    /// matters.
+    #[must_use]
+    pub fn store(mut self, store: Arc<dyn Store>) -> Self {
+        self.store = Some(store);
+        self
+    }
+
+    /// Checks everything. Connects to nothing yet: the first node or discovery that runs does.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig) or
+    /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
+    pub fn try_build(self) -> Result<Cluster, ClusterError> {
+        if self.store.is_none() {
+            self.etcd.validate()?;
+        }
+        check_ttl(self.ttl)?;
+        Ok(Cluster {
+            shared: Arc::new(Shared {
+                store: Arc::new(LazyStore::new(self.etcd.clone(), self.store)),
+                etcd: self.etcd,
+                ttl: self.ttl,
+                leases: Mutex::default(),
+            }),
+        })
+    }
+}
+
+impl Cluster {
+    /// A cluster over this etcd, with a TTL of 5 s. Connects when it is first used.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClusterBuilder::try_build`].
+    pub fn connect(etcd: impl Into<EtcdOptions>) -> Result<Self, ClusterError> {
+        Self::builder(etcd).try_build()
+    }
+
+    /// A builder, for another TTL or a store of one's own.
+    pub fn builder(etcd: impl Into<EtcdOptions>) -> ClusterBuilder {
+        ClusterBuilder::new(etcd)
+    }
+
+    /// A builder for a node that uses this cluster's connection and lease. The TTL is the
+    /// cluster's.
+    pub fn node(
+        &self,
+        id: impl Into<String>,
+        ip: IpAddr,
+        group: impl Into<String>,
+    ) -> ClusterNodeBuilder {
+        ClusterNodeBuilder::new(self.shared.etcd.clone(), id, ip, group)
+            .ttl(self.shared.ttl)
+            .cluster(self.clone())
+    }
+
+    /// A builder for a discovery that uses this cluster's connection.
+    pub fn discovery(&self, group: impl Into<String>) -> ServiceDiscoveryBuilder {
+        ServiceDiscoveryBuilder::new(self.shared.etcd.clone(), group).lazy_store(self.lazy_store())
+    }
+
+    pub(crate) fn lazy_store(&self) -> &Arc<LazyStore> {
+        &self.shared.store
+    }
+
+    pub(crate) fn ttl(&self) -> i64 {
+        self.shared.ttl
+    }
+
+    /// The lease for a node of this group: the first one that has none of that group yet.
+    pub(crate) fn enter(&self, group: &str, registration: &str) -> Arc<LeaseHolder> {
+        let mut leases = self
+            .shared
+            .leases
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(free) = leases
+            .iter()
+            .find(|lease| lease.enter(group, registration))
+        {
+            return free.clone();
+        }
+        let lease = Arc::new(LeaseHolder::new(self.shared.ttl.unsigned_abs()));
+        lease.enter(group, registration);
+        leases.push(lease.clone());
+        lease
+    }
+}

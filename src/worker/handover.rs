@@ -1,0 +1,363 @@
+//! Leadership goes to a node of choice: because the leader says so, or because that node has a
+//! higher priority.
+//!
+//! The order of candidates is that of their create revisions, and shared with nodes that know
+//! nothing else. So the target has to become the next in line before the leader goes: a request
+//! under `handover/{group}/` asks those between the two to queue again, behind it. Each removes
+//! its own candidacy only. The leader leads until it is the only one ahead of the target, then it
+//! deletes its candidacy on the condition that the target's is still there. A request that was not
+//! fulfilled in time is taken back; it ends with the lease of whoever made it anyway.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+use tracing::{debug, info};
+
+use super::Reply;
+use super::election::{Part, Reading, answer};
+use crate::bugs::{self, Bug};
+use crate::error::ClusterError;
+use crate::node::Node;
+use crate::store::{Condition, Entry, LeaseId, Revision, Selector, Txn};
+
+/// How long candidates are given to make way.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A wish for who is to lead next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Request {
+    /// The lease of who asks.
+    pub(super) from: LeaseId,
+    /// The candidacy that is to lead.
+    pub(super) to: String,
+    /// Why, if it asks for itself; `None` if the leader asks.
+    pub(super) priority: Option<u16>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Wish {
+    to: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    priority: Option<u16>,
+}
+
+impl Request {
+    /// A value that says nothing is no request.
+    pub(super) fn read(entry: &Entry) -> Option<Self> {
+        let wish: Wish = serde_json::from_slice(&entry.value).ok()?;
+        Some(Self {
+            from: entry.lease?,
+            to: wish.to,
+            priority: wish.priority,
+        })
+    }
+
+    pub(super) fn is_from(&self, candidate: &Entry) -> bool {
+        candidate.lease == Some(self.from)
+    }
+}
+
+/// What this node wants of the election besides taking part.
+#[derive(Debug)]
+pub(super) enum Errand {
+    None,
+    /// It leads, and those ahead of the target are asked to make way.
+    Transfer(Transfer),
+    /// It has a priority, and compares it with the leader's then.
+    Compare(Instant),
+    /// It has asked for leadership, until then.
+    TakeOver(Instant),
+}
+
+#[derive(Debug)]
+pub(super) struct Transfer {
+    target: String,
+    candidacy: String,
+    created: Revision,
+    until: Instant,
+    reply: Reply,
+}
+
+impl Errand {
+    /// When it has to be looked at, whatever happens.
+    pub(super) fn due(&self) -> Option<Instant> {
+        match self {
+            Self::None => None,
+            Self::Transfer(transfer) => Some(transfer.until),
+            Self::Compare(due) | Self::TakeOver(due) => Some(*due),
+        }
+    }
+}
+
+fn refused(target: &str, reason: impl Into<String>) -> Result<(), ClusterError> {
+    Err(ClusterError::TransferRefused {
+        target: target.to_owned(),
+        reason: reason.into(),
+    })
+}
+
+impl Part<'_> {
+    /// What a candidate watches of the election beside its own keys.
+    pub(super) fn watched_in_line(&self) -> Vec<Selector> {
+        let keys = &self.shared.keys;
+        let mut watched = Vec::new();
+        if self.may_hand_over() {
+            watched.push(Selector::Prefix(keys.handover_prefix().to_owned()));
+        }
+        if matches!(self.errand, Errand::Transfer(_)) {
+            // Whoever makes way tells nobody else.
+            watched.push(Selector::Prefix(keys.election_prefix().to_owned()));
+        }
+        watched
+    }
+
+    /// Sees to the errand. Answers whether something was written, so that everything has to be
+    /// read again.
+    pub(super) async fn settle_errand(
+        &mut self,
+        reading: &Reading,
+        leads: bool,
+    ) -> Result<bool, ClusterError> {
+        let own_request = reading
+            .requests
+            .iter()
+            .any(|request| request.from == self.lease());
+        match std::mem::replace(&mut self.errand, Errand::None) {
+            Errand::Transfer(transfer) => {
+                return self.settle_transfer(transfer, reading, leads).await;
+            }
+            Errand::TakeOver(until) if !leads && own_request && Instant::now() < until => {
+                self.errand = Errand::TakeOver(until);
+                return Ok(false);
+            }
+            Errand::TakeOver(_) | Errand::None => {}
+            Errand::Compare(due) if leads || Instant::now() < due => {
+                self.errand = Errand::Compare(due);
+            }
+            Errand::Compare(_) => {
+                self.compare_later();
+                if !own_request && self.outranks_the_leader(reading).await? {
+                    info!(group = %self.shared.config.group, node = %self.shared.config.id, priority = self.shared.config.priority, "asks for leadership");
+                    let priority = Some(self.shared.config.priority);
+                    self.ask(self.candidacy.clone(), priority).await?;
+                    self.errand = Errand::TakeOver(Instant::now() + PATIENCE);
+                    return Ok(true);
+                }
+            }
+        }
+        if own_request {
+            // Fulfilled, or not in time.
+            self.take_request_back().await?;
+            self.compare_later();
+            return Ok(true);
+        }
+        let in_line = reading.candidacy(&self.candidacy).is_some();
+        if in_line && matches!(self.errand, Errand::None) {
+            self.compare_later();
+        }
+        Ok(false)
+    }
+
+    /// Sets the time at which a node with a priority compares it.
+    fn compare_later(&mut self) {
+        if self.shared.config.priority > 0 {
+            let after = self.shared.config.takeover_after;
+            // Not at the same instant as others of its priority.
+            let jitter = after.mul_f64(0.1 * fastrand::f64());
+            self.errand = Errand::Compare(Instant::now() + after + jitter);
+        }
+    }
+
+    async fn outranks_the_leader(&self, reading: &Reading) -> Result<bool, ClusterError> {
+        let own = reading.candidacy(&self.candidacy);
+        let Some(leader) = reading.candidates.first().filter(|_| own.is_some()) else {
+            return Ok(false);
+        };
+        let node = self.registered_as(leader, reading.revision).await?;
+        Ok(node
+            .and_then(|node| node.priority)
+            .is_some_and(|priority| priority < self.shared.config.priority))
+    }
+
+    /// The entry of a candidate, if it is registered.
+    async fn registered_as(
+        &self,
+        candidate: &Entry,
+        at: Revision,
+    ) -> Result<Option<Node>, ClusterError> {
+        let Ok(id) = std::str::from_utf8(&candidate.value) else {
+            return Ok(None);
+        };
+        let key = Selector::Key(self.shared.keys.registration(id));
+        let listing = self.store.list(&key, Some(at)).await?;
+        let entry = listing.entries.first();
+        Ok(entry.and_then(|entry| serde_json::from_slice(&entry.value).ok()))
+    }
+
+    async fn ask(&self, to: String, priority: Option<u16>) -> Result<(), ClusterError> {
+        let lease = self.lease();
+        // Strings and numbers cannot fail.
+        let wish = serde_json::to_vec(&Wish { to, priority }).unwrap_or_default();
+        let ask = Txn::new()
+            .when(Condition::HeldBy(self.candidacy.clone(), lease))
+            .put(self.shared.keys.handover(lease), wish, Some(lease));
+        self.store.txn(ask).await.map(drop)
+    }
+
+    async fn take_request_back(&self) -> Result<(), ClusterError> {
+        let key = self.shared.keys.handover(self.lease());
+        let take_back = Txn::new()
+            .when(Condition::HeldBy(key.clone(), self.lease()))
+            .delete(key);
+        self.store.txn(take_back).await.map(drop)
+    }
+
+    /// Deletes the own candidacy if the target's is there. Answers whether it was.
+    pub(super) async fn hand_over(
+        &self,
+        epoch: Revision,
+        to: &Entry,
+    ) -> Result<bool, ClusterError> {
+        self.shared.past().abandoned = epoch;
+        let candidacy = &self.candidacy;
+        let mut txn = Txn::new()
+            .when(Condition::CreatedAt(candidacy.clone(), epoch))
+            .delete(candidacy.clone());
+        if !bugs::has(Bug::TransferWithoutCondition) {
+            txn = txn.when(Condition::CreatedAt(to.key.clone(), to.create_revision));
+        }
+        if self.store.txn(txn).await?.is_some() {
+            return Ok(true);
+        }
+        // Nothing was written, and nothing will be: the next reading finds this node still first,
+        // and its term goes on.
+        self.shared.past().abandoned = 0;
+        Ok(false)
+    }
+
+    /// Begins a transfer that the application asked for.
+    pub(super) async fn transfer(&mut self, target: String, reply: Reply) {
+        match self.begin_transfer(&target).await {
+            Ok(Some((candidacy, created))) => {
+                debug!(group = %self.shared.config.group, node = %self.shared.config.id, target, "asks those ahead of the target to make way");
+                self.errand = Errand::Transfer(Transfer {
+                    target,
+                    candidacy,
+                    created,
+                    until: Instant::now() + PATIENCE,
+                    reply,
+                });
+            }
+            Ok(None) => answer(reply, Ok(())),
+            Err(error) => answer(reply, Err(error)),
+        }
+    }
+
+    /// Answers with the target's candidacy if others have to make way for it; `None` if all is
+    /// done.
+    async fn begin_transfer(
+        &self,
+        target: &str,
+    ) -> Result<Option<(String, Revision)>, ClusterError> {
+        let shared = self.shared;
+        let Some(term) = shared.term() else {
+            return Err(ClusterError::NotLeader {
+                node: shared.config.id.clone(),
+                group: shared.config.group.clone(),
+            });
+        };
+        if target == shared.config.id {
+            return Ok(None);
+        }
+        let reading = self.read().await?;
+        let between = |entry: &&Entry| entry.key != self.candidacy;
+        let others: Vec<_> = reading.candidates.iter().filter(between).collect();
+        let place = others
+            .iter()
+            .position(|entry| entry.value == target.as_bytes());
+        let Some(place) = place else {
+            return refused(target, "it is not a candidate").map(|()| None);
+        };
+        for ahead in &others[..place] {
+            // Those of photon-etcd-cluster know nothing of requests, nor of priorities.
+            let node = self.registered_as(ahead, reading.revision).await?;
+            if node.is_none_or(|node| node.priority.is_none()) {
+                let ahead = String::from_utf8_lossy(&ahead.value);
+                let reason = format!(
+                    "{ahead:?} is ahead of it in the queue, and cannot make way: it is no node of \
+                     this crate, or not registered"
+                );
+                return refused(target, reason).map(|()| None);
+            }
+        }
+        let to = others[place];
+        if place == 0 {
+            shared.end_term();
+            return match self.hand_over(term.epoch, to).await? {
+                true => Ok(None),
+                false => refused(target, "it has just left").map(|()| None),
+            };
+        }
+        if bugs::has(Bug::OthersDeletedForTransfer) {
+            shared.end_term();
+            let txn = others[..place]
+                .iter()
+                .fold(Txn::new(), |txn, ahead| txn.delete(ahead.key.clone()));
+            self.store.txn(txn.delete(self.candidacy.clone())).await?;
+            return Ok(None);
+        }
+        self.ask(to.key.clone(), None).await?;
+        Ok(Some((to.key.clone(), to.create_revision)))
+    }
+
+    async fn settle_transfer(
+        &mut self,
+        transfer: Transfer,
+        reading: &Reading,
+        leads: bool,
+    ) -> Result<bool, ClusterError> {
+        let shared = self.shared;
+        let mut result = None;
+        if !leads {
+            result = Some(Err(ClusterError::NotLeader {
+                node: shared.config.id.clone(),
+                group: shared.config.group.clone(),
+            }));
+        }
+        let to = reading.candidates.iter().find(|entry| {
+            entry.key == transfer.candidacy && entry.create_revision == transfer.created
+        });
+        let ahead = reading
+            .candidates
+            .iter()
+            .find(|entry| entry.key != self.candidacy && entry.create_revision < transfer.created);
+        let result = match (result, to, ahead, shared.term()) {
+            (Some(result), ..) => result,
+            (None, None, ..) => refused(&transfer.target, "it has just left"),
+            (None, Some(to), None, Some(term)) => {
+                shared.end_term();
+                match self.hand_over(term.epoch, to).await {
+                    Ok(true) => Ok(()),
+                    Ok(false) => refused(&transfer.target, "it has just left"),
+                    Err(error) => Err(error),
+                }
+            }
+            (None, Some(_), ahead, _) if Instant::now() >= transfer.until => {
+                let ahead = ahead.map(|ahead| String::from_utf8_lossy(&ahead.value));
+                let ahead = ahead.unwrap_or_default();
+                let reason = format!(
+                    "{ahead:?} is ahead of it in the queue and has not made way within {PATIENCE:?}"
+                );
+                refused(&transfer.target, reason)
+            }
+            (None, Some(_), ..) => {
+                self.errand = Errand::Transfer(transfer);
+                return Ok(false);
+            }
+        };
+        // The request goes with the next reading, now that there is no errand for it.
+        answer(transfer.reply, result);
+        Ok(true)
+    }
+}
