@@ -21,7 +21,8 @@ const DEFAULT_TTL: i64 = 5;
 /// The connection belongs to the runtime in which it is first used: run everything in that one.
 /// The lease is renewed by any of its nodes that runs, so no task is spawned for it. A node that
 /// ends takes its own keys with it, and the last one ends the lease. A second node of the *same*
-/// group has a lease of its own, because candidates are told apart by their leases.
+/// group has a lease of its own, because candidates are told apart by their leases; so has one that
+/// is run again while others go on.
 ///
 /// ```
 /// use pingora_etcd::{Cluster, EtcdOptions};
@@ -165,21 +166,19 @@ impl Cluster {
         self.shared.ttl
     }
 
-    /// The lease for a node of this group: the first one that has none of that group yet.
-    pub(crate) fn enter(&self, group: &str, registration: &str) -> Arc<LeaseHolder> {
+    /// The lease for a node of this group: the first one that no other of that group uses or has
+    /// used.
+    pub(crate) fn enter(&self, group: &str) -> Arc<LeaseHolder> {
         let mut leases = self
             .shared
             .leases
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(free) = leases
-            .iter()
-            .find(|lease| lease.enter(group, registration))
-        {
+        if let Some(free) = leases.iter().find(|lease| lease.enter(group)) {
             return free.clone();
         }
         let lease = Arc::new(LeaseHolder::new(self.shared.ttl.unsigned_abs()));
-        lease.enter(group, registration);
+        lease.enter(group);
         leases.push(lease.clone());
         lease
     }

@@ -96,6 +96,7 @@ pub mod metrics;
 mod node;
 #[cfg(feature = "pingora")]
 pub mod pingora;
+mod signal;
 pub mod store;
 #[cfg(test)]
 mod testing;

@@ -12,6 +12,7 @@ use super::event::{Change, ClusterEvent};
 use super::snapshot::View;
 use super::{DiscoveryStatus, Shared};
 use crate::backoff::Backoff;
+use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::store::{Selector, Store, WatchRange};
 
@@ -22,8 +23,8 @@ const STEADY: Duration = Duration::from_secs(5);
 enum Position {
     /// Nothing is known, or what is known cannot be continued: everything has to be listed.
     Unlisted,
-    /// Everything before these revisions is in the view.
-    Listed(Vec<WatchRange>),
+    /// Everything before these revisions is in the view, of this cluster's history.
+    Listed(u64, Vec<WatchRange>),
 }
 
 /// How a watch went.
@@ -72,7 +73,14 @@ impl Shared {
             };
             if matches!(error, ClusterError::Compacted { .. }) {
                 warn!(group = %self.group, %error, ?delay, "events were missed, will list again");
-                position = Position::Unlisted;
+                if bugs::has(Bug::NoRelistAfterCompaction)
+                    && let (Position::Listed(_, ranges), ClusterError::Compacted { oldest }) =
+                        (&mut position, &error)
+                {
+                    ranges.iter_mut().for_each(|range| range.from = *oldest);
+                } else {
+                    position = Position::Unlisted;
+                }
             } else if self.went_stale() {
                 warn!(group = %self.group, %error, ?delay, "disconnected, the last view stays");
                 let _ = self.events.send(ClusterEvent::Disconnected);
@@ -105,22 +113,28 @@ impl Shared {
         position: &mut Position,
         watch: &mut Watched,
     ) -> Result<Infallible, ClusterError> {
-        if let Position::Listed(ranges) = position {
+        if let Position::Listed(cluster_id, ranges) = position {
             // A store whose history is shorter than what has been seen of it was restored, or is
             // another one: a watch from there would wait in silence for it to catch up.
             let any = Selector::Key(self.keys.registry_prefix().to_owned());
-            let reached = store.list(&any, None).await?.revision;
-            if ranges.iter().any(|range| range.from > reached + 1) {
-                warn!(group = %self.group, revision = reached, "the store's history went back, listing again");
+            let now = store.list(&any, None).await?;
+            if bugs::has(Bug::ResumeFromNow) {
+                ranges
+                    .iter_mut()
+                    .for_each(|range| range.from = now.revision + 1);
+            }
+            let is_shorter = ranges.iter().any(|range| range.from > now.revision + 1);
+            if (is_shorter || *cluster_id != now.cluster_id) && !bugs::has(Bug::HistoryNotChecked) {
+                warn!(group = %self.group, revision = now.revision, "the store's history is another one, listing again");
                 *position = Position::Unlisted;
             }
         }
-        let ranges = match position {
-            Position::Listed(ranges) => ranges.clone(),
+        let (cluster_id, ranges) = match position {
+            Position::Listed(cluster_id, ranges) => (*cluster_id, ranges.clone()),
             Position::Unlisted => {
-                let ranges = self.load(store, view).await?;
-                *position = Position::Listed(ranges.clone());
-                ranges
+                let (cluster_id, ranges) = self.load(store, view).await?;
+                *position = Position::Listed(cluster_id, ranges.clone());
+                (cluster_id, ranges)
             }
         };
         let mut watcher = store.watch(ranges).await?;
@@ -130,7 +144,7 @@ impl Shared {
             let events = watcher.next().await;
             // Without events too: a quiet group's position moves on with the store's, so that it
             // is not compacted away.
-            *position = Position::Listed(watcher.position().to_vec());
+            *position = Position::Listed(cluster_id, watcher.position().to_vec());
             let changes = view.apply(&events?);
             watch.told = true;
             self.publish(view, changes, false);
@@ -142,7 +156,7 @@ impl Shared {
         &self,
         store: &dyn Store,
         view: &mut View,
-    ) -> Result<Vec<WatchRange>, ClusterError> {
+    ) -> Result<(u64, Vec<WatchRange>), ClusterError> {
         let registry = Selector::Prefix(self.keys.registry_prefix().to_owned());
         let election = Selector::Prefix(self.keys.election_prefix().to_owned());
         let nodes = store.list(&registry, None).await?;
@@ -156,9 +170,8 @@ impl Shared {
             let _ = self.events.send(ClusterEvent::Ready);
         }
         let from = revision + 1;
-        Ok([registry, election]
-            .map(|keys| WatchRange { keys, from })
-            .into())
+        let ranges = [registry, election].map(|keys| WatchRange { keys, from });
+        Ok((nodes.cluster_id, ranges.into()))
     }
 
     /// Makes a view and the changes that led to it visible together. Readers see the new state
@@ -190,11 +203,11 @@ impl Shared {
             // Nobody may be listening; the same below.
             let _ = self.events.send(event);
         }
-        if reset {
+        if reset && !bugs::has(Bug::NoResetAfterRelist) {
             for change in self.state_as_changes() {
                 let _ = self.changes.send(change);
             }
-        } else {
+        } else if !reset {
             for change in changes {
                 let _ = self.changes.send(change);
             }

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::{
@@ -18,6 +17,7 @@ use super::{
     WatchEvent, WatchRange, Watcher, Write,
 };
 use crate::error::ClusterError;
+use crate::signal::Signal;
 
 /// How long a call waits while the store is silent.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -48,7 +48,7 @@ pub struct MemoryStore {
 struct Shared {
     state: Mutex<State>,
     /// Bumped after each change of state that somebody may be waiting for.
-    changed: watch::Sender<u64>,
+    changed: Signal,
     clock: TokioClock,
 }
 
@@ -102,7 +102,7 @@ impl MemoryStore {
                     cluster_id: 1,
                     ..State::default()
                 }),
-                changed: watch::Sender::new(0),
+                changed: Signal::default(),
                 clock: TokioClock::new(),
             }),
         }
@@ -128,7 +128,7 @@ impl MemoryStore {
     }
 
     fn wake(&self) {
-        self.shared.changed.send_modify(|count| *count += 1);
+        self.shared.changed.update(|()| {});
     }
 
     /// Runs `call` on the state once the store serves, with leases that are due expired.
@@ -142,7 +142,7 @@ impl MemoryStore {
             operation,
             after: PATIENCE,
         };
-        let mut changed = self.shared.changed.subscribe();
+        let mut changed = self.shared.changed.listen();
         let deadline = Instant::now() + PATIENCE;
         loop {
             let fault = self.lock().fault;
@@ -227,14 +227,16 @@ impl MemoryStore {
         Backup(state.clone())
     }
 
-    /// Goes back to that data; with `new_cluster` under another cluster id, as `etcdctl snapshot
-    /// restore` does, without as if the machine's disk had been rolled back. Leases get their
-    /// whole TTL anew, watches end, and there is no history before the revision of the data.
-    pub fn restore(&self, backup: &Backup, new_cluster: bool) {
+    /// Goes back to that data, in one of the two ways in which `etcdctl snapshot restore` does:
+    /// as a new cluster; or, with `bump`, with a revision so much higher than the data's, so that
+    /// none is used twice. Leases get their whole TTL anew, watches end, and there is no history
+    /// before the revision.
+    pub fn restore(&self, backup: &Backup, bump: Option<Revision>) {
         let mut state = backup.0.clone();
+        state.revision += bump.unwrap_or(0);
         let revision = state.revision;
         state.compact(revision);
-        self.replace(state, new_cluster);
+        self.replace(state, bump.is_none());
         self.extend_leases();
     }
 
@@ -274,6 +276,25 @@ impl MemoryStore {
         let mut leases: Vec<_> = state.leases.keys().copied().collect();
         leases.sort_unstable();
         leases
+    }
+
+    /// One entry.
+    pub fn entry(&self, key: &str) -> Option<Entry> {
+        let mut state = self.lock();
+        state.expire(Instant::now());
+        state.entries.get(key).cloned()
+    }
+
+    /// Of the keys with this prefix the one with the least create revision: that, and its lease.
+    pub fn oldest(&self, prefix: &str) -> Option<(Revision, Option<LeaseId>)> {
+        let mut state = self.lock();
+        state.expire(Instant::now());
+        state
+            .entries
+            .range::<str, _>((Bound::Included(prefix), Bound::Unbounded))
+            .take_while(|(key, _)| key.starts_with(prefix))
+            .map(|(_, entry)| (entry.create_revision, entry.lease))
+            .min_by_key(|(created, _)| *created)
     }
 
     /// Every entry, in the order of keys.
@@ -521,11 +542,9 @@ impl Store for MemoryStore {
     }
 
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
-        let changed = self.shared.changed.subscribe();
         let generation = self.serve("watch", |state| Ok(state.generation)).await?;
         Ok(Box::new(MemoryWatcher {
             store: self.clone(),
-            changed,
             generation,
             ranges,
         }))
@@ -561,7 +580,6 @@ impl LeaseKeeper for MemoryKeeper {
 
 struct MemoryWatcher {
     store: MemoryStore,
-    changed: watch::Receiver<u64>,
     generation: u64,
     ranges: Vec<WatchRange>,
 }
@@ -601,15 +619,16 @@ impl MemoryWatcher {
 #[async_trait]
 impl Watcher for MemoryWatcher {
     async fn next(&mut self) -> Result<Vec<WatchEvent>, ClusterError> {
+        let store = self.store.clone();
+        let mut changed = store.shared.changed.listen();
         loop {
             let due = {
-                let store = self.store.clone();
                 let mut state = store.lock();
                 match state.fault {
                     _ if state.generation != self.generation => return Err(refused("watch")),
                     Some(Fault::Refuse) => return Err(refused("watch")),
                     Some(Fault::Silence) => {
-                        self.changed.mark_unchanged();
+                        changed.catch_up();
                         None
                     }
                     Some(Fault::LoseAnswers) | None => {
@@ -618,7 +637,7 @@ impl Watcher for MemoryWatcher {
                         if state.revision != before {
                             store.wake();
                         }
-                        self.changed.mark_unchanged();
+                        changed.catch_up();
                         let events = self.take(&state)?;
                         if !events.is_empty() {
                             return Ok(events);
@@ -635,7 +654,7 @@ impl Watcher for MemoryWatcher {
             };
             tokio::select! {
                 biased;
-                _ = self.changed.changed() => {}
+                () = changed.changed() => {}
                 () = expiry => {}
             }
         }

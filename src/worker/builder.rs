@@ -52,6 +52,16 @@ pub(super) struct NodeConfig {
 }
 
 impl NodeConfig {
+    /// Whether an entry says of this node what does not change while it runs.
+    pub(super) fn is_told_by(&self, entry: &[u8]) -> bool {
+        serde_json::from_slice(entry).is_ok_and(|entry: Node| {
+            let mut own = self.node();
+            own.state = entry.state;
+            own.metadata = entry.metadata.clone();
+            !own.differs(&entry)
+        })
+    }
+
     pub(super) fn node(&self) -> Node {
         let mut node = Node::new(&self.id, self.ip);
         node.port = self.port;

@@ -57,6 +57,9 @@ pub(super) enum Standing {
 /// What a standing is judged by.
 struct View<'a> {
     registration: Option<&'a Entry>,
+    /// The registration says what this node says of itself, not what one says that ended before,
+    /// under the same lease.
+    is_current: bool,
     candidates: &'a [Entry],
     requests: &'a [Request],
 }
@@ -83,7 +86,7 @@ fn standing(view: &View<'_>, me: &Me<'_>) -> Standing {
     let candidacy = own.map(|entry| entry.create_revision);
     let registered = match view.registration.map(|entry| entry.lease) {
         None => false,
-        Some(Some(lease)) if lease == me.lease => true,
+        Some(Some(lease)) if lease == me.lease => view.is_current,
         // Under no lease: nobody who lives holds it.
         Some(None) => false,
         // A process that starts takes its id over from its predecessor; one that held it and
@@ -241,8 +244,8 @@ impl Part<'_> {
     async fn step(&mut self, inbox: &mut mpsc::Receiver<Command>) -> Result<(), ClusterError> {
         let shared = self.shared;
         let (group, node) = (&shared.config.group, &shared.config.id);
-        let mut held = self.holder.subscribe();
-        let revived = held.borrow_and_update().revived;
+        let mut held = self.holder.listen();
+        let revived = self.holder.held().revived;
         let reading = self.read().await?;
         let own = reading.candidacy(&self.candidacy);
         let (standing, quiet_until) = {
@@ -251,8 +254,11 @@ impl Part<'_> {
                 let ttl = self.tenure.lease.ttl;
                 warn!(%group, %node, revision = reading.revision, wait = ?ttl, "the store's history is another one; leadership is claimed when leases of the former one have run out");
                 past.quiet_until = self.tenure.now() + ttl;
-                past.abandoned = 0;
+                // A place in line of the former history may be one ahead of a term that was later
+                // there, and is still counted on: only what is created from here on is newer.
+                past.abandoned = own.unwrap_or(0);
                 shared.end_term();
+                self.holder.tidy_again();
             }
             (self.standing(&reading, &past), past.quiet_until)
         };
@@ -275,6 +281,8 @@ impl Part<'_> {
         if self.settle_errand(&reading, leads).await? {
             return Ok(());
         }
+        // Looked at once: what is waited for below is what kept it from claiming here.
+        let quiet_for = quiet_until.saturating_sub(self.tenure.now());
         let mut watched = vec![Selector::Key(self.registration.clone())];
         let mut predecessor = None;
         match standing {
@@ -302,7 +310,7 @@ impl Part<'_> {
             }
             Standing::Drained => {}
             Standing::Leads { epoch } => {
-                if self.tenure.is_valid() && self.tenure.now() >= quiet_until {
+                if self.tenure.is_valid() && quiet_for.is_zero() {
                     shared.begin_term(epoch, self.tenure);
                 }
                 watched.extend(self.watched_in_line());
@@ -322,13 +330,12 @@ impl Part<'_> {
         });
         let mut watcher = self.store.watch(ranges.collect()).await?;
         let quiet = async {
-            let left = quiet_until.saturating_sub(self.tenure.now());
-            if left.is_zero() {
+            if quiet_for.is_zero() {
                 std::future::pending::<()>().await;
             }
-            sleep(left).await;
+            sleep(quiet_for).await;
         };
-        let revived_again = async { drop(held.wait_for(|held| held.revived != revived).await) };
+        let revived_again = held.wait_for(|held| held.revived != revived);
         let errand_due = self.errand.due();
         let errand = async {
             match errand_due {
@@ -365,8 +372,10 @@ impl Part<'_> {
     }
 
     fn standing(&self, reading: &Reading, past: &Past) -> Standing {
+        let registered = reading.registration.as_ref();
         let view = View {
-            registration: reading.registration.as_ref(),
+            registration: registered,
+            is_current: registered.is_some_and(|entry| self.shared.config.is_told_by(&entry.value)),
             candidates: &reading.candidates,
             requests: &reading.requests,
         };
@@ -573,6 +582,7 @@ mod tests {
     ) -> Standing {
         let view = View {
             registration,
+            is_current: true,
             candidates,
             requests,
         };

@@ -132,9 +132,8 @@ impl Part<'_> {
                 return Ok(false);
             }
             Errand::TakeOver(_) | Errand::None => {}
-            Errand::Compare(due) if leads || Instant::now() < due => {
-                self.errand = Errand::Compare(due);
-            }
+            Errand::Compare(due) if Instant::now() < due => self.errand = Errand::Compare(due),
+            Errand::Compare(_) if leads => self.compare_later(),
             Errand::Compare(_) => {
                 self.compare_later();
                 if !own_request && self.outranks_the_leader(reading).await? {

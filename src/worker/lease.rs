@@ -4,12 +4,12 @@
 //! No task of its own: every node that uses it offers to drive it, one does, and when that one
 //! stops the next takes over.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, warn};
 
@@ -17,12 +17,17 @@ use super::session::{Tenure, margin};
 use crate::backoff::Backoff;
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
+use crate::signal::{Listener, Signal};
 use crate::store::{Condition, LeaseId, Store, Txn};
 
 /// Renewals missed in a row until its nodes are unhealthy.
 pub(super) const UNHEALTHY_AFTER: u32 = 3;
 /// Renewals missed in a row until the lease is given up.
 const LOST_AFTER: u32 = 10;
+/// How often, and for how long, keys of an ended node are removed under a lease that lives on. A
+/// request is given up after a few seconds, and its connection with it: none comes later than that.
+const TIDY_EVERY: Duration = Duration::from_secs(5);
+const TIDY_FOR: Duration = Duration::from_secs(20);
 /// How long a lease that was given up is worth a request to end it.
 const REVOKE_BUDGET: Duration = Duration::from_millis(1500);
 
@@ -31,7 +36,7 @@ const REVOKE_BUDGET: Duration = Duration::from_millis(1500);
 pub(crate) struct LeaseHolder {
     /// In seconds.
     ttl: u64,
-    state: watch::Sender<Held>,
+    state: Signal<Held>,
     /// Whoever has it drives.
     driver: tokio::sync::Mutex<Driver>,
     users: Mutex<Users>,
@@ -58,18 +63,23 @@ struct Driver {
 
 #[derive(Debug, Default)]
 struct Users {
-    /// Registration and candidacy prefix of each node, by group: two of one group would have the
-    /// same candidacy.
-    by_group: BTreeMap<String, String>,
-    /// Keys of nodes that ended without cleaning up, while others keep their lease alive.
+    /// One node of each: two of one group would have the same candidacy.
+    groups: BTreeSet<String>,
+    /// Keys of nodes that ended, while others keep their lease alive.
     orphans: Vec<Orphan>,
 }
 
-#[derive(Debug)]
+/// What an ended node has left behind, or may leave yet: a request of it can be carried out after
+/// it is gone.
+#[derive(Debug, Clone)]
 struct Orphan {
     group: String,
     keys: Vec<String>,
     lease: LeaseId,
+    /// When to remove it, again and again, until then. It is remembered for as long as the lease
+    /// lasts: older data can bring it back.
+    next: Option<Instant>,
+    until: Instant,
 }
 
 /// What is left to do for a node that leaves.
@@ -86,7 +96,7 @@ impl LeaseHolder {
     pub(crate) fn new(ttl: u64) -> Self {
         Self {
             ttl,
-            state: watch::Sender::default(),
+            state: Signal::default(),
             driver: tokio::sync::Mutex::new(Driver {
                 backoff: Backoff::new(),
                 not_before: None,
@@ -100,70 +110,80 @@ impl LeaseHolder {
         self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a node of `group` in; false if there is one of that group.
-    pub(crate) fn enter(&self, group: &str, registration: &str) -> bool {
+    /// Takes a node of `group` in; false if there is one of that group, or has been one under this
+    /// lease: a late request of that one would be taken for one of the new one's.
+    pub(crate) fn enter(&self, group: &str) -> bool {
         let mut users = self.users();
-        if users.by_group.contains_key(group) {
-            return false;
-        }
-        // It takes its predecessor's keys over, if they are the same.
-        users.orphans.retain(|orphan| orphan.group != group);
+        let current = self.tenure().map(|tenure| tenure.lease.id);
         users
-            .by_group
-            .insert(group.to_owned(), registration.to_owned());
-        true
+            .orphans
+            .retain(|orphan| Some(orphan.lease) == current);
+        let was_here = users.orphans.iter().any(|orphan| orphan.group == group);
+        !was_here && users.groups.insert(group.to_owned())
     }
 
-    /// The node of `group` goes, and cleans up itself.
-    pub(super) fn leave(&self, group: &str) -> Leave {
+    /// The node of `group` goes, and removes these of its keys under the lease itself, if others
+    /// keep it.
+    pub(super) fn leave(&self, group: &str, keys: impl Fn(LeaseId) -> Vec<String>) -> Leave {
         let mut users = self.users();
-        users.by_group.remove(group);
-        let last = users.by_group.is_empty();
-        let tenure = self.state.borrow().tenure.clone();
-        match tenure {
-            None => Leave::Nothing,
-            Some(tenure) if last || bugs::has(Bug::SharedLeaseRevoked) => {
-                // Whoever comes now gets another one.
-                self.state.send_replace(Held::default());
-                Leave::Revoke(tenure.lease.id)
-            }
-            Some(tenure) => Leave::Delete(tenure.lease.id),
+        if !users.groups.remove(group) {
+            return Leave::Nothing;
         }
-    }
-
-    /// The node of `group` is gone, without a chance to clean up: `candidacy` tells its key there.
-    pub(super) fn abandon(&self, group: &str, candidacy: impl Fn(LeaseId) -> String) {
-        let mut users = self.users();
-        let Some(registration) = users.by_group.remove(group) else {
-            return;
+        let Some(tenure) = self.tenure() else {
+            return Leave::Nothing;
         };
-        let tenure = self.state.borrow().tenure.clone();
-        let Some(tenure) = tenure else { return };
-        if users.by_group.is_empty() {
-            // Nobody is left to renew it: it runs out.
-            self.state.send_replace(Held::default());
-        } else if !bugs::has(Bug::OrphanedKeysStay) {
-            let lease = tenure.lease.id;
+        let lease = tenure.lease.id;
+        if users.groups.is_empty() || bugs::has(Bug::SharedLeaseRevoked) {
+            // Whoever comes now gets another one.
+            self.state.update(|held| *held = Held::default());
+            return Leave::Revoke(lease);
+        }
+        if !bugs::has(Bug::OrphanedKeysStay) {
             users.orphans.push(Orphan {
                 group: group.to_owned(),
-                keys: vec![registration, candidacy(lease)],
+                keys: keys(lease),
                 lease,
+                next: Some(Instant::now()),
+                until: Instant::now() + TIDY_FOR,
             });
             self.orphaned.notify_one();
         }
+        Leave::Delete(lease)
     }
 
-    pub(super) fn subscribe(&self) -> watch::Receiver<Held> {
-        self.state.subscribe()
+    /// The store has gone back to older data: what was removed may be there again.
+    pub(super) fn tidy_again(&self) {
+        for orphan in &mut self.users().orphans {
+            orphan.next = Some(Instant::now());
+            orphan.until = Instant::now() + TIDY_FOR;
+        }
+        self.orphaned.notify_one();
+    }
+
+    pub(super) fn listen(&self) -> Listener<'_, Held> {
+        self.state.listen()
+    }
+
+    pub(super) fn held(&self) -> Held {
+        self.state.with(Held::clone)
     }
 
     pub(super) fn tenure(&self) -> Option<Arc<Tenure>> {
-        self.state.borrow().tenure.clone()
+        self.state.with(|held| held.tenure.clone())
     }
 
     /// Keeps a lease, once nobody else does.
     pub(super) async fn drive(&self, store: &dyn Store) -> Infallible {
         let mut driver = self.driver.lock().await;
+        // Side by side: a request that is not answered must not hold a renewal up.
+        tokio::select! {
+            biased;
+            never = self.keep_leases(store, &mut driver) => never,
+            never = self.tidy(store) => never,
+        }
+    }
+
+    async fn keep_leases(&self, store: &dyn Store, driver: &mut Driver) -> Infallible {
         loop {
             // Not before its time, even if the one who drove until then has ended.
             if let Some(until) = driver.not_before {
@@ -205,9 +225,11 @@ impl LeaseHolder {
     }
 
     fn lost(&self, error: ClusterError) {
-        self.state.send_replace(Held {
-            error: Some(error),
-            ..Held::default()
+        self.state.update(|held| {
+            *held = Held {
+                error: Some(error),
+                ..Held::default()
+            };
         });
     }
 
@@ -217,9 +239,11 @@ impl LeaseHolder {
         let lease = store.grant(Duration::from_secs(self.ttl)).await?;
         debug!(lease = %lease.id, ttl = ?lease.ttl, "lease granted");
         let tenure = Arc::new(Tenure::new(lease, clock, sent));
-        self.state.send_replace(Held {
-            tenure: Some(tenure.clone()),
-            ..Held::default()
+        self.state.update(|held| {
+            *held = Held {
+                tenure: Some(tenure.clone()),
+                ..Held::default()
+            };
         });
         Ok(tenure)
     }
@@ -230,7 +254,7 @@ impl LeaseHolder {
         let period = tenure.lease.ttl / 3;
         let mut keeper = store.keeper(tenure.lease);
         let mut missed = 0;
-        let mut changes = self.subscribe();
+        let mut changes = self.listen();
         loop {
             let pause = if missed == 0 {
                 // Counted from when the last one was sent, whoever drove then.
@@ -239,18 +263,13 @@ impl LeaseHolder {
             } else {
                 period / 3
             };
-            let pause = sleep(pause);
-            tokio::pin!(pause);
-            loop {
-                tokio::select! {
-                    biased;
-                    // The last node has left while nobody else drove.
-                    () = replaced(&mut changes, tenure) => {
-                        return ClusterError::LeaseNotFound { lease: tenure.lease.id };
-                    }
-                    () = &mut pause => break,
-                    () = self.orphaned.notified() => self.tidy(store).await,
+            tokio::select! {
+                biased;
+                // The last node has left while another one was about to start.
+                () = replaced(&mut changes, tenure) => {
+                    return ClusterError::LeaseNotFound { lease: tenure.lease.id };
                 }
+                () = sleep(pause) => {}
             }
             let sent = tenure.now();
             let mut renewal = keeper.renew(period).await;
@@ -292,30 +311,60 @@ impl LeaseHolder {
     }
 
     fn update(&self, tenure: &Arc<Tenure>, change: impl FnOnce(&mut Held)) {
-        self.state.send_if_modified(|held| {
-            let current = is_held(held, tenure);
-            if current {
+        self.state.update(|held| {
+            if is_held(held, tenure) {
                 change(held);
             }
-            current
         });
     }
 
     /// Removes what ended nodes have left behind under the lease that lives on.
-    async fn tidy(&self, store: &dyn Store) {
+    async fn tidy(&self, store: &dyn Store) -> Infallible {
         loop {
-            let Some(orphan) = self.users().orphans.pop() else {
-                return;
+            let next = self.users().orphans.iter().filter_map(|orphan| orphan.next).min();
+            let due = async {
+                match next {
+                    Some(next) => sleep_until(next).await,
+                    None => std::future::pending().await,
+                }
             };
-            if let Err(error) = delete_held(store, orphan.lease, &orphan.keys).await
-                && error.is_transient()
-            {
+            tokio::select! {
+                biased;
+                () = self.orphaned.notified() => continue,
+                () = due => {}
+            }
+            let current = self.tenure().map(|tenure| tenure.lease.id);
+            let now = Instant::now();
+            let due: Vec<Orphan> = {
+                let mut users = self.users();
+                users
+                    .orphans
+                    .retain(|orphan| Some(orphan.lease) == current);
+                let due = users
+                    .orphans
+                    .iter_mut()
+                    .filter(|orphan| orphan.next.is_some_and(|next| next <= now));
+                due.map(|orphan| {
+                    orphan.next = (now < orphan.until).then(|| now + TIDY_EVERY);
+                    orphan.clone()
+                })
+                .collect()
+            };
+            for orphan in due {
+                let Err(error) = delete_held(store, orphan.lease, &orphan.keys).await else {
+                    continue;
+                };
                 debug!(%error, "keys of an ended node not removed yet");
-                self.users().orphans.push(orphan);
-                // Tried again after the next pause between renewals.
-                self.orphaned.notify_one();
-                sleep(Duration::from_millis(250)).await;
-                return;
+                let mut users = self.users();
+                let own = users
+                    .orphans
+                    .iter_mut()
+                    .find(|own| own.lease == orphan.lease && own.group == orphan.group);
+                if let Some(own) = own {
+                    // The time counts from when the store could be written.
+                    own.next = Some(Instant::now() + TIDY_EVERY / 5);
+                    own.until = Instant::now() + TIDY_FOR;
+                }
             }
         }
     }
@@ -354,7 +403,6 @@ fn is_held(held: &Held, tenure: &Arc<Tenure>) -> bool {
 }
 
 /// Waits until this tenure is not the holder's any more.
-pub(super) async fn replaced(changes: &mut watch::Receiver<Held>, tenure: &Arc<Tenure>) {
-    // The sender lives as long as the holder does, and that is as long as its nodes.
-    let _ = changes.wait_for(|held| !is_held(held, tenure)).await;
+pub(super) async fn replaced(changes: &mut Listener<'_, Held>, tenure: &Arc<Tenure>) {
+    changes.wait_for(|held| !is_held(held, tenure)).await;
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
@@ -16,7 +16,7 @@ use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::metrics::Sampler;
 use crate::node::{HealthStatus, NodeState};
-use crate::store::{Revision, Store};
+use crate::store::{LeaseId, Revision, Store};
 
 /// How long leaving may take: the rest is left to the lease running out.
 const LEAVE_BUDGET: Duration = Duration::from_millis(1500);
@@ -39,12 +39,12 @@ impl<'a> Running<'a> {
         }
         let (commands, inbox) = mpsc::channel(16);
         *shared.commands() = Some(commands);
-        let (config, registration) = (&shared.config, shared.keys.registration(&shared.config.id));
+        let config = &shared.config;
         let lease = match &config.cluster {
-            Some(cluster) => cluster.enter(&config.group, &registration),
+            Some(cluster) => cluster.enter(&config.group),
             None => {
                 let own = Arc::new(LeaseHolder::new(config.ttl));
-                own.enter(&config.group, &registration);
+                own.enter(&config.group);
                 own
             }
         };
@@ -70,7 +70,7 @@ impl<'a> Running<'a> {
         let (group, node) = (&shared.config.group, &shared.config.id);
         shared.end_term();
         self.has_left = true;
-        let leave = self.lease.leave(group);
+        let leave = self.lease.leave(group, |lease| shared.own_keys(lease));
         let leaving = async {
             loop {
                 let result = match &leave {
@@ -83,12 +83,7 @@ impl<'a> Running<'a> {
                         store.revoke(*lease).await
                     }
                     Leave::Delete(lease) => {
-                        let keys = [
-                            shared.keys.registration(node),
-                            shared.keys.candidacy(*lease),
-                            shared.keys.handover(*lease),
-                        ];
-                        delete_held(store, *lease, &keys).await
+                        delete_held(store, *lease, &shared.own_keys(*lease)).await
                     }
                 };
                 match result {
@@ -123,8 +118,10 @@ impl Drop for Running<'_> {
         *shared.commands() = None;
         shared.end_term();
         if !self.has_left {
-            let candidacy = |lease| shared.keys.candidacy(lease);
-            self.lease.abandon(&shared.config.group, candidacy);
+            // A lease of its own is not revoked: as after a crash, it runs out.
+            let _ = self
+                .lease
+                .leave(&shared.config.group, |lease| shared.own_keys(lease));
         }
         *shared.past() = Past::default();
         shared.feed(Input::Close);
@@ -134,6 +131,15 @@ impl Drop for Running<'_> {
 }
 
 impl Shared {
+    /// What it may have in the store under this lease.
+    fn own_keys(&self, lease: LeaseId) -> Vec<String> {
+        vec![
+            self.keys.registration(&self.config.id),
+            self.keys.candidacy(lease),
+            self.keys.handover(lease),
+        ]
+    }
+
     /// The entry to write now, as JSON.
     pub(super) fn fresh_entry(&self) -> Vec<u8> {
         let mut entry = self.entry();
@@ -218,18 +224,17 @@ impl Shared {
     ) {
         // One for all leases: a collector that hangs is still called once at a time.
         let mut sampler = Sampler::new(self.config.collector.clone());
-        let mut held = lease.subscribe();
+        let mut held = lease.listen();
         loop {
-            let tenure = held.borrow_and_update().tenure.clone();
+            held.catch_up();
+            let Held { tenure, error, .. } = lease.held();
             let Some(tenure) = tenure else {
                 self.feed(Input::NoLease);
-                let error = held.borrow().error.clone();
                 if error.is_some() {
                     self.set_health(HealthStatus::Unhealthy);
                 }
                 let error = error.unwrap_or_else(|| self.not_registered());
-                let change = async { drop(held.changed().await) };
-                self.refuse_while(change, inbox, &error).await;
+                self.refuse_while(held.changed(), inbox, &error).await;
                 continue;
             };
             self.feed(Input::Granted);
@@ -262,12 +267,10 @@ impl Shared {
 
     /// Follows how the renewals of a lease go. Never returns.
     async fn follow(&self, lease: &LeaseHolder, tenure: &Tenure) {
-        let mut held = lease.subscribe();
+        let mut held = lease.listen();
         loop {
-            let (missed, error) = {
-                let held: watch::Ref<'_, Held> = held.borrow_and_update();
-                (held.missed, held.error.clone())
-            };
+            held.catch_up();
+            let Held { missed, error, .. } = lease.held();
             let left = tenure.remaining();
             if left.is_zero() {
                 self.feed(Input::DeadlinePassed);
@@ -291,7 +294,7 @@ impl Shared {
             };
             tokio::select! {
                 biased;
-                _ = held.changed() => {}
+                () = held.changed() => {}
                 () = deadline => {}
             }
         }

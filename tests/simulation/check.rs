@@ -1,0 +1,245 @@
+//! What must hold at every step, seen from outside: by the nodes' own account and by the store.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pingora_etcd::ClusterNode;
+use pingora_etcd::store::{Clock, LeaseId, MemoryStore, Revision, Txn, Write};
+use tokio::time::Instant;
+
+use super::net::Skewed;
+
+/// Looks at everything after each step of each process.
+#[derive(Debug)]
+pub struct Checker {
+    store: MemoryStore,
+    start: Instant,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    nodes: Vec<Watched>,
+    /// What a lease may be counted on for: when its last answered renewal was sent, and the TTL.
+    acknowledged: HashMap<LeaseId, (Duration, Duration)>,
+    groups: BTreeMap<String, Tokens>,
+    rolled_back_to: Revision,
+    violation: Option<String>,
+    steps: u64,
+    terms: u64,
+    commits: u64,
+    /// Folds everything that happens, to compare two runs of a seed.
+    trace: u64,
+}
+
+#[derive(Debug)]
+struct Watched {
+    node: ClusterNode,
+    clock: Arc<Skewed>,
+    name: String,
+}
+
+/// The tokens of a group in the present history.
+#[derive(Debug, Default)]
+struct Tokens {
+    /// The greatest one that a leader had.
+    seen: Revision,
+    /// The greatest one that a fenced write was committed with.
+    committed: Revision,
+    /// Terms of an earlier history go on until their deadline.
+    of_before: Vec<Revision>,
+}
+
+/// What has been looked at.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Looked {
+    pub steps: u64,
+    pub terms: u64,
+    pub commits: u64,
+    pub trace: u64,
+}
+
+/// A key that only the leader of a group writes.
+pub fn work(group: &str) -> String {
+    format!("work/{group}")
+}
+
+impl Checker {
+    pub fn new(store: &MemoryStore) -> Arc<Self> {
+        Arc::new(Self {
+            store: store.clone(),
+            start: Instant::now(),
+            inner: Mutex::default(),
+        })
+    }
+
+    pub fn add(&self, node: &ClusterNode, clock: &Arc<Skewed>, name: String) {
+        self.inner.lock().unwrap().nodes.push(Watched {
+            node: node.clone(),
+            clock: clock.clone(),
+            name,
+        });
+    }
+
+    pub fn violation(&self, text: String) {
+        let at = self.start.elapsed();
+        let mut inner = self.inner.lock().unwrap();
+        inner
+            .violation
+            .get_or_insert_with(|| format!("at {at:?}: {text}"));
+    }
+
+    pub fn violated(&self) -> Option<String> {
+        self.inner.lock().unwrap().violation.clone()
+    }
+
+    pub fn looked(&self) -> Looked {
+        let inner = self.inner.lock().unwrap();
+        Looked {
+            steps: inner.steps,
+            terms: inner.terms,
+            commits: inner.commits,
+            trace: inner.trace,
+        }
+    }
+
+    pub fn note(&self, what: &str) {
+        let at = self.start.elapsed();
+        let mut inner = self.inner.lock().unwrap();
+        inner.fold(at.as_nanos() as u64);
+        for byte in what.bytes() {
+            inner.fold(u64::from(byte));
+        }
+    }
+
+    /// The store's history is another one from here on. Tokens up to `rolled_back_to` may come in
+    /// either order: a place in line that others have seen end is there again.
+    pub fn new_history(&self, rolled_back_to: Revision) {
+        let mut inner = self.inner.lock().unwrap();
+        for tokens in inner.groups.values_mut() {
+            let seen = std::mem::take(&mut tokens.seen);
+            tokens.of_before.push(seen);
+            tokens.committed = 0;
+        }
+        inner.rolled_back_to = rolled_back_to;
+    }
+
+    pub fn acknowledged(&self, lease: LeaseId, sent: Duration, ttl: Duration) {
+        let mut inner = self.inner.lock().unwrap();
+        inner.acknowledged.insert(lease, (sent, ttl));
+    }
+
+    /// A transaction was carried out.
+    pub fn committed(&self, txn: &Txn) {
+        let revision = self.store.revision();
+        let mut inner = self.inner.lock().unwrap();
+        inner.fold(revision as u64);
+        for write in &txn.writes {
+            let Write::Put { key, value, .. } = write else {
+                continue;
+            };
+            let Some(group) = key.strip_prefix("work/") else {
+                continue;
+            };
+            inner.commits += 1;
+            let token: Revision = std::str::from_utf8(value).unwrap().parse().unwrap();
+            if token <= inner.rolled_back_to {
+                continue;
+            }
+            let tokens = inner.groups.entry(group.to_owned()).or_default();
+            if token < tokens.committed {
+                let text = format!(
+                    "a write with token {token} was committed after one with {}",
+                    tokens.committed
+                );
+                drop(inner);
+                return self.violation(text);
+            }
+            tokens.committed = token;
+        }
+    }
+
+    /// After each step of each process.
+    pub fn step(&self) {
+        let mut inner = self.inner.lock().unwrap();
+        inner.steps += 1;
+        let mut leaders: Vec<(usize, String, Revision, LeaseId)> = Vec::new();
+        for (index, watched) in inner.nodes.iter().enumerate() {
+            if !watched.node.is_leader() {
+                continue;
+            }
+            let Some(term) = watched.node.leadership() else {
+                continue;
+            };
+            let group = watched.node.group_name().to_owned();
+            if let Some(other) = leaders.iter().find(|leader| leader.1 == group) {
+                let other = &inner.nodes[other.0].name;
+                let text = format!("two leaders of {group}: {other} and {}", watched.name);
+                drop(inner);
+                return self.violation(text);
+            }
+            let lease = term.key.rsplit('/').next().unwrap_or_default();
+            let lease = LeaseId(i64::from_str_radix(lease, 16).unwrap_or(0));
+            leaders.push((index, group, term.epoch, lease));
+        }
+        for (index, group, epoch, lease) in leaders {
+            if let Err(text) = inner.check_leader(index, &group, epoch, lease, &self.store) {
+                drop(inner);
+                return self.violation(text);
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn fold(&mut self, value: u64) {
+        self.trace = (self.trace.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn check_leader(
+        &mut self,
+        index: usize,
+        group: &str,
+        epoch: Revision,
+        lease: LeaseId,
+        store: &MemoryStore,
+    ) -> Result<(), String> {
+        let Watched { node, clock, name } = &self.nodes[index];
+        if node.group_name() != group {
+            return Err(format!("{name} leads {group}"));
+        }
+        // By what its process knows, whatever its tasks are doing: what the documentation says.
+        let (sent, ttl) = self.acknowledged.get(&lease).copied().unwrap_or_default();
+        let deadline = sent + ttl - Duration::from_millis(500).max(ttl / 10).min(ttl);
+        if clock.now() >= deadline {
+            return Err(format!("{name} leads after its deadline"));
+        }
+        let tokens = self.groups.entry(group.to_owned()).or_default();
+        if tokens.of_before.contains(&epoch) && epoch > tokens.seen {
+            return Ok(());
+        }
+        if epoch < tokens.seen {
+            return Err(format!(
+                "{name} leads with token {epoch} after one with {}",
+                tokens.seen
+            ));
+        }
+        let is_new = epoch > tokens.seen;
+        tokens.seen = epoch;
+        if is_new {
+            self.terms += 1;
+            self.fold(epoch as u64);
+        }
+        // By the store: its key is the first in line.
+        let prefix = format!("election/{group}/");
+        let is_first = store.oldest(&prefix) == Some((epoch, Some(lease)));
+        if !is_first {
+            let name = &self.nodes[index].name;
+            return Err(format!(
+                "{name} leads with token {epoch}, and is not the first in line"
+            ));
+        }
+        Ok(())
+    }
+}

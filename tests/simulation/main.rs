@@ -1,0 +1,205 @@
+//! Coordination under every fault there is, on the in-memory store, under a paused clock.
+//!
+//! ```text
+//! simulation [--seeds N] [--first S]     runs N seeds from S on, and says how to replay one that fails
+//! simulation --bugs [--seeds N]          puts each of the bugs in, and sees that a seed fails
+//! simulation --bug NAME [...]            puts one in
+//! ```
+//!
+//! One seed fixes everything: the world, its faults, every delay and every jitter.
+
+mod check;
+mod net;
+mod process;
+mod world;
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use pingora_etcd::bugs::{self, Bug};
+use world::Outcome;
+
+#[derive(Parser)]
+struct Arguments {
+    /// How many seeds.
+    #[arg(long, default_value_t = 2_000)]
+    seeds: u64,
+    /// The first seed.
+    #[arg(long, default_value_t = 1)]
+    first: u64,
+    /// Puts this bug in: see the list that --bugs prints.
+    #[arg(long)]
+    bug: Option<String>,
+    /// Puts each bug in, one after another, until a seed finds it.
+    #[arg(long)]
+    bugs: bool,
+    /// What a seed's log goes to: none, or standard error by RUST_LOG.
+    #[arg(long)]
+    log: bool,
+}
+
+struct Summary {
+    seeds: u64,
+    simulated: Duration,
+    steps: u64,
+    terms: u64,
+    commits: u64,
+    failed: Option<(u64, String)>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.log {
+        tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .with_writer(std::io::stderr)
+            .without_time()
+            .init();
+    }
+    if arguments.bugs {
+        return each_bug(&arguments);
+    }
+    let bug = match &arguments.bug {
+        None => None,
+        Some(name) => match Bug::ALL.iter().find(|bug| format!("{bug:?}") == *name) {
+            Some(bug) => Some(*bug),
+            None => {
+                eprintln!("there is no bug {name:?}: {:?}", Bug::ALL);
+                return ExitCode::from(2);
+            }
+        },
+    };
+    if bug.is_none() && !is_reproducible(arguments.first) {
+        return ExitCode::FAILURE;
+    }
+    let start = Instant::now();
+    let summary = run_all(arguments.first, arguments.seeds, bug);
+    let took = start.elapsed();
+    println!(
+        "simulation: seeds {} to {}, {:.0} seeds per second, {:.1} simulated hours in {:.1} s; \
+         {} steps looked at, {} terms, {} fenced writes",
+        arguments.first,
+        arguments.first + summary.seeds - 1,
+        summary.seeds as f64 / took.as_secs_f64(),
+        summary.simulated.as_secs_f64() / 3600.0,
+        took.as_secs_f64(),
+        summary.steps,
+        summary.terms,
+        summary.commits,
+    );
+    match summary.failed {
+        None => ExitCode::SUCCESS,
+        Some((seed, text)) => {
+            println!("FAILED: seed {seed}: {text}");
+            let bug = bug.map_or(String::new(), |bug| format!(" BUG={bug:?}"));
+            println!("replay it with: make simulate SEEDS=1 FIRST={seed}{bug}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs seeds on every core until one fails.
+fn run_all(first: u64, count: u64, bug: Option<Bug>) -> Summary {
+    let next = AtomicU64::new(first);
+    let summary = Mutex::new(Summary {
+        seeds: 0,
+        simulated: Duration::ZERO,
+        steps: 0,
+        terms: 0,
+        commits: 0,
+        failed: None,
+    });
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                bugs::order(bug);
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= first + count {
+                        return;
+                    }
+                    let outcome = run_one(seed);
+                    let mut summary = summary.lock().unwrap();
+                    summary.seeds += 1;
+                    summary.simulated += outcome.simulated;
+                    summary.steps += outcome.looked.steps;
+                    summary.terms += outcome.looked.terms;
+                    summary.commits += outcome.looked.commits;
+                    if let Some(text) = outcome.violation {
+                        // The least one, so that what is printed does not depend on threads.
+                        if summary.failed.as_ref().is_none_or(|failed| seed < failed.0) {
+                            summary.failed = Some((seed, text));
+                        }
+                        next.store(first + count, Ordering::Relaxed);
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    summary.into_inner().unwrap()
+}
+
+/// A panic is a violation too.
+fn run_one(seed: u64) -> Outcome {
+    std::panic::catch_unwind(|| world::run(seed)).unwrap_or_else(|panic| {
+        let text = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
+        Outcome {
+            simulated: Duration::ZERO,
+            looked: check::Looked::default(),
+            violation: Some(format!("panic: {}", text.unwrap_or_default())),
+        }
+    })
+}
+
+/// The same seed twice is the same, step by step.
+fn is_reproducible(first: u64) -> bool {
+    for seed in first..first + 5 {
+        let traces = [run_one(seed), run_one(seed)].map(|outcome| {
+            let looked = outcome.looked;
+            (looked.trace, looked.steps, looked.terms, looked.commits)
+        });
+        if traces[0] != traces[1] {
+            println!("FAILED: seed {seed} is not reproducible: {traces:?}");
+            return false;
+        }
+    }
+    true
+}
+
+fn each_bug(arguments: &Arguments) -> ExitCode {
+    // Panics are findings here.
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut missed = 0;
+    for bug in Bug::ALL {
+        let start = Instant::now();
+        let summary = run_all(arguments.first, arguments.seeds, Some(bug));
+        let took = start.elapsed().as_secs_f64();
+        match summary.failed {
+            Some((seed, text)) => {
+                let text: String = text.chars().take(110).collect();
+                println!("caught by seed {seed:>4} in {took:>5.1} s: {bug:?}: {text}");
+            }
+            None => {
+                missed += 1;
+                println!(
+                    "NOT CAUGHT by {} seeds in {took:.1} s: {bug:?}",
+                    summary.seeds
+                );
+            }
+        }
+    }
+    if missed > 0 {
+        println!("FAILED: {missed} bugs were not caught");
+        return ExitCode::FAILURE;
+    }
+    println!("all {} bugs were caught", Bug::ALL.len());
+    ExitCode::SUCCESS
+}

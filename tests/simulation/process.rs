@@ -1,0 +1,368 @@
+//! Processes: what runs in them, and how they stop for a while, crash, and start again.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use pingora_etcd::store::{Fault, MemoryStore, Store, Txn};
+use pingora_etcd::{
+    Change, Cluster, ClusterNode, ClusterNodeBuilder, EtcdOptions, MetricsCollector, Node,
+    NodeMetadata, ServiceDiscovery, metadata_keys,
+};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+
+use super::check::{Checker, work};
+use super::net::{Client, Net, Skewed};
+
+/// A machine with a process: one network, one clock, and a switch that stops it.
+#[derive(Debug)]
+pub struct Process {
+    pub name: String,
+    pub net: Arc<Net>,
+    pub clock: Arc<Skewed>,
+    paused: Mutex<Option<Vec<Waker>>>,
+}
+
+impl Process {
+    pub fn new(name: String, rate: f64) -> Arc<Self> {
+        Arc::new(Self {
+            name,
+            net: Net::new(),
+            clock: Arc::new(Skewed::new(rate)),
+            paused: Mutex::new(None),
+        })
+    }
+
+    /// Nothing in it runs from now on.
+    pub fn pause(&self) {
+        self.paused.lock().unwrap().get_or_insert_default();
+    }
+
+    pub fn resume(&self) {
+        for waker in self.paused.lock().unwrap().take().into_iter().flatten() {
+            waker.wake();
+        }
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused.lock().unwrap().is_some()
+    }
+}
+
+/// A task of a process: stands still while it is paused, and is looked at after each step.
+struct Task<F> {
+    process: Arc<Process>,
+    checker: Arc<Checker>,
+    inner: Pin<Box<F>>,
+}
+
+impl<F: Future> Future for Task<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        if let Some(wakers) = &mut *self.process.paused.lock().unwrap() {
+            wakers.push(context.waker().clone());
+            return Poll::Pending;
+        }
+        let result = self.inner.as_mut().poll(context);
+        self.checker.step();
+        result
+    }
+}
+
+fn spawn<T: Send + 'static>(
+    process: &Arc<Process>,
+    checker: &Arc<Checker>,
+    task: impl Future<Output = T> + Send + 'static,
+) -> JoinHandle<T> {
+    tokio::spawn(Task {
+        process: process.clone(),
+        checker: checker.clone(),
+        inner: Box::pin(task),
+    })
+}
+
+/// What every member and reader of a world has in common.
+#[derive(Clone)]
+pub struct Common {
+    pub store: MemoryStore,
+    pub checker: Arc<Checker>,
+    /// In seconds.
+    pub ttl: i64,
+    pub generosity: Duration,
+    /// Outages of the store that are not over.
+    outages: Arc<AtomicUsize>,
+}
+
+impl Common {
+    pub fn new(ttl: i64, generosity: Duration) -> Self {
+        let store = MemoryStore::new();
+        Self {
+            checker: Checker::new(&store),
+            store,
+            ttl,
+            generosity,
+            outages: Arc::default(),
+        }
+    }
+
+    /// The store is down for so long, for everybody; then `comes_back` with something.
+    pub fn outage(
+        &self,
+        lasts: Duration,
+        comes_back: impl FnOnce(&Self) + Send + 'static,
+    ) -> JoinHandle<()> {
+        self.outages.fetch_add(1, Ordering::Relaxed);
+        self.store.set_fault(Some(Fault::Refuse));
+        let common = self.clone();
+        tokio::spawn(async move {
+            sleep(lasts).await;
+            comes_back(&common);
+            if common.outages.fetch_sub(1, Ordering::Relaxed) == 1 {
+                common.store.set_fault(None);
+            }
+        })
+    }
+
+    /// There are no outages any more.
+    pub fn clear_up(&self) {
+        self.outages.store(0, Ordering::Relaxed);
+        self.store.set_fault(None);
+    }
+
+    pub fn client(&self, process: &Process) -> Client {
+        Client::new(
+            &self.store,
+            &process.net,
+            &process.clock,
+            &self.checker,
+            self.generosity,
+        )
+    }
+
+    pub fn cluster(&self, process: &Process) -> Cluster {
+        Cluster::builder(EtcdOptions::memory("simulation"))
+            .store(Arc::new(self.client(process)))
+            .ttl(self.ttl)
+            .try_build()
+            .expect("a valid cluster")
+    }
+}
+
+/// A load that hovers, and sometimes moves.
+struct Hovering(Mutex<f64>);
+
+impl MetricsCollector for Hovering {
+    fn collect(&self) -> NodeMetadata {
+        let mut load = self.0.lock().unwrap();
+        if fastrand::u8(..) < 8 {
+            *load = 100.0 * fastrand::f64();
+        }
+        serde_json::json!({ metadata_keys::CPU_USAGE_PERCENT: *load + fastrand::f64() })
+    }
+
+    fn may_block(&self) -> bool {
+        false
+    }
+}
+
+/// A node that runs in a process.
+pub struct Member {
+    pub process: Arc<Process>,
+    pub node: ClusterNode,
+    pub group: &'static str,
+    pub id: String,
+    pub priority: u16,
+    pub cluster: Option<Cluster>,
+    pub drains: bool,
+    stop: Option<oneshot::Sender<()>>,
+    running: JoinHandle<()>,
+    working: JoinHandle<()>,
+}
+
+impl Member {
+    pub fn start(
+        common: &Common,
+        process: &Arc<Process>,
+        cluster: Option<&Cluster>,
+        group: &'static str,
+        id: &str,
+        priority: u16,
+        metrics: bool,
+    ) -> Self {
+        let ip = "10.0.0.1".parse().expect("an address");
+        let client = Arc::new(common.client(process));
+        let builder = match cluster {
+            Some(cluster) => cluster.node(id, ip, group),
+            None => ClusterNodeBuilder::new(EtcdOptions::memory("simulation"), id, ip, group)
+                .store(client.clone())
+                .ttl(common.ttl),
+        };
+        let builder = builder
+            .priority(priority)
+            .takeover_after(Duration::from_secs(2));
+        let builder = if metrics {
+            builder
+                .metrics_collector(Hovering(Mutex::new(50.0)))
+                .metrics_update_interval(1)
+        } else {
+            builder
+        };
+        let node = builder.try_build().expect("a valid node");
+        let name = format!("{id} on {}", process.name);
+        common.checker.add(&node, &process.clock, name);
+        let (stop, stopped) = oneshot::channel();
+        let run = node.clone();
+        let running = spawn(process, &common.checker, async move {
+            let ended = run
+                .run_until(async {
+                    let _ = stopped.await;
+                })
+                .await;
+            ended.expect("a run that was started once");
+        });
+        // What a leader does: writes that must never come from two terms at once.
+        let leader = node.clone();
+        let working = spawn(process, &common.checker, async move {
+            loop {
+                sleep(Duration::from_millis(fastrand::u64(200..1500))).await;
+                if let Some(term) = leader.leadership() {
+                    let token = term.epoch.to_string().into_bytes();
+                    let write = Txn::new()
+                        .when(term.guard())
+                        .put(work(group), token, None);
+                    let _ = client.txn(write).await;
+                }
+            }
+        });
+        Self {
+            process: process.clone(),
+            node,
+            group,
+            id: id.to_owned(),
+            priority,
+            cluster: cluster.cloned(),
+            drains: false,
+            stop: Some(stop),
+            running,
+            working,
+        }
+    }
+
+    /// As a crash does: nothing is cleaned up.
+    pub fn crash(self) {
+        self.running.abort();
+        self.working.abort();
+    }
+
+    /// Asks it to leave. Answers what to wait for.
+    pub fn stop(mut self) -> JoinHandle<()> {
+        self.working.abort();
+        drop(self.stop.take());
+        self.running
+    }
+}
+
+/// What somebody who folds the changes of a discovery has.
+#[derive(Debug, Default)]
+pub struct Folded {
+    pub nodes: BTreeMap<String, i64>,
+    pub leader: Option<(String, i64)>,
+}
+
+/// A discovery that runs in a process, with a reader of its changes.
+pub struct Reader {
+    pub process: Arc<Process>,
+    pub discovery: ServiceDiscovery,
+    pub group: &'static str,
+    pub folded: Arc<Mutex<Folded>>,
+    stop: Option<oneshot::Sender<()>>,
+    running: JoinHandle<()>,
+    folding: JoinHandle<()>,
+}
+
+impl Reader {
+    pub fn start(
+        common: &Common,
+        process: &Arc<Process>,
+        cluster: Option<&Cluster>,
+        group: &'static str,
+    ) -> Self {
+        let builder = match cluster {
+            Some(cluster) => cluster.discovery(group),
+            None => ServiceDiscovery::builder(EtcdOptions::memory("simulation"), group)
+                .store(Arc::new(common.client(process))),
+        };
+        let discovery = builder.try_build().expect("a valid discovery");
+        let (stop, stopped) = oneshot::channel();
+        let run = discovery.clone();
+        let running = spawn(process, &common.checker, async move {
+            let ended = run
+                .run_until(async {
+                    let _ = stopped.await;
+                })
+                .await;
+            ended.expect("a run that was started once");
+        });
+        let folded = Arc::<Mutex<Folded>>::default();
+        let (fold, checker) = (folded.clone(), common.checker.clone());
+        let mut changes = discovery.changes();
+        let folding = spawn(process, &common.checker, async move {
+            loop {
+                let change = changes.next().await;
+                let mut folded = fold.lock().unwrap();
+                folded.apply(change);
+                if let Some(stranger) = folded.nodes.keys().find(|id| !is_of(id, group)) {
+                    checker.violation(format!("{stranger} is seen in group {group}"));
+                }
+            }
+        });
+        Self {
+            process: process.clone(),
+            discovery,
+            group,
+            folded,
+            stop: Some(stop),
+            running,
+            folding,
+        }
+    }
+
+    pub fn stop(mut self) -> JoinHandle<()> {
+        self.folding.abort();
+        drop(self.stop.take());
+        self.running
+    }
+}
+
+/// Ids begin with their group.
+fn is_of(id: &str, group: &str) -> bool {
+    id.split(':').next() == Some(group)
+}
+
+impl Folded {
+    fn apply(&mut self, change: Change) {
+        let mut insert = |node: &Node| self.nodes.insert(node.id.clone(), node.incarnation());
+        match change {
+            Change::Reset(nodes) => {
+                self.nodes = nodes
+                    .iter()
+                    .map(|node| (node.id.clone(), node.incarnation()))
+                    .collect();
+            }
+            Change::Joined(node) => drop(insert(&node)),
+            Change::Updated { new, .. } => drop(insert(&new)),
+            Change::Left(node) => drop(self.nodes.remove(&node.id)),
+            Change::Leader(leader) => {
+                self.leader = leader.map(|leader| (leader.node.id.clone(), leader.epoch));
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,712 @@
+//! One seed: a world of processes, the faults that befall it, and what must be true when they
+//! are over.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use pingora_etcd::store::Backup;
+use pingora_etcd::{Cluster, DiscoveryStatus, HealthStatus, Node, SessionState};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::check::Looked;
+use super::net::Weather;
+use super::process::{Common, Member, Process, Reader};
+
+/// One is a prefix of the other: the predecessor mixed them.
+const GROUPS: [&str; 2] = ["app", "app-2"];
+/// How long everything may take to be well again once the faults are over.
+const HEALS_WITHIN: Duration = Duration::from_secs(120);
+/// How long a run may take to return once it is told to.
+const SHUTDOWN: Duration = Duration::from_secs(2);
+
+/// How a seed went.
+pub struct Outcome {
+    pub simulated: Duration,
+    pub looked: Looked,
+    pub violation: Option<String>,
+}
+
+/// Runs one seed. Everything is on this thread, and random numbers come from the seed alone.
+pub fn run(seed: u64) -> Outcome {
+    fastrand::seed(seed);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let start = Instant::now();
+        let mut world = World::new(seed);
+        let checker = world.common.checker.clone();
+        let result = world.live().await;
+        if let Err(text) = result {
+            checker.violation(text);
+        }
+        Outcome {
+            simulated: start.elapsed(),
+            looked: checker.looked(),
+            violation: checker.violated(),
+        }
+    })
+}
+
+struct World {
+    plan: fastrand::Rng,
+    common: Common,
+    processes: Vec<Arc<Process>>,
+    clusters: BTreeMap<String, Cluster>,
+    members: Vec<Member>,
+    readers: Vec<Reader>,
+    backups: Vec<Backup>,
+    /// Faults that will end, and members that will come back.
+    pending: Vec<JoinHandle<()>>,
+    /// Ids that are to be started again, with where.
+    down: Vec<(Arc<Process>, &'static str, String, u16)>,
+    leaving: Vec<JoinHandle<()>>,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut plan = fastrand::Rng::with_seed(seed ^ 0x5eed);
+        let ttl = plan.choice([2, 3, 5, 10]).unwrap_or(5);
+        let generosity = Duration::from_secs(plan.choice([0, 0, 0, 1]).unwrap_or(0));
+        let common = Common::new(ttl, generosity);
+        let count = plan.usize(3..=6);
+        let processes: Vec<_> = (0..count)
+            .map(|index| {
+                let rate = plan.choice([0.95, 1.0, 1.0, 1.05]).unwrap_or(1.0);
+                Process::new(format!("p{index}"), rate)
+            })
+            .collect();
+        Self {
+            plan,
+            common,
+            processes,
+            clusters: BTreeMap::new(),
+            members: Vec::new(),
+            readers: Vec::new(),
+            backups: Vec::new(),
+            pending: Vec::new(),
+            down: Vec::new(),
+            leaving: Vec::new(),
+        }
+    }
+
+    async fn live(&mut self) -> Result<(), String> {
+        self.populate();
+        let end = Instant::now() + Duration::from_secs(self.plan.u64(20..90));
+        while Instant::now() < end && self.common.checker.violated().is_none() {
+            let pause = match self.plan.u8(0..4) {
+                0 => self.plan.u64(0..20),
+                1 | 2 => self.plan.u64(20..2_000),
+                _ => self.plan.u64(2_000..10_000),
+            };
+            sleep(Duration::from_millis(pause)).await;
+            self.befall().await?;
+        }
+        self.clear_up().await;
+        self.wait_until_well().await?;
+        self.end().await
+    }
+
+    fn populate(&mut self) {
+        for index in 0..self.processes.len() {
+            let process = self.processes[index].clone();
+            // The first two are plain workers of one group, so that there is something to elect.
+            let kind = if index < 2 { 0 } else { self.plan.u8(0..3) };
+            if kind == 1 {
+                // A process in both groups, on one lease, which watches both as well.
+                let cluster = self.common.cluster(&process);
+                for group in GROUPS {
+                    self.start(&process, Some(&cluster), group, &format!("{group}:{index}"));
+                    let reader =
+                        Reader::start(&self.common, &process, Some(&cluster), group);
+                    self.readers.push(reader);
+                }
+                self.clusters.insert(process.name.clone(), cluster);
+            } else {
+                let group = if index < 2 { GROUPS[0] } else { self.group() };
+                self.start(&process, None, group, &format!("{group}:{index}"));
+            }
+            if kind == 2 || index == 0 {
+                let group = self.group();
+                let reader = Reader::start(&self.common, &process, None, group);
+                self.readers.push(reader);
+            }
+        }
+    }
+
+    fn group(&mut self) -> &'static str {
+        self.plan.choice(GROUPS).unwrap_or(GROUPS[0])
+    }
+
+    fn start(
+        &mut self,
+        process: &Arc<Process>,
+        cluster: Option<&Cluster>,
+        group: &'static str,
+        id: &str,
+    ) {
+        let priority = self.plan.choice([0, 0, 0, 1, 2]).unwrap_or(0);
+        let metrics = self.plan.u8(0..4) == 0;
+        let member = Member::start(
+            &self.common,
+            process,
+            cluster,
+            group,
+            id,
+            priority,
+            metrics,
+        );
+        self.members.push(member);
+    }
+
+    /// How long a fault lasts: short, or about as long as a lease.
+    fn while_(&mut self) -> Duration {
+        let ttl = self.common.ttl as f64;
+        let seconds = match self.plan.u8(0..3) {
+            0 => self.plan.f64(),
+            1 => ttl * (0.5 + self.plan.f64()),
+            _ => 20.0 * self.plan.f64(),
+        };
+        Duration::from_secs_f64(seconds)
+    }
+
+    fn process(&mut self) -> Arc<Process> {
+        let index = self.plan.usize(0..self.processes.len());
+        self.processes[index].clone()
+    }
+
+    /// One thing happens.
+    async fn befall(&mut self) -> Result<(), String> {
+        let lasts = self.while_();
+        let what = self.plan.u8(0..24);
+        self.common.checker.note(&format!("{what} {lasts:?}"));
+        match what {
+            0..=5 => {
+                let process = self.process();
+                let weather = self.weather();
+                self.weather_for(process, weather, lasts);
+            }
+            6 => {
+                // All at once: every lease runs out, if it lasts.
+                for process in self.processes.clone() {
+                    let silent = Weather {
+                        silent: true,
+                        ..Weather::default()
+                    };
+                    self.weather_for(process, silent, lasts);
+                }
+            }
+            7 | 8 => {
+                let process = self.process();
+                process.pause();
+                self.pending.push(tokio::spawn(async move {
+                    sleep(lasts).await;
+                    process.resume();
+                }));
+            }
+            9 | 10 => self.crash_one(),
+            11 | 12 => self.come_back(),
+            13 => {
+                if !self.members.is_empty() {
+                    let index = self.plan.usize(0..self.members.len());
+                    let member = self.members.swap_remove(index);
+                    self.remember(&member);
+                    let stopping = self.stop_in_time(member);
+                    self.leaving.push(stopping);
+                }
+            }
+            14 => self.duplicate(),
+            15..=17 => self.command(),
+            18 => {
+                // The store restarts.
+                let outage = self.common.outage(lasts / 4, |common| {
+                    common.store.end_watches();
+                    common.store.extend_leases();
+                });
+                self.pending.push(outage);
+            }
+            19 => self.common.store.extend_leases(),
+            20 | 21 => {
+                let revision = self.common.store.revision();
+                self.common.store.compact(revision);
+                // Whoever is disconnected then has missed something.
+                let process = self.process();
+                let refused = Weather {
+                    refused: true,
+                    ..Weather::default()
+                };
+                self.weather_for(process, refused, Duration::from_millis(50));
+            }
+            22 => self.backups.push(self.common.store.backup()),
+            _ => self.restore(),
+        }
+        match self.common.checker.violated() {
+            Some(text) => Err(text),
+            None => Ok(()),
+        }
+    }
+
+    fn weather(&mut self) -> Weather {
+        let mut weather = Weather::default();
+        match self.plan.u8(0..7) {
+            0 | 1 => weather.silent = true,
+            2 => weather.refused = true,
+            3 => weather.lost_requests = self.plan.f64(),
+            4 => weather.lost_answers = self.plan.f64(),
+            5 => weather.delay = Duration::from_millis(self.plan.u64(10..3_000)),
+            _ => weather.stragglers = 0.5 * self.plan.f64(),
+        }
+        weather
+    }
+
+    fn weather_for(&mut self, process: Arc<Process>, weather: Weather, lasts: Duration) {
+        process.net.set(weather);
+        self.pending.push(tokio::spawn(async move {
+            sleep(lasts).await;
+            process.net.set(Weather::default());
+        }));
+    }
+
+    fn remember(&mut self, member: &Member) {
+        let down = (
+            member.process.clone(),
+            member.group,
+            member.id.clone(),
+            member.priority,
+        );
+        self.down.push(down);
+    }
+
+    fn crash_one(&mut self) {
+        if self.members.is_empty() {
+            return;
+        }
+        let index = self.plan.usize(0..self.members.len());
+        let member = self.members.swap_remove(index);
+        self.remember(&member);
+        member.crash();
+    }
+
+    fn come_back(&mut self) {
+        let Some((process, group, id, _)) = self.down.pop() else {
+            return;
+        };
+        // Where it was, or somewhere else.
+        let process = if self.plan.bool() {
+            process
+        } else {
+            self.process()
+        };
+        let cluster = self.clusters.get(&process.name).cloned();
+        self.start(&process, cluster.as_ref(), group, &id);
+    }
+
+    /// A second process with an id that is in use.
+    fn duplicate(&mut self) {
+        if self.members.is_empty() {
+            return;
+        }
+        let index = self.plan.usize(0..self.members.len());
+        let (group, id) = (self.members[index].group, self.members[index].id.clone());
+        let process = self.process();
+        self.start(&process, None, group, &id);
+    }
+
+    fn command(&mut self) {
+        if self.members.is_empty() {
+            return;
+        }
+        let index = self.plan.usize(0..self.members.len());
+        let what = self.plan.u8(0..8);
+        let group = self.members[index].group;
+        let peers: Vec<_> = self
+            .members
+            .iter()
+            .filter(|member| member.group == group)
+            .map(|member| member.id.clone())
+            .collect();
+        let target = self.plan.choice(peers).unwrap_or_default();
+        // To the leader, most often: others refuse.
+        let leader = self
+            .members
+            .iter()
+            .position(|member| member.group == group && member.node.is_leader());
+        let index = leader.filter(|_| what > 1).unwrap_or(index);
+        let member = &mut self.members[index];
+        let node = member.node.clone();
+        if what == 0 {
+            member.drains = true;
+        }
+        let checker = self.common.checker.clone();
+        self.pending.push(tokio::spawn(async move {
+            let before = node.leadership().map(|term| term.epoch);
+            let answer = match what {
+                0 => node.drain().await,
+                1..=3 => node.resign().await,
+                _ => node.transfer_to(target).await,
+            };
+            // A target that is not there costs nothing: the same term goes on.
+            if let Err(pingora_etcd::ClusterError::TransferRefused { reason, .. }) = answer
+                && reason.contains("just left")
+            {
+                checker.note(&reason);
+                let after = timeout(Duration::from_secs(3), node.wait_for_leadership()).await;
+                let after = after.ok().map(|term| term.epoch);
+                let is_lost = node.session_state() == SessionState::Active && after > before;
+                if is_lost && before.is_some() {
+                    checker.violation("a refused transfer ended the term".to_owned());
+                }
+            }
+        }));
+    }
+
+    /// Older data takes the place of the store's, as after a disaster. In a new cluster everybody
+    /// notices, at once or later. With a revision that goes on, as if nothing were lost, only
+    /// watches do: so then the store is away until all leases of before have run out, as it is
+    /// when a machine is restored.
+    fn restore(&mut self) {
+        if self.backups.is_empty() {
+            return;
+        }
+        let index = self.plan.usize(0..self.backups.len());
+        // Only one history follows from here.
+        self.backups.truncate(index + 1);
+        let Some(backup) = self.backups.pop() else {
+            return;
+        };
+        let new_cluster = self.plan.bool();
+        let lease = Duration::from_secs(self.common.ttl.unsigned_abs()) + self.common.generosity;
+        let lasts = match (new_cluster, self.plan.bool()) {
+            (true, true) => Duration::from_millis(1),
+            (true, false) => lease.mul_f64(self.plan.f64()),
+            (false, _) => lease.mul_f64(1.1),
+        };
+        let outage = self.common.outage(lasts, move |common| {
+            let bump = (!new_cluster).then_some(1_000_000);
+            common.store.restore(&backup, bump);
+            let before = if new_cluster { 0 } else { common.store.revision() };
+            common.checker.new_history(before);
+        });
+        self.pending.push(outage);
+    }
+
+    fn stop_in_time(&self, member: Member) -> JoinHandle<()> {
+        let (process, id) = (member.process.clone(), member.id.clone());
+        let running = member.stop();
+        let checker = self.common.checker.clone();
+        tokio::spawn(async move {
+            let mut running = running;
+            let mut took = Duration::ZERO;
+            let step = Duration::from_millis(10);
+            while timeout(step, &mut running).await.is_err() {
+                // A process that stands still cannot end, and its timers start late.
+                if process.is_paused() {
+                    took = Duration::ZERO;
+                } else {
+                    took += step;
+                }
+                if took > SHUTDOWN + step {
+                    return checker.violation(format!("{id} has not shut down after {took:?}"));
+                }
+            }
+        })
+    }
+
+    /// Ends every fault.
+    async fn clear_up(&mut self) {
+        for pending in self.pending.drain(..) {
+            pending.abort();
+            let _ = pending.await;
+        }
+        self.common.clear_up();
+        for process in &self.processes {
+            process.net.set(Weather::default());
+            process.resume();
+        }
+        for leaving in self.leaving.drain(..) {
+            let _ = leaving.await;
+        }
+    }
+
+    async fn wait_until_well(&mut self) -> Result<(), String> {
+        let start = Instant::now();
+        loop {
+            if let Some(text) = self.common.checker.violated() {
+                return Err(text);
+            }
+            let Err(text) = self.is_well() else { break };
+            if start.elapsed() > HEALS_WITHIN {
+                return Err(format!(
+                    "{HEALS_WITHIN:?} after the last fault: {text}; {}",
+                    self.describe()
+                ));
+            }
+            sleep(Duration::from_millis(250)).await;
+        }
+        // And it stays so.
+        for _ in 0..20 {
+            sleep(Duration::from_millis(500)).await;
+            if let Err(text) = self.is_well() {
+                return Err(format!("not for long: {text}; {}", self.describe()));
+            }
+        }
+        Ok(())
+    }
+
+    fn describe(&self) -> String {
+        let members: Vec<_> = self
+            .members
+            .iter()
+            .map(|member| {
+                format!(
+                    "{} on {}: {}{}",
+                    member.id,
+                    member.process.name,
+                    member.node.session_state(),
+                    if member.node.is_leader() { ", leads" } else { "" }
+                )
+            })
+            .collect();
+        let entries: Vec<_> = self
+            .common
+            .store
+            .entries()
+            .into_iter()
+            .map(|entry| {
+                let value = String::from_utf8_lossy(&entry.value).into_owned();
+                format!("{}={value} ({:?})", entry.key, entry.lease)
+            })
+            .collect();
+        format!("members {members:?}, entries {entries:#?}")
+    }
+
+    fn is_well(&self) -> Result<(), String> {
+        let entries = self.common.store.entries();
+        let leases = self.common.store.leases();
+        self.leases_are_as_many_as_holders(&leases)?;
+        for group in GROUPS {
+            let prefix = format!("registry/{group}/");
+            let registered: BTreeMap<&str, Node> = entries
+                .iter()
+                .filter_map(|entry| {
+                    let id = entry.key.strip_prefix(&prefix)?;
+                    let node: Node = serde_json::from_slice(&entry.value).ok()?;
+                    let lease = entry.lease.map_or(0, |lease| lease.0);
+                    Some((id, node.with_incarnation(lease)))
+                })
+                .collect();
+            let members: Vec<_> = self
+                .members
+                .iter()
+                .filter(|member| member.group == group)
+                .collect();
+            let ids: BTreeSet<&str> = members.iter().map(|member| &*member.id).collect();
+            if !registered.keys().copied().eq(ids.iter().copied()) {
+                return Err(format!(
+                    "{group}: {:?} are registered, {ids:?} live",
+                    registered.keys()
+                ));
+            }
+            for id in &ids {
+                let own: Vec<_> = members.iter().filter(|member| member.id == *id).collect();
+                let healthy = own
+                    .iter()
+                    .filter(|member| member.node.current_health() == HealthStatus::Healthy)
+                    .count();
+                if healthy != 1 {
+                    return Err(format!("{healthy} processes are healthy as {id}"));
+                }
+            }
+            self.one_leads(group, &members, &entries)?;
+            self.readers_agree(group, &registered)?;
+        }
+        let requests = entries.iter().filter(|entry| entry.key.starts_with("handover/"));
+        match requests.count() {
+            0 => Ok(()),
+            count => Err(format!("{count} requests for leadership are left")),
+        }
+    }
+
+    fn leases_are_as_many_as_holders(
+        &self,
+        leases: &[pingora_etcd::store::LeaseId],
+    ) -> Result<(), String> {
+        let mut expected = 0;
+        let mut shared: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
+        for member in &self.members {
+            match &member.cluster {
+                None => expected += 1,
+                Some(_) => {
+                    let groups = shared.entry(&member.process.name).or_default();
+                    *groups.entry(member.group).or_default() += 1;
+                }
+            }
+        }
+        // One for as many as are of different groups.
+        for groups in shared.values() {
+            expected += groups.values().copied().max().unwrap_or(0);
+        }
+        // One that is run again while others go on has another lease.
+        if leases.len() < expected || leases.len() > expected + 2 * shared.len() {
+            return Err(format!(
+                "there are {} leases, expected {expected}",
+                leases.len()
+            ));
+        }
+        Ok(())
+    }
+
+    fn one_leads(
+        &self,
+        group: &str,
+        members: &[&Member],
+        entries: &[pingora_etcd::store::Entry],
+    ) -> Result<(), String> {
+        let healthy = |member: &&&Member| {
+            member.node.current_health() == HealthStatus::Healthy
+        };
+        let draining = |member: &&&Member| member.node.session_state() == SessionState::Draining;
+        let candidates: Vec<_> = members
+            .iter()
+            .filter(healthy)
+            .filter(|member| !draining(member))
+            .collect();
+        let prefix = format!("election/{group}/");
+        let standing = entries
+            .iter()
+            .filter(|entry| entry.key.starts_with(&prefix))
+            .count();
+        if standing != candidates.len() {
+            return Err(format!(
+                "{group}: {standing} candidacies of {} candidates",
+                candidates.len()
+            ));
+        }
+        for member in members.iter().filter(healthy) {
+            // A restart or a duplicate of one that drained serves; this very one does not.
+            let told = member.node.session_state() == SessionState::Draining;
+            if told && member.node.is_leader() {
+                return Err(format!("{} leads and drains", member.id));
+            }
+        }
+        let leaders: Vec<_> = members
+            .iter()
+            .filter(|member| member.node.is_leader())
+            .collect();
+        match (&leaders[..], candidates.is_empty()) {
+            ([], true) => Ok(()),
+            ([leader], false) => {
+                let highest = candidates.iter().map(|member| member.priority).max();
+                if Some(leader.priority) < highest {
+                    return Err(format!("{} leads with a lower priority", leader.id));
+                }
+                Ok(())
+            }
+            (leaders, _) => Err(format!("{group}: {} lead", leaders.len())),
+        }
+    }
+
+    fn readers_agree(
+        &self,
+        group: &str,
+        registered: &BTreeMap<&str, Node>,
+    ) -> Result<(), String> {
+        let incarnations: BTreeMap<String, i64> = registered
+            .iter()
+            .map(|(id, node)| ((*id).to_owned(), node.incarnation()))
+            .collect();
+        let leader = self
+            .members
+            .iter()
+            .filter(|member| member.group == group)
+            .find_map(|member| Some((member.id.clone(), member.node.leadership()?.epoch)));
+        for reader in self.readers.iter().filter(|reader| reader.group == group) {
+            let place = &reader.process.name;
+            if reader.discovery.status() != DiscoveryStatus::Live {
+                return Err(format!("the discovery on {place} is not live"));
+            }
+            let nodes: BTreeMap<String, i64> = reader
+                .discovery
+                .nodes()
+                .iter()
+                .map(|node| (node.id.clone(), node.incarnation()))
+                .collect();
+            if nodes != incarnations {
+                return Err(format!(
+                    "the discovery on {place} has {nodes:?}, the store {incarnations:?}"
+                ));
+            }
+            let seen = reader.discovery.leadership();
+            let seen = seen.map(|term| (term.node.id.clone(), term.epoch));
+            if seen != leader {
+                return Err(format!(
+                    "the discovery on {place} has leader {seen:?}, it is {leader:?}"
+                ));
+            }
+            let folded = reader.folded.lock().unwrap();
+            if folded.nodes != nodes || folded.leader != seen {
+                return Err(format!(
+                    "the changes on {place} fold to {folded:?}, not to {nodes:?}, {seen:?}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Everybody leaves, each with the network as it happens to be, and nothing stays.
+    async fn end(&mut self) -> Result<(), String> {
+        for process in self.processes.clone() {
+            let weather = self.weather();
+            if self.plan.bool() {
+                process.net.set(weather);
+            }
+        }
+        sleep(Duration::from_millis(self.plan.u64(0..5_000))).await;
+        let members = std::mem::take(&mut self.members);
+        for member in members {
+            sleep(Duration::from_millis(self.plan.u64(0..300))).await;
+            let stopping = self.stop_in_time(member);
+            self.leaving.push(stopping);
+        }
+        for leaving in self.leaving.drain(..) {
+            let _ = leaving.await;
+        }
+        for reader in std::mem::take(&mut self.readers) {
+            let stopping = reader.stop();
+            if timeout(SHUTDOWN, stopping).await.is_err() {
+                return Err("a discovery has not shut down".to_owned());
+            }
+        }
+        for process in &self.processes {
+            process.net.set(Weather::default());
+        }
+        self.clusters.clear();
+        // What was on the wire arrives, and every lease that could not be ended runs out.
+        let leftover = Duration::from_secs(self.common.ttl.unsigned_abs() + 20);
+        sleep(leftover).await;
+        let keys: Vec<_> = self
+            .common
+            .store
+            .entries()
+            .into_iter()
+            .map(|entry| entry.key)
+            .filter(|key| !key.starts_with("work/"))
+            .collect();
+        let leases = self.common.store.leases();
+        if !keys.is_empty() || !leases.is_empty() {
+            return Err(format!("left behind: {keys:?}, leases {leases:?}"));
+        }
+        let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        if tasks > 0 {
+            return Err(format!("{tasks} tasks are left"));
+        }
+        match self.common.checker.violated() {
+            Some(text) => Err(text),
+            None => Ok(()),
+        }
+    }
+}
