@@ -13,18 +13,22 @@ mod support;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use clap::Parser;
 use pingora::server::configuration::Opt;
 use pingora::server::{Server, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
+use pingora_etcd::Cluster;
 use pingora_etcd::config::{self, ClusterConfig};
 use pingora_etcd::pingora::ClusterProxy;
-use support::{WorkerOptions, run_worker};
+use support::{EtcdAccess, WorkerOptions, run_worker};
 use tokio::task::JoinSet;
 
 const FIRST_DEMO_PORT: u16 = 9001;
+/// What Pingora leaves a background service to end is more than this.
+const DEMO_GRACE: Duration = Duration::from_secs(10);
 
 /// A complete HTTP load balancer from one YAML file.
 #[derive(Parser)]
@@ -98,17 +102,23 @@ struct Workers {
 impl BackgroundService for Workers {
     async fn start(&self, shutdown: ShutdownWatch) {
         let mut workers = JoinSet::new();
+        let cluster = match Cluster::connect(&self.config.etcd) {
+            Ok(cluster) => cluster,
+            Err(error) => return tracing::error!(%error, "no workers"),
+        };
         for index in 0..self.count {
             let port = FIRST_DEMO_PORT + index;
             let id = format!("worker-{}", index + 1);
             let options = WorkerOptions {
-                etcd: (&self.config.etcd).into(),
+                store: EtcdAccess::Shared(cluster.clone()),
                 group: self.config.group.clone(),
                 id: id.clone(),
                 listen: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
                 advertise: None,
                 zone: None,
                 ttl: 5,
+                priority: 0,
+                grace: DEMO_GRACE,
                 slots: None,
             };
             let mut shutdown = shutdown.clone();

@@ -9,7 +9,11 @@
 //! curl -X POST 127.0.0.1:9001/crash                             # exit at once
 //! ```
 //!
-//! SIGTERM and Ctrl-C leave gracefully too.
+//! SIGTERM and Ctrl-C leave gracefully too: the worker says that it drains, so that balancers send
+//! it nothing new, finishes what it has, for as long as `--grace` allows, and leaves. A second one
+//! ends it at once, as a crash would.
+//!
+//! With `--priority 1` it takes leadership over from workers without one.
 //!
 //! With `--slots 4 --service-ms 20` it works on four requests at a time, for 20 ms each on average,
 //! and reports how much of that is in use; `PUT /slots?count=2` leaves it two of them, as if a
@@ -25,7 +29,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use pingora_etcd::EtcdOptions;
-use support::{Ended, WorkerOptions, run_worker};
+use support::{Ended, EtcdAccess, WorkerOptions, run_worker};
 
 /// A small HTTP server that registers in a group.
 #[derive(Parser)]
@@ -57,6 +61,12 @@ struct Arguments {
     /// Seconds after a crash until it is missed.
     #[arg(long, default_value_t = 5)]
     ttl: i64,
+    /// As a leader: a worker with a higher one takes over.
+    #[arg(long, default_value_t = 0)]
+    priority: u16,
+    /// Seconds to wait for requests in flight when told to stop.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    grace: u64,
 }
 
 #[tokio::main]
@@ -64,18 +74,40 @@ async fn main() -> ExitCode {
     log::init();
     let arguments = Arguments::parse();
     let options = WorkerOptions {
-        etcd: EtcdOptions::new(arguments.etcd),
+        store: EtcdAccess::Own(EtcdOptions::new(arguments.etcd)),
         group: arguments.group,
         id: arguments.id,
         listen: arguments.listen,
         advertise: arguments.advertise,
         zone: arguments.zone,
         ttl: arguments.ttl,
+        priority: arguments.priority,
+        grace: Duration::from_secs(arguments.grace),
         slots: arguments
             .slots
             .map(|slots| (slots, Duration::from_millis(arguments.service_ms))),
     };
-    match run_worker(options, signal()).await {
+    // What comes after the first signal is a second one.
+    let (told, mut again) = tokio::sync::oneshot::channel();
+    let first = async move {
+        signal().await;
+        let _ = told.send(());
+    };
+    let impatient = async {
+        // Without a first signal there is no second one.
+        if (&mut again).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        signal().await;
+    };
+    let ended = tokio::select! {
+        ended = run_worker(options, first) => ended,
+        () = impatient => {
+            eprintln!("worker: ended at once; its lease will run out");
+            return ExitCode::FAILURE;
+        }
+    };
+    match ended {
         Ok(Ended::Left) => ExitCode::SUCCESS,
         // At once: no destructor, no flushing, as a crash would.
         Ok(Ended::Crashed) => std::process::abort(),

@@ -12,7 +12,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{post, put};
 use pingora_etcd::{
-    ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, LOAD_REPORT_HEADER, LoadReporter,
+    Cluster, ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, LOAD_REPORT_HEADER, LoadReporter,
     MetricsCollector, NodeMetadata, metadata_keys,
 };
 use serde::Deserialize;
@@ -27,9 +27,17 @@ mod slots;
 
 use slots::Slots;
 
+/// How a worker gets to etcd.
+pub enum EtcdAccess {
+    /// By a connection of its own.
+    Own(EtcdOptions),
+    /// By one that others in its process use too.
+    Shared(Cluster),
+}
+
 /// What a worker is started with.
 pub struct WorkerOptions {
-    pub etcd: EtcdOptions,
+    pub store: EtcdAccess,
     pub group: String,
     pub id: String,
     pub listen: SocketAddr,
@@ -38,6 +46,10 @@ pub struct WorkerOptions {
     pub zone: Option<String>,
     /// In seconds.
     pub ttl: i64,
+    /// As a leader: a higher one takes over.
+    pub priority: u16,
+    /// How long requests in flight are waited for when it is told to stop.
+    pub grace: Duration,
     /// How many requests it works on at a time, and for how long on average. `None`: any number,
     /// for as long as the load that it is told to have makes it.
     pub slots: Option<(u32, Duration)>,
@@ -134,8 +146,14 @@ pub async fn run_worker(
     let slots = options
         .slots
         .map(|(count, time)| Arc::new(Slots::new(count, time)));
-    let mut builder = ClusterNodeBuilder::new(options.etcd, &options.id, ip, options.group)
-        .ttl(options.ttl)
+    let builder = match options.store {
+        EtcdAccess::Own(etcd) => {
+            ClusterNodeBuilder::new(etcd, &options.id, ip, options.group).ttl(options.ttl)
+        }
+        EtcdAccess::Shared(cluster) => cluster.node(&options.id, ip, options.group),
+    };
+    let mut builder = builder
+        .priority(options.priority)
         .metrics_collector(Reported(load.clone(), slots.clone()))
         .metrics_update_interval(1);
     if let Some(zone) = options.zone {
@@ -173,6 +191,10 @@ pub async fn run_worker(
         tokio::select! {
             () = shutdown => {}
             _ = ended.wait_for(Option::is_some) => {}
+        }
+        // Still registered, and still serving what balancers have sent already.
+        if !node.drain_until_idle(options.grace).await {
+            tracing::warn!(id = options.id, grace = ?options.grace, "leaves with requests in flight");
         }
     });
     let mut crashed = end.subscribe();

@@ -258,7 +258,6 @@ impl Part<'_> {
                 // there, and is still counted on: only what is created from here on is newer.
                 past.abandoned = own.unwrap_or(0);
                 shared.end_term();
-                self.holder.tidy_again();
             }
             (self.standing(&reading, &past), past.quiet_until)
         };

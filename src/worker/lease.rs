@@ -24,10 +24,12 @@ use crate::store::{Condition, LeaseId, Store, Txn};
 pub(super) const UNHEALTHY_AFTER: u32 = 3;
 /// Renewals missed in a row until the lease is given up.
 const LOST_AFTER: u32 = 10;
-/// How often, and for how long, keys of an ended node are removed under a lease that lives on. A
-/// request is given up after a few seconds, and its connection with it: none comes later than that.
+/// How often keys of an ended node are removed under a lease that lives on: at first because a
+/// request of it may be carried out after its end, though not much later than it is given up; then
+/// because the store may have been given older data, in which they are there again.
 const TIDY_EVERY: Duration = Duration::from_secs(5);
 const TIDY_FOR: Duration = Duration::from_secs(20);
+const TIDY_THEN_EVERY: Duration = Duration::from_secs(30);
 /// How long a lease that was given up is worth a request to end it.
 const REVOKE_BUDGET: Duration = Duration::from_millis(1500);
 
@@ -76,9 +78,8 @@ struct Orphan {
     group: String,
     keys: Vec<String>,
     lease: LeaseId,
-    /// When to remove it, again and again, until then. It is remembered for as long as the lease
-    /// lasts: older data can bring it back.
-    next: Option<Instant>,
+    /// When to remove it again; often, until then.
+    next: Instant,
     until: Instant,
 }
 
@@ -143,21 +144,12 @@ impl LeaseHolder {
                 group: group.to_owned(),
                 keys: keys(lease),
                 lease,
-                next: Some(Instant::now()),
+                next: Instant::now(),
                 until: Instant::now() + TIDY_FOR,
             });
             self.orphaned.notify_one();
         }
         Leave::Delete(lease)
-    }
-
-    /// The store has gone back to older data: what was removed may be there again.
-    pub(super) fn tidy_again(&self) {
-        for orphan in &mut self.users().orphans {
-            orphan.next = Some(Instant::now());
-            orphan.until = Instant::now() + TIDY_FOR;
-        }
-        self.orphaned.notify_one();
     }
 
     pub(super) fn listen(&self) -> Listener<'_, Held> {
@@ -321,7 +313,7 @@ impl LeaseHolder {
     /// Removes what ended nodes have left behind under the lease that lives on.
     async fn tidy(&self, store: &dyn Store) -> Infallible {
         loop {
-            let next = self.users().orphans.iter().filter_map(|orphan| orphan.next).min();
+            let next = self.users().orphans.iter().map(|orphan| orphan.next).min();
             let due = async {
                 match next {
                     Some(next) => sleep_until(next).await,
@@ -343,9 +335,10 @@ impl LeaseHolder {
                 let due = users
                     .orphans
                     .iter_mut()
-                    .filter(|orphan| orphan.next.is_some_and(|next| next <= now));
+                    .filter(|orphan| orphan.next <= now);
                 due.map(|orphan| {
-                    orphan.next = (now < orphan.until).then(|| now + TIDY_EVERY);
+                    let often = now < orphan.until;
+                    orphan.next = now + if often { TIDY_EVERY } else { TIDY_THEN_EVERY };
                     orphan.clone()
                 })
                 .collect()
@@ -362,7 +355,7 @@ impl LeaseHolder {
                     .find(|own| own.lease == orphan.lease && own.group == orphan.group);
                 if let Some(own) = own {
                     // The time counts from when the store could be written.
-                    own.next = Some(Instant::now() + TIDY_EVERY / 5);
+                    own.next = Instant::now() + TIDY_EVERY / 5;
                     own.until = Instant::now() + TIDY_FOR;
                 }
             }

@@ -139,38 +139,155 @@ async fn resigning_passes_leadership_on_with_a_greater_token() {
 }
 
 #[tokio::test]
-async fn a_transfer_goes_to_the_next_in_line_or_is_refused_with_the_reason() {
+async fn a_transfer_goes_to_any_candidate_and_is_refused_with_the_reason() {
     let etcd = Etcd::shared();
     let group = group("transfer");
     let mut nodes = Vec::new();
-    for id in ["n1", "n2", "n3"] {
+    for id in ["n1", "n2", "n3", "n4"] {
         nodes.push(Running::start(&etcd.options(), &group, id).await);
     }
     let discovery = ready(&etcd.options(), &group).await;
-    within("leadership", nodes[0].node.wait_for_leadership()).await;
-    let refused = |error: ClusterError, reason: &str| {
-        assert!(error.to_string().contains(reason), "{error}");
-    };
+    let term = within("leadership", nodes[0].node.wait_for_leadership()).await;
     let first = &nodes[0].node;
-    refused(
-        first.transfer_to("n3").await.unwrap_err(),
-        "\"n2\" is ahead",
+    let error = first.transfer_to("n9").await.unwrap_err();
+    assert!(error.to_string().contains("not a candidate"), "{error}");
+    assert_eq!(
+        first.leadership().map(|term| term.epoch),
+        Some(term.epoch),
+        "still, after a refusal"
     );
-    refused(
-        first.transfer_to("n9").await.unwrap_err(),
-        "not a candidate",
-    );
-    assert!(first.is_leader(), "still, after a refusal");
     let error = nodes[1].node.transfer_to("n3").await.unwrap_err();
     assert!(matches!(error, ClusterError::NotLeader { .. }), "{error}");
 
-    first.transfer_to("n2").await.unwrap();
+    // Past two others, which make way.
+    let mut events = discovery.subscribe();
+    first.transfer_to("n4").await.unwrap();
     assert!(!first.is_leader());
-    within("n2 leads", nodes[1].node.wait_for_leadership()).await;
-    eventually("seen", || leader_id(&discovery).as_deref() == Some("n2")).await;
+    within("n4 leads", nodes[3].node.wait_for_leadership()).await;
+    eventually("seen", || leader_id(&discovery).as_deref() == Some("n4")).await;
+    // One change of leader, not one after another.
+    while let Ok(event) = events.try_recv() {
+        if let ClusterEvent::LeaderElected(node) = event {
+            assert_eq!(node.id, "n4");
+        }
+    }
+    // To the next in line, as it is now.
+    nodes[3].node.transfer_to("n1").await.unwrap();
+    within("n1 leads", nodes[0].node.wait_for_leadership()).await;
+    let mut client = etcd.raw_client().await;
+    let requests = client
+        .get(format!("handover/{group}/"), Some(etcd_client::GetOptions::new().with_prefix()))
+        .await
+        .unwrap();
+    assert!(requests.kvs().len() <= 1, "{requests:?}");
     for node in nodes {
         node.stop().await;
     }
+}
+
+#[tokio::test]
+async fn a_transfer_past_a_node_of_the_predecessor_is_refused_and_nobody_else_leads() {
+    let etcd = Etcd::shared();
+    let group = group("past-a-peer");
+    let first = Running::start(&etcd.options(), &group, "n1").await;
+    let term = within("leadership", first.node.wait_for_leadership()).await;
+    // As the predecessor writes: no priority, and a candidacy under the same lease.
+    let mut client = etcd.raw_client().await;
+    let lease = client.lease_grant(60, None).await.unwrap().id();
+    let under = || Some(etcd_client::PutOptions::new().with_lease(lease));
+    let entry = r#"{"id":"peer","ip":"127.0.0.1","last_seen":1}"#;
+    let registration = format!("registry/{group}/peer");
+    client.put(registration, entry, under()).await.unwrap();
+    let candidacy = format!("election/{group}/{lease:x}");
+    client.put(candidacy, "peer", under()).await.unwrap();
+    let last = Running::start(&etcd.options(), &group, "n2").await;
+
+    let error = first.node.transfer_to("n2").await.unwrap_err().to_string();
+    assert!(error.contains("\"peer\" is ahead of it"), "{error}");
+    let same = first.node.leadership().map(|term| term.epoch);
+    assert_eq!(same, Some(term.epoch));
+    // To the peer itself it goes; from there it cannot be taken.
+    first.node.transfer_to("peer").await.unwrap();
+    let discovery = ready(&etcd.options(), &group).await;
+    eventually("the peer leads", || {
+        leader_id(&discovery).as_deref() == Some("peer")
+    })
+    .await;
+    assert!(!first.node.is_leader() && !last.node.is_leader());
+    client.lease_revoke(lease).await.unwrap();
+    eventually("one of ours leads", || {
+        first.node.is_leader() || last.node.is_leader()
+    })
+    .await;
+    first.stop().await;
+    last.stop().await;
+}
+
+#[tokio::test]
+async fn a_higher_priority_takes_over_once_it_has_been_there_for_a_while() {
+    let etcd = Etcd::shared();
+    let group = group("priority");
+    let mut nodes = Vec::new();
+    for id in ["n1", "n2"] {
+        nodes.push(Running::start(&etcd.options(), &group, id).await);
+    }
+    within("leadership", nodes[0].node.wait_for_leadership()).await;
+    let after = Duration::from_secs(1);
+    let high = super::builder(&etcd.options(), &group, "n3")
+        .priority(7)
+        .takeover_after(after)
+        .try_build()
+        .unwrap();
+    let high = Running::new(high);
+    high.wait_until_healthy().await;
+    let discovery = ready(&etcd.options(), &group).await;
+    let seen = discovery.nodes().get("n3").map(|node| node.priority);
+    assert_eq!(seen, Some(Some(7)));
+    let took = eventually("it leads", || high.node.is_leader()).await;
+    assert!(took > after / 2, "not at once: {took:?}");
+    assert!(!nodes[0].node.is_leader() && !nodes[1].node.is_leader());
+    // It keeps leading against lower ones, and loses to nobody by itself.
+    throughout("it leads", 2 * after, || high.node.is_leader()).await;
+    high.stop().await;
+    eventually("somebody else leads", || {
+        nodes.iter().any(|running| running.node.is_leader())
+    })
+    .await;
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_write_with_the_guard_of_an_ended_term_is_not_carried_out() {
+    use pingora_etcd::store::{EtcdStore, Selector, Store, Txn};
+    let etcd = Etcd::shared();
+    let group = group("fencing");
+    let first = Running::start(&etcd.options(), &group, "n1").await;
+    let old = within("leadership", first.node.wait_for_leadership()).await;
+    let store = EtcdStore::new(etcd.options()).unwrap();
+    let key = format!("work/{group}");
+    let write = |term: &pingora_etcd::Leadership| {
+        let value = term.epoch.to_string().into_bytes();
+        Txn::new()
+            .when(term.guard())
+            .put(key.clone(), value, None)
+    };
+    assert!(store.txn(write(&old)).await.unwrap().is_some());
+    let lost = first.node.wait_for_loss(old.epoch);
+    let (_, resigned) = tokio::join!(within("it is told", lost), first.node.resign());
+    resigned.unwrap();
+    let new = within("leadership", first.node.wait_for_leadership()).await;
+    assert!(new.epoch > old.epoch);
+    assert!(store.txn(write(&old)).await.unwrap().is_none());
+    assert!(store.txn(write(&new)).await.unwrap().is_some());
+    // What a discovery knows of the leader will do as well.
+    let discovery = ready(&etcd.options(), &group).await;
+    within("a leader", discovery.wait_for_leader()).await;
+    assert_eq!(discovery.leadership().unwrap().guard(), new.guard());
+    let listing = store.list(&Selector::Key(key.clone()), None).await.unwrap();
+    assert_eq!(listing.entries[0].value, new.epoch.to_string().into_bytes());
+    first.stop().await;
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ mod discovery;
 mod election;
 mod faults;
 mod metrics;
+mod sharing;
 
 use std::time::Duration;
 

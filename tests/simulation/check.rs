@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pingora_etcd::ClusterNode;
-use pingora_etcd::store::{Clock, LeaseId, MemoryStore, Revision, Txn, Write};
+use pingora_etcd::store::{Clock, Entry, LeaseId, MemoryStore, Revision, Txn, Write};
+use pingora_etcd::{ClusterNode, Leadership};
 use tokio::time::Instant;
 
 use super::net::Skewed;
@@ -24,6 +24,8 @@ struct Inner {
     /// What a lease may be counted on for: when its last answered renewal was sent, and the TTL.
     acknowledged: HashMap<LeaseId, (Duration, Duration)>,
     groups: BTreeMap<String, Tokens>,
+    /// Who stood in line when a candidacy, by its key and its revision, was deleted.
+    lines: HashMap<(String, Revision), Vec<String>>,
     rolled_back_to: Revision,
     violation: Option<String>,
     steps: u64,
@@ -128,6 +130,52 @@ impl Checker {
     pub fn acknowledged(&self, lease: LeaseId, sent: Duration, ttl: Duration) {
         let mut inner = self.inner.lock().unwrap();
         inner.acknowledged.insert(lease, (sent, ttl));
+    }
+
+    /// The candidates of the group that one of these entries stands in line of.
+    pub fn line_of(&self, entries: &[Entry]) -> Vec<String> {
+        let candidacy = entries
+            .iter()
+            .find(|entry| entry.key.starts_with("election/"));
+        let Some((prefix, _)) = candidacy.and_then(|entry| entry.key.rsplit_once('/')) else {
+            return Vec::new();
+        };
+        let prefix = format!("{prefix}/");
+        self.store
+            .entries()
+            .into_iter()
+            .filter(|entry| entry.key.starts_with(&prefix))
+            .map(|entry| String::from_utf8_lossy(&entry.value).into_owned())
+            .collect()
+    }
+
+    /// A candidacy was deleted; this was the line then.
+    pub fn left_the_line(&self, txn: &Txn, before: &[Entry], line: Vec<String>) {
+        for write in &txn.writes {
+            let Write::Delete { key } = write else {
+                continue;
+            };
+            if let Some(entry) = before.iter().find(|entry| entry.key == *key)
+                && key.starts_with("election/")
+            {
+                let mut inner = self.inner.lock().unwrap();
+                inner
+                    .lines
+                    .insert((key.clone(), entry.create_revision), line.clone());
+            }
+        }
+    }
+
+    /// Leadership of this term was handed to `target`: that has to have been there.
+    pub fn handed_over(&self, term: &Leadership, target: &str) {
+        let was_there = {
+            let inner = self.inner.lock().unwrap();
+            let line = inner.lines.get(&(term.key.to_string(), term.epoch));
+            line.is_none_or(|line| line.iter().any(|id| id == target))
+        };
+        if !was_there {
+            self.violation(format!("{target} was given leadership after it had left"));
+        }
     }
 
     /// A transaction was carried out.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pingora_etcd::ClusterError;
 use pingora_etcd::store::{
-    Clock, Entry, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Revision, Selector, Store,
+    Clock, Condition, Entry, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Revision, Selector, Store,
     Txn, WatchEvent, WatchRange, Watcher, Write,
 };
 use tokio::sync::{Notify, oneshot};
@@ -238,16 +238,24 @@ impl Client {
         }
     }
 
-    /// Nobody removes what is not his.
+    /// Nobody removes what is not his, nor replaces what he has not looked at.
     fn check_writes(&self, txn: &Txn, before: &[Entry]) {
         for write in &txn.writes {
-            let Write::Delete { key } = write else {
+            let (Write::Delete { key } | Write::Put { key, .. }) = write;
+            let entry = before.iter().find(|entry| entry.key == *key);
+            let Some(lease) = entry.and_then(|entry| entry.lease) else {
                 continue;
             };
-            let entry = before.iter().find(|entry| entry.key == *key);
-            if let Some(lease) = entry.and_then(|entry| entry.lease)
-                && !self.owns(lease)
-            {
+            if self.owns(lease) {
+                continue;
+            }
+            let is_removed = matches!(write, Write::Delete { .. });
+            let is_looked_at = txn.conditions.iter().any(|condition| match condition {
+                Condition::Absent(of) | Condition::HeldBy(of, _) | Condition::CreatedAt(of, _) => {
+                    of == key
+                }
+            });
+            if is_removed || !is_looked_at {
                 self.checker
                     .violation(format!("{key} of lease {lease} is removed by another"));
             }
@@ -306,14 +314,16 @@ impl Store for Client {
             let before: Vec<_> = txn
                 .writes
                 .iter()
-                .filter_map(|write| match write {
-                    Write::Delete { key } => client.store.entry(key),
-                    Write::Put { .. } => None,
+                .filter_map(|write| {
+                    let (Write::Delete { key } | Write::Put { key, .. }) = write;
+                    client.store.entry(key)
                 })
                 .collect();
+            let line = client.checker.line_of(&before);
             let result = client.store.txn(txn.clone()).await;
             if let Ok(Some(_)) = result {
                 client.check_writes(&txn, &before);
+                client.checker.left_the_line(&txn, &before, line);
                 client.checker.committed(&txn);
             }
             result

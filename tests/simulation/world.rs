@@ -342,13 +342,35 @@ impl World {
             member.drains = true;
         }
         let checker = self.common.checker.clone();
+        if what == 7 {
+            // The target leaves at about the same time.
+            let leaves = self
+                .members
+                .iter()
+                .position(|member| member.id == target && member.node.id() != node.id());
+            if let Some(leaves) = leaves {
+                let member = self.members.swap_remove(leaves);
+                self.remember(&member);
+                let stopping = self.stop_in_time(member);
+                self.leaving.push(stopping);
+            }
+        }
+        let wait = Duration::from_millis(self.plan.u64(0..8));
         self.pending.push(tokio::spawn(async move {
-            let before = node.leadership().map(|term| term.epoch);
+            sleep(wait).await;
+            let term = node.leadership();
+            let before = term.as_ref().map(|term| term.epoch);
             let answer = match what {
                 0 => node.drain().await,
                 1..=3 => node.resign().await,
-                _ => node.transfer_to(target).await,
+                _ => node.transfer_to(target.clone()).await,
             };
+            if let (Some(term), Ok(())) = (&term, &answer)
+                && what > 3
+                && target != node.id()
+            {
+                checker.handed_over(term, &target);
+            }
             // A target that is not there costs nothing: the same term goes on.
             if let Err(pingora_etcd::ClusterError::TransferRefused { reason, .. }) = answer
                 && reason.contains("just left")
