@@ -98,6 +98,11 @@ impl Fault {
         }
     }
 
+    /// Whether it is worth its time in a short run.
+    pub fn is_quick(self) -> bool {
+        self != Self::CrashWhileStopped
+    }
+
     pub async fn inject(self, world: &mut World, found: &mut Found) {
         match self {
             Self::KillFollower => kill_follower(world).await,

@@ -95,10 +95,22 @@ async fn main() -> ExitCode {
     };
     let arguments = Arguments::parse();
     println!("chaos: etcd {}, seed {}", binary.display(), arguments.seed);
-    let mut report = Report::new();
+    let report = Report::new();
     if !arguments.only_targets {
-        let rng = fastrand::Rng::with_seed(arguments.seed);
-        inject(&binary, &arguments, rng, &mut report).await;
+        let mut rng = fastrand::Rng::with_seed(arguments.seed);
+        // Side by side, for they share nothing.
+        tokio::join!(
+            inject(&ON_THREE, 3, None, &binary, &arguments, rng.fork(), &report),
+            inject(
+                &ON_ONE,
+                1,
+                Some(single::QUOTA),
+                &binary,
+                &arguments,
+                rng,
+                &report
+            ),
+        );
         report.print();
     }
     if arguments.only.is_none() {
@@ -109,65 +121,58 @@ async fn main() -> ExitCode {
     report.end()
 }
 
-async fn inject(binary: &Path, arguments: &Arguments, mut rng: fastrand::Rng, report: &mut Report) {
+/// Injects these faults into an etcd of so many members.
+async fn inject(
+    faults: &[Fault],
+    members: usize,
+    quota: Option<u64>,
+    binary: &Path,
+    arguments: &Arguments,
+    mut rng: fastrand::Rng,
+    report: &Report,
+) {
+    let long = arguments.seconds.is_some();
+    let mut faults = faults.to_vec();
+    faults.retain(|fault| arguments.wants(*fault) && (long || fault.is_quick()));
+    if faults.is_empty() {
+        return;
+    }
     let monitor = Arc::new(Monitor::start());
-    let seconds = arguments.seconds.map(Duration::from_secs);
-    let parts: [(&[Fault], usize, Option<u64>, f64); 2] = [
-        (&ON_THREE, 3, None, 0.8),
-        (&ON_ONE, 1, Some(single::QUOTA), 0.2),
-    ];
-    for (faults, members, quota, share) in parts {
-        let mut faults = faults.to_vec();
-        faults.retain(|fault| arguments.wants(*fault));
-        if faults.is_empty() {
-            continue;
-        }
-        let start = Instant::now();
-        let mut world = World::start(
-            binary,
-            members,
-            quota,
-            &monitor,
-            rng.fork(),
-            seconds.is_some(),
-        )
-        .await;
-        if let Err(wrong) = world.heal().await {
-            report.fail(format!("the start on {members} members: {wrong:?}"));
-            return;
-        }
-        println!(
-            "{members} member(s), {} workers: all is well after {:.1?}",
-            world.fleet.workers.len(),
-            start.elapsed()
-        );
-        monitor.take();
-        world.traffic.take();
-        loop {
-            rng.shuffle(&mut faults);
-            for fault in &faults {
-                let over = seconds.map(|seconds| start.elapsed() > seconds.mul_f64(share));
-                if over == Some(true) && report.has_all(&faults) {
-                    break;
-                }
-                if !one(&mut world, *fault, report).await {
-                    // Not well: what comes next would be measured on a cluster that is broken.
-                    return;
-                }
-            }
-            let over = seconds.is_none_or(|seconds| start.elapsed() > seconds.mul_f64(share));
-            if over {
+    let start = Instant::now();
+    let mut world = World::start(binary, members, quota, &monitor, rng.fork(), long).await;
+    if let Err(wrong) = world.heal().await {
+        report.fail(format!("the start on {members} members: {wrong:?}"));
+        return;
+    }
+    println!(
+        "{members} member(s), {} workers: all is well after {:.1?}",
+        world.fleet.workers.len(),
+        start.elapsed()
+    );
+    monitor.take();
+    world.traffic.take();
+    let over = || match arguments.seconds {
+        Some(seconds) => start.elapsed() > Duration::from_secs(seconds),
+        None => true,
+    };
+    let mut first = true;
+    while first || !over() {
+        rng.shuffle(&mut faults);
+        for fault in &faults {
+            if !first && over() {
                 break;
             }
+            if !one(&mut world, *fault, report).await {
+                // Not well: what comes next would be measured on a cluster that is broken.
+                return;
+            }
         }
-        monitor.watch_nodes(Vec::new());
-        monitor.watch_discoveries(Vec::new());
-        monitor.let_tokens_go_back(false);
+        first = false;
     }
 }
 
 /// Injects one fault and waits until all is well. Answers whether it is.
-async fn one(world: &mut World, fault: Fault, report: &mut Report) -> bool {
+async fn one(world: &mut World, fault: Fault, report: &Report) -> bool {
     let mut found = Found::default();
     let start = Instant::now();
     fault.inject(world, &mut found).await;

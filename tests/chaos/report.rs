@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::faults::{Fault, Found};
@@ -25,11 +26,17 @@ pub struct Row {
     pub healed: Result<Healed, Vec<String>>,
 }
 
+/// Written to by several parts of a run at once.
 pub struct Report {
+    seen: Mutex<Seen>,
+    file: PathBuf,
+}
+
+#[derive(Default)]
+struct Seen {
     rows: Vec<Row>,
     skipped: Vec<(Fault, String)>,
     failures: Vec<String>,
-    file: PathBuf,
 }
 
 impl Report {
@@ -39,37 +46,28 @@ impl Report {
         // Lines of this run only. Whether it can be written shows at the first one.
         let _ = std::fs::remove_file(&file);
         Self {
-            rows: Vec::new(),
-            skipped: Vec::new(),
-            failures: Vec::new(),
+            seen: Mutex::default(),
             file,
         }
     }
 
-    pub fn fail(&mut self, failure: String) {
-        println!("FAILED: {failure}");
-        self.failures.push(failure);
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn skip(&mut self, fault: Fault, reason: String) {
-        if !self.skipped.iter().any(|(other, _)| *other == fault) {
-            self.skipped.push((fault, reason));
+    pub fn fail(&self, failure: String) {
+        println!("FAILED: {failure}");
+        self.seen().failures.push(failure);
+    }
+
+    pub fn skip(&self, fault: Fault, reason: String) {
+        let skipped = &mut self.seen().skipped;
+        if !skipped.iter().any(|(other, _)| *other == fault) {
+            skipped.push((fault, reason));
         }
     }
 
-    /// Whether each of these has had its turn.
-    pub fn has_all(&self, faults: &[Fault]) -> bool {
-        let skipped = self.skipped.iter().map(|(fault, _)| *fault);
-        let had: Vec<_> = self
-            .rows
-            .iter()
-            .map(|row| row.fault)
-            .chain(skipped)
-            .collect();
-        faults.iter().all(|fault| had.contains(fault))
-    }
-
-    pub fn row(&mut self, row: Row) {
+    pub fn row(&self, row: Row) {
         let name = row.fault.name();
         let (stats, requests) = (&row.stats, &row.requests);
         let healed = match &row.healed {
@@ -115,7 +113,7 @@ impl Report {
         for failure in failures {
             self.fail(format!("{name}: {failure}"));
         }
-        self.rows.push(row);
+        self.seen().rows.push(row);
     }
 
     fn write(&self, row: &Row, failures: &[String]) {
@@ -167,32 +165,33 @@ impl Report {
             "failed",
             "slowest"
         );
-        let mut names: Vec<_> = self.rows.iter().map(|row| row.fault.name()).collect();
+        let seen = self.seen();
+        let mut names: Vec<_> = seen.rows.iter().map(|row| row.fault.name()).collect();
         names.sort_unstable();
         names.dedup();
         for name in names {
-            let rows = self.rows.iter().filter(|row| row.fault.name() == name);
+            let rows = seen.rows.iter().filter(|row| row.fault.name() == name);
             line(name, &rows.collect::<Vec<_>>());
         }
-        line("all", &self.rows.iter().collect::<Vec<_>>());
+        line("all", &seen.rows.iter().collect::<Vec<_>>());
         println!(
             "the longest of each; 2 lead: two leaders by their own account; no lead: none; tokens: \
              went back; gone in: from a\ncrash or cut to all discoveries without the node; healed: \
              from the end of the fault; balancer: and every node answered"
         );
-        let blind = self.rows.iter().map(|row| row.stats.blind).max();
+        let blind = seen.rows.iter().map(|row| row.stats.blind).max();
         println!(
             "longest time between two looks at who leads: {:.1?}",
             blind.unwrap_or_default()
         );
-        for (fault, reason) in &self.skipped {
+        for (fault, reason) in &seen.skipped {
             println!("left out: {} ({reason})", fault.name());
         }
         println!("each fault as a line of JSON: {}", self.file.display());
     }
 
     /// `binding`: they have to be met.
-    pub fn targets(&mut self, targets: Vec<Target>, binding: bool) {
+    pub fn targets(&self, targets: Vec<Target>, binding: bool) {
         for target in targets {
             let met = if target.met() { "ok" } else { "MISSED" };
             let (name, figure, limit, unit) =
@@ -207,13 +206,14 @@ impl Report {
         }
     }
 
-    pub fn end(self) -> ExitCode {
-        if self.failures.is_empty() {
+    pub fn end(&self) -> ExitCode {
+        let failures = &self.seen().failures;
+        if failures.is_empty() {
             println!("\ntest result: ok. 1 passed; 0 failed; 0 ignored");
             return ExitCode::SUCCESS;
         }
-        println!("\n{} failures:", self.failures.len());
-        for failure in &self.failures {
+        println!("\n{} failures:", failures.len());
+        for failure in failures {
             println!("  {failure}");
         }
         println!("\ntest result: FAILED. 0 passed; 1 failed; 0 ignored");

@@ -131,14 +131,24 @@ async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 pub async fn measure(binary: &Path, long: bool) -> Vec<Target> {
-    let mut cluster = Cluster::start(binary, 1, None).await;
-    let options = EtcdOptions::new([format!("http://{}", cluster.addresses()[0])]);
+    let cluster = Cluster::start(binary, 1, None).await;
+    let mut to_stop = Cluster::start(binary, 1, None).await;
+    let options = options(&cluster);
     let mut targets = start_up(&options).await;
     targets.extend(hand_over(&options).await);
-    targets.extend(crashes(&options, if long { 9 } else { 5 }).await);
-    targets.push(connections(&cluster).await);
-    targets.extend(shutdowns(&mut cluster, &options).await);
+    // These wait more than they do, so they wait together.
+    let (crashes, connections, shutdowns) = tokio::join!(
+        crashes(&options, if long { 9 } else { 5 }),
+        connections(&cluster),
+        shutdowns(&mut to_stop),
+    );
+    targets.extend(crashes);
+    targets.extend([connections, shutdowns]);
     targets
+}
+
+fn options(cluster: &Cluster) -> EtcdOptions {
+    EtcdOptions::new([format!("http://{}", cluster.addresses()[0])])
 }
 
 /// Groups of two, side by side: the leader crashes at some point between two renewals.
@@ -288,7 +298,8 @@ async fn connections(cluster: &Cluster) -> Target {
 }
 
 /// etcd stops answering; nodes are stopped at once, and after some renewals have failed.
-async fn shutdowns(cluster: &mut Cluster, etcd: &EtcdOptions) -> Vec<Target> {
+async fn shutdowns(cluster: &mut Cluster) -> Target {
+    let etcd = &options(cluster);
     let group = group("shutdown");
     let mut nodes = Vec::new();
     for index in 0..8 {
@@ -310,5 +321,5 @@ async fn shutdowns(cluster: &mut Cluster, etcd: &EtcdOptions) -> Vec<Target> {
     cluster.resume(0);
     let most = times.iter().max().copied().unwrap_or_default();
     let name = "shutdown while etcd is stopped, longest";
-    vec![Target::times(name, most, Duration::from_secs(2), &times)]
+    Target::times(name, most, Duration::from_secs(2), &times)
 }
