@@ -1,5 +1,6 @@
 //! What is done to the cluster of three members. Each fault is over when its function returns.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
@@ -51,9 +52,15 @@ pub const ON_ONE: [Fault; 3] = [Fault::Restart, Fault::NoSpace, Fault::Restore];
 pub struct Found {
     /// From a crash, or from being cut off, to all discoveries without the node.
     pub gone_after: Option<Duration>,
+    /// From the end of the fault until all was well, where the function saw to that itself.
+    pub healed_after: Option<Duration>,
     pub notes: Vec<String>,
     pub failures: Vec<String>,
     pub skipped: Option<String>,
+    /// Leases that were being renewed when etcd's old leader went on.
+    renewed: BTreeMap<String, i64>,
+    /// How many of them etcd has revoked all the same.
+    pub revoked: usize,
 }
 
 impl Found {
@@ -66,6 +73,20 @@ impl Found {
 
     pub fn note(&mut self, note: impl Into<String>) {
         self.notes.push(note.into());
+    }
+
+    /// An etcd leader that was stopped and goes on may revoke every lease that has not been renewed
+    /// *with it*, although another member leads and renews them: etcd-io/etcd#15247, which is seen
+    /// up to 3.5.16 at least. Nobody can know of it before etcd tells.
+    pub async fn judge_etcd(&mut self, world: &World) {
+        if self.renewed.is_empty() {
+            return;
+        }
+        if let Ok(now) = world.fleet.renewed_leases(&world.cluster).await {
+            let before = self.renewed.iter();
+            let lost = before.filter(|(id, lease)| now.get(*id).is_some_and(|now| now != *lease));
+            self.revoked = lost.count();
+        }
     }
 
     pub fn check(&mut self, what: Result<(), String>) {
@@ -111,11 +132,11 @@ impl Fault {
             Self::StopFollower => {
                 let leader = world.cluster.leader().await;
                 let member = world.other_member(leader);
-                stop(world, member).await;
+                stop(world, member, found).await;
             }
             Self::StopLeader => {
                 let member = world.cluster.leader().await;
-                stop(world, member).await;
+                stop(world, member, found).await;
             }
             Self::SilentWorker => {
                 let worker = world.other_worker().await;
@@ -141,8 +162,7 @@ impl Fault {
                 let worker = world.leading_worker().await;
                 world.cluster.pause(member);
                 crash(world, worker, found).await;
-                world.cluster.resume(member);
-                world.cluster.wait_until_all_serve().await;
+                go_on(world, member, found).await;
             }
             Self::Namespace => netns::drop_packets(world, found).await,
             Self::Restart => single::restart(world, found).await,
@@ -199,10 +219,18 @@ async fn kill_two(world: &mut World, found: &mut Found) {
     world.cluster.restart(second).await;
 }
 
-async fn stop(world: &mut World, member: usize) {
+async fn stop(world: &mut World, member: usize, found: &mut Found) {
     world.cluster.pause(member);
     let lasts = world.longer_than_ttl();
     sleep(lasts).await;
+    go_on(world, member, found).await;
+}
+
+async fn go_on(world: &mut World, member: usize, found: &mut Found) {
+    match world.fleet.renewed_leases(&world.cluster).await {
+        Ok(renewed) => found.renewed = renewed,
+        Err(error) => found.note(format!("leases before it goes on: {error}")),
+    }
     world.cluster.resume(member);
     world.cluster.wait_until_all_serve().await;
 }

@@ -1,7 +1,7 @@
 //! Workers and discoveries of this process, each with connections of its own to etcd, and whether
 //! all of them agree with what etcd has.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -230,6 +230,26 @@ impl Fleet {
 
     pub fn leader(&self) -> Option<usize> {
         self.workers.iter().position(Worker::is_leader)
+    }
+
+    /// The leases of the workers that are being renewed, by id, as etcd has them.
+    pub async fn renewed_leases(&self, cluster: &Cluster) -> Result<BTreeMap<String, i64>, String> {
+        let registry = format!("registry/{}/", self.group);
+        let entries = cluster.list(&registry).await?;
+        let healthy: BTreeSet<_> = self
+            .workers
+            .iter()
+            .filter(|worker| {
+                let health = worker.node().map(ClusterNode::current_health);
+                health == Some(HealthStatus::Healthy)
+            })
+            .map(|worker| worker.id.as_str())
+            .collect();
+        let leases = entries.iter().filter_map(|entry| {
+            let id = entry.key_str().ok()?.strip_prefix(&registry)?;
+            healthy.contains(id).then(|| (id.to_owned(), entry.lease()))
+        });
+        Ok(leases.collect())
     }
 
     /// Who has to be there, and on which port.

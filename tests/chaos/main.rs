@@ -181,8 +181,12 @@ async fn one(world: &mut World, fault: Fault, report: &Report) -> bool {
         report.skip(fault, reason);
         return true;
     }
-    let healed = world.heal().await;
+    let mut healed = world.heal().await;
+    if let (Ok(healed), Some(after)) = (&mut healed, found.healed_after) {
+        healed.after = after;
+    }
     let well = healed.is_ok();
+    found.judge_etcd(world).await;
     world.monitor.let_tokens_go_back(false);
     report.row(Row {
         fault,

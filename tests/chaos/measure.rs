@@ -148,8 +148,12 @@ impl State {
             self.none_since = None;
         }
 
+        // While two lead, one of them has the lesser token: that is told already.
+        let one = leaders.len() == 1;
         for (index, token) in leaders {
-            if token < self.token && !self.may_go_back {
+            if !one {
+                self.token = self.token.max(token);
+            } else if token < self.token && !self.may_go_back {
                 let name = self.nodes[index].id();
                 let back = format!("{name} leads with {token} after {}", self.token);
                 if self.stats.tokens_back.last() != Some(&back) {
