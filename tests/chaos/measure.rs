@@ -135,8 +135,12 @@ impl State {
             let names = leaders
                 .iter()
                 .map(|(index, token)| format!("{} (token {token})", self.nodes[*index].id()));
-            let names: Vec<_> = names.collect();
-            self.stats.two_were.get_or_insert(names.join(", "));
+            let names = names.collect::<Vec<_>>().join(", ");
+            if since == now {
+                // Among the crate's own log lines (RUST_LOG), at its time.
+                tracing::error!(names, "two leaders");
+            }
+            self.stats.two_were.get_or_insert(names);
         } else {
             self.two_since = None;
         }
