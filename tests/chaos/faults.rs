@@ -136,11 +136,11 @@ impl Fault {
             Self::StopFollower => {
                 let leader = world.cluster.leader().await;
                 let member = world.other_member(leader);
-                stop(world, member, found).await;
+                stop(world, member, false, found).await;
             }
             Self::StopLeader => {
                 let member = world.cluster.leader().await;
-                stop(world, member, found).await;
+                stop(world, member, true, found).await;
             }
             Self::SilentWorker => {
                 let worker = world.other_worker().await;
@@ -166,7 +166,7 @@ impl Fault {
                 let worker = world.leading_worker().await;
                 world.cluster.pause(member);
                 crash(world, worker, found).await;
-                go_on(world, member, found).await;
+                go_on(world, member, true, found).await;
             }
             Self::Namespace => netns::drop_packets(world, found).await,
             Self::Restart => single::restart(world, found).await,
@@ -223,14 +223,15 @@ async fn kill_two(world: &mut World, found: &mut Found) {
     world.cluster.restart(second).await;
 }
 
-async fn stop(world: &mut World, member: usize, found: &mut Found) {
+async fn stop(world: &mut World, member: usize, led: bool, found: &mut Found) {
     world.cluster.pause(member);
     let lasts = world.longer_than_ttl();
     sleep(lasts).await;
-    go_on(world, member, found).await;
+    go_on(world, member, led, found).await;
 }
 
-async fn go_on(world: &mut World, member: usize, found: &mut Found) {
+/// `led`: it was etcd's leader when it was stopped.
+async fn go_on(world: &mut World, member: usize, led: bool, found: &mut Found) {
     match world.fleet.renewed_leases(&world.cluster).await {
         Ok(renewed) => found.renewed = renewed,
         Err(error) => found.note(format!("leases before it goes on: {error}")),
@@ -238,7 +239,7 @@ async fn go_on(world: &mut World, member: usize, found: &mut Found) {
     world.cluster.resume(member);
     let start = Instant::now();
     world.cluster.wait_until_all_serve().await;
-    if !world.long {
+    if !world.long || !led {
         return;
     }
     match world.heal().await {
