@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo test test-docker real-load lint bench bench-routing bench-build clean
+.PHONY: help deps demo test test-docker real-load chaos lint bench bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,11 +39,16 @@ test-docker: deps ## the etcd tests against etcd in containers
 	set -x; \
 	ETCD_IMAGE=$$image cargo test --all-features --test store_conformance --test cluster --test proxy
 
-# Features change what is compiled, so each useful set is linted by itself.
 real-load: deps ## worker and balancer processes under load, policy by policy; part of test
 	cargo build --all-features --examples
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test real_load
 
+CHAOS_SECONDS ?= 600
+chaos: deps ## real faults on a real etcd cluster, for CHAOS_SECONDS=600; a short run is part of test
+	cargo build --all-features --examples
+	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test chaos -- --seconds $(CHAOS_SECONDS)
+
+# Features change what is compiled, so each useful set is linted by itself.
 lint: deps ## formatting, clippy and rustdoc, without warnings
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings

@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, Once, OnceLock, Weak};
@@ -56,6 +56,12 @@ fn breakable() -> Source {
     }
 }
 
+/// An etcd binary, if there is one.
+pub fn binary() -> Option<PathBuf> {
+    let given = std::env::var_os("ETCD_BIN").filter(|value| !value.is_empty());
+    given.map(PathBuf::from).or_else(on_path)
+}
+
 fn on_path() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)
@@ -95,7 +101,8 @@ enum Server {
     Container(Option<Box<ContainerAsync<GenericImage>>>),
 }
 
-struct Process {
+/// A program that ends with this process, however that ends.
+pub struct Process {
     shell: Child,
     pid: u32,
 }
@@ -143,7 +150,7 @@ impl Etcd {
                     binary: binary.clone(),
                     client_port,
                     peer_port: free_port(),
-                    data: std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name),
+                    data: Path::new(env!("CARGO_TARGET_TMPDIR")).join(name),
                     running: Mutex::new(None),
                 }
             }
@@ -228,38 +235,21 @@ impl Etcd {
                 running,
             } => {
                 let url = |port: u16| format!("http://{}:{port}", local());
-                // The shell outlives this process by an instant, in which it stops etcd: its
-                // standard input closes with us, however we end.
-                let script = r#"
-                    data=$1; shift
-                    "$@" --data-dir "$data" >>"$data.log" 2>&1 </dev/null &
-                    pid=$!
-                    echo $pid
-                    read -r last
-                    kill -9 $pid
-                    wait $pid 2>/dev/null
-                    [ "$last" = keep ] || rm -rf "$data" "$data.log"
-                "#;
-                let mut shell = Command::new("sh")
-                    .args(["-c", script, "sh"])
-                    .arg(data)
-                    .arg(binary)
-                    .args(["--listen-client-urls", &url(*client_port)])
-                    .args(["--advertise-client-urls", &url(*client_port)])
-                    .args(["--listen-peer-urls", &url(*peer_port)])
-                    .args(["--initial-advertise-peer-urls", &url(*peer_port)])
-                    .args(["--initial-cluster", &format!("default={}", url(*peer_port))])
-                    .args(["--unsafe-no-fsync", "--log-level", "error"])
-                    .stdin(Stdio::piped())
-                    .stdout(Stdio::piped())
-                    .spawn()
-                    .expect("sh starts");
-                let mut line = String::new();
-                BufReader::new(shell.stdout.take().unwrap())
-                    .read_line(&mut line)
-                    .unwrap();
-                let pid = line.trim().parse().expect("the shell prints etcd's pid");
-                *running.lock().unwrap() = Some(Process { shell, pid });
+                let arguments = [
+                    ["--listen-client-urls", &url(*client_port)],
+                    ["--advertise-client-urls", &url(*client_port)],
+                    ["--listen-peer-urls", &url(*peer_port)],
+                    ["--initial-advertise-peer-urls", &url(*peer_port)],
+                    ["--initial-cluster", &format!("default={}", url(*peer_port))],
+                    ["--log-level", "error"],
+                ];
+                let mut command = Command::new(binary);
+                command
+                    .args(arguments.as_flattened())
+                    .arg("--unsafe-no-fsync")
+                    .arg("--data-dir")
+                    .arg(data);
+                *running.lock().unwrap() = Some(Process::spawn(&command, data));
             }
         }
         self.wait_until_it_serves();
@@ -270,8 +260,7 @@ impl Etcd {
             unreachable!("only our own process is given signals");
         };
         let running = running.lock().unwrap();
-        let pid = running.as_ref().expect("is running").pid;
-        send_signal(pid, signal);
+        running.as_ref().expect("is running").signal(signal);
     }
 
     fn wait_until_it_serves(&self) {
@@ -307,9 +296,52 @@ pub fn send_signal(pid: u32, signal: &str) {
 }
 
 impl Process {
-    fn end(mut self, keep_data: bool) {
+    /// Starts a program whose output goes to `{files}.log`.
+    pub fn spawn(command: &Command, files: &Path) -> Process {
+        // The shell outlives this process by an instant, in which it stops the program: its
+        // standard input closes with us, however we end. A Ctrl-C in the terminal is for us alone
+        // to act on.
+        let script = r#"
+            trap : INT TERM
+            files=$1; shift
+            "$@" >>"$files.log" 2>&1 </dev/null &
+            pid=$!
+            echo $pid
+            read -r last
+            kill -9 $pid 2>/dev/null
+            wait $pid 2>/dev/null
+            [ "$last" = keep ] || rm -rf "$files" "$files.log"
+        "#;
+        let mut shell = Command::new("sh")
+            .args(["-c", script, "sh"])
+            .arg(files)
+            .arg(command.get_program())
+            .args(command.get_args())
+            .envs(
+                command
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("sh starts");
+        let mut line = String::new();
+        BufReader::new(shell.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let pid = line.trim().parse().expect("the shell prints the pid");
+        Process { shell, pid }
+    }
+
+    pub fn signal(&self, signal: &str) {
+        send_signal(self.pid, signal);
+    }
+
+    /// Kills it, and removes its files unless they are to be kept.
+    pub fn end(mut self, keep_files: bool) {
         if let Some(mut input) = self.shell.stdin.take() {
-            let _ = writeln!(input, "{}", if keep_data { "keep" } else { "remove" });
+            let _ = writeln!(input, "{}", if keep_files { "keep" } else { "remove" });
         }
         let _ = self.shell.wait();
     }

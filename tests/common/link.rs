@@ -2,7 +2,7 @@
 //! and closes nothing, as a network does that drops packets.
 
 use std::io::ErrorKind;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -23,7 +23,12 @@ pub struct Link {
 impl Link {
     /// In front of `target` (`host:port`).
     pub async fn to(target: String) -> Link {
-        let listener = TcpListener::bind((super::local(), 0)).await.unwrap();
+        Self::at(super::local(), target).await
+    }
+
+    /// In front of `target`, and reached at `ip`.
+    pub async fn at(ip: IpAddr, target: String) -> Link {
+        let listener = TcpListener::bind((ip, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let connections = Arc::new(AtomicUsize::new(0));
         let silent = watch::Sender::new(false);
@@ -57,6 +62,10 @@ impl Link {
 
     pub fn options(&self) -> EtcdOptions {
         EtcdOptions::new([format!("http://{}", self.address)])
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// Connections accepted so far.

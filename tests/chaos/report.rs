@@ -1,0 +1,294 @@
+//! What was measured, as a table, as JSON lines, and as an exit code.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::faults::{Fault, Found};
+use super::measure::Stats;
+use super::targets::Target;
+use super::traffic::Requests;
+use super::world::Healed;
+
+/// What takes longer to get well is explained.
+const SLOW: Duration = Duration::from_secs(2);
+
+/// For a worker to hear from etcd that its lease was revoked before its time.
+const NEWS: Duration = Duration::from_millis(500);
+/// What the balancer says when all leases of a group were.
+const EMPTY: &str = "no backend is registered";
+
+pub struct Row {
+    pub fault: Fault,
+    pub lasted: Duration,
+    pub found: Found,
+    pub stats: Stats,
+    pub requests: Requests,
+    /// Or what is wrong.
+    pub healed: Result<Healed, Vec<String>>,
+}
+
+/// Written to by several parts of a run at once.
+pub struct Report {
+    seen: Mutex<Seen>,
+    file: PathBuf,
+}
+
+#[derive(Default)]
+struct Seen {
+    rows: Vec<Row>,
+    skipped: Vec<(Fault, String)>,
+    failures: Vec<String>,
+}
+
+impl Report {
+    pub fn new() -> Self {
+        let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let file = tmp.parent().unwrap_or(tmp).join("chaos.json");
+        // Lines of this run only. Whether it can be written shows at the first one.
+        let _ = std::fs::remove_file(&file);
+        Self {
+            seen: Mutex::default(),
+            file,
+        }
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn fail(&self, failure: String) {
+        println!("FAILED: {failure}");
+        self.seen().failures.push(failure);
+    }
+
+    pub fn skip(&self, fault: Fault, reason: String) {
+        let skipped = &mut self.seen().skipped;
+        if !skipped.iter().any(|(other, _)| *other == fault) {
+            skipped.push((fault, reason));
+        }
+    }
+
+    pub fn row(&self, row: Row) {
+        let name = row.fault.name();
+        let (stats, requests) = (&row.stats, &row.requests);
+        let healed = match &row.healed {
+            Ok(healed) => format!("well after {}", seconds(healed.after)),
+            Err(_) => "NOT WELL".to_owned(),
+        };
+        println!(
+            "{name}: {}, {healed}, {} of {} requests failed{}",
+            seconds(row.lasted),
+            requests.failed.len(),
+            requests.sent,
+            row.found
+                .notes
+                .iter()
+                .map(|note| format!("; {note}"))
+                .collect::<String>(),
+        );
+        if let Ok(healed) = &row.healed
+            && healed.after > SLOW
+        {
+            let some: Vec<_> = healed.last.iter().take(3).collect();
+            println!(
+                "  wrong until then: {some:?} and {} more",
+                healed.last.len() - some.len()
+            );
+        }
+        let mut failures = row.found.failures.clone();
+        if let Err(wrong) = &row.healed {
+            failures.extend(wrong.iter().take(20).cloned());
+        }
+        failures.extend(stats.tokens_back.iter().take(5).cloned());
+        // What follows at once from etcd ending leases that were being renewed is etcd's.
+        let revoked = row.found.revoked;
+        let mut of_etcd = Vec::new();
+        if stats.two_leaders > Duration::ZERO {
+            let (time, who) = (stats.two_leaders, stats.two_were.as_deref().unwrap_or("?"));
+            let failure = format!("two leaders for {time:.1?}: {who}");
+            if revoked > 0 && time < NEWS {
+                of_etcd.push(failure);
+            } else {
+                failures.push(failure);
+            }
+        }
+        let (empty, others): (Vec<_>, Vec<_>) = requests
+            .failed
+            .iter()
+            .partition(|reason| revoked > 0 && reason.contains(EMPTY));
+        if !empty.is_empty() {
+            of_etcd.push(format!("{} requests failed: {EMPTY}", empty.len()));
+        }
+        let reasons: BTreeSet<_> = others.into_iter().take(20).collect();
+        failures.extend(
+            reasons
+                .into_iter()
+                .map(|reason| format!("a request failed {reason}")),
+        );
+        if revoked > 0 {
+            println!(
+                "  etcd revoked {revoked} leases that were being renewed; of that: {of_etcd:?}"
+            );
+        }
+        self.write(&row, &failures);
+        for failure in failures {
+            self.fail(format!("{name}: {failure}"));
+        }
+        self.seen().rows.push(row);
+    }
+
+    fn write(&self, row: &Row, failures: &[String]) {
+        let healed = row.healed.as_ref().ok();
+        let ms = |time: Duration| (time.as_secs_f64() * 1e4).round() / 10.0;
+        let line = serde_json::json!({
+            "fault": row.fault.name(),
+            "lasted_ms": ms(row.lasted),
+            "two_leaders_ms": ms(row.stats.two_leaders),
+            "no_leader_ms": ms(row.stats.no_leader),
+            "terms": row.stats.terms,
+            "tokens_back": row.stats.tokens_back.len(),
+            "blind_ms": ms(row.stats.blind),
+            "gone_after_ms": row.found.gone_after.map(ms),
+            "healed_after_ms": healed.map(|healed| ms(healed.after)),
+            "balancer_after_ms": healed.map(|healed| ms(healed.balancer)),
+            "lost": count(row, "lost"),
+            "phantom": count(row, "phantom"),
+            "requests": row.requests.sent,
+            "failed": row.requests.failed.len(),
+            "slowest_ms": ms(row.requests.slowest),
+            "revoked_by_etcd": row.found.revoked,
+            "notes": row.found.notes,
+            "failures": failures,
+        });
+        let file = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.file);
+        let written = file.and_then(|mut file| writeln!(file, "{line}"));
+        if let Err(error) = written {
+            println!("cannot write {}: {error}", self.file.display());
+        }
+    }
+
+    pub fn print(&self) {
+        println!(
+            "\n{:<24} {:>3} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>5} {:>8} {:>9} {:>6} {:>8}",
+            "fault",
+            "n",
+            "2 lead",
+            "no lead",
+            "tokens",
+            "gone in",
+            "healed",
+            "balancer",
+            "lost",
+            "phantom",
+            "requests",
+            "failed",
+            "slowest"
+        );
+        let seen = self.seen();
+        let mut names: Vec<_> = seen.rows.iter().map(|row| row.fault.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        for name in names {
+            let rows = seen.rows.iter().filter(|row| row.fault.name() == name);
+            line(name, &rows.collect::<Vec<_>>());
+        }
+        line("all", &seen.rows.iter().collect::<Vec<_>>());
+        println!(
+            "the longest of each; 2 lead: two leaders by their own account; no lead: none; tokens: \
+             went back; gone in: from a\ncrash or cut to all discoveries without the node; healed: \
+             from the end of the fault; balancer: and every node answered"
+        );
+        let blind = seen.rows.iter().map(|row| row.stats.blind).max();
+        println!(
+            "longest time between two looks at who leads: {:.1?}",
+            blind.unwrap_or_default()
+        );
+        let revoked: usize = seen.rows.iter().map(|row| row.found.revoked).sum();
+        if revoked > 0 {
+            println!(
+                "etcd revoked {revoked} leases that were being renewed (etcd-io/etcd#15247): two \
+                 leaders for less than {NEWS:?},\nand requests without a backend right then, are \
+                 counted above and are no failures of this test"
+            );
+        }
+        for (fault, reason) in &seen.skipped {
+            println!("left out: {} ({reason})", fault.name());
+        }
+        println!("each fault as a line of JSON: {}", self.file.display());
+    }
+
+    /// `binding`: they have to be met.
+    pub fn targets(&self, targets: Vec<Target>, binding: bool) {
+        for target in targets {
+            let met = if target.met() { "ok" } else { "MISSED" };
+            let (name, figure, limit, unit) =
+                (&target.name, target.figure, target.limit, target.unit);
+            println!(
+                "{name:<60} {figure:>8.1} {unit:<2} limit {limit:>6} {unit:<2} {met:<6} ({})",
+                target.detail
+            );
+            if binding && !target.met() {
+                self.fail(format!("{name}: {figure:.1} {unit}, more than {limit}"));
+            }
+        }
+    }
+
+    pub fn end(&self) -> ExitCode {
+        let failures = &self.seen().failures;
+        if failures.is_empty() {
+            println!("\ntest result: ok. 1 passed; 0 failed; 0 ignored");
+            return ExitCode::SUCCESS;
+        }
+        println!("\n{} failures:", failures.len());
+        for failure in failures {
+            println!("  {failure}");
+        }
+        println!("\ntest result: FAILED. 0 passed; 1 failed; 0 ignored");
+        ExitCode::FAILURE
+    }
+}
+
+fn line(name: &str, rows: &[&Row]) {
+    let longest = |time: &dyn Fn(&Row) -> Option<Duration>| {
+        let most = rows.iter().filter_map(|row| time(row)).max();
+        most.map_or("-".to_owned(), seconds)
+    };
+    let sum = |of: &dyn Fn(&Row) -> usize| rows.iter().map(|row| of(row)).sum::<usize>();
+    println!(
+        "{name:<24} {:>3} {:>8} {:>8} {:>6} {:>8} {:>8} {:>8} {:>5} {:>8} {:>9} {:>6} {:>8}",
+        rows.len(),
+        longest(&|row| Some(row.stats.two_leaders)),
+        longest(&|row| Some(row.stats.no_leader)),
+        sum(&|row| row.stats.tokens_back.len()),
+        longest(&|row| row.found.gone_after),
+        longest(&|row| Some(row.healed.as_ref().ok()?.after)),
+        longest(&|row| Some(row.healed.as_ref().ok()?.balancer)),
+        sum(&|row| count(row, "lost")),
+        sum(&|row| count(row, "phantom")),
+        sum(&|row| row.requests.sent as usize),
+        sum(&|row| row.requests.failed.len()),
+        longest(&|row| Some(row.requests.slowest)),
+    );
+}
+
+/// How many nodes were lost, or left over, when the deadline to be well had passed.
+fn count(row: &Row, what: &str) -> usize {
+    let wrong = row.healed.as_ref().err().into_iter().flatten();
+    wrong
+        .filter(|wrong| wrong.contains(&format!(": {what} ")))
+        .count()
+}
+
+fn seconds(time: Duration) -> String {
+    if time.is_zero() {
+        return "0".to_owned();
+    }
+    format!("{:.3} s", time.as_secs_f64())
+}

@@ -1,0 +1,184 @@
+//! What is done to an etcd of a single member.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use etcd_client::{AlarmAction, AlarmOptions, AlarmType, DeleteOptions};
+use tokio::time::sleep;
+
+use super::etcd_cluster::{Cluster, answered};
+use super::faults::{Found, GONE};
+use super::world::World;
+
+/// Of etcd's database, in bytes.
+pub const QUOTA: u64 = 16 << 20;
+const CHUNK: usize = 1 << 20;
+
+/// Killed and started with all that it had, after longer than the TTL.
+pub async fn restart(world: &mut World, _: &mut Found) {
+    world.cluster.kill(0);
+    let lasts = world.longer_than_ttl();
+    sleep(lasts).await;
+    world.cluster.restart(0).await;
+}
+
+/// etcd refuses every write that takes space: metrics, registrations, leases. It still renews
+/// leases and deletes, so the workers must stay registered and the leader lead; and when it
+/// crashes the next one must lead, for that takes no write.
+pub async fn no_space(world: &mut World, found: &mut Found) {
+    let filled = fill(&world.cluster).await;
+    found.check(filled);
+    let connections = |world: &World| -> usize {
+        let workers = world.fleet.workers.iter();
+        workers.map(|worker| worker.links.connections()).sum()
+    };
+    let before = connections(world);
+    let leader = world.leading_worker().await;
+    let start = Instant::now();
+    let lasts = world.longer_than_ttl();
+    let mut lost = false;
+    while start.elapsed() < lasts {
+        lost |= !world.fleet.workers[leader].is_leader();
+        sleep(Duration::from_millis(2)).await;
+    }
+    if lost {
+        found.note("the leader changed although it could renew");
+    }
+    let again = connections(world) - before;
+    found.note(format!(
+        "{again} new connections of 30 workers in {lasts:.0?}"
+    ));
+    for watching in &world.fleet.watching {
+        let seen = watching.discovery.nodes().len();
+        if seen != world.fleet.workers.len() {
+            found
+                .failures
+                .push(format!("with a full disk {seen} nodes are seen"));
+        }
+    }
+
+    let leader = world.leading_worker().await;
+    world.fleet.workers[leader].crash();
+    world.fleet.changed();
+    let id = world.fleet.workers[leader].id.clone();
+    found.gone(world.fleet.until_gone(&id, GONE).await);
+    let next = world.leading_worker().await;
+    found.note(format!("then {} leads", world.fleet.workers[next].id));
+
+    let made_room = make_room(&world.cluster).await;
+    found.check(made_room);
+    world.fleet.workers[leader].start().await;
+    world.fleet.changed();
+}
+
+async fn fill(cluster: &Cluster) -> Result<(), String> {
+    let mut client = cluster.client(0);
+    let chunk = vec![b'x'; CHUNK];
+    for index in 0..QUOTA as usize / CHUNK + 8 {
+        let key = format!("fill/{index}");
+        match answered("a write", client.put(key, chunk.clone(), None)).await {
+            Ok(_) => {}
+            Err(error) if error.contains("space exceeded") => return Ok(()),
+            Err(error) => return Err(format!("filling etcd: {error}")),
+        }
+    }
+    let size = cluster.status(0).await?.size;
+    Err(format!("etcd takes more than its quota: {size} of {QUOTA}"))
+}
+
+async fn make_room(cluster: &Cluster) -> Result<(), String> {
+    let mut client = cluster.client(0);
+    let all = DeleteOptions::new().with_prefix();
+    answered("deleting", client.delete("fill/", Some(all))).await?;
+    let revision = cluster.status(0).await?.revision;
+    answered("compaction", client.compact(revision, None)).await?;
+    answered("defragmentation", client.defragment()).await?;
+    let alarms = client.alarm(AlarmAction::Get, AlarmType::Nospace, None);
+    let alarms = answered("the alarms", alarms).await?;
+    for alarm in alarms.alarms() {
+        let mut member = AlarmOptions::new();
+        member.with_member(alarm.member_id());
+        let disarm = client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(member));
+        answered("disarming", disarm).await?;
+    }
+    Ok(())
+}
+
+/// A copy of the data is put back after the cluster has moved on: revisions and fencing tokens go
+/// back, leases that had ended are there again, and those of since are not.
+pub async fn restore(world: &mut World, found: &mut Found) {
+    let data = world.cluster.data(0).to_owned();
+    let copy = data.with_extension("copy");
+    world.cluster.kill(0);
+    found.check(copy_all(&data, &copy));
+    world.cluster.restart(0).await;
+    if let Err(wrong) = world.heal().await {
+        found.failures.extend(wrong);
+    }
+
+    // Moves on: another leader, one that left, one that is somewhere else.
+    let leader = world.leading_worker().await;
+    if let Some(node) = world.fleet.workers[leader].node()
+        && let Err(error) = node.resign().await
+    {
+        found.failures.push(format!("resigning: {error}"));
+    }
+    let moved = world.other_worker().await;
+    world.fleet.workers[moved].stop().await;
+    world.fleet.workers[moved].start().await;
+    let mut left = world.other_worker().await;
+    while left == moved {
+        left = world.other_worker().await;
+    }
+    world.fleet.workers[left].stop().await;
+    world.fleet.changed();
+    if let Err(wrong) = world.heal().await {
+        found.failures.extend(wrong);
+    }
+
+    world.monitor.let_tokens_go_back(true);
+    let newest = world.cluster.status(0).await;
+    world.cluster.kill(0);
+    let put_back = std::fs::remove_dir_all(&data)
+        .map_err(|error| format!("removing {}: {error}", data.display()))
+        .and_then(|()| copy_all(&copy, &data));
+    found.check(put_back);
+    let start = Instant::now();
+    world.cluster.restart(0).await;
+    if let (Ok(newest), Ok(now)) = (newest, world.cluster.status(0).await) {
+        found.note(format!(
+            "revision {} after {}",
+            now.revision, newest.revision
+        ));
+        if now.revision >= newest.revision {
+            found
+                .failures
+                .push("the restored etcd is not older".to_owned());
+        }
+    }
+    // It left, but in the copy it is there, and its lease too.
+    let id = world.fleet.workers[left].id.clone();
+    let back = Instant::now();
+    while world.fleet.watching[0].discovery.nodes().get(&id).is_none() {
+        if back.elapsed() > GONE {
+            found.note(format!("{id} was never seen again"));
+            break;
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+    let gone = world.fleet.until_gone(&id, GONE).await;
+    found.gone(gone.map(|_| start.elapsed()));
+    world.fleet.workers[left].start().await;
+    world.fleet.changed();
+    let removed = std::fs::remove_dir_all(&copy);
+    found.check(removed.map_err(|error| format!("removing {}: {error}", copy.display())));
+}
+
+fn copy_all(from: &Path, to: &Path) -> Result<(), String> {
+    let copied = Command::new("cp").arg("-a").arg(from).arg(to).status();
+    match copied {
+        Ok(status) if status.success() => Ok(()),
+        other => Err(format!("cp {}: {other:?}", from.display())),
+    }
+}

@@ -1,0 +1,234 @@
+//! A real balancer as a process, and steady requests through it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::common::etcd::Process;
+use super::common::link::Link;
+use super::common::{DEADLINE, free_port, local};
+
+/// Each with a kept-alive connection of its own.
+const CLIENTS: usize = 8;
+/// Between two requests of one client: 160 a second in all.
+const EVERY: Duration = Duration::from_millis(50);
+/// Longer than the balancer takes to try three backends that are silent.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The example `load_balancer`, with links of its own to etcd.
+pub struct Balancer {
+    links: Vec<Link>,
+    process: Option<Process>,
+    url: String,
+}
+
+impl Balancer {
+    pub async fn start(etcd: &[String], group: &str) -> Self {
+        let mut links = Vec::new();
+        for member in etcd {
+            links.push(Link::to(member.clone()).await);
+        }
+        let endpoints: Vec<_> = links
+            .iter()
+            .map(|link| format!("'http://{}'", link.address()))
+            .collect();
+        let listen = format!("{}:{}", local(), free_port());
+        // A backend that is cut off in the middle of an answer is given up on after a second.
+        let text = format!(
+            "version: 1\nthreads: 1\ncluster:\n  etcd: {{ endpoints: [{}] }}\n  group: {group}\n  \
+             listen: '{listen}'\n  policy: adaptive\n  adaptive: {{ slow_start_ms: 1000 }}\n  \
+             upstream_connect_timeout_ms: 500\n  upstream_read_timeout_ms: 1000\n",
+            endpoints.join(", ")
+        );
+        let files = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{group}-balancer"));
+        std::fs::write(&files, text)
+            .unwrap_or_else(|error| panic!("cannot write {}: {error}", files.display()));
+        let mut command = Command::new(example("load_balancer"));
+        command.arg("--conf").arg(&files);
+        let balancer = Self {
+            links,
+            process: Some(Process::spawn(&command, &files)),
+            url: format!("http://{listen}/"),
+        };
+        let client = client();
+        let start = Instant::now();
+        loop {
+            let answer = client.get(&balancer.url).send().await;
+            if answer
+                .as_ref()
+                .is_ok_and(|answer| answer.status().is_success())
+            {
+                return balancer;
+            }
+            let log = files.with_extension("log");
+            assert!(
+                start.elapsed() < DEADLINE,
+                "the balancer does not answer: {answer:?}; see {}",
+                log.display()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub fn set_silent(&self, silent: bool) {
+        for link in &self.links {
+            link.set_silent(silent);
+        }
+    }
+
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.end(false);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Seen {
+    sent: AtomicU64,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    failed: Vec<String>,
+    slowest: Duration,
+    /// When each node answered last.
+    nodes: HashMap<String, Instant>,
+}
+
+/// Requests at a steady rate, until it is dropped.
+pub struct Traffic {
+    seen: Arc<Seen>,
+    _clients: JoinSet<()>,
+}
+
+/// Of the time since the last [`Traffic::take`].
+#[derive(Clone, Debug, Default)]
+pub struct Requests {
+    pub sent: u64,
+    pub failed: Vec<String>,
+    pub slowest: Duration,
+}
+
+impl Traffic {
+    pub fn start(url: &str) -> Self {
+        let seen = Arc::new(Seen::default());
+        let mut clients = JoinSet::new();
+        for index in 0..CLIENTS {
+            let (url, seen, client) = (url.to_owned(), seen.clone(), client());
+            clients.spawn(async move {
+                tokio::time::sleep(EVERY * index as u32 / CLIENTS as u32).await;
+                let mut ticks = interval(EVERY);
+                ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+                loop {
+                    ticks.tick().await;
+                    seen.request(&client, &url).await;
+                }
+            });
+        }
+        Self {
+            seen,
+            _clients: clients,
+        }
+    }
+
+    pub fn take(&self) -> Requests {
+        let mut state = self.seen.state();
+        Requests {
+            sent: self.seen.sent.swap(0, Ordering::Relaxed),
+            failed: std::mem::take(&mut state.failed),
+            slowest: std::mem::take(&mut state.slowest),
+        }
+    }
+
+    /// Those of these nodes that have not answered since then.
+    pub fn missing<'a>(
+        &self,
+        nodes: impl Iterator<Item = &'a String>,
+        since: Instant,
+    ) -> BTreeSet<&'a str> {
+        let state = self.seen.state();
+        let answered = |id: &String| state.nodes.get(id).is_some_and(|last| *last > since);
+        nodes
+            .filter(|id| !answered(id))
+            .map(String::as_str)
+            .collect()
+    }
+}
+
+impl Seen {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn request(&self, client: &reqwest::Client, url: &str) {
+        self.sent.fetch_add(1, Ordering::Relaxed);
+        let start = Instant::now();
+        let node = async {
+            let response = client.get(url).send().await.map_err(|e| chain(&e))?;
+            let (status, node) = (
+                response.status(),
+                response.headers().get("x-upstream-node").cloned(),
+            );
+            let body = response.text().await.map_err(|e| chain(&e))?;
+            if !status.is_success() {
+                return Err(format!("{status}: {}", body.trim()));
+            }
+            match node.as_ref().map(|node| node.to_str()) {
+                Some(Ok(node)) => Ok(node.to_owned()),
+                other => Err(format!("no x-upstream-node: {other:?}")),
+            }
+        };
+        let node = node.await;
+        let mut state = self.state();
+        state.slowest = state.slowest.max(start.elapsed());
+        match node {
+            Ok(node) => drop(state.nodes.insert(node, start)),
+            Err(reason) => state
+                .failed
+                .push(format!("after {:.1?}: {reason}", start.elapsed())),
+        }
+    }
+}
+
+fn client() -> reqwest::Client {
+    let client = reqwest::Client::builder().timeout(PATIENCE).build();
+    client.unwrap_or_else(|error| panic!("an HTTP client: {error}"))
+}
+
+/// An error with what caused it.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut told = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        told.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    told
+}
+
+/// Beside the test binary, in `target/*/examples`.
+pub fn example(name: &str) -> std::path::PathBuf {
+    let test = std::env::current_exe().unwrap_or_else(|error| panic!("our own path: {error}"));
+    let target = test.parent().and_then(Path::parent);
+    let example = target.unwrap_or(Path::new(".")).join("examples").join(name);
+    assert!(
+        example.is_file(),
+        "{} is missing: cargo build --all-features --examples",
+        example.display()
+    );
+    example
+}
