@@ -24,8 +24,8 @@ pub enum ClusterError {
         /// What is wrong with it.
         reason: String,
     },
-    /// The store could not be reached, or cannot serve for the moment (no quorum, no space, too
-    /// many requests). Trying again later may help.
+    /// The store could not be reached, or cannot serve for the moment (no quorum). Trying again
+    /// later may help.
     #[error("etcd at {endpoint} is unavailable for {operation}: {reason}")]
     Unavailable {
         /// The endpoint that failed.
@@ -33,6 +33,17 @@ pub enum ClusterError {
         /// What was asked of it.
         operation: &'static str,
         /// The transport's or the server's words.
+        reason: String,
+    },
+    /// The store serves, but not this: it has no space left, or too many requests. Reads and
+    /// renewals may go on.
+    #[error("etcd at {endpoint} has no room for {operation}: {reason}")]
+    Exhausted {
+        /// The endpoint that said so.
+        endpoint: String,
+        /// What was asked of it.
+        operation: &'static str,
+        /// The server's words.
         reason: String,
     },
     /// The store did not answer in time. Whether a write took effect is unknown: read before you
@@ -116,6 +127,14 @@ impl ClusterError {
 
     /// Whether the same call may succeed later without anybody changing anything.
     pub fn is_transient(&self) -> bool {
+        matches!(
+            self,
+            Self::Unavailable { .. } | Self::Timeout { .. } | Self::Exhausted { .. }
+        )
+    }
+
+    /// Whether it says that the connection is of no use any more.
+    pub(crate) fn blames_connection(&self) -> bool {
         matches!(self, Self::Unavailable { .. } | Self::Timeout { .. })
     }
 }

@@ -6,10 +6,13 @@ use std::time::{Duration, Instant};
 use pingora::lb::selection::{BackendIter, BackendSelection};
 use pingora_etcd::balance::{Adaptive, Balancer, BalancerBuilder, PickOptions, Policy, Upstream};
 use pingora_etcd::pingora::{LiveWeights, MetricsWeighted};
-use pingora_etcd::{LoadReport, Node};
+use pingora_etcd::{Deadband, LoadReport, Node};
 
 use crate::server::{Discipline, Server};
 use crate::world::{MEAN_WORK, Scenario, Seconds};
+
+/// When a worker writes its metrics again, whatever they are.
+const MAX_AGE: Seconds = 28.5;
 
 /// What the servers have reported, as all proxies see it.
 pub struct View {
@@ -18,6 +21,9 @@ pub struct View {
     zones: bool,
     /// CPU, queue and requests per second.
     pub said: Vec<Option<(f64, f64, f64)>>,
+    deadband: Deadband,
+    /// When each one's metrics were last written.
+    written: Vec<Option<Seconds>>,
 }
 
 impl View {
@@ -36,6 +42,8 @@ impl View {
             present: vec![true; scenario.servers],
             zones,
             said: vec![None; scenario.servers],
+            deadband: Deadband::default(),
+            written: vec![None; scenario.servers],
         }
     }
 
@@ -65,6 +73,16 @@ impl View {
             "cpu_usage_percent": (cpu * 1000.0).round() / 10.0,
             "queue_depth": queue,
         });
+        // As a worker publishes it: what stays within the deadband is not written.
+        let fresh = self.written[server].is_some_and(|at| now - at < MAX_AGE);
+        if fresh
+            && !self
+                .deadband
+                .is_left(&self.nodes[server].metadata, &metadata)
+        {
+            return;
+        }
+        self.written[server] = Some(now);
         let mut node = Node::clone(&self.nodes[server]).with_metadata(metadata);
         node.last_seen = (now * 1e3) as u64 + 1;
         self.nodes[server] = Arc::new(node);

@@ -12,8 +12,8 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{post, put};
 use pingora_etcd::{
-    Cluster, ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, LOAD_REPORT_HEADER, LoadReporter,
-    MetricsCollector, NodeMetadata, metadata_keys,
+    Cluster, ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, LOAD_REPORT_HEADER,
+    LoadReporter, MetricsCollector, NodeMetadata, metadata_keys,
 };
 use serde::Deserialize;
 use tokio::net::TcpListener;

@@ -144,9 +144,7 @@ impl Deadband {
             if !tolerance.is_valid() {
                 return Err(ClusterError::config(
                     format!("deadband.{metric}"),
-                    format!(
-                        "{tolerance:?} is out of range: absolute 0 or more, relative 0 to 1"
-                    ),
+                    format!("{tolerance:?} is out of range: absolute 0 or more, relative 0 to 1"),
                 ));
             }
         }
@@ -172,11 +170,20 @@ mod tests {
             (metadata_keys::MEMORY_AVAILABLE_BYTES, 1e9, 1.09e9, 1.11e9),
             ("own", 10.0, 10.9, 11.1),
         ] {
-            assert!(!left(json!({ key: written }), json!({ key: inside })), "{key}");
-            assert!(left(json!({ key: written }), json!({ key: outside })), "{key}");
+            assert!(
+                !left(json!({ key: written }), json!({ key: inside })),
+                "{key}"
+            );
+            assert!(
+                left(json!({ key: written }), json!({ key: outside })),
+                "{key}"
+            );
         }
         assert!(left(json!({"a": "x"}), json!({"a": "y"})));
-        assert!(left(json!({"a": 1}), json!({"b": 1})), "a key comes and one goes");
+        assert!(
+            left(json!({"a": 1}), json!({"b": 1})),
+            "a key comes and one goes"
+        );
         assert!(left(json!({"a": 1}), json!({})));
         assert!(left(Value::Null, json!({})));
         assert!(!left(Value::Null, Value::Null));

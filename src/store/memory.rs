@@ -13,8 +13,8 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 
 use super::{
-    Clock, Condition, Entry, Lease, LeaseId, LeaseKeeper, Listing, Revision, Selector, Store, TokioClock, Txn,
-    WatchEvent, WatchRange, Watcher, Write,
+    Clock, Condition, Entry, Lease, LeaseId, LeaseKeeper, Listing, Revision, Selector, Store,
+    TokioClock, Txn, WatchEvent, WatchRange, Watcher, Write,
 };
 use crate::error::ClusterError;
 use crate::signal::Signal;

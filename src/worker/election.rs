@@ -172,9 +172,7 @@ pub(super) struct Reading {
 impl Past {
     /// Takes note of how far the store's history goes; true if it is another one than before.
     fn is_another_history(&mut self, reading: &Reading) -> bool {
-        let before = self
-            .history
-            .replace((reading.cluster_id, reading.revision));
+        let before = self.history.replace((reading.cluster_id, reading.revision));
         before.is_some_and(|(cluster, revision)| {
             cluster != reading.cluster_id || revision > reading.revision
         }) && !bugs::has(Bug::HistoryNotChecked)
@@ -273,7 +271,10 @@ impl Part<'_> {
         }
         shared.feed_read(registered);
 
-        if !matches!(standing, Standing::Leads { .. } | Standing::HandsOver { .. }) {
+        if !matches!(
+            standing,
+            Standing::Leads { .. } | Standing::HandsOver { .. }
+        ) {
             shared.end_term();
         }
         let leads = matches!(standing, Standing::Leads { .. });

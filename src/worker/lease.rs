@@ -116,9 +116,7 @@ impl LeaseHolder {
     pub(crate) fn enter(&self, group: &str) -> bool {
         let mut users = self.users();
         let current = self.tenure().map(|tenure| tenure.lease.id);
-        users
-            .orphans
-            .retain(|orphan| Some(orphan.lease) == current);
+        users.orphans.retain(|orphan| Some(orphan.lease) == current);
         let was_here = users.orphans.iter().any(|orphan| orphan.group == group);
         !was_here && users.groups.insert(group.to_owned())
     }
@@ -250,7 +248,10 @@ impl LeaseHolder {
         loop {
             let pause = if missed == 0 {
                 // Counted from when the last one was sent, whoever drove then.
-                let due = tenure.lease.ttl.saturating_sub(margin(tenure.lease.ttl) + period);
+                let due = tenure
+                    .lease
+                    .ttl
+                    .saturating_sub(margin(tenure.lease.ttl) + period);
                 tenure.remaining().saturating_sub(due).min(period)
             } else {
                 period / 3
@@ -329,13 +330,8 @@ impl LeaseHolder {
             let now = Instant::now();
             let due: Vec<Orphan> = {
                 let mut users = self.users();
-                users
-                    .orphans
-                    .retain(|orphan| Some(orphan.lease) == current);
-                let due = users
-                    .orphans
-                    .iter_mut()
-                    .filter(|orphan| orphan.next <= now);
+                users.orphans.retain(|orphan| Some(orphan.lease) == current);
+                let due = users.orphans.iter_mut().filter(|orphan| orphan.next <= now);
                 due.map(|orphan| {
                     let often = now < orphan.until;
                     orphan.next = now + if often { TIDY_EVERY } else { TIDY_THEN_EVERY };

@@ -30,8 +30,8 @@ use crate::node::{HealthStatus, Node};
 use crate::store::{Condition, LazyStore, LeaseId, Revision};
 
 pub use builder::ClusterNodeBuilder;
-pub(crate) use builder::check_ttl;
 use builder::NodeConfig;
+pub(crate) use builder::check_ttl;
 pub(crate) use lease::LeaseHolder;
 use run::Running;
 pub use session::SessionState;

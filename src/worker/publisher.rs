@@ -22,12 +22,7 @@ impl Shared {
     /// has become old. One write at a time; what is collected while it is under way is not queued,
     /// for the next sample will be newer. Never returns: a store that cannot be written is for the
     /// renewals to judge.
-    pub(super) async fn publish(
-        &self,
-        store: &dyn Store,
-        tenure: &Tenure,
-        sampler: &mut Sampler,
-    ) {
+    pub(super) async fn publish(&self, store: &dyn Store, tenure: &Tenure, sampler: &mut Sampler) {
         let Some(every) = self.config.interval else {
             return std::future::pending().await;
         };

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
-use super::lease::{Held, Leave, LeaseHolder, UNHEALTHY_AFTER, delete_held, replaced};
+use super::lease::{Held, LeaseHolder, Leave, UNHEALTHY_AFTER, delete_held, replaced};
 use super::session::{Input, Registered, SessionState, Tenure};
 use super::{Command, OWN_LEASES, Past, Shared, Term};
 use crate::bugs::{self, Bug};

@@ -117,7 +117,12 @@ impl SessionState {
             (S::Doubtful, _) => self,
             (_, I::DeadlinePassed) => S::Doubtful,
             (_, I::Read { registered: None }) => S::Granted,
-            (_, I::Read { registered: Some(how) }) => match how {
+            (
+                _,
+                I::Read {
+                    registered: Some(how),
+                },
+            ) => match how {
                 Registered::Candidate => S::Active,
                 Registered::NoCandidate => S::Registered,
                 Registered::Draining => S::Draining,

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use pingora_etcd::{ClusterError, ClusterEvent};
+use pingora_etcd::{ClusterError, ClusterEvent, SessionState};
 
 use super::common::etcd::Etcd;
 use super::common::{DEADLINE, eventually, group, throughout, within};
@@ -171,12 +171,19 @@ async fn a_transfer_goes_to_any_candidate_and_is_refused_with_the_reason() {
             assert_eq!(node.id, "n4");
         }
     }
-    // To the next in line, as it is now.
+    // Back, as soon as it is a candidate again.
+    eventually("n1 is in line again", || {
+        first.session_state() == SessionState::Active
+    })
+    .await;
     nodes[3].node.transfer_to("n1").await.unwrap();
     within("n1 leads", nodes[0].node.wait_for_leadership()).await;
     let mut client = etcd.raw_client().await;
     let requests = client
-        .get(format!("handover/{group}/"), Some(etcd_client::GetOptions::new().with_prefix()))
+        .get(
+            format!("handover/{group}/"),
+            Some(etcd_client::GetOptions::new().with_prefix()),
+        )
         .await
         .unwrap();
     assert!(requests.kvs().len() <= 1, "{requests:?}");
@@ -269,9 +276,7 @@ async fn a_write_with_the_guard_of_an_ended_term_is_not_carried_out() {
     let key = format!("work/{group}");
     let write = |term: &pingora_etcd::Leadership| {
         let value = term.epoch.to_string().into_bytes();
-        Txn::new()
-            .when(term.guard())
-            .put(key.clone(), value, None)
+        Txn::new().when(term.guard()).put(key.clone(), value, None)
     };
     assert!(store.txn(write(&old)).await.unwrap().is_some());
     let lost = first.node.wait_for_loss(old.epoch);

@@ -49,7 +49,9 @@ async fn five_groups_have_one_connection_one_lease_and_leave_one_by_one() {
     let etcd = Etcd::shared();
     let link = Link::to(etcd.address()).await;
     let cluster = cluster(&link);
-    let groups: Vec<String> = (0..5).map(|index| group(&format!("shared-{index}"))).collect();
+    let groups: Vec<String> = (0..5)
+        .map(|index| group(&format!("shared-{index}")))
+        .collect();
     let mut nodes = Vec::new();
     let mut discoveries = Vec::new();
     for group in &groups {
@@ -151,7 +153,9 @@ async fn a_lost_lease_is_lost_for_all_and_replaced_for_all() {
     for running in &nodes {
         within("leadership", running.node.wait_for_leadership()).await;
     }
-    let keys = groups.each_ref().map(|group| format!("registry/{group}/n1"));
+    let keys = groups
+        .each_ref()
+        .map(|group| format!("registry/{group}/n1"));
     let before = leases(&etcd, &keys).await;
     etcd.raw_client()
         .await
@@ -188,7 +192,10 @@ fn what_a_cluster_decides_cannot_be_decided_otherwise() {
     };
     refused(cluster.node("n", local(), "g").ttl(9).try_build(), "ttl");
     let store = Arc::new(pingora_etcd::store::MemoryStore::new());
-    refused(cluster.node("n", local(), "g").store(store).try_build(), "store");
+    refused(
+        cluster.node("n", local(), "g").store(store).try_build(),
+        "store",
+    );
     let error = Cluster::builder(vec!["h:1".to_owned()]).ttl(0).try_build();
     assert!(error.unwrap_err().to_string().contains("ttl"));
     let error = Cluster::connect(Vec::<String>::new()).unwrap_err();

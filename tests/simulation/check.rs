@@ -31,6 +31,7 @@ struct Inner {
     steps: u64,
     terms: u64,
     commits: u64,
+    calls: u64,
     /// Folds everything that happens, to compare two runs of a seed.
     trace: u64,
 }
@@ -130,6 +131,21 @@ impl Checker {
     pub fn acknowledged(&self, lease: LeaseId, sent: Duration, ttl: Duration) {
         let mut inner = self.inner.lock().unwrap();
         inner.acknowledged.insert(lease, (sent, ttl));
+    }
+
+    /// A request was made.
+    pub fn called(&self) {
+        self.inner.lock().unwrap().calls += 1;
+    }
+
+    pub fn calls(&self) -> u64 {
+        self.inner.lock().unwrap().calls
+    }
+
+    /// Until when a lease may be counted on, by what its process knows: what the documentation
+    /// says.
+    pub fn deadline(&self, lease: LeaseId) -> Duration {
+        self.inner.lock().unwrap().deadline(lease)
     }
 
     /// The candidates of the group that one of these entries stands in line of.
@@ -245,6 +261,11 @@ impl Inner {
         self.trace = (self.trace.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
 
+    fn deadline(&self, lease: LeaseId) -> Duration {
+        let (sent, ttl) = self.acknowledged.get(&lease).copied().unwrap_or_default();
+        sent + ttl - Duration::from_millis(500).max(ttl / 10).min(ttl)
+    }
+
     fn check_leader(
         &mut self,
         index: usize,
@@ -257,10 +278,8 @@ impl Inner {
         if node.group_name() != group {
             return Err(format!("{name} leads {group}"));
         }
-        // By what its process knows, whatever its tasks are doing: what the documentation says.
-        let (sent, ttl) = self.acknowledged.get(&lease).copied().unwrap_or_default();
-        let deadline = sent + ttl - Duration::from_millis(500).max(ttl / 10).min(ttl);
-        if clock.now() >= deadline {
+        // Whatever its tasks are doing.
+        if clock.now() >= self.deadline(lease) {
             return Err(format!("{name} leads after its deadline"));
         }
         let tokens = self.groups.entry(group.to_owned()).or_default();

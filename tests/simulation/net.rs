@@ -1,6 +1,6 @@
 //! What lies between a process and the store: a network with faults, and the process's clock.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pingora_etcd::ClusterError;
 use pingora_etcd::store::{
-    Clock, Condition, Entry, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Revision, Selector, Store,
-    Txn, WatchEvent, WatchRange, Watcher, Write,
+    Clock, Condition, Entry, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Revision, Selector,
+    Store, Txn, WatchEvent, WatchRange, Watcher, Write,
 };
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -152,6 +152,21 @@ pub struct Client {
     pub generosity: Duration,
     /// The leases that it was granted, whether it knows or not.
     leases: Arc<Mutex<HashSet<LeaseId>>>,
+    /// The groups that somebody is a member of through it, and since which revision.
+    groups: Arc<Mutex<BTreeMap<&'static str, Revision>>>,
+}
+
+/// That a group has a running member.
+#[derive(Debug)]
+pub struct Presence {
+    client: Client,
+    group: &'static str,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.client.groups.lock().unwrap().remove(self.group);
+    }
 }
 
 impl Client {
@@ -169,6 +184,38 @@ impl Client {
             checker: checker.clone(),
             generosity,
             leases: Arc::default(),
+            groups: Arc::default(),
+        }
+    }
+
+    pub fn enter(&self, group: &'static str) -> Presence {
+        let since = self.store.revision();
+        self.groups.lock().unwrap().insert(group, since);
+        Presence {
+            client: self.clone(),
+            group,
+        }
+    }
+
+    /// A lease is not ended under a member that counts on it.
+    fn check_revocation(&self, lease: LeaseId) {
+        if !self.owns(lease) {
+            let text = format!("lease {lease} is revoked by another");
+            return self.checker.violation(text);
+        }
+        if self.clock.now() >= self.checker.deadline(lease) {
+            return;
+        }
+        let groups = self.groups.lock().unwrap();
+        for entry in self.store.entries() {
+            if entry.lease == Some(lease)
+                && let Some(group) = entry.key.split('/').nth(1)
+                // Not of one that was there before.
+                && groups.get(group).is_some_and(|since| entry.create_revision > *since)
+            {
+                let text = format!("{} is revoked under a running member", entry.key);
+                return self.checker.violation(text);
+            }
         }
     }
 
@@ -187,6 +234,7 @@ impl Client {
         T: Send + 'static,
         F: Future<Output = Result<T, ClusterError>> + Send,
     {
+        self.checker.called();
         let weather = self.net.weather();
         if weather.refused {
             return Err(unavailable(operation, "connection refused"));
@@ -300,10 +348,7 @@ impl Store for Client {
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
         self.call("revoke", PATIENCE, move |client| async move {
-            if !client.owns(lease) {
-                let text = format!("lease {lease} is revoked by another");
-                client.checker.violation(text);
-            }
+            client.check_revocation(lease);
             client.store.revoke(lease).await
         })
         .await

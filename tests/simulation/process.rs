@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use super::check::{Checker, work};
-use super::net::{Client, Net, Skewed};
+use super::net::{Client, Net, Presence, Skewed};
 
 /// A machine with a process: one network, one clock, and a switch that stops it.
 #[derive(Debug)]
@@ -146,13 +146,22 @@ impl Common {
         )
     }
 
-    pub fn cluster(&self, process: &Process) -> Cluster {
-        Cluster::builder(EtcdOptions::memory("simulation"))
-            .store(Arc::new(self.client(process)))
+    pub fn cluster(&self, process: &Process) -> Sharing {
+        let client = self.client(process);
+        let cluster = Cluster::builder(EtcdOptions::memory("simulation"))
+            .store(Arc::new(client.clone()))
             .ttl(self.ttl)
             .try_build()
-            .expect("a valid cluster")
+            .expect("a valid cluster");
+        Sharing { cluster, client }
     }
+}
+
+/// A cluster, and its way to the store.
+#[derive(Clone)]
+pub struct Sharing {
+    pub cluster: Cluster,
+    client: Client,
 }
 
 /// A load that hovers, and sometimes moves.
@@ -179,9 +188,9 @@ pub struct Member {
     pub group: &'static str,
     pub id: String,
     pub priority: u16,
-    pub cluster: Option<Cluster>,
-    pub drains: bool,
-    stop: Option<oneshot::Sender<()>>,
+    pub is_sharing: bool,
+    _presence: Presence,
+    stop: oneshot::Sender<()>,
     running: JoinHandle<()>,
     working: JoinHandle<()>,
 }
@@ -190,16 +199,18 @@ impl Member {
     pub fn start(
         common: &Common,
         process: &Arc<Process>,
-        cluster: Option<&Cluster>,
+        sharing: Option<&Sharing>,
         group: &'static str,
         id: &str,
         priority: u16,
         metrics: bool,
     ) -> Self {
         let ip = "10.0.0.1".parse().expect("an address");
-        let client = Arc::new(common.client(process));
-        let builder = match cluster {
-            Some(cluster) => cluster.node(id, ip, group),
+        let own = || common.client(process);
+        let client = Arc::new(sharing.map_or_else(own, |sharing| sharing.client.clone()));
+        let presence = client.enter(group);
+        let builder = match sharing {
+            Some(sharing) => sharing.cluster.node(id, ip, group),
             None => ClusterNodeBuilder::new(EtcdOptions::memory("simulation"), id, ip, group)
                 .store(client.clone())
                 .ttl(common.ttl),
@@ -234,9 +245,7 @@ impl Member {
                 sleep(Duration::from_millis(fastrand::u64(200..1500))).await;
                 if let Some(term) = leader.leadership() {
                     let token = term.epoch.to_string().into_bytes();
-                    let write = Txn::new()
-                        .when(term.guard())
-                        .put(work(group), token, None);
+                    let write = Txn::new().when(term.guard()).put(work(group), token, None);
                     let _ = client.txn(write).await;
                 }
             }
@@ -247,9 +256,9 @@ impl Member {
             group,
             id: id.to_owned(),
             priority,
-            cluster: cluster.cloned(),
-            drains: false,
-            stop: Some(stop),
+            is_sharing: sharing.is_some(),
+            _presence: presence,
+            stop,
             running,
             working,
         }
@@ -262,9 +271,9 @@ impl Member {
     }
 
     /// Asks it to leave. Answers what to wait for.
-    pub fn stop(mut self) -> JoinHandle<()> {
+    pub fn stop(self) -> JoinHandle<()> {
         self.working.abort();
-        drop(self.stop.take());
+        drop(self.stop);
         self.running
     }
 }
@@ -291,11 +300,11 @@ impl Reader {
     pub fn start(
         common: &Common,
         process: &Arc<Process>,
-        cluster: Option<&Cluster>,
+        sharing: Option<&Sharing>,
         group: &'static str,
     ) -> Self {
-        let builder = match cluster {
-            Some(cluster) => cluster.discovery(group),
+        let builder = match sharing {
+            Some(sharing) => sharing.cluster.discovery(group),
             None => ServiceDiscovery::builder(EtcdOptions::memory("simulation"), group)
                 .store(Arc::new(common.client(process))),
         };

@@ -6,18 +6,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pingora_etcd::store::Backup;
-use pingora_etcd::{Cluster, DiscoveryStatus, HealthStatus, Node, SessionState};
+use pingora_etcd::{DiscoveryStatus, HealthStatus, Node, SessionState};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::check::Looked;
 use super::net::Weather;
-use super::process::{Common, Member, Process, Reader};
+use super::process::{Common, Member, Process, Reader, Sharing};
 
 /// One is a prefix of the other: the predecessor mixed them.
 const GROUPS: [&str; 2] = ["app", "app-2"];
 /// How long everything may take to be well again once the faults are over.
 const HEALS_WITHIN: Duration = Duration::from_secs(120);
+/// And how long it has to stay so.
+const STAYS_WELL: Duration = Duration::from_secs(10);
+/// Requests per second and user while nothing happens: renewals, metrics, fenced writes, and a look
+/// at who leads.
+const QUIET_CALLS: f64 = 8.0;
 /// How long a run may take to return once it is told to.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 
@@ -56,7 +61,7 @@ struct World {
     plan: fastrand::Rng,
     common: Common,
     processes: Vec<Arc<Process>>,
-    clusters: BTreeMap<String, Cluster>,
+    clusters: BTreeMap<String, Sharing>,
     members: Vec<Member>,
     readers: Vec<Reader>,
     backups: Vec<Backup>,
@@ -65,6 +70,7 @@ struct World {
     /// Ids that are to be started again, with where.
     down: Vec<(Arc<Process>, &'static str, String, u16)>,
     leaving: Vec<JoinHandle<()>>,
+    no_starts_until: Instant,
 }
 
 impl World {
@@ -91,6 +97,7 @@ impl World {
             pending: Vec::new(),
             down: Vec::new(),
             leaving: Vec::new(),
+            no_starts_until: Instant::now(),
         }
     }
 
@@ -121,8 +128,7 @@ impl World {
                 let cluster = self.common.cluster(&process);
                 for group in GROUPS {
                     self.start(&process, Some(&cluster), group, &format!("{group}:{index}"));
-                    let reader =
-                        Reader::start(&self.common, &process, Some(&cluster), group);
+                    let reader = Reader::start(&self.common, &process, Some(&cluster), group);
                     self.readers.push(reader);
                 }
                 self.clusters.insert(process.name.clone(), cluster);
@@ -145,21 +151,13 @@ impl World {
     fn start(
         &mut self,
         process: &Arc<Process>,
-        cluster: Option<&Cluster>,
+        sharing: Option<&Sharing>,
         group: &'static str,
         id: &str,
     ) {
         let priority = self.plan.choice([0, 0, 0, 1, 2]).unwrap_or(0);
         let metrics = self.plan.u8(0..4) == 0;
-        let member = Member::start(
-            &self.common,
-            process,
-            cluster,
-            group,
-            id,
-            priority,
-            metrics,
-        );
+        let member = Member::start(&self.common, process, sharing, group, id, priority, metrics);
         self.members.push(member);
     }
 
@@ -292,6 +290,9 @@ impl World {
     }
 
     fn come_back(&mut self) {
+        if Instant::now() < self.no_starts_until {
+            return;
+        }
         let Some((process, group, id, _)) = self.down.pop() else {
             return;
         };
@@ -307,7 +308,7 @@ impl World {
 
     /// A second process with an id that is in use.
     fn duplicate(&mut self) {
-        if self.members.is_empty() {
+        if self.members.is_empty() || Instant::now() < self.no_starts_until {
             return;
         }
         let index = self.plan.usize(0..self.members.len());
@@ -336,11 +337,7 @@ impl World {
             .iter()
             .position(|member| member.group == group && member.node.is_leader());
         let index = leader.filter(|_| what > 1).unwrap_or(index);
-        let member = &mut self.members[index];
-        let node = member.node.clone();
-        if what == 0 {
-            member.drains = true;
-        }
+        let node = self.members[index].node.clone();
         let checker = self.common.checker.clone();
         if what == 7 {
             // The target leaves at about the same time.
@@ -387,9 +384,9 @@ impl World {
     }
 
     /// Older data takes the place of the store's, as after a disaster. In a new cluster everybody
-    /// notices, at once or later. With a revision that goes on, as if nothing were lost, only
-    /// watches do: so then the store is away until all leases of before have run out, as it is
-    /// when a machine is restored.
+    /// notices who has seen the former one. With a revision that goes on, as if nothing were lost,
+    /// nobody can; nor can one that starts just then. So the store is away until all leases of
+    /// before have run out, as it is when a machine is restored, unless everybody can notice.
     fn restore(&mut self) {
         if self.backups.is_empty() {
             return;
@@ -402,15 +399,24 @@ impl World {
         };
         let new_cluster = self.plan.bool();
         let lease = Duration::from_secs(self.common.ttl.unsigned_abs()) + self.common.generosity;
-        let lasts = match (new_cluster, self.plan.bool()) {
-            (true, true) => Duration::from_millis(1),
-            (true, false) => lease.mul_f64(self.plan.f64()),
-            (false, _) => lease.mul_f64(1.1),
+        let all_know = self
+            .members
+            .iter()
+            .all(|member| member.node.session_state().is_registered());
+        let lasts = match self.plan.u8(0..3) {
+            0 if new_cluster && all_know => Duration::from_millis(1),
+            1 if new_cluster && all_know => lease.mul_f64(self.plan.f64()),
+            _ => lease.mul_f64(1.1),
         };
+        self.no_starts_until = Instant::now() + lasts + lease.mul_f64(1.1);
         let outage = self.common.outage(lasts, move |common| {
             let bump = (!new_cluster).then_some(1_000_000);
             common.store.restore(&backup, bump);
-            let before = if new_cluster { 0 } else { common.store.revision() };
+            let before = if new_cluster {
+                0
+            } else {
+                common.store.revision()
+            };
             common.checker.new_history(before);
         });
         self.pending.push(outage);
@@ -454,29 +460,40 @@ impl World {
         }
     }
 
+    /// Well, and for a while: what was lost just before the last fault ended may still be missed.
     async fn wait_until_well(&mut self) -> Result<(), String> {
         let start = Instant::now();
+        let mut well_since = None;
         loop {
             if let Some(text) = self.common.checker.violated() {
                 return Err(text);
             }
-            let Err(text) = self.is_well() else { break };
-            if start.elapsed() > HEALS_WITHIN {
-                return Err(format!(
-                    "{HEALS_WITHIN:?} after the last fault: {text}; {}",
-                    self.describe()
-                ));
+            match self.is_well() {
+                Ok(()) => {
+                    let calls = self.common.checker.calls();
+                    let since = well_since.get_or_insert_with(|| (calls, Instant::now()));
+                    if since.1.elapsed() >= STAYS_WELL {
+                        let calls = self.common.checker.calls() - since.0;
+                        let users = self.members.len() + self.readers.len();
+                        let each = calls as f64 / STAYS_WELL.as_secs_f64() / users as f64;
+                        if each > QUIET_CALLS {
+                            return Err(format!("{each:.1} requests a second each, and all quiet"));
+                        }
+                        return Ok(());
+                    }
+                }
+                Err(text) => {
+                    well_since = None;
+                    if start.elapsed() > HEALS_WITHIN {
+                        let members = self.describe();
+                        return Err(format!(
+                            "{HEALS_WITHIN:?} after the last fault: {text}; {members}"
+                        ));
+                    }
+                }
             }
             sleep(Duration::from_millis(250)).await;
         }
-        // And it stays so.
-        for _ in 0..20 {
-            sleep(Duration::from_millis(500)).await;
-            if let Err(text) = self.is_well() {
-                return Err(format!("not for long: {text}; {}", self.describe()));
-            }
-        }
-        Ok(())
     }
 
     fn describe(&self) -> String {
@@ -489,7 +506,11 @@ impl World {
                     member.id,
                     member.process.name,
                     member.node.session_state(),
-                    if member.node.is_leader() { ", leads" } else { "" }
+                    if member.node.is_leader() {
+                        ", leads"
+                    } else {
+                        ""
+                    }
                 )
             })
             .collect();
@@ -546,7 +567,9 @@ impl World {
             self.one_leads(group, &members, &entries)?;
             self.readers_agree(group, &registered)?;
         }
-        let requests = entries.iter().filter(|entry| entry.key.starts_with("handover/"));
+        let requests = entries
+            .iter()
+            .filter(|entry| entry.key.starts_with("handover/"));
         match requests.count() {
             0 => Ok(()),
             count => Err(format!("{count} requests for leadership are left")),
@@ -560,12 +583,11 @@ impl World {
         let mut expected = 0;
         let mut shared: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
         for member in &self.members {
-            match &member.cluster {
-                None => expected += 1,
-                Some(_) => {
-                    let groups = shared.entry(&member.process.name).or_default();
-                    *groups.entry(member.group).or_default() += 1;
-                }
+            if member.is_sharing {
+                let groups = shared.entry(&member.process.name).or_default();
+                *groups.entry(member.group).or_default() += 1;
+            } else {
+                expected += 1;
             }
         }
         // One for as many as are of different groups.
@@ -588,9 +610,7 @@ impl World {
         members: &[&Member],
         entries: &[pingora_etcd::store::Entry],
     ) -> Result<(), String> {
-        let healthy = |member: &&&Member| {
-            member.node.current_health() == HealthStatus::Healthy
-        };
+        let healthy = |member: &&&Member| member.node.current_health() == HealthStatus::Healthy;
         let draining = |member: &&&Member| member.node.session_state() == SessionState::Draining;
         let candidates: Vec<_> = members
             .iter()
@@ -632,11 +652,7 @@ impl World {
         }
     }
 
-    fn readers_agree(
-        &self,
-        group: &str,
-        registered: &BTreeMap<&str, Node>,
-    ) -> Result<(), String> {
+    fn readers_agree(&self, group: &str, registered: &BTreeMap<&str, Node>) -> Result<(), String> {
         let incarnations: BTreeMap<String, i64> = registered
             .iter()
             .map(|(id, node)| ((*id).to_owned(), node.incarnation()))
@@ -722,7 +738,9 @@ impl World {
         if !keys.is_empty() || !leases.is_empty() {
             return Err(format!("left behind: {keys:?}, leases {leases:?}"));
         }
-        let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        let tasks = tokio::runtime::Handle::current()
+            .metrics()
+            .num_alive_tasks();
         if tasks > 0 {
             return Err(format!("{tasks} tasks are left"));
         }

@@ -89,7 +89,7 @@ impl LeaseKeeper for EtcdKeeper {
         // A late reply must never be taken for the answer to the next renewal.
         self.stream = None;
         if let Some(generation) = self.used
-            && error.is_transient()
+            && error.blames_connection()
         {
             self.store.discard(generation);
         }

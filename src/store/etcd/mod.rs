@@ -93,7 +93,7 @@ impl EtcdStore {
         )
         .await;
         if let Err(error) = &result
-            && error.is_transient()
+            && error.blames_connection()
         {
             self.discard(connection.generation);
         }
@@ -132,6 +132,7 @@ fn explain(
     const DEADLINE_EXCEEDED: i32 = 4;
     const NOT_FOUND: i32 = 5;
     const PERMISSION_DENIED: i32 = 7;
+    const RESOURCE_EXHAUSTED: i32 = 8;
     const FAILED_PRECONDITION: i32 = 9;
     const OUT_OF_RANGE: i32 = 11;
     const UNIMPLEMENTED: i32 = 12;
@@ -157,6 +158,11 @@ fn explain(
                     after,
                 },
                 CANCELLED => unavailable(words.to_owned()),
+                RESOURCE_EXHAUSTED => ClusterError::Exhausted {
+                    endpoint: endpoint.to_owned(),
+                    operation,
+                    reason: words.to_owned(),
+                },
                 NOT_FOUND if words.contains("lease not found") => {
                     ClusterError::LeaseNotFound { lease: LeaseId(0) }
                 }
@@ -319,7 +325,7 @@ impl Store for EtcdStore {
         match opened {
             Ok(watcher) => Ok(Box::new(watcher)),
             Err(error) => {
-                if error.is_transient() {
+                if error.blames_connection() {
                     self.discard(connection.generation);
                 }
                 Err(error)

@@ -369,7 +369,7 @@ impl Watcher for EtcdWatcher {
                 Ok(events) if events.is_empty() => {}
                 Ok(events) => return Ok(events),
                 Err(error) => {
-                    if error.is_transient() {
+                    if error.blames_connection() {
                         self.store.discard(self.generation);
                     }
                     return Err(error);
