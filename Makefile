@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo test test-docker real-load chaos lint bench bench-routing bench-build clean
+.PHONY: help deps demo test test-docker simulate real-load chaos lint bench bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,7 +29,17 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 	cargo test --all-features --lib --bins --examples --tests; \
 	cargo test --all-features --doc; \
 	cargo test --no-default-features --lib --tests; \
+	$(SIMULATION) --seeds 4000; \
+	$(SIMULATION) --bugs; \
 	cargo bench --all-features --bench routing_quality -- --quick
+
+# Optimised: so thousands of seeds take seconds.
+SIMULATION = cargo test --profile bench --all-features --test simulation --
+SEEDS ?= 2000
+FIRST ?= 1
+BUG ?=
+simulate: deps ## simulate coordination under faults: SEEDS=n FIRST=s, BUG=name; part of test
+	$(SIMULATION) --seeds $(SEEDS) --first $(FIRST) $(if $(BUG),--bug $(BUG))
 
 test-docker: deps ## the etcd tests against etcd in containers
 	cargo build --all-features --examples
@@ -61,8 +71,7 @@ lint: deps ## formatting, clippy and rustdoc, without warnings
 bench: deps ## run the benchmarks that measure time
 	cargo bench --all-features --bench pick --bench propagation
 
-SEEDS ?= 3
-FIRST ?= 1
+bench-routing: SEEDS = 3
 bench-routing: deps ## simulate routing: SEEDS=n seeds from FIRST=s on; a short run is part of test
 	cargo bench --all-features --bench routing_quality -- --seeds $(SEEDS) --first $(FIRST)
 

@@ -132,27 +132,44 @@ fn in_line(view: &View<'_>, me: &Me<'_>, own: &Entry) -> Standing {
     line.sort_unstable_by_key(|entry| entry.create_revision);
     let place = line.partition_point(|entry| entry.create_revision < own.create_revision);
     let (ahead, behind) = (&line[..place], &line[place + 1..]);
-    // For itself a candidate can only ask because of its priority, for another only a leader.
-    let asks = |entry: &Entry| {
-        view.requests.iter().any(|request| {
-            request.to == entry.key
-                && match request.priority {
-                    Some(priority) => request.is_from(entry) && priority > me.priority,
-                    None => line.first().is_some_and(|leader| request.is_from(leader)),
-                }
+    let outranks = |entry: &Entry| {
+        let mut requests = view
+            .requests
+            .iter()
+            .filter(|request| request.to == entry.key);
+        requests.any(|request| {
+            let priority = request.priority.filter(|_| request.is_from(entry));
+            priority.is_some_and(|priority| priority > me.priority)
+        })
+    };
+    let is_the_leaders_choice = |entry: &Entry| {
+        let mut requests = view
+            .requests
+            .iter()
+            .filter(|request| request.to == entry.key);
+        requests.any(|request| {
+            let leader = line.first().filter(|_| request.priority.is_none());
+            leader.is_some_and(|leader| request.is_from(leader))
         })
     };
     match (ahead.last(), behind.first()) {
-        (None, Some(next)) if asks(next) => Standing::HandsOver {
+        // What it has asked for itself it does itself, while it is waited for.
+        (None, Some(next)) if outranks(next) => Standing::HandsOver {
             epoch: own.create_revision,
             to: (*next).clone(),
         },
         (None, _) => Standing::Leads {
             epoch: own.create_revision,
         },
-        (Some(_), _) if behind.iter().any(|entry| asks(entry)) => Standing::MakesWay {
-            candidacy: own.create_revision,
-        },
+        (Some(_), _)
+            if behind
+                .iter()
+                .any(|entry| outranks(entry) || is_the_leaders_choice(entry)) =>
+        {
+            Standing::MakesWay {
+                candidacy: own.create_revision,
+            }
+        }
         (Some(ahead), _) => Standing::Waits {
             ahead: ahead.key.clone(),
         },
@@ -737,7 +754,7 @@ mod tests {
             (ask(8, Some(1)), &makes_way),
             (ask(8, Some(0)), &waits),
             (ask(9, None), &makes_way),
-            // Not the leader's, and not the target's own.
+            // Neither the leader's nor the target's own.
             (ask(7, None), &waits),
             (ask(9, Some(1)), &waits),
         ] {
@@ -776,6 +793,13 @@ mod tests {
                 to: line[1].clone()
             }
         );
+        // Its own choice is carried out by whoever made it.
+        let own = Request {
+            from: ME,
+            to: "e/8".to_owned(),
+            priority: None,
+        };
+        assert_eq!(judge(own, &me()), leads);
         let equal = Me {
             priority: 1,
             ..me()
