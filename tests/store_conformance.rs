@@ -400,6 +400,76 @@ async fn a_key_is_written_once_per_transaction(subject: Subject) {
     assert!(subject.names().await.is_empty());
 }
 
+async fn several_lists_at_one_revision(subject: Subject) {
+    for index in 0..1_200 {
+        subject.put(&format!("long/{index:04}"), "", None).await;
+    }
+    subject.put("one", "1", None).await;
+    let all = [
+        Selector::Prefix(subject.key("long/")),
+        Selector::Key(subject.key("one")),
+        Selector::Key(subject.key("none")),
+        Selector::Prefix(subject.key("on")),
+    ];
+    let listings = subject.store.list_all(&all).await.unwrap();
+    let counts: Vec<_> = listings
+        .iter()
+        .map(|listing| listing.entries.len())
+        .collect();
+    assert_eq!(counts, [1_200, 1, 0, 1]);
+    for (keys, listing) in all.iter().zip(&listings) {
+        assert_eq!(listing.revision, listings[0].revision);
+        assert_eq!(listing.cluster_id, listings[0].cluster_id);
+        let alone = subject.store.list(keys, Some(listing.revision)).await;
+        assert_eq!(alone.unwrap(), *listing);
+    }
+}
+
+async fn many_watches_on_one_store_and_each_hears_its_own(subject: Subject) {
+    const COUNT: usize = 50;
+    let from = subject.put("start", "", None).await + 1;
+    let mut watchers = Vec::new();
+    for index in 0..COUNT {
+        let keys = Selector::Prefix(subject.key(&format!("w{index:02}/")));
+        watchers.push(subject.watch(keys, from).await);
+    }
+    for round in 0..3 {
+        for index in 0..COUNT {
+            let name = format!("w{index:02}/{round}");
+            subject.put(&name, "", None).await;
+        }
+        // Some are given up on the way; the others go on.
+        let step = round + 2;
+        let mut index = 0;
+        for watcher in &mut watchers {
+            let told = events(&mut **watcher, 1).await;
+            assert!(told[0].key().ends_with(&format!("/{round}")));
+        }
+        watchers.retain(|_| {
+            index += 1;
+            index % step != 0
+        });
+        if round == 0 {
+            assert_eq!(watchers.len(), COUNT / 2);
+        }
+        // What is told next is told to those that are left.
+        if round < 2 {
+            let left: Vec<String> = watchers
+                .iter()
+                .map(|watcher| watcher.position()[0].keys.as_str().to_owned())
+                .collect();
+            for prefix in left {
+                let name = prefix[subject.prefix.len()..].to_owned();
+                subject.put(&format!("{name}extra"), "", None).await;
+            }
+            for watcher in &mut watchers {
+                let told = events(&mut **watcher, 1).await;
+                assert!(told[0].key().ends_with("/extra"));
+            }
+        }
+    }
+}
+
 macro_rules! conformance {
     ($($test:ident: $etcd:ident,)*) => {
         mod memory {
@@ -440,6 +510,8 @@ conformance! {
     compaction: own,
     writes_only_under_the_stated_condition: own,
     a_key_is_written_once_per_transaction: shared,
+    several_lists_at_one_revision: shared,
+    many_watches_on_one_store_and_each_hears_its_own: shared,
 }
 
 #[tokio::test]

@@ -93,7 +93,7 @@ impl Selector {
 }
 
 /// The answer to [`Store::list`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Listing {
     /// The revision the entries were read at.
     pub revision: Revision,
@@ -281,6 +281,17 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Lists keys as they were at revision `at`, or as they are now.
     async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError>;
+
+    /// Lists several selections as they are at one revision, the newest. By default one after
+    /// another; a store that can reads them at once.
+    async fn list_all(&self, all: &[Selector]) -> Result<Vec<Listing>, ClusterError> {
+        let mut listings: Vec<Listing> = Vec::with_capacity(all.len());
+        for keys in all {
+            let at = listings.first().map(|first| first.revision);
+            listings.push(self.list(keys, at).await?);
+        }
+        Ok(listings)
+    }
 
     /// Opens one watch over several ranges. Returns once the store has accepted all of them.
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError>;

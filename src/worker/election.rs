@@ -411,35 +411,35 @@ impl Part<'_> {
     /// Everything there is of the election, at one revision.
     pub(super) async fn read(&self) -> Result<Reading, ClusterError> {
         let keys = &self.shared.keys;
-        let election = Selector::Prefix(keys.election_prefix().to_owned());
-        let own = Selector::Key(self.registration.clone());
-        let handover = Selector::Prefix(keys.handover_prefix().to_owned());
-        let listing = self.store.list(&election, None).await?;
-        let at = Some(listing.revision);
-        let held = self.store.list(&own, at).await?;
-        let requests = if self.may_hand_over() {
-            match self.store.list(&handover, at).await {
-                Ok(listing) => listing.entries,
-                // An etcd user with the rights that the predecessor needs: everything else works.
-                Err(error @ ClusterError::Rejected { .. }) => {
-                    warn!(group = %self.shared.config.group, node = %self.shared.config.id, %error, "no transfers or priorities here: the etcd user needs to read and write handover/");
-                    self.shared.no_handover.store(true, Ordering::Relaxed);
-                    Vec::new()
-                }
-                Err(error) => return Err(error),
+        let mut all = vec![
+            Selector::Prefix(keys.election_prefix().to_owned()),
+            Selector::Key(self.registration.clone()),
+        ];
+        if self.may_hand_over() {
+            all.push(Selector::Prefix(keys.handover_prefix().to_owned()));
+        }
+        let listings = match self.store.list_all(&all).await {
+            // An etcd user with the rights that the predecessor needs: everything else works.
+            Err(error @ ClusterError::Rejected { .. }) if all.len() > 2 => {
+                let listings = self.store.list_all(&all[..2]).await?;
+                warn!(group = %self.shared.config.group, node = %self.shared.config.id, %error, "no transfers past others and no priorities here: the etcd user needs to read and write handover/");
+                self.shared.no_handover.store(true, Ordering::Relaxed);
+                listings
             }
-        } else {
-            Vec::new()
+            listings => listings?,
         };
-        let mut candidates = listing.entries;
+        let mut listings = listings.into_iter();
+        let mut next = || listings.next().unwrap_or_default();
+        let (election, held, requests) = (next(), next(), next());
+        let mut candidates = election.entries;
         candidates.retain(|entry| keys.is_candidacy(&entry.key));
         candidates.sort_by_key(|entry| entry.create_revision);
         Ok(Reading {
-            revision: listing.revision,
-            cluster_id: listing.cluster_id,
+            revision: election.revision,
+            cluster_id: election.cluster_id,
             registration: held.entries.into_iter().next(),
             candidates,
-            requests: requests.iter().filter_map(Request::read).collect(),
+            requests: requests.entries.iter().filter_map(Request::read).collect(),
         })
     }
 

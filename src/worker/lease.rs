@@ -22,8 +22,9 @@ use crate::store::{Condition, LeaseId, Store, Txn};
 
 /// Renewals missed in a row until its nodes are unhealthy.
 pub(super) const UNHEALTHY_AFTER: u32 = 3;
-/// Renewals missed in a row until the lease is given up.
-const LOST_AFTER: u32 = 10;
+/// Renewals missed in a row until they are tried less often; or until the lease is given up, if the
+/// store refuses for good.
+const OFTEN: u32 = 10;
 /// How often keys of an ended node are removed under a lease that lives on: at first because a
 /// request of it may be carried out after its end, though not much later than it is given up; then
 /// because the store may have been given older data, in which they are there again.
@@ -239,7 +240,9 @@ impl LeaseHolder {
     }
 
     /// Renews the lease every third of its TTL, and after a miss three times as often: what
-    /// counts then is to get one through before the TTL is over. Returns why the lease is lost.
+    /// counts then is to get one through before the TTL is over. After ten misses it is tried every
+    /// third to half of the TTL: a store that was away gives leases their whole TTL anew, and who
+    /// comes back in time has lost nothing. Returns why the lease is lost.
     async fn keep(&self, store: &dyn Store, tenure: &Arc<Tenure>) -> ClusterError {
         let period = tenure.lease.ttl / 3;
         let mut keeper = store.keeper(tenure.lease);
@@ -253,8 +256,10 @@ impl LeaseHolder {
                     .ttl
                     .saturating_sub(margin(tenure.lease.ttl) + period);
                 tenure.remaining().saturating_sub(due).min(period)
-            } else {
+            } else if missed < OFTEN {
                 period / 3
+            } else {
+                period.mul_f64(1.0 + 0.5 * fastrand::f64())
             };
             tokio::select! {
                 biased;
@@ -291,7 +296,7 @@ impl LeaseHolder {
                     if missed == UNHEALTHY_AFTER {
                         warn!(lease = %tenure.lease.id, missed, %error, "the lease cannot be renewed");
                     }
-                    if missed >= LOST_AFTER {
+                    if missed >= OFTEN && !error.is_transient() {
                         return error;
                     }
                     self.update(tenure, |held| {

@@ -40,8 +40,7 @@ pub enum SessionState {
     Active,
     /// The deadline has passed without an answered renewal: the lease may live or not, and nothing
     /// is claimed on it. Goes to `Granted` when a renewal is answered, for what the keys are has
-    /// to be read again; to `Lost` when the lease turns out to be gone, or after ten renewals
-    /// missed in a row.
+    /// to be read again; to `Lost` when the lease turns out to be gone.
     Doubtful,
     /// The lease is gone, or has been given up. Goes to `BackingOff`, or to `Granted` when there is
     /// another one already.

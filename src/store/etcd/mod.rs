@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use etcd_client::{
-    Client, Compare, CompareOp, GetOptions, KeyValue, PutOptions, SortOrder, SortTarget, TxnOp,
+    Client, Compare, CompareOp, GetOptions, KeyValue, KvClient, PutOptions, ResponseHeader,
+    SortOrder, SortTarget, TxnOp, TxnOpResponse,
 };
 
 use super::{
@@ -267,32 +268,17 @@ impl Store for EtcdStore {
     async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
         let mut entries = Vec::new();
         let mut revision = at;
-        let (mut start, end) = match keys {
-            Selector::Key(key) => (key.clone().into_bytes(), None),
-            Selector::Prefix(prefix) => (prefix.clone().into_bytes(), Some(prefix_end(prefix))),
-        };
+        let (mut start, end) = range(keys);
         loop {
-            let mut options = GetOptions::new()
-                .with_limit(PAGE)
-                .with_sort(SortTarget::Key, SortOrder::Ascend);
-            if let Some(end) = &end {
-                options = options.with_range(end.clone());
-            }
-            if let Some(revision) = revision {
-                options = options.with_revision(revision);
-            }
+            let options = page_options(end.as_deref(), revision);
             let from = start.clone();
             let page = self
                 .call("list", |client| async move {
-                    let mut kv = client
-                        .kv_client()
-                        .max_decoding_message_size(LARGEST_RESPONSE);
-                    kv.get(from, Some(options)).await
+                    large_kv(&client).get(from, Some(options)).await
                 })
                 .await?;
-            let read_at = page.header().map_or(0, |header| header.revision());
+            let (read_at, cluster_id) = position(page.header());
             let revision = *revision.get_or_insert(read_at);
-            let cluster_id = page.header().map_or(0, |header| header.cluster_id());
             entries.extend(page.kvs().iter().map(entry));
             match page.kvs().last() {
                 Some(last) if page.more() => {
@@ -308,6 +294,40 @@ impl Store for EtcdStore {
                 }
             }
         }
+    }
+
+    /// One request, unless one of them takes more than a page.
+    async fn list_all(&self, all: &[Selector]) -> Result<Vec<Listing>, ClusterError> {
+        let reads: Vec<_> = all
+            .iter()
+            .map(|keys| {
+                let (start, end) = range(keys);
+                TxnOp::get(start, Some(page_options(end.as_deref(), None)))
+            })
+            .collect();
+        let request = etcd_client::Txn::new().and_then(reads);
+        let response = self
+            .call("list", |client| async move {
+                large_kv(&client).txn(request).await
+            })
+            .await?;
+        let (revision, cluster_id) = position(response.header());
+        let mut listings = Vec::with_capacity(all.len());
+        for (keys, answer) in all.iter().zip(response.op_responses()) {
+            let TxnOpResponse::Get(page) = answer else {
+                continue;
+            };
+            if page.more() {
+                listings.push(self.list(keys, Some(revision)).await?);
+                continue;
+            }
+            listings.push(Listing {
+                revision,
+                cluster_id,
+                entries: page.kvs().iter().map(entry).collect(),
+            });
+        }
+        Ok(listings)
     }
 
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
@@ -332,6 +352,38 @@ impl Store for EtcdStore {
             }
         }
     }
+}
+
+/// A client for large answers.
+fn large_kv(client: &Client) -> KvClient {
+    client
+        .kv_client()
+        .max_decoding_message_size(LARGEST_RESPONSE)
+}
+
+fn range(keys: &Selector) -> (Vec<u8>, Option<Vec<u8>>) {
+    match keys {
+        Selector::Key(key) => (key.clone().into_bytes(), None),
+        Selector::Prefix(prefix) => (prefix.clone().into_bytes(), Some(prefix_end(prefix))),
+    }
+}
+
+fn page_options(end: Option<&[u8]>, revision: Option<Revision>) -> GetOptions {
+    let mut options = GetOptions::new()
+        .with_limit(PAGE)
+        .with_sort(SortTarget::Key, SortOrder::Ascend);
+    if let Some(end) = end {
+        options = options.with_range(end);
+    }
+    if let Some(revision) = revision {
+        options = options.with_revision(revision);
+    }
+    options
+}
+
+/// The revision and the cluster that an answer is of.
+fn position(header: Option<&ResponseHeader>) -> (Revision, u64) {
+    header.map_or((0, 0), |header| (header.revision(), header.cluster_id()))
 }
 
 /// The end of the range of keys with this prefix: the prefix with its last byte that can grow
