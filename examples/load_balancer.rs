@@ -23,7 +23,7 @@ use pingora::services::background::{BackgroundService, background_service};
 use pingora_etcd::Cluster;
 use pingora_etcd::config::{self, ClusterConfig};
 use pingora_etcd::pingora::ClusterProxy;
-use support::{EtcdAccess, WorkerOptions, run_worker};
+use support::{WorkerOptions, run_worker};
 use tokio::task::JoinSet;
 
 const FIRST_DEMO_PORT: u16 = 9001;
@@ -110,13 +110,12 @@ impl BackgroundService for Workers {
             let port = FIRST_DEMO_PORT + index;
             let id = format!("worker-{}", index + 1);
             let options = WorkerOptions {
-                store: EtcdAccess::Shared(cluster.clone()),
+                cluster: cluster.clone(),
                 group: self.config.group.clone(),
                 id: id.clone(),
                 listen: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
                 advertise: None,
                 zone: None,
-                ttl: 5,
                 priority: 0,
                 grace: DEMO_GRACE,
                 slots: None,

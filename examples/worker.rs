@@ -28,8 +28,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use pingora_etcd::EtcdOptions;
-use support::{Ended, EtcdAccess, WorkerOptions, run_worker};
+use pingora_etcd::Cluster;
+use support::{Ended, WorkerOptions, run_worker};
 
 /// A small HTTP server that registers in a group.
 #[derive(Parser)]
@@ -73,14 +73,21 @@ struct Arguments {
 async fn main() -> ExitCode {
     log::init();
     let arguments = Arguments::parse();
+    let cluster = Cluster::builder(arguments.etcd).ttl(arguments.ttl);
+    let cluster = match cluster.try_build() {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            eprintln!("worker: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let options = WorkerOptions {
-        store: EtcdAccess::Own(EtcdOptions::new(arguments.etcd)),
+        cluster,
         group: arguments.group,
         id: arguments.id,
         listen: arguments.listen,
         advertise: arguments.advertise,
         zone: arguments.zone,
-        ttl: arguments.ttl,
         priority: arguments.priority,
         grace: Duration::from_secs(arguments.grace),
         slots: arguments

@@ -12,8 +12,8 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{post, put};
 use pingora_etcd::{
-    Cluster, ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, LOAD_REPORT_HEADER,
-    LoadReporter, MetricsCollector, NodeMetadata, metadata_keys,
+    Cluster, ClusterError, ClusterNode, LOAD_REPORT_HEADER, LoadReporter, MetricsCollector,
+    NodeMetadata, metadata_keys,
 };
 use serde::Deserialize;
 use tokio::net::TcpListener;
@@ -27,25 +27,16 @@ mod slots;
 
 use slots::Slots;
 
-/// How a worker gets to etcd.
-pub enum EtcdAccess {
-    /// By a connection of its own.
-    Own(EtcdOptions),
-    /// By one that others in its process use too.
-    Shared(Cluster),
-}
-
 /// What a worker is started with.
 pub struct WorkerOptions {
-    pub store: EtcdAccess,
+    /// The connection, which others in the process may use too, and the TTL.
+    pub cluster: Cluster,
     pub group: String,
     pub id: String,
     pub listen: SocketAddr,
     /// Where others reach it; `None`: where it listens.
     pub advertise: Option<IpAddr>,
     pub zone: Option<String>,
-    /// In seconds.
-    pub ttl: i64,
     /// As a leader: a higher one takes over.
     pub priority: u16,
     /// How long requests in flight are waited for when it is told to stop.
@@ -146,13 +137,9 @@ pub async fn run_worker(
     let slots = options
         .slots
         .map(|(count, time)| Arc::new(Slots::new(count, time)));
-    let builder = match options.store {
-        EtcdAccess::Own(etcd) => {
-            ClusterNodeBuilder::new(etcd, &options.id, ip, options.group).ttl(options.ttl)
-        }
-        EtcdAccess::Shared(cluster) => cluster.node(&options.id, ip, options.group),
-    };
-    let mut builder = builder
+    let mut builder = options
+        .cluster
+        .node(&options.id, ip, options.group)
         .priority(options.priority)
         .metrics_collector(Reported(load.clone(), slots.clone()))
         .metrics_update_interval(1);

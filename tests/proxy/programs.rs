@@ -349,3 +349,54 @@ fn every_field_is_in_every_configuration_file() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves() {
+    let etcd = Etcd::shared();
+    let (endpoint, group) = (&etcd.endpoints()[0], group("drains"));
+    let mut leaving = worker(endpoint, &group, "w1");
+    let _staying = worker(endpoint, &group, "w2");
+    let discovery = pingora_etcd::ServiceDiscovery::new(etcd.endpoints(), group.clone());
+    let running = discovery.clone();
+    let following = tokio::spawn(async move { running.run(None).await });
+    let (file, url) = adapted("load_balancer.yaml", endpoint, &group);
+    let _balancer = Program::start("load_balancer", &["--conf", file.to_str().unwrap()]);
+    until_it_answers(&url).await;
+    until_nodes_answer(&url, 2).await;
+    let client = client();
+    let load = Load::start(&url, 8);
+    load.goes_on(100).await;
+
+    // Every request takes it two seconds from here on.
+    let set = client.put(format!("{}/load?queue=1000", leaving.url));
+    assert_eq!(set.send().await.unwrap().status(), 200);
+    let slow = tokio::spawn(client.get(&leaving.url).send());
+    let start = Instant::now();
+    leaving.program.signal("TERM");
+    let state = |id: &str| {
+        let nodes = discovery.nodes();
+        nodes.get(id).map(|node| node.state)
+    };
+    super::common::eventually("it says that it drains", || {
+        state("w1") == Some(pingora_etcd::NodeState::Draining)
+    })
+    .await;
+    assert!(start.elapsed() < Duration::from_secs(2), "at once");
+    load.goes_on(100).await;
+    for _ in 0..100 {
+        let answer = client.get(&url).send().await.unwrap();
+        assert_eq!(answer.headers()["x-upstream-node"], "w2");
+    }
+    assert!(state("w1").is_some(), "registered while it has work");
+    let answer = slow.await.unwrap().unwrap();
+    assert_eq!(answer.status(), 200);
+    let (status, _) = leaving.program.ended().await;
+    assert!(status.success(), "{status}");
+    super::common::eventually("it is gone", || state("w1").is_none()).await;
+    assert!(
+        start.elapsed() < Duration::from_secs(8),
+        "no longer than needed"
+    );
+    assert_eq!(load.stop().await, Vec::<String>::new());
+    following.abort();
+}
