@@ -37,15 +37,18 @@
 //!
 //! # How it works
 //!
-//! - **One lease per process and group** holds the node's entry and its candidacy. A lease that is
-//!   lost for any reason is replaced by another, for ever.
+//! - **A lease** holds the node's entry and its candidacy: one per node, or one for all nodes of a
+//!   process in a [`Cluster`]. One that is lost for any reason is replaced by another, for ever. What
+//!   a node knows of it is a state machine without I/O, [`SessionState`].
 //! - **The election** is etcd's own recipe: the candidate with the least create revision leads,
 //!   each other one watches the one ahead of it. That revision is the term's *fencing token*
 //!   ([`Leadership::epoch`]), greater with every term.
 //! - **Leadership ends by the clock.** [`ClusterNode::is_leader`] compares it with a local
 //!   deadline on each call: the instant the last answered renewal was sent, plus the TTL, less a
 //!   margin. A leader that is cut off stops before its lease can pass to another, without anybody
-//!   telling it.
+//!   telling it. For etcd the clock is that of the time since boot, which goes on in suspend.
+//! - **Nothing is claimed from the answer to a write**, which can be lost, nor from an answer that was
+//!   on its way when the deadline passed: only from what was read after.
 //! - **Discovery** lists a group at one revision and watches it from the next one, in one stream.
 //!   After a disconnect it resumes where it stopped; if history is gone by then it lists again and
 //!   tells the difference. The last view stays in use for as long as etcd is away.
@@ -57,16 +60,73 @@
 //! - **The pick** draws a few backends by weight and takes the least busy for its weight. It takes
 //!   no lock and allocates nothing.
 //!
+//! # Fencing
+//!
+//! "At most one node says that it leads" is about the instant of asking. A process can be stopped
+//! between asking and acting: by the scheduler, a page fault, a hypervisor. When it goes on, another
+//! node may lead, and no check of its own can be late enough. So what must not be done by two leaders
+//! has to be refused *where it takes effect*:
+//!
+//! - In the same etcd, by a condition: [`Leadership::guard`] holds for as long as the term does. A
+//!   transaction with it is carried out in this term or not at all.
+//! - In any other system, by a token: [`Leadership::epoch`] grows with every term. The system
+//!   remembers the greatest one it has seen, and refuses requests with a smaller one.
+//!
+//! ```
+//! # use std::sync::atomic::{AtomicI64, Ordering::AcqRel};
+//! use pingora_etcd::store::{MemoryStore, Store, Txn};
+//! use pingora_etcd::{ClusterError, ClusterNode};
+//!
+//! /// Work for a leader, on the etcd that holds the election.
+//! async fn next_job(node: &ClusterNode, store: &dyn Store) -> Result<(), ClusterError> {
+//!     let Some(term) = node.leadership() else { return Ok(()) };
+//!     let write = Txn::new().when(term.guard()).put("jobs/next", b"42".to_vec(), None);
+//!     match store.txn(write).await? {
+//!         Some(revision) => println!("done in revision {revision}"),
+//!         None => println!("the term was over"),
+//!     }
+//!     Ok(())
+//! }
+//!
+//! /// A system that is told tokens, such as a queue, a database, or `leader_routing`'s workers.
+//! struct Fenced { greatest: AtomicI64 }
+//!
+//! impl Fenced {
+//!     fn accepts(&self, token: i64) -> bool {
+//!         self.greatest.fetch_max(token, AcqRel) <= token
+//!     }
+//! }
+//! # let fenced = Fenced { greatest: AtomicI64::new(0) };
+//! # assert!(fenced.accepts(3) && fenced.accepts(3) && !fenced.accepts(2));
+//! # let _ = (next_job, MemoryStore::new());
+//! ```
+//!
+//! # Several leaders in line
+//!
+//! Candidates queue in the order in which they came. [`ClusterNode::transfer_to`] lets the leader
+//! choose; [`ClusterNodeBuilder::priority`] lets a candidate take over from one with less. Either
+//! way a request under `handover/{group}/` asks those ahead of the target to queue again behind it,
+//! and the leader goes when nobody else is ahead, on the condition that the target is there: one
+//! change of leader, and a few milliseconds without one. Nodes of `photon-etcd-cluster` know nothing
+//! of this: leadership is not taken past them.
+//!
 //! # What it does not do
 //!
-//! - The local deadline trusts the machine's clock to run at the right *rate*, within the margin,
-//!   and not to stop: a machine that is suspended may believe in its term after it resumes, until
-//!   the first renewal. Send the fencing token along with whatever must not be done twice.
+//! - The local deadline trusts the machine's clock to run at the right *rate*, within the margin.
+//!   Where there is no boot-time clock (elsewhere than on Linux), a machine that was suspended may
+//!   believe in its term until the first renewal. Fence.
 //! - It trusts the store not to end a lease before its time. If somebody revokes a leader's lease by
-//!   hand, the term ends when the leader hears of it: by its watch, or at its next renewal.
+//!   hand, or etcd does by mistake, the term ends when the leader hears of it: by its watch, or at its
+//!   next renewal. Fence.
+//! - Data that is restored ends leases too, and takes tokens back. A node that has seen the former
+//!   history queues anew and claims nothing until its own TTL is over, so let the members of a group
+//!   have one TTL. One that starts just then has seen nothing: restore with all members down for
+//!   longer than the TTL, by `etcdctl snapshot restore`, with `--bump-revision` if tokens are used
+//!   outside of etcd. A disk that is rolled back under the same cluster id is noticed only by those
+//!   that have seen more than is on it.
 //! - [`EtcdOptions::memory`] is a store for one process, for tests and demos. It keeps nothing.
-//! - TLS and passwords for etcd, a snapshot for a start without etcd, and groups on a shared
-//!   watch are not there yet; see the README for the whole list.
+//! - TLS and passwords for etcd and a snapshot for a start without etcd are not there yet; see the
+//!   README for the whole list.
 //!
 //! # Features
 //!

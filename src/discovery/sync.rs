@@ -16,8 +16,9 @@ use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::store::{Selector, Store, WatchRange};
 
-/// A watch that has been open for so long works.
-const STEADY: Duration = Duration::from_secs(5);
+/// How often a failure of a store that answers may be followed by a try at once: most often one
+/// connection broke, or history moved on. When it goes on like that, the backoff takes over.
+const AT_ONCE_EVERY: Duration = Duration::from_secs(15);
 
 /// How far following has come.
 enum Position {
@@ -25,20 +26,6 @@ enum Position {
     Unlisted,
     /// Everything before these revisions is in the view, of this cluster's history.
     Listed(u64, Vec<WatchRange>),
-}
-
-/// How a watch went.
-#[derive(Default)]
-struct Watched {
-    since: Option<Instant>,
-    /// It has told something.
-    told: bool,
-}
-
-impl Watched {
-    fn worked(&self) -> bool {
-        self.told || self.since.is_some_and(|since| since.elapsed() >= STEADY)
-    }
 }
 
 impl Shared {
@@ -55,18 +42,18 @@ impl Shared {
         );
         let mut position = Position::Unlisted;
         let mut backoff = Backoff::new();
-        // The first try after something that worked comes soon: most often one connection broke,
-        // or history moved on, and not the whole store. Not at the same instant as every other
-        // watcher's, though.
-        let mut soon = true;
+        let mut at_once: Option<Instant> = None;
         loop {
-            let mut watch = Watched::default();
+            let mut answered = false;
             let error = self
-                .follow_from(store, &mut view, &mut position, &mut watch)
+                .follow_from(store, &mut view, &mut position, &mut answered)
                 .await;
-            soon |= watch.worked();
-            let delay = if std::mem::take(&mut soon) {
+            answered |= matches!(error, ClusterError::Compacted { .. });
+            let rested = at_once.is_none_or(|last| last.elapsed() >= AT_ONCE_EVERY);
+            let delay = if at_once.is_none() || (answered && rested) {
                 backoff.reset();
+                at_once = Some(Instant::now());
+                // Not at the same instant as every other watcher.
                 Duration::from_millis(fastrand::u64(10..250))
             } else {
                 backoff.next_delay()
@@ -98,9 +85,9 @@ impl Shared {
         store: &dyn Store,
         view: &mut View,
         position: &mut Position,
-        watch: &mut Watched,
+        answered: &mut bool,
     ) -> ClusterError {
-        match self.try_follow_from(store, view, position, watch).await {
+        match self.try_follow_from(store, view, position, answered).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
@@ -111,7 +98,7 @@ impl Shared {
         store: &dyn Store,
         view: &mut View,
         position: &mut Position,
-        watch: &mut Watched,
+        answered: &mut bool,
     ) -> Result<Infallible, ClusterError> {
         if let Position::Listed(cluster_id, ranges) = position {
             // A store whose history is shorter than what has been seen of it was restored, or is
@@ -138,7 +125,7 @@ impl Shared {
             }
         };
         let mut watcher = store.watch(ranges).await?;
-        watch.since = Some(Instant::now());
+        *answered = true;
         self.went_live();
         loop {
             let events = watcher.next().await;
@@ -146,7 +133,6 @@ impl Shared {
             // is not compacted away.
             *position = Position::Listed(cluster_id, watcher.position().to_vec());
             let changes = view.apply(&events?);
-            watch.told = true;
             self.publish(view, changes, false);
         }
     }

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -21,13 +22,19 @@ struct Running {
     task: JoinHandle<Result<(), ClusterError>>,
 }
 
-fn start(store: &MemoryStore, id: &str) -> Running {
+fn builder(store: &MemoryStore, id: &str) -> ClusterNodeBuilder {
     let ip: IpAddr = "10.0.0.1".parse().unwrap();
-    let node = ClusterNodeBuilder::new(EtcdOptions::memory(""), id, ip, "g")
+    ClusterNodeBuilder::new(EtcdOptions::memory(""), id, ip, "g")
         .store(Arc::new(store.clone()))
         .ttl(5)
-        .try_build()
-        .unwrap();
+}
+
+fn start(store: &MemoryStore, id: &str) -> Running {
+    run(builder(store, id))
+}
+
+fn run(builder: ClusterNodeBuilder) -> Running {
+    let node = builder.try_build().unwrap();
     let (stop, stopped) = oneshot::channel();
     let running = node.clone();
     let task = tokio::spawn(async move {
@@ -297,4 +304,97 @@ async fn who_asks_while_it_stops_gets_an_answer() {
         let answer = tokio::time::timeout(Duration::from_secs(30), asked).await;
         answer.expect("an answer").unwrap().unwrap_err();
     }
+}
+
+/// A load that hovers, or climbs, by a sample each second.
+struct Load {
+    samples: Arc<AtomicU32>,
+    next: fn(u32) -> f64,
+}
+
+impl crate::MetricsCollector for Load {
+    fn collect(&self) -> crate::NodeMetadata {
+        let sample = self.samples.fetch_add(1, Ordering::Relaxed);
+        serde_json::json!({ crate::metadata_keys::CPU_USAGE_PERCENT: (self.next)(sample) })
+    }
+
+    fn may_block(&self) -> bool {
+        false
+    }
+}
+
+/// A node with that load that leads, and the number of samples taken.
+async fn loaded(store: &MemoryStore, next: fn(u32) -> f64) -> (Running, Arc<AtomicU32>) {
+    let samples = Arc::<AtomicU32>::default();
+    let load = Load {
+        samples: samples.clone(),
+        next,
+    };
+    let builder = builder(store, "n1");
+    let node = builder.metrics_collector(load).metrics_update_interval(1);
+    let running = run(node);
+    until("it leads", || running.node.is_leader()).await;
+    sleep(Duration::from_secs(2)).await;
+    (running, samples)
+}
+
+fn published(store: &MemoryStore) -> f64 {
+    let entry = store.entry("registry/g/n1").unwrap();
+    let node: Node = serde_json::from_slice(&entry.value).unwrap();
+    let cpu = node.metric(crate::metadata_keys::CPU_USAGE_PERCENT);
+    cpu.unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_load_that_hovers_is_written_a_tenth_as_often_as_it_is_sampled_and_never_far_off() {
+    let store = MemoryStore::new();
+    let hovers = |sample: u32| 50.0 + f64::from(sample * 7 % 11) / 11.0 * 1.9;
+    let (running, samples) = loaded(&store, hovers).await;
+    let (revision, before) = (store.revision(), samples.load(Ordering::Relaxed));
+    for _ in 0..600 {
+        sleep(Duration::from_secs(1)).await;
+        assert!((published(&store) - 51.0).abs() <= 2.0);
+    }
+    let taken = samples.load(Ordering::Relaxed) - before;
+    let written = store.revision() - revision;
+    // The predecessor writes each sample: 600 of them in ten minutes.
+    assert!((540..=600).contains(&taken), "{taken} samples");
+    assert!((19..=60).contains(&written), "{written} writes");
+    assert!(running.node.is_leader());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_load_that_moves_is_written_at_once_and_never_more_often_than_it_is_sampled() {
+    let store = MemoryStore::new();
+    let (_running, samples) = loaded(&store, |sample| f64::from(sample * 3 % 100)).await;
+    let (revision, before) = (store.revision(), samples.load(Ordering::Relaxed));
+    sleep(Duration::from_secs(100)).await;
+    let taken = i64::from(samples.load(Ordering::Relaxed) - before);
+    let written = store.revision() - revision;
+    assert!(
+        written <= taken && written >= taken - 1,
+        "{written} of {taken}"
+    );
+    let latest = f64::from((samples.load(Ordering::Relaxed) - 1) * 3 % 100);
+    assert_eq!(published(&store), latest);
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_the_store_is_slow_samples_are_dropped_not_queued_and_responses_have_them() {
+    let store = MemoryStore::new();
+    let (running, samples) = loaded(&store, |sample| f64::from(sample * 3 % 100)).await;
+    store.set_fault(Some(Fault::Silence));
+    sleep(Duration::from_secs(30)).await;
+    // The reporter goes on with fresh samples all the while.
+    let latest = samples.load(Ordering::Relaxed) - 1;
+    let report = running.node.load_reporter().header_value();
+    let report = crate::LoadReport::parse(&report).unwrap();
+    assert_eq!(report.cpu, Some(f64::from(latest * 3 % 100) / 100.0));
+    assert!(latest >= 25, "{latest} samples");
+    store.set_fault(None);
+    let revision = store.revision();
+    sleep(Duration::from_millis(10)).await;
+    let at_once = store.revision() - revision;
+    assert!(at_once <= 1, "{at_once} writes in a burst");
+    until("it is back", || running.node.is_leader()).await;
 }

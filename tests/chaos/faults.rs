@@ -25,13 +25,16 @@ pub enum Fault {
     CrashLeader,
     CrashWhileStopped,
     Namespace,
+    /// No fault: what must not look like one.
+    HandOver,
     /// On a single member, from here on.
     Restart,
     NoSpace,
     Restore,
 }
 
-pub const ON_THREE: [Fault; 12] = [
+pub const ON_THREE: [Fault; 13] = [
+    Fault::HandOver,
     Fault::KillFollower,
     Fault::KillLeader,
     Fault::KillTwo,
@@ -117,6 +120,7 @@ impl Fault {
             Self::CrashLeader => "crash the leader",
             Self::CrashWhileStopped => "crash it, stop etcd's",
             Self::Namespace => "drop packets (netns)",
+            Self::HandOver => "hand leadership over",
             Self::Restart => "restart a single etcd",
             Self::NoSpace => "etcd's disk is full",
             Self::Restore => "restore older data",
@@ -169,10 +173,58 @@ impl Fault {
                 go_on(world, member, true, found).await;
             }
             Self::Namespace => netns::drop_packets(world, found).await,
+            Self::HandOver => hand_over(world, found).await,
             Self::Restart => single::restart(world, found).await,
             Self::NoSpace => single::no_space(world, found).await,
             Self::Restore => single::restore(world, found).await,
         }
+    }
+}
+
+/// From the leader to any other worker, again and again, under load: those ahead of it make way.
+async fn hand_over(world: &mut World, found: &mut Found) {
+    const TIMES: u32 = 20;
+    const WITHOUT: Duration = Duration::from_millis(100);
+    let mut longest = Duration::ZERO;
+    for _ in 0..TIMES {
+        let leader = world.leading_worker().await;
+        let target = world.other_worker().await;
+        let workers = &world.fleet.workers;
+        let (Some(from), Some(to)) = (workers[leader].node(), workers[target].node()) else {
+            continue;
+        };
+        let start = Instant::now();
+        let handing = from.transfer_to(to.id());
+        tokio::pin!(handing);
+        let mut ended = None;
+        while !to.is_leader() {
+            tokio::select! {
+                answer = &mut handing, if ended.is_none() => {
+                    if let Err(error) = answer {
+                        found.failures.push(format!("{} to {}: {error}", from.id(), to.id()));
+                        return;
+                    }
+                    ended = Some(Instant::now());
+                }
+                () = sleep(Duration::from_millis(1)) => {}
+            }
+            if ended.is_none() && !from.is_leader() {
+                ended = Some(Instant::now());
+            }
+            if start.elapsed() > Duration::from_secs(10) {
+                found.failures.push(format!("{} does not lead", to.id()));
+                return;
+            }
+        }
+        longest = longest.max(ended.map_or(Duration::ZERO, |ended| ended.elapsed()));
+    }
+    found.note(format!(
+        "{TIMES} times, at most {longest:.1?} without a leader"
+    ));
+    if longest > WITHOUT {
+        found.failures.push(format!(
+            "{longest:.1?} without a leader, more than {WITHOUT:?}"
+        ));
     }
 }
 
