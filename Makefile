@@ -31,7 +31,7 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 	cargo test --no-default-features --lib --tests; \
 	$(SIMULATION) --seeds 4000; \
 	$(SIMULATION) --bugs; \
-	cargo bench --all-features --bench routing_quality -- --quick
+	cargo bench --all-features --bench routing_quality -- --quick --first 500
 
 # Optimised: so thousands of seeds take seconds.
 SIMULATION = cargo test --profile bench --all-features --test simulation --

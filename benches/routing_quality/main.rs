@@ -67,6 +67,9 @@ struct Arguments {
     /// Other constants for the adaptive policy, as JSON: '{"metrics_gain": 0.1}'.
     #[arg(long, value_parser = |json: &str| serde_json::from_str::<Adaptive>(json))]
     adaptive: Option<Adaptive>,
+    /// Workers write every report, not only those that leave the deadband.
+    #[arg(long)]
+    every_report: bool,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -106,6 +109,9 @@ impl Runs {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.every_report {
+        let _ = routers::EVERY_REPORT.set(());
+    }
     if let Some(adaptive) = arguments.adaptive {
         let _ = routers::ADAPTIVE.set(adaptive);
     }

@@ -42,7 +42,10 @@ impl View {
             present: vec![true; scenario.servers],
             zones,
             said: vec![None; scenario.servers],
-            deadband: Deadband::default(),
+            deadband: match EVERY_REPORT.get() {
+                Some(()) => Deadband::none(),
+                None => Deadband::default(),
+            },
             written: vec![None; scenario.servers],
         }
     }
@@ -228,6 +231,8 @@ impl RouterKind {
     }
 }
 
+/// Set if the command line says that workers have no deadband.
+pub static EVERY_REPORT: OnceLock<()> = OnceLock::new();
 /// The constants of the adaptive policy; the defaults unless the command line says otherwise.
 pub static ADAPTIVE: OnceLock<Adaptive> = OnceLock::new();
 

@@ -124,8 +124,9 @@ impl ClusterNodeBuilder {
         }
     }
 
-    /// Time to live of its lease, in seconds: how long after a crash it is still listed. Default:
-    /// 5. Range: 1 to 86,400; etcd grants at least 2 by default.
+    /// Time to live of its lease, in seconds: how long after a crash it is still listed. Of it a
+    /// leader counts on all but 500 ms or a tenth, whichever is more. Let all members of a group
+    /// have the same. Default: 5. Range: 1 to 86,400; etcd grants at least 2 by default.
     #[must_use]
     pub fn ttl(mut self, seconds: i64) -> Self {
         self.ttl = seconds;

@@ -229,6 +229,9 @@ impl LeaseHolder {
         let sent = clock.now();
         let lease = store.grant(Duration::from_secs(self.ttl)).await?;
         debug!(lease = %lease.id, ttl = ?lease.ttl, "lease granted");
+        if lease.ttl <= margin(lease.ttl) {
+            warn!(lease = %lease.id, ttl = ?lease.ttl, "the granted TTL is no more than the margin: nobody can lead with it");
+        }
         let tenure = Arc::new(Tenure::new(lease, clock, sent));
         self.state.update(|held| {
             *held = Held {

@@ -262,6 +262,13 @@ mod tests {
     }
 
     #[test]
+    fn the_margin_leaves_at_least_half_of_every_ttl_there_is() {
+        for ttl in (1..=86_400).map(Duration::from_secs) {
+            assert!(margin(ttl) <= ttl / 2, "{ttl:?}");
+        }
+    }
+
+    #[test]
     fn a_tenth_of_a_long_ttl() {
         let tenure = tenure(60);
         assert!(is_valid_at(&tenure, ms(53_999)));

@@ -10,7 +10,10 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use super::*;
-use crate::store::{EtcdOptions, Fault, MemoryStore};
+use crate::store::{
+    Clock, EtcdOptions, Fault, Lease, LeaseKeeper, Listing, MemoryStore, Selector, Store, Txn,
+    WatchRange, Watcher, Write,
+};
 use crate::testing::until;
 
 const TTL: Duration = Duration::from_secs(5);
@@ -397,4 +400,88 @@ async fn while_the_store_is_slow_samples_are_dropped_not_queued_and_responses_ha
     let at_once = store.revision() - revision;
     assert!(at_once <= 1, "{at_once} writes in a burst");
     until("it is back", || running.node.is_leader()).await;
+}
+
+/// A store whose user has the rights that the predecessor needs, and no more.
+#[derive(Debug)]
+struct NoHandover(MemoryStore);
+
+impl NoHandover {
+    fn check(&self, keys: &Selector) -> Result<(), ClusterError> {
+        if keys.as_str().starts_with("handover/") {
+            return Err(ClusterError::Rejected {
+                endpoint: "memory://".to_owned(),
+                operation: "list",
+                reason: "permission denied".to_owned(),
+            });
+        }
+        Ok(())
+    }
+}
+
+#[async_trait::async_trait]
+impl Store for NoHandover {
+    fn clock(&self) -> Arc<dyn Clock> {
+        self.0.clock()
+    }
+
+    async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError> {
+        self.0.grant(ttl).await
+    }
+
+    fn keeper(&self, lease: Lease) -> Box<dyn LeaseKeeper> {
+        self.0.keeper(lease)
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
+        self.0.revoke(lease).await
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
+        for write in &txn.writes {
+            if let Write::Put { key, .. } = write {
+                self.check(&Selector::Key(key.clone()))?;
+            }
+        }
+        self.0.txn(txn).await
+    }
+
+    async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
+        self.check(keys)?;
+        self.0.list(keys, at).await
+    }
+
+    async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
+        for range in &ranges {
+            self.check(&range.keys)?;
+        }
+        self.0.watch(ranges).await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_rights_to_hand_over_everything_else_works_and_the_error_says_what_is_missing() {
+    let store = MemoryStore::new();
+    let start = |id: &str| {
+        let limited = Arc::new(NoHandover(store.clone()));
+        run(builder(&store, id).store(limited).priority(3))
+    };
+    let nodes = ["n1", "n2", "n3"].map(start);
+    until("one leads and all are registered", || {
+        let leaders = nodes.iter().filter(|running| running.node.is_leader());
+        leaders.count() == 1 && store.entries().len() == 6
+    })
+    .await;
+    let mut line: Vec<_> = store.entries();
+    line.retain(|entry| entry.key.starts_with("election/"));
+    line.sort_by_key(|entry| entry.create_revision);
+    let id = |place: usize| String::from_utf8(line[place].value.clone()).unwrap();
+    let leader = nodes.iter().find(|running| running.node.id() == id(0));
+    let leader = leader.unwrap();
+    let error = leader.node.transfer_to(id(2)).await.unwrap_err();
+    assert!(error.to_string().contains("permission denied"), "{error}");
+    assert!(leader.node.is_leader());
+    leader.node.transfer_to(id(1)).await.unwrap();
+    let next = nodes.iter().find(|running| running.node.id() == id(1));
+    until("the next one leads", || next.unwrap().node.is_leader()).await;
 }

@@ -44,9 +44,19 @@ async fn leases(etcd: &Etcd, keys: &[String]) -> Vec<i64> {
     leases
 }
 
+/// How many watch streams etcd has open, by its own count.
+async fn watch_streams(etcd: &Etcd) -> f64 {
+    let metrics = reqwest::get(format!("{}/metrics", etcd.endpoints()[0]));
+    let metrics = metrics.await.unwrap().text().await.unwrap();
+    let mut lines = metrics.lines();
+    let count = lines.find_map(|line| line.strip_prefix("etcd_debugging_mvcc_watch_stream_total "));
+    count.expect("etcd counts them").parse().unwrap()
+}
+
 #[tokio::test]
 async fn five_groups_have_one_connection_one_lease_and_leave_one_by_one() {
-    let etcd = Etcd::shared();
+    // Its own, so that no other test's watches are counted.
+    let etcd = Etcd::own();
     let link = Link::to(etcd.address()).await;
     let cluster = cluster(&link);
     let groups: Vec<String> = (0..5)
@@ -73,6 +83,7 @@ async fn five_groups_have_one_connection_one_lease_and_leave_one_by_one() {
         .iter()
         .map(|group| format!("registry/{group}/n1"))
         .collect();
+    assert!(watch_streams(&etcd).await <= 1.0);
     let held = leases(&etcd, &keys).await;
     assert_eq!(held.len(), 5);
     assert!(held.iter().all(|lease| *lease == held[0]), "{held:?}");
@@ -97,6 +108,7 @@ async fn five_groups_have_one_connection_one_lease_and_leave_one_by_one() {
     })
     .await;
     assert_eq!(link.connections(), 1);
+    assert!((watch_streams(&etcd).await - 1.0).abs() < 0.5);
     let same = leases(&etcd, &keys[2..]).await;
     assert_eq!(same, vec![held[0]; 3]);
     for node in nodes {
