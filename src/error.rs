@@ -133,6 +133,11 @@ impl ClusterError {
         )
     }
 
+    /// Whether it says that the user may not do this.
+    pub(crate) fn is_missing_permission(&self) -> bool {
+        matches!(self, Self::Rejected { reason, .. } if reason.contains("permission denied"))
+    }
+
     /// Whether it says that the connection is of no use any more.
     pub(crate) fn blames_connection(&self) -> bool {
         matches!(self, Self::Unavailable { .. } | Self::Timeout { .. })

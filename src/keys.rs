@@ -48,6 +48,11 @@ impl GroupKeys {
         &self.handover
     }
 
+    /// Whether `key` is a request of this very group.
+    pub(crate) fn is_handover(&self, key: &str) -> bool {
+        Self::last(&self.handover, key).is_some()
+    }
+
     /// The request of this lease's holder.
     pub(crate) fn handover(&self, lease: LeaseId) -> String {
         format!("{}{lease}", self.handover)
@@ -153,6 +158,9 @@ mod tests {
         assert_eq!(keys.node_id("registry/app/blue/n1"), None);
         assert_eq!(keys.node_id("registry/app/"), None);
         assert!(!keys.is_candidacy("election/app-2/1"));
+        assert!(!keys.is_candidacy("election/app/blue/1"));
+        assert!(!keys.is_handover("handover/app/blue/1"));
+        assert!(keys.is_handover("handover/app/1"));
     }
 
     #[test]

@@ -400,6 +400,15 @@ async fn a_key_is_written_once_per_transaction(subject: Subject) {
     assert!(subject.names().await.is_empty());
 }
 
+async fn a_watch_from_now_tells_what_comes(subject: Subject) {
+    subject.put("a", "1", None).await;
+    let mut watcher = subject.watch(subject.all(), 0).await;
+    let next = subject.put("a", "2", None).await;
+    let told_first = events(&mut *watcher, 1).await;
+    assert_eq!(told(&told_first), [(true, next)]);
+    assert_eq!(watcher.position()[0].from, next + 1);
+}
+
 async fn several_lists_at_one_revision(subject: Subject) {
     for index in 0..1_200 {
         subject.put(&format!("long/{index:04}"), "", None).await;
@@ -510,6 +519,7 @@ conformance! {
     compaction: own,
     writes_only_under_the_stated_condition: own,
     a_key_is_written_once_per_transaction: shared,
+    a_watch_from_now_tells_what_comes: shared,
     several_lists_at_one_revision: shared,
     many_watches_on_one_store_and_each_hears_its_own: shared,
 }
@@ -544,4 +554,46 @@ async fn a_dead_endpoint_is_named_and_the_next_one_used() {
     for _ in 0..20 {
         store.list(&any, None).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_watch_that_is_too_slow_ends_as_a_whole_and_goes_on_from_its_position() {
+    const COUNT: usize = 2_500;
+    let subject = Subject::etcd("slow", Etcd::shared());
+    let from = subject.put("start", "", None).await + 1;
+    let range = |name: &str| WatchRange {
+        keys: Selector::Prefix(subject.key(name)),
+        from,
+    };
+    let ranges = vec![range("busy/"), range("quiet/")];
+    let mut watcher = subject.store.watch(ranges).await.unwrap();
+    // Another one on the same stream, which is read.
+    let mut other = subject
+        .watch(Selector::Prefix(subject.key("busy/")), from)
+        .await;
+    for index in 0..COUNT {
+        subject.put(&format!("busy/{index:04}"), "", None).await;
+        events(&mut *other, 1).await;
+    }
+    let mut heard = 0;
+    let error = loop {
+        match within("an event or the end", watcher.next()).await {
+            Ok(events) => heard += events.len(),
+            Err(error) => break error,
+        }
+    };
+    assert!(error.is_transient(), "{error}");
+    assert!(heard < COUNT, "it was too slow");
+    let mut watcher = subject
+        .store
+        .watch(watcher.position().to_vec())
+        .await
+        .unwrap();
+    while heard < COUNT {
+        heard += within("an event", watcher.next()).await.unwrap().len();
+    }
+    subject.put("quiet/last", "", None).await;
+    let last = events(&mut *watcher, 1).await;
+    assert_eq!(last[0].key(), subject.key("quiet/last"));
+    assert_eq!(heard, COUNT, "each once");
 }

@@ -542,11 +542,18 @@ impl Store for MemoryStore {
     }
 
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
-        let generation = self.serve("watch", |state| Ok(state.generation)).await?;
+        let opened = self.serve("watch", |state| Ok((state.generation, state.revision)));
+        let (generation, revision) = opened.await?;
+        let ranges = ranges.into_iter().map(|mut range| {
+            if range.from == 0 {
+                range.from = revision + 1;
+            }
+            range
+        });
         Ok(Box::new(MemoryWatcher {
             store: self.clone(),
             generation,
-            ranges,
+            ranges: ranges.collect(),
         }))
     }
 }

@@ -220,7 +220,8 @@ impl WatchEvent {
 pub struct WatchRange {
     /// The keys.
     pub keys: Selector,
-    /// Changes from this revision on are told.
+    /// Changes from this revision on are told; with 0 those from now on, and then what was before
+    /// has to be read once the watch is open.
     pub from: Revision,
 }
 

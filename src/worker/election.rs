@@ -28,6 +28,10 @@ use crate::store::{
     Condition, Entry, LeaseId, Revision, Selector, Store, Txn, WatchEvent, WatchRange, Watcher,
 };
 
+/// Steps in a row that wrote something, until the next one is made to wait: whatever the reason,
+/// the store must not be kept busy.
+const RESTLESS: u32 = 12;
+
 /// Where this node stands, read off the store at one revision.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Standing {
@@ -78,6 +82,10 @@ struct Me<'a> {
     draining: bool,
 }
 
+fn says_draining(entry: &Entry) -> bool {
+    serde_json::from_slice::<Node>(&entry.value).is_ok_and(|node| !node.is_serving())
+}
+
 fn standing(view: &View<'_>, me: &Me<'_>) -> Standing {
     let own = view
         .candidates
@@ -96,9 +104,7 @@ fn standing(view: &View<'_>, me: &Me<'_>) -> Standing {
         Some(Some(by)) => return Standing::Superseded { by, candidacy },
     };
     if me.draining {
-        let told = view.registration.is_some_and(|entry| {
-            serde_json::from_slice::<Node>(&entry.value).is_ok_and(|node| !node.is_serving())
-        });
+        let told = view.registration.is_some_and(says_draining);
         let candidacy = candidacy.filter(|_| !bugs::has(Bug::DrainingStaysCandidate));
         return match (registered, candidacy) {
             (true, None) if told && own.is_some() => Standing::Leads {
@@ -217,6 +223,7 @@ impl Shared {
         inbox: &mut mpsc::Receiver<Command>,
     ) {
         let mut backoff = Backoff::new();
+        let mut restless = 0;
         let mut part = Part {
             shared: self,
             store,
@@ -228,11 +235,22 @@ impl Shared {
         };
         loop {
             let error = match part.step(inbox).await {
-                Ok(()) => {
+                Ok(waited) => {
                     backoff.reset();
-                    continue;
+                    restless = if waited { 0 } else { restless + 1 };
+                    if restless < RESTLESS {
+                        continue;
+                    }
+                    ClusterError::Unavailable {
+                        endpoint: self.config.etcd.endpoints.join(","),
+                        operation: "register",
+                        reason: "what is written is never there when it is read".to_owned(),
+                    }
                 }
-                Err(error) => error,
+                Err(error) => {
+                    part.refuse_overdue(&error);
+                    error
+                }
             };
             let pause = if error.is_transient() {
                 Duration::from_millis(fastrand::u64(200..1000))
@@ -255,13 +273,14 @@ impl Part<'_> {
         self.tenure.lease.id
     }
 
-    /// Reads, does the one thing that is missing, or waits for a change that matters.
-    async fn step(&mut self, inbox: &mut mpsc::Receiver<Command>) -> Result<(), ClusterError> {
+    /// Reads, and does the one thing that is missing, or waits for a change that matters. Answers
+    /// whether it has waited.
+    async fn step(&mut self, inbox: &mut mpsc::Receiver<Command>) -> Result<bool, ClusterError> {
         let shared = self.shared;
         let (group, node) = (&shared.config.group, &shared.config.id);
         let mut held = self.holder.listen();
         let revived = self.holder.held().revived;
-        let reading = self.read().await?;
+        let mut reading = self.read().await?;
         let own = reading.candidacy(&self.candidacy);
         let (standing, quiet_until) = {
             let mut past = shared.past();
@@ -280,6 +299,7 @@ impl Part<'_> {
         let holder = reading.registration.as_ref().and_then(|entry| entry.lease);
         let registered = (holder == Some(self.lease())).then_some(match (&standing, own) {
             (Standing::Drained, _) => Registered::Draining,
+            (Standing::Drains { .. }, _) => Registered::NoCandidate,
             (_, Some(_)) => Registered::Candidate,
             (_, None) => Registered::NoCandidate,
         });
@@ -296,26 +316,40 @@ impl Part<'_> {
         }
         let leads = matches!(standing, Standing::Leads { .. });
         if self.settle_errand(&reading, leads).await? {
-            return Ok(());
+            return Ok(false);
         }
         // Looked at once: what is waited for below is what kept it from claiming here.
         let quiet_for = quiet_until.saturating_sub(self.tenure.now());
         let mut watched = vec![Selector::Key(self.registration.clone())];
         let mut predecessor = None;
+        // In line, and not at its head: then requests matter only if they change that.
+        let mut in_line = None;
         match standing {
             Standing::Outside { register, campaign } => {
-                return self.enter(&reading, register, campaign).await;
+                self.enter(&reading, register, campaign).await?;
+                return Ok(false);
             }
-            Standing::Drains { candidacy } => return self.write_draining(candidacy).await,
-            Standing::Abandoned { candidacy } => return self.withdraw(candidacy).await,
+            Standing::Drains { candidacy } => {
+                self.write_draining(candidacy).await?;
+                return Ok(false);
+            }
+            Standing::Abandoned { candidacy } => {
+                self.withdraw(candidacy).await?;
+                return Ok(false);
+            }
             Standing::MakesWay { candidacy } => {
                 info!(%group, %node, "makes way for the one that is to lead next");
-                return self.withdraw(candidacy).await;
+                shared.feed_read(registered.map(|_| Registered::NoCandidate));
+                self.withdraw(candidacy).await?;
+                // In line again when leadership has changed hands, and not all at once.
+                sleep(Duration::from_millis(fastrand::u64(250..750))).await;
+                return Ok(false);
             }
             Standing::HandsOver { epoch, to } => {
                 info!(%group, %node, to = %to.key, "hands over to a higher priority");
                 shared.end_term();
-                return self.hand_over(epoch, &to).await.map(drop);
+                self.hand_over(epoch, &to).await?;
+                return Ok(false);
             }
             Standing::Superseded { by, candidacy } => {
                 if let Some(candidacy) = candidacy {
@@ -330,22 +364,35 @@ impl Part<'_> {
                 if self.tenure.is_valid() && quiet_for.is_zero() {
                     shared.begin_term(epoch, self.tenure);
                 }
-                watched.extend(self.watched_in_line());
+                watched.extend(self.watched_in_line(!reading.requests.is_empty()));
                 watched.push(Selector::Key(self.candidacy.clone()));
             }
             Standing::Waits { ahead } => {
-                watched.extend(self.watched_in_line());
+                watched.extend(self.watched_in_line(false));
                 watched.push(Selector::Key(self.candidacy.clone()));
                 watched.push(Selector::Key(ahead.clone()));
-                predecessor = Some(ahead);
+                predecessor = Some(ahead.clone());
+                in_line = Some(Standing::Waits { ahead });
             }
         }
 
-        let ranges = watched.into_iter().map(|keys| WatchRange {
-            keys,
-            from: reading.revision + 1,
-        });
+        // etcd tells a watch that starts in the past what came before it, and all else until it has
+        // caught up, up to 100 ms late. While leadership is about to change hands that would be a
+        // time without a leader: so it starts now then, and what was before is read.
+        let changes_hands = !reading.requests.is_empty();
+        let from = if changes_hands {
+            0
+        } else {
+            reading.revision + 1
+        };
+        let ranges = watched.into_iter().map(|keys| WatchRange { keys, from });
         let mut watcher = self.store.watch(ranges.collect()).await?;
+        if changes_hands {
+            let now = self.read().await?;
+            if !now.is_as(&reading) {
+                return Ok(true);
+            }
+        }
         let quiet = async {
             if quiet_for.is_zero() {
                 std::future::pending::<()>().await;
@@ -364,12 +411,17 @@ impl Part<'_> {
             biased;
             // A renewal past the deadline: a term is not to come back to life by itself, only
             // after reading that its key is still there.
-            () = revived_again => Ok(()),
+            () = revived_again => {
+                shared.end_term();
+                Ok(true)
+            }
+            // The same, where the deadline was seen to pass.
+            () = shared.reread.notified() => Ok(true),
             Some(command) = inbox.recv() => {
                 self.obey(command, own).await;
-                Ok(())
+                Ok(true)
             }
-            events = until_it_matters(&mut *watcher, &self.registration, holder) => {
+            events = self.until_it_matters(&mut *watcher, &mut reading, in_line.as_ref()) => {
                 let events = events?;
                 if let Some(ahead) = predecessor
                     && bugs::has(Bug::ClaimWhenPredecessorGoes)
@@ -377,11 +429,16 @@ impl Part<'_> {
                 {
                     shared.begin_term(own.unwrap_or(0), self.tenure);
                 }
-                Ok(())
+                Ok(true)
             }
-            () = quiet => Ok(()),
-            () = errand => Ok(()),
+            () = quiet => Ok(true),
+            () = errand => Ok(true),
         }
+    }
+
+    pub(super) fn give_up_handovers(&self, error: &ClusterError) {
+        warn!(group = %self.shared.config.group, node = %self.shared.config.id, %error, "no transfers past others and no priorities here: the etcd user needs to read and write handover/");
+        self.shared.no_handover.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn may_hand_over(&self) -> bool {
@@ -420,10 +477,9 @@ impl Part<'_> {
         }
         let listings = match self.store.list_all(&all).await {
             // An etcd user with the rights that the predecessor needs: everything else works.
-            Err(error @ ClusterError::Rejected { .. }) if all.len() > 2 => {
+            Err(error) if all.len() > 2 && error.is_missing_permission() => {
                 let listings = self.store.list_all(&all[..2]).await?;
-                warn!(group = %self.shared.config.group, node = %self.shared.config.id, %error, "no transfers past others and no priorities here: the etcd user needs to read and write handover/");
-                self.shared.no_handover.store(true, Ordering::Relaxed);
+                self.give_up_handovers(&error);
                 listings
             }
             listings => listings?,
@@ -439,8 +495,52 @@ impl Part<'_> {
             cluster_id: election.cluster_id,
             registration: held.entries.into_iter().next(),
             candidates,
-            requests: requests.entries.iter().filter_map(Request::read).collect(),
+            requests: requests
+                .entries
+                .iter()
+                .filter(|entry| keys.is_handover(&entry.key))
+                .filter_map(Request::read)
+                .collect(),
         })
+    }
+
+    /// Waits for any change of the watched keys but updates of the registration by its holder: this
+    /// process, or the one that has replaced it. An own one that forgets that the node drains, a
+    /// late write of metrics, has to be written over.
+    async fn until_it_matters(
+        &self,
+        watcher: &mut dyn Watcher,
+        reading: &mut Reading,
+        in_line: Option<&Standing>,
+    ) -> Result<Vec<WatchEvent>, ClusterError> {
+        let holder = reading.registration.as_ref().and_then(|entry| entry.lease);
+        loop {
+            let events = watcher.next().await?;
+            let update = |event: &WatchEvent| {
+                matches!(event, WatchEvent::Put(entry)
+                    if entry.key == self.registration
+                        && entry.lease == holder
+                        && (!self.shared.is_draining() || says_draining(entry)))
+            };
+            let mut matters = false;
+            for event in &events {
+                if self.shared.keys.is_handover(event.key()) && in_line.is_some() {
+                    reading.apply_request(event);
+                } else {
+                    matters |= !update(event);
+                }
+            }
+            // Of many in line a request concerns those between its target and the leader.
+            if let Some(standing) = in_line
+                && !matters
+            {
+                matters = reading.is_outdated()
+                    || self.standing(reading, &self.shared.past()) != *standing;
+            }
+            if matters {
+                return Ok(events);
+            }
+        }
     }
 
     /// Registers in place of who is registered, campaigns, or both; or neither, if that is not how
@@ -541,6 +641,38 @@ impl Part<'_> {
 }
 
 impl Reading {
+    /// Whether it says the same, whatever has been written elsewhere.
+    fn is_as(&self, other: &Self) -> bool {
+        let holder = |reading: &Self| {
+            let registration = reading.registration.as_ref();
+            registration.map(|entry| (entry.lease, entry.create_revision))
+        };
+        self.cluster_id == other.cluster_id
+            && self.candidates == other.candidates
+            && self.requests == other.requests
+            && holder(self) == holder(other)
+    }
+
+    /// Whether a request is for a candidate, or from a leader, that has come since.
+    fn is_outdated(&self) -> bool {
+        let leader = self.candidates.first();
+        self.requests.iter().any(|request| {
+            self.candidacy(&request.to).is_none()
+                || (request.priority.is_none()
+                    && !leader.is_some_and(|leader| request.is_from(leader)))
+        })
+    }
+
+    /// Takes over what a watch told of a request.
+    fn apply_request(&mut self, event: &WatchEvent) {
+        let from = event.key().rsplit('/').next().unwrap_or_default();
+        self.requests
+            .retain(|request| request.from.to_string() != from);
+        if let WatchEvent::Put(entry) = event {
+            self.requests.extend(Request::read(entry));
+        }
+    }
+
     pub(super) fn candidacy(&self, key: &str) -> Option<Revision> {
         let own = self.candidates.iter().find(|entry| entry.key == key);
         own.map(|entry| entry.create_revision)
@@ -550,25 +682,6 @@ impl Reading {
 pub(super) fn answer(reply: Reply, result: Result<(), ClusterError>) {
     // Whoever asked may have stopped waiting.
     let _ = reply.send(result);
-}
-
-/// Waits for any change of the watched keys but updates of the registration by its holder: this
-/// process, or the one that has replaced it.
-async fn until_it_matters(
-    watcher: &mut dyn Watcher,
-    registration: &str,
-    holder: Option<LeaseId>,
-) -> Result<Vec<WatchEvent>, ClusterError> {
-    loop {
-        let events = watcher.next().await?;
-        let update = |event: &WatchEvent| {
-            matches!(event, WatchEvent::Put(entry)
-                if entry.key == registration && entry.lease == holder)
-        };
-        if !events.iter().all(update) {
-            return Ok(events);
-        }
-    }
 }
 
 #[cfg(test)]

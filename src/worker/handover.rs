@@ -98,14 +98,15 @@ fn refused(target: &str, reason: impl Into<String>) -> Result<(), ClusterError> 
 }
 
 impl Part<'_> {
-    /// What a candidate watches of the election beside its own keys.
-    pub(super) fn watched_in_line(&self) -> Vec<Selector> {
+    /// What a candidate watches of the election beside its own keys. `asked`: it leads, and somebody
+    /// is to lead next.
+    pub(super) fn watched_in_line(&self, asked: bool) -> Vec<Selector> {
         let keys = &self.shared.keys;
         let mut watched = Vec::new();
         if self.may_hand_over() {
             watched.push(Selector::Prefix(keys.handover_prefix().to_owned()));
         }
-        if matches!(self.errand, Errand::Transfer(_)) {
+        if asked || matches!(self.errand, Errand::Transfer(_)) {
             // Whoever makes way tells nobody else.
             watched.push(Selector::Prefix(keys.election_prefix().to_owned()));
         }
@@ -139,9 +140,17 @@ impl Part<'_> {
                 if !own_request && self.outranks_the_leader(reading).await? {
                     info!(group = %self.shared.config.group, node = %self.shared.config.id, priority = self.shared.config.priority, "asks for leadership");
                     let priority = Some(self.shared.config.priority);
-                    self.ask(self.candidacy.clone(), priority).await?;
-                    self.errand = Errand::TakeOver(Instant::now() + PATIENCE);
-                    return Ok(true);
+                    return match self.ask(self.candidacy.clone(), priority).await {
+                        Ok(()) => {
+                            self.errand = Errand::TakeOver(Instant::now() + PATIENCE);
+                            Ok(true)
+                        }
+                        Err(error) if error.is_missing_permission() => {
+                            self.give_up_handovers(&error);
+                            Ok(true)
+                        }
+                        Err(error) => Err(error),
+                    };
                 }
             }
         }
@@ -160,7 +169,7 @@ impl Part<'_> {
 
     /// Sets the time at which a node with a priority compares it.
     fn compare_later(&mut self) {
-        if self.shared.config.priority > 0 {
+        if self.shared.config.priority > 0 && self.may_hand_over() {
             let after = self.shared.config.takeover_after;
             // Not at the same instant as others of its priority.
             let jitter = after.mul_f64(0.1 * fastrand::f64());
@@ -235,8 +244,20 @@ impl Part<'_> {
         Ok(false)
     }
 
+    /// Answers whoever waits for a transfer, when its time is over and the store is away.
+    pub(super) fn refuse_overdue(&mut self, error: &ClusterError) {
+        if matches!(&self.errand, Errand::Transfer(transfer) if Instant::now() >= transfer.until)
+            && let Errand::Transfer(transfer) = std::mem::replace(&mut self.errand, Errand::None)
+        {
+            answer(transfer.reply, Err(error.clone()));
+        }
+    }
+
     /// Begins a transfer that the application asked for.
     pub(super) async fn transfer(&mut self, target: String, reply: Reply) {
+        if matches!(self.errand, Errand::Transfer(_)) {
+            return answer(reply, refused(&target, "another transfer is under way"));
+        }
         match self.begin_transfer(&target).await {
             Ok(Some((candidacy, created))) => {
                 debug!(group = %self.shared.config.group, node = %self.shared.config.id, target, "asks those ahead of the target to make way");
@@ -342,13 +363,19 @@ impl Part<'_> {
                     Err(error) => Err(error),
                 }
             }
-            (None, Some(_), ahead, _) if Instant::now() >= transfer.until => {
-                let ahead = ahead.map(|ahead| String::from_utf8_lossy(&ahead.value));
-                let ahead = ahead.unwrap_or_default();
+            (None, Some(_), Some(ahead), _) if Instant::now() >= transfer.until => {
+                let ahead = String::from_utf8_lossy(&ahead.value);
                 let reason = format!(
                     "{ahead:?} is ahead of it in the queue and has not made way within {PATIENCE:?}"
                 );
                 refused(&transfer.target, reason)
+            }
+            // The way is free, but it does not lead at the moment.
+            (None, Some(_), None, None) if Instant::now() >= transfer.until => {
+                Err(ClusterError::NotLeader {
+                    node: shared.config.id.clone(),
+                    group: shared.config.group.clone(),
+                })
             }
             (None, Some(_), ..) => {
                 self.errand = Errand::Transfer(transfer);

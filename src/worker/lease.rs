@@ -18,7 +18,7 @@ use crate::backoff::Backoff;
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::signal::{Listener, Signal};
-use crate::store::{Condition, LeaseId, Store, Txn};
+use crate::store::{Condition, LeaseId, Selector, Store, Txn};
 
 /// Renewals missed in a row until its nodes are unhealthy.
 pub(super) const UNHEALTHY_AFTER: u32 = 3;
@@ -195,7 +195,9 @@ impl LeaseHolder {
                     }
                 },
             };
-            let error = self.keep(store, &tenure).await;
+            let Some(error) = self.keep(store, &tenure).await else {
+                continue;
+            };
             // One that lasted proves that the store works: start over without delay, but not at
             // the same instant as everybody else who lost a lease with this one.
             let delay = if started.elapsed() > tenure.lease.ttl {
@@ -245,8 +247,9 @@ impl LeaseHolder {
     /// Renews the lease every third of its TTL, and after a miss three times as often: what
     /// counts then is to get one through before the TTL is over. After ten misses it is tried every
     /// third to half of the TTL: a store that was away gives leases their whole TTL anew, and who
-    /// comes back in time has lost nothing. Returns why the lease is lost.
-    async fn keep(&self, store: &dyn Store, tenure: &Arc<Tenure>) -> ClusterError {
+    /// comes back in time has lost nothing. Returns why the lease is lost; `None` if its last node has
+    /// left, and this one came after.
+    async fn keep(&self, store: &dyn Store, tenure: &Arc<Tenure>) -> Option<ClusterError> {
         let period = tenure.lease.ttl / 3;
         let mut keeper = store.keeper(tenure.lease);
         let mut missed = 0;
@@ -266,10 +269,7 @@ impl LeaseHolder {
             };
             tokio::select! {
                 biased;
-                // The last node has left while another one was about to start.
-                () = replaced(&mut changes, tenure) => {
-                    return ClusterError::LeaseNotFound { lease: tenure.lease.id };
-                }
+                () = replaced(&mut changes, tenure) => return None,
                 () = sleep(pause) => {}
             }
             let sent = tenure.now();
@@ -292,7 +292,7 @@ impl LeaseHolder {
                         held.revived += u64::from(revived);
                     });
                 }
-                Err(error @ ClusterError::LeaseNotFound { .. }) => return error,
+                Err(error @ ClusterError::LeaseNotFound { .. }) => return Some(error),
                 Err(error) => {
                     missed += 1;
                     debug!(lease = %tenure.lease.id, missed, %error, "renewal missed");
@@ -300,7 +300,7 @@ impl LeaseHolder {
                         warn!(lease = %tenure.lease.id, missed, %error, "the lease cannot be renewed");
                     }
                     if missed >= OFTEN && !error.is_transient() {
-                        return error;
+                        return Some(error);
                     }
                     self.update(tenure, |held| {
                         held.missed = missed;
@@ -367,30 +367,30 @@ impl LeaseHolder {
     }
 }
 
-/// Deletes keys, each on the condition that it is under this lease.
+/// Deletes those of the keys that are under this lease, on the condition that they are still.
 pub(super) async fn delete_held(
     store: &dyn Store,
     lease: LeaseId,
     keys: &[String],
 ) -> Result<(), ClusterError> {
-    let all = keys.iter().fold(Txn::new(), |txn, key| {
-        let txn = txn.delete(key.clone());
-        if bugs::has(Bug::UnconditionalDelete) {
-            return txn;
+    let selectors: Vec<_> = keys.iter().cloned().map(Selector::Key).collect();
+    let listings = store.list_all(&selectors).await?;
+    let there = listings.into_iter().flat_map(|listing| listing.entries);
+    let mut txn = Txn::new();
+    for entry in there {
+        let unconditional = bugs::has(Bug::UnconditionalDelete);
+        if entry.lease == Some(lease) && !unconditional {
+            let condition = Condition::CreatedAt(entry.key.clone(), entry.create_revision);
+            txn = txn.when(condition).delete(entry.key);
+        } else if unconditional {
+            txn = txn.delete(entry.key);
         }
-        txn.when(Condition::HeldBy(key.clone(), lease))
-    });
-    if store.txn(all).await?.is_some() {
+    }
+    if txn.writes.is_empty() {
         return Ok(());
     }
-    // One of them is not: each by itself.
-    for key in keys {
-        let one = Txn::new()
-            .when(Condition::HeldBy(key.clone(), lease))
-            .delete(key.clone());
-        store.txn(one).await?;
-    }
-    Ok(())
+    // If one of them has changed since, they are looked at again before long.
+    store.txn(txn).await.map(drop)
 }
 
 fn is_held(held: &Held, tenure: &Arc<Tenure>) -> bool {

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep};
 
 use crate::bugs::{self, Bug};
@@ -147,6 +147,8 @@ struct Shared {
     term: ArcSwapOption<Term>,
     /// Bumped whenever `term` changes.
     term_changed: watch::Sender<()>,
+    /// What is known of the election has to be read again.
+    reread: Notify,
     /// To the run in progress.
     commands: Mutex<Option<mpsc::Sender<Command>>>,
 }
@@ -233,6 +235,7 @@ impl ClusterNode {
                 past: Mutex::default(),
                 term: ArcSwapOption::empty(),
                 term_changed: watch::Sender::new(()),
+                reread: Notify::new(),
                 commands: Mutex::new(None),
             }),
         }
@@ -392,8 +395,10 @@ impl ClusterNode {
     /// [`NotLeader`](ClusterError::NotLeader);
     /// [`TransferRefused`](ClusterError::TransferRefused) when the target is not a candidate, has
     /// just left, or has a candidate ahead of it that does not make way: because it cannot, being
-    /// a node of `photon-etcd-cluster`, or not within 2 s. This node then still leads.
-    /// [`NotRunning`](ClusterError::NotRunning), or the store's.
+    /// a node of `photon-etcd-cluster`, or not within 2 s; and while another transfer is under way.
+    /// The term then goes on, if the target has just left after a moment without it.
+    /// [`NotRunning`](ClusterError::NotRunning); or the store's, and then it is not known whether
+    /// leadership was handed over, and this node has given it up.
     pub async fn transfer_to(&self, target: impl Into<String>) -> Result<(), ClusterError> {
         let target = target.into();
         self.ask(|reply| Command::Transfer(target, reply)).await
@@ -405,8 +410,8 @@ impl ClusterNode {
     ///
     /// # Errors
     ///
-    /// [`NotRunning`](ClusterError::NotRunning), or the store's; the node drains all the same as
-    /// soon as the store can be written.
+    /// [`NotRunning`](ClusterError::NotRunning), and then nothing has happened; or the store's, and
+    /// the node drains all the same as soon as the store can be written.
     pub async fn drain(&self) -> Result<(), ClusterError> {
         self.ask(Command::Drain).await
     }
@@ -454,7 +459,16 @@ impl ClusterNode {
         let sent = commands.send(command(reply)).await;
         drop(commands);
         sent.map_err(|_| not_running())?;
-        answer.await.map_err(|_| not_running())?
+        answer.await.unwrap_or_else(|_| {
+            if !self.shared.running.load(Ordering::Acquire) {
+                return Err(not_running());
+            }
+            Err(ClusterError::Unavailable {
+                endpoint: self.shared.config.etcd.endpoints.join(","),
+                operation: "command",
+                reason: "the lease was lost before it was carried out".to_owned(),
+            })
+        })
     }
 }
 

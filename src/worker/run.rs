@@ -274,8 +274,9 @@ impl Shared {
             let left = tenure.remaining();
             if left.is_zero() {
                 self.feed(Input::DeadlinePassed);
-            } else {
+            } else if *self.state.borrow() == SessionState::Doubtful {
                 self.feed(Input::Renewed);
+                self.reread.notify_one();
             }
             if missed >= UNHEALTHY_AFTER {
                 if self.set_health(HealthStatus::Unhealthy) {

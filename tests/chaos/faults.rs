@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use pingora_etcd::SessionState;
 use tokio::time::sleep;
 
 use super::etcd_cluster::answered;
@@ -193,6 +194,11 @@ async fn hand_over(world: &mut World, found: &mut Found) {
         let (Some(from), Some(to)) = (workers[leader].node(), workers[target].node()) else {
             continue;
         };
+        // It may have made way just now.
+        let start = Instant::now();
+        while to.session_state() != SessionState::Active && start.elapsed() < GONE {
+            sleep(Duration::from_millis(5)).await;
+        }
         let start = Instant::now();
         let handing = from.transfer_to(to.id());
         tokio::pin!(handing);
@@ -284,9 +290,11 @@ async fn stop(world: &mut World, member: usize, led: bool, found: &mut Found) {
 
 /// `led`: it was etcd's leader when it was stopped.
 async fn go_on(world: &mut World, member: usize, led: bool, found: &mut Found) {
-    match world.fleet.renewed_leases(&world.cluster).await {
-        Ok(renewed) => found.renewed = renewed,
-        Err(error) => found.note(format!("leases before it goes on: {error}")),
+    if led {
+        match world.fleet.renewed_leases(&world.cluster).await {
+            Ok(renewed) => found.renewed = renewed,
+            Err(error) => found.note(format!("leases before it goes on: {error}")),
+        }
     }
     world.cluster.resume(member);
     let start = Instant::now();

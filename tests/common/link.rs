@@ -92,6 +92,10 @@ async fn pass(near: TcpStream, target: String, mut silent: watch::Receiver<bool>
     let Ok(far) = TcpStream::connect(target).await else {
         return;
     };
+    // A proxy that waits for more to send would add 40 ms to each answer.
+    if near.set_nodelay(true).is_err() || far.set_nodelay(true).is_err() {
+        return;
+    }
     let (near_in, near_out) = near.into_split();
     let (far_in, far_out) = far.into_split();
     tokio::join!(

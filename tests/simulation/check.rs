@@ -187,10 +187,14 @@ impl Checker {
         let was_there = {
             let inner = self.inner.lock().unwrap();
             let line = inner.lines.get(&(term.key.to_string(), term.epoch));
-            line.is_none_or(|line| line.iter().any(|id| id == target))
+            line.map(|line| line.iter().any(|id| id == target))
         };
-        if !was_there {
-            self.violation(format!("{target} was given leadership after it had left"));
+        match was_there {
+            Some(true) => {}
+            Some(false) => {
+                self.violation(format!("{target} was given leadership after it had left"))
+            }
+            None => self.violation(format!("leadership was not handed to {target}")),
         }
     }
 

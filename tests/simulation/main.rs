@@ -13,6 +13,7 @@ mod net;
 mod process;
 mod world;
 
+use std::cell::RefCell;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
             .without_time()
             .init();
     }
+    catch_panics(arguments.bugs || arguments.bug.is_some());
     if arguments.bugs {
         return each_bug(&arguments);
     }
@@ -144,19 +146,34 @@ fn run_all(first: u64, count: u64, bug: Option<Bug>) -> Summary {
     summary.into_inner().unwrap()
 }
 
-/// A panic is a violation too.
-fn run_one(seed: u64) -> Outcome {
-    std::panic::catch_unwind(|| world::run(seed)).unwrap_or_else(|panic| {
-        let text = panic
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
-        Outcome {
-            simulated: Duration::ZERO,
-            looked: check::Looked::default(),
-            violation: Some(format!("panic: {}", text.unwrap_or_default())),
+thread_local! {
+    /// Of this thread's seed: the runtime catches those of tasks.
+    static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+fn catch_panics(quietly: bool) {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        PANIC.set(Some(panic.to_string()));
+        if !quietly {
+            usual(panic);
         }
-    })
+    }));
+}
+
+/// A panic is a violation too, in whatever task.
+fn run_one(seed: u64) -> Outcome {
+    PANIC.take();
+    let outcome = std::panic::catch_unwind(|| world::run(seed));
+    let mut outcome = outcome.unwrap_or_else(|_| Outcome {
+        simulated: Duration::ZERO,
+        looked: check::Looked::default(),
+        violation: None,
+    });
+    if let Some(panic) = PANIC.take() {
+        outcome.violation = Some(panic);
+    }
+    outcome
 }
 
 /// The same seed twice is the same, step by step.
@@ -175,8 +192,6 @@ fn is_reproducible(first: u64) -> bool {
 }
 
 fn each_bug(arguments: &Arguments) -> ExitCode {
-    // Panics are findings here.
-    std::panic::set_hook(Box::new(|_| {}));
     let mut missed = 0;
     for bug in Bug::ALL {
         let start = Instant::now();

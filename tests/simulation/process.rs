@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -189,6 +189,8 @@ pub struct Member {
     pub id: String,
     pub priority: u16,
     pub is_sharing: bool,
+    /// It was told to drain, and will.
+    pub drains: Arc<AtomicBool>,
     _presence: Presence,
     stop: oneshot::Sender<()>,
     running: JoinHandle<()>,
@@ -257,6 +259,7 @@ impl Member {
             id: id.to_owned(),
             priority,
             is_sharing: sharing.is_some(),
+            drains: Arc::default(),
             _presence: presence,
             stop,
             running,
@@ -341,6 +344,11 @@ impl Reader {
             running,
             folding,
         }
+    }
+
+    pub fn crash(self) {
+        self.running.abort();
+        self.folding.abort();
     }
 
     pub fn stop(mut self) -> JoinHandle<()> {

@@ -3,12 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use pingora_etcd::store::Backup;
-use pingora_etcd::{DiscoveryStatus, HealthStatus, Node, SessionState};
+use pingora_etcd::{ClusterError, DiscoveryStatus, HealthStatus, Node, NodeState, SessionState};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::check::Looked;
 use super::net::Weather;
@@ -22,7 +23,9 @@ const HEALS_WITHIN: Duration = Duration::from_secs(120);
 const STAYS_WELL: Duration = Duration::from_secs(10);
 /// Requests per second and user while nothing happens: renewals, metrics, fenced writes, and a look
 /// at who leads.
-const QUIET_CALLS: f64 = 8.0;
+const QUIET_CALLS: f64 = 5.0;
+/// How long a command may take to be answered once the faults are over.
+const ANSWERED: Duration = Duration::from_secs(20);
 /// How long a run may take to return once it is told to.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 
@@ -65,8 +68,10 @@ struct World {
     members: Vec<Member>,
     readers: Vec<Reader>,
     backups: Vec<Backup>,
-    /// Faults that will end, and members that will come back.
+    /// Faults that will end.
     pending: Vec<JoinHandle<()>>,
+    /// Commands that will be answered.
+    commands: Vec<JoinHandle<()>>,
     /// Ids that are to be started again, with where.
     down: Vec<(Arc<Process>, &'static str, String, u16)>,
     leaving: Vec<JoinHandle<()>>,
@@ -95,6 +100,7 @@ impl World {
             readers: Vec::new(),
             backups: Vec::new(),
             pending: Vec::new(),
+            commands: Vec::new(),
             down: Vec::new(),
             leaving: Vec::new(),
             no_starts_until: Instant::now(),
@@ -180,7 +186,7 @@ impl World {
     /// One thing happens.
     async fn befall(&mut self) -> Result<(), String> {
         let lasts = self.while_();
-        let what = self.plan.u8(0..24);
+        let what = self.plan.u8(0..25);
         self.common.checker.note(&format!("{what} {lasts:?}"));
         match what {
             0..=5 => {
@@ -240,6 +246,7 @@ impl World {
                 self.weather_for(process, refused, Duration::from_millis(50));
             }
             22 => self.backups.push(self.common.store.backup()),
+            23 => self.crash_a_process(),
             _ => self.restore(),
         }
         match self.common.checker.violated() {
@@ -287,6 +294,35 @@ impl World {
         let member = self.members.swap_remove(index);
         self.remember(&member);
         member.crash();
+    }
+
+    /// Everything in it, at once. What watches comes back right away.
+    fn crash_a_process(&mut self) {
+        let process = self.process();
+        let members = std::mem::take(&mut self.members);
+        for member in members {
+            if Arc::ptr_eq(&member.process, &process) {
+                self.remember(&member);
+                member.crash();
+            } else {
+                self.members.push(member);
+            }
+        }
+        if let Some(sharing) = self.clusters.get_mut(&process.name) {
+            *sharing = self.common.cluster(&process);
+        }
+        let sharing = self.clusters.get(&process.name).cloned();
+        let readers = std::mem::take(&mut self.readers);
+        for reader in readers {
+            if Arc::ptr_eq(&reader.process, &process) {
+                let group = reader.group;
+                reader.crash();
+                let again = Reader::start(&self.common, &process, sharing.as_ref(), group);
+                self.readers.push(again);
+            } else {
+                self.readers.push(reader);
+            }
+        }
     }
 
     fn come_back(&mut self) {
@@ -338,6 +374,7 @@ impl World {
             .position(|member| member.group == group && member.node.is_leader());
         let index = leader.filter(|_| what > 1).unwrap_or(index);
         let node = self.members[index].node.clone();
+        let drains = self.members[index].drains.clone();
         let checker = self.common.checker.clone();
         if what == 7 {
             // The target leaves at about the same time.
@@ -353,7 +390,7 @@ impl World {
             }
         }
         let wait = Duration::from_millis(self.plan.u64(0..8));
-        self.pending.push(tokio::spawn(async move {
+        self.commands.push(tokio::spawn(async move {
             sleep(wait).await;
             let term = node.leadership();
             let before = term.as_ref().map(|term| term.epoch);
@@ -368,8 +405,21 @@ impl World {
             {
                 checker.handed_over(term, &target);
             }
+            let now = node.leadership().map(|term| term.epoch);
+            if (1..=3).contains(&what) && answer.is_ok() && before.is_some() && now == before {
+                checker.violation(format!("{} leads on after it has resigned", node.id()));
+            }
+            match &answer {
+                Err(ClusterError::NotRunning { .. }) => {
+                    if node.session_state() != SessionState::Closed {
+                        let text = format!("{} says that it is not running", node.id());
+                        checker.violation(text);
+                    }
+                }
+                _ => drains.store(drains.load(Relaxed) || what == 0, Relaxed),
+            }
             // A target that is not there costs nothing: the same term goes on.
-            if let Err(pingora_etcd::ClusterError::TransferRefused { reason, .. }) = answer
+            if let Err(ClusterError::TransferRefused { reason, .. }) = answer
                 && reason.contains("just left")
             {
                 checker.note(&reason);
@@ -457,6 +507,13 @@ impl World {
         }
         for leaving in self.leaving.drain(..) {
             let _ = leaving.await;
+        }
+        let late = Instant::now() + ANSWERED;
+        for command in self.commands.drain(..) {
+            if timeout_at(late, command).await.is_err() {
+                let text = format!("a command is not answered within {ANSWERED:?}");
+                self.common.checker.violation(text);
+            }
         }
     }
 
@@ -556,12 +613,17 @@ impl World {
             }
             for id in &ids {
                 let own: Vec<_> = members.iter().filter(|member| member.id == *id).collect();
-                let healthy = own
+                let mut healthy = own
                     .iter()
-                    .filter(|member| member.node.current_health() == HealthStatus::Healthy)
-                    .count();
-                if healthy != 1 {
-                    return Err(format!("{healthy} processes are healthy as {id}"));
+                    .filter(|member| member.node.current_health() == HealthStatus::Healthy);
+                let (Some(own), None) = (healthy.next(), healthy.next()) else {
+                    return Err(format!("not one process is healthy as {id}"));
+                };
+                let told = registered[id].state == NodeState::Draining;
+                let drains = own.drains.load(Relaxed);
+                if drains != told || drains != (own.node.session_state() == SessionState::Draining)
+                {
+                    return Err(format!("{id} drains: {drains}, and says so: {told}"));
                 }
             }
             self.one_leads(group, &members, &entries)?;

@@ -196,7 +196,7 @@ impl Dispatcher {
                 None => id = self.pending.pop_front().unwrap_or(id),
             }
         }
-        let Some(told) = self.watches.get(&id) else {
+        let Some(told) = self.watches.get(&id).cloned() else {
             return Ok(());
         };
         let ended = response.canceled();
@@ -204,11 +204,21 @@ impl Dispatcher {
             told.try_send((id, Ok(response))),
             Err(mpsc::error::TrySendError::Full(_))
         );
-        if ended || full {
+        if ended {
             self.watches.remove(&id);
         }
-        if full && let Some((requests, _)) = &mut self.stream {
-            requests.cancel(id).await?;
+        if full {
+            // Every range of the same watcher ends with this one: it has missed something, and is
+            // told so by the end of its channel.
+            let of_it = self
+                .watches
+                .extract_if(|_, other| other.same_channel(&told));
+            let ids: Vec<i64> = of_it.map(|(id, _)| id).collect();
+            if let Some((requests, _)) = &mut self.stream {
+                for id in ids {
+                    requests.cancel(id).await?;
+                }
+            }
         }
         Ok(())
     }
