@@ -66,6 +66,8 @@ pub(crate) struct View {
     /// Where in line a candidacy's key is.
     places: HashMap<String, Revision>,
     leader: Option<Leadership>,
+    /// The key that was written last, and when, unless it is gone.
+    witness: Option<(String, Revision)>,
     /// Keys whose current value could not be used.
     bad: HashSet<String>,
     skipped: u64,
@@ -79,6 +81,7 @@ impl View {
             queue: BTreeMap::new(),
             places: HashMap::new(),
             leader: None,
+            witness: None,
             bad: HashSet::new(),
             skipped: 0,
         }
@@ -97,6 +100,12 @@ impl View {
 
     pub(crate) fn leader(&self) -> Option<&Leadership> {
         self.leader.as_ref()
+    }
+
+    /// What tells this history from another that has come as far: the key that was written last,
+    /// and the revision that wrote it.
+    pub(crate) fn witness(&self) -> Option<&(String, Revision)> {
+        self.witness.as_ref()
     }
 
     /// Values seen that could not be used, since the start.
@@ -136,6 +145,9 @@ impl View {
         for entry in candidates {
             self.enqueue(entry);
         }
+        let all = registrations.iter().chain(candidates);
+        let last = all.max_by_key(|entry| entry.mod_revision);
+        self.witness = last.map(|entry| (entry.key.clone(), entry.mod_revision));
         self.nodes.revision = revision;
         self.settle(&mut changes);
         changes
@@ -158,6 +170,14 @@ impl View {
                         self.bad.remove(key);
                         self.remove(id, &mut changes);
                     }
+                }
+            }
+            match event {
+                WatchEvent::Put(entry) => {
+                    self.witness = Some((entry.key.clone(), entry.mod_revision));
+                }
+                WatchEvent::Delete { key, .. } => {
+                    self.witness.take_if(|witness| witness.0 == *key);
                 }
             }
             self.nodes.revision = self.nodes.revision.max(event.revision());

@@ -42,17 +42,20 @@ impl Shared {
         );
         let mut position = Position::Unlisted;
         let mut backoff = Backoff::new();
-        let mut at_once: Option<Instant> = None;
+        // One for each of the two: history moves on while a connection is broken.
+        let mut at_once: [Option<Instant>; 2] = [None; 2];
         loop {
             let mut answered = false;
             let error = self
                 .follow_from(store, &mut view, &mut position, &mut answered)
                 .await;
-            answered |= matches!(error, ClusterError::Compacted { .. });
-            let rested = at_once.is_none_or(|last| last.elapsed() >= AT_ONCE_EVERY);
-            let delay = if at_once.is_none() || (answered && rested) {
+            let missed = matches!(error, ClusterError::Compacted { .. });
+            answered |= missed;
+            let last = &mut at_once[usize::from(missed)];
+            let rested = last.is_none_or(|last| last.elapsed() >= AT_ONCE_EVERY);
+            let delay = if last.is_none() || (answered && rested) {
                 backoff.reset();
-                at_once = Some(Instant::now());
+                *last = Some(Instant::now());
                 // Not at the same instant as every other watcher.
                 Duration::from_millis(fastrand::u64(10..250))
             } else {
@@ -100,22 +103,6 @@ impl Shared {
         position: &mut Position,
         answered: &mut bool,
     ) -> Result<Infallible, ClusterError> {
-        if let Position::Listed(cluster_id, ranges) = position {
-            // A store whose history is shorter than what has been seen of it was restored, or is
-            // another one: a watch from there would wait in silence for it to catch up.
-            let any = Selector::Key(self.keys.registry_prefix().to_owned());
-            let now = store.list(&any, None).await?;
-            if bugs::has(Bug::ResumeFromNow) {
-                ranges
-                    .iter_mut()
-                    .for_each(|range| range.from = now.revision + 1);
-            }
-            let is_shorter = ranges.iter().any(|range| range.from > now.revision + 1);
-            if (is_shorter || *cluster_id != now.cluster_id) && !bugs::has(Bug::HistoryNotChecked) {
-                warn!(group = %self.group, revision = now.revision, "the store's history is another one, listing again");
-                *position = Position::Unlisted;
-            }
-        }
         let (cluster_id, ranges) = match position {
             Position::Listed(cluster_id, ranges) => (*cluster_id, ranges.clone()),
             Position::Unlisted => {
@@ -124,8 +111,22 @@ impl Shared {
                 (cluster_id, ranges)
             }
         };
+        let ranges = if bugs::has(Bug::ResumeFromNow) {
+            let from_now = |range: WatchRange| WatchRange { from: 0, ..range };
+            ranges.into_iter().map(from_now).collect()
+        } else {
+            ranges
+        };
         let mut watcher = store.watch(ranges).await?;
+        // Looked at when the watch is open: what the store does then, it tells.
+        let is_same = self
+            .is_same_history(store, view, cluster_id, watcher.position())
+            .await?;
         *answered = true;
+        if !is_same && !bugs::has(Bug::HistoryNotChecked) {
+            warn!(group = %self.group, "the store's history is another one");
+            return Err(ClusterError::Compacted { oldest: 0 });
+        }
         self.went_live();
         loop {
             let events = watcher.next().await;
@@ -135,6 +136,34 @@ impl Shared {
             let changes = view.apply(&events?);
             self.publish(view, changes, false);
         }
+    }
+
+    /// Whether the store goes on with what has been seen of it. One that was restored may be another
+    /// cluster, or not have come as far: a watch would wait in silence for it to catch up. Or it has
+    /// come as far again, with other changes: then the key that was written last here was not
+    /// written then.
+    async fn is_same_history(
+        &self,
+        store: &dyn Store,
+        view: &View,
+        cluster_id: u64,
+        seen: &[WatchRange],
+    ) -> Result<bool, ClusterError> {
+        let any = Selector::Key(self.keys.registry_prefix().to_owned());
+        let now = store.list(&any, None).await?;
+        if now.cluster_id != cluster_id || seen.iter().any(|range| range.from > now.revision + 1) {
+            return Ok(false);
+        }
+        let Some((key, written)) = view.witness() else {
+            return Ok(true);
+        };
+        let of_it = seen.iter().find(|range| range.keys.matches(key));
+        let Some(at) = of_it.map(|range| range.from - 1).filter(|at| at >= written) else {
+            return Ok(true);
+        };
+        let then = store.list(&Selector::Key(key.clone()), Some(at)).await?;
+        let entry = then.entries.first();
+        Ok(entry.is_some_and(|entry| entry.mod_revision == *written))
     }
 
     /// Lists nodes and candidates at one revision. Answers with what to watch from there.

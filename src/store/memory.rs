@@ -228,12 +228,14 @@ impl MemoryStore {
     }
 
     /// Goes back to that data, in one of the two ways in which `etcdctl snapshot restore` does:
-    /// as a new cluster; or, with `bump`, with a revision so much higher than the data's, so that
-    /// none is used twice. Leases get their whole TTL anew, watches end, and there is no history
+    /// as a new cluster; or, with `bump`, with a revision that is so much higher than any there was,
+    /// so that none is used twice. Leases get their whole TTL anew, watches end, and there is no history
     /// before the revision.
     pub fn restore(&self, backup: &Backup, bump: Option<Revision>) {
         let mut state = backup.0.clone();
-        state.revision += bump.unwrap_or(0);
+        if let Some(bump) = bump {
+            state.revision = state.revision.max(self.revision()) + bump;
+        }
         let revision = state.revision;
         state.compact(revision);
         self.replace(state, bump.is_none());

@@ -320,7 +320,12 @@ impl Part<'_> {
         }
         // Looked at once: what is waited for below is what kept it from claiming here.
         let quiet_for = quiet_until.saturating_sub(self.tenure.now());
-        let mut watched = vec![Selector::Key(self.registration.clone())];
+        // The candidacy also where there is to be none: a late request may still create it, and at
+        // the head of the line it would keep everybody from leading.
+        let mut watched = vec![
+            Selector::Key(self.registration.clone()),
+            Selector::Key(self.candidacy.clone()),
+        ];
         let mut predecessor = None;
         // In line, and not at its head: then requests matter only if they change that.
         let mut in_line = None;
@@ -365,11 +370,9 @@ impl Part<'_> {
                     shared.begin_term(epoch, self.tenure);
                 }
                 watched.extend(self.watched_in_line(!reading.requests.is_empty()));
-                watched.push(Selector::Key(self.candidacy.clone()));
             }
             Standing::Waits { ahead } => {
                 watched.extend(self.watched_in_line(false));
-                watched.push(Selector::Key(self.candidacy.clone()));
                 watched.push(Selector::Key(ahead.clone()));
                 predecessor = Some(ahead.clone());
                 in_line = Some(Standing::Waits { ahead });
@@ -390,6 +393,13 @@ impl Part<'_> {
         if changes_hands {
             let now = self.read().await?;
             if !now.is_as(&reading) {
+                return Ok(true);
+            }
+        } else {
+            // A watch from a revision that another history has not reached yet says nothing.
+            let own = Selector::Key(self.registration.clone());
+            let now = self.store.list(&own, None).await?;
+            if now.cluster_id != reading.cluster_id || now.revision < reading.revision {
                 return Ok(true);
             }
         }
@@ -653,11 +663,12 @@ impl Reading {
             && holder(self) == holder(other)
     }
 
-    /// Whether a request is for a candidate, or from a leader, that has come since.
+    /// Whether a request is for a candidate, or from a leader, that has come since, or that has
+    /// queued again.
     fn is_outdated(&self) -> bool {
         let leader = self.candidates.first();
         self.requests.iter().any(|request| {
-            self.candidacy(&request.to).is_none()
+            self.candidacy(&request.to) != Some(request.created)
                 || (request.priority.is_none()
                     && !leader.is_some_and(|leader| request.is_from(leader)))
         })
@@ -857,6 +868,7 @@ mod tests {
         let ask = |from: i64, priority| Request {
             from: LeaseId(from),
             to: "e/8".to_owned(),
+            created: 8,
             priority,
         };
         let makes_way = Standing::MakesWay { candidacy: 6 };
@@ -878,6 +890,7 @@ mod tests {
         let ahead = Request {
             from: LeaseId(9),
             to: "e/9".to_owned(),
+            created: 2,
             priority: Some(9),
         };
         assert_eq!(asked(Some(&registration), &line, &[ahead], &me()), waits);
@@ -894,6 +907,7 @@ mod tests {
         let ask = |key: &str, from: i64, priority: u16| Request {
             from: LeaseId(from),
             to: key.to_owned(),
+            created: if key == "e/8" { 8 } else { 9 },
             priority: Some(priority),
         };
         let leads = Standing::Leads { epoch: 6 };
@@ -910,6 +924,7 @@ mod tests {
         let own = Request {
             from: ME,
             to: "e/8".to_owned(),
+            created: 8,
             priority: None,
         };
         assert_eq!(judge(own, &me()), leads);

@@ -31,6 +31,8 @@ pub(super) struct Request {
     pub(super) from: LeaseId,
     /// The candidacy that is to lead.
     pub(super) to: String,
+    /// Which revision created that.
+    pub(super) created: Revision,
     /// Why, if it asks for itself; `None` if the leader asks.
     pub(super) priority: Option<u16>,
 }
@@ -38,6 +40,7 @@ pub(super) struct Request {
 #[derive(Serialize, Deserialize)]
 struct Wish {
     to: String,
+    created: Revision,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     priority: Option<u16>,
 }
@@ -49,6 +52,7 @@ impl Request {
         Some(Self {
             from: entry.lease?,
             to: wish.to,
+            created: wish.created,
             priority: wish.priority,
         })
     }
@@ -140,7 +144,8 @@ impl Part<'_> {
                 if !own_request && self.outranks_the_leader(reading).await? {
                     info!(group = %self.shared.config.group, node = %self.shared.config.id, priority = self.shared.config.priority, "asks for leadership");
                     let priority = Some(self.shared.config.priority);
-                    return match self.ask(self.candidacy.clone(), priority).await {
+                    let created = reading.candidacy(&self.candidacy).unwrap_or(0);
+                    return match self.ask(self.candidacy.clone(), created, priority).await {
                         Ok(()) => {
                             self.errand = Errand::TakeOver(Instant::now() + PATIENCE);
                             Ok(true)
@@ -203,10 +208,20 @@ impl Part<'_> {
         Ok(entry.and_then(|entry| serde_json::from_slice(&entry.value).ok()))
     }
 
-    async fn ask(&self, to: String, priority: Option<u16>) -> Result<(), ClusterError> {
+    async fn ask(
+        &self,
+        to: String,
+        created: Revision,
+        priority: Option<u16>,
+    ) -> Result<(), ClusterError> {
         let lease = self.lease();
         // Strings and numbers cannot fail.
-        let wish = serde_json::to_vec(&Wish { to, priority }).unwrap_or_default();
+        let wish = Wish {
+            to,
+            created,
+            priority,
+        };
+        let wish = serde_json::to_vec(&wish).unwrap_or_default();
         let ask = Txn::new()
             .when(Condition::HeldBy(self.candidacy.clone(), lease))
             .put(self.shared.keys.handover(lease), wish, Some(lease));
@@ -327,7 +342,7 @@ impl Part<'_> {
             self.store.txn(txn.delete(self.candidacy.clone())).await?;
             return Ok(None);
         }
-        self.ask(to.key.clone(), None).await?;
+        self.ask(to.key.clone(), to.create_revision, None).await?;
         Ok(Some((to.key.clone(), to.create_revision)))
     }
 

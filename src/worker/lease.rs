@@ -380,7 +380,8 @@ pub(super) async fn delete_held(
     for entry in there {
         let unconditional = bugs::has(Bug::UnconditionalDelete);
         if entry.lease == Some(lease) && !unconditional {
-            let condition = Condition::CreatedAt(entry.key.clone(), entry.create_revision);
+            // Not on its create revision: a process that takes the id over keeps that.
+            let condition = Condition::HeldBy(entry.key.clone(), lease);
             txn = txn.when(condition).delete(entry.key);
         } else if unconditional {
             txn = txn.delete(entry.key);
