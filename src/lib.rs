@@ -145,6 +145,7 @@ pub mod balance;
 #[doc(hidden)]
 pub mod bugs;
 #[cfg(not(any(test, feature = "test-util")))]
+#[allow(unreachable_pub, dead_code, reason = "its names are the simulation's")]
 mod bugs;
 mod cluster;
 pub mod config;
