@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use pingora_etcd::SessionState;
+use pingora_etcd::ClusterError;
 use tokio::time::sleep;
 
 use super::etcd_cluster::answered;
@@ -194,28 +194,33 @@ async fn hand_over(world: &mut World, found: &mut Found) {
         let (Some(from), Some(to)) = (workers[leader].node(), workers[target].node()) else {
             continue;
         };
-        // It may have made way just now.
         let start = Instant::now();
-        while to.session_state() != SessionState::Active && start.elapsed() < GONE {
-            sleep(Duration::from_millis(5)).await;
-        }
-        let start = Instant::now();
-        let handing = from.transfer_to(to.id());
-        tokio::pin!(handing);
+        let mut handing = Box::pin(from.transfer_to(to.id()));
         let mut ended = None;
+        let mut is_over = false;
         while !to.is_leader() {
             tokio::select! {
-                answer = &mut handing, if ended.is_none() => {
-                    if let Err(error) = answer {
+                answer = &mut handing, if !is_over => match answer {
+                    Ok(()) => {
+                        is_over = true;
+                        ended.get_or_insert_with(Instant::now);
+                    }
+                    // It has made way just now, for the one before.
+                    Err(ClusterError::TransferRefused { reason, .. })
+                        if reason.contains("not a candidate") =>
+                    {
+                        sleep(Duration::from_millis(50)).await;
+                        handing = Box::pin(from.transfer_to(to.id()));
+                    }
+                    Err(error) => {
                         found.failures.push(format!("{} to {}: {error}", from.id(), to.id()));
                         return;
                     }
-                    ended = Some(Instant::now());
-                }
+                },
                 () = sleep(Duration::from_millis(1)) => {}
             }
-            if ended.is_none() && !from.is_leader() {
-                ended = Some(Instant::now());
+            if !from.is_leader() {
+                ended.get_or_insert_with(Instant::now);
             }
             if start.elapsed() > Duration::from_secs(10) {
                 found.failures.push(format!("{} does not lead", to.id()));
