@@ -232,7 +232,8 @@ async fn hand_over(world: &mut World, found: &mut Found) {
     found.note(format!(
         "{TIMES} times, at most {longest:.1?} without a leader"
     ));
-    if longest > WITHOUT {
+    // As the targets: a figure in the short form, for machines are noisy; a limit in the long one.
+    if longest > WITHOUT && world.long {
         found.failures.push(format!(
             "{longest:.1?} without a leader, more than {WITHOUT:?}"
         ));
