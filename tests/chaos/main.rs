@@ -94,6 +94,12 @@ async fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     let arguments = Arguments::parse();
+    let mut faults = ON_THREE.iter().chain(&ON_ONE);
+    if !faults.any(|fault| arguments.wants(*fault)) {
+        let names: Vec<_> = ON_THREE.iter().chain(&ON_ONE).map(|it| it.name()).collect();
+        println!("chaos: --only matches none of {names:?}");
+        return ExitCode::FAILURE;
+    }
     println!("chaos: etcd {}, seed {}", binary.display(), arguments.seed);
     let report = Report::new();
     if !arguments.only_targets {

@@ -26,7 +26,7 @@ use world::Outcome;
 #[derive(Parser)]
 struct Arguments {
     /// How many seeds.
-    #[arg(long, default_value_t = 2_000)]
+    #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
     /// The first seed.
     #[arg(long, default_value_t = 1)]
