@@ -153,6 +153,7 @@ pub mod discovery;
 pub mod error;
 mod keys;
 mod load_report;
+mod metadata;
 pub mod metrics;
 mod node;
 #[cfg(feature = "pingora")]
@@ -176,7 +177,7 @@ pub use metrics::{
     CompositeMetricsCollector, Deadband, LoadReporter, MetricsCollector, NoopMetricsCollector,
     RequestGuard, Tolerance,
 };
-pub use node::{HealthStatus, Node, NodeMetadata, NodeState, metadata_keys};
+pub use node::{HealthStatus, Metadata, Node, NodeMetadata, NodeState, metadata_keys};
 pub use store::EtcdOptions;
 pub use worker::{ClusterNode, ClusterNodeBuilder, Leadership, SessionState};
 

@@ -5,6 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::metadata::Metadata;
+
 /// Arbitrary JSON that a node publishes about itself, normally an object with the keys of
 /// [`metadata_keys`]. `Value::Null` where it publishes nothing.
 pub type NodeMetadata = serde_json::Value;
@@ -61,8 +63,8 @@ pub struct Node {
     #[serde(default)]
     pub last_seen: u64,
     /// What it reports about itself.
-    #[serde(default, skip_serializing_if = "NodeMetadata::is_null")]
-    pub metadata: NodeMetadata,
+    #[serde(default, skip_serializing_if = "Metadata::is_null")]
+    pub metadata: Metadata,
     /// The port it serves on; `None` leaves it to the reader's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
@@ -103,7 +105,7 @@ impl Node {
             id: id.into(),
             ip,
             last_seen: 0,
-            metadata: NodeMetadata::Null,
+            metadata: Metadata::default(),
             port: None,
             zone: None,
             tags: BTreeSet::new(),
@@ -144,8 +146,8 @@ impl Node {
 
     /// Sets what it reports.
     #[must_use]
-    pub fn with_metadata(mut self, metadata: NodeMetadata) -> Self {
-        self.metadata = metadata;
+    pub fn with_metadata(mut self, metadata: impl Into<Metadata>) -> Self {
+        self.metadata = metadata.into();
         self
     }
 
@@ -191,7 +193,7 @@ impl Node {
 
     /// A number from the metadata; `None` where it is absent or no number.
     pub fn metric(&self, key: &str) -> Option<f64> {
-        self.metadata.get(key)?.as_f64()
+        self.metadata.number(key)
     }
 
     /// Whether anything but the time of writing differs.

@@ -489,6 +489,13 @@ impl Mean {
         self.count += 1;
     }
 
+    /// Takes back what was added with weight 1.
+    pub(super) fn remove(&mut self, value: f64) {
+        self.sum -= value;
+        self.weights -= 1.0;
+        self.count -= 1;
+    }
+
     /// 0 of nothing.
     pub(super) fn value(&self) -> f64 {
         if self.weights > 0.0 {

@@ -119,6 +119,9 @@ impl Signals {
     /// The chance of a backend with this success rate when it is drawn: its rate relative to the
     /// best, squared.
     pub(super) fn chance(&self, success: f32) -> f32 {
+        if success < 0.0 {
+            return 0.0;
+        }
         let relative = self.relative(success);
         if relative >= self.threshold {
             return 1.0;
@@ -176,7 +179,8 @@ pub(super) struct Live {
     addr: SocketAddr,
     node: ArcSwap<Node>,
     sampled: AtomicBool,
-    sample: Mutex<Option<LoadReport>>,
+    /// Made when the first one comes: most backends never send any.
+    sample: OnceLock<Box<Mutex<LoadReport>>>,
     /// The member is gone: it owns nothing of this any more.
     orphaned: AtomicBool,
 }
@@ -256,13 +260,14 @@ impl Live {
             }
         }
         if report.has_load() {
-            let mut sample = match self.sample.try_lock() {
+            let sample = self.sample.get_or_init(|| Box::new(Mutex::new(*report)));
+            let mut sample = match sample.try_lock() {
                 Ok(sample) => sample,
                 Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
                 // Another request is about to leave one that is as good.
                 Err(TryLockError::WouldBlock) => return,
             };
-            *sample = Some(*report);
+            *sample = *report;
             self.sampled.store(true, Ordering::Relaxed);
         }
     }
@@ -326,7 +331,7 @@ impl Member {
                 addr,
                 node: ArcSwap::new(node.clone()),
                 sampled: AtomicBool::new(false),
-                sample: Mutex::new(None),
+                sample: OnceLock::new(),
                 orphaned: AtomicBool::new(false),
             }),
         }
@@ -419,8 +424,8 @@ impl Member {
             return None;
         }
         self.live.sampled.store(false, Ordering::Relaxed);
-        let sample = self.live.sample.lock();
-        sample.unwrap_or_else(PoisonError::into_inner).take()
+        let sample = self.live.sample.get()?.lock();
+        Some(*sample.unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Whether it has said how many requests it has in flight, so lately.
@@ -447,6 +452,12 @@ impl Member {
     /// Counts a request in; dropping the answer counts it out.
     pub(super) fn enter(&self) -> Arc<Live> {
         self.live.clone()
+    }
+
+    /// It is gone: nobody is sent there any more, though it is in the table still.
+    pub(super) fn retire(&self) {
+        self.live.success.set(-1.0);
+        self.live.signals.raise(GATED);
     }
 
     /// For reading the count without going through the member.

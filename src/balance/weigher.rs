@@ -1,17 +1,17 @@
 //! From the nodes of a group to their weights: what is shared by everything that routes.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::hash::BuildHasher;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hashbrown::HashTable;
 use xxhash_rust::xxh3::{Xxh3DefaultBuilder, xxh3_64};
 
 use super::Policy;
 use super::adaptive::{Adaptive, Learned, Mean, Trust};
 use super::member::{Member, Signals};
-use super::weight::{Headroom, Load, base_weight, mean_load};
+use super::weight::{Headroom, Load, LoadSum, base_weight};
 use super::zone::{Place, Side, Spill, Zones};
 use crate::load_report::LoadReport;
 use crate::node::Node;
@@ -52,18 +52,27 @@ struct Known {
     base: f64,
     load: Load,
     learned: Learned,
-    /// The last new sample that came with a response, and when.
-    response: Option<(LoadReport, Instant)>,
-    /// When the last sample came with a response, new or not.
-    answered: Option<Instant>,
+    /// What came with responses, if anything did.
+    responses: Option<Box<Responses>>,
     /// Another registration has its address, and wrote later.
     shadowed: bool,
     /// Its load is new and the controller has not had it yet.
     fresh: bool,
     /// It was sent something since its last report.
     tried: bool,
+    /// Which update had it last.
+    update: u32,
     /// Its outcomes as of the last tick.
     counted: u32,
+}
+
+#[derive(Debug)]
+struct Responses {
+    /// The last new sample, and when.
+    sample: LoadReport,
+    at: Instant,
+    /// When the last sample came, new or not.
+    answered: Instant,
 }
 
 impl Known {
@@ -77,9 +86,6 @@ impl Known {
     fn observe(&mut self, node: &Arc<Node>, now: Instant) -> u32 {
         let late = self.node.last_seen.saturating_sub(node.last_seen);
         let outdated = late > 0 && late < CLOCK_SET_MS;
-        let by_response = self
-            .answered
-            .is_some_and(|at| now.saturating_duration_since(at) < RESPONSES_COUNT);
         let same = node.last_seen == self.node.last_seen && node.metadata == self.node.metadata;
         self.base = base_weight(node);
         self.node = node.clone();
@@ -87,11 +93,13 @@ impl Known {
         if outdated {
             return 0;
         }
-        if let Some((response, _)) = self.response.filter(|_| by_response) {
+        if let Some(responses) = &self.responses
+            && now.saturating_duration_since(responses.answered) < RESPONSES_COUNT
+        {
             // What responses do not tell is still told here.
             let mut registered = self.load;
             let refused = registered.observe(node);
-            let told = Load::of(&response);
+            let told = Load::of(&responses.sample);
             self.load = Load {
                 cpu: told.cpu.or(registered.cpu),
                 memory: told.memory.or(registered.memory),
@@ -104,31 +112,37 @@ impl Known {
     }
 
     /// Takes over what came with a response.
-    fn hear(&mut self, now: Instant) {
-        let Some(report) = self.member.take_sample() else {
+    fn hear(&mut self, report: LoadReport, now: Instant) {
+        let Some(responses) = &mut self.responses else {
+            self.responses = Some(Box::new(Responses {
+                sample: report,
+                at: now,
+                answered: now,
+            }));
+            self.take_sample(&report);
             return;
         };
-        let stuck = self
-            .response
-            .is_some_and(|(_, at)| now.saturating_duration_since(at) > SAME_MOST);
-        if !stuck {
-            self.answered = Some(now);
+        let age = now.saturating_duration_since(responses.at);
+        if age <= SAME_MOST {
+            responses.answered = now;
         }
-        let again =
-            self.response
-                .is_some_and(|(last, at)| match (last.sampled_at, report.sampled_at) {
-                    (Some(last), Some(this)) => this <= last && last - this < CLOCK_SET_MS,
-                    _ => {
-                        Load::of(&last) == Load::of(&report)
-                            && now.saturating_duration_since(at) < SAME_AGAIN
-                    }
-                });
+        let again = match (responses.sample.sampled_at, report.sampled_at) {
+            (Some(last), Some(this)) => this <= last && last - this < CLOCK_SET_MS,
+            _ => Load::of(&responses.sample) == Load::of(&report) && age < SAME_AGAIN,
+        };
         if again {
             return;
         }
-        self.response = Some((report, now));
-        self.answered = Some(now);
-        let load = Load::of(&report);
+        **responses = Responses {
+            sample: report,
+            at: now,
+            answered: now,
+        };
+        self.take_sample(&report);
+    }
+
+    fn take_sample(&mut self, report: &LoadReport) {
+        let load = Load::of(report);
         self.load = Load {
             cpu: load.cpu.or(self.load.cpu),
             memory: load.memory.or(self.load.memory),
@@ -146,13 +160,48 @@ impl Known {
     }
 }
 
+/// Sums over the registrations that count, kept while they change, so that one change costs as
+/// much as one.
+#[derive(Debug, Default)]
+struct Totals {
+    loads: LoadSum,
+    /// Of the loads that the controller works with.
+    learned: Mean,
+}
+
+impl Totals {
+    fn add(&mut self, known: &Known) {
+        if known.counts() {
+            self.loads.add(&known.load);
+            if let Some(load) = known.learned.load {
+                self.learned.add(load, 1.0);
+            }
+        }
+    }
+
+    fn remove(&mut self, known: &Known) {
+        if known.counts() {
+            self.loads.remove(&known.load);
+            if let Some(load) = known.learned.load {
+                self.learned.remove(load);
+            }
+        }
+    }
+}
+
 /// Weighs nodes, and remembers of each registration what a single report does not tell.
 #[derive(Debug)]
 pub(crate) struct Weigher {
     config: Weighing,
     signals: Arc<Signals>,
-    #[allow(clippy::vec_box)] // an update moves every one of them
-    known: Vec<Box<Known>>,
+    known: Vec<Known>,
+    index: Index,
+    /// How many are shadowed.
+    shadowed: usize,
+    totals: Totals,
+    /// Where those are whose load is new; some may have moved on since.
+    fresh: Vec<u32>,
+    updates: u32,
     /// When there were nodes for the first time: those are not new.
     started: bool,
     ticked: Option<Instant>,
@@ -169,6 +218,11 @@ impl Weigher {
             signals: Arc::new(Signals::new(&config.adaptive)),
             config,
             known: Vec::new(),
+            index: Index::default(),
+            shadowed: 0,
+            totals: Totals::default(),
+            fresh: Vec::new(),
+            updates: 0,
             started: false,
             ticked: None,
             trust: Trust::default(),
@@ -182,63 +236,169 @@ impl Weigher {
         &self.signals
     }
 
-    /// Takes over the nodes of a group and weighs them. Of several registrations of one address the
-    /// one written last counts: that process is there, the others are leases that have not run out
-    /// yet. Forgets registrations that are gone.
+    /// Takes over all the nodes of a group and weighs them. Forgets registrations that are gone.
     pub(crate) fn update<'a>(
         &mut self,
         nodes: impl IntoIterator<Item = &'a Arc<Node>>,
         now: Instant,
     ) {
+        self.updates = self.updates.wrapping_add(1);
         let joined = self.started.then_some(now);
-        let mut before = Before::new(std::mem::take(&mut self.known));
-        let mut at: HashMap<SocketAddr, usize, Xxh3DefaultBuilder> = HashMap::default();
         for node in nodes {
-            let addr = node.addr(self.config.default_port);
-            let mut known = match before.take(node, addr) {
-                Some(mut known) => {
-                    // Each report counts once, however often the group changes in the meantime.
-                    if !Arc::ptr_eq(&known.node, node) {
-                        self.refused += u64::from(known.observe(node, now));
+            self.upsert(node, joined, now);
+        }
+        for at in (0..self.known.len()).rev() {
+            if self.known[at].update != self.updates {
+                self.remove_at(at);
+            }
+        }
+        // What a burst has left behind, of a group that may have shrunk.
+        self.known.shrink_to_fit();
+        self.started |= !self.known.is_empty();
+        self.settle(now);
+    }
+
+    /// Takes over one node that is new or has written again. Costs the same whatever the number of
+    /// nodes; takes effect with the next [`settle`](Self::settle).
+    pub(crate) fn insert(&mut self, node: &Arc<Node>, now: Instant) {
+        let joined = self.started.then_some(now);
+        self.upsert(node, joined, now);
+        self.started = true;
+    }
+
+    /// Forgets a node. Requests avoid it from now on, before it is out of the table.
+    pub(crate) fn remove(&mut self, id: &str) {
+        if let Some(at) = self.index.of_id(&self.known, id) {
+            self.known[at].member.retire();
+            self.remove_at(at);
+        }
+    }
+
+    /// Of several registrations of one address the one written last counts: that process is there,
+    /// the others are leases that have not run out yet.
+    fn upsert(&mut self, node: &Arc<Node>, joined: Option<Instant>, now: Instant) {
+        let addr = node.addr(self.config.default_port);
+        let at = match self.index.of_id(&self.known, &node.id) {
+            Some(at) if self.known[at].is_of(node, addr) => {
+                let known = &mut self.known[at];
+                // Each report counts once, however often the group changes in the meantime.
+                if !Arc::ptr_eq(&known.node, node) {
+                    self.totals.remove(known);
+                    self.refused += u64::from(known.observe(node, now));
+                    self.totals.add(known);
+                    if known.fresh {
+                        self.fresh.push(at as u32);
                     }
-                    known
                 }
-                None => {
-                    let mut load = Load::default();
-                    self.refused += u64::from(load.observe(node));
-                    Box::new(Known {
-                        member: Arc::new(Member::new(node, addr, &self.signals)),
-                        node: node.clone(),
-                        base: base_weight(node),
-                        load,
-                        learned: Learned::new(joined, now),
-                        response: None,
-                        answered: None,
-                        shadowed: false,
-                        fresh: true,
-                        tried: false,
-                        counted: 0,
-                    })
+                at
+            }
+            of_id => {
+                let mut load = Load::default();
+                self.refused += u64::from(load.observe(node));
+                let known = Known {
+                    member: Arc::new(Member::new(node, addr, &self.signals)),
+                    node: node.clone(),
+                    base: base_weight(node),
+                    load,
+                    learned: Learned::new(joined, now),
+                    responses: None,
+                    shadowed: false,
+                    fresh: true,
+                    tried: false,
+                    update: self.updates,
+                    counted: 0,
+                };
+                // Another incarnation, or it has moved: nothing is known of that one.
+                if let Some(at) = of_id {
+                    self.remove_at(at);
                 }
-            };
-            known.shadowed = false;
-            match at.entry(addr) {
-                Entry::Vacant(vacant) => {
-                    vacant.insert(self.known.len());
-                }
-                Entry::Occupied(mut other) => {
-                    let rival = &mut self.known[*other.get()];
-                    if rival.node.last_seen < known.node.last_seen {
-                        rival.shadowed = true;
-                        other.insert(self.known.len());
-                    } else {
-                        known.shadowed = true;
-                    }
+                self.totals.add(&known);
+                let at = self.known.len();
+                self.known.push(known);
+                self.index.insert_id(&self.known, at);
+                self.fresh.push(at as u32);
+                at
+            }
+        };
+        self.known[at].update = self.updates;
+        self.claim(at);
+    }
+
+    fn remove_at(&mut self, at: usize) {
+        self.index.remove_id(&self.known, at);
+        let is_holder = self.index.holder(&self.known, self.known[at].member.addr()) == Some(at);
+        if is_holder {
+            self.index.release(&self.known, at);
+        }
+        let removed = self.known.swap_remove(at);
+        self.totals.remove(&removed);
+        self.shadowed -= usize::from(removed.shadowed);
+        if at < self.known.len() {
+            self.index.moved(&self.known, self.known.len(), at);
+            if self.known[at].fresh {
+                self.fresh.push(at as u32);
+            }
+        }
+        if is_holder && let Some(heir) = self.heir(removed.member.addr()) {
+            self.shadow(heir, false);
+            self.index.hold(&self.known, heir);
+        }
+    }
+
+    /// Of those in the shadow at an address the one that wrote last.
+    fn heir(&self, addr: SocketAddr) -> Option<usize> {
+        if self.shadowed == 0 {
+            return None;
+        }
+        let rivals = self.known.iter().enumerate();
+        let heir = rivals
+            .filter(|(_, known)| known.shadowed && known.member.addr() == addr)
+            .max_by_key(|(_, known)| known.node.last_seen)?;
+        Some(heir.0)
+    }
+
+    /// Lets a registration have its address, if no other wrote later.
+    fn claim(&mut self, at: usize) {
+        let addr = self.known[at].member.addr();
+        let last_seen = |at: usize| self.known[at].node.last_seen;
+        match self.index.holder(&self.known, addr) {
+            None => self.index.hold(&self.known, at),
+            Some(holder) if holder == at => {
+                // Its clock may have been set back.
+                let heir = self.heir(addr);
+                if let Some(heir) = heir.filter(|heir| last_seen(*heir) > last_seen(at)) {
+                    self.hand_over(at, heir);
                 }
             }
-            self.known.push(known);
+            Some(holder) if last_seen(holder) < last_seen(at) => self.hand_over(holder, at),
+            Some(_) => self.shadow(at, true),
         }
-        self.started |= !self.known.is_empty();
+    }
+
+    fn hand_over(&mut self, holder: usize, heir: usize) {
+        self.index.release(&self.known, holder);
+        self.shadow(holder, true);
+        self.shadow(heir, false);
+        self.index.hold(&self.known, heir);
+    }
+
+    fn shadow(&mut self, at: usize, shadowed: bool) {
+        let known = &mut self.known[at];
+        if known.shadowed == shadowed {
+            return;
+        }
+        self.totals.remove(known);
+        known.shadowed = shadowed;
+        self.totals.add(known);
+        if shadowed {
+            self.shadowed += 1;
+        } else {
+            self.shadowed -= 1;
+        }
+    }
+
+    /// Works out what the changes so far come to. Costs time in proportion to the number of nodes.
+    pub(crate) fn settle(&mut self, now: Instant) {
         self.find_place();
         self.learn(now);
         self.weigh(now);
@@ -250,9 +410,9 @@ impl Weigher {
             Place::Anywhere => None,
             Place::Zone(zone) => Some(zone.clone()),
             Place::Beside(id) => {
-                let own = self.known.iter().find(|known| known.node.id == *id);
+                let own = self.index.of_id(&self.known, id);
                 // A node that is gone for a moment has not moved.
-                own.map_or(self.zone.take(), |own| own.node.zone.clone())
+                own.map_or(self.zone.take(), |at| self.known[at].node.zone.clone())
             }
         };
     }
@@ -263,13 +423,23 @@ impl Weigher {
             .ticked
             .map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
         self.ticked = Some(now);
-        for known in &mut self.known {
-            known.hear(now);
+        // Added up anew now and then: sums that only change would be off in the end.
+        self.totals = Totals::default();
+        for (at, known) in self.known.iter_mut().enumerate() {
+            if let Some(report) = known.member.take_sample() {
+                known.hear(report, now);
+                if known.fresh {
+                    self.fresh.push(at as u32);
+                }
+            }
+            self.totals.add(known);
         }
+        self.find_place();
         self.learn(now);
         let adaptive = &self.config.adaptive;
         let (mut heard, mut excess) = (Mean::default(), Mean::default());
         let (mut best, mut worst, mut reporting) = (None::<f32>, 1.0_f32, false);
+        let mut learned_loads = Mean::default();
         for known in &mut self.known {
             let learned = &mut known.learned;
             learned.age(adaptive, now, passed);
@@ -287,13 +457,16 @@ impl Weigher {
             best = Some(best.map_or(success, |best| best.max(success)));
             worst = worst.min(success);
             reporting |= known.member.reported_since(REPORTS_COUNT, now);
-            if known.learned.load.is_some() {
+            if let Some(load) = known.learned.load {
                 heard.add(known.learned.metrics, 1.0);
+                learned_loads.add(load, 1.0);
             }
             if let Some(own) = known.learned.excess {
                 excess.add(own, known.member.share());
             }
         }
+        // Loads that have become stale are forgotten.
+        self.totals.learned = learned_loads;
         for known in self.known.iter_mut().filter(|known| known.counts()) {
             if known.learned.load.is_some() {
                 known.learned.metrics -= heard.value();
@@ -334,29 +507,29 @@ impl Weigher {
     /// Lets the controller have the reports that are new.
     fn learn(&mut self, now: Instant) {
         let adaptive = &self.config.adaptive;
-        if !self.known.iter().any(|known| known.fresh) {
-            return;
-        }
-        let live = self.known.iter().filter(|known| known.counts());
-        let mean = mean_load(live.map(|known| &known.load));
-        for known in self.known.iter_mut().filter(|known| known.fresh) {
+        let fresh = std::mem::take(&mut self.fresh);
+        let mean = self.totals.loads.mean();
+        for at in &fresh {
+            let Some(known) = self.known.get_mut(*at as usize).filter(|known| known.fresh) else {
+                continue;
+            };
             let load = adaptive.load(&known.load, &mean, known.member.success());
+            self.totals.remove(known);
             known.learned.heard(load, now);
+            self.totals.add(known);
         }
-        let mut loads = Mean::default();
-        for load in self.known.iter().filter(|known| known.counts()) {
-            if let Some(load) = load.learned.load {
-                loads.add(load, 1.0);
-            }
-        }
-        for known in &mut self.known {
+        let loads = &self.totals.learned;
+        for at in fresh {
+            let Some(known) = self.known.get_mut(at as usize) else {
+                continue;
+            };
             if std::mem::take(&mut known.fresh) && loads.count >= 2 && !known.shadowed {
                 let tried = std::mem::take(&mut known.tried);
                 let idle =
                     self.config.sees_requests && !tried && !known.member.is_active(known.counted);
                 let success = known.member.success();
                 let trust = &mut self.trust;
-                known.learned.report(adaptive, trust, &loads, success, idle);
+                known.learned.report(adaptive, trust, loads, success, idle);
             }
         }
     }
@@ -364,14 +537,13 @@ impl Weigher {
     /// Publishes what is known as weights.
     fn weigh(&mut self, now: Instant) {
         let config = &self.config;
-        let serving = || self.known.iter().filter(|known| known.counts());
-        let mean = mean_load(serving().map(|known| &known.load));
+        let mean = self.totals.loads.mean();
         let raw = |known: &Known| match config.policy {
             Policy::Headroom => config.headroom.weight(known.base, &known.load, &mean),
             Policy::Adaptive => (known.learned.metrics + known.learned.latency).exp(),
             Policy::RoundRobin | Policy::Random | Policy::Consistent => known.base,
         };
-        let mut weights: Vec<f64> = self.known.iter().map(|known| raw(known)).collect();
+        let mut weights: Vec<f64> = self.known.iter().map(raw).collect();
         if config.policy == Policy::Adaptive {
             let mut factors = Mean::default();
             for (known, factor) in self.known.iter().zip(&weights) {
@@ -468,63 +640,83 @@ impl Weigher {
     }
 }
 
-/// What was known before an update. Nodes mostly come in the order they came in before, so the
-/// next is looked for in its place first.
-struct Before {
-    known: Vec<Option<Box<Known>>>,
-    next: usize,
-    places: Option<HashMap<(SocketAddr, i64, u64), usize, Xxh3DefaultBuilder>>,
+/// Where a registration is, by its id and, for the one that has it, by its address.
+#[derive(Debug, Default)]
+struct Index {
+    ids: HashTable<u32>,
+    holders: HashTable<u32>,
 }
 
-impl Before {
-    #[allow(clippy::vec_box)]
-    fn new(known: Vec<Box<Known>>) -> Self {
-        Self {
-            known: known.into_iter().map(Some).collect(),
-            next: 0,
-            places: None,
+fn id_hash(known: &Known) -> u64 {
+    xxh3_64(known.node.id.as_bytes())
+}
+
+fn addr_hash(addr: SocketAddr) -> u64 {
+    Xxh3DefaultBuilder.hash_one(addr)
+}
+
+impl Index {
+    fn of_id(&self, all: &[Known], id: &str) -> Option<usize> {
+        let hash = xxh3_64(id.as_bytes());
+        let found = self.ids.find(hash, |at| all[*at as usize].node.id == id)?;
+        Some(*found as usize)
+    }
+
+    /// The one just pushed.
+    fn insert_id(&mut self, all: &[Known], at: usize) {
+        let hash = |at: &u32| id_hash(&all[*at as usize]);
+        self.ids.insert_unique(id_hash(&all[at]), at as u32, hash);
+    }
+
+    fn remove_id(&mut self, all: &[Known], at: usize) {
+        let found = self.ids.find_entry(id_hash(&all[at]), is(at));
+        if let Ok(found) = found {
+            found.remove();
         }
     }
 
-    fn take(&mut self, node: &Node, addr: SocketAddr) -> Option<Box<Known>> {
-        let place = match self.known.get(self.next) {
-            None => return self.find(node, addr),
-            Some(Some(known)) if known.is_of(node, addr) => self.next,
-            Some(_) => return self.find(node, addr),
-        };
-        self.next = place + 1;
-        self.known[place].take()
+    fn holder(&self, all: &[Known], addr: SocketAddr) -> Option<usize> {
+        let same = |at: &u32| all[*at as usize].member.addr() == addr;
+        let found = self.holders.find(addr_hash(addr), same)?;
+        Some(*found as usize)
     }
 
-    fn find(&mut self, node: &Node, addr: SocketAddr) -> Option<Box<Known>> {
-        if self.known.is_empty() {
-            return None;
-        }
-        let hash = |node: &Node| xxh3_64(node.id.as_bytes());
-        let places = self.places.get_or_insert_with(|| {
-            let known = self.known.iter().enumerate();
-            known
-                .filter_map(|(place, known)| {
-                    let known = known.as_ref()?;
-                    let key = (
-                        known.member.addr(),
-                        known.node.incarnation(),
-                        hash(&known.node),
-                    );
-                    Some((key, place))
-                })
-                .collect()
-        });
-        let place = *places.get(&(addr, node.incarnation(), hash(node)))?;
-        let known = self.known[place].take_if(|known| known.is_of(node, addr))?;
-        self.next = place + 1;
-        Some(known)
+    /// Of an address that nobody has.
+    fn hold(&mut self, all: &[Known], at: usize) {
+        let hash = |at: &u32| addr_hash(all[*at as usize].member.addr());
+        self.holders
+            .insert_unique(hash(&(at as u32)), at as u32, hash);
     }
+
+    fn release(&mut self, all: &[Known], at: usize) {
+        let hash = addr_hash(all[at].member.addr());
+        if let Ok(found) = self.holders.find_entry(hash, is(at)) {
+            found.remove();
+        }
+    }
+
+    /// The one that was at `from` is at `to` now.
+    fn moved(&mut self, all: &[Known], from: usize, to: usize) {
+        if let Some(place) = self.ids.find_mut(id_hash(&all[to]), is(from)) {
+            *place = to as u32;
+        }
+        let hash = addr_hash(all[to].member.addr());
+        if let Some(place) = self.holders.find_mut(hash, is(from)) {
+            *place = to as u32;
+        }
+    }
+}
+
+fn is(place: usize) -> impl Fn(&u32) -> bool {
+    move |at| *at as usize == place
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
     use super::*;
+    use proptest::prelude::*;
 
     fn weigher() -> Weigher {
         Weigher::new(Weighing {
@@ -566,5 +758,59 @@ mod tests {
             weigher.update([&node], Instant::now());
         }
         assert_eq!(weigher.refused(), 1);
+    }
+
+    proptest! {
+        /// Changes one by one come to the same as all the nodes at once, whatever they are: the same
+        /// addresses by the same registrations, and the same sums.
+        #[test]
+        fn changes_come_to_what_an_update_does(
+            steps in prop::collection::vec((0_u8..6, 0_u8..4, 0_u8..3, 0_u64..9, 0.0..100.0_f64), 0..60),
+        ) {
+            let now = Instant::now();
+            let (mut single, mut whole) = (weigher(), weigher());
+            let mut nodes: BTreeMap<String, Arc<Node>> = BTreeMap::new();
+            for (who, host, what, last_seen, cpu) in steps {
+                let id = format!("n{who}");
+                if what == 0 {
+                    nodes.remove(&id);
+                    single.remove(&id);
+                } else {
+                    let mut node = Node::new(&id, format!("10.0.0.{host}").parse().unwrap())
+                        .with_metadata(serde_json::json!({ "cpu_usage_percent": cpu }))
+                        .with_incarnation(i64::from(what));
+                    node.last_seen = last_seen * 100_000;
+                    let node = Arc::new(node);
+                    nodes.insert(id, node.clone());
+                    single.insert(&node, now);
+                }
+                single.settle(now);
+                let addrs = |weigher: &Weigher| {
+                    let mut addrs: Vec<_> = weigher.current().map(|member| member.addr()).collect();
+                    addrs.sort_unstable();
+                    addrs
+                };
+                whole.update(nodes.values(), now);
+                prop_assert_eq!(addrs(&single), addrs(&whole));
+                let of_all: BTreeSet<_> = nodes.values().map(|node| node.addr(80)).collect();
+                prop_assert_eq!(addrs(&single), of_all.into_iter().collect::<Vec<_>>());
+                prop_assert_eq!(single.known.len(), nodes.len());
+                prop_assert_eq!(single.shadowed, single.known.iter().filter(|known| known.shadowed).count());
+                for known in &single.known {
+                    let at = single.index.of_id(&single.known, &known.node.id).unwrap();
+                    prop_assert!(std::ptr::eq(&single.known[at], known));
+                    let holder = single.index.holder(&single.known, known.member.addr()).unwrap();
+                    prop_assert_eq!(holder == at, !known.shadowed);
+                    // Nobody who is in the shadow wrote later than who has the address.
+                    prop_assert!(single.known[holder].node.last_seen >= known.node.last_seen);
+                }
+                let mut sums = Totals::default();
+                single.known.iter().for_each(|known| sums.add(known));
+                let (kept, new) = (single.totals.loads.mean(), sums.loads.mean());
+                prop_assert_eq!(kept.cpu.is_some(), new.cpu.is_some());
+                prop_assert!((kept.cpu.unwrap_or(0.0) - new.cpu.unwrap_or(0.0)).abs() < 1e-9);
+                prop_assert_eq!(single.totals.learned.count, sums.learned.count);
+            }
+        }
     }
 }

@@ -4,6 +4,7 @@ use serde::Deserialize;
 
 use crate::error::ClusterError;
 use crate::load_report::LoadReport;
+use crate::metadata::Found;
 use crate::node::{Node, metadata_keys};
 
 /// The range of static weights, wide enough for any fleet and narrow enough to calculate with.
@@ -36,6 +37,10 @@ pub struct Load {
 }
 
 impl Load {
+    fn values(&self) -> [Option<f64>; 3] {
+        [self.cpu, self.memory, self.queue]
+    }
+
     pub(super) fn of(report: &LoadReport) -> Self {
         Self {
             cpu: report.cpu,
@@ -50,18 +55,19 @@ impl Load {
     pub(super) fn observe(&mut self, node: &Node) -> u32 {
         use metadata_keys::{CPU_USAGE_PERCENT, MEMORY_USAGE_PERCENT, QUEUE_DEPTH};
         let mut refused = 0;
-        for (field, key, most, scale) in [
-            (&mut self.cpu, CPU_USAGE_PERCENT, 100.0, 100.0),
-            (&mut self.memory, MEMORY_USAGE_PERCENT, 100.0, 100.0),
-            (&mut self.queue, QUEUE_DEPTH, MAX_QUEUE_DEPTH, 1.0),
+        let [cpu, memory, queue] =
+            (node.metadata).find([CPU_USAGE_PERCENT, MEMORY_USAGE_PERCENT, QUEUE_DEPTH]);
+        for (field, found, most, scale) in [
+            (&mut self.cpu, cpu, 100.0, 100.0),
+            (&mut self.memory, memory, 100.0, 100.0),
+            (&mut self.queue, queue, MAX_QUEUE_DEPTH, 1.0),
         ] {
-            let Some(value) = node.metadata.get(key).filter(|value| !value.is_null()) else {
-                *field = None;
-                continue;
-            };
-            match value.as_f64().filter(|value| (0.0..=most).contains(value)) {
-                Some(value) => *field = Some(value / scale),
-                None => refused += 1,
+            match found {
+                Found::Absent => *field = None,
+                Found::Number(value) if (0.0..=most).contains(&value) => {
+                    *field = Some(value / scale);
+                }
+                Found::Number(_) | Found::Other => refused += 1,
             }
         }
         refused
@@ -153,19 +159,35 @@ impl Headroom {
     }
 }
 
-/// The mean of each metric over the nodes that report it.
-pub(super) fn mean_load<'a>(loads: impl Iterator<Item = &'a Load>) -> Load {
-    let mut sums = [(0.0, 0_u32); 3];
-    for load in loads {
-        for (sum, value) in sums.iter_mut().zip([load.cpu, load.memory, load.queue]) {
+/// The sum of each metric over the nodes that report it.
+#[derive(Debug, Default)]
+pub(super) struct LoadSum([(f64, u32); 3]);
+
+impl LoadSum {
+    pub(super) fn add(&mut self, load: &Load) {
+        for (sum, value) in self.0.iter_mut().zip(load.values()) {
             if let Some(value) = value {
                 sum.0 += value;
                 sum.1 += 1;
             }
         }
     }
-    let [cpu, memory, queue] = sums.map(|(sum, count)| (count > 0).then(|| sum / f64::from(count)));
-    Load { cpu, memory, queue }
+
+    /// Takes back what was added.
+    pub(super) fn remove(&mut self, load: &Load) {
+        for (sum, value) in self.0.iter_mut().zip(load.values()) {
+            if let Some(value) = value {
+                sum.0 -= value;
+                sum.1 -= 1;
+            }
+        }
+    }
+
+    pub(super) fn mean(&self) -> Load {
+        let mean = |(sum, count)| (count > 0).then(|| sum / f64::from(count));
+        let [cpu, memory, queue] = self.0.map(mean);
+        Load { cpu, memory, queue }
+    }
 }
 
 #[cfg(test)]
@@ -206,7 +228,9 @@ mod tests {
             cpu: Some(cpu),
             ..Load::default()
         });
-        let mean = mean_load(loads.iter());
+        let mut sum = LoadSum::default();
+        loads.iter().for_each(|load| sum.add(load));
+        let mean = sum.mean();
         assert_eq!(mean.cpu, Some(0.4));
         assert_eq!(mean.memory, None);
         let silent = headroom.weight(1.0, &Load::default(), &mean);

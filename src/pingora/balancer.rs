@@ -1,6 +1,6 @@
 use std::ops::Deref;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::pingora::lb::health_check::HealthCheck;
 use ::pingora::lb::selection::{BackendIter, BackendSelection};
@@ -14,7 +14,7 @@ use tracing::error;
 
 use super::discovery::ClusterBackends;
 use super::selection::LiveWeights;
-use super::{COALESCE, READY_TIMEOUT, every_tick, follow, wait_ready};
+use super::{COALESCE, PACE, READY_TIMEOUT, every_tick, follow, wait_ready};
 use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
@@ -114,6 +114,7 @@ where
         wait_ready(&self.discovery, self.ready_timeout).await;
         loop {
             nodes.mark_unchanged();
+            let start = Instant::now();
             let membership_changed = self.weights.refresh(&self.discovery);
             if (membership_changed || ready.is_some()) && self.discovery.is_ready() {
                 match self.load_balancer.update().await {
@@ -125,7 +126,7 @@ where
             }
             // Dropping it signals ready.
             ready = None;
-            tokio::time::sleep(COALESCE).await;
+            tokio::time::sleep(COALESCE.max(start.elapsed() * PACE)).await;
             if nodes.changed().await.is_err() {
                 return;
             }
@@ -225,14 +226,26 @@ impl BalancerService {
         &self.discovery
     }
 
+    /// Applies changes as they come, and publishes what they come to: the first at once, then as
+    /// often as leaves nearly all of a core to others.
     async fn feed(&self) {
-        let mut nodes = self.discovery.watch_nodes();
+        let mut changes = self.discovery.changes();
+        let mut due = tokio::time::Instant::now();
+        let mut is_current = true;
         loop {
-            nodes.mark_unchanged();
-            self.balancer.update(self.discovery.nodes().iter());
-            tokio::time::sleep(COALESCE).await;
-            if nodes.changed().await.is_err() {
-                return;
+            tokio::select! {
+                biased;
+                // First, so that what is there already is published together.
+                change = changes.next() => {
+                    self.balancer.apply(&change, Instant::now());
+                    is_current = false;
+                }
+                () = tokio::time::sleep_until(due), if !is_current => {
+                    let start = Instant::now();
+                    self.balancer.publish(start);
+                    is_current = true;
+                    due = tokio::time::Instant::now() + COALESCE.max(start.elapsed() * PACE);
+                }
             }
         }
     }

@@ -2,7 +2,7 @@ use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::pingora::lb::Backend;
 use ::pingora::lb::discovery::ServiceDiscovery as PingoraDiscovery;
@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 
 use super::selection::LiveWeights;
-use super::{COALESCE, READY_TIMEOUT, every_tick, follow, wait_ready};
+use super::{COALESCE, PACE, READY_TIMEOUT, every_tick, follow, wait_ready};
 use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
@@ -121,8 +121,9 @@ impl ClusterBackends {
             let mut nodes = discovery.watch_nodes();
             let refreshing = async {
                 while nodes.changed().await.is_ok() {
+                    let start = Instant::now();
                     weights.refresh(&discovery);
-                    tokio::time::sleep(COALESCE).await;
+                    tokio::time::sleep(COALESCE.max(start.elapsed() * PACE)).await;
                 }
             };
             tokio::select! {

@@ -51,6 +51,8 @@ const TAKE_OVER: Duration = Duration::from_secs(1);
 /// many nodes, each of which reports every few seconds, every change by itself would cost too
 /// much.
 const COALESCE: Duration = Duration::from_millis(20);
+/// From one to the next at least so many times as long as one took: 2 % of a core.
+const PACE: u32 = 50;
 
 /// A plain-text HTTP peer for a node. Its connections are kept apart from those to any other
 /// registration at the same address, so that a reused address never meets an old connection.

@@ -59,7 +59,7 @@ impl Shared {
                 continue;
             };
             self.reporter.sampled(&metadata);
-            self.entry().metadata = metadata.clone();
+            self.entry().metadata = metadata.clone().into();
             if writing.is_none() && self.is_worth_a_write(written.as_ref(), &metadata) {
                 writing = Some((metadata, self.write_metrics(store, tenure)));
             }

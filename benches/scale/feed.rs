@@ -1,0 +1,183 @@
+//! A store that has a group of nodes and tells the changes that it is given.
+
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora_etcd::ClusterError;
+use pingora_etcd::store::{
+    Entry, Lease, LeaseId, LeaseKeeper, Listing, Revision, Selector, Store, Txn, WatchEvent,
+    WatchRange, Watcher,
+};
+use tokio::sync::{mpsc, oneshot};
+
+#[derive(Debug, Clone)]
+pub struct Feed {
+    nodes: usize,
+    revision: Arc<AtomicI64>,
+    watched: Arc<AtomicBool>,
+    told: Arc<Mutex<mpsc::UnboundedSender<Told>>>,
+}
+
+#[derive(Debug)]
+enum Told {
+    Event(WatchEvent),
+    /// Everything before it has been applied when this is asked for.
+    Done(oneshot::Sender<()>),
+}
+
+fn entry(index: usize, revision: Revision) -> Entry {
+    // What a worker of this crate writes with `SystemMetricsCollector`'s metrics.
+    let value = format!(
+        r#"{{"id":"worker-{index}","ip":"10.{}.{}.{}","last_seen":1732450000{:03},"metadata":{{"cpu_usage_percent":{}.5,"memory_usage_percent":{}.25,"memory_available_bytes":{},"queue_depth":{}}},"port":8080,"priority":0}}"#,
+        index >> 16,
+        (index >> 8) & 255,
+        index & 255,
+        revision % 1000,
+        revision % 50,
+        revision % 70,
+        8_000_000_000 + revision,
+        revision % 7,
+    );
+    Entry {
+        key: format!("registry/g/worker-{index}"),
+        value: value.into_bytes(),
+        create_revision: index as Revision + 2,
+        mod_revision: revision,
+        lease: Some(LeaseId(0x1000_0000 + index as i64)),
+    }
+}
+
+impl Feed {
+    pub fn new(nodes: usize) -> Self {
+        let (told, _) = mpsc::unbounded_channel();
+        Self {
+            nodes,
+            revision: Arc::new(AtomicI64::new(nodes as Revision + 2)),
+            watched: Arc::default(),
+            told: Arc::new(Mutex::new(told)),
+        }
+    }
+
+    /// So many reports, of nodes at random.
+    pub fn changes(&self, count: usize) -> Vec<WatchEvent> {
+        (0..count)
+            .map(|_| {
+                let revision = self.revision.fetch_add(1, Ordering::Relaxed) + 1;
+                WatchEvent::Put(entry(fastrand::usize(..self.nodes), revision))
+            })
+            .collect()
+    }
+
+    /// Whether somebody watches.
+    pub fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::Relaxed)
+    }
+
+    /// Tells them one by one, and waits until each has been applied.
+    pub async fn tell(&self, events: Vec<WatchEvent>) {
+        let (done, wait) = oneshot::channel();
+        {
+            let told = self.told.lock().expect("nobody panics");
+            for event in events {
+                told.send(Told::Event(event)).expect("somebody watches");
+            }
+            told.send(Told::Done(done)).expect("somebody watches");
+        }
+        wait.await.expect("it is applied");
+    }
+
+    fn refuse<T>(&self) -> Result<T, ClusterError> {
+        Err(ClusterError::Rejected {
+            endpoint: "feed".to_owned(),
+            operation: "anything",
+            reason: "only for a discovery".to_owned(),
+        })
+    }
+}
+
+#[async_trait]
+impl Store for Feed {
+    async fn grant(&self, _: Duration) -> Result<Lease, ClusterError> {
+        self.refuse()
+    }
+
+    fn keeper(&self, _: Lease) -> Box<dyn LeaseKeeper> {
+        unreachable!("no lease is granted")
+    }
+
+    async fn revoke(&self, _: LeaseId) -> Result<(), ClusterError> {
+        self.refuse()
+    }
+
+    async fn txn(&self, _: Txn) -> Result<Option<Revision>, ClusterError> {
+        self.refuse()
+    }
+
+    async fn list(&self, keys: &Selector, _: Option<Revision>) -> Result<Listing, ClusterError> {
+        let revision = self.revision.load(Ordering::Relaxed);
+        let entries = match keys {
+            Selector::Prefix(prefix) if prefix == "registry/g/" => (0..self.nodes)
+                .map(|index| entry(index, revision))
+                .collect(),
+            Selector::Prefix(_) => Vec::new(),
+            // What was written last, by which a discovery tells this history from another.
+            Selector::Key(key) => {
+                let index = key.rsplit('-').next().and_then(|index| index.parse().ok());
+                index
+                    .map(|index| entry(index, revision))
+                    .into_iter()
+                    .collect()
+            }
+        };
+        Ok(Listing {
+            revision,
+            cluster_id: 1,
+            entries,
+        })
+    }
+
+    async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
+        let (told, inbox) = mpsc::unbounded_channel();
+        *self.told.lock().expect("nobody panics") = told;
+        self.watched.store(true, Ordering::Relaxed);
+        Ok(Box::new(FeedWatcher {
+            ranges,
+            inbox,
+            watched: self.watched.clone(),
+        }))
+    }
+}
+
+struct FeedWatcher {
+    ranges: Vec<WatchRange>,
+    inbox: mpsc::UnboundedReceiver<Told>,
+    watched: Arc<AtomicBool>,
+}
+
+impl Drop for FeedWatcher {
+    fn drop(&mut self) {
+        self.watched.store(false, Ordering::Relaxed);
+    }
+}
+
+#[async_trait]
+impl Watcher for FeedWatcher {
+    async fn next(&mut self) -> Result<Vec<WatchEvent>, ClusterError> {
+        loop {
+            match self.inbox.recv().await {
+                Some(Told::Event(event)) => {
+                    self.ranges[0].from = event.revision() + 1;
+                    return Ok(vec![event]);
+                }
+                Some(Told::Done(done)) => drop(done.send(())),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn position(&self) -> &[WatchRange] {
+        &self.ranges
+    }
+}

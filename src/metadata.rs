@@ -1,0 +1,310 @@
+//! What a node reports about itself, kept small.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::OnceLock;
+
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+
+use crate::node::NodeMetadata;
+
+/// The metadata of a [`Node`](crate::Node). Dereferences to the [`NodeMetadata`] (a
+/// `serde_json::Value`) that the node published, so that it is read like one.
+///
+/// It is kept as text, and turned into a value when it is first read as one; that value is kept
+/// from then on. A value of four metrics takes 770 bytes, its text 130, and a balancer needs no
+/// more than the text ([`number`](Self::number)): with ten thousand nodes that is 6 MiB less.
+///
+/// ```
+/// use pingora_etcd::Node;
+/// use serde_json::json;
+///
+/// let node = Node::new("n", "10.0.0.1".parse().unwrap())
+///     .with_metadata(json!({ "cpu_usage_percent": 45.2, "model": "x" }));
+/// assert_eq!(node.metadata["model"], "x");
+/// assert_eq!(node.metadata.number("cpu_usage_percent"), Some(45.2));
+/// ```
+#[derive(Clone, Default)]
+pub struct Metadata {
+    /// As compact JSON, its keys in order; empty for `null`.
+    text: Box<str>,
+    value: OnceLock<Box<NodeMetadata>>,
+}
+
+static NULL: NodeMetadata = NodeMetadata::Null;
+
+impl Metadata {
+    /// A number at the top level; `None` where it is absent or no number. Reads the text: costs
+    /// about as much as its length, and keeps nothing.
+    pub fn number(&self, key: &str) -> Option<f64> {
+        match self.find([key]) {
+            [Found::Number(number)] => Some(number),
+            _ => None,
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_null(&self) -> bool {
+        self.text.is_empty()
+    }
+
+    /// The text: compact JSON, its keys in order.
+    pub fn as_json(&self) -> &str {
+        if self.text.is_empty() {
+            "null"
+        } else {
+            &self.text
+        }
+    }
+
+    /// What is under these keys, in one pass and without building a value.
+    pub(crate) fn find<const N: usize>(&self, keys: [&str; N]) -> [Found; N] {
+        let mut found = [Found::Absent; N];
+        if self.text.starts_with('{') {
+            let mut json = serde_json::Deserializer::from_str(&self.text);
+            // It was written by this crate: there is nothing to fail.
+            let _ = json.deserialize_map(Finder {
+                keys,
+                found: &mut found,
+            });
+        }
+        found
+    }
+}
+
+/// What is under a key.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Found {
+    /// Nothing, or `null`.
+    Absent,
+    Number(f64),
+    /// Something else.
+    Other,
+}
+
+struct Finder<'f, const N: usize> {
+    keys: [&'f str; N],
+    found: &'f mut [Found; N],
+}
+
+impl<'de, const N: usize> Visitor<'de> for Finder<'_, N> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(at) = map.next_key_seed(Place(&self.keys))? {
+            match at {
+                Some(at) => self.found[at] = map.next_value()?,
+                None => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which of the keys a key is.
+struct Place<'p>(&'p [&'p str]);
+
+impl<'de> DeserializeSeed<'de> for Place<'_> {
+    type Value = Option<usize>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Place<'_> {
+    type Value = Option<usize>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
+        Ok(self.0.iter().position(|own| *own == key))
+    }
+}
+
+impl<'de> Deserialize<'de> for Found {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+
+        impl<'de> Visitor<'de> for Any {
+            type Value = Found;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("anything")
+            }
+            fn visit_u64<E>(self, number: u64) -> Result<Found, E> {
+                Ok(Found::Number(number as f64))
+            }
+            fn visit_i64<E>(self, number: i64) -> Result<Found, E> {
+                Ok(Found::Number(number as f64))
+            }
+            fn visit_f64<E>(self, number: f64) -> Result<Found, E> {
+                Ok(Found::Number(number))
+            }
+            fn visit_unit<E>(self) -> Result<Found, E> {
+                Ok(Found::Absent)
+            }
+            fn visit_bool<E>(self, _: bool) -> Result<Found, E> {
+                Ok(Found::Other)
+            }
+            fn visit_str<E>(self, _: &str) -> Result<Found, E> {
+                Ok(Found::Other)
+            }
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(
+                self,
+                mut seq: A,
+            ) -> Result<Found, A::Error> {
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Found::Other)
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Found, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Found::Other)
+            }
+        }
+
+        deserializer.deserialize_any(Any)
+    }
+}
+
+impl Deref for Metadata {
+    type Target = NodeMetadata;
+
+    fn deref(&self) -> &NodeMetadata {
+        if self.text.is_empty() {
+            return &NULL;
+        }
+        self.value
+            .get_or_init(|| Box::new(serde_json::from_str(&self.text).unwrap_or_default()))
+    }
+}
+
+impl From<NodeMetadata> for Metadata {
+    fn from(value: NodeMetadata) -> Self {
+        Self {
+            text: match value {
+                NodeMetadata::Null => Box::default(),
+                other => other.to_string().into(),
+            },
+            value: OnceLock::new(),
+        }
+    }
+}
+
+impl From<Metadata> for NodeMetadata {
+    fn from(metadata: Metadata) -> Self {
+        (*metadata).clone()
+    }
+}
+
+impl PartialEq for Metadata {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl PartialEq<NodeMetadata> for Metadata {
+    fn eq(&self, other: &NodeMetadata) -> bool {
+        **self == *other
+    }
+}
+
+impl fmt::Debug for Metadata {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_json())
+    }
+}
+
+impl fmt::Display for Metadata {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_json())
+    }
+}
+
+impl Serialize for Metadata {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.value.get() {
+            Some(value) => value.serialize(serializer),
+            None => serde_json::from_str::<NodeMetadata>(self.as_json())
+                .map_err(serde::ser::Error::custom)?
+                .serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        NodeMetadata::deserialize(deserializer).map(Self::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn what_is_found_is_what_is_there() {
+        let value = json!({
+            "a": 1, "b": -2.5, "c": "text", "d": [1, {"a": 7}], "e": null, "f": {"a": 9}, "g": true,
+            "quo\"te": 3,
+        });
+        let metadata = Metadata::from(value.clone());
+        let [a, b, c, d, e, f, g] = metadata.find(["a", "b", "c", "d", "e", "f", "g"]);
+        assert_eq!([a, b], [Found::Number(1.0), Found::Number(-2.5)]);
+        assert_eq!([c, d, f, g], [Found::Other; 4]);
+        assert_eq!(e, Found::Absent);
+        assert_eq!(metadata.number("quo\"te"), Some(3.0));
+        assert_eq!(metadata.number("missing"), None);
+        assert_eq!(metadata, value);
+        for other in [json!(null), json!(3), json!([1]), json!("a")] {
+            let metadata = Metadata::from(other.clone());
+            assert_eq!(metadata.find(["a"]), [Found::Absent]);
+            assert_eq!(*metadata, other);
+        }
+    }
+
+    fn value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<u64>().prop_map(Value::from),
+            // Parsing may be off by the last bit, so only what has few of them.
+            (-1_000_000..1_000_000_i32).prop_map(|number| Value::from(f64::from(number) / 8.0)),
+            ".*".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 32, 6, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+                prop::collection::btree_map(".{0,4}", inner, 0..6)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        /// Text and back is the same, and equality of texts is equality of values.
+        #[test]
+        fn nothing_is_lost(a in value(), b in value()) {
+            let (first, second) = (Metadata::from(a.clone()), Metadata::from(b.clone()));
+            prop_assert_eq!(&*first, &a);
+            prop_assert_eq!(first == second, a == b);
+            let through = serde_json::to_string(&first).unwrap();
+            prop_assert_eq!(&serde_json::from_str::<Metadata>(&through).unwrap(), &first);
+            if let Value::Object(fields) = &a {
+                for (key, value) in fields {
+                    prop_assert_eq!(first.number(key), value.as_f64());
+                }
+            }
+        }
+    }
+}
