@@ -46,6 +46,29 @@ pub enum ClusterError {
         /// The server's words.
         reason: String,
     },
+    /// An answer is larger than what is accepted.
+    #[error("the answer of etcd at {endpoint} to {operation} is too large: {reason}")]
+    TooLarge {
+        /// The endpoint that answered.
+        endpoint: String,
+        /// What was asked of it.
+        operation: &'static str,
+        /// The transport's words.
+        reason: String,
+    },
+    /// The store has failed again and again, so this call was not tried. It is tried again before
+    /// long.
+    #[error(
+        "etcd is not asked for {operation}: {failures} failures in a row, the last one: {last}"
+    )]
+    CircuitOpen {
+        /// What would have been asked.
+        operation: &'static str,
+        /// How many tries have failed.
+        failures: u32,
+        /// What the last one failed with.
+        last: String,
+    },
     /// The store did not answer in time. Whether a write took effect is unknown: read before you
     /// claim.
     #[error("etcd at {endpoint} did not answer {operation} within {after:?}")]
@@ -107,6 +130,14 @@ pub enum ClusterError {
         /// The node or discovery concerned.
         what: String,
     },
+    /// A snapshot file could not be written, or must not be used. It is left as it is.
+    #[error("snapshot file {path}: {reason}")]
+    SnapshotFile {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The configuration file could not be read or parsed.
     #[error("{path}: {reason}")]
     ConfigFile {
@@ -129,7 +160,10 @@ impl ClusterError {
     pub fn is_transient(&self) -> bool {
         matches!(
             self,
-            Self::Unavailable { .. } | Self::Timeout { .. } | Self::Exhausted { .. }
+            Self::Unavailable { .. }
+                | Self::Timeout { .. }
+                | Self::Exhausted { .. }
+                | Self::CircuitOpen { .. }
         )
     }
 

@@ -166,8 +166,8 @@ mod worker;
 
 pub use cluster::{Cluster, ClusterBuilder};
 pub use discovery::{
-    Change, Changes, ClusterEvent, DiscoveryStatus, Nodes, ServiceDiscovery,
-    ServiceDiscoveryBuilder,
+    Change, Changes, ClusterEvent, DiscoveryStatus, Filter, Limits, Nodes, SelfPreservation,
+    ServiceDiscovery, ServiceDiscoveryBuilder, Skipped, SnapshotFile,
 };
 pub use error::ClusterError;
 pub use load_report::{LOAD_REPORT_HEADER, LoadReport, LoadReportError};

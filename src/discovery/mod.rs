@@ -1,7 +1,10 @@
 //! A process that watches a group: its nodes, its leader, and what changes.
 
+mod admission;
 mod event;
+mod file;
 mod snapshot;
+mod suspects;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -9,11 +12,12 @@ mod tests;
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
+use std::ops::RangeInclusive;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use futures_core::Stream;
@@ -23,16 +27,25 @@ use tokio_stream::wrappers::BroadcastStream;
 use crate::error::ClusterError;
 use crate::keys::{self, GroupKeys};
 use crate::node::Node;
-use crate::store::{EtcdOptions, LazyStore, Store};
+use crate::store::{EtcdOptions, LazyStore, Store, StoreStatus};
 use crate::worker::Leadership;
 
+use admission::Admission;
+use sync::Follower;
+
+pub use admission::{Filter, Limits};
 pub use event::{Change, ClusterEvent};
-pub use snapshot::Nodes;
+pub use file::SnapshotFile;
+pub use snapshot::{Nodes, Skipped};
+pub use suspects::SelfPreservation;
 
 /// Events a slow subscriber may be behind before it misses some.
 const EVENT_BUFFER: usize = 256;
 /// Changes a slow reader may be behind before it is given a `Reset` instead.
 const CHANGE_BUFFER: usize = 1_024;
+
+/// How often changes are published at most, unless it is set.
+pub(crate) const PUBLISH_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How current the view is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -48,8 +61,11 @@ pub enum DiscoveryStatus {
         /// When it stopped being heard.
         since: SystemTime,
     },
-    /// The view was read from a snapshot file, the store has not been heard yet.
-    FromDisk,
+    /// The view was read from a snapshot file, the store has not been heard yet. Nobody leads.
+    FromDisk {
+        /// When the view was what the store had.
+        written: SystemTime,
+    },
 }
 
 /// A live view of one group, kept current by a watch.
@@ -93,7 +109,13 @@ struct Shared {
     leader_watch: watch::Sender<Option<Arc<Node>>>,
     status: watch::Sender<DiscoveryStatus>,
     ready: watch::Sender<bool>,
-    skipped: AtomicU64,
+    key_prefix: String,
+    admission: Admission,
+    preserve: SelfPreservation,
+    snapshot: Option<SnapshotFile>,
+    publish_interval: Duration,
+    serializable_fallback: bool,
+    skipped: Mutex<Skipped>,
     events: broadcast::Sender<ClusterEvent>,
     changes: broadcast::Sender<Change>,
     /// Held while a view is published together with its changes, so that a reader who joins sees
@@ -119,6 +141,13 @@ pub struct ServiceDiscoveryBuilder {
     store: Option<Arc<dyn Store>>,
     /// A cluster's.
     lazy_store: Option<Arc<LazyStore>>,
+    filter: Filter,
+    limits: Limits,
+    networks: Vec<String>,
+    ports: Vec<String>,
+    preserve: SelfPreservation,
+    snapshot: Option<SnapshotFile>,
+    publish_interval: Duration,
 }
 
 impl ServiceDiscoveryBuilder {
@@ -129,7 +158,72 @@ impl ServiceDiscoveryBuilder {
             group: group_name.into(),
             store: None,
             lazy_store: None,
+            filter: Filter::default(),
+            limits: Limits::default(),
+            networks: Vec::new(),
+            ports: Vec::new(),
+            preserve: SelfPreservation::default(),
+            snapshot: None,
+            publish_interval: PUBLISH_INTERVAL,
         }
+    }
+
+    /// Only these nodes. Default: all.
+    #[must_use]
+    pub fn filter(mut self, filter: Filter) -> Self {
+        self.filter = filter;
+        self
+    }
+
+    /// Only nodes whose address is in one of these networks (`10.0.0.0/8`, `fd00::/8`, or a single
+    /// address). Whoever can write to the store can point traffic anywhere: this says where it may
+    /// go. Others are skipped, counted ([`ServiceDiscovery::skipped`]), and logged once. Default:
+    /// everywhere.
+    #[must_use]
+    pub fn allowed_networks<T: Into<String>>(
+        mut self,
+        networks: impl IntoIterator<Item = T>,
+    ) -> Self {
+        self.networks = networks.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Only nodes whose port is one of these (`8080`, or `9000-9100`); those that registered none
+    /// are reached at the reader's own default. Default: any.
+    #[must_use]
+    pub fn allowed_ports<T: Into<String>>(mut self, ports: impl IntoIterator<Item = T>) -> Self {
+        self.ports = ports.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// How much an entry may take, and all of them.
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// When nodes stay though their leases are gone. Default: on.
+    #[must_use]
+    pub fn self_preservation(mut self, preserve: SelfPreservation) -> Self {
+        self.preserve = preserve;
+        self
+    }
+
+    /// Keeps the nodes in this file, and serves them at a start without the store. Needs a runtime
+    /// that has threads for blocking work, which every one of tokio's has. Default: none.
+    #[must_use]
+    pub fn snapshot_file(mut self, file: SnapshotFile) -> Self {
+        self.snapshot = Some(file);
+        self
+    }
+
+    /// How long after a change is published the next ones wait, to be published together. A change
+    /// of leader does not wait. Default: 20 ms. Range: 0 to 10 s.
+    #[must_use]
+    pub fn publish_interval(mut self, interval: Duration) -> Self {
+        self.publish_interval = interval;
+        self
     }
 
     /// Uses this store instead of opening one: to share a connection between nodes and
@@ -153,25 +247,48 @@ impl ServiceDiscoveryBuilder {
     /// [`InvalidConfig`](ClusterError::InvalidConfig) or
     /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
     pub fn try_build(self) -> Result<ServiceDiscovery, ClusterError> {
-        self.validate()?;
-        Ok(self.finish(None))
+        let admission = self.validate()?;
+        Ok(self.finish(Ok(admission)))
     }
 
     /// Builds the discovery; what [`try_build`](Self::try_build) would have refused is reported
     /// by `run`.
     pub fn build(self) -> ServiceDiscovery {
-        let invalid = self.validate().err();
-        self.finish(invalid)
+        let admission = self.validate();
+        self.finish(admission)
     }
 
-    fn validate(&self) -> Result<(), ClusterError> {
+    fn validate(&self) -> Result<Admission, ClusterError> {
         if self.store.is_none() && self.lazy_store.is_none() {
             self.etcd.validate()?;
         }
-        keys::check_group(&self.group)
+        keys::check_group(&self.group)?;
+        self.limits.validate("limits")?;
+        self.preserve.validate("self_preservation")?;
+        if let Some(file) = &self.snapshot {
+            file.validate("snapshot")?;
+        }
+        if self.publish_interval > Duration::from_secs(10) {
+            let reason = format!("{:?} is out of range, 0 to 10 s", self.publish_interval);
+            return Err(ClusterError::config("publish_interval", reason));
+        }
+        let networks = admission::networks(&self.networks)?;
+        let ports: Vec<RangeInclusive<u16>> = admission::ports(&self.ports)?;
+        Ok(Admission {
+            filter: self.filter.clone(),
+            limits: self.limits,
+            networks,
+            ports,
+        })
     }
 
-    fn finish(self, invalid: Option<ClusterError>) -> ServiceDiscovery {
+    fn finish(self, admission: Result<Admission, ClusterError>) -> ServiceDiscovery {
+        let (admission, invalid) = match admission {
+            Ok(admission) => (admission, None),
+            Err(error) => (Admission::default(), Some(error)),
+        };
+        let key_prefix = self.etcd.key_prefix.clone();
+        let serializable_fallback = self.etcd.serializable_fallback;
         let nodes = Arc::new(Nodes::default());
         ServiceDiscovery {
             shared: Arc::new(Shared {
@@ -189,7 +306,13 @@ impl ServiceDiscoveryBuilder {
                 leader_watch: watch::Sender::new(None),
                 status: watch::Sender::new(DiscoveryStatus::Connecting),
                 ready: watch::Sender::new(false),
-                skipped: AtomicU64::new(0),
+                key_prefix,
+                admission,
+                preserve: self.preserve,
+                snapshot: self.snapshot,
+                publish_interval: self.publish_interval,
+                serializable_fallback,
+                skipped: Mutex::default(),
                 events: broadcast::Sender::new(EVENT_BUFFER),
                 changes: broadcast::Sender::new(CHANGE_BUFFER),
                 publishing: Mutex::new(()),
@@ -236,11 +359,13 @@ impl ServiceDiscovery {
         }
         let _running = Running::start(shared)?;
         let store = shared.store.get()?;
+        let mut follower = Follower::new(shared);
         tokio::select! {
             biased;
             () = shutdown => {}
-            () = shared.follow(&*store) => {}
+            () = follower.follow(&*store) => {}
         }
+        follower.finish().await;
         Ok(())
     }
 
@@ -307,10 +432,23 @@ impl ServiceDiscovery {
         self.shared.status.subscribe()
     }
 
-    /// How many values have been skipped since the start because they could not be parsed, or
-    /// because their id was not their key's. Each such key is logged once.
+    /// How many entries have been skipped since the start, for whatever reason. Each such key is
+    /// logged once.
     pub fn skipped_entries(&self) -> u64 {
-        self.shared.skipped.load(Ordering::Relaxed)
+        self.skipped().total()
+    }
+
+    /// The same by reason.
+    pub fn skipped(&self) -> Skipped {
+        *self.shared.lock_skipped()
+    }
+
+    /// How it stands with the store: which endpoint is in use, and whether calls are tried at all.
+    pub fn store_status(&self) -> StoreStatus {
+        match self.shared.store.get() {
+            Ok(store) => store.status(),
+            Err(_) => StoreStatus::default(),
+        }
     }
 
     /// Events from now on. A subscriber more than 256 behind gets `Lagged` and has to start over
@@ -447,6 +585,10 @@ impl Shared {
         self.publishing
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_skipped(&self) -> MutexGuard<'_, Skipped> {
+        self.skipped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state_as_changes(&self) -> [Change; 2] {

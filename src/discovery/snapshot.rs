@@ -1,35 +1,77 @@
 //! One immutable view of a group, and applying changes to it. No I/O, no clock.
 
+use std::borrow::Borrow;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
-use rpds::RedBlackTreeMapSync;
-use tracing::warn;
+use rpds::RedBlackTreeSetSync;
+use tokio::time::Instant;
+use tracing::{info, warn};
 
+use super::admission::{Admission, Refusal, shortened};
 use super::event::Change;
+use super::suspects::{SelfPreservation, Suspects, Verdict};
 use crate::keys::GroupKeys;
 use crate::node::Node;
 use crate::store::{Entry, Revision, WatchEvent};
 use crate::worker::Leadership;
 
+/// Keys that are remembered because their value is refused. Beyond that they are only counted: the
+/// memory and the log are not for whoever writes nonsense to fill.
+const MOST_REFUSED: usize = 10_000;
+/// Longest id of a candidate, in bytes.
+const LONGEST_ID: usize = 512;
+
 /// The nodes of a group at one revision. Immutable; two versions share what did not change, so a
 /// new one costs what changed and keeping an old one costs little.
 #[derive(Clone, Default)]
 pub struct Nodes {
-    nodes: RedBlackTreeMapSync<Arc<str>, Arc<Node>>,
+    nodes: RedBlackTreeSetSync<ById>,
+    suspects: RedBlackTreeSetSync<Arc<str>>,
     revision: Revision,
+}
+
+/// A node in the order of ids.
+#[derive(Clone)]
+struct ById(Arc<Node>);
+
+impl Borrow<str> for ById {
+    fn borrow(&self) -> &str {
+        &self.0.id
+    }
+}
+
+impl PartialEq for ById {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.id == other.0.id
+    }
+}
+
+impl Eq for ById {}
+
+impl PartialOrd for ById {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for ById {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.id.cmp(&other.0.id)
+    }
 }
 
 impl Nodes {
     /// Every node, in the order of ids.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Arc<Node>> {
-        self.nodes.values()
+        self.nodes.iter().map(|node| &node.0)
     }
 
     /// The node with this id.
     pub fn get(&self, id: &str) -> Option<&Arc<Node>> {
-        self.nodes.get(id)
+        self.nodes.get(id).map(|node| &node.0)
     }
 
     /// How many there are.
@@ -46,51 +88,112 @@ impl Nodes {
     pub fn revision(&self) -> Revision {
         self.revision
     }
+
+    /// Whether this node's lease is gone, and it is here because too many vanished with it
+    /// ([`SelfPreservation`]).
+    pub fn is_suspect(&self, id: &str) -> bool {
+        self.suspects.contains(id)
+    }
+
+    /// How many are suspects.
+    pub fn suspects(&self) -> usize {
+        self.suspects.size()
+    }
 }
 
 impl fmt::Debug for Nodes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Nodes")
             .field("revision", &self.revision)
-            .field("nodes", &self.nodes.keys().collect::<Vec<_>>())
+            .field(
+                "nodes",
+                &self.iter().map(|node| &node.id).collect::<Vec<_>>(),
+            )
+            .field("suspects", &self.suspects())
             .finish()
+    }
+}
+
+/// How many entries were not taken in since the start, and why. Each key is logged once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Skipped {
+    /// They could not be parsed, or their id was not their key's.
+    pub malformed: u64,
+    /// They were more than the [`Limits`](super::Limits) allow.
+    pub too_large: u64,
+    /// They pointed to an address or a port that is not allowed.
+    pub not_allowed: u64,
+}
+
+impl Skipped {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.malformed + self.too_large + self.not_allowed
     }
 }
 
 /// The writer's side of a group: what the store has told so far.
 pub(crate) struct View {
     keys: GroupKeys,
+    admission: Admission,
     nodes: Nodes,
     /// Candidates in line: the first one leads.
     queue: BTreeMap<(Revision, String), String>,
     /// Where in line a candidacy's key is.
     places: HashMap<String, Revision>,
     leader: Option<Leadership>,
+    suspects: Suspects,
     /// The key that was written last, and when, unless it is gone.
     witness: Option<(String, Revision)>,
-    /// Keys whose current value could not be used.
-    bad: HashSet<String>,
-    skipped: u64,
+    /// Keys whose current value is refused.
+    refused: HashSet<String>,
+    skipped: Skipped,
+}
+
+/// A listing that is being read, page by page, while the view stays as it is.
+#[derive(Default)]
+pub(crate) struct Staged {
+    /// In the order of ids.
+    nodes: Vec<(String, StagedNode)>,
+    candidates: Vec<Entry>,
+    refused: HashSet<String>,
+    skipped: Skipped,
+    witness: Option<(String, Revision)>,
+}
+
+enum StagedNode {
+    New(Arc<Node>),
+    /// Its value says nothing: what it said before stays, if it is the same registration.
+    Unchanged(i64),
 }
 
 impl View {
-    pub(crate) fn new(keys: GroupKeys) -> Self {
+    pub(crate) fn new(keys: GroupKeys, admission: Admission, preserve: SelfPreservation) -> Self {
         Self {
             keys,
+            admission,
             nodes: Nodes::default(),
             queue: BTreeMap::new(),
             places: HashMap::new(),
             leader: None,
+            suspects: Suspects::new(preserve),
             witness: None,
-            bad: HashSet::new(),
-            skipped: 0,
+            refused: HashSet::new(),
+            skipped: Skipped::default(),
         }
     }
 
     /// Starts from a view that is being served already.
-    pub(crate) fn adopt(&mut self, nodes: &Nodes, leader: Option<Arc<Leadership>>, skipped: u64) {
+    pub(crate) fn adopt(
+        &mut self,
+        nodes: &Nodes,
+        leader: Option<Arc<Leadership>>,
+        skipped: Skipped,
+    ) {
         self.skipped = skipped;
         self.nodes = nodes.clone();
+        self.nodes.suspects = RedBlackTreeSetSync::default();
         self.leader = leader.map(Arc::unwrap_or_clone);
     }
 
@@ -109,52 +212,118 @@ impl View {
     }
 
     /// Values seen that could not be used, since the start.
-    pub(crate) fn skipped(&self) -> u64 {
+    pub(crate) fn skipped(&self) -> Skipped {
         self.skipped
     }
 
-    /// Replaces everything by a fresh listing. Answers with the difference.
+    /// Reads a page of registrations. Costs memory for what is new in it only.
+    pub(crate) fn stage(&self, staged: &mut Staged, registrations: &[Entry]) {
+        for entry in registrations {
+            staged.saw(entry);
+            let Some(id) = self.keys.node_id(&entry.key) else {
+                continue;
+            };
+            if staged.nodes.len() >= self.admission.limits.nodes {
+                staged.skipped.too_large += 1;
+                if staged.refused.len() < MOST_REFUSED && staged.refused.insert(entry.key.clone()) {
+                    self.warn(entry, &self.too_many());
+                }
+                continue;
+            }
+            let node = match self.admission.admit(id, entry) {
+                Ok(node) => {
+                    let node = node.with_incarnation(incarnation(entry));
+                    // What has not changed is shared with the view that is being served.
+                    let same = self.nodes.get(id).filter(|old| is_same(old, &node));
+                    StagedNode::New(same.cloned().unwrap_or_else(|| Arc::new(node)))
+                }
+                Err(Refusal::Unwanted) => continue,
+                Err(refusal) => {
+                    let stays = count(&mut staged.skipped, &refusal);
+                    if staged.refused.len() < MOST_REFUSED {
+                        if !self.refused.contains(&entry.key) {
+                            self.warn(entry, refusal.reason());
+                        }
+                        staged.refused.insert(entry.key.clone());
+                    }
+                    if !stays {
+                        continue;
+                    }
+                    StagedNode::Unchanged(incarnation(entry))
+                }
+            };
+            staged.nodes.push((id.to_owned(), node));
+        }
+    }
+
+    /// The same for a page of candidates.
+    pub(crate) fn stage_candidates(&self, staged: &mut Staged, candidates: &[Entry]) {
+        for entry in candidates {
+            staged.saw(entry);
+            if staged.candidates.len() < self.admission.limits.nodes {
+                staged.candidates.push(entry.clone());
+            }
+        }
+    }
+
+    /// Replaces everything by what has been staged. Answers with the difference.
     pub(crate) fn reset(
         &mut self,
-        registrations: &[Entry],
-        candidates: &[Entry],
+        staged: Staged,
         revision: Revision,
+        now: Instant,
     ) -> Vec<Change> {
         let mut changes = Vec::new();
-        let listed: HashSet<&str> = registrations
+        let listed: HashSet<&str> = staged.nodes.iter().map(|(id, _)| &**id).collect();
+        let missing: Vec<_> = self
+            .nodes
             .iter()
-            .filter_map(|entry| self.keys.node_id(&entry.key))
-            .collect();
-        let gone: Vec<_> = self
-            .nodes
-            .nodes
-            .keys()
-            .filter(|id| !listed.contains(&***id))
+            .filter(|node| !listed.contains(&*node.id))
             .cloned()
             .collect();
-        for id in gone {
-            self.remove(&id, &mut changes);
+        let serving = missing.iter().filter(|node| node.is_serving()).count();
+        let mut more = serving.saturating_sub(1);
+        for node in missing {
+            self.vanish(&node, more, &mut changes, now);
+            more = more.saturating_sub(usize::from(node.is_serving()));
         }
-        self.bad
-            .retain(|key| registrations.iter().any(|entry| entry.key == *key));
-        for entry in registrations {
-            self.insert(entry, &mut changes);
+        self.refused = staged.refused;
+        self.skipped.malformed += staged.skipped.malformed;
+        self.skipped.too_large += staged.skipped.too_large;
+        self.skipped.not_allowed += staged.skipped.not_allowed;
+        for (id, node) in staged.nodes {
+            match node {
+                StagedNode::New(node) => self.take_in(node, &mut changes),
+                StagedNode::Unchanged(incarnation) => {
+                    self.drop_unless(&id, incarnation, &mut changes);
+                }
+            }
         }
         self.queue.clear();
         self.places.clear();
-        for entry in candidates {
+        for entry in &staged.candidates {
             self.enqueue(entry);
         }
-        let all = registrations.iter().chain(candidates);
-        let last = all.max_by_key(|entry| entry.mod_revision);
-        self.witness = last.map(|entry| (entry.key.clone(), entry.mod_revision));
+        self.witness = staged.witness;
         self.nodes.revision = revision;
         self.settle(&mut changes);
         changes
     }
 
+    /// Replaces the nodes by those of a file. Nobody leads.
+    pub(crate) fn restore(&mut self, nodes: Vec<Node>, revision: Revision) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for node in nodes {
+            if self.admission.readmit(&node).is_ok() {
+                self.take_in(Arc::new(node), &mut changes);
+            }
+        }
+        self.nodes.revision = revision;
+        changes
+    }
+
     /// Applies what a watch told, in order. Answers with what that changed.
-    pub(crate) fn apply(&mut self, events: &[WatchEvent]) -> Vec<Change> {
+    pub(crate) fn apply(&mut self, events: &[WatchEvent], now: Instant) -> Vec<Change> {
         let mut changes = Vec::new();
         for event in events {
             let key = event.key();
@@ -165,10 +334,14 @@ impl View {
                 }
             } else if let Some(id) = self.keys.node_id(key) {
                 match event {
-                    WatchEvent::Put(entry) => self.insert(entry, &mut changes),
+                    WatchEvent::Put(entry) => self.insert(id, entry, &mut changes),
                     WatchEvent::Delete { .. } => {
-                        self.bad.remove(key);
-                        self.remove(id, &mut changes);
+                        self.refused.remove(key);
+                        if let Some(node) = self.nodes.get(id).cloned()
+                            && !self.suspects.contains(id)
+                        {
+                            self.vanish(&node, 0, &mut changes, now);
+                        }
                     }
                 }
             }
@@ -186,54 +359,154 @@ impl View {
         changes
     }
 
-    fn insert(&mut self, entry: &Entry, changes: &mut Vec<Change>) {
-        let Some(id) = self.keys.node_id(&entry.key) else {
+    /// When [`expire`](Self::expire) has something to do.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
+        self.suspects.next_due()
+    }
+
+    /// Lets go of suspects whose time is over.
+    pub(crate) fn expire(&mut self, now: Instant) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let due = self.suspects.take_due(now);
+        if due.is_empty() {
+            return changes;
+        }
+        warn!(
+            gone = due.len(),
+            suspects = self.suspects.len(),
+            "suspects have not come back"
+        );
+        for id in due {
+            self.remove(&id, &mut changes);
+        }
+        self.settle(&mut changes);
+        changes
+    }
+
+    /// The store is heard again: nobody could have registered until now.
+    pub(crate) fn start_over(&mut self, now: Instant) {
+        self.suspects.start_over(now);
+    }
+
+    /// A node is not registered any more; `more` others are missing too.
+    fn vanish(&mut self, node: &Arc<Node>, more: usize, changes: &mut Vec<Change>, now: Instant) {
+        if self.suspects.contains(&node.id) {
             return;
-        };
-        let old = self.nodes.nodes.get(id).cloned();
-        match parse(id, entry) {
-            Ok(node) => {
-                self.bad.remove(&entry.key);
-                if let Some(old) = &old
-                    && old.last_seen == node.last_seen
-                    && !node.differs(old)
-                {
-                    return;
-                }
-                let new = Arc::new(node);
-                self.nodes.nodes.insert_mut(Arc::from(id), new.clone());
-                changes.push(match old {
-                    Some(old) => Change::Updated { old, new },
-                    None => Change::Joined(new),
-                });
-            }
-            Err(reason) => {
-                self.skipped += 1;
-                if self.bad.insert(entry.key.clone()) {
+        }
+        let before = self.suspects.len();
+        match self.suspects.vanished(node, self.nodes.len(), more, now) {
+            Verdict::Gone => self.remove(&node.id, changes),
+            Verdict::Stays(returned) => {
+                if before == 0 {
                     warn!(
-                        key = entry.key,
-                        revision = entry.mod_revision,
-                        reason,
-                        "entry skipped"
+                        nodes = self.nodes.len(),
+                        "many nodes have vanished at once without having said goodbye; they stay                          as suspects for a while"
                     );
                 }
-                // The node is alive, for its lease is, and where it is has not changed with a
-                // value that says nothing: what it said before stays. Unless the key is another
-                // registration's by now.
-                if let Some(old) = old
-                    && old.incarnation() != incarnation(entry)
-                {
-                    self.remove(&old.id, changes);
+                self.suspect(&node.id);
+                if returned.is_empty() {
+                    return;
+                }
+                let ids: HashSet<&str> = returned.iter().map(|node| &*node.id).collect();
+                // Whose leaving has not been told yet has not left.
+                let mut untold = HashSet::new();
+                changes.retain(|change| match change {
+                    Change::Left(node) if ids.contains(&*node.id) => {
+                        untold.insert(node.id.clone());
+                        false
+                    }
+                    _ => true,
+                });
+                for node in returned {
+                    self.suspect(&node.id);
+                    self.nodes.nodes.insert_mut(ById(node.clone()));
+                    if !untold.contains(&node.id) {
+                        changes.push(Change::Joined(node));
+                    }
                 }
             }
         }
     }
 
+    fn suspect(&mut self, id: &str) {
+        self.nodes.suspects.insert_mut(Arc::from(id));
+    }
+
+    fn insert(&mut self, id: &str, entry: &Entry, changes: &mut Vec<Change>) {
+        let is_new = self.nodes.get(id).is_none();
+        let admitted = if is_new && self.nodes.len() >= self.admission.limits.nodes {
+            Err(Refusal::TooLarge(self.too_many()))
+        } else {
+            self.admission.admit(id, entry)
+        };
+        match admitted {
+            Ok(node) => {
+                self.refused.remove(&entry.key);
+                self.take_in(Arc::new(node.with_incarnation(incarnation(entry))), changes);
+            }
+            Err(Refusal::Unwanted) => {
+                self.refused.remove(&entry.key);
+                self.remove(id, changes);
+            }
+            Err(refusal) => {
+                let stays = count(&mut self.skipped, &refusal);
+                if self.refused.len() < MOST_REFUSED && self.refused.insert(entry.key.clone()) {
+                    self.warn(entry, refusal.reason());
+                }
+                if stays {
+                    self.drop_unless(id, incarnation(entry), changes);
+                } else {
+                    self.remove(id, changes);
+                }
+            }
+        }
+    }
+
+    fn take_in(&mut self, node: Arc<Node>, changes: &mut Vec<Change>) {
+        if self.suspects.returned(&node.id) {
+            self.nodes.suspects.remove_mut(&*node.id);
+            if self.suspects.len() == 0 {
+                info!("no node is a suspect any more");
+            }
+        }
+        let old = self.nodes.get(&node.id).cloned();
+        if old.as_ref().is_some_and(|old| is_same(old, &node)) {
+            return;
+        }
+        self.nodes.nodes.insert_mut(ById(node.clone()));
+        changes.push(match old {
+            Some(old) => Change::Updated { old, new: node },
+            None => Change::Joined(node),
+        });
+    }
+
+    /// A value that says nothing leaves a node as it was, for its lease is alive and where it is has
+    /// not changed. Unless the key is another registration's by now.
+    fn drop_unless(&mut self, id: &str, incarnation: i64, changes: &mut Vec<Change>) {
+        let other = self.nodes.get(id).map(|old| old.incarnation());
+        if other.is_some_and(|other| other != incarnation) {
+            self.remove(id, changes);
+        }
+    }
+
     fn remove(&mut self, id: &str, changes: &mut Vec<Change>) {
-        if let Some(old) = self.nodes.nodes.get(id).cloned() {
+        if self.suspects.release(id) || self.nodes.suspects.contains(id) {
+            self.nodes.suspects.remove_mut(id);
+        }
+        if let Some(old) = self.nodes.get(id).cloned() {
             self.nodes.nodes.remove_mut(id);
             changes.push(Change::Left(old));
         }
+    }
+
+    fn too_many(&self) -> String {
+        let most = self.admission.limits.nodes;
+        format!("there are {most} nodes already, and no more are allowed")
+    }
+
+    fn warn(&self, entry: &Entry, reason: &str) {
+        let (key, revision) = (shortened(&entry.key), entry.mod_revision);
+        warn!(key, revision, reason, "entry skipped");
     }
 
     fn enqueue(&mut self, entry: &Entry) {
@@ -241,9 +514,17 @@ impl View {
             return;
         }
         self.dequeue(&entry.key);
+        let limits = &self.admission.limits;
+        let too_much = entry.value.len() > LONGEST_ID
+            || limits.check_key(&entry.key).is_err()
+            || self.places.len() >= limits.nodes;
         let Ok(id) = std::str::from_utf8(&entry.value) else {
             return;
         };
+        if too_much {
+            self.skipped.too_large += 1;
+            return;
+        }
         self.places.insert(entry.key.clone(), entry.create_revision);
         self.queue
             .insert((entry.create_revision, entry.key.clone()), id.to_owned());
@@ -259,6 +540,9 @@ impl View {
     /// to send to.
     fn settle(&mut self, changes: &mut Vec<Change>) {
         let leader = self.queue.first_key_value().and_then(|((epoch, key), id)| {
+            if self.suspects.contains(id) {
+                return None;
+            }
             Some(Leadership {
                 node: self.nodes.get(id)?.clone(),
                 epoch: *epoch,
@@ -281,23 +565,64 @@ impl View {
     }
 }
 
+impl Staged {
+    fn saw(&mut self, entry: &Entry) {
+        let newest = self
+            .witness
+            .as_ref()
+            .is_none_or(|(_, at)| entry.mod_revision >= *at);
+        if newest {
+            self.witness = Some((entry.key.clone(), entry.mod_revision));
+        }
+    }
+}
+
+/// Counts a refusal. Answers whether the node stays as it was: unless it points elsewhere now.
+fn count(skipped: &mut Skipped, refusal: &Refusal) -> bool {
+    match refusal {
+        Refusal::Malformed(_) => skipped.malformed += 1,
+        Refusal::TooLarge(_) => skipped.too_large += 1,
+        Refusal::NotAllowed(_) => skipped.not_allowed += 1,
+        Refusal::Unwanted => {}
+    }
+    !matches!(refusal, Refusal::NotAllowed(_) | Refusal::Unwanted)
+}
+
+fn is_same(old: &Node, new: &Node) -> bool {
+    old.last_seen == new.last_seen && !new.differs(old)
+}
+
 fn incarnation(entry: &Entry) -> i64 {
     entry.lease.map_or(entry.create_revision, |lease| lease.0)
 }
 
-fn parse(id: &str, entry: &Entry) -> Result<Node, String> {
-    let node: Node = serde_json::from_slice(&entry.value).map_err(|error| error.to_string())?;
-    if node.id != id {
-        return Err(format!("its id is {:?}, which is not its key's", node.id));
-    }
-    Ok(node.with_incarnation(incarnation(entry)))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::discovery::{Filter, Limits};
     use crate::store::LeaseId;
     use proptest::prelude::*;
+
+    fn view() -> View {
+        View::new(keys(), Admission::default(), SelfPreservation::off())
+    }
+
+    fn reset(
+        view: &mut View,
+        nodes: &[Entry],
+        candidates: &[Entry],
+        revision: Revision,
+    ) -> Vec<Change> {
+        let mut staged = Staged::default();
+        // A page of two, so that there are several.
+        nodes
+            .chunks(2)
+            .for_each(|page| view.stage(&mut staged, page));
+        view.stage_candidates(&mut staged, candidates);
+        view.reset(staged, revision, Instant::now())
+    }
 
     fn keys() -> GroupKeys {
         GroupKeys::new("", "g")
@@ -346,27 +671,36 @@ mod tests {
 
     #[test]
     fn join_update_leave() {
-        let mut view = View::new(keys());
-        let changes = view.apply(&[put(node("a", 2, 1)), put(candidate("a", 3, 1))]);
+        let mut view = view();
+        let changes = view.apply(
+            &[put(node("a", 2, 1)), put(candidate("a", 3, 1))],
+            Instant::now(),
+        );
         assert_eq!(
             told(&changes),
             ["node a joined at 10.0.0.1", "node a leads"]
         );
         assert_eq!(view.leader().unwrap().epoch, 3);
-        let changes = view.apply(&[
-            delete(keys().registration("a"), 4),
-            delete(keys().candidacy(LeaseId(1)), 4),
-        ]);
+        let changes = view.apply(
+            &[
+                delete(keys().registration("a"), 4),
+                delete(keys().candidacy(LeaseId(1)), 4),
+            ],
+            Instant::now(),
+        );
         assert_eq!(told(&changes), ["node a left", "no leader"]);
         assert_eq!(view.nodes().revision(), 4);
     }
 
     #[test]
     fn the_leader_counts_once_it_is_registered() {
-        let mut view = View::new(keys());
-        assert!(view.apply(&[put(candidate("a", 2, 1))]).is_empty());
+        let mut view = view();
+        assert!(
+            view.apply(&[put(candidate("a", 2, 1))], Instant::now())
+                .is_empty()
+        );
         assert!(view.leader().is_none());
-        let changes = view.apply(&[put(node("a", 3, 1))]);
+        let changes = view.apply(&[put(node("a", 3, 1))], Instant::now());
         assert_eq!(
             told(&changes),
             ["node a joined at 10.0.0.1", "node a leads"]
@@ -375,13 +709,15 @@ mod tests {
 
     #[test]
     fn a_relist_tells_the_difference_only() {
-        let mut view = View::new(keys());
-        view.reset(
+        let mut view = view();
+        reset(
+            &mut view,
             &[node("a", 2, 1), node("b", 3, 2)],
             &[candidate("a", 4, 1)],
             5,
         );
-        let changes = view.reset(
+        let changes = reset(
+            &mut view,
             &[node("b", 3, 2), node("c", 8, 3)],
             &[candidate("b", 7, 2)],
             9,
@@ -394,8 +730,9 @@ mod tests {
 
     #[test]
     fn bad_entries_are_skipped_and_harm_nobody() {
-        let mut view = View::new(keys());
-        let changes = view.reset(
+        let mut view = view();
+        let changes = reset(
+            &mut view,
             &[
                 registration("bad", "{", 2, 1),
                 registration("liar", r#"{"id":"a","ip":"10.0.0.9"}"#, 3, 2),
@@ -405,30 +742,195 @@ mod tests {
             4,
         );
         assert_eq!(told(&changes), ["node a joined at 10.0.0.1"]);
-        assert_eq!(view.skipped(), 2);
+        assert_eq!(view.skipped().malformed, 2);
         // A bad update of a live registration changes nothing, one by another registration does.
-        assert!(view.apply(&[put(registration("a", "?", 5, 3))]).is_empty());
-        let changes = view.apply(&[put(registration("a", "?", 6, 4))]);
+        assert!(
+            view.apply(&[put(registration("a", "?", 5, 3))], Instant::now())
+                .is_empty()
+        );
+        let changes = view.apply(&[put(registration("a", "?", 6, 4))], Instant::now());
         assert_eq!(told(&changes), ["node a left"]);
-        assert_eq!(view.skipped(), 4);
+        assert_eq!(view.skipped().malformed, 4);
     }
 
     #[test]
     fn keys_of_other_groups_are_not_ours() {
-        let mut view = View::new(keys());
+        let mut view = view();
         let mut nested = node("a", 2, 1);
         nested.key = "registry/g/sub/a".to_owned();
-        assert!(view.apply(&[put(nested)]).is_empty());
+        assert!(view.apply(&[put(nested)], Instant::now()).is_empty());
     }
 
     #[test]
     fn an_update_of_the_time_alone_is_no_event_but_is_in_the_view() {
-        let mut view = View::new(keys());
-        view.apply(&[put(node("a", 2, 1))]);
-        let changes = view.apply(&[put(node("a", 7, 1))]);
+        let mut view = view();
+        view.apply(&[put(node("a", 2, 1))], Instant::now());
+        let changes = view.apply(&[put(node("a", 7, 1))], Instant::now());
         assert_eq!(changes.len(), 1);
         assert!(told(&changes).is_empty());
         assert_eq!(view.nodes().get("a").unwrap().last_seen, 7);
+    }
+
+    fn preserving() -> View {
+        View::new(keys(), Admission::default(), SelfPreservation::default())
+    }
+
+    fn many(count: i64) -> Vec<Entry> {
+        (0..count)
+            .map(|id| node(&format!("n{id:03}"), id + 2, id + 1))
+            .collect()
+    }
+
+    fn gone(entry: &Entry, revision: Revision) -> WatchEvent {
+        delete(entry.key.clone(), revision)
+    }
+
+    #[test]
+    fn a_few_that_vanish_are_gone_and_many_stay_for_a_while() {
+        let start = Instant::now();
+        let nodes = many(10);
+        let mut view = preserving();
+        reset(&mut view, &nodes, &[candidate("n000", 50, 1)], 60);
+        // Three of ten are no more than 30 %.
+        for (index, entry) in nodes[..3].iter().enumerate() {
+            view.apply(&[gone(entry, 61 + index as i64)], start);
+        }
+        assert_eq!((view.nodes().len(), view.nodes().suspects()), (7, 0));
+        // The fourth makes it many: those before come back.
+        let changes = view.apply(&[gone(&nodes[3], 64)], start + Duration::from_secs(1));
+        assert_eq!(changes.len(), 3, "{:?}", told(&changes));
+        assert_eq!((view.nodes().len(), view.nodes().suspects()), (10, 4));
+        assert!(view.nodes().is_suspect("n000") && !view.nodes().is_suspect("n009"));
+        assert!(view.leader().is_none(), "a suspect leads nothing");
+        // The rest, in one go.
+        let rest: Vec<_> = nodes[4..].iter().map(|entry| gone(entry, 70)).collect();
+        assert!(view.apply(&rest, start + Duration::from_secs(2)).is_empty());
+        assert_eq!((view.nodes().len(), view.nodes().suspects()), (10, 10));
+        // One comes back: it is a node like any other.
+        let changes = view.apply(&[put(node("n000", 80, 99))], start + Duration::from_secs(3));
+        assert_eq!(told(&changes), ["node n000 updated", "node n000 leads"]);
+        assert_eq!(view.nodes().suspects(), 9);
+        // The others are given up, each after its time.
+        assert!(view.expire(start + Duration::from_secs(29)).is_empty());
+        assert_eq!(view.next_due(), Some(start + Duration::from_secs(30)));
+        assert_eq!(view.expire(start + Duration::from_secs(30)).len(), 2);
+        assert_eq!(view.expire(start + Duration::from_secs(32)).len(), 7);
+        assert_eq!((view.nodes().len(), view.nodes().suspects()), (1, 0));
+        assert_eq!(view.next_due(), None);
+    }
+
+    #[test]
+    fn a_list_without_many_of_them_is_a_mass_expiry_too() {
+        let nodes = many(10);
+        for (kept, suspects) in [(10, 0), (7, 0), (6, 4), (0, 10)] {
+            let mut view = preserving();
+            reset(&mut view, &nodes, &[], 60);
+            let changes = reset(&mut view, &nodes[..kept], &[], 90);
+            assert_eq!(view.nodes().suspects(), suspects, "{kept}");
+            let len = if suspects > 0 { 10 } else { kept };
+            assert_eq!(view.nodes().len(), len);
+            assert_eq!(changes.len(), 10 - len);
+        }
+    }
+
+    #[test]
+    fn who_says_goodbye_is_gone() {
+        let mut view = preserving();
+        let drained = |id: i64, revision| {
+            let value = format!(r#"{{"id":"n{id:03}","ip":"10.0.0.1","state":"draining"}}"#);
+            registration(&format!("n{id:03}"), &value, revision, id + 1)
+        };
+        let nodes = many(10);
+        reset(&mut view, &nodes, &[], 60);
+        for id in 0..10 {
+            view.apply(&[put(drained(id, 70 + id))], Instant::now());
+        }
+        for entry in &nodes {
+            view.apply(&[gone(entry, 90)], Instant::now());
+        }
+        assert!(view.nodes().is_empty());
+    }
+
+    #[test]
+    fn vanishing_over_a_long_time_is_no_mass_expiry() {
+        let start = Instant::now();
+        let nodes = many(10);
+        let mut view = preserving();
+        reset(&mut view, &nodes, &[], 60);
+        for (index, entry) in nodes.iter().enumerate() {
+            let now = start + Duration::from_secs(11) * index as u32;
+            view.apply(&[gone(entry, 70)], now);
+        }
+        // Each is by itself, and there are never three.
+        assert!(view.nodes().is_empty());
+    }
+
+    #[test]
+    fn a_filter_is_live() {
+        let admission = Admission {
+            filter: Filter::new().zone("a").tag("x"),
+            ..Admission::default()
+        };
+        let mut view = View::new(keys(), admission, SelfPreservation::off());
+        let tagged = |zone: &str, tags: &str, revision| {
+            let value = format!(r#"{{"id":"n","ip":"10.0.0.1","zone":"{zone}","tags":[{tags}]}}"#);
+            put(registration("n", &value, revision, 1))
+        };
+        let now = Instant::now();
+        assert!(view.apply(&[tagged("a", "", 2)], now).is_empty());
+        assert_eq!(
+            told(&view.apply(&[tagged("a", r#""x","y""#, 3)], now)),
+            ["node n joined at 10.0.0.1"]
+        );
+        assert_eq!(
+            told(&view.apply(&[tagged("b", r#""x""#, 4)], now)),
+            ["node n left"]
+        );
+        assert_eq!(
+            view.skipped(),
+            Skipped::default(),
+            "that is no fault of theirs"
+        );
+    }
+
+    #[test]
+    fn strangers_and_giants_are_skipped_and_counted() {
+        let admission = Admission {
+            networks: vec!["10.0.0.0/8".parse().unwrap()],
+            limits: Limits {
+                nodes: 3,
+                ..Limits::default()
+            },
+            ..Admission::default()
+        };
+        let mut view = View::new(keys(), admission, SelfPreservation::off());
+        let at = |id: &str, ip: &str, revision| {
+            put(registration(
+                id,
+                &format!(r#"{{"id":"{id}","ip":"{ip}"}}"#),
+                revision,
+                1,
+            ))
+        };
+        let now = Instant::now();
+        view.apply(&[at("a", "10.0.0.1", 2), at("b", "192.168.0.1", 3)], now);
+        assert_eq!((view.nodes().len(), view.skipped().not_allowed), (1, 1));
+        // One that moves out of the network is not kept where it was.
+        assert_eq!(
+            told(&view.apply(&[at("a", "192.168.0.1", 4)], now)),
+            ["node a left"]
+        );
+        let large = format!(
+            r#"{{"id":"c","ip":"10.0.0.1","metadata":"{}"}}"#,
+            "x".repeat(70_000)
+        );
+        view.apply(&[put(registration("c", &large, 5, 1))], now);
+        assert_eq!((view.nodes().len(), view.skipped().too_large), (0, 1));
+        for id in ["d", "e", "f", "g"] {
+            view.apply(&[at(id, "10.0.0.2", 6)], now);
+        }
+        assert_eq!((view.nodes().len(), view.skipped().too_large), (3, 2));
+        assert_eq!(view.skipped().total(), 4);
     }
 
     /// What the store might do to three nodes' keys.
@@ -443,7 +945,7 @@ mod tests {
         fn following_equals_listing(history in history(), relist in 0_usize..40) {
             let mut registered: BTreeMap<String, Entry> = BTreeMap::new();
             let mut queued: BTreeMap<String, Entry> = BTreeMap::new();
-            let mut view = View::new(keys());
+            let mut view = view();
             let mut folded: BTreeMap<String, u64> = BTreeMap::new();
             for (step, (who, what)) in history.into_iter().enumerate() {
                 let revision = step as Revision + 2;
@@ -462,9 +964,9 @@ mod tests {
                 };
                 let entries = |map: &BTreeMap<String, Entry>| map.values().cloned().collect::<Vec<_>>();
                 let changes = if step == relist {
-                    view.reset(&entries(&registered), &entries(&queued), revision)
+                    reset(&mut view, &entries(&registered), &entries(&queued), revision)
                 } else {
-                    view.apply(&[event])
+                    view.apply(&[event], Instant::now())
                 };
                 for change in changes {
                     match change {

@@ -104,6 +104,44 @@ pub struct Listing {
     pub entries: Vec<Entry>,
 }
 
+/// A part of a listing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Page {
+    /// The entries of this page, and what they were read at.
+    pub listing: Listing,
+    /// Where the next page starts; `None` after the last one.
+    pub next: Option<Vec<u8>>,
+}
+
+/// How it stands with a store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StoreStatus {
+    /// The endpoint that is connected to, if any.
+    pub endpoint: Option<String>,
+    /// Whether calls are tried.
+    pub circuit: Circuit,
+}
+
+/// Whether calls to a store are tried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Circuit {
+    /// They are.
+    #[default]
+    Closed,
+    /// After so many failures in a row they fail at once, until the next one is let through to see.
+    Open {
+        /// How many have failed.
+        failures: u32,
+    },
+    /// One is being tried, the others fail at once.
+    HalfOpen {
+        /// How many have failed before.
+        failures: u32,
+    },
+}
+
 /// What must hold for a transaction to be carried out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Condition {
@@ -282,6 +320,34 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Lists keys as they were at revision `at`, or as they are now.
     async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError>;
+
+    /// Lists a part of the keys: the first one without `start`, then from where the page before said.
+    /// Ask for the later ones at the first one's revision. The store decides how much a page is.
+    async fn list_page(
+        &self,
+        keys: &Selector,
+        start: Option<Vec<u8>>,
+        at: Option<Revision>,
+    ) -> Result<Page, ClusterError> {
+        // All that is left, by default.
+        debug_assert!(start.is_none());
+        let listing = self.list(keys, at).await?;
+        Ok(Page {
+            listing,
+            next: None,
+        })
+    }
+
+    /// Lists keys as any one member has them, which may be out of date: for want of anything better,
+    /// while there is no quorum.
+    async fn list_stale(&self, keys: &Selector) -> Result<Listing, ClusterError> {
+        self.list(keys, None).await
+    }
+
+    /// How it stands with the store, for a status page.
+    fn status(&self) -> StoreStatus {
+        StoreStatus::default()
+    }
 
     /// Lists several selections as they are at one revision, the newest. By default one after
     /// another; a store that can reads them at once.

@@ -36,6 +36,18 @@ pub struct EtcdOptions {
     /// `request_timeout`. Default: 10 s. At least 10 s, because etcd closes the connection of a
     /// client that pings more often than every 5 s.
     pub keep_alive_interval: Duration,
+    /// How long a watch may hear nothing at all until its connection is given up for another one. A
+    /// quiet server is asked to say something well before that. Default: 5 s. Range: 500 ms to 5
+    /// minutes.
+    pub silence_timeout: Duration,
+    /// Whether a discovery that has no view yet takes what any one member has of the registrations,
+    /// while there is no quorum. That may be out of date. Default: false.
+    pub serializable_fallback: bool,
+    /// After how many failures in a row (to connect, or to be answered) calls fail at once, but for
+    /// one now and then that is tried. Default: 5. Range: 1 to 1,000,000.
+    pub breaker_failures: u32,
+    /// How long they then fail at once, before one is tried. Default: 1 s. Range: 10 ms to 60 s.
+    pub breaker_pause: Duration,
 }
 
 impl EtcdOptions {
@@ -47,6 +59,10 @@ impl EtcdOptions {
             connect_timeout: Duration::from_secs(2),
             request_timeout: Duration::from_secs(3),
             keep_alive_interval: Duration::from_secs(10),
+            silence_timeout: Duration::from_secs(5),
+            serializable_fallback: false,
+            breaker_failures: 5,
+            breaker_pause: Duration::from_secs(1),
         }
     }
 
@@ -83,6 +99,29 @@ impl EtcdOptions {
         self
     }
 
+    /// Sets [`silence_timeout`](Self::silence_timeout).
+    #[must_use]
+    pub fn silence_timeout(mut self, timeout: Duration) -> Self {
+        self.silence_timeout = timeout;
+        self
+    }
+
+    /// Sets [`serializable_fallback`](Self::serializable_fallback).
+    #[must_use]
+    pub fn serializable_fallback(mut self, fallback: bool) -> Self {
+        self.serializable_fallback = fallback;
+        self
+    }
+
+    /// Sets [`breaker_failures`](Self::breaker_failures) and
+    /// [`breaker_pause`](Self::breaker_pause).
+    #[must_use]
+    pub fn breaker(mut self, failures: u32, pause: Duration) -> Self {
+        self.breaker_failures = failures;
+        self.breaker_pause = pause;
+        self
+    }
+
     /// Checks every field.
     ///
     /// # Errors
@@ -115,6 +154,13 @@ impl EtcdOptions {
                 Duration::from_secs(10),
                 Duration::from_secs(3600),
             ),
+            (
+                "silence_timeout",
+                self.silence_timeout,
+                Duration::from_millis(500),
+                Duration::from_secs(300),
+            ),
+            ("breaker_pause", self.breaker_pause, least, most),
         ] {
             if value < least || value > most {
                 return Err(ClusterError::config(
@@ -122,6 +168,12 @@ impl EtcdOptions {
                     format!("{value:?} is out of range, {least:?} to {most:?}"),
                 ));
             }
+        }
+        if !(1..=1_000_000).contains(&self.breaker_failures) {
+            return Err(ClusterError::config(
+                "breaker_failures",
+                format!("{} is out of range, 1 to 1000000", self.breaker_failures),
+            ));
         }
         Ok(())
     }
