@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::balance::{
     Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, Headroom, Policy, Zones,
 };
-use crate::discovery::ServiceDiscovery;
+use crate::discovery::{Filter, Limits, SelfPreservation, ServiceDiscovery, SnapshotFile};
 use crate::error::ClusterError;
 use crate::store::EtcdOptions;
 
@@ -42,6 +42,28 @@ pub struct ClusterConfig {
     pub etcd: EtcdConfig,
     /// The group to route to.
     pub group: String,
+    /// Only nodes of these zones, with these tags. Default: all.
+    #[serde(default)]
+    pub filter: Filter,
+    /// Only nodes whose address is in one of these networks: `10.0.0.0/8`, or a single address.
+    /// Default: any.
+    #[serde(default)]
+    pub allowed_networks: Vec<String>,
+    /// Only nodes whose port is one of these: `8080`, or `9000-9100`. Default: any.
+    #[serde(default)]
+    pub allowed_ports: Vec<Port>,
+    /// How much an entry may take, and all of them.
+    #[serde(default)]
+    pub limits: Limits,
+    /// When nodes stay though their leases are gone.
+    #[serde(default)]
+    pub self_preservation: SelfPreservation,
+    /// A file that keeps the nodes for a start without etcd. Default: none.
+    #[serde(default)]
+    pub snapshot: Option<SnapshotFile>,
+    /// How long after a change is published the next ones wait. Default: 20 ms. Range: 0 to 10,000.
+    #[serde(default = "default_publish_interval")]
+    pub publish_interval_ms: u64,
     /// `address:port` to listen on. Default: `127.0.0.1:6188`.
     #[serde(default = "default_listen")]
     pub listen: String,
@@ -121,6 +143,38 @@ pub struct EtcdConfig {
     /// See [`EtcdOptions::keep_alive_interval`].
     #[serde(default = "default_etcd_keep_alive")]
     pub keep_alive_interval_ms: u64,
+    /// See [`EtcdOptions::silence_timeout`].
+    #[serde(default = "default_etcd_silence")]
+    pub silence_timeout_ms: u64,
+    /// See [`EtcdOptions::serializable_fallback`].
+    #[serde(default)]
+    pub serializable_fallback: bool,
+    /// See [`EtcdOptions::breaker_failures`].
+    #[serde(default = "default_breaker_failures")]
+    pub breaker_failures: u32,
+    /// See [`EtcdOptions::breaker_pause`].
+    #[serde(default = "default_breaker_pause")]
+    pub breaker_pause_ms: u64,
+}
+
+/// A port, or a range of them: `8080` or `9000-9100`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+#[non_exhaustive]
+pub enum Port {
+    /// One.
+    One(u64),
+    /// One or several, as text.
+    Text(String),
+}
+
+impl From<&Port> for String {
+    fn from(port: &Port) -> Self {
+        match port {
+            Port::One(port) => port.to_string(),
+            Port::Text(text) => text.clone(),
+        }
+    }
 }
 
 /// What a request is hashed on.
@@ -155,6 +209,18 @@ impl TryFrom<String> for HashOn {
     }
 }
 
+fn default_publish_interval() -> u64 {
+    20
+}
+fn default_etcd_silence() -> u64 {
+    5_000
+}
+fn default_breaker_failures() -> u32 {
+    5
+}
+fn default_breaker_pause() -> u64 {
+    1_000
+}
 fn default_listen() -> String {
     "127.0.0.1:6188".to_owned()
 }
@@ -219,7 +285,6 @@ impl ClusterConfig {
             .validate()
             .map_err(|error| named(error, "cluster.etcd.", "_ms"))?;
         let outer = |error| named(error, "cluster.", "");
-        self.discovery().map_err(outer)?;
         self.balancer().map_err(outer)?;
         if self.listen.parse::<std::net::SocketAddr>().is_err() {
             return Err(ClusterError::config(
@@ -248,6 +313,7 @@ impl ClusterConfig {
             ),
             ("ready_timeout_ms", self.ready_timeout_ms, 0..=600_000),
             ("leader_wait_ms", self.leader_wait_ms, 0..=60_000),
+            ("publish_interval_ms", self.publish_interval_ms, 0..=10_000),
         ] {
             if !range.contains(&value) {
                 return Err(ClusterError::config(
@@ -260,6 +326,7 @@ impl ClusterConfig {
                 ));
             }
         }
+        self.discovery().map_err(outer)?;
         Ok(())
     }
 
@@ -269,7 +336,17 @@ impl ClusterConfig {
     ///
     /// When endpoints, times or group make no sense.
     pub fn discovery(&self) -> Result<ServiceDiscovery, ClusterError> {
-        ServiceDiscovery::builder(&self.etcd, &self.group).try_build()
+        let mut builder = ServiceDiscovery::builder(&self.etcd, &self.group)
+            .filter(self.filter.clone())
+            .allowed_networks(self.allowed_networks.iter().cloned())
+            .allowed_ports(self.allowed_ports.iter())
+            .limits(self.limits)
+            .self_preservation(self.self_preservation)
+            .publish_interval(Duration::from_millis(self.publish_interval_ms));
+        if let Some(file) = &self.snapshot {
+            builder = builder.snapshot_file(file.clone());
+        }
+        builder.try_build()
     }
 
     /// The balancer that this section describes.
@@ -309,6 +386,12 @@ impl From<&EtcdConfig> for EtcdOptions {
             .connect_timeout(Duration::from_millis(config.connect_timeout_ms))
             .request_timeout(Duration::from_millis(config.request_timeout_ms))
             .keep_alive_interval(Duration::from_millis(config.keep_alive_interval_ms))
+            .silence_timeout(Duration::from_millis(config.silence_timeout_ms))
+            .serializable_fallback(config.serializable_fallback)
+            .breaker(
+                config.breaker_failures,
+                Duration::from_millis(config.breaker_pause_ms),
+            )
     }
 }
 
@@ -316,7 +399,9 @@ impl From<&EtcdConfig> for EtcdOptions {
 fn named(error: ClusterError, path: &str, unit: &str) -> ClusterError {
     match error {
         ClusterError::InvalidConfig { field, reason } => {
-            let is_time = field.ends_with("timeout") || field.ends_with("interval");
+            let is_time = ["timeout", "interval", "pause"]
+                .iter()
+                .any(|end| field.ends_with(end));
             let unit = if is_time { unit } else { "" };
             ClusterError::config(format!("{path}{field}{unit}"), reason)
         }
@@ -468,6 +553,28 @@ cluster:
             ("listen: nowhere", "cluster.listen"),
             ("leader_wait_ms: 1000000", "cluster.leader_wait_ms"),
             ("hash_on: colour", "colour"),
+            ("filter: { zone: a }", "zone"),
+            (
+                "allowed_networks: ['10.0.0.0/99']",
+                "cluster.allowed_networks",
+            ),
+            ("allowed_ports: [80, 0]", "cluster.allowed_ports"),
+            ("allowed_ports: ['9-8']", "cluster.allowed_ports"),
+            ("limits: { depth: 1000 }", "cluster.limits.depth"),
+            (
+                "self_preservation: { part: 0 }",
+                "cluster.self_preservation.part",
+            ),
+            (
+                "snapshot: { file: /nowhere/at/all }",
+                "cluster.snapshot.file",
+            ),
+            (
+                "snapshot: { file: nodes, max_age_ms: 1 }",
+                "cluster.snapshot.max_age_ms",
+            ),
+            ("snapshot: {}", "file"),
+            ("publish_interval_ms: 10001", "cluster.publish_interval_ms"),
             ("hash_on: 'header:not valid'", "not valid"),
         ] {
             let error = error(&format!("{LEAST}  {field}\n"));
@@ -481,6 +588,11 @@ cluster:
             told.contains("cluster.etcd.keep_alive_interval_ms"),
             "{told}"
         );
+        for field in ["silence_timeout_ms", "breaker_pause_ms", "breaker_failures"] {
+            let wrong = LEAST.replace("  group", &format!("    {field}: 0\n  group"));
+            let told = self::error(&wrong);
+            assert!(told.contains(&format!("cluster.etcd.{field}")), "{told}");
+        }
         assert!(self::error("cluster:\n  group: g\n").contains("etcd"));
         assert!(self::error("version: 1\n").contains("cluster"));
         assert!(self::error(": : :").contains("file.yaml"));

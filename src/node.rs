@@ -86,6 +86,8 @@ pub struct Node {
     /// nobody.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority: Option<u16>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    leaving: bool,
     #[serde(skip)]
     incarnation: i64,
 }
@@ -112,6 +114,7 @@ impl Node {
             weight: None,
             state: NodeState::Serving,
             priority: None,
+            leaving: false,
             incarnation: 0,
         }
     }
@@ -188,7 +191,16 @@ impl Node {
 
     /// Whether it takes new requests.
     pub fn is_serving(&self) -> bool {
-        self.state.is_serving()
+        self.state.is_serving() && !self.leaving
+    }
+
+    /// Whether it has said goodbye: its entry goes in a moment. That alone makes no event.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
+    pub(crate) fn set_leaving(&mut self) {
+        self.leaving = true;
     }
 
     /// A number from the metadata; `None` where it is absent or no number.

@@ -16,8 +16,8 @@ use crate::node::Node;
 /// their nodes serve on. So when more than `part` of the nodes, and `at_least` so many, vanish within
 /// `within`, or are missing from a fresh list, all of them stay in the view as *suspects* for `hold`.
 /// Requests still go there, as far as their outcomes and health checks allow; one that registers
-/// again is a node like any other; a suspect never leads. A node that was draining when it vanished
-/// said goodbye, as nodes of this crate do when they are told to stop, and does not count.
+/// again is a node like any other; a suspect never leads. A node that was draining when it vanished,
+/// or has said goodbye, as those of this crate do when they are told to stop, does not count.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

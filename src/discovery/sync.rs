@@ -225,10 +225,14 @@ impl<'s> Follower<'s> {
         }
         if !self.is_published {
             // Nobody should wait for a leader, and there is one change of leader at a time.
-            let has_leader = |change: &Change| matches!(change, Change::Leader(_));
-            if now >= self.publish_at || self.pending.iter().any(has_leader) {
+            let is_leader = |change: &Change| matches!(change, Change::Leader(_));
+            let is_due = now >= self.publish_at;
+            if is_due || self.pending.iter().any(is_leader) {
+                let is_all = self.pending.iter().all(is_leader);
                 self.publish_pending();
-                self.publish_at = now + self.shared.publish_interval;
+                if is_due && !is_all {
+                    self.publish_at = now + self.shared.publish_interval;
+                }
             }
         }
         if let Some(saver) = &mut self.saver

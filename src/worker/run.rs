@@ -15,11 +15,14 @@ use super::{Command, OWN_LEASES, Past, Shared, Term};
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::metrics::Sampler;
-use crate::node::{HealthStatus, NodeState};
-use crate::store::{LeaseId, Revision, Store};
+use crate::node::{HealthStatus, Node, NodeState};
+use crate::store::{Condition, LeaseId, Revision, Store, Txn};
 
 /// How long leaving may take: the rest is left to the lease running out.
 const LEAVE_BUDGET: Duration = Duration::from_millis(1500);
+
+/// How much of that is for telling that it leaves.
+const GOODBYE_BUDGET: Duration = Duration::from_millis(500);
 
 /// Makes sure that there is one run at a time, and leaves a clean state however it ends.
 pub(super) struct Running<'a> {
@@ -62,8 +65,8 @@ impl<'a> Running<'a> {
         &self.lease
     }
 
-    /// Removes what is this node's. Alone it does so by revoking the lease, which takes the
-    /// candidacy, and the registration unless another process has taken it over, in one revision:
+    /// Says goodbye, and removes what is this node's. Alone it does so by revoking the lease, which
+    /// takes the registration unless another process has taken it over, in one revision:
     /// who waits for any of them sees it now, not when the lease runs out.
     pub(super) async fn leave(mut self, store: &dyn Store) {
         let shared = self.shared;
@@ -72,6 +75,10 @@ impl<'a> Running<'a> {
         self.has_left = true;
         let leave = self.lease.leave(group, |lease| shared.own_keys(lease));
         let leaving = async {
+            if let Leave::Revoke(lease) | Leave::Delete(lease) = &leave {
+                // Best effort: without it readers may take it for one of many that are lost.
+                let _ = timeout(GOODBYE_BUDGET, shared.say_goodbye(store, *lease)).await;
+            }
             loop {
                 let result = match &leave {
                     Leave::Nothing => Ok(()),
@@ -140,15 +147,31 @@ impl Shared {
         ]
     }
 
+    /// Tells readers that it is not lost when its entry goes, and lets the next one lead.
+    async fn say_goodbye(&self, store: &dyn Store, lease: LeaseId) -> Result<(), ClusterError> {
+        let registration = self.keys.registration(&self.config.id);
+        let goodbye = self.entry_with(Node::set_leaving);
+        let txn = Txn::new()
+            .when(Condition::HeldBy(registration.clone(), lease))
+            .put(registration, goodbye, Some(lease))
+            .delete(self.keys.candidacy(lease));
+        store.txn(txn).await.map(drop)
+    }
+
     /// The entry to write now, as JSON.
     pub(super) fn fresh_entry(&self) -> Vec<u8> {
-        let mut entry = self.entry();
+        self.entry_with(|_| {})
+    }
+
+    fn entry_with(&self, change: impl FnOnce(&mut Node)) -> Vec<u8> {
+        let mut entry = self.entry().clone();
         entry.last_seen = unix_millis();
         if self.is_draining() {
             entry.state = NodeState::Draining;
         }
+        change(&mut entry);
         // Only a map with keys that are no strings could fail, and `Node` has none.
-        serde_json::to_vec(&*entry).unwrap_or_default()
+        serde_json::to_vec(&entry).unwrap_or_default()
     }
 
     pub(super) fn set_draining(&self) {

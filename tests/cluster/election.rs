@@ -326,7 +326,10 @@ async fn draining_is_announced_and_gives_up_leadership_but_not_the_registration(
     assert!(within("an update", told).await);
     // For good: it does not come back as a candidate when it would be next.
     second.stop().await;
-    eventually("nobody leads", || discovery.leader().is_none()).await;
+    eventually("n2 is gone", || {
+        discovery.leader().is_none() && discovery.nodes().len() == 1
+    })
+    .await;
     throughout("drained", Duration::from_secs(1), || {
         !first.node.is_leader() && discovery.nodes().len() == 1
     })

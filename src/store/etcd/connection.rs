@@ -4,11 +4,14 @@ use std::sync::Arc;
 
 use etcd_client::{Client, ConnectOptions};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use super::breaker::Breaker;
 use super::watcher::WatchStreams;
 use super::{EtcdStore, bounded};
 use crate::error::ClusterError;
+use crate::store::Circuit;
 
 #[derive(Debug, Default)]
 pub(super) struct Link {
@@ -20,6 +23,7 @@ pub(super) struct Link {
     /// The endpoint to try next.
     next: usize,
     warned_about_version: bool,
+    pub(super) breaker: Breaker,
 }
 
 #[derive(Clone)]
@@ -38,15 +42,25 @@ impl std::fmt::Debug for Connection {
 }
 
 impl EtcdStore {
-    pub(super) async fn connection(&self) -> Result<Connection, ClusterError> {
-        if let Some(connection) = &self.link().connection {
-            return Ok(connection.clone());
+    /// The connection in use, or a new one.
+    pub(super) async fn connection(
+        &self,
+        operation: &'static str,
+    ) -> Result<Connection, ClusterError> {
+        if let Some(connection) = self.admit(operation)? {
+            return Ok(connection);
         }
         let _dialing = self.shared.dialing.lock().await;
-        // Somebody else may have been faster.
-        if let Some(connection) = &self.link().connection {
-            return Ok(connection.clone());
-        }
+        let probe = {
+            let mut link = self.link();
+            // Somebody else may have been faster.
+            if let Some(connection) = &link.connection {
+                return Ok(connection.clone());
+            }
+            link.breaker.admit(operation, Instant::now())?
+        };
+        // A caller with little patience gives up in the middle: then the next one may try.
+        let _probe = probe.then(|| Probe(self));
         let endpoints = &self.shared.options.endpoints;
         let mut last = None;
         for _ in 0..endpoints.len() {
@@ -59,7 +73,7 @@ impl EtcdStore {
                 index
             };
             let endpoint = &endpoints[index];
-            match self.dial(endpoint).await {
+            match self.dial(endpoint, true).await {
                 Ok((client, version)) => {
                     return Ok(self.connected(client, index, endpoint, &version));
                 }
@@ -69,15 +83,42 @@ impl EtcdStore {
                 }
             }
         }
-        Err(last.unwrap_or_else(|| ClusterError::config("endpoints", "must not be empty")))
+        let error = last.unwrap_or_else(|| ClusterError::config("endpoints", "must not be empty"));
+        self.count_failure(&mut self.link(), &error);
+        Err(error)
+    }
+
+    /// Answers at once where calls are not tried.
+    fn admit(&self, operation: &'static str) -> Result<Option<Connection>, ClusterError> {
+        let mut link = self.link();
+        if let Some(connection) = &link.connection {
+            return Ok(Some(connection.clone()));
+        }
+        if link.breaker.admit(operation, Instant::now())? {
+            // It is this one's to try, once it is its turn.
+            link.breaker.abandoned();
+        }
+        Ok(None)
+    }
+
+    fn count_failure(&self, link: &mut Link, error: &ClusterError) {
+        let options = &self.shared.options;
+        let was = link.breaker.circuit();
+        let (threshold, pause) = (options.breaker_failures, options.breaker_pause);
+        link.breaker.failed(error, threshold, pause, Instant::now());
+        if was == Circuit::Closed && link.breaker.circuit() != was {
+            warn!(%error, "etcd has failed again and again: it is asked only now and then until it answers");
+        }
     }
 
     fn connected(&self, client: Client, index: usize, endpoint: &str, version: &str) -> Connection {
         info!(endpoint, version, "connected to etcd");
         let (open, is_open) = watch::channel(());
         let endpoint: Arc<str> = Arc::from(endpoint);
-        let watches = WatchStreams::new(&client, endpoint.clone(), self.timeout(), is_open);
+        let options = &self.shared.options;
+        let watches = WatchStreams::new(&client, endpoint.clone(), version, options, is_open);
         let mut link = self.link();
+        link.breaker.connected();
         if !link.warned_about_version && has_lease_bug(version) {
             link.warned_about_version = true;
             warn!(
@@ -101,13 +142,18 @@ impl EtcdStore {
     }
 
     /// Connects to one endpoint and makes sure that it answers: connecting alone succeeds even
-    /// where nobody listens.
-    async fn dial(&self, endpoint: &str) -> Result<(Client, String), ClusterError> {
+    /// where nobody listens. Without `quorum` a member that sees no leader will do, for what it can
+    /// answer by itself.
+    pub(super) async fn dial(
+        &self,
+        endpoint: &str,
+        quorum: bool,
+    ) -> Result<(Client, String), ClusterError> {
         let options = &self.shared.options;
         let connect = ConnectOptions::default()
             .with_connect_timeout(options.connect_timeout)
             // A member that has lost its leader says so, instead of staying silent.
-            .with_require_leader(true)
+            .with_require_leader(quorum)
             .with_tcp_keepalive(options.keep_alive_interval)
             .with_keep_alive(options.keep_alive_interval, options.request_timeout);
         let connecting = async {
@@ -117,7 +163,7 @@ impl EtcdStore {
         };
         let (client, version, leader) =
             bounded("connect", endpoint, options.connect_timeout, connecting).await?;
-        if leader == 0 {
+        if leader == 0 && quorum {
             return Err(ClusterError::Unavailable {
                 endpoint: endpoint.to_owned(),
                 operation: "connect",
@@ -129,9 +175,10 @@ impl EtcdStore {
 
     /// Gives up the connection after a failure on it, unless it has been replaced already, and
     /// with it every stream on it: what holds for one holds for all.
-    pub(super) fn discard(&self, failed: u64) {
+    pub(super) fn discard(&self, failed: u64, error: &ClusterError) {
         let mut link = self.link();
         if link.connection.is_some() && link.generation == failed {
+            self.count_failure(&mut link, error);
             link.connection = None;
             link.open = None;
             link.next = (link.next + 1) % self.shared.options.endpoints.len();
@@ -139,13 +186,32 @@ impl EtcdStore {
     }
 }
 
-/// Renewals of a revoked lease succeed before 3.5.23 and 3.6.5.
-fn has_lease_bug(version: &str) -> bool {
+/// The one call that is let through while the breaker is open.
+struct Probe<'s>(&'s EtcdStore);
+
+impl Drop for Probe<'_> {
+    fn drop(&mut self) {
+        self.0.link().breaker.abandoned();
+    }
+}
+
+fn parse(version: &str) -> (u32, u32, u32) {
     let mut parts = version
         .split(['.', '-', '+'])
         .map(|part| part.parse::<u32>().unwrap_or(0));
     let mut part = || parts.next().unwrap_or(0);
-    match (part(), part(), part()) {
+    (part(), part(), part())
+}
+
+/// Whether the revision of an answer to a progress request can be gone on from: before 3.5.13 it
+/// could be ahead of events that were still to come.
+pub(super) fn tells_progress(version: &str) -> bool {
+    parse(version) >= (3, 5, 13)
+}
+
+/// Renewals of a revoked lease succeed before 3.5.23 and 3.6.5.
+fn has_lease_bug(version: &str) -> bool {
+    match parse(version) {
         (3, 5, patch) => patch < 23,
         (3, 6, patch) => patch < 5,
         (major, minor, _) => (major, minor) < (3, 5),
@@ -155,6 +221,20 @@ fn has_lease_bug(version: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_that_tell_progress() {
+        assert!(
+            ["3.5.13", "3.5.30", "3.6.0", "4.0.0"]
+                .iter()
+                .all(|version| tells_progress(version))
+        );
+        assert!(
+            !["3.4.99", "3.5.12", "3.5.1", "?"]
+                .iter()
+                .any(|version| tells_progress(version))
+        );
+    }
 
     #[test]
     fn versions_with_the_lease_bug() {

@@ -39,7 +39,7 @@ impl EtcdKeeper {
         match &mut self.stream {
             None => {
                 self.used = None;
-                let connection = self.store.connection().await?;
+                let connection = self.store.connection(OPERATION).await?;
                 self.used = Some(connection.generation);
                 let mut client = connection.client;
                 // Sends the first renewal and waits for its reply.
@@ -76,7 +76,10 @@ impl LeaseKeeper for EtcdKeeper {
         let lease = self.lease.id;
         let renewal = tokio::time::timeout(within, self.renew_on_stream()).await;
         let error = match renewal {
-            Ok(Ok(ttl)) if ttl > 0 => return Ok(Duration::from_secs(ttl.unsigned_abs())),
+            Ok(Ok(ttl)) if ttl > 0 => {
+                self.store.link().breaker.succeeded();
+                return Ok(Duration::from_secs(ttl.unsigned_abs()));
+            }
             // Not an error for etcd: the lease has ended.
             Ok(Ok(_)) => return Err(ClusterError::LeaseNotFound { lease }),
             Ok(Err(error)) => error,
@@ -91,7 +94,7 @@ impl LeaseKeeper for EtcdKeeper {
         if let Some(generation) = self.used
             && error.blames_connection()
         {
-            self.store.discard(generation);
+            self.store.discard(generation, &error);
         }
         about_lease(lease, Err(error))
     }

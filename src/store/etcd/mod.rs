@@ -5,33 +5,39 @@
 //! it, and the next call goes to the next endpoint. Streams (one for all watches, one for each
 //! lease) end with their connection; whoever holds one opens it again.
 
+mod breaker;
 mod connection;
 mod keeper;
 mod watcher;
 
 use std::future::Future;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use etcd_client::{
-    Client, Compare, CompareOp, GetOptions, KeyValue, KvClient, PutOptions, ResponseHeader,
-    SortOrder, SortTarget, TxnOp, TxnOpResponse,
+    Client, Compare, CompareOp, GetOptions, GetResponse, KeyValue, KvClient, PutOptions,
+    ResponseHeader, SortOrder, SortTarget, TxnOp, TxnOpResponse,
 };
 
 use super::{
-    Condition, Entry, EtcdOptions, Lease, LeaseId, LeaseKeeper, Listing, Revision, Selector, Store,
-    Txn, WatchRange, Watcher, Write,
+    Condition, Entry, EtcdOptions, Lease, LeaseId, LeaseKeeper, Listing, Page, Revision, Selector,
+    Store, StoreStatus, Txn, WatchRange, Watcher, Write,
 };
 use crate::error::ClusterError;
 use connection::Link;
 use keeper::EtcdKeeper;
 use watcher::EtcdWatcher;
 
-/// Keys per page of a list.
-const PAGE: i64 = 1_000;
-/// The largest response accepted, to a page of a list or on a watch: 1,000 entries of 64 KiB. The
-/// client's own limit of 4 MiB is too little for what etcd may send at once.
+/// How many bytes a page of a list is to have. How many entries that are is told by those before.
+const PAGE_BYTES: usize = 1 << 20;
+/// What an entry is taken for before one was seen.
+const ENTRY_BYTES: usize = 1 << 10;
+/// Entries of a page at most.
+const PAGE_ENTRIES: usize = 10_000;
+/// The largest response accepted, to a page of a list or on a watch. The client's own limit of 4 MiB
+/// is too little for what etcd may send at once.
 const LARGEST_RESPONSE: usize = 64 << 20;
 
 /// The client of an etcd cluster; tested with 3.5. Clones share one connection.
@@ -46,6 +52,8 @@ struct Shared {
     link: Mutex<Link>,
     /// Held while connecting, so that many callers make one connection.
     dialing: tokio::sync::Mutex<()>,
+    /// What an entry of a list takes, as of the last page.
+    entry_bytes: AtomicUsize,
 }
 
 impl EtcdStore {
@@ -61,6 +69,7 @@ impl EtcdStore {
                 options,
                 link: Mutex::new(Link::default()),
                 dialing: tokio::sync::Mutex::new(()),
+                entry_bytes: AtomicUsize::new(ENTRY_BYTES),
             }),
         })
     }
@@ -85,7 +94,7 @@ impl EtcdStore {
     where
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
-        let connection = self.connection().await?;
+        let connection = self.connection(operation).await?;
         let result = bounded(
             operation,
             &connection.endpoint,
@@ -93,12 +102,86 @@ impl EtcdStore {
             request(connection.client),
         )
         .await;
-        if let Err(error) = &result
-            && error.blames_connection()
-        {
-            self.discard(connection.generation);
+        match &result {
+            Err(error) if error.blames_connection() => self.discard(connection.generation, error),
+            _ => self.link().breaker.succeeded(),
         }
         result
+    }
+}
+
+impl EtcdStore {
+    /// How many entries to ask for.
+    fn page_entries(&self) -> usize {
+        let bytes = self.shared.entry_bytes.load(Ordering::Relaxed);
+        (PAGE_BYTES / bytes.max(1)).clamp(1, PAGE_ENTRIES)
+    }
+
+    fn saw_large(&self, entries: usize) {
+        let bytes = (PAGE_BYTES / entries).max(1).saturating_mul(4);
+        self.shared.entry_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    fn page(&self, page: &GetResponse, at: Option<Revision>) -> Page {
+        let entries: Vec<Entry> = page.kvs().iter().map(entry).collect();
+        if !entries.is_empty() {
+            let bytes = |entry: &Entry| entry.key.len() + entry.value.len();
+            let mean = entries.iter().map(bytes).sum::<usize>() / entries.len();
+            self.shared
+                .entry_bytes
+                .store(mean.max(1), Ordering::Relaxed);
+        }
+        let (read_at, cluster_id) = position(page.header());
+        let next = page.kvs().last().filter(|_| page.more()).map(|last| {
+            let mut next = last.key().to_vec();
+            next.push(0);
+            next
+        });
+        Page {
+            listing: Listing {
+                revision: at.unwrap_or(read_at),
+                cluster_id,
+                entries,
+            },
+            next,
+        }
+    }
+
+    /// As one member has them, whatever the others say.
+    async fn list_of_member(
+        &self,
+        endpoint: &str,
+        keys: &Selector,
+    ) -> Result<Listing, ClusterError> {
+        let (client, _) = self.dial(endpoint, false).await?;
+        let (mut start, end) = range(keys);
+        let mut listing: Option<Listing> = None;
+        loop {
+            let at = listing.as_ref().map(|listing| listing.revision);
+            let entries = self.page_entries();
+            let options = page_options(end.as_deref(), at, entries).with_serializable();
+            let mut kv = large_kv(&client);
+            let request = kv.get(start.clone(), Some(options));
+            let page = match bounded("list", endpoint, self.timeout(), request).await {
+                Err(ClusterError::TooLarge { .. }) if entries > 1 => {
+                    self.saw_large(entries);
+                    continue;
+                }
+                page => self.page(&page?, at),
+            };
+            let next = page.next;
+            let listing = match &mut listing {
+                Some(listing) => {
+                    listing.entries.extend(page.listing.entries);
+                    listing
+                }
+                None => listing.insert(page.listing),
+            };
+            match next {
+                Some(next) => start = next,
+                None => return Ok(std::mem::take(listing)),
+            }
+        }
     }
 }
 
@@ -170,6 +253,12 @@ fn explain(
                 OUT_OF_RANGE if words.contains("has been compacted") => {
                     ClusterError::Compacted { oldest: 0 }
                 }
+                // Said by our own side of the connection.
+                OUT_OF_RANGE if words.contains("length too large") => ClusterError::TooLarge {
+                    endpoint: endpoint.to_owned(),
+                    operation,
+                    reason: words.to_owned(),
+                },
                 INVALID_ARGUMENT | NOT_FOUND | PERMISSION_DENIED | FAILED_PRECONDITION
                 | UNIMPLEMENTED | UNAUTHENTICATED => rejected(words),
                 _ => unavailable(words.to_owned()),
@@ -266,33 +355,59 @@ impl Store for EtcdStore {
     }
 
     async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
-        let mut entries = Vec::new();
-        let mut revision = at;
-        let (mut start, end) = range(keys);
+        let first = self.list_page(keys, None, at).await?;
+        let (mut listing, mut next) = (first.listing, first.next);
+        while let Some(start) = next {
+            let at = Some(listing.revision);
+            let page = self.list_page(keys, Some(start), at).await?;
+            listing.entries.extend(page.listing.entries);
+            next = page.next;
+        }
+        Ok(listing)
+    }
+
+    async fn list_page(
+        &self,
+        keys: &Selector,
+        start: Option<Vec<u8>>,
+        at: Option<Revision>,
+    ) -> Result<Page, ClusterError> {
+        let (first, end) = range(keys);
+        let start = start.unwrap_or(first);
         loop {
-            let options = page_options(end.as_deref(), revision);
+            let entries = self.page_entries();
+            let options = page_options(end.as_deref(), at, entries);
             let from = start.clone();
             let page = self
                 .call("list", |client| async move {
                     large_kv(&client).get(from, Some(options)).await
                 })
-                .await?;
-            let (read_at, cluster_id) = position(page.header());
-            let revision = *revision.get_or_insert(read_at);
-            entries.extend(page.kvs().iter().map(entry));
-            match page.kvs().last() {
-                Some(last) if page.more() => {
-                    start = last.key().to_vec();
-                    start.push(0);
-                }
-                _ => {
-                    return Ok(Listing {
-                        revision,
-                        cluster_id,
-                        entries,
-                    });
-                }
+                .await;
+            match page {
+                // There is no telling how large each is: fewer of them.
+                Err(ClusterError::TooLarge { .. }) if entries > 1 => self.saw_large(entries),
+                page => return Ok(self.page(&page?, at)),
             }
+        }
+    }
+
+    async fn list_stale(&self, keys: &Selector) -> Result<Listing, ClusterError> {
+        let mut last = None;
+        for endpoint in &self.shared.options.endpoints {
+            match self.list_of_member(endpoint, keys).await {
+                Ok(listing) => return Ok(listing),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| ClusterError::config("endpoints", "must not be empty")))
+    }
+
+    fn status(&self) -> StoreStatus {
+        let link = self.link();
+        let connection = link.connection.as_ref();
+        StoreStatus {
+            endpoint: connection.map(|connection| connection.endpoint.to_string()),
+            circuit: link.breaker.circuit(),
         }
     }
 
@@ -302,7 +417,10 @@ impl Store for EtcdStore {
             .iter()
             .map(|keys| {
                 let (start, end) = range(keys);
-                TxnOp::get(start, Some(page_options(end.as_deref(), None)))
+                TxnOp::get(
+                    start,
+                    Some(page_options(end.as_deref(), None, self.page_entries())),
+                )
             })
             .collect();
         let request = etcd_client::Txn::new().and_then(reads);
@@ -331,7 +449,7 @@ impl Store for EtcdStore {
     }
 
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
-        let connection = self.connection().await?;
+        let connection = self.connection("watch").await?;
         let after = self.timeout();
         let opened = tokio::time::timeout(after, EtcdWatcher::open(self, &connection, ranges))
             .await
@@ -346,7 +464,7 @@ impl Store for EtcdStore {
             Ok(watcher) => Ok(Box::new(watcher)),
             Err(error) => {
                 if error.blames_connection() {
-                    self.discard(connection.generation);
+                    self.discard(connection.generation, &error);
                 }
                 Err(error)
             }
@@ -368,9 +486,9 @@ fn range(keys: &Selector) -> (Vec<u8>, Option<Vec<u8>>) {
     }
 }
 
-fn page_options(end: Option<&[u8]>, revision: Option<Revision>) -> GetOptions {
+fn page_options(end: Option<&[u8]>, revision: Option<Revision>, entries: usize) -> GetOptions {
     let mut options = GetOptions::new()
-        .with_limit(PAGE)
+        .with_limit(entries as i64)
         .with_sort(SortTarget::Key, SortOrder::Ascend);
     if let Some(end) = end {
         options = options.with_range(end);

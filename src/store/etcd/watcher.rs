@@ -14,18 +14,26 @@ use etcd_client::{
     WatchResponseStream,
 };
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
-use super::connection::Connection;
-use super::{EtcdStore, LARGEST_RESPONSE, entry, explain, prefix_end};
+use super::connection::{Connection, tells_progress};
+use super::{EtcdOptions, EtcdStore, LARGEST_RESPONSE, entry, explain, prefix_end};
 use crate::error::ClusterError;
 use crate::store::{Selector, WatchEvent, WatchRange, Watcher};
 
 /// Responses that one watch may be behind before it is ended: the stream must not wait for it.
 const BEHIND: usize = 1_024;
 
-/// A response, or why there are no more, for the watch with this id.
-type Told = (i64, Result<WatchResponse, ClusterError>);
+/// What a watch is told.
+enum Told {
+    /// Of this range.
+    Response(i64, WatchResponse),
+    /// Every range has been told everything up to this revision.
+    Progress(i64),
+    /// There is no more.
+    End(ClusterError),
+}
 
 enum Command {
     Open {
@@ -48,26 +56,29 @@ impl WatchStreams {
     pub(super) fn new(
         client: &Client,
         endpoint: Arc<str>,
-        timeout: Duration,
+        version: &str,
+        options: &EtcdOptions,
         open: watch::Receiver<()>,
     ) -> Self {
         let (commands, inbox) = mpsc::unbounded_channel();
+        // 0 would let the server choose.
+        let next_id = Arc::new(AtomicI64::new(1));
         let dispatcher = Dispatcher {
             client: client
                 .watch_client()
                 .max_decoding_message_size(LARGEST_RESPONSE),
             endpoint,
-            timeout,
+            timeout: options.request_timeout,
+            patience: options.silence_timeout,
+            tells_progress: tells_progress(version),
             stream: None,
+            next_id: next_id.clone(),
             pending: VecDeque::new(),
             watches: HashMap::new(),
+            silence: Silence::new(),
         };
         tokio::spawn(dispatcher.run(inbox, open));
-        Self {
-            commands,
-            // 0 would let the server choose.
-            next_id: Arc::new(AtomicI64::new(1)),
-        }
+        Self { commands, next_id }
     }
 
     fn next_id(&self) -> i64 {
@@ -80,14 +91,76 @@ impl WatchStreams {
     }
 }
 
+/// One watch on the server.
+struct Watched {
+    /// What its reader calls it.
+    id: i64,
+    told: mpsc::Sender<Told>,
+    /// With how far it has been told.
+    range: WatchRange,
+    /// The one that it takes the place of, once it is there.
+    replaces: Option<i64>,
+}
+
+/// What is done about a stream that says nothing.
+struct Silence {
+    heard: Instant,
+    asked: Asked,
+    /// Whether the server has ever answered a progress request.
+    is_answered: bool,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Asked {
+    Nothing,
+    /// How far it is.
+    Progress,
+    /// For every watch anew: which tells whether the stream is alive, and everything that the
+    /// watch before may have missed.
+    Watches,
+}
+
+impl Silence {
+    fn new() -> Self {
+        Self {
+            heard: Instant::now(),
+            asked: Asked::Nothing,
+            is_answered: false,
+        }
+    }
+
+    fn heard(&mut self) {
+        self.heard = Instant::now();
+        self.asked = Asked::Nothing;
+    }
+
+    /// When to do something about it. All is over well within `patience`.
+    fn due(&self, patience: Duration) -> Instant {
+        self.heard
+            + match self.asked {
+                Asked::Nothing => patience.mul_f64(0.4),
+                Asked::Progress if self.is_answered => patience.mul_f64(0.9),
+                Asked::Progress => patience.mul_f64(0.65),
+                Asked::Watches => patience.mul_f64(0.9),
+            }
+    }
+}
+
 struct Dispatcher {
     client: WatchClient,
     endpoint: Arc<str>,
     timeout: Duration,
+    /// How long the stream may say nothing.
+    patience: Duration,
+    /// Whether a watch can be gone on with from the revision in an answer to a progress request.
+    tells_progress: bool,
     stream: Option<(WatchRequestSender, WatchResponseStream)>,
+    next_id: Arc<AtomicI64>,
     /// Asked for, not yet confirmed, in this order.
     pending: VecDeque<i64>,
-    watches: HashMap<i64, mpsc::Sender<Told>>,
+    /// By their id on the server.
+    watches: HashMap<i64, Watched>,
+    silence: Silence,
 }
 
 impl Dispatcher {
@@ -102,21 +175,24 @@ impl Dispatcher {
             error = self.serve(&mut inbox) => error,
         };
         inbox.close();
+        let mut told: Vec<_> = self.watches.drain().map(|(_, watch)| watch.told).collect();
         // Those that nobody has looked at yet are told as well.
         while let Some(command) = inbox.recv().await {
-            if let Command::Open { id, told, .. } = command {
-                self.watches.insert(id, told);
+            if let Command::Open { told: to, .. } = command {
+                told.push(to);
             }
         }
-        debug!(endpoint = &*self.endpoint, %error, watches = self.watches.len(), "watch stream ends");
-        for (id, told) in self.watches.drain() {
+        debug!(endpoint = &*self.endpoint, %error, watches = told.len(), "watch stream ends");
+        for told in told {
             // One that is full ends all the same, when its sender goes.
-            let _ = told.try_send((id, Err(error.clone())));
+            let _ = told.try_send(Told::End(error.clone()));
         }
     }
 
     async fn serve(&mut self, inbox: &mut mpsc::UnboundedReceiver<Command>) -> ClusterError {
         loop {
+            let due = self.silence.due(self.patience);
+            let is_watching = self.stream.is_some() && !self.watches.is_empty();
             let message = async {
                 match &mut self.stream {
                     Some((_, responses)) => responses.message().await,
@@ -130,10 +206,22 @@ impl Dispatcher {
                 },
                 message = message => match message {
                     Ok(Some(response)) => {
+                        self.silence.heard();
                         self.pass_on(response).await
                     }
                     Ok(None) => return self.unavailable("the stream has ended"),
                     Err(error) => return self.explain(&error),
+                },
+                () = sleep_until(due), if is_watching => match self.silence.asked {
+                    Asked::Nothing => self.ask_for_progress().await,
+                    Asked::Progress if !self.silence.is_answered => self.ask_anew().await,
+                    Asked::Progress | Asked::Watches => {
+                        return ClusterError::Timeout {
+                            endpoint: self.endpoint.to_string(),
+                            operation: "watch",
+                            after: self.silence.heard.elapsed(),
+                        };
+                    }
                 },
             };
             if let Err(error) = result {
@@ -154,73 +242,157 @@ impl Dispatcher {
         explain("watch", &self.endpoint, self.timeout, error)
     }
 
+    async fn ask_for_progress(&mut self) -> Result<(), etcd_client::Error> {
+        self.silence.asked = Asked::Progress;
+        match &mut self.stream {
+            Some((requests, _)) => requests.request_progress().await,
+            None => Ok(()),
+        }
+    }
+
+    /// The server does not say how far it is. A watch from where the last one stopped is confirmed by
+    /// one that is alive, and tells whatever has been missed.
+    async fn ask_anew(&mut self) -> Result<(), etcd_client::Error> {
+        self.silence.asked = Asked::Watches;
+        let again: Vec<_> = self
+            .watches
+            .iter()
+            .filter(|(_, watch)| watch.replaces.is_none())
+            .map(|(at, watch)| (*at, watch.id, watch.told.clone(), watch.range.clone()))
+            .collect();
+        for (at, id, told, range) in again {
+            let new = self.next_id.fetch_add(1, Ordering::Relaxed);
+            let watch = Watched {
+                id,
+                told,
+                range,
+                replaces: Some(at),
+            };
+            self.open(new, watch).await?;
+        }
+        Ok(())
+    }
+
     async fn obey(&mut self, command: Command) -> Result<(), etcd_client::Error> {
         match command {
             Command::Open { id, range, told } => {
-                let mut options = WatchOptions::new()
-                    .with_start_revision(range.from)
-                    .with_watch_id(id)
-                    .with_progress_notify();
-                if let Selector::Prefix(prefix) = &range.keys {
-                    options = options.with_range(prefix_end(prefix));
+                let watch = Watched {
+                    id,
+                    told,
+                    range,
+                    replaces: None,
+                };
+                if self.watches.is_empty() {
+                    // Until now there was nothing to hear.
+                    self.silence.heard();
                 }
-                self.watches.insert(id, told);
-                self.pending.push_back(id);
-                let key = range.keys.as_str();
-                match &mut self.stream {
-                    None => {
-                        let opened = self.client.watch(key, Some(options)).await?;
-                        self.stream = Some(opened.split());
-                    }
-                    Some((requests, _)) => requests.watch(key, Some(options)).await?,
-                }
+                self.open(id, watch).await
             }
             Command::Close(id) => {
-                if self.watches.remove(&id).is_some()
-                    && let Some((requests, _)) = &mut self.stream
-                {
-                    requests.cancel(id).await?;
-                }
+                let of_it = self.watches.extract_if(|_, watch| watch.id == id);
+                let closed = of_it.map(|(at, _)| at).collect();
+                self.cancel(closed).await
+            }
+        }
+    }
+
+    async fn open(&mut self, at: i64, watch: Watched) -> Result<(), etcd_client::Error> {
+        let mut options = WatchOptions::new()
+            .with_start_revision(watch.range.from)
+            .with_watch_id(at)
+            .with_progress_notify();
+        let key = watch.range.keys.as_str().to_owned();
+        if let Selector::Prefix(prefix) = &watch.range.keys {
+            options = options.with_range(prefix_end(prefix));
+        }
+        self.watches.insert(at, watch);
+        self.pending.push_back(at);
+        match &mut self.stream {
+            None => {
+                let opened = self.client.watch(key, Some(options)).await?;
+                self.stream = Some(opened.split());
+                self.silence.heard();
+            }
+            Some((requests, _)) => requests.watch(key, Some(options)).await?,
+        }
+        Ok(())
+    }
+
+    async fn cancel(&mut self, watches: Vec<i64>) -> Result<(), etcd_client::Error> {
+        if let Some((requests, _)) = &mut self.stream {
+            for at in watches {
+                requests.cancel(at).await?;
             }
         }
         Ok(())
     }
 
     async fn pass_on(&mut self, response: WatchResponse) -> Result<(), etcd_client::Error> {
-        let mut id = response.watch_id();
+        let mut at = response.watch_id();
         if response.created() {
             // A watch that is refused is answered with -1 for its id; answers come in the order
             // of the requests.
-            match self.pending.iter().position(|pending| *pending == id) {
+            match self.pending.iter().position(|pending| *pending == at) {
                 Some(index) => drop(self.pending.remove(index)),
-                None => id = self.pending.pop_front().unwrap_or(id),
+                None => at = self.pending.pop_front().unwrap_or(at),
             }
+        } else if at == -1 && !response.canceled() {
+            self.pass_on_progress(&response);
+            return Ok(());
         }
-        let Some(told) = self.watches.get(&id).cloned() else {
+        let Some(watch) = self.watches.get_mut(&at) else {
             return Ok(());
         };
+        if let Some(last) = response.events().last().and_then(|event| event.kv()) {
+            watch.range.from = watch.range.from.max(last.mod_revision() + 1);
+        }
         let ended = response.canceled();
+        if response.created()
+            && let Some(replaced) = watch.replaces.take()
+            && !ended
+        {
+            // Its reader never knows.
+            self.watches.remove(&replaced);
+            return self.cancel(vec![replaced]).await;
+        }
+        let (id, told) = (watch.id, watch.told.clone());
         let full = matches!(
-            told.try_send((id, Ok(response))),
+            told.try_send(Told::Response(id, response)),
             Err(mpsc::error::TrySendError::Full(_))
         );
         if ended {
-            self.watches.remove(&id);
+            self.watches.remove(&at);
         }
         if full {
             // Every range of the same watcher ends with this one: it has missed something, and is
             // told so by the end of its channel.
             let of_it = self
                 .watches
-                .extract_if(|_, other| other.same_channel(&told));
-            let ids: Vec<i64> = of_it.map(|(id, _)| id).collect();
-            if let Some((requests, _)) = &mut self.stream {
-                for id in ids {
-                    requests.cancel(id).await?;
-                }
-            }
+                .extract_if(|_, other| other.told.same_channel(&told));
+            let ended = of_it.map(|(at, _)| at).collect();
+            self.cancel(ended).await?;
         }
         Ok(())
+    }
+
+    /// The answer to a progress request is for all watches of the stream.
+    fn pass_on_progress(&mut self, response: &WatchResponse) {
+        self.silence.is_answered = true;
+        let revision = response.header().map_or(0, |header| header.revision());
+        if !self.tells_progress || !self.pending.is_empty() {
+            return;
+        }
+        let mut told: Vec<&mpsc::Sender<Told>> = Vec::new();
+        for watch in self.watches.values_mut() {
+            watch.range.from = watch.range.from.max(revision + 1);
+            if !told.iter().any(|other| other.same_channel(&watch.told)) {
+                told.push(&watch.told);
+            }
+        }
+        for told in told {
+            // One that has no room for it learns how far it is from what it has.
+            let _ = told.try_send(Told::Progress(revision));
+        }
     }
 }
 
@@ -234,8 +406,8 @@ pub(super) struct EtcdWatcher {
     ranges: Vec<WatchRange>,
     /// Which range a watch id belongs to.
     ids: HashMap<i64, usize>,
-    /// Responses that came while the watch was being opened.
-    early: VecDeque<(i64, WatchResponse)>,
+    /// What came while the watch was being opened.
+    early: VecDeque<Told>,
 }
 
 impl Drop for EtcdWatcher {
@@ -280,26 +452,26 @@ impl EtcdWatcher {
         drop(told_to);
         let mut pending = watcher.ranges.len();
         while pending > 0 {
-            let (id, response) = watcher.response().await?;
-            if response.created() {
-                watcher.check(&response)?;
-                pending -= 1;
-            } else {
-                watcher.early.push_back((id, response));
+            match watcher.told().await {
+                Told::End(error) => return Err(error),
+                Told::Response(_, response) if response.created() => {
+                    watcher.check(&response)?;
+                    pending -= 1;
+                }
+                told => watcher.early.push_back(told),
             }
         }
         Ok(watcher)
     }
 
-    async fn response(&mut self) -> Result<(i64, WatchResponse), ClusterError> {
-        match self.told.recv().await {
-            Some((id, response)) => Ok((id, response?)),
-            None => Err(ClusterError::Unavailable {
+    async fn told(&mut self) -> Told {
+        self.told.recv().await.unwrap_or_else(|| {
+            Told::End(ClusterError::Unavailable {
                 endpoint: self.endpoint.to_string(),
                 operation: "watch",
                 reason: "the stream has ended, or this watch was too slow for it".to_owned(),
-            }),
-        }
+            })
+        })
     }
 
     /// A watch that the server ended is told as a response, not as an error.
@@ -370,17 +542,27 @@ impl EtcdWatcher {
 impl Watcher for EtcdWatcher {
     async fn next(&mut self) -> Result<Vec<WatchEvent>, ClusterError> {
         loop {
-            let response = match self.early.pop_front() {
-                Some(response) => Ok(response),
-                None => self.response().await,
+            let told = match self.early.pop_front() {
+                Some(told) => told,
+                None => self.told().await,
             };
-            let events = response.and_then(|(id, response)| self.take(id, &response));
+            let events = match told {
+                Told::Response(id, response) => self.take(id, &response),
+                Told::Progress(revision) => {
+                    for range in &mut self.ranges {
+                        range.from = range.from.max(revision + 1);
+                    }
+                    continue;
+                }
+                Told::End(error) => Err(error),
+            };
             match events {
                 Ok(events) if events.is_empty() => {}
                 Ok(events) => return Ok(events),
                 Err(error) => {
-                    if error.blames_connection() {
-                        self.store.discard(self.generation);
+                    // The stream has ended with an answer that was too large, too.
+                    if error.blames_connection() || matches!(error, ClusterError::TooLarge { .. }) {
+                        self.store.discard(self.generation, &error);
                     }
                     return Err(error);
                 }
