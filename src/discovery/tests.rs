@@ -1,13 +1,18 @@
 //! A discovery on the in-memory store under a paused clock.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use super::*;
-use crate::store::{Fault, MemoryStore, Txn};
+use crate::store::{
+    Fault, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Page, Revision, Selector, Txn,
+    WatchRange, Watcher,
+};
 use crate::testing::until;
 
 async fn follow(store: &MemoryStore) -> (ServiceDiscovery, JoinHandle<()>) {
@@ -93,4 +98,163 @@ async fn a_run_that_ends_leaves_a_stale_view_and_another_goes_on_from_it() {
     // The difference only: `a` has been there all the time.
     let first = events.recv().await.unwrap();
     assert_eq!(first.to_string(), "node b joined at 10.0.0.1");
+}
+
+/// A store that gives pages of ten, and compacts between the second and the third of them as often
+/// as it is told to.
+#[derive(Debug)]
+struct Compacting {
+    inner: MemoryStore,
+    pages: AtomicUsize,
+    compactions: AtomicUsize,
+}
+
+#[async_trait]
+impl Store for Compacting {
+    async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError> {
+        self.inner.grant(ttl).await
+    }
+    fn keeper(&self, lease: Lease) -> Box<dyn LeaseKeeper> {
+        self.inner.keeper(lease)
+    }
+    async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
+        self.inner.revoke(lease).await
+    }
+    async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
+        self.inner.txn(txn).await
+    }
+    async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
+        self.inner.list(keys, at).await
+    }
+    async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
+        self.inner.watch(ranges).await
+    }
+    async fn list_page(
+        &self,
+        keys: &Selector,
+        start: Option<Vec<u8>>,
+        at: Option<Revision>,
+    ) -> Result<Page, ClusterError> {
+        let number = self.pages.fetch_add(1, Ordering::Relaxed);
+        if start.is_some() && number % 3 == 2 && self.compactions.load(Ordering::Relaxed) > 0 {
+            self.compactions.fetch_sub(1, Ordering::Relaxed);
+            put(&self.inner, "late").await;
+            self.inner.compact(self.inner.revision());
+        }
+        let mut listing = self.inner.list(keys, at).await?;
+        if let Some(start) = &start {
+            listing
+                .entries
+                .retain(|entry| entry.key.as_bytes() >= &start[..]);
+        }
+        let more = listing.entries.len() > 10;
+        listing.entries.truncate(10);
+        let next = listing.entries.last().filter(|_| more).map(|last| {
+            let mut next = last.key.clone().into_bytes();
+            next.push(0);
+            next
+        });
+        Ok(Page { listing, next })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_compaction_between_two_pages_starts_the_list_again() {
+    // Once, and again and again: that takes longer.
+    for compactions in [1, 8] {
+        let inner = MemoryStore::new();
+        for index in 0..55 {
+            put(&inner, &format!("n{index}")).await;
+        }
+        let store = Arc::new(Compacting {
+            inner,
+            pages: AtomicUsize::new(0),
+            compactions: AtomicUsize::new(compactions),
+        });
+        let discovery = ServiceDiscovery::builder(EtcdOptions::memory(""), "g")
+            .store(store.clone())
+            .try_build()
+            .unwrap();
+        let mut changes = discovery.changes();
+        let running = discovery.clone();
+        let _task = tokio::spawn(async move { running.run(None).await.unwrap() });
+        let start = tokio::time::Instant::now();
+        discovery.wait_ready().await;
+        assert_eq!(
+            discovery.nodes().len(),
+            56,
+            "what came meanwhile is there too"
+        );
+        assert_eq!(store.compactions.load(Ordering::Relaxed), 0);
+        if compactions == 1 {
+            assert!(start.elapsed() < Duration::from_millis(10), "at once");
+        }
+        // Nothing in between was ever seen.
+        assert!(matches!(changes.next().await, Change::Reset(nodes) if nodes.is_empty()));
+        assert!(matches!(changes.next().await, Change::Leader(None)));
+        assert!(matches!(changes.next().await, Change::Reset(nodes) if nodes.len() == 56));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_change_is_published_at_once_and_a_burst_together() {
+    let store = MemoryStore::new();
+    let (discovery, _task) = follow(&store).await;
+    let start = tokio::time::Instant::now();
+    let mut nodes = discovery.watch_nodes();
+    let mut seen = Vec::new();
+    let writing = async {
+        for index in 0..100 {
+            put(&store, &format!("n{index:02}")).await;
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let watching = async {
+        while nodes.borrow_and_update().len() < 100 {
+            nodes.changed().await.unwrap();
+            seen.push((start.elapsed(), nodes.borrow().len()));
+        }
+    };
+    tokio::join!(writing, watching);
+    assert_eq!(seen[0].1, 1, "{seen:?}");
+    assert!(seen[0].0 < Duration::from_millis(2), "{seen:?}");
+    assert!(seen.len() <= 7, "every 20 ms at most: {seen:?}");
+    for pair in seen.windows(2) {
+        assert!(
+            pair[1].0 - pair[0].0 >= Duration::from_millis(20),
+            "{seen:?}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn suspects_are_given_up_after_their_time_but_not_while_the_store_is_away() {
+    let store = MemoryStore::new();
+    for index in 0..10 {
+        put(&store, &format!("n{index}")).await;
+    }
+    let (discovery, _task) = follow(&store).await;
+    let mut events = discovery.subscribe();
+    let mut txn = Txn::new();
+    for index in 0..10 {
+        txn = txn.delete(format!("registry/g/n{index}"));
+    }
+    store.txn(txn).await.unwrap();
+    until("all are suspects", || discovery.nodes().suspects() == 10).await;
+    assert_eq!(discovery.nodes().len(), 10);
+    store.set_fault(Some(Fault::Refuse));
+    sleep(Duration::from_secs(300)).await;
+    assert_eq!(discovery.nodes().len(), 10);
+    store.set_fault(None);
+    until("it is live", || discovery.status() == DiscoveryStatus::Live).await;
+    put(&store, "n0").await;
+    sleep(Duration::from_secs(29)).await;
+    assert_eq!(discovery.nodes().len(), 10);
+    assert_eq!(discovery.nodes().suspects(), 9);
+    until("the others are gone", || discovery.nodes().len() == 1).await;
+    let mut left = 0;
+    while let Ok(event) = events.try_recv() {
+        left += usize::from(matches!(event, ClusterEvent::NodeLeft(_)));
+    }
+    assert_eq!(left, 9);
 }

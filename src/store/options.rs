@@ -48,6 +48,8 @@ pub struct EtcdOptions {
     pub breaker_failures: u32,
     /// How long they then fail at once, before one is tried. Default: 1 s. Range: 10 ms to 60 s.
     pub breaker_pause: Duration,
+    /// For tests: as with a server that does not answer progress requests.
+    pub(crate) asks_for_progress: bool,
 }
 
 impl EtcdOptions {
@@ -63,7 +65,17 @@ impl EtcdOptions {
             serializable_fallback: false,
             breaker_failures: 5,
             breaker_pause: Duration::from_secs(1),
+            asks_for_progress: true,
         }
+    }
+
+    /// As with a server that does not answer progress requests.
+    #[cfg(any(test, feature = "test-util"))]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn without_progress_requests(mut self) -> Self {
+        self.asks_for_progress = false;
+        self
     }
 
     /// The embedded store of this name in this process.

@@ -208,9 +208,8 @@ async fn a_discovery_cut_off_silently_says_so_and_keeps_the_view() {
     let start = tokio::time::Instant::now();
     let event = within("an event", events.recv()).await.unwrap();
     assert_eq!(event, ClusterEvent::Disconnected);
-    // A ping every 10 s, answered within 3 s.
     let took = start.elapsed();
-    assert!(took < Duration::from_secs(16), "{took:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
     assert_eq!(discovery.nodes().len(), 1);
     node.stop().await;
     assert_eq!(discovery.nodes().len(), 1, "it has not heard");

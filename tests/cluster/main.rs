@@ -3,11 +3,16 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+#[path = "../chaos/etcd_cluster.rs"]
+#[allow(dead_code)] // what the chaos test uses of it
+mod etcd_cluster;
+
 mod compatibility;
 mod discovery;
 mod election;
 mod faults;
 mod metrics;
+mod resilience;
 mod sharing;
 
 use std::time::Duration;

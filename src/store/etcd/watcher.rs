@@ -70,6 +70,7 @@ impl WatchStreams {
             endpoint,
             timeout: options.request_timeout,
             patience: options.silence_timeout,
+            asks_for_progress: options.asks_for_progress,
             tells_progress: tells_progress(version),
             stream: None,
             next_id: next_id.clone(),
@@ -152,6 +153,7 @@ struct Dispatcher {
     timeout: Duration,
     /// How long the stream may say nothing.
     patience: Duration,
+    asks_for_progress: bool,
     /// Whether a watch can be gone on with from the revision in an answer to a progress request.
     tells_progress: bool,
     stream: Option<(WatchRequestSender, WatchResponseStream)>,
@@ -245,8 +247,8 @@ impl Dispatcher {
     async fn ask_for_progress(&mut self) -> Result<(), etcd_client::Error> {
         self.silence.asked = Asked::Progress;
         match &mut self.stream {
-            Some((requests, _)) => requests.request_progress().await,
-            None => Ok(()),
+            Some((requests, _)) if self.asks_for_progress => requests.request_progress().await,
+            _ => Ok(()),
         }
     }
 

@@ -1,0 +1,539 @@
+//! Silence, endpoints, a start without etcd, mass expiry, and groups that are large.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use etcd_client::{Client, DeleteOptions, Txn, TxnOp};
+use pingora_etcd::store::{Circuit, EtcdStore, Selector, Store};
+use pingora_etcd::{
+    Change, ClusterError, ClusterEvent, DiscoveryStatus, EtcdOptions, Limits, SelfPreservation,
+    ServiceDiscovery, ServiceDiscoveryBuilder, SnapshotFile,
+};
+use tokio::task::JoinHandle;
+
+use super::common::etcd::Etcd;
+use super::common::link::Link;
+use super::common::{eventually, free_port, group, local, throughout, within};
+use super::etcd_cluster::Cluster as EtcdCluster;
+use super::{Running, leader_id, ready};
+
+/// A discovery that runs until it is told to stop.
+struct Following {
+    discovery: ServiceDiscovery,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    task: JoinHandle<Result<(), ClusterError>>,
+}
+
+impl Following {
+    fn start(builder: ServiceDiscoveryBuilder) -> Self {
+        let discovery = builder.try_build().unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let running = discovery.clone();
+        let task = tokio::spawn(async move {
+            running
+                .run_until(async {
+                    let _ = stopped.await;
+                })
+                .await
+        });
+        Self {
+            discovery,
+            stop: Some(stop),
+            task,
+        }
+    }
+
+    async fn stop(mut self) {
+        drop(self.stop.take());
+        let ended = within("run returns", &mut self.task).await;
+        ended.unwrap().unwrap();
+    }
+}
+
+fn is_stale(discovery: &ServiceDiscovery) -> bool {
+    matches!(discovery.status(), DiscoveryStatus::Stale { .. })
+}
+
+async fn put(client: &mut Client, group: &str, id: &str) {
+    let value = format!(r#"{{"id":"{id}","ip":"10.0.0.1","port":8080}}"#);
+    let key = format!("registry/{group}/{id}");
+    client.put(key, value, None).await.unwrap();
+}
+
+async fn delete(client: &mut Client, group: &str, id: &str) {
+    let key = format!("registry/{group}/{id}");
+    client.delete(key, None).await.unwrap();
+}
+
+#[tokio::test]
+async fn silence_is_noticed_within_five_seconds_and_following_resumes() {
+    let etcd = Etcd::shared();
+    for busy in [false, true] {
+        let group = group("silence");
+        let mut client = etcd.raw_client().await;
+        put(&mut client, &group, "a").await;
+        let link = Link::to(etcd.address()).await;
+        let discovery = ready(&link.options(), &group).await;
+        let mut changes = discovery.changes();
+        let mut events = discovery.subscribe();
+        let writing = busy.then(|| {
+            let (mut client, group) = (client.clone(), group.clone());
+            tokio::spawn(async move {
+                loop {
+                    put(&mut client, &group, "busy").await;
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            })
+        });
+        if busy {
+            within("it is heard", discovery.wait_for_nodes(2)).await;
+        }
+        link.set_silent(true);
+        let took = eventually("it is stale", || is_stale(&discovery)).await;
+        println!("silence, busy {busy}: noticed after {took:?}");
+        assert!(took < Duration::from_secs(5), "busy {busy}: {took:?}");
+        let before = discovery.nodes().len();
+        assert!(before > 0, "the last view stays");
+        put(&mut client, &group, "meanwhile").await;
+        throughout("the last view stays", Duration::from_secs(1), || {
+            discovery.nodes().len() == before && is_stale(&discovery)
+        })
+        .await;
+        link.set_silent(false);
+        eventually("it is live", || discovery.status() == DiscoveryStatus::Live).await;
+        within("what was missed", discovery.wait_for_nodes(before + 1)).await;
+        if let Some(writing) = writing {
+            writing.abort();
+        }
+        let mut told = Vec::new();
+        while let Ok(event) = events.try_recv() {
+            told.push(event);
+        }
+        let of = |event| told.iter().filter(|told| **told == event).count();
+        assert_eq!(of(ClusterEvent::Disconnected), 1, "{told:?}");
+        assert_eq!(of(ClusterEvent::Reconnected), 1, "{told:?}");
+        // Not listed anew: the state once, at the start, and changes from there.
+        let mut resets = 0;
+        let fold = async {
+            loop {
+                match changes.next().await {
+                    Change::Reset(_) => resets += 1,
+                    Change::Joined(node) if node.id == "meanwhile" => break,
+                    _ => {}
+                }
+            }
+        };
+        within("the change", fold).await;
+        assert_eq!(resets, 1);
+    }
+}
+
+#[tokio::test]
+async fn a_quiet_group_stays_live_whether_the_server_answers_progress_or_not() {
+    let etcd = Etcd::shared();
+    for asks in [true, false] {
+        let group = group("quiet");
+        let mut client = etcd.raw_client().await;
+        put(&mut client, &group, "a").await;
+        let link = Link::to(etcd.address()).await;
+        let mut options = link.options().silence_timeout(Duration::from_millis(500));
+        if !asks {
+            options = options.without_progress_requests();
+        }
+        let discovery = ready(&options, &group).await;
+        throughout("it is live", Duration::from_secs(3), || {
+            discovery.status() == DiscoveryStatus::Live
+        })
+        .await;
+        assert_eq!(link.connections(), 1);
+        // After the watches have been opened anew a few times nothing is missed, nor told twice.
+        let mut changes = discovery.changes();
+        put(&mut client, &group, "b").await;
+        within("it joins", discovery.wait_for_nodes(2)).await;
+        delete(&mut client, &group, "a").await;
+        eventually("it leaves", || discovery.nodes().len() == 1).await;
+        let mut told = Vec::new();
+        for _ in 0..4 {
+            told.push(match within("a change", changes.next()).await {
+                Change::Reset(nodes) => format!("{} nodes", nodes.len()),
+                Change::Joined(node) => format!("{} joined", node.id),
+                Change::Left(node) => format!("{} left", node.id),
+                Change::Leader(_) => "leader".to_owned(),
+                other => format!("{other:?}"),
+            });
+        }
+        assert_eq!(told, ["1 nodes", "leader", "b joined", "a left"]);
+        link.set_silent(true);
+        let took = eventually("it is stale", || is_stale(&discovery)).await;
+        assert!(took < Duration::from_millis(800), "{took:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_silent_endpoint_is_left_for_the_next_one_which_is_remembered() {
+    let etcd = Etcd::shared();
+    let group = group("rotate");
+    let mut client = etcd.raw_client().await;
+    let (bad, good) = (
+        Link::to(etcd.address()).await,
+        Link::to(etcd.address()).await,
+    );
+    let endpoints = [bad.address(), good.address()].map(|address| format!("http://{address}"));
+    let options = EtcdOptions::new(endpoints.clone()).connect_timeout(Duration::from_millis(300));
+    let discovery = ready(&options, &group).await;
+    assert_eq!(
+        discovery.store_status().endpoint.as_ref(),
+        Some(&endpoints[0])
+    );
+    bad.set_silent(true);
+    eventually("it is stale", || is_stale(&discovery)).await;
+    eventually("it is live again", || {
+        discovery.status() == DiscoveryStatus::Live
+    })
+    .await;
+    assert_eq!(
+        discovery.store_status().endpoint.as_ref(),
+        Some(&endpoints[1])
+    );
+    put(&mut client, &group, "a").await;
+    within("it hears", discovery.wait_for_nodes(1)).await;
+    // Nobody asks the first one again, now that it answers, as long as this one does.
+    bad.set_silent(false);
+    let before = bad.connections();
+    good.cut();
+    put(&mut client, &group, "b").await;
+    within("it hears again", discovery.wait_for_nodes(2)).await;
+    let used = discovery.store_status().endpoint;
+    assert!(used.is_some());
+    // A connection that broke is no reason to trust the other one more than any other.
+    assert!(bad.connections() + good.connections() >= before + 1);
+}
+
+#[tokio::test]
+async fn after_failures_calls_fail_at_once_and_one_finds_out_when_it_is_over() {
+    let etcd = Etcd::own();
+    let options = etcd
+        .options()
+        .breaker(3, Duration::from_millis(300))
+        .connect_timeout(Duration::from_millis(500))
+        .request_timeout(Duration::from_millis(500));
+    let store = Arc::new(EtcdStore::new(options).unwrap());
+    let any = Selector::Key("any".to_owned());
+    store.list(&any, None).await.unwrap();
+    assert_eq!(store.status().circuit, Circuit::Closed);
+    // Silent: every call that is tried takes its whole time.
+    etcd.pause();
+    let open = async {
+        while store.status().circuit == Circuit::Closed {
+            assert!(store.list(&any, None).await.is_err());
+        }
+    };
+    within("the circuit opens", open).await;
+    let start = Instant::now();
+    let (mut at_once, mut tried) = (0, 0);
+    while start.elapsed() < Duration::from_secs(3) {
+        let call = Instant::now();
+        match store.list(&any, None).await {
+            Err(ClusterError::CircuitOpen { failures, last, .. }) => {
+                assert!(failures >= 3 && !last.is_empty());
+                assert!(call.elapsed() < Duration::from_millis(100));
+                at_once += 1;
+            }
+            Err(_) => tried += 1,
+            Ok(_) => panic!("it is stopped"),
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(tried <= 5, "one now and then, not {tried}");
+    assert!(at_once > 20, "{at_once}");
+    etcd.resume();
+    let answered = async {
+        while store.list(&any, None).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    within("it is answered", answered).await;
+    assert_eq!(store.status().circuit, Circuit::Closed);
+}
+
+#[tokio::test]
+async fn a_hundred_thousand_nodes_load_and_the_old_view_stays_until_the_new_one_is_there() {
+    const NODES: usize = 100_000;
+    let etcd = Etcd::own();
+    let group = group("large");
+    let mut client = etcd.raw_client().await;
+    let value = |index: usize| {
+        // About 500 bytes, as in the list that the predecessor cannot read at 9,000.
+        let text = "x".repeat(300);
+        format!(
+            r#"{{"id":"n{index:06}","ip":"10.0.0.1","last_seen":1,"metadata":{{"cpu_usage_percent":{}.5,"memory_usage_percent":40,"queue_depth":3,"text":"{text}"}},"port":8080}}"#,
+            index % 100
+        )
+    };
+    for first in (0..NODES).step_by(125) {
+        let puts = (first..NODES.min(first + 125))
+            .map(|index| TxnOp::put(format!("registry/{group}/n{index:06}"), value(index), None));
+        let txn = Txn::new().and_then(puts.collect::<Vec<_>>());
+        client.txn(txn).await.unwrap();
+    }
+    let start = Instant::now();
+    let discovery = ready(&etcd.options(), &group).await;
+    println!("{NODES} nodes loaded in {:?}", start.elapsed());
+    assert_eq!(discovery.nodes().len(), NODES);
+    assert_eq!(
+        discovery
+            .nodes()
+            .get("n099999")
+            .unwrap()
+            .metric("queue_depth"),
+        Some(3.0)
+    );
+    // Cut off while history moves on and is compacted: it has to list again.
+    let mut events = discovery.subscribe();
+    etcd.stop();
+    eventually("it is stale", || is_stale(&discovery)).await;
+    etcd.start();
+    let mut client = etcd.raw_client().await;
+    put(&mut client, &group, "new").await;
+    throughout("the view never shrinks", Duration::from_secs(2), || {
+        discovery.nodes().len() >= NODES
+    })
+    .await;
+    within("the new one", discovery.wait_for_nodes(NODES + 1)).await;
+    let told = async {
+        while !matches!(events.recv().await.unwrap(), ClusterEvent::NodeJoined(node) if node.id == "new")
+        {
+        }
+    };
+    within("the difference only", told).await;
+}
+
+fn snapshot(group: &str) -> SnapshotFile {
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("nodes-{group}"));
+    let _ = std::fs::remove_file(&path);
+    SnapshotFile::new(path).interval(Duration::from_millis(100))
+}
+
+#[tokio::test]
+async fn a_start_without_etcd_is_served_from_the_snapshot() {
+    let etcd = Etcd::own();
+    let group = group("cold");
+    let file = snapshot(&group);
+    let builder = || ServiceDiscovery::builder(etcd.options(), &group).snapshot_file(file.clone());
+    let first = Following::start(builder());
+    let node = Running::start(&etcd.options(), &group, "n1").await;
+    within("leadership", node.node.wait_for_leadership()).await;
+    let mut client = etcd.raw_client().await;
+    for id in ["a", "b", "c"] {
+        put(&mut client, &group, id).await;
+    }
+    within("all of them", first.discovery.wait_for_nodes(4)).await;
+    // The last change is written when the run ends.
+    first.stop().await;
+    let written = std::fs::metadata(&file.path).unwrap();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(written.permissions().mode() & 0o777, 0o600);
+    }
+    assert!(written.len() > 0);
+
+    // Refused, and silent: both are a start without etcd.
+    for silent in [false, true] {
+        if silent {
+            etcd.start();
+            etcd.pause();
+        } else {
+            etcd.stop();
+        }
+        let start = Instant::now();
+        let cold = Following::start(builder());
+        within("it is ready", cold.discovery.wait_ready()).await;
+        println!(
+            "silent {silent}: served from disk after {:?}",
+            start.elapsed()
+        );
+        assert!(
+            start.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            start.elapsed()
+        );
+        let DiscoveryStatus::FromDisk { written } = cold.discovery.status() else {
+            panic!("{:?}", cold.discovery.status());
+        };
+        assert!(SystemTime::now().duration_since(written).unwrap() < Duration::from_secs(60));
+        assert_eq!(cold.discovery.nodes().len(), 4);
+        let incarnation = |id| cold.discovery.nodes().get(id).unwrap().incarnation();
+        assert_ne!(incarnation("n1"), 0, "it is known again by its lease");
+        assert!(
+            cold.discovery.leadership().is_none(),
+            "never a leader from disk"
+        );
+        if silent {
+            etcd.resume();
+            eventually("it is live", || {
+                cold.discovery.status() == DiscoveryStatus::Live
+            })
+            .await;
+            eventually("there is a leader", || leader_id(&cold.discovery).is_some()).await;
+            assert_eq!(cold.discovery.nodes().len(), 4);
+        }
+        cold.stop().await;
+    }
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_file_that_must_not_be_used_is_left_where_it_is() {
+    let group = group("damaged");
+    let file = snapshot(&group);
+    let dead = vec![format!("http://{}:{}", local(), free_port())];
+    for text in [
+        "",
+        "something else\n",
+        "pingora-etcd snapshot 1\n{}\n0000000000000000\n",
+    ] {
+        std::fs::write(&file.path, text).unwrap();
+        let builder = ServiceDiscovery::builder(dead.clone(), &group).snapshot_file(file.clone());
+        let following = Following::start(builder);
+        throughout("it is not used", Duration::from_millis(1500), || {
+            following.discovery.status() == DiscoveryStatus::Connecting
+                && following.discovery.nodes().is_empty()
+        })
+        .await;
+        following.stop().await;
+        assert_eq!(std::fs::read_to_string(&file.path).unwrap(), text);
+    }
+}
+
+#[tokio::test]
+async fn when_everything_is_gone_from_etcd_the_pool_is_not() {
+    let etcd = Etcd::shared();
+    let group = group("mass");
+    let mut client = etcd.raw_client().await;
+    for id in 0..10 {
+        put(&mut client, &group, &format!("n{id}")).await;
+    }
+    let mut preserve = SelfPreservation::default();
+    preserve.hold_ms = 3_000;
+    let builder = ServiceDiscovery::builder(etcd.options(), &group).self_preservation(preserve);
+    let following = Following::start(builder);
+    let discovery = &following.discovery;
+    let without = Following::start(
+        ServiceDiscovery::builder(etcd.options(), &group)
+            .self_preservation(SelfPreservation::off()),
+    );
+    within("all", discovery.wait_for_nodes(10)).await;
+    within("all", without.discovery.wait_for_nodes(10)).await;
+    let prefix = DeleteOptions::new().with_prefix();
+    client
+        .delete(format!("registry/{group}/"), Some(prefix))
+        .await
+        .unwrap();
+    eventually("without it all are gone", || {
+        without.discovery.nodes().is_empty()
+    })
+    .await;
+    eventually("all are suspects", || discovery.nodes().suspects() == 10).await;
+    assert_eq!(discovery.nodes().len(), 10);
+    for id in ["n1", "n2"] {
+        put(&mut client, &group, id).await;
+    }
+    eventually("two are back", || discovery.nodes().suspects() == 8).await;
+    assert_eq!(discovery.nodes().len(), 10);
+    assert!(!discovery.nodes().is_suspect("n1") && discovery.nodes().is_suspect("n3"));
+    eventually("the others are given up", || {
+        discovery.nodes().len() == 2 && discovery.nodes().suspects() == 0
+    })
+    .await;
+    following.stop().await;
+    without.stop().await;
+}
+
+#[tokio::test]
+async fn strangers_are_kept_out() {
+    let etcd = Etcd::shared();
+    let group = group("strangers");
+    let mut client = etcd.raw_client().await;
+    put(&mut client, &group, "inside").await;
+    let outside = r#"{"id":"outside","ip":"169.254.169.254","port":80}"#;
+    client
+        .put(format!("registry/{group}/outside"), outside, None)
+        .await
+        .unwrap();
+    let mut limits = Limits::default();
+    limits.value_bytes = 1_000;
+    let builder = ServiceDiscovery::builder(etcd.options(), &group)
+        .allowed_networks(["10.0.0.0/8"])
+        .allowed_ports(["8080"])
+        .limits(limits);
+    let following = Following::start(builder);
+    let discovery = &following.discovery;
+    within("ready", discovery.wait_ready()).await;
+    assert_eq!(discovery.nodes().len(), 1);
+    assert_eq!(discovery.skipped().not_allowed, 1);
+    let giant = format!(
+        r#"{{"id":"giant","ip":"10.0.0.1","metadata":"{}"}}"#,
+        "x".repeat(1_000)
+    );
+    client
+        .put(format!("registry/{group}/giant"), giant, None)
+        .await
+        .unwrap();
+    eventually("it is counted", || discovery.skipped().too_large == 1).await;
+    assert_eq!(discovery.nodes().len(), 1);
+    following.stop().await;
+}
+
+#[tokio::test]
+async fn without_a_quorum_one_member_gives_what_it_has_if_that_is_asked_for() {
+    let Some(binary) = super::common::etcd::binary() else {
+        println!("needs an etcd binary for a cluster of three; left out because ETCD_IMAGE is set");
+        return;
+    };
+    let group = group("borrowed");
+    let mut cluster = EtcdCluster::start(&binary, 3, None).await;
+    put(&mut cluster.client(0), &group, "a").await;
+    put(&mut cluster.client(1), &group, "b").await;
+    let endpoints = cluster.addresses();
+    let options = EtcdOptions::new(endpoints)
+        .connect_timeout(Duration::from_millis(500))
+        .request_timeout(Duration::from_millis(500));
+    // Heard before, so that it keeps its own view.
+    let before = ready(&options.clone().serializable_fallback(true), &group).await;
+    assert_eq!(before.nodes().len(), 2);
+    let node = Running::start(&options, &group, "n1").await;
+    within("leadership", node.node.wait_for_leadership()).await;
+    within("all", before.wait_for_nodes(3)).await;
+    within("a leader", before.wait_for_leader()).await;
+    cluster.kill(1);
+    cluster.kill(2);
+    eventually("it is stale", || is_stale(&before)).await;
+    let with = Following::start(ServiceDiscovery::builder(
+        options.clone().serializable_fallback(true),
+        &group,
+    ));
+    let without = Following::start(ServiceDiscovery::builder(options, &group));
+    within("it is ready", with.discovery.wait_ready()).await;
+    assert!(is_stale(&with.discovery), "{:?}", with.discovery.status());
+    assert_eq!(with.discovery.nodes().len(), 3);
+    assert!(
+        with.discovery.leadership().is_none(),
+        "nobody leads by hearsay"
+    );
+    assert!(!without.discovery.is_ready());
+    assert!(before.leadership().is_some(), "its own last view stays");
+    cluster.launch(1);
+    cluster.launch(2);
+    for discovery in [&before, &with.discovery, &without.discovery] {
+        eventually("it is live", || discovery.status() == DiscoveryStatus::Live).await;
+        eventually("all nodes and a leader", || {
+            discovery.nodes().len() == 3 && discovery.leadership().is_some()
+        })
+        .await;
+    }
+    node.stop().await;
+    with.stop().await;
+    without.stop().await;
+}
