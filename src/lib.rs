@@ -177,7 +177,7 @@ pub use metrics::{
     RequestGuard, Tolerance,
 };
 pub use node::{HealthStatus, Node, NodeMetadata, NodeState, metadata_keys};
-pub use store::EtcdOptions;
+pub use store::{Credentials, EtcdOptions, Password, TlsOptions};
 pub use worker::{ClusterNode, ClusterNodeBuilder, Leadership, SessionState};
 
 /// The worker's types, under the name that `photon-etcd-cluster` has for them.

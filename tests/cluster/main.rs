@@ -3,12 +3,15 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod auth;
 mod compatibility;
 mod discovery;
 mod election;
 mod faults;
 mod metrics;
 mod sharing;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::time::Duration;
 

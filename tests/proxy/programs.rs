@@ -324,6 +324,7 @@ fn every_field_is_in_every_configuration_file() {
     };
     let mut fields = fields_of("cluster", "cluster: { bogus: 1 }");
     fields.extend(fields_of("etcd", "cluster: { etcd: { bogus: 1 } }"));
+    fields.extend(fields_of("tls", "cluster: { etcd: { tls: { bogus: 1 } } }"));
     for section in ["headroom", "adaptive", "consistent", "zones"] {
         fields.extend(fields_of(
             section,

@@ -14,9 +14,11 @@ use etcd_client::{
     WatchResponseStream,
 };
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tracing::debug;
 
 use super::connection::Connection;
+use super::security::refusal;
 use super::{EtcdStore, LARGEST_RESPONSE, entry, explain, prefix_end};
 use crate::error::ClusterError;
 use crate::store::{Selector, WatchEvent, WatchRange, Watcher};
@@ -41,6 +43,7 @@ enum Command {
 pub(super) struct WatchStreams {
     commands: mpsc::UnboundedSender<Command>,
     next_id: Arc<AtomicI64>,
+    started: Instant,
 }
 
 impl WatchStreams {
@@ -67,7 +70,16 @@ impl WatchStreams {
             commands,
             // 0 would let the server choose.
             next_id: Arc::new(AtomicI64::new(1)),
+            started: Instant::now(),
         }
+    }
+
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.commands.same_channel(&other.commands)
+    }
+
+    pub(super) fn age(&self) -> Duration {
+        self.started.elapsed()
     }
 
     fn next_id(&self) -> i64 {
@@ -311,20 +323,12 @@ impl EtcdWatcher {
         }
         if response.canceled() {
             let reason = response.cancel_reason().to_owned();
-            let (endpoint, operation) = (self.endpoint.to_string(), "watch");
-            return Err(if reason.contains("permission denied") {
-                ClusterError::Rejected {
-                    endpoint,
-                    operation,
-                    reason,
-                }
-            } else {
-                ClusterError::Unavailable {
-                    endpoint,
-                    operation,
-                    reason,
-                }
-            });
+            let refused = refusal("watch", &self.endpoint, &reason);
+            return Err(refused.unwrap_or_else(|| ClusterError::Unavailable {
+                endpoint: self.endpoint.to_string(),
+                operation: "watch",
+                reason,
+            }));
         }
         Ok(())
     }

@@ -1,0 +1,376 @@
+//! TLS and the user of a connection: made with what the files say now, kept current while it is
+//! open, and told in clear words when it fails.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use etcd_client::{Client, ConnectOptions};
+use tracing::debug;
+
+use super::connection::Connection;
+use super::watcher::WatchStreams;
+use super::{EtcdStore, bounded};
+use crate::error::ClusterError;
+
+/// What etcd says of a token that it does not know any more: it has expired, or its user has
+/// changed.
+const INVALID_TOKEN: &str = "invalid auth token";
+/// What it says of a token from before the last change of any user or role.
+const OLD_REVISION: &str = "revision of auth store is old";
+
+/// From this age of a stream on its token may have expired.
+const DOUBT_AFTER: Duration = Duration::from_secs(1);
+
+/// The token of a connection is renewed by one caller at a time; the others wait for its outcome.
+#[derive(Clone, Default)]
+pub(super) struct Token(Arc<Renewals>);
+
+#[derive(Default)]
+struct Renewals {
+    count: AtomicU64,
+    outcome: tokio::sync::Mutex<Option<ClusterError>>,
+}
+
+impl Token {
+    /// Changes with each renewal. To be noted before what may find the token refused.
+    pub(super) fn version(&self) -> u64 {
+        self.0.count.load(Ordering::Acquire)
+    }
+}
+
+/// The certificate files that a connection was made with.
+pub(super) type Fingerprint = Option<u128>;
+
+impl EtcdStore {
+    /// Adds TLS and user to the options of a new connection, from the files as they are now.
+    pub(super) async fn secured(
+        &self,
+        endpoint: &str,
+        connect: ConnectOptions,
+    ) -> Result<(ConnectOptions, Fingerprint), ClusterError> {
+        let options = &self.shared.options;
+        let (connect, fingerprint) = self.with_tls(endpoint, connect).await?;
+        let Some(credentials) = &options.credentials else {
+            return Ok((connect, fingerprint));
+        };
+        let password = self.password(endpoint).await?;
+        let connect = connect.with_user(&credentials.user, password);
+        Ok((connect, fingerprint))
+    }
+
+    #[cfg(not(feature = "tls"))]
+    async fn with_tls(
+        &self,
+        _: &str,
+        connect: ConnectOptions,
+    ) -> Result<(ConnectOptions, Fingerprint), ClusterError> {
+        Ok((connect, None))
+    }
+
+    #[cfg(feature = "tls")]
+    async fn with_tls(
+        &self,
+        endpoint: &str,
+        connect: ConnectOptions,
+    ) -> Result<(ConnectOptions, Fingerprint), ClusterError> {
+        use etcd_client::{Certificate, Identity, TlsOptions};
+        let options = &self.shared.options;
+        if options.tls.is_none() && !endpoint.starts_with("https://") {
+            return Ok((connect, None));
+        }
+        let given = options.tls.clone().unwrap_or_default();
+        let server_name = given.server_name.clone();
+        let files = blocking(endpoint, move || given.load()).await?;
+        let files = files.map_err(|error| ClusterError::Tls {
+            endpoint: endpoint.to_owned(),
+            reason: error.to_string(),
+        })?;
+        let fingerprint = files.fingerprint();
+        let mut tls = TlsOptions::new();
+        tls = match files.ca {
+            Some(ca) => tls.ca_certificate(Certificate::from_pem(ca)),
+            None => tls.with_native_roots(),
+        };
+        if let Some((cert, key)) = files.identity {
+            tls = tls.identity(Identity::from_pem(cert, key));
+        }
+        if let Some(name) = server_name {
+            tls = tls.domain_name(name);
+        }
+        Ok((connect.with_tls(tls), Some(fingerprint)))
+    }
+
+    /// The password of now.
+    async fn password(&self, endpoint: &str) -> Result<String, ClusterError> {
+        let Some(credentials) = self.shared.options.credentials.clone() else {
+            return Ok(String::new());
+        };
+        let password = blocking(endpoint, move || credentials.password.read()).await?;
+        password.map_err(|error| ClusterError::Auth {
+            endpoint: endpoint.to_owned(),
+            reason: error.to_string(),
+        })
+    }
+
+    /// Whether a new token would help.
+    pub(super) fn may_renew(&self, error: &ClusterError) -> bool {
+        self.shared.options.credentials.is_some() && error.is_token_refused()
+    }
+
+    /// The same for a watch that was asked for on this stream. An older etcd answers
+    /// "permission denied" when the token has expired, so that is believed of a new stream only.
+    pub(super) fn may_renew_for_watch(&self, error: &ClusterError, on: &WatchStreams) -> bool {
+        let doubtful = error.is_missing_permission() && on.age() > DOUBT_AFTER;
+        self.shared.options.credentials.is_some() && (doubtful || error.is_token_refused())
+    }
+
+    /// Gets a new token for a connection, unless somebody has got one since `version`, and
+    /// answers with the connection to go on with.
+    pub(super) async fn renew_token(
+        &self,
+        generation: u64,
+        version: u64,
+    ) -> Result<Connection, ClusterError> {
+        let connection = self.connection().await?;
+        if connection.generation != generation {
+            // Another one since, with a token of its own.
+            return Ok(connection);
+        }
+        let renewals = connection.token.0.clone();
+        let mut outcome = renewals.outcome.lock().await;
+        if connection.token.version() == version {
+            let renewed = self.authenticate(&connection).await;
+            *outcome = renewed.err();
+            renewals.count.fetch_add(1, Ordering::Release);
+        }
+        match &*outcome {
+            None => Ok(connection),
+            Some(error) => Err(error.clone()),
+        }
+    }
+
+    async fn authenticate(&self, connection: &Connection) -> Result<(), ClusterError> {
+        let Some(credentials) = &self.shared.options.credentials else {
+            return Ok(());
+        };
+        let endpoint = &connection.endpoint;
+        let password = self.password(endpoint).await?;
+        let user = Some((credentials.user.clone(), password));
+        let mut client: Client = connection.client.clone();
+        let renewal = client.update_user(user);
+        let result = bounded("authenticate", endpoint, self.timeout(), renewal).await;
+        if let Err(error) = &result
+            && error.blames_connection()
+        {
+            self.discard(connection.generation);
+        }
+        result.map_err(|error| self.about_access(error, String::new))?;
+        debug!(
+            endpoint = &**endpoint,
+            user = credentials.user,
+            "token renewed"
+        );
+        Ok(())
+    }
+
+    /// Puts into an error what only the options, or the caller, know: which user it is about,
+    /// and which keys.
+    pub(super) fn about_access(
+        &self,
+        error: ClusterError,
+        keys: impl FnOnce() -> String,
+    ) -> ClusterError {
+        let options = &self.shared.options;
+        match error {
+            ClusterError::PermissionDenied {
+                endpoint,
+                operation,
+                ..
+            } => ClusterError::PermissionDenied {
+                endpoint,
+                operation,
+                user: match &options.credentials {
+                    Some(credentials) => format!("user {:?}", credentials.user),
+                    None => "the user of the client certificate".to_owned(),
+                },
+                keys: keys(),
+            },
+            ClusterError::Auth { endpoint, reason } => {
+                let reason = match &options.credentials {
+                    Some(credentials) if !reason.contains("user \"") => {
+                        format!("{reason} (user {:?})", credentials.user)
+                    }
+                    _ => reason,
+                };
+                ClusterError::Auth { endpoint, reason }
+            }
+            ClusterError::Tls { endpoint, reason } if reason == CERTIFICATE_REFUSED => {
+                let tls = options.tls.as_ref();
+                let reason = match tls.and_then(|tls| tls.cert_file.as_ref()) {
+                    Some(path) => {
+                        format!("etcd refuses the client certificate {}", path.display())
+                    }
+                    None => "etcd wants a client certificate, and tls.cert_file is not set".into(),
+                };
+                ClusterError::Tls { endpoint, reason }
+            }
+            other => other,
+        }
+    }
+}
+
+pub(super) async fn blocking<T: Send + 'static>(
+    endpoint: &str,
+    read: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ClusterError> {
+    let read = tokio::task::spawn_blocking(read).await;
+    read.map_err(|error| ClusterError::Unavailable {
+        endpoint: endpoint.to_owned(),
+        operation: "connect",
+        reason: error.to_string(),
+    })
+}
+
+impl ClusterError {
+    /// Whether etcd refused the token, not the user.
+    fn is_token_refused(&self) -> bool {
+        matches!(self, Self::Auth { reason, .. }
+            if reason.contains(INVALID_TOKEN) || reason.contains(OLD_REVISION))
+    }
+}
+
+/// What etcd's words say about the user, if they do. Errors and cancelled watches have the same.
+pub(super) fn refusal(
+    operation: &'static str,
+    endpoint: &str,
+    words: &str,
+) -> Option<ClusterError> {
+    let endpoint = endpoint.to_owned();
+    if words.contains("permission denied") {
+        return Some(ClusterError::PermissionDenied {
+            endpoint,
+            operation,
+            user: String::new(),
+            keys: String::new(),
+        });
+    }
+    let reason = if words.contains("invalid user ID or password") {
+        "wrong user or password".to_owned()
+    } else if words.contains("authentication is not enabled") {
+        "authentication is not enabled there: enable it, or give no user and password".to_owned()
+    } else if words.contains("user name is empty") {
+        "it wants a user and a password, and none are given".to_owned()
+    } else if words.contains(INVALID_TOKEN) || words.contains(OLD_REVISION) {
+        words.to_owned()
+    } else {
+        return None;
+    };
+    Some(ClusterError::Auth { endpoint, reason })
+}
+
+/// Stands for what only the options know more of.
+const CERTIFICATE_REFUSED: &str = "the client certificate is refused";
+
+/// What the words of a failed connection say about TLS, if they do. They are rustls's: its types
+/// do not come through all the layers above it.
+pub(super) fn tls_failure(endpoint: &str, words: &str) -> Option<ClusterError> {
+    let has = |part: &str| words.contains(part);
+    let reason = if has("UnknownIssuer") || has("BadSignature") {
+        "its certificate is not signed by a CA in tls.ca_file, or by one that the system trusts \
+         where that is not set"
+            .to_owned()
+    } else if has("certificate expired") || has("invalid peer certificate: Expired") {
+        format!(
+            "its certificate has expired: {}",
+            after(words, "certificate expired")
+        )
+    } else if has("certificate not valid yet") || has("NotValidYet") {
+        format!(
+            "its certificate is not valid yet: {}",
+            after(words, "certificate not valid yet")
+        )
+    } else if has("certificate not valid for name") || has("NotValidForName") {
+        format!(
+            "its certificate is for another name, see tls.server_name: not valid for name {}",
+            after(words, "certificate not valid for name")
+        )
+    } else if has("received fatal alert") {
+        let alert = after(words, "received fatal alert: ");
+        let of_certificate = ["Certificate", "UnknownCA", "AccessDenied"];
+        if of_certificate.iter().any(|part| alert.contains(part)) {
+            CERTIFICATE_REFUSED.to_owned()
+        } else {
+            format!("it says {alert}")
+        }
+    } else if has("InvalidContentType") || has("tls handshake eof") {
+        "it does not speak TLS there, perhaps an endpoint for http://".to_owned()
+    } else if has("invalid peer certificate") {
+        format!(
+            "its certificate is refused: {}",
+            after(words, "invalid peer certificate")
+        )
+    } else if has("no native certs found") {
+        "the system has no CAs, set tls.ca_file".to_owned()
+    } else if has("peer is incompatible") || has("peer misbehaved") || has("HTTP/2 was not neg") {
+        words.to_owned()
+    } else {
+        return None;
+    };
+    Some(ClusterError::Tls {
+        endpoint: endpoint.to_owned(),
+        reason,
+    })
+}
+
+/// A server that speaks TLS closes a connection without it, in one of these ways.
+pub(super) fn perhaps_https(endpoint: &str, error: ClusterError) -> ClusterError {
+    match error {
+        ClusterError::Unavailable {
+            endpoint: at,
+            operation,
+            reason,
+        } if !endpoint.starts_with("https://")
+            && ["broken pipe", "reset by peer", "operation was canceled"]
+                .iter()
+                .any(|closed| reason.contains(closed)) =>
+        {
+            ClusterError::Unavailable {
+                endpoint: at,
+                operation,
+                reason: format!("{reason}; perhaps an endpoint for https://"),
+            }
+        }
+        other => other,
+    }
+}
+
+/// What follows, up to the next error in the chain.
+fn after<'w>(words: &'w str, part: &str) -> &'w str {
+    let start = words.find(part).map_or(0, |start| start + part.len());
+    let rest = words[start..].trim_start_matches([':', ' ']);
+    rest.split(SEPARATOR).next().unwrap_or_default()
+}
+
+const SEPARATOR: &str = " <- ";
+
+/// Everything that an error and its causes say.
+pub(super) fn words_of(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut words: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let said = error.to_string();
+        // Most of them repeat their cause, or say nothing.
+        let empty = said == "transport error" && error.source().is_some();
+        if !empty && !words.iter().any(|before| before.contains(&said)) {
+            words.push(said);
+        }
+        // An I/O error is the cause's cover: its own `source` is the cause of the cause.
+        let io = error.downcast_ref::<std::io::Error>();
+        next = match io.and_then(|io| io.get_ref()) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    words.join(SEPARATOR)
+}
