@@ -86,7 +86,9 @@ pub enum ClusterError {
         reason: String,
     },
     /// The user's roles do not allow this.
-    #[error("etcd at {endpoint}: permission denied to {user}, {operation} {keys}")]
+    #[error(
+        "etcd at {endpoint}: permission denied: no role of {user} allows {operation} of {keys}"
+    )]
     PermissionDenied {
         /// The endpoint that refused.
         endpoint: String,
@@ -94,7 +96,7 @@ pub enum ClusterError {
         operation: &'static str,
         /// Which user asked.
         user: String,
-        /// The keys and prefixes it was about, as far as known.
+        /// The keys and prefixes it was about. One of them is not allowed; etcd does not say which.
         keys: String,
     },
     /// The revision asked for is no longer kept. List again, or go on from `oldest`.

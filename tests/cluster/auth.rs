@@ -174,12 +174,12 @@ async fn roles_that_allow_no_more_than_is_needed() {
     let error = store.list(&all, None).await.unwrap_err();
     println!("{error}");
     assert!(matches!(error, ClusterError::PermissionDenied { .. }));
-    assert!(error.to_string().contains("list registry/"), "{error}");
+    assert!(error.to_string().contains("list of registry/"), "{error}");
     let watch = store.watch(vec![WatchRange { keys: all, from: 0 }]).await;
     let error = watch.err().unwrap();
     println!("{error}");
     assert!(matches!(error, ClusterError::PermissionDenied { .. }));
-    assert!(error.to_string().contains("watch registry/"), "{error}");
+    assert!(error.to_string().contains("watch of registry/"), "{error}");
 
     // Without the right to `handover/` a leader is followed by the next in the queue, and that is
     // all. With it leadership goes to whoever it is given to.
@@ -207,7 +207,7 @@ async fn each_refusal_of_a_user_has_its_own_error() {
     assert_auth(&error, &["wants a user"]);
     let error = error_of(guarded.options("nobody")).await;
     assert!(matches!(error, ClusterError::PermissionDenied { .. }));
-    for word in ["user \"nobody\"", "list registry/any"] {
+    for word in ["user \"nobody\"", "list of registry/any"] {
         assert!(error.to_string().contains(word), "{word}: {error}");
     }
     assert!(!error.is_transient());
@@ -241,6 +241,7 @@ async fn a_wrong_password_heals_when_its_file_is_corrected() {
     files.write("password", &format!("{SECRET}\n"));
     within("the discovery is ready", discovery.wait_ready()).await;
     within("the node is seen", discovery.wait_for_nodes(1)).await;
+    node.wait_until_healthy().await;
 
     // Changed while it runs: etcd forgets the tokens of before.
     let mut root = guarded.root.clone();

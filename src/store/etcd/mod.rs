@@ -311,7 +311,8 @@ impl Store for EtcdStore {
             .call("revoke", |mut client| async move {
                 client.lease_revoke(lease.0).await
             })
-            .await;
+            .await
+            .map_err(|error| self.about_access(error, || format!("the keys of lease {lease}")));
         about_lease(lease, result).map(drop)
     }
 
