@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use pingora_etcd::store::{EtcdStore, Selector, Store};
-use pingora_etcd::{ClusterError, DiscoveryStatus, EtcdOptions, TlsOptions};
+use pingora_etcd::{ClusterError, Credentials, DiscoveryStatus, EtcdOptions, Password, TlsOptions};
 
 use super::common::certificates::{Authority, Directory, Pair};
 use super::common::etcd::{Etcd, Setup};
@@ -273,4 +273,47 @@ async fn a_mended_ca_file_heals_without_a_restart() {
     .await;
     secure.files.write("mended.pem", secure.ca.pem());
     within("it is ready", discovery.wait_ready()).await;
+}
+
+#[tokio::test]
+async fn without_a_password_the_client_certificate_names_the_user() {
+    use etcd_client::{Certificate, Client, ConnectOptions, Identity, Permission};
+    let secure = Secure::new(true);
+    let root = secure.ca.client("root");
+    let tls = etcd_client::TlsOptions::new()
+        .ca_certificate(Certificate::from_pem(secure.ca.pem()))
+        .identity(Identity::from_pem(&root.cert, &root.key));
+    let options = ConnectOptions::default().with_tls(tls);
+    let root = Client::connect(secure.etcd.endpoints(), Some(options)).await;
+    let mut root = root.unwrap();
+    for name in ["root", "balancer"] {
+        root.user_add(name, "password-of-it", None).await.unwrap();
+        root.role_add(name).await.unwrap();
+        root.user_grant_role(name, name).await.unwrap();
+    }
+    for prefix in ["registry/", "election/"] {
+        let permission = Permission::read(prefix).with_prefix();
+        root.role_grant_permission("balancer", permission)
+            .await
+            .unwrap();
+    }
+    root.auth_enable().await.unwrap();
+
+    let (cert, key) = secure.client_certificate("balancer");
+    let as_balancer = secure.etcd.options().tls(secure.tls().identity(cert, key));
+    ready(&as_balancer, "any").await;
+    let (cert, key) = secure.client_certificate("stranger");
+    let tls = secure.tls().identity(cert, key);
+    let error = refused(secure.etcd.options().tls(tls.clone())).await;
+    println!("{error}");
+    assert!(matches!(error, ClusterError::PermissionDenied { .. }));
+    assert!(error.to_string().contains("client certificate"), "{error}");
+    // And a password counts for more than it.
+    let password = Password::Text("password-of-it".to_owned());
+    let both = secure.etcd.options().tls(tls);
+    ready(
+        &both.credentials(Credentials::new("balancer", password)),
+        "any",
+    )
+    .await;
 }

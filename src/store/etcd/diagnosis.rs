@@ -12,15 +12,18 @@ use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, Stream};
 
 use super::EtcdStore;
-use super::security::{blocking, tls_failure, words_of};
+use super::security::{blocking, is_closed, tls_failure, words_of};
 use crate::error::ClusterError;
 
 impl EtcdStore {
     /// The error of a connection that failed, or the alert that it hides.
     pub(super) async fn diagnosed(&self, endpoint: &str, error: ClusterError) -> ClusterError {
-        let ClusterError::Unavailable { .. } = &error else {
+        let ClusterError::Unavailable { reason, .. } = &error else {
             return error;
         };
+        if !is_closed(reason) {
+            return error;
+        }
         // Without a CA file the server would not be trusted here.
         let Some(tls) = &self.shared.options.tls else {
             return error;
@@ -35,7 +38,8 @@ impl EtcdStore {
             let config = tls.load().and_then(|files| tls.check(&files)).ok()?;
             handshake(&address, tls.server_name.as_deref(), config, timeout).err()
         });
-        let Ok(Some(heard)) = heard.await else {
+        // The look-up of a name has no time-out of its own.
+        let Ok(Ok(Some(heard))) = tokio::time::timeout(timeout, heard).await else {
             return error;
         };
         match tls_failure(endpoint, &words_of(&heard)) {

@@ -281,14 +281,17 @@ pub(super) fn tls_failure(endpoint: &str, words: &str) -> Option<ClusterError> {
          where that is not set"
             .to_owned()
     } else if has("certificate expired") || has("invalid peer certificate: Expired") {
+        // Without the time of now, which would make each such error another one.
+        let when = number_after(words, "not valid after ");
         format!(
-            "its certificate has expired: {}",
-            after(words, "certificate expired")
+            "its certificate has expired{}",
+            when("; Unix time of its end: ")
         )
     } else if has("certificate not valid yet") || has("NotValidYet") {
+        let when = number_after(words, "not valid before ");
         format!(
-            "its certificate is not valid yet: {}",
-            after(words, "certificate not valid yet")
+            "its certificate is not valid yet{}",
+            when("; Unix time of its start: ")
         )
     } else if has("certificate not valid for name") || has("NotValidForName") {
         format!(
@@ -323,25 +326,38 @@ pub(super) fn tls_failure(endpoint: &str, words: &str) -> Option<ClusterError> {
     })
 }
 
-/// A server that speaks TLS closes a connection without it, in one of these ways.
-pub(super) fn perhaps_https(endpoint: &str, error: ClusterError) -> ClusterError {
-    match error {
-        ClusterError::Unavailable {
-            endpoint: at,
-            operation,
-            reason,
-        } if !endpoint.starts_with("https://")
-            && ["broken pipe", "reset by peer", "operation was canceled"]
-                .iter()
-                .any(|closed| reason.contains(closed)) =>
-        {
-            ClusterError::Unavailable {
-                endpoint: at,
-                operation,
-                reason: format!("{reason}; perhaps an endpoint for https://"),
-            }
-        }
-        other => other,
+/// Whether a connection that had come about was closed by the other side.
+pub(super) fn is_closed(reason: &str) -> bool {
+    [
+        "broken pipe",
+        "reset by peer",
+        "operation was canceled",
+        "closed",
+        "eof",
+    ]
+    .iter()
+    .any(|closed| reason.contains(closed))
+}
+
+/// A server that speaks TLS closes a connection without it.
+pub(super) fn perhaps_https(endpoint: &str, mut error: ClusterError) -> ClusterError {
+    if let ClusterError::Unavailable { reason, .. } = &mut error
+        && !endpoint.starts_with("https://")
+        && is_closed(reason)
+    {
+        reason.push_str("; perhaps an endpoint for https://");
+    }
+    error
+}
+
+/// The number behind `part`, if there is one, behind what it is.
+fn number_after<'w>(words: &'w str, part: &str) -> impl FnOnce(&str) -> String + use<'w> {
+    let rest = words.split_once(part).map_or("", |(_, rest)| rest);
+    let end = rest.find(|c: char| !c.is_ascii_digit());
+    let number = &rest[..end.unwrap_or(rest.len())];
+    move |what| match number {
+        "" => String::new(),
+        number => format!("{what}{number}"),
     }
 }
 
@@ -373,4 +389,99 @@ pub(super) fn words_of(error: &(dyn std::error::Error + 'static)) -> String {
         };
     }
     words.join(SEPARATOR)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_of_the_user() {
+        let told = |words| refusal("list", "e", words).map(|error| error.to_string());
+        assert_eq!(told("etcdserver: requested lease not found"), None);
+        for (words, part) in [
+            ("etcdserver: permission denied", "allows list"),
+            (
+                "etcdserver: authentication failed, invalid user ID or password",
+                "wrong user or password",
+            ),
+            ("etcdserver: authentication is not enabled", "not enabled"),
+            ("etcdserver: user name is empty", "none are given"),
+            ("etcdserver: invalid auth token", "invalid auth token"),
+        ] {
+            assert!(
+                told(words).is_some_and(|told| told.contains(part)),
+                "{words}"
+            );
+        }
+        for words in [INVALID_TOKEN, OLD_REVISION] {
+            assert!(refusal("list", "e", words).is_some_and(|error| error.is_token_refused()));
+        }
+    }
+
+    /// rustls's words are not promised to stay.
+    #[cfg(feature = "tls")]
+    #[test]
+    fn failures_of_tls() {
+        use rustls::pki_types::{ServerName, UnixTime};
+        use rustls::{AlertDescription, CertificateError as C, Error, InvalidMessage};
+        let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+        let expired = |now| C::ExpiredContext {
+            time: at(now),
+            not_after: at(1000),
+        };
+        let early = C::NotValidYetContext {
+            time: at(1),
+            not_before: at(1000),
+        };
+        let other_name = C::NotValidForNameContext {
+            expected: ServerName::try_from("a.example").unwrap(),
+            presented: vec!["b.example".to_owned()],
+        };
+        for (error, part) in [
+            (C::UnknownIssuer.into(), "tls.ca_file"),
+            (C::Expired.into(), "has expired"),
+            (
+                expired(2000).into(),
+                "has expired; Unix time of its end: 1000",
+            ),
+            (C::NotValidYet.into(), "not valid yet"),
+            (early.into(), "not valid yet; Unix time of its start: 1000"),
+            (C::NotValidForName.into(), "tls.server_name"),
+            (other_name.into(), "a.example"),
+            (C::Revoked.into(), "is refused: Revoked"),
+            (
+                Error::AlertReceived(AlertDescription::CertificateRequired),
+                CERTIFICATE_REFUSED,
+            ),
+            (
+                Error::AlertReceived(AlertDescription::BadCertificate),
+                CERTIFICATE_REFUSED,
+            ),
+            (
+                Error::AlertReceived(AlertDescription::ProtocolVersion),
+                "it says ProtocolVersion",
+            ),
+            (
+                Error::InvalidMessage(InvalidMessage::InvalidContentType),
+                "does not speak TLS",
+            ),
+        ] {
+            // As it comes: behind an I/O error.
+            let words = words_of(&std::io::Error::other(error));
+            let told = tls_failure("e", &words).map(|error| error.to_string());
+            let told = told.unwrap_or_else(|| panic!("{words}"));
+            assert!(told.contains(part), "{words}: {told}");
+        }
+        let told = |now| tls_failure("e", &words_of(&Error::from(expired(now))));
+        assert_eq!(
+            told(2000),
+            told(3000),
+            "told once, so it must stay the same"
+        );
+        assert_eq!(
+            tls_failure("e", "transport error <- tcp connect error"),
+            None
+        );
+    }
 }
