@@ -297,6 +297,8 @@ async fn live_through(guarded: &Guarded, time: Duration, mut disturb: impl Async
             "round {round}: a watch with a new token after {:?}",
             opening.elapsed()
         );
+        // With a token that is refused, which is the first of two tries then.
+        store.list(&all().keys, None).await.unwrap();
         late.stop().await;
         eventually("who leaves is seen", || discovery.nodes().len() == 1).await;
         for watch in [&mut old, &mut new] {
