@@ -389,7 +389,25 @@ async fn many_refused_at_once_get_one_token() {
 
 /// All of this crate's log lines, down to the finest.
 #[derive(Clone, Default)]
-struct Captured(Arc<Mutex<Vec<u8>>>);
+pub(super) struct Captured(Arc<Mutex<Vec<u8>>>);
+
+impl Captured {
+    /// What the current thread logs, until the guard is dropped.
+    pub(super) fn start(filter: &str) -> (Self, tracing::subscriber::DefaultGuard) {
+        let captured = Self::default();
+        let writer = captured.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .finish();
+        (captured, tracing::subscriber::set_default(subscriber))
+    }
+
+    pub(super) fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
 
 impl Write for Captured {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -404,14 +422,8 @@ impl Write for Captured {
 
 #[tokio::test]
 async fn a_password_is_shown_nowhere() {
-    let captured = Captured::default();
-    let writer = captured.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter("pingora_etcd=trace")
-        .with_writer(move || writer.clone())
-        .finish();
-    // For this thread: everything of this test runs on it.
-    let logging = tracing::subscriber::set_default(subscriber);
+    // Everything of this test runs on this thread.
+    let (captured, logging) = Captured::start("pingora_etcd=trace");
     let guarded = Guarded::new(&["--auth-token-ttl=1"]).await;
     let group = group("shown");
     guarded.user("balancer", balancer()).await;
@@ -439,7 +451,7 @@ async fn a_password_is_shown_nowhere() {
         format!("{options:?} {options:#?} {store:?} {errors:?} {config:?} {discovery:?} {node:?}");
     assert!(shown.contains("balancer"), "{shown}");
     assert!(!shown.contains(SECRET), "{shown}");
-    let logged = String::from_utf8(captured.0.lock().unwrap().clone()).unwrap();
+    let logged = captured.text();
     assert!(logged.contains("token renewed"), "{logged}");
     assert!(logged.contains("wrong user or password"), "{logged}");
     assert!(!logged.contains(SECRET), "{logged}");

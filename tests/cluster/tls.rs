@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use pingora_etcd::store::{EtcdStore, Selector, Store};
 use pingora_etcd::{ClusterError, Credentials, DiscoveryStatus, EtcdOptions, Password, TlsOptions};
 
+use super::auth::Captured;
 use super::common::certificates::{Authority, Directory, Pair};
 use super::common::etcd::{Etcd, Setup};
 use super::common::link::Link;
@@ -172,10 +173,26 @@ async fn each_fault_of_the_servers_certificate_has_its_own_error() {
 }
 
 #[tokio::test]
-async fn one_endpoint_with_a_wrong_certificate_leaves_the_others() {
+async fn one_endpoint_with_a_wrong_certificate_leaves_the_others_and_is_told_once() {
+    let (captured, _logging) = Captured::start("pingora_etcd=warn");
     let (secure, other) = (Secure::new(false), Secure::new(false));
     let endpoints = [other.etcd.endpoints(), secure.etcd.endpoints()].concat();
-    see_each_other(&EtcdOptions::new(endpoints).tls(secure.tls())).await;
+    let both = EtcdOptions::new(endpoints).tls(secure.tls());
+    see_each_other(&both).await;
+    let expired = Secure::with_server(false, |ca| ca.expired_server(LOCAL));
+    let store = EtcdStore::new(expired.etcd.options().tls(expired.tls())).unwrap();
+    let any = Selector::Key("any".to_owned());
+    for _ in 0..3 {
+        store.list(&any, None).await.unwrap_err();
+        // So long that it has been expired for another number of seconds.
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+    }
+    let logged = captured.text();
+    let told = |words: &str| logged.matches(words).count();
+    assert_eq!(told("its certificate has expired"), 1, "{logged}");
+    // A worker and a discovery, with a connection of their own each.
+    let unknown = told("its certificate is not signed");
+    assert!((1..=2).contains(&unknown), "{logged}");
 }
 
 #[tokio::test]
