@@ -235,9 +235,15 @@ async fn replaced_certificates_are_in_use_without_a_restart() {
     println!("client certificate: new connections after {took:?}");
     assert!(took < Duration::from_secs(10), "{took:?}");
 
+    eventually("the old ones are closed", || {
+        (by_discovery.open(), by_node.open()) == (1, 1)
+    })
+    .await;
+
     // Files that make no sense, and a CA that did not sign etcd's: what works goes on.
     let live = || discovery.status() == DiscoveryStatus::Live && node.node.is_leader();
     eventually("it is live again", live).await;
+    println!("and live with them after {:?}", start.elapsed());
     let half = Pair {
         cert: second.cert.clone(),
         key: second.key[..second.key.len() / 2].to_owned(),

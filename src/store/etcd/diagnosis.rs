@@ -24,14 +24,12 @@ impl EtcdStore {
         if !is_closed(reason) {
             return error;
         }
-        // Without a CA file the server would not be trusted here.
-        let Some(tls) = &self.shared.options.tls else {
-            return error;
-        };
+        let tls = self.shared.options.tls.clone().unwrap_or_default();
         if tls.ca_file.is_none() {
-            return error;
+            // The server would not be trusted here.
+            return perhaps_mutual(endpoint, error);
         }
-        let (tls, timeout) = (tls.clone(), self.shared.options.connect_timeout);
+        let timeout = self.shared.options.connect_timeout;
         let address = endpoint.strip_prefix("https://").unwrap_or(endpoint);
         let address = address.trim_end_matches('/').to_owned();
         let heard = blocking(endpoint, move || {
@@ -47,6 +45,15 @@ impl EtcdStore {
             None => error,
         }
     }
+}
+
+fn perhaps_mutual(endpoint: &str, mut error: ClusterError) -> ClusterError {
+    if let ClusterError::Unavailable { reason, .. } = &mut error
+        && endpoint.starts_with("https://")
+    {
+        reason.push_str("; perhaps etcd wants another client certificate");
+    }
+    error
 }
 
 /// Waits for the first byte from the server.
