@@ -289,6 +289,8 @@ async fn live_through(guarded: &Guarded, time: Duration, mut disturb: impl Async
         throughout("nothing is lost", Duration::from_secs(3), holds).await;
         let late = Running::start(&guarded.options("w2"), &group, "n2").await;
         within("who joins is seen", discovery.wait_for_nodes(2)).await;
+        // With a token that is refused, and then on a stream that was opened with one.
+        store.list(&all().keys, None).await.unwrap();
         let opening = tokio::time::Instant::now();
         let mut new = within("a new watch", store.watch(vec![all()]))
             .await
@@ -297,8 +299,6 @@ async fn live_through(guarded: &Guarded, time: Duration, mut disturb: impl Async
             "round {round}: a watch with a new token after {:?}",
             opening.elapsed()
         );
-        // With a token that is refused, which is the first of two tries then.
-        store.list(&all().keys, None).await.unwrap();
         late.stop().await;
         eventually("who leaves is seen", || discovery.nodes().len() == 1).await;
         for watch in [&mut old, &mut new] {

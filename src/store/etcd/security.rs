@@ -16,8 +16,10 @@ use crate::error::ClusterError;
 /// What etcd says of a token that it does not know any more: it has expired, or its user has
 /// changed.
 const INVALID_TOKEN: &str = "invalid auth token";
-/// What it says of a token from before the last change of any user or role.
+/// What it says of a token from before the last change of any user or role; and what 3.5.1 says
+/// where it passes its inner error on.
 const OLD_REVISION: &str = "revision of auth store is old";
+const OLD_REVISION_INSIDE: &str = "revision in header is old";
 
 /// From this age of a stream on its token may have expired.
 const DOUBT_AFTER: Duration = Duration::from_secs(1);
@@ -235,9 +237,14 @@ pub(super) async fn blocking<T: Send + 'static>(
 impl ClusterError {
     /// Whether etcd refused the token, not the user.
     fn is_token_refused(&self) -> bool {
-        matches!(self, Self::Auth { reason, .. }
-            if reason.contains(INVALID_TOKEN) || reason.contains(OLD_REVISION))
+        matches!(self, Self::Auth { reason, .. } if is_about_token(reason))
     }
+}
+
+fn is_about_token(words: &str) -> bool {
+    [INVALID_TOKEN, OLD_REVISION, OLD_REVISION_INSIDE]
+        .iter()
+        .any(|refused| words.contains(refused))
 }
 
 /// What etcd's words say about the user, if they do. Errors and cancelled watches have the same.
@@ -261,7 +268,7 @@ pub(super) fn refusal(
         "authentication is not enabled there: enable it, or give no user and password".to_owned()
     } else if words.contains("user name is empty") {
         "it wants a user and a password, and none are given".to_owned()
-    } else if words.contains(INVALID_TOKEN) || words.contains(OLD_REVISION) {
+    } else if is_about_token(words) {
         words.to_owned()
     } else {
         return None;
@@ -414,7 +421,7 @@ mod tests {
                 "{words}"
             );
         }
-        for words in [INVALID_TOKEN, OLD_REVISION] {
+        for words in [INVALID_TOKEN, OLD_REVISION, OLD_REVISION_INSIDE] {
             assert!(refusal("list", "e", words).is_some_and(|error| error.is_token_refused()));
         }
     }
