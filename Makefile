@@ -63,7 +63,7 @@ lint: deps ## formatting, clippy and rustdoc, without warnings
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --all-targets --no-default-features -- -D warnings
-	cargo clippy --all-targets --no-default-features --features system-metrics,tower -- -D warnings
+	cargo clippy --all-targets --no-default-features --features system-metrics,tower,tls -- -D warnings
 	cargo clippy --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --no-default-features
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features

@@ -15,6 +15,13 @@
 //!
 //! With `--priority 1` it takes leadership over from workers without one.
 //!
+//! To an etcd with TLS and users (build it with `--features tls`):
+//!
+//! ```text
+//! ETCD_PASSWORD=... cargo run --features tls --example worker -- --etcd https://10.0.0.1:2379 \
+//!     --etcd-ca ca.pem --etcd-cert w1.pem --etcd-key w1.key --etcd-user w1 --id w1
+//! ```
+//!
 //! With `--slots 4 --service-ms 20` it works on four requests at a time, for 20 ms each on average,
 //! and reports how much of that is in use; `PUT /slots?count=2` leaves it two of them, as if a
 //! neighbour had taken the others.
@@ -24,11 +31,12 @@ mod log;
 mod support;
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use pingora_etcd::Cluster;
+use pingora_etcd::{Cluster, Credentials, EtcdOptions, Password, TlsOptions};
 use support::{Ended, WorkerOptions, run_worker};
 
 /// A small HTTP server that registers in a group.
@@ -37,6 +45,21 @@ struct Arguments {
     /// etcd's endpoints.
     #[arg(long, value_delimiter = ',', default_value = "http://127.0.0.1:2379")]
     etcd: Vec<String>,
+    /// The CAs that may have signed etcd's certificate. Without it: the system's.
+    #[arg(long)]
+    etcd_ca: Option<PathBuf>,
+    /// The certificate to show to etcd.
+    #[arg(long, requires = "etcd_key")]
+    etcd_cert: Option<PathBuf>,
+    /// Its private key.
+    #[arg(long, requires = "etcd_cert")]
+    etcd_key: Option<PathBuf>,
+    /// etcd's user. Its password is in --etcd-password-file, or in the variable ETCD_PASSWORD.
+    #[arg(long)]
+    etcd_user: Option<String>,
+    /// The file that the password is in.
+    #[arg(long, requires = "etcd_user")]
+    etcd_password_file: Option<PathBuf>,
     /// The group to register in.
     #[arg(long, default_value = "workers")]
     group: String,
@@ -73,7 +96,7 @@ struct Arguments {
 async fn main() -> ExitCode {
     log::init();
     let arguments = Arguments::parse();
-    let cluster = Cluster::builder(arguments.etcd).ttl(arguments.ttl);
+    let cluster = Cluster::builder(etcd(&arguments)).ttl(arguments.ttl);
     let cluster = match cluster.try_build() {
         Ok(cluster) => cluster,
         Err(error) => {
@@ -123,6 +146,29 @@ async fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn etcd(arguments: &Arguments) -> EtcdOptions {
+    let mut options = EtcdOptions::new(arguments.etcd.iter().cloned());
+    let mut tls = TlsOptions::new();
+    if let Some(file) = &arguments.etcd_ca {
+        tls = tls.ca_file(file);
+    }
+    if let (Some(cert), Some(key)) = (&arguments.etcd_cert, &arguments.etcd_key) {
+        tls = tls.identity(cert, key);
+    }
+    if tls != TlsOptions::new() {
+        options = options.tls(tls);
+    }
+    if let Some(user) = &arguments.etcd_user {
+        // Never an argument, which everybody on the machine can see.
+        let password = match &arguments.etcd_password_file {
+            Some(file) => Password::File(file.clone()),
+            None => Password::Env("ETCD_PASSWORD".to_owned()),
+        };
+        options = options.credentials(Credentials::new(user, password));
+    }
+    options
 }
 
 async fn signal() {

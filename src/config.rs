@@ -5,6 +5,7 @@
 //! would ignore it. `config/load_balancer.yaml` shows every field.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -14,7 +15,7 @@ use crate::balance::{
 };
 use crate::discovery::{Filter, Limits, SelfPreservation, ServiceDiscovery, SnapshotFile};
 use crate::error::ClusterError;
-use crate::store::EtcdOptions;
+use crate::store::{Credentials, EtcdOptions, Password, TlsOptions};
 
 /// The `cluster:` section.
 ///
@@ -155,6 +156,21 @@ pub struct EtcdConfig {
     /// See [`EtcdOptions::breaker_pause`].
     #[serde(default = "default_breaker_pause")]
     pub breaker_pause_ms: u64,
+    /// See [`EtcdOptions::tls`]. Default: nothing in it set, as if it were not given.
+    #[serde(default)]
+    pub tls: TlsOptions,
+    /// See [`Credentials`]. Goes with exactly one of the three below. Default: none.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// The password itself. Better in a file or a variable: see [`Password`].
+    #[serde(default)]
+    pub password: Option<Secret>,
+    /// The file that the password is in.
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
+    /// The environment variable that the password is in.
+    #[serde(default)]
+    pub password_env: Option<String>,
 }
 
 /// A port, or a range of them: `8080` or `9000-9100`.
@@ -174,6 +190,25 @@ impl From<&Port> for String {
             Port::One(port) => port.to_string(),
             Port::Text(text) => text.clone(),
         }
+    }
+}
+
+/// A text that `Debug` does not show, and no error about the file.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // The error of a wrong type would show the value.
+        String::deserialize(deserializer)
+            .map(Self)
+            .map_err(|_| serde::de::Error::custom("password: must be a text in quotes"))
     }
 }
 
@@ -268,7 +303,8 @@ impl ClusterConfig {
     ///
     /// [`ConfigFile`](ClusterError::ConfigFile) with file, field and, where known, line.
     pub fn from_yaml(text: &str, name: &str) -> Result<Self, ClusterError> {
-        let file: File = serde_saphyr::from_str(text).map_err(|error| in_file(name, error))?;
+        let file: File =
+            serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, &error))?;
         let checked = file.cluster.validate();
         checked.map_err(|error| in_file(name, error))?;
         Ok(file.cluster)
@@ -281,9 +317,9 @@ impl ClusterConfig {
     /// [`InvalidConfig`](ClusterError::InvalidConfig) or
     /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
     pub fn validate(&self) -> Result<(), ClusterError> {
-        EtcdOptions::from(&self.etcd)
-            .validate()
-            .map_err(|error| named(error, "cluster.etcd.", "_ms"))?;
+        let etcd = |error| named(error, "cluster.etcd.", "_ms");
+        self.etcd.check_user().map_err(etcd)?;
+        EtcdOptions::from(&self.etcd).validate().map_err(etcd)?;
         let outer = |error| named(error, "cluster.", "");
         self.balancer().map_err(outer)?;
         if self.listen.parse::<std::net::SocketAddr>().is_err() {
@@ -379,9 +415,46 @@ impl ClusterConfig {
     }
 }
 
+impl EtcdConfig {
+    fn passwords(&self) -> impl Iterator<Item = Password> {
+        let text = self.password.clone();
+        let text = text.map(|Secret(text)| Password::Text(text));
+        let file = self.password_file.clone().map(Password::File);
+        let env = self.password_env.clone().map(Password::Env);
+        text.into_iter().chain(file).chain(env)
+    }
+
+    fn credentials(&self) -> Option<Credentials> {
+        // Without a password it cannot be checked to be wrong later, so it must not be left out.
+        let password = self.passwords().next();
+        let user = self.user.clone()?;
+        Some(Credentials::new(
+            user,
+            password.unwrap_or(Password::Text(String::new())),
+        ))
+    }
+
+    fn check_user(&self) -> Result<(), ClusterError> {
+        let reason = match (&self.user, self.passwords().count()) {
+            (None, 0) | (Some(_), 1) => return Ok(()),
+            (None, _) => "is missing, and a password is given",
+            (Some(_), 0) => "goes with one of password, password_file and password_env",
+            (Some(_), _) => "goes with only one of password, password_file and password_env",
+        };
+        Err(ClusterError::config("user", reason))
+    }
+}
+
 impl From<&EtcdConfig> for EtcdOptions {
     fn from(config: &EtcdConfig) -> Self {
-        EtcdOptions::new(config.endpoints.iter().cloned())
+        let mut options = EtcdOptions::new(config.endpoints.iter().cloned());
+        if config.tls != TlsOptions::default() {
+            options = options.tls(config.tls.clone());
+        }
+        if let Some(credentials) = config.credentials() {
+            options = options.credentials(credentials);
+        }
+        options
             .key_prefix(config.key_prefix.clone())
             .connect_timeout(Duration::from_millis(config.connect_timeout_ms))
             .request_timeout(Duration::from_millis(config.request_timeout_ms))
@@ -416,6 +489,23 @@ fn in_file(path: impl fmt::Display, reason: impl fmt::Display) -> ClusterError {
     }
 }
 
+/// With the lines around, unless one of them may be the password.
+fn unreadable(path: &str, text: &str, error: &serde_saphyr::Error) -> ClusterError {
+    let holds_password = text.split("password").skip(1).any(|rest| {
+        let rest = rest.trim_start_matches(['"', '\'', ' ']);
+        let value = rest.strip_prefix(':').map(str::trim_start);
+        value.is_some_and(|value| {
+            let end = value.find([',', '}', '\n', ' ']).unwrap_or(value.len());
+            !matches!(value[..end].trim_end(), "null" | "~")
+        })
+    });
+    if holds_password {
+        in_file(path, error.without_snippet())
+    } else {
+        in_file(path, error)
+    }
+}
+
 /// Pingora's part of the file, checked for fields that do not exist.
 ///
 /// # Errors
@@ -434,7 +524,7 @@ pub fn server_conf(
 
     type Fields<Key> = HashMap<Key, IgnoredAny>;
     let given: Fields<Spanned<String>> =
-        serde_saphyr::from_str(text).map_err(|error| in_file(name, error))?;
+        serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, &error))?;
     let known: Fields<String> = serde_saphyr::from_str(&ServerConf::default().to_yaml())
         .map_err(|error| in_file("Pingora's defaults", error))?;
     let mut unknown: Vec<_> = given
@@ -450,7 +540,8 @@ pub fn server_conf(
         ));
     }
     // Not by Pingora's own parser, whose errors repeat the whole file.
-    let conf: ServerConf = serde_saphyr::from_str(text).map_err(|error| in_file(name, error))?;
+    let conf: ServerConf =
+        serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, &error))?;
     for (field, value) in [
         ("threads", conf.threads),
         ("listener_tasks_per_fd", conf.listener_tasks_per_fd),
@@ -596,6 +687,69 @@ cluster:
         assert!(self::error("cluster:\n  group: g\n").contains("etcd"));
         assert!(self::error("version: 1\n").contains("cluster"));
         assert!(self::error(": : :").contains("file.yaml"));
+    }
+
+    #[test]
+    fn tls_and_user() {
+        let with = |fields: &str| {
+            let text = LEAST.replace("  group", &format!("    {fields}\n  group"));
+            ClusterConfig::from_yaml(&text, "file.yaml")
+        };
+        let config = with("user: u\n    password: 'hunter2'").unwrap();
+        let options = EtcdOptions::from(&config.etcd);
+        let expected = Credentials::new("u", Password::Text("hunter2".to_owned()));
+        assert_eq!(options.credentials, Some(expected));
+        assert!(!format!("{config:?} {options:?}").contains("hunter2"));
+        // The fields as the shipped files show them.
+        let nothing = "tls: { ca_file: null, cert_file: null, key_file: null, server_name: null }
+    user: null
+    password: null
+    password_file: null
+    password_env: null";
+        let config = with(nothing).unwrap();
+        assert_eq!(
+            EtcdOptions::from(&config.etcd),
+            EtcdOptions::new(["memory://x"])
+        );
+
+        for (fields, named) in [
+            ("user: u", "cluster.etcd.user"),
+            ("password: hunter2", "cluster.etcd.user"),
+            (
+                "user: u\n    password: hunter2\n    password_env: HOME",
+                "cluster.etcd.user",
+            ),
+            ("user: ''\n    password: hunter2", "cluster.etcd.user"),
+            ("user: u\n    password: ''", "cluster.etcd.password"),
+            (
+                "user: u\n    password_file: /no/such/file",
+                "cluster.etcd.password_file: /no/such/file",
+            ),
+            (
+                "user: u\n    password_env: PINGORA_ETCD_NO_SUCH",
+                "cluster.etcd.password_env",
+            ),
+            ("user: u\n    password: [hunter2]", "password"),
+            ("user: u\n    password: { hunter2: 1 }", "password"),
+            ("user: u\n    password: !x hunter2\n    tlss: 1", "tlss"),
+            ("password: hunter2\n    user: [", "file.yaml"),
+            ("password: 'hunter2\n    user: u", "file.yaml"),
+            ("password: !!int hunter2\n    user: u", "file.yaml"),
+            ("tls: { ca: x }", "ca_file"),
+            ("tls: { ca_file: /no/such }", "cluster.etcd.tls"),
+            ("tls: { cert_file: /no/such }", "cluster.etcd.tls.key_file"),
+        ] {
+            let error = with(fields).unwrap_err();
+            let told = format!("{error} {error:?}");
+            assert!(told.contains(named), "{fields}: {told}");
+            assert!(!told.contains("hunter2"), "{fields}: {told}");
+        }
+        // Numbers and the like are no text.
+        let told = with("user: u\n    password: 20261124").map_err(|error| error.to_string());
+        match told {
+            Ok(config) => assert!(!format!("{config:?}").contains("20261124")),
+            Err(told) => assert!(!told.contains("20261124"), "{told}"),
+        }
     }
 
     #[test]

@@ -80,7 +80,7 @@ pub enum ClusterError {
         /// How long the answer was waited for.
         after: Duration,
     },
-    /// The store refused for good: no permission, wrong password, invalid request.
+    /// The store refused for good: an invalid request.
     #[error("etcd at {endpoint} refused {operation}: {reason}")]
     Rejected {
         /// The endpoint that refused.
@@ -89,6 +89,38 @@ pub enum ClusterError {
         operation: &'static str,
         /// The server's words.
         reason: String,
+    },
+    /// No TLS connection to an endpoint comes about. It is tried for ever, at this endpoint and at
+    /// the others, and certificate files are read again each time.
+    #[error("TLS with etcd at {endpoint} fails: {reason}")]
+    Tls {
+        /// The endpoint.
+        endpoint: String,
+        /// Which certificate, file or name is the reason.
+        reason: String,
+    },
+    /// The store does not take this client for the user that it says it is, or for any. It is
+    /// tried for ever, and a password file or variable is read again each time.
+    #[error("etcd at {endpoint} does not accept the user: {reason}")]
+    Auth {
+        /// The endpoint that refused.
+        endpoint: String,
+        /// What it did not accept.
+        reason: String,
+    },
+    /// The user's roles do not allow this.
+    #[error(
+        "etcd at {endpoint}: permission denied: no role of {user} allows {operation} of {keys}"
+    )]
+    PermissionDenied {
+        /// The endpoint that refused.
+        endpoint: String,
+        /// What was asked of it.
+        operation: &'static str,
+        /// Which user asked.
+        user: String,
+        /// The keys and prefixes it was about. One of them is not allowed; etcd does not say which.
+        keys: String,
     },
     /// The revision asked for is no longer kept. List again, or go on from `oldest`.
     #[error("the revision asked for has been compacted; the oldest one kept is {oldest}")]
@@ -169,11 +201,18 @@ impl ClusterError {
 
     /// Whether it says that the user may not do this.
     pub(crate) fn is_missing_permission(&self) -> bool {
-        matches!(self, Self::Rejected { reason, .. } if reason.contains("permission denied"))
+        match self {
+            Self::PermissionDenied { .. } => true,
+            Self::Rejected { reason, .. } => reason.contains("permission denied"),
+            _ => false,
+        }
     }
 
     /// Whether it says that the connection is of no use any more.
     pub(crate) fn blames_connection(&self) -> bool {
-        matches!(self, Self::Unavailable { .. } | Self::Timeout { .. })
+        matches!(
+            self,
+            Self::Unavailable { .. } | Self::Timeout { .. } | Self::Tls { .. }
+        )
     }
 }

@@ -125,8 +125,9 @@
 //!   outside of etcd. A disk that is rolled back under the same cluster id is noticed only by those
 //!   that have seen more than is on it.
 //! - [`EtcdOptions::memory`] is a store for one process, for tests and demos. It keeps nothing.
-//! - TLS and passwords for etcd and a snapshot for a start without etcd are not there yet; see the
-//!   README for the whole list.
+//! - etcd looks at a user's token and roles when a request or a watch is made, not while a watch is
+//!   open: a right that is taken away ends with the connection.
+//! - A snapshot for a start without etcd is not there yet; see the README for the whole list.
 //!
 //! # Features
 //!
@@ -134,6 +135,7 @@
 //! |---|---|---|
 //! | `pingora` | yes | the module `pingora`, the adapters |
 //! | `system-metrics` | no | `SystemMetricsCollector` |
+//! | `tls` | no | `https://` endpoints and [`TlsOptions`], by rustls with ring |
 //! | `tower` | no | `LoadReporter::layer`: counts requests and reports load with every response |
 //! | `test-util` | no | controls of the in-memory store: compaction, expiry, refusal, silence |
 #![forbid(unsafe_code)]
@@ -178,7 +180,7 @@ pub use metrics::{
     RequestGuard, Tolerance,
 };
 pub use node::{HealthStatus, Metadata, Node, NodeMetadata, NodeState, metadata_keys};
-pub use store::EtcdOptions;
+pub use store::{Credentials, EtcdOptions, Password, TlsOptions};
 pub use worker::{ClusterNode, ClusterNodeBuilder, Leadership, SessionState};
 
 /// The worker's types, under the name that `photon-etcd-cluster` has for them.

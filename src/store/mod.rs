@@ -12,6 +12,7 @@ mod clock;
 mod etcd;
 mod memory;
 mod options;
+mod security;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +28,7 @@ pub use etcd::EtcdStore;
 pub use memory::Backup;
 pub use memory::{Fault, MemoryStore};
 pub use options::EtcdOptions;
+pub use security::{Credentials, Password, TlsOptions};
 
 /// A point in the history of the whole store; grows by one with each transaction that changes
 /// something.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::security::{Credentials, TlsOptions};
 use crate::error::ClusterError;
 
 const MEMORY: &str = "memory://";
@@ -22,9 +23,10 @@ const MEMORY: &str = "memory://";
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EtcdOptions {
-    /// `http://host:port` (the scheme may be left out) of each member, tried in turn; one
-    /// connection is used at a time. Or one `memory://name`: the embedded store of that name in
-    /// this process, which needs no server and keeps nothing.
+    /// `http://host:port` or, with the feature `tls`, `https://host:port` of each member, tried in
+    /// turn; one connection is used at a time. Without a scheme it is `https` if `tls` is given,
+    /// and `http` if not. Or one `memory://name`: the embedded store of that name in this process,
+    /// which needs no server and keeps nothing.
     pub endpoints: Vec<String>,
     /// Goes before every key, to share an etcd with others. Default: empty.
     pub key_prefix: String,
@@ -50,6 +52,12 @@ pub struct EtcdOptions {
     pub breaker_pause: Duration,
     /// For tests: as with a server that does not answer progress requests.
     pub(crate) asks_for_progress: bool,
+    /// How TLS is done. Default: none given, which for an `https://` endpoint means the system's
+    /// CAs and no client certificate.
+    pub tls: Option<TlsOptions>,
+    /// The user to ask as, where etcd has authentication enabled. Default: none; with TLS it is
+    /// then the common name of the client certificate, if etcd has `--client-cert-auth`.
+    pub credentials: Option<Credentials>,
 }
 
 impl EtcdOptions {
@@ -66,6 +74,8 @@ impl EtcdOptions {
             breaker_failures: 5,
             breaker_pause: Duration::from_secs(1),
             asks_for_progress: true,
+            tls: None,
+            credentials: None,
         }
     }
 
@@ -134,7 +144,22 @@ impl EtcdOptions {
         self
     }
 
-    /// Checks every field.
+    /// Sets [`tls`](Self::tls).
+    #[must_use]
+    pub fn tls(mut self, tls: TlsOptions) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
+    /// Sets [`credentials`](Self::credentials).
+    #[must_use]
+    pub fn credentials(mut self, credentials: Credentials) -> Self {
+        self.credentials = Some(credentials);
+        self
+    }
+
+    /// Checks every field, and that the files of `tls` and `credentials` are there and make
+    /// sense. Reads them; does not connect.
     ///
     /// # Errors
     ///
@@ -148,8 +173,11 @@ impl EtcdOptions {
             ));
         }
         for endpoint in &self.endpoints {
-            check_endpoint(endpoint, self.endpoints.len())?;
+            check_endpoint(endpoint, self.endpoints.len(), self.tls.is_some())?;
         }
+        self.tls.as_ref().map_or(Ok(()), TlsOptions::validate)?;
+        let credentials = self.credentials.as_ref();
+        credentials.map_or(Ok(()), Credentials::validate)?;
         if self.key_prefix.chars().any(char::is_control) {
             return Err(ClusterError::config(
                 "key_prefix",
@@ -202,7 +230,7 @@ impl From<Vec<String>> for EtcdOptions {
     }
 }
 
-fn check_endpoint(endpoint: &str, count: usize) -> Result<(), ClusterError> {
+fn check_endpoint(endpoint: &str, count: usize, tls: bool) -> Result<(), ClusterError> {
     let invalid = |reason: &str| {
         Err(ClusterError::InvalidEndpoint {
             endpoint: endpoint.to_owned(),
@@ -216,12 +244,19 @@ fn check_endpoint(endpoint: &str, count: usize) -> Result<(), ClusterError> {
             invalid("the embedded store cannot be mixed with other endpoints")
         };
     }
+    #[cfg(not(feature = "tls"))]
     if endpoint.starts_with("https://") {
-        return invalid("TLS to etcd is not supported yet, use http://");
+        return invalid(super::security::NEEDS_FEATURE);
     }
-    let rest = endpoint.strip_prefix("http://").unwrap_or(endpoint);
+    if tls && endpoint.starts_with("http://") {
+        return invalid("TLS is configured, so the scheme must be https://");
+    }
+    let rest = endpoint
+        .strip_prefix("https://")
+        .or_else(|| endpoint.strip_prefix("http://"))
+        .unwrap_or(endpoint);
     if rest.contains("://") {
-        return invalid("the scheme must be http:// or memory://");
+        return invalid("the scheme must be http://, https:// or memory://");
     }
     match format!("http://{rest}").parse::<http::Uri>() {
         Err(error) => invalid(&error.to_string()),
@@ -246,7 +281,7 @@ mod tests {
             "http://host",
             "host",
             "ftp://host:1",
-            "https://host:2379",
+            "https://host",
             "http://host:2379/path",
             "http://host:99999",
             "http://ho st:2379",
@@ -278,6 +313,17 @@ mod tests {
         ] {
             EtcdOptions::new([endpoint]).validate().unwrap();
         }
+    }
+
+    #[test]
+    fn https_needs_the_feature_and_tls_needs_https() {
+        let https = EtcdOptions::new(["https://host:2379"]).validate();
+        assert_eq!(https.is_ok(), cfg!(feature = "tls"), "{https:?}");
+        let plain = EtcdOptions::new(["http://host:2379"]).tls(TlsOptions::new());
+        let error = plain.validate().unwrap_err().to_string();
+        assert!(error.contains("http://host:2379"), "{error}");
+        let bare = EtcdOptions::new(["host:2379"]).tls(TlsOptions::new());
+        assert_eq!(bare.validate().is_ok(), cfg!(feature = "tls"));
     }
 
     #[test]

@@ -214,7 +214,7 @@ async fn wrong_endpoints_are_errors_and_never_panics() {
         (vec![], "endpoints"),
         (vec!["http://"], "http://"),
         (vec!["no port"], "no port"),
-        (vec!["https://etcd:2379"], "https://etcd:2379"),
+        (vec!["https://etcd"], "https://etcd"),
     ] {
         let (checked, unchecked) = build(&endpoints);
         let error = checked.unwrap_err();

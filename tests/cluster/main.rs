@@ -7,6 +7,7 @@ mod common;
 #[allow(dead_code)] // what the chaos test uses of it
 mod etcd_cluster;
 
+mod auth;
 mod compatibility;
 mod discovery;
 mod election;
@@ -14,6 +15,8 @@ mod faults;
 mod metrics;
 mod resilience;
 mod sharing;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::time::Duration;
 

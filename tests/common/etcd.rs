@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use pingora_etcd::EtcdOptions;
 use pingora_etcd::store::{EtcdStore, Selector, Store};
-use testcontainers::core::{IntoContainerPort, WaitFor};
+use testcontainers::core::{IntoContainerPort, Mount, WaitFor};
 use testcontainers::runners::AsyncRunner;
 use testcontainers::{ContainerAsync, GenericImage, ImageExt};
 use tokio::runtime::Runtime;
@@ -85,12 +85,36 @@ fn announce(source: &Source) {
 /// An etcd that is stopped when the last handle to it is dropped, or when this process ends.
 pub struct Etcd {
     endpoints: Vec<String>,
+    https: bool,
     server: Server,
+}
+
+/// How an etcd of one's own is started, beside the usual.
+#[derive(Debug, Clone, Default)]
+pub struct Setup {
+    /// Whether it speaks TLS. Its certificate has to be among the arguments.
+    pub https: bool,
+    /// Further arguments. `{files}` in them is where `files` is for it.
+    pub arguments: Vec<String>,
+    /// A directory with files for it.
+    pub files: Option<PathBuf>,
+}
+
+impl Setup {
+    fn scheme(&self) -> &'static str {
+        if self.https { "https" } else { "http" }
+    }
+
+    fn arguments(&self, files: &str) -> impl Iterator<Item = String> {
+        let arguments = self.arguments.iter();
+        arguments.map(move |argument| argument.replace("{files}", files))
+    }
 }
 
 enum Server {
     External,
     Process {
+        setup: Setup,
         binary: PathBuf,
         client_port: u16,
         peer_port: u16,
@@ -118,9 +142,10 @@ impl Etcd {
         let etcd = Arc::new(match source() {
             Source::Endpoints(endpoints) => Etcd {
                 endpoints: endpoints.clone(),
+                https: false,
                 server: Server::External,
             },
-            other => Etcd::start_from(other),
+            other => Etcd::start_from(other, Setup::default()),
         });
         *shared = Arc::downgrade(&etcd);
         etcd
@@ -128,16 +153,23 @@ impl Etcd {
 
     /// One of this test's own, to be stopped, paused or compacted.
     pub fn own() -> Etcd {
+        Self::with(Setup::default())
+    }
+
+    /// One of this test's own, started in a way of its own.
+    pub fn with(setup: Setup) -> Etcd {
         match source() {
-            Source::Endpoints(_) => Etcd::start_from(&breakable()),
-            other => Etcd::start_from(other),
+            Source::Endpoints(_) => Etcd::start_from(&breakable(), setup),
+            other => Etcd::start_from(other, setup),
         }
     }
 
-    fn start_from(source: &Source) -> Etcd {
+    fn start_from(source: &Source, setup: Setup) -> Etcd {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let client_port = free_port();
-        let endpoints = vec![format!("http://{}:{client_port}", local())];
+        let scheme = setup.scheme();
+        let https = setup.https;
+        let endpoints = vec![format!("{scheme}://{}:{client_port}", local())];
         let server = match source {
             Source::Endpoints(_) => unreachable!("endpoints cannot be started"),
             Source::Binary(binary) => {
@@ -147,6 +179,7 @@ impl Etcd {
                     COUNT.fetch_add(1, Ordering::Relaxed)
                 );
                 Server::Process {
+                    setup,
                     binary: binary.clone(),
                     client_port,
                     peer_port: free_port(),
@@ -160,12 +193,31 @@ impl Etcd {
                     .with_wait_for(WaitFor::message_on_stderr("ready to serve client requests"))
                     // A fixed port, so that it is the same after a restart.
                     .with_mapped_port(client_port, 2379.tcp());
+                let container = if setup.arguments.is_empty() {
+                    container
+                } else {
+                    let own = [
+                        "--data-dir=/data".to_owned(),
+                        format!("--listen-client-urls={scheme}://0.0.0.0:2379"),
+                        format!("--advertise-client-urls={scheme}://0.0.0.0:2379"),
+                    ];
+                    container.with_cmd(own.into_iter().chain(setup.arguments("/files")))
+                };
+                let container = match &setup.files {
+                    Some(files) => container
+                        .with_mount(Mount::bind_mount(files.display().to_string(), "/files")),
+                    None => container,
+                };
                 let container = block_on(container.start())
                     .unwrap_or_else(|error| panic!("cannot run image {image}: {error}"));
                 Server::Container(Some(Box::new(container)))
             }
         };
-        let etcd = Etcd { endpoints, server };
+        let etcd = Etcd {
+            endpoints,
+            https,
+            server,
+        };
         if matches!(etcd.server, Server::Process { .. }) {
             etcd.start();
         } else {
@@ -184,7 +236,9 @@ impl Etcd {
 
     /// `host:port` of the first endpoint.
     pub fn address(&self) -> String {
-        self.endpoints[0].trim_start_matches("http://").to_owned()
+        let endpoint = &self.endpoints[0];
+        let address = endpoint.split_once("://").map(|(_, address)| address);
+        address.unwrap_or(endpoint).to_owned()
     }
 
     pub async fn raw_client(&self) -> etcd_client::Client {
@@ -228,6 +282,7 @@ impl Etcd {
             Server::External | Server::Container(None) => unreachable!("not a running one"),
             Server::Container(Some(container)) => block_on(container.start()).unwrap(),
             Server::Process {
+                setup,
                 binary,
                 client_port,
                 peer_port,
@@ -235,9 +290,10 @@ impl Etcd {
                 running,
             } => {
                 let url = |port: u16| format!("http://{}:{port}", local());
+                let client_url = format!("{}://{}:{client_port}", setup.scheme(), local());
                 let arguments = [
-                    ["--listen-client-urls", &url(*client_port)],
-                    ["--advertise-client-urls", &url(*client_port)],
+                    ["--listen-client-urls", &client_url],
+                    ["--advertise-client-urls", &client_url],
                     ["--listen-peer-urls", &url(*peer_port)],
                     ["--initial-advertise-peer-urls", &url(*peer_port)],
                     ["--initial-cluster", &format!("default={}", url(*peer_port))],
@@ -249,6 +305,8 @@ impl Etcd {
                     .arg("--unsafe-no-fsync")
                     .arg("--data-dir")
                     .arg(data);
+                let files = setup.files.as_deref().unwrap_or(Path::new(""));
+                command.args(setup.arguments(&files.display().to_string()));
                 *running.lock().unwrap() = Some(Process::spawn(&command, data));
             }
         }
@@ -264,6 +322,15 @@ impl Etcd {
     }
 
     fn wait_until_it_serves(&self) {
+        if self.https {
+            // Who may connect, and with what, is the test's matter.
+            let start = Instant::now();
+            while std::net::TcpStream::connect(self.address()).is_err() {
+                assert!(start.elapsed() < super::DEADLINE, "etcd does not listen");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            return;
+        }
         let store = EtcdStore::new(self.options()).unwrap();
         block_on(async {
             let start = Instant::now();

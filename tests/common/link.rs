@@ -15,6 +15,8 @@ use tokio::task::JoinSet;
 pub struct Link {
     address: SocketAddr,
     connections: Arc<AtomicUsize>,
+    /// Each open connection holds one more.
+    open: Arc<()>,
     silent: watch::Sender<bool>,
     cut: Arc<tokio::sync::Notify>,
     _accepting: JoinSet<()>,
@@ -31,6 +33,8 @@ impl Link {
         let listener = TcpListener::bind((ip, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let connections = Arc::new(AtomicUsize::new(0));
+        let open = Arc::new(());
+        let to_hold = open.clone();
         let silent = watch::Sender::new(false);
         let (counter, state) = (connections.clone(), silent.subscribe());
         let cut = Arc::new(tokio::sync::Notify::new());
@@ -48,12 +52,18 @@ impl Link {
                 };
                 let Ok((near, _)) = near else { continue };
                 counter.fetch_add(1, Ordering::Relaxed);
-                passing.spawn(pass(near, target.clone(), state.clone()));
+                let held = to_hold.clone();
+                let passed = pass(near, target.clone(), state.clone());
+                passing.spawn(async move {
+                    passed.await;
+                    drop(held);
+                });
             }
         });
         Link {
             address,
             connections,
+            open,
             silent,
             cut,
             _accepting: accepting,
@@ -71,6 +81,12 @@ impl Link {
     /// Connections accepted so far.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Connections that neither side has closed.
+    pub fn open(&self) -> usize {
+        // Without this one, and the one that accepts.
+        Arc::strong_count(&self.open) - 2
     }
 
     /// Closes every connection there is.

@@ -2,6 +2,7 @@
 //! state with a deadline.
 #![allow(dead_code)] // each test crate uses its own part
 
+pub mod certificates;
 pub mod etcd;
 pub mod link;
 

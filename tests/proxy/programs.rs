@@ -16,8 +16,13 @@ struct Program {
 
 impl Program {
     fn start(name: &str, arguments: &[&str]) -> Self {
+        Self::start_with(name, arguments, &[])
+    }
+
+    fn start_with(name: &str, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let child = Command::new(binary(name))
             .args(arguments)
+            .envs(variables.iter().copied())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -324,6 +329,7 @@ fn every_field_is_in_every_configuration_file() {
     };
     let mut fields = fields_of("cluster", "cluster: { bogus: 1 }");
     fields.extend(fields_of("etcd", "cluster: { etcd: { bogus: 1 } }"));
+    fields.extend(fields_of("tls", "cluster: { etcd: { tls: { bogus: 1 } } }"));
     for section in ["headroom", "adaptive", "consistent", "zones"] {
         fields.extend(fields_of(
             section,
@@ -399,4 +405,105 @@ async fn a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves() {
     );
     assert_eq!(load.stop().await, Vec::<String>::new());
     following.abort();
+}
+
+/// With the flags, variables and fields that they have for it.
+#[cfg(feature = "tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_and_a_load_balancer_over_tls_with_users() {
+    use etcd_client::{Certificate, Client, ConnectOptions, Permission, PermissionType};
+
+    use super::common::certificates::{Authority, Directory};
+    use super::common::etcd::Setup;
+
+    let (server_files, files, group) = (Directory::new(), Directory::new(), group("secure"));
+    let ca = Authority::new("CA");
+    server_files.write_pair("server", &ca.server(&["127.0.0.1"]));
+    server_files.write("ca.pem", ca.pem());
+    let etcd = Etcd::with(Setup {
+        https: true,
+        arguments: vec![
+            "--cert-file={files}/server.pem".to_owned(),
+            "--key-file={files}/server.key".to_owned(),
+            "--bcrypt-cost=4".to_owned(),
+        ],
+        files: Some(server_files.path().to_owned()),
+    });
+    let tls = etcd_client::TlsOptions::new().ca_certificate(Certificate::from_pem(ca.pem()));
+    let options = ConnectOptions::default().with_tls(tls);
+    let mut root = Client::connect(etcd.endpoints(), Some(options))
+        .await
+        .unwrap();
+    let both = |prefix: &str| {
+        Permission::new(PermissionType::Readwrite, format!("{prefix}/{group}/")).with_prefix()
+    };
+    let own =
+        |id: &str| Permission::new(PermissionType::Readwrite, format!("registry/{group}/{id}"));
+    let read = |prefix: &str| Permission::read(prefix).with_prefix();
+    for (user, permissions) in [
+        ("root", vec![]),
+        ("w1", vec![own("w1"), both("election")]),
+        ("w2", vec![own("w2"), both("election")]),
+        ("balancer", vec![read("registry/"), read("election/")]),
+    ] {
+        root.role_add(user).await.unwrap();
+        for permission in permissions {
+            root.role_grant_permission(user, permission).await.unwrap();
+        }
+        root.user_add(user, format!("password of {user}"), None)
+            .await
+            .unwrap();
+        root.user_grant_role(user, user).await.unwrap();
+    }
+    root.auth_enable().await.unwrap();
+
+    let ca_file = files.write("ca.pem", ca.pem());
+    let (client_cert, client_key) = files.write_pair("client", &ca.client("client"));
+    let endpoint = etcd.endpoints().remove(0);
+    let start = |id: &str, more: &[&str], variables: &[(&str, &str)]| {
+        let listen = format!("{}:{}", local(), free_port());
+        let arguments = [
+            &[
+                "--etcd", &endpoint, "--group", &group, "--id", id, "--listen", &listen,
+            ],
+            &["--etcd-ca", ca_file.to_str().unwrap(), "--etcd-user", id][..],
+            more,
+        ];
+        Program::start_with("worker", &arguments.concat(), variables)
+    };
+    let file = files.write("w1", "password of w1\n");
+    let _first = start("w1", &["--etcd-password-file", file.to_str().unwrap()], &[]);
+    let identity = [
+        "--etcd-cert",
+        client_cert.to_str().unwrap(),
+        "--etcd-key",
+        client_key.to_str().unwrap(),
+    ];
+    let _second = start("w2", &identity, &[("ETCD_PASSWORD", "password of w2")]);
+
+    let (file, url) = adapted("load_balancer.yaml", &endpoint, &group);
+    let text = std::fs::read_to_string(&file).unwrap();
+    let fields = [
+        (
+            "\n      ca_file: null",
+            format!("\n      ca_file: {}", ca_file.display()),
+        ),
+        ("\n    user: null", "\n    user: balancer".to_owned()),
+        (
+            "\n    password_env: null",
+            "\n    password_env: BALANCER".to_owned(),
+        ),
+    ];
+    let text = fields.iter().fold(text, |text, (from, to)| {
+        assert_eq!(text.matches(from).count(), 1, "{from}");
+        text.replace(from, to)
+    });
+    std::fs::write(&file, text).unwrap();
+    let _balancer = Program::start_with(
+        "load_balancer",
+        &["--conf", file.to_str().unwrap()],
+        &[("BALANCER", "password of balancer")],
+    );
+    until_it_answers(&url).await;
+    until_nodes_answer(&url, 2).await;
 }

@@ -1,5 +1,6 @@
 //! One connection at a time, to one endpoint, and the choice of the next one.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use etcd_client::{Client, ConnectOptions};
@@ -8,6 +9,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::breaker::Breaker;
+use super::security::{Fingerprint, Token, perhaps_https};
 use super::watcher::WatchStreams;
 use super::{EtcdStore, bounded};
 use crate::error::ClusterError;
@@ -19,11 +21,20 @@ pub(super) struct Link {
     /// Dropped with the connection: ends the streams on it that have not noticed yet.
     open: Option<watch::Sender<()>>,
     /// Counts connections, so that a failure is only held against the one it happened on.
-    generation: u64,
+    pub(super) generation: u64,
     /// The endpoint to try next.
     next: usize,
     warned_about_version: bool,
     pub(super) breaker: Breaker,
+    /// Endpoints that refuse TLS or the user, told once each until they do not.
+    refusing: BTreeMap<String, ClusterError>,
+}
+
+/// A client that has been answered.
+pub(super) struct Dialed {
+    pub(super) client: Client,
+    version: String,
+    files: Fingerprint,
 }
 
 #[derive(Clone)]
@@ -33,6 +44,7 @@ pub(super) struct Connection {
     pub(super) generation: u64,
     /// The one stream that every watch on this connection shares.
     pub(super) watches: WatchStreams,
+    pub(super) token: Token,
 }
 
 impl std::fmt::Debug for Connection {
@@ -74,12 +86,13 @@ impl EtcdStore {
             };
             let endpoint = &endpoints[index];
             match self.dial(endpoint, true).await {
-                Ok((client, version)) => {
-                    return Ok(self.connected(client, index, endpoint, &version));
-                }
+                Ok(dialed) => return Ok(self.connected(dialed, index, endpoint)),
                 Err(error) => {
-                    debug!(endpoint, %error, "cannot connect to etcd");
-                    last = Some(error);
+                    self.tell_refusal(endpoint, &error);
+                    // One that says what to mend is not hidden by one that is only silent.
+                    if !last.as_ref().is_some_and(is_refusal) || is_refusal(&error) {
+                        last = Some(error);
+                    }
                 }
             }
         }
@@ -111,15 +124,40 @@ impl EtcdStore {
         }
     }
 
-    fn connected(&self, client: Client, index: usize, endpoint: &str, version: &str) -> Connection {
+    /// Once, not at each try: until it changes.
+    fn tell_refusal(&self, endpoint: &str, error: &ClusterError) {
+        debug!(endpoint, %error, "cannot connect to etcd");
+        if !is_refusal(error) {
+            return;
+        }
+        let mut link = self.link();
+        if link.refusing.get(endpoint) != Some(error) {
+            warn!(endpoint, %error, "etcd cannot be used");
+            link.refusing.insert(endpoint.to_owned(), error.clone());
+        }
+    }
+
+    pub(super) fn connected(&self, dialed: Dialed, index: usize, endpoint: &str) -> Connection {
+        let Dialed {
+            client,
+            version,
+            files,
+        } = dialed;
         info!(endpoint, version, "connected to etcd");
         let (open, is_open) = watch::channel(());
         let endpoint: Arc<str> = Arc::from(endpoint);
         let options = &self.shared.options;
-        let watches = WatchStreams::new(&client, endpoint.clone(), version, options, is_open);
+        let watches = WatchStreams::new(
+            &client,
+            endpoint.clone(),
+            tells_progress(&version),
+            options,
+            is_open,
+        );
         let mut link = self.link();
         link.breaker.connected();
-        if !link.warned_about_version && has_lease_bug(version) {
+        link.refusing.remove(&*endpoint);
+        if !link.warned_about_version && has_lease_bug(&version) {
             link.warned_about_version = true;
             warn!(
                 endpoint = &*endpoint,
@@ -135,7 +173,12 @@ impl EtcdStore {
             endpoint,
             generation: link.generation,
             watches,
+            token: Token::default(),
         };
+        #[cfg(feature = "tls")]
+        super::renewal::FileWatch::start(self, &connection, files, open.subscribe());
+        #[cfg(not(feature = "tls"))]
+        let _ = files;
         link.open = Some(open);
         link.connection = Some(connection.clone());
         connection
@@ -144,11 +187,7 @@ impl EtcdStore {
     /// Connects to one endpoint and makes sure that it answers: connecting alone succeeds even
     /// where nobody listens. Without `quorum` a member that sees no leader will do, for what it can
     /// answer by itself.
-    pub(super) async fn dial(
-        &self,
-        endpoint: &str,
-        quorum: bool,
-    ) -> Result<(Client, String), ClusterError> {
+    pub(super) async fn dial(&self, endpoint: &str, quorum: bool) -> Result<Dialed, ClusterError> {
         let options = &self.shared.options;
         let connect = ConnectOptions::default()
             .with_connect_timeout(options.connect_timeout)
@@ -156,13 +195,25 @@ impl EtcdStore {
             .with_require_leader(quorum)
             .with_tcp_keepalive(options.keep_alive_interval)
             .with_keep_alive(options.keep_alive_interval, options.request_timeout);
+        let (connect, files) = self.secured(endpoint, connect).await?;
         let connecting = async {
             let mut client = Client::connect([endpoint], Some(connect)).await?;
             let status = client.status().await?;
             Ok((client, status.version().to_owned(), status.leader()))
         };
-        let (client, version, leader) =
-            bounded("connect", endpoint, options.connect_timeout, connecting).await?;
+        let dialed = bounded("connect", endpoint, options.connect_timeout, connecting)
+            .await
+            .map_err(|error| self.about_access(error, String::new));
+        #[cfg(feature = "tls")]
+        let dialed = match dialed {
+            Err(error) => Err(self.diagnosed(endpoint, error).await),
+            dialed => dialed,
+        };
+        let dialed = dialed.map_err(|error| match &options.tls {
+            Some(_) => error,
+            None => perhaps_https(endpoint, error),
+        });
+        let (client, version, leader) = dialed?;
         if leader == 0 && quorum {
             return Err(ClusterError::Unavailable {
                 endpoint: endpoint.to_owned(),
@@ -170,7 +221,41 @@ impl EtcdStore {
                 reason: "this member sees no leader".to_owned(),
             });
         }
-        Ok((client, version))
+        Ok(Dialed {
+            client,
+            version,
+            files,
+        })
+    }
+
+    /// A stream for watches that is opened with the token of now: the one there is goes on with the
+    /// one it was opened with, for the watches that are on it.
+    pub(super) fn with_fresh_watches(
+        &self,
+        mut connection: Connection,
+        stale: &WatchStreams,
+    ) -> Connection {
+        let mut link = self.link();
+        let Link {
+            connection: Some(current),
+            open: Some(open),
+            ..
+        } = &mut *link
+        else {
+            return connection;
+        };
+        if current.generation == connection.generation {
+            // Somebody else may have been faster.
+            if current.watches.is_same(stale) {
+                let (endpoint, open) = (current.endpoint.clone(), open.subscribe());
+                let tells_progress = current.watches.tells_progress;
+                let options = &self.shared.options;
+                current.watches =
+                    WatchStreams::new(&current.client, endpoint, tells_progress, options, open);
+            }
+            connection.watches = current.watches.clone();
+        }
+        connection
     }
 
     /// Gives up the connection after a failure on it, unless it has been replaced already, and
@@ -184,6 +269,11 @@ impl EtcdStore {
             link.next = (link.next + 1) % self.shared.options.endpoints.len();
         }
     }
+}
+
+/// Whether somebody has to mend something.
+fn is_refusal(error: &ClusterError) -> bool {
+    matches!(error, ClusterError::Tls { .. } | ClusterError::Auth { .. })
 }
 
 /// The one call that is let through while the breaker is open.
@@ -205,7 +295,7 @@ fn parse(version: &str) -> (u32, u32, u32) {
 
 /// Whether the revision of an answer to a progress request can be gone on from: before 3.5.13 it
 /// could be ahead of events that were still to come.
-pub(super) fn tells_progress(version: &str) -> bool {
+fn tells_progress(version: &str) -> bool {
     parse(version) >= (3, 5, 13)
 }
 

@@ -13,8 +13,8 @@ pub(super) struct EtcdKeeper {
     store: EtcdStore,
     lease: Lease,
     stream: Option<KeepAliveStream>,
-    /// The connection that the renewal in progress is on.
-    used: Option<u64>,
+    /// The connection that the renewal in progress is on, and which token it had.
+    used: Option<(u64, u64)>,
 }
 
 struct KeepAliveStream {
@@ -33,14 +33,32 @@ impl EtcdKeeper {
         }
     }
 
+    /// With a new token and a new stream, if the token is refused.
+    async fn renew_with_token(&mut self) -> Result<i64, ClusterError> {
+        let error = match self.renew_on_stream().await {
+            Err(error) if self.store.may_renew(&error) => error,
+            result => return result,
+        };
+        let Some((generation, version)) = self.used else {
+            return Err(error);
+        };
+        self.stream = None;
+        self.store.renew_token(generation, version).await?;
+        self.renew_on_stream().await
+    }
+
     async fn renew_on_stream(&mut self) -> Result<i64, ClusterError> {
         const OPERATION: &str = "renew";
         let after = self.store.timeout();
+        // One on a connection that has been given up, or replaced, is not used any more.
+        if self.used.map(|(generation, _)| generation) != Some(self.store.link().generation) {
+            self.stream = None;
+        }
         match &mut self.stream {
             None => {
                 self.used = None;
                 let connection = self.store.connection(OPERATION).await?;
-                self.used = Some(connection.generation);
+                self.used = Some((connection.generation, connection.token.version()));
                 let mut client = connection.client;
                 // Sends the first renewal and waits for its reply.
                 let opened = client.lease_keep_alive(self.lease.id.0).await;
@@ -74,7 +92,7 @@ impl EtcdKeeper {
 impl LeaseKeeper for EtcdKeeper {
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
         let lease = self.lease.id;
-        let renewal = tokio::time::timeout(within, self.renew_on_stream()).await;
+        let renewal = tokio::time::timeout(within, self.renew_with_token()).await;
         let error = match renewal {
             Ok(Ok(ttl)) if ttl > 0 => {
                 self.store.link().breaker.succeeded();
@@ -91,7 +109,7 @@ impl LeaseKeeper for EtcdKeeper {
         };
         // A late reply must never be taken for the answer to the next renewal.
         self.stream = None;
-        if let Some(generation) = self.used
+        if let Some((generation, _)) = self.used
             && error.blames_connection()
         {
             self.store.discard(generation, &error);

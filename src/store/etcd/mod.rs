@@ -7,7 +7,12 @@
 
 mod breaker;
 mod connection;
+#[cfg(feature = "tls")]
+mod diagnosis;
 mod keeper;
+#[cfg(feature = "tls")]
+mod renewal;
+mod security;
 mod watcher;
 
 use std::future::Future;
@@ -26,8 +31,9 @@ use super::{
     Store, StoreStatus, Txn, WatchRange, Watcher, Write,
 };
 use crate::error::ClusterError;
-use connection::Link;
+use connection::{Connection, Link};
 use keeper::EtcdKeeper;
+use security::{refusal, tls_failure, words_of};
 use watcher::EtcdWatcher;
 
 /// How many bytes a page of a list is to have. How many entries that are is told by those before.
@@ -74,6 +80,29 @@ impl EtcdStore {
         })
     }
 
+    async fn watch_on(
+        &self,
+        connection: &Connection,
+        ranges: &[WatchRange],
+    ) -> Result<EtcdWatcher, ClusterError> {
+        let after = self.timeout();
+        let opening = EtcdWatcher::open(self, connection, ranges.to_vec());
+        let opened = tokio::time::timeout(after, opening).await;
+        let opened = opened.unwrap_or_else(|_| {
+            Err(ClusterError::Timeout {
+                endpoint: connection.endpoint.to_string(),
+                operation: "watch",
+                after,
+            })
+        });
+        if let Err(error) = &opened
+            && error.blames_connection()
+        {
+            self.discard(connection.generation, error);
+        }
+        opened
+    }
+
     fn timeout(&self) -> Duration {
         self.shared.options.request_timeout
     }
@@ -85,16 +114,37 @@ impl EtcdStore {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One bounded request on the current connection, which is discarded if it turns out dead.
+    /// One bounded request on the current connection, which is discarded if it turns out dead. With
+    /// a new token it is made once more, if the token is refused: it has not taken effect then.
     async fn call<T, F>(
         &self,
         operation: &'static str,
-        request: impl FnOnce(Client) -> F,
+        request: impl Fn(Client) -> F,
     ) -> Result<T, ClusterError>
     where
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
         let connection = self.connection(operation).await?;
+        let (generation, version) = (connection.generation, connection.token.version());
+        let result = self.call_on(operation, connection, &request).await;
+        match result {
+            Err(error) if self.may_renew(&error) => {
+                let connection = self.renew_token(generation, version).await?;
+                self.call_on(operation, connection, &request).await
+            }
+            result => result,
+        }
+    }
+
+    async fn call_on<T, F>(
+        &self,
+        operation: &'static str,
+        connection: Connection,
+        request: &impl Fn(Client) -> F,
+    ) -> Result<T, ClusterError>
+    where
+        F: Future<Output = Result<T, etcd_client::Error>>,
+    {
         let result = bounded(
             operation,
             &connection.endpoint,
@@ -106,7 +156,7 @@ impl EtcdStore {
             Err(error) if error.blames_connection() => self.discard(connection.generation, error),
             _ => self.link().breaker.succeeded(),
         }
-        result
+        result.map_err(|error| self.about_access(error, String::new))
     }
 }
 
@@ -153,7 +203,7 @@ impl EtcdStore {
         endpoint: &str,
         keys: &Selector,
     ) -> Result<Listing, ClusterError> {
-        let (client, _) = self.dial(endpoint, false).await?;
+        let client = self.dial(endpoint, false).await?.client;
         let (mut start, end) = range(keys);
         let mut listing: Option<Listing> = None;
         loop {
@@ -211,7 +261,6 @@ fn explain(
 ) -> ClusterError {
     use etcd_client::Error as E;
     // `tonic::Code` by number, for the crate does not pass the type on.
-    const CANCELLED: i32 = 1;
     const INVALID_ARGUMENT: i32 = 3;
     const DEADLINE_EXCEEDED: i32 = 4;
     const NOT_FOUND: i32 = 5;
@@ -235,13 +284,15 @@ fn explain(
     match error {
         E::GRpcStatus(status) => {
             let words = status.message();
+            if let Some(refused) = refusal(operation, endpoint, words) {
+                return refused;
+            }
             match status.code() as i32 {
                 DEADLINE_EXCEEDED => ClusterError::Timeout {
                     endpoint: endpoint.to_owned(),
                     operation,
                     after,
                 },
-                CANCELLED => unavailable(words.to_owned()),
                 RESOURCE_EXHAUSTED => ClusterError::Exhausted {
                     endpoint: endpoint.to_owned(),
                     operation,
@@ -261,8 +312,20 @@ fn explain(
                 },
                 INVALID_ARGUMENT | NOT_FOUND | PERMISSION_DENIED | FAILED_PRECONDITION
                 | UNIMPLEMENTED | UNAUTHENTICATED => rejected(words),
-                _ => unavailable(words.to_owned()),
+                _ => {
+                    // Not the status itself, which shows all of it unordered.
+                    let causes = std::error::Error::source(status).map(words_of);
+                    let words = match causes {
+                        Some(causes) => causes,
+                        None => words.to_owned(),
+                    };
+                    tls_failure(endpoint, &words).unwrap_or_else(|| unavailable(words))
+                }
             }
+        }
+        E::TransportError(error) => {
+            let words = words_of(error);
+            tls_failure(endpoint, &words).unwrap_or_else(|| unavailable(words))
         }
         E::LeaseKeepAliveError(words) if words.contains("lease not found") => {
             ClusterError::LeaseNotFound { lease: LeaseId(0) }
@@ -337,18 +400,24 @@ impl Store for EtcdStore {
             .call("revoke", |mut client| async move {
                 client.lease_revoke(lease.0).await
             })
-            .await;
+            .await
+            .map_err(|error| self.about_access(error, || format!("the keys of lease {lease}")));
         about_lease(lease, result).map(drop)
     }
 
     async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
         let lease = txn.lease().unwrap_or(LeaseId(0));
+        let keys = keys_of(&txn);
         let conditions: Vec<_> = txn.conditions.iter().map(compare).collect();
         let writes: Vec<_> = txn.writes.into_iter().map(operation).collect();
         let request = etcd_client::Txn::new().when(conditions).and_then(writes);
         let result = self
-            .call("txn", |mut client| async move { client.txn(request).await })
-            .await;
+            .call("txn", |mut client| {
+                let request = request.clone();
+                async move { client.txn(request).await }
+            })
+            .await
+            .map_err(|error| self.about_access(error, || keys.join(", ")));
         let response = about_lease(lease, result)?;
         let revision = response.header().map_or(0, |header| header.revision());
         Ok(response.succeeded().then_some(revision))
@@ -377,16 +446,17 @@ impl Store for EtcdStore {
         loop {
             let entries = self.page_entries();
             let options = page_options(end.as_deref(), at, entries);
-            let from = start.clone();
             let page = self
-                .call("list", |client| async move {
-                    large_kv(&client).get(from, Some(options)).await
+                .call("list", |client| {
+                    let (from, options) = (start.clone(), options.clone());
+                    async move { large_kv(&client).get(from, Some(options)).await }
                 })
                 .await;
             match page {
                 // There is no telling how large each is: fewer of them.
                 Err(ClusterError::TooLarge { .. }) if entries > 1 => self.saw_large(entries),
-                page => return Ok(self.page(&page?, at)),
+                Err(error) => return Err(self.about_access(error, || keys.as_str().to_owned())),
+                Ok(page) => return Ok(self.page(&page, at)),
             }
         }
     }
@@ -425,10 +495,17 @@ impl Store for EtcdStore {
             .collect();
         let request = etcd_client::Txn::new().and_then(reads);
         let response = self
-            .call("list", |client| async move {
-                large_kv(&client).txn(request).await
+            .call("list", |client| {
+                let request = request.clone();
+                async move { large_kv(&client).txn(request).await }
             })
-            .await?;
+            .await
+            .map_err(|error| {
+                self.about_access(error, || {
+                    let all: Vec<_> = all.iter().map(Selector::as_str).collect();
+                    all.join(", ")
+                })
+            })?;
         let (revision, cluster_id) = position(response.header());
         let mut listings = Vec::with_capacity(all.len());
         for (keys, answer) in all.iter().zip(response.op_responses()) {
@@ -450,26 +527,38 @@ impl Store for EtcdStore {
 
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
         let connection = self.connection("watch").await?;
-        let after = self.timeout();
-        let opened = tokio::time::timeout(after, EtcdWatcher::open(self, &connection, ranges))
-            .await
-            .unwrap_or_else(|_| {
-                Err(ClusterError::Timeout {
-                    endpoint: connection.endpoint.to_string(),
-                    operation: "watch",
-                    after,
-                })
-            });
+        let (generation, version) = (connection.generation, connection.token.version());
+        let mut opened = self.watch_on(&connection, &ranges).await;
+        if let Err(error) = &opened
+            && self.may_renew_for_watch(error, &connection.watches)
+        {
+            // The stream has the token that it was opened with.
+            let fresh = self.renew_token(generation, version).await?;
+            let fresh = self.with_fresh_watches(fresh, &connection.watches);
+            opened = self.watch_on(&fresh, &ranges).await;
+        }
         match opened {
             Ok(watcher) => Ok(Box::new(watcher)),
-            Err(error) => {
-                if error.blames_connection() {
-                    self.discard(connection.generation, &error);
-                }
-                Err(error)
-            }
+            Err(error) => Err(self.about_access(error, || {
+                let all: Vec<_> = ranges.iter().map(|range| range.keys.as_str()).collect();
+                all.join(", ")
+            })),
         }
     }
+}
+
+/// Every key that a transaction is about.
+fn keys_of(txn: &Txn) -> Vec<String> {
+    let conditions = txn.conditions.iter().map(|condition| match condition {
+        Condition::Absent(key) | Condition::HeldBy(key, _) | Condition::CreatedAt(key, _) => key,
+    });
+    let writes = txn.writes.iter().map(|write| match write {
+        Write::Put { key, .. } | Write::Delete { key } => key,
+    });
+    let mut keys: Vec<_> = conditions.chain(writes).cloned().collect();
+    keys.sort_unstable();
+    keys.dedup();
+    keys
 }
 
 /// A client for large answers.

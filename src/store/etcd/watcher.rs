@@ -17,7 +17,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
-use super::connection::{Connection, tells_progress};
+use super::connection::Connection;
+use super::security::refusal;
 use super::{EtcdOptions, EtcdStore, LARGEST_RESPONSE, entry, explain, prefix_end};
 use crate::error::ClusterError;
 use crate::store::{Selector, WatchEvent, WatchRange, Watcher};
@@ -49,6 +50,9 @@ enum Command {
 pub(super) struct WatchStreams {
     commands: mpsc::UnboundedSender<Command>,
     next_id: Arc<AtomicI64>,
+    started: Instant,
+    /// Whether a watch can be gone on with from the revision in an answer to a progress request.
+    pub(super) tells_progress: bool,
 }
 
 impl WatchStreams {
@@ -56,7 +60,7 @@ impl WatchStreams {
     pub(super) fn new(
         client: &Client,
         endpoint: Arc<str>,
-        version: &str,
+        tells_progress: bool,
         options: &EtcdOptions,
         open: watch::Receiver<()>,
     ) -> Self {
@@ -71,7 +75,7 @@ impl WatchStreams {
             timeout: options.request_timeout,
             patience: options.silence_timeout,
             asks_for_progress: options.asks_for_progress,
-            tells_progress: tells_progress(version),
+            tells_progress,
             stream: None,
             next_id: next_id.clone(),
             pending: VecDeque::new(),
@@ -79,7 +83,20 @@ impl WatchStreams {
             silence: Silence::new(),
         };
         tokio::spawn(dispatcher.run(inbox, open));
-        Self { commands, next_id }
+        Self {
+            commands,
+            next_id,
+            started: Instant::now(),
+            tells_progress,
+        }
+    }
+
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.commands.same_channel(&other.commands)
+    }
+
+    pub(super) fn age(&self) -> Duration {
+        self.started.elapsed()
     }
 
     fn next_id(&self) -> i64 {
@@ -485,20 +502,12 @@ impl EtcdWatcher {
         }
         if response.canceled() {
             let reason = response.cancel_reason().to_owned();
-            let (endpoint, operation) = (self.endpoint.to_string(), "watch");
-            return Err(if reason.contains("permission denied") {
-                ClusterError::Rejected {
-                    endpoint,
-                    operation,
-                    reason,
-                }
-            } else {
-                ClusterError::Unavailable {
-                    endpoint,
-                    operation,
-                    reason,
-                }
-            });
+            let refused = refusal("watch", &self.endpoint, &reason);
+            return Err(refused.unwrap_or_else(|| ClusterError::Unavailable {
+                endpoint: self.endpoint.to_string(),
+                operation: "watch",
+                reason,
+            }));
         }
         Ok(())
     }

@@ -1,0 +1,494 @@
+//! TLS and the user of a connection: made with what the files say now, kept current while it is
+//! open, and told in clear words when it fails.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use etcd_client::{Client, ConnectOptions};
+use tracing::debug;
+
+use super::connection::Connection;
+use super::watcher::WatchStreams;
+use super::{EtcdStore, bounded};
+use crate::error::ClusterError;
+
+/// What etcd says of a token that it does not know any more: it has expired, or its user has
+/// changed.
+const INVALID_TOKEN: &str = "invalid auth token";
+/// What it says of a token from before the last change of any user or role; and what 3.5.1 says
+/// where it passes its inner error on.
+const OLD_REVISION: &str = "revision of auth store is old";
+const OLD_REVISION_INSIDE: &str = "revision in header is old";
+
+/// From this age of a stream on its token may have expired.
+const DOUBT_AFTER: Duration = Duration::from_secs(1);
+
+/// The token of a connection is renewed by one caller at a time; the others wait for its outcome.
+#[derive(Clone, Default)]
+pub(super) struct Token(Arc<Renewals>);
+
+#[derive(Default)]
+struct Renewals {
+    count: AtomicU64,
+    outcome: tokio::sync::Mutex<Option<ClusterError>>,
+}
+
+impl Token {
+    /// Changes with each renewal. To be noted before what may find the token refused.
+    pub(super) fn version(&self) -> u64 {
+        self.0.count.load(Ordering::Acquire)
+    }
+}
+
+/// The certificate files that a connection was made with.
+pub(super) type Fingerprint = Option<u128>;
+
+impl EtcdStore {
+    /// Adds TLS and user to the options of a new connection, from the files as they are now.
+    pub(super) async fn secured(
+        &self,
+        endpoint: &str,
+        connect: ConnectOptions,
+    ) -> Result<(ConnectOptions, Fingerprint), ClusterError> {
+        let options = &self.shared.options;
+        let (connect, fingerprint) = self.with_tls(endpoint, connect).await?;
+        let Some(credentials) = &options.credentials else {
+            return Ok((connect, fingerprint));
+        };
+        let password = self.password(endpoint).await?;
+        let connect = connect.with_user(&credentials.user, password);
+        Ok((connect, fingerprint))
+    }
+
+    #[cfg(not(feature = "tls"))]
+    async fn with_tls(
+        &self,
+        _: &str,
+        connect: ConnectOptions,
+    ) -> Result<(ConnectOptions, Fingerprint), ClusterError> {
+        Ok((connect, None))
+    }
+
+    #[cfg(feature = "tls")]
+    async fn with_tls(
+        &self,
+        endpoint: &str,
+        connect: ConnectOptions,
+    ) -> Result<(ConnectOptions, Fingerprint), ClusterError> {
+        use etcd_client::{Certificate, Identity, TlsOptions};
+        let options = &self.shared.options;
+        if options.tls.is_none() && !endpoint.starts_with("https://") {
+            return Ok((connect, None));
+        }
+        let given = options.tls.clone().unwrap_or_default();
+        let server_name = given.server_name.clone();
+        let files = blocking(endpoint, move || given.load()).await?;
+        let files = files.map_err(|error| ClusterError::Tls {
+            endpoint: endpoint.to_owned(),
+            reason: error.to_string(),
+        })?;
+        let fingerprint = files.fingerprint();
+        let mut tls = TlsOptions::new();
+        tls = match files.ca {
+            Some(ca) => tls.ca_certificate(Certificate::from_pem(ca)),
+            None => tls.with_native_roots(),
+        };
+        if let Some((cert, key)) = files.identity {
+            tls = tls.identity(Identity::from_pem(cert, key));
+        }
+        if let Some(name) = server_name {
+            tls = tls.domain_name(name);
+        }
+        Ok((connect.with_tls(tls), Some(fingerprint)))
+    }
+
+    /// The password of now.
+    async fn password(&self, endpoint: &str) -> Result<String, ClusterError> {
+        let Some(credentials) = self.shared.options.credentials.clone() else {
+            return Ok(String::new());
+        };
+        let password = blocking(endpoint, move || credentials.password.read()).await?;
+        password.map_err(|error| ClusterError::Auth {
+            endpoint: endpoint.to_owned(),
+            reason: error.to_string(),
+        })
+    }
+
+    /// Whether a new token would help.
+    pub(super) fn may_renew(&self, error: &ClusterError) -> bool {
+        self.shared.options.credentials.is_some() && error.is_token_refused()
+    }
+
+    /// The same for a watch that was asked for on this stream. An older etcd answers
+    /// "permission denied" when the token has expired, so that is believed of a new stream only.
+    pub(super) fn may_renew_for_watch(&self, error: &ClusterError, on: &WatchStreams) -> bool {
+        let doubtful = error.is_missing_permission() && on.age() > DOUBT_AFTER;
+        self.shared.options.credentials.is_some() && (doubtful || error.is_token_refused())
+    }
+
+    /// Gets a new token for a connection, unless somebody has got one since `version`, and
+    /// answers with the connection to go on with.
+    pub(super) async fn renew_token(
+        &self,
+        generation: u64,
+        version: u64,
+    ) -> Result<Connection, ClusterError> {
+        let connection = self.connection("authenticate").await?;
+        if connection.generation != generation {
+            // Another one since, with a token of its own.
+            return Ok(connection);
+        }
+        let renewals = connection.token.0.clone();
+        let mut outcome = renewals.outcome.lock().await;
+        if connection.token.version() == version {
+            let renewed = self.authenticate(&connection).await;
+            *outcome = renewed.err();
+            renewals.count.fetch_add(1, Ordering::Release);
+        }
+        match &*outcome {
+            None => Ok(connection),
+            Some(error) => Err(error.clone()),
+        }
+    }
+
+    async fn authenticate(&self, connection: &Connection) -> Result<(), ClusterError> {
+        let Some(credentials) = &self.shared.options.credentials else {
+            return Ok(());
+        };
+        let endpoint = &connection.endpoint;
+        let password = self.password(endpoint).await?;
+        let user = Some((credentials.user.clone(), password));
+        let mut client: Client = connection.client.clone();
+        let renewal = client.update_user(user);
+        let result = bounded("authenticate", endpoint, self.timeout(), renewal).await;
+        if let Err(error) = &result
+            && error.blames_connection()
+        {
+            self.discard(connection.generation, error);
+        }
+        result.map_err(|error| self.about_access(error, String::new))?;
+        debug!(
+            endpoint = &**endpoint,
+            user = credentials.user,
+            "token renewed"
+        );
+        Ok(())
+    }
+
+    /// Puts into an error what only the options, or the caller, know: which user it is about,
+    /// and which keys.
+    pub(super) fn about_access(
+        &self,
+        error: ClusterError,
+        keys: impl FnOnce() -> String,
+    ) -> ClusterError {
+        let options = &self.shared.options;
+        match error {
+            ClusterError::PermissionDenied {
+                endpoint,
+                operation,
+                ..
+            } => ClusterError::PermissionDenied {
+                endpoint,
+                operation,
+                user: match &options.credentials {
+                    Some(credentials) => format!("user {:?}", credentials.user),
+                    None => "the user of the client certificate".to_owned(),
+                },
+                keys: keys(),
+            },
+            ClusterError::Auth { endpoint, reason } => {
+                let reason = match &options.credentials {
+                    Some(credentials) if !reason.contains("user \"") => {
+                        format!("{reason} (user {:?})", credentials.user)
+                    }
+                    _ => reason,
+                };
+                ClusterError::Auth { endpoint, reason }
+            }
+            ClusterError::Tls { endpoint, reason } if reason == CERTIFICATE_REFUSED => {
+                let tls = options.tls.as_ref();
+                let reason = match tls.and_then(|tls| tls.cert_file.as_ref()) {
+                    Some(path) => {
+                        format!("etcd refuses the client certificate {}", path.display())
+                    }
+                    None => "etcd wants a client certificate, and tls.cert_file is not set".into(),
+                };
+                ClusterError::Tls { endpoint, reason }
+            }
+            other => other,
+        }
+    }
+}
+
+pub(super) async fn blocking<T: Send + 'static>(
+    endpoint: &str,
+    read: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ClusterError> {
+    let read = tokio::task::spawn_blocking(read).await;
+    read.map_err(|error| ClusterError::Unavailable {
+        endpoint: endpoint.to_owned(),
+        operation: "connect",
+        reason: error.to_string(),
+    })
+}
+
+impl ClusterError {
+    /// Whether etcd refused the token, not the user.
+    fn is_token_refused(&self) -> bool {
+        matches!(self, Self::Auth { reason, .. } if is_about_token(reason))
+    }
+}
+
+fn is_about_token(words: &str) -> bool {
+    [INVALID_TOKEN, OLD_REVISION, OLD_REVISION_INSIDE]
+        .iter()
+        .any(|refused| words.contains(refused))
+}
+
+/// What etcd's words say about the user, if they do. Errors and cancelled watches have the same.
+pub(super) fn refusal(
+    operation: &'static str,
+    endpoint: &str,
+    words: &str,
+) -> Option<ClusterError> {
+    let endpoint = endpoint.to_owned();
+    if words.contains("permission denied") {
+        return Some(ClusterError::PermissionDenied {
+            endpoint,
+            operation,
+            user: String::new(),
+            keys: String::new(),
+        });
+    }
+    let reason = if words.contains("invalid user ID or password") {
+        "wrong user or password".to_owned()
+    } else if words.contains("authentication is not enabled") {
+        "authentication is not enabled there: enable it, or give no user and password".to_owned()
+    } else if words.contains("user name is empty") {
+        "it wants a user and a password, and none are given".to_owned()
+    } else if is_about_token(words) {
+        words.to_owned()
+    } else {
+        return None;
+    };
+    Some(ClusterError::Auth { endpoint, reason })
+}
+
+/// Stands for what only the options know more of.
+const CERTIFICATE_REFUSED: &str = "the client certificate is refused";
+
+/// What the words of a failed connection say about TLS, if they do. They are rustls's: its types
+/// do not come through all the layers above it.
+pub(super) fn tls_failure(endpoint: &str, words: &str) -> Option<ClusterError> {
+    let has = |part: &str| words.contains(part);
+    let reason = if has("UnknownIssuer") || has("BadSignature") {
+        "its certificate is not signed by a CA in tls.ca_file, or by one that the system trusts \
+         where that is not set"
+            .to_owned()
+    } else if has("certificate expired") || has("invalid peer certificate: Expired") {
+        // Without the time of now, which would make each such error another one.
+        let when = number_after(words, "not valid after ");
+        format!(
+            "its certificate has expired{}",
+            when("; Unix time of its end: ")
+        )
+    } else if has("certificate not valid yet") || has("NotValidYet") {
+        let when = number_after(words, "not valid before ");
+        format!(
+            "its certificate is not valid yet{}",
+            when("; Unix time of its start: ")
+        )
+    } else if has("certificate not valid for name") || has("NotValidForName") {
+        format!(
+            "its certificate is for another name, see tls.server_name: not valid for name {}",
+            after(words, "certificate not valid for name")
+        )
+    } else if has("received fatal alert") {
+        let alert = after(words, "received fatal alert: ");
+        let of_certificate = ["Certificate", "UnknownCA", "AccessDenied"];
+        if of_certificate.iter().any(|part| alert.contains(part)) {
+            CERTIFICATE_REFUSED.to_owned()
+        } else {
+            format!("it says {alert}")
+        }
+    } else if has("InvalidContentType") || has("tls handshake eof") {
+        "it does not speak TLS there, perhaps an endpoint for http://".to_owned()
+    } else if has("invalid peer certificate") {
+        format!(
+            "its certificate is refused: {}",
+            after(words, "invalid peer certificate")
+        )
+    } else if has("no native certs found") {
+        "the system has no CAs, set tls.ca_file".to_owned()
+    } else if has("peer is incompatible") || has("peer misbehaved") || has("HTTP/2 was not neg") {
+        words.to_owned()
+    } else {
+        return None;
+    };
+    Some(ClusterError::Tls {
+        endpoint: endpoint.to_owned(),
+        reason,
+    })
+}
+
+/// Whether a connection that had come about was closed by the other side.
+pub(super) fn is_closed(reason: &str) -> bool {
+    [
+        "broken pipe",
+        "reset by peer",
+        "operation was canceled",
+        "closed",
+        "eof",
+    ]
+    .iter()
+    .any(|closed| reason.contains(closed))
+}
+
+/// A server that speaks TLS closes a connection without it.
+pub(super) fn perhaps_https(endpoint: &str, mut error: ClusterError) -> ClusterError {
+    if let ClusterError::Unavailable { reason, .. } = &mut error
+        && !endpoint.starts_with("https://")
+        && is_closed(reason)
+    {
+        reason.push_str("; perhaps an endpoint for https://");
+    }
+    error
+}
+
+/// The number behind `part`, if there is one, behind what it is.
+fn number_after<'w>(words: &'w str, part: &str) -> impl FnOnce(&str) -> String + use<'w> {
+    let rest = words.split_once(part).map_or("", |(_, rest)| rest);
+    let end = rest.find(|c: char| !c.is_ascii_digit());
+    let number = &rest[..end.unwrap_or(rest.len())];
+    move |what| match number {
+        "" => String::new(),
+        number => format!("{what}{number}"),
+    }
+}
+
+/// What follows, up to the next error in the chain.
+fn after<'w>(words: &'w str, part: &str) -> &'w str {
+    let start = words.find(part).map_or(0, |start| start + part.len());
+    let rest = words[start..].trim_start_matches([':', ' ']);
+    rest.split(SEPARATOR).next().unwrap_or_default()
+}
+
+const SEPARATOR: &str = " <- ";
+
+/// Everything that an error and its causes say.
+pub(super) fn words_of(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut words: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let said = error.to_string();
+        // Most of them repeat their cause, or say nothing.
+        let empty = said == "transport error" && error.source().is_some();
+        if !empty && !words.iter().any(|before| before.contains(&said)) {
+            words.push(said);
+        }
+        // An I/O error is the cause's cover: its own `source` is the cause of the cause.
+        let io = error.downcast_ref::<std::io::Error>();
+        next = match io.and_then(|io| io.get_ref()) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    words.join(SEPARATOR)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_of_the_user() {
+        let told = |words| refusal("list", "e", words).map(|error| error.to_string());
+        assert_eq!(told("etcdserver: requested lease not found"), None);
+        for (words, part) in [
+            ("etcdserver: permission denied", "allows list"),
+            (
+                "etcdserver: authentication failed, invalid user ID or password",
+                "wrong user or password",
+            ),
+            ("etcdserver: authentication is not enabled", "not enabled"),
+            ("etcdserver: user name is empty", "none are given"),
+            ("etcdserver: invalid auth token", "invalid auth token"),
+        ] {
+            assert!(
+                told(words).is_some_and(|told| told.contains(part)),
+                "{words}"
+            );
+        }
+        for words in [INVALID_TOKEN, OLD_REVISION, OLD_REVISION_INSIDE] {
+            assert!(refusal("list", "e", words).is_some_and(|error| error.is_token_refused()));
+        }
+    }
+
+    /// rustls's words are not promised to stay.
+    #[cfg(feature = "tls")]
+    #[test]
+    fn failures_of_tls() {
+        use rustls::pki_types::{ServerName, UnixTime};
+        use rustls::{AlertDescription, CertificateError as C, Error, InvalidMessage};
+        let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+        let expired = |now| C::ExpiredContext {
+            time: at(now),
+            not_after: at(1000),
+        };
+        let early = C::NotValidYetContext {
+            time: at(1),
+            not_before: at(1000),
+        };
+        let other_name = C::NotValidForNameContext {
+            expected: ServerName::try_from("a.example").unwrap(),
+            presented: vec!["b.example".to_owned()],
+        };
+        for (error, part) in [
+            (C::UnknownIssuer.into(), "tls.ca_file"),
+            (C::Expired.into(), "has expired"),
+            (
+                expired(2000).into(),
+                "has expired; Unix time of its end: 1000",
+            ),
+            (C::NotValidYet.into(), "not valid yet"),
+            (early.into(), "not valid yet; Unix time of its start: 1000"),
+            (C::NotValidForName.into(), "tls.server_name"),
+            (other_name.into(), "a.example"),
+            (C::Revoked.into(), "is refused: Revoked"),
+            (
+                Error::AlertReceived(AlertDescription::CertificateRequired),
+                CERTIFICATE_REFUSED,
+            ),
+            (
+                Error::AlertReceived(AlertDescription::BadCertificate),
+                CERTIFICATE_REFUSED,
+            ),
+            (
+                Error::AlertReceived(AlertDescription::ProtocolVersion),
+                "it says ProtocolVersion",
+            ),
+            (
+                Error::InvalidMessage(InvalidMessage::InvalidContentType),
+                "does not speak TLS",
+            ),
+        ] {
+            // As it comes: behind an I/O error.
+            let words = words_of(&std::io::Error::other(error));
+            let told = tls_failure("e", &words).map(|error| error.to_string());
+            let told = told.unwrap_or_else(|| panic!("{words}"));
+            assert!(told.contains(part), "{words}: {told}");
+        }
+        let told = |now| tls_failure("e", &words_of(&Error::from(expired(now))));
+        assert_eq!(
+            told(2000),
+            told(3000),
+            "told once, so it must stay the same"
+        );
+        assert_eq!(
+            tls_failure("e", "transport error <- tcp connect error"),
+            None
+        );
+    }
+}

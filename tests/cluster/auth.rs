@@ -1,0 +1,458 @@
+//! Users and roles in a real etcd.
+
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
+use pingora_etcd::config::ClusterConfig;
+use pingora_etcd::store::{EtcdStore, Lease, LeaseId, Selector, Store, Txn, WatchRange};
+use pingora_etcd::{
+    ClusterError, Credentials, DiscoveryStatus, EtcdOptions, HealthStatus, Password,
+};
+
+use super::common::certificates::Directory;
+use super::common::etcd::{Etcd, Setup};
+use super::common::link::Link;
+use super::common::{eventually, group, throughout, within};
+use super::{Running, builder, ready, watch_group};
+
+const ROOT: (&str, &str) = ("root", "of-the-root");
+/// Looked for where it must not be.
+const SECRET: &str = "MARKER-7f3a";
+
+/// An etcd with authentication enabled.
+struct Guarded {
+    etcd: Etcd,
+    root: Client,
+}
+
+impl Guarded {
+    async fn new(arguments: &[&str]) -> Self {
+        let setup = Setup {
+            // Cheap passwords: there are many authentications in these tests.
+            arguments: [&["--bcrypt-cost=4"], arguments]
+                .concat()
+                .into_iter()
+                .map(str::to_owned)
+                .collect(),
+            ..Setup::default()
+        };
+        Self::with(setup).await
+    }
+
+    async fn with(setup: Setup) -> Self {
+        let etcd = Etcd::with(setup);
+        let mut anyone = etcd.raw_client().await;
+        anyone.user_add(ROOT.0, ROOT.1, None).await.unwrap();
+        anyone.role_add("root").await.unwrap();
+        anyone.user_grant_role(ROOT.0, "root").await.unwrap();
+        anyone.auth_enable().await.unwrap();
+        let options = ConnectOptions::default()
+            .with_user(ROOT.0, ROOT.1)
+            .with_auto_token_refresh(true);
+        let root = Client::connect(etcd.endpoints(), Some(options))
+            .await
+            .unwrap();
+        Self { etcd, root }
+    }
+
+    /// A user with a role of its own.
+    async fn user(&self, name: &str, permissions: Vec<Permission>) {
+        let mut root = self.root.clone();
+        root.role_add(name).await.unwrap();
+        for permission in permissions {
+            root.role_grant_permission(name, permission).await.unwrap();
+        }
+        root.user_add(name, SECRET, None).await.unwrap();
+        root.user_grant_role(name, name).await.unwrap();
+    }
+
+    fn options(&self, user: &str) -> EtcdOptions {
+        as_user(self.etcd.options(), user)
+    }
+}
+
+fn as_user(options: EtcdOptions, user: &str) -> EtcdOptions {
+    options.credentials(Credentials::new(user, Password::Text(SECRET.to_owned())))
+}
+
+fn read_prefix(prefix: String) -> Permission {
+    Permission::read(prefix).with_prefix()
+}
+
+fn write_prefix(prefix: String) -> Permission {
+    Permission::new(PermissionType::Readwrite, prefix).with_prefix()
+}
+
+/// What the README has for a balancer.
+fn balancer() -> Vec<Permission> {
+    vec![
+        read_prefix("registry/".to_owned()),
+        read_prefix("election/".to_owned()),
+    ]
+}
+
+/// What the README has for a worker.
+fn worker(group: &str, id: &str) -> Vec<Permission> {
+    let own = format!("registry/{group}/{id}");
+    vec![
+        Permission::new(PermissionType::Readwrite, own),
+        write_prefix(format!("election/{group}/")),
+    ]
+}
+
+async fn error_of(options: EtcdOptions) -> ClusterError {
+    let store = EtcdStore::new(options).unwrap();
+    let any = Selector::Key("registry/any".to_owned());
+    let error = store.list(&any, None).await.unwrap_err();
+    println!("{error}");
+    assert!(!format!("{error} {error:?}").contains(SECRET));
+    error
+}
+
+fn assert_auth(error: &ClusterError, words: &[&str]) {
+    assert!(matches!(error, ClusterError::Auth { .. }), "{error:?}");
+    for word in words {
+        assert!(error.to_string().contains(word), "{word}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn roles_that_allow_no_more_than_is_needed() {
+    let guarded = Guarded::new(&[]).await;
+    let group = group("roles");
+    guarded.user("balancer", balancer()).await;
+    let of_group = |prefix: &str| read_prefix(format!("{prefix}/{group}/"));
+    let narrow = vec![of_group("registry"), of_group("election")];
+    guarded.user("narrow", narrow).await;
+    guarded.user("w1", worker(&group, "n1")).await;
+    guarded.user("w2", worker(&group, "n2")).await;
+    let mut mover = worker(&group, "n3");
+    mover.push(write_prefix(format!("handover/{group}/")));
+    guarded.user("w3", mover).await;
+
+    let discovery = ready(&guarded.options("balancer"), &group).await;
+    let narrow = ready(&guarded.options("narrow"), &group).await;
+    let first = Running::start(&guarded.options("w1"), &group, "n1").await;
+    within("it leads", first.node.wait_for_leadership()).await;
+    let second = Running::start(&guarded.options("w2"), &group, "n2").await;
+    for discovery in [&discovery, &narrow] {
+        within("both are seen", discovery.wait_for_nodes(2)).await;
+        within("a leader", discovery.wait_for_leader()).await;
+    }
+
+    // Another's id.
+    let thief = Running::new(
+        builder(&guarded.options("w1"), &group, "n9")
+            .try_build()
+            .unwrap(),
+    );
+    eventually("it is unhealthy", || {
+        thief.node.current_health() == HealthStatus::Unhealthy
+    })
+    .await;
+    let store = EtcdStore::new(guarded.options("w1")).unwrap();
+    let lease = store.grant(Duration::from_secs(5)).await.unwrap();
+    let key = format!("registry/{group}/n9");
+    let put = Txn::new().put(key.clone(), b"{}".to_vec(), Some(lease.id));
+    let error = store.txn(put).await.unwrap_err();
+    println!("{error}");
+    assert!(matches!(error, ClusterError::PermissionDenied { .. }));
+    for word in [&*key, "txn", "user \"w1\"", "permission denied"] {
+        assert!(error.to_string().contains(word), "{word}: {error}");
+    }
+    // A balancer writes nothing.
+    let store = EtcdStore::new(guarded.options("balancer")).unwrap();
+    let key = format!("registry/{group}/n1");
+    let put = Txn::new().put(key.clone(), b"{}".to_vec(), None);
+    let error = store.txn(put).await.unwrap_err();
+    assert!(error.to_string().contains(&key), "{error}");
+    // One for a group reads no other.
+    let store = EtcdStore::new(guarded.options("narrow")).unwrap();
+    let all = Selector::Prefix("registry/".to_owned());
+    let error = store.list(&all, None).await.unwrap_err();
+    println!("{error}");
+    assert!(matches!(error, ClusterError::PermissionDenied { .. }));
+    assert!(error.to_string().contains("list of registry/"), "{error}");
+    let watch = store.watch(vec![WatchRange { keys: all, from: 0 }]).await;
+    let error = watch.err().unwrap();
+    println!("{error}");
+    assert!(matches!(error, ClusterError::PermissionDenied { .. }));
+    assert!(error.to_string().contains("watch of registry/"), "{error}");
+
+    // Without the right to `handover/` a leader is followed by the next in the queue, and that is
+    // all. With it leadership goes to whoever it is given to.
+    let third = Running::start(&guarded.options("w3"), &group, "n3").await;
+    first.stop().await;
+    within("the next one leads", second.node.wait_for_leadership()).await;
+    second.stop().await;
+    within("the last one leads", third.node.wait_for_leadership()).await;
+    third.stop().await;
+    eventually("all have left", || discovery.nodes().is_empty()).await;
+}
+
+#[tokio::test]
+async fn each_refusal_of_a_user_has_its_own_error() {
+    let guarded = Guarded::new(&[]).await;
+    guarded.user("nobody", Vec::new()).await;
+    let endpoint = guarded.etcd.endpoints().remove(0);
+
+    let wrong = Credentials::new("nobody", Password::Text(format!("{SECRET}-not")));
+    let error = error_of(guarded.etcd.options().credentials(wrong)).await;
+    assert_auth(&error, &["wrong user or password", "\"nobody\"", &endpoint]);
+    let error = error_of(guarded.options("stranger")).await;
+    assert_auth(&error, &["wrong user or password", "\"stranger\""]);
+    let error = error_of(guarded.etcd.options()).await;
+    assert_auth(&error, &["wants a user"]);
+    let error = error_of(guarded.options("nobody")).await;
+    assert!(matches!(error, ClusterError::PermissionDenied { .. }));
+    for word in ["user \"nobody\"", "list of registry/any"] {
+        assert!(error.to_string().contains(word), "{word}: {error}");
+    }
+    assert!(!error.is_transient());
+
+    let open = Etcd::own();
+    let error = error_of(as_user(open.options(), "nobody")).await;
+    assert_auth(
+        &error,
+        &["authentication is not enabled", &open.endpoints()[0]],
+    );
+}
+
+#[tokio::test]
+async fn a_wrong_password_heals_when_its_file_is_corrected() {
+    let guarded = Guarded::new(&[]).await;
+    let group = group("healing");
+    guarded.user("balancer", balancer()).await;
+    guarded.user("w1", worker(&group, "n1")).await;
+    let files = Directory::new();
+    let file = files.write("password", "wrong\n");
+    let from_file = |user: &str| {
+        let credentials = Credentials::new(user, Password::File(file.clone()));
+        guarded.etcd.options().credentials(credentials)
+    };
+    let discovery = watch_group(&from_file("balancer"), &group);
+    let node = Running::new(builder(&from_file("w1"), &group, "n1").try_build().unwrap());
+    throughout("neither", Duration::from_secs(1), || {
+        !discovery.is_ready() && node.node.current_health() != HealthStatus::Healthy
+    })
+    .await;
+    files.write("password", &format!("{SECRET}\n"));
+    within("the discovery is ready", discovery.wait_ready()).await;
+    within("the node is seen", discovery.wait_for_nodes(1)).await;
+    node.wait_until_healthy().await;
+
+    // Changed while it runs: etcd forgets the tokens of before.
+    let mut root = guarded.root.clone();
+    root.user_change_password("w1", "another").await.unwrap();
+    files.write("password", "another");
+    throughout("it stays registered", Duration::from_secs(5), || {
+        discovery.nodes().len() == 1 && node.node.current_health() == HealthStatus::Healthy
+    })
+    .await;
+    node.stop().await;
+    eventually("it can still write", || discovery.nodes().is_empty()).await;
+}
+
+/// What lives longer than tokens do goes on, with them being refused all the time.
+async fn live_through(guarded: &Guarded, time: Duration, mut disturb: impl AsyncFnMut(u32)) {
+    let group = group("tokens");
+    guarded.user("balancer", balancer()).await;
+    guarded.user("w1", worker(&group, "n1")).await;
+    guarded.user("w2", worker(&group, "n2")).await;
+    let link = Link::to(guarded.etcd.address()).await;
+    let options = as_user(EtcdOptions::new([link.address().to_string()]), "balancer");
+    let discovery = ready(&options, &group).await;
+    let node = Running::start(&guarded.options("w1"), &group, "n1").await;
+    within("it leads", node.node.wait_for_leadership()).await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+    let epoch = node.node.leadership().unwrap().epoch;
+    let holds = || {
+        discovery.nodes().get("n1").is_some()
+            && discovery.status() == DiscoveryStatus::Live
+            && node.node.is_leader()
+            && node.node.current_health() == HealthStatus::Healthy
+    };
+    // A store, and a watch on the same stream as an old one: what others on a shared connection do.
+    let store = EtcdStore::new(options.clone()).unwrap();
+    let all = || WatchRange {
+        keys: Selector::Prefix(format!("registry/{group}/")),
+        from: 0,
+    };
+    let mut old = store.watch(vec![all()]).await.unwrap();
+    let start = tokio::time::Instant::now();
+    let mut round = 0;
+    while start.elapsed() < time {
+        round += 1;
+        disturb(round).await;
+        throughout("nothing is lost", Duration::from_secs(3), holds).await;
+        let late = Running::start(&guarded.options("w2"), &group, "n2").await;
+        within("who joins is seen", discovery.wait_for_nodes(2)).await;
+        // With a token that is refused, and then on a stream that was opened with one.
+        store.list(&all().keys, None).await.unwrap();
+        let opening = tokio::time::Instant::now();
+        let mut new = within("a new watch", store.watch(vec![all()]))
+            .await
+            .unwrap();
+        println!(
+            "round {round}: a watch with a new token after {:?}",
+            opening.elapsed()
+        );
+        late.stop().await;
+        eventually("who leaves is seen", || discovery.nodes().len() == 1).await;
+        for watch in [&mut old, &mut new] {
+            let events = within("an event", watch.next()).await.unwrap();
+            assert!(!events.is_empty());
+        }
+        assert!(holds());
+    }
+    assert_eq!(node.node.leadership().unwrap().epoch, epoch, "one term");
+    assert_eq!(link.connections(), 2, "one for each, all the time");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn watches_and_renewals_outlive_tokens() {
+    // Unused for so many seconds a token is forgotten.
+    let guarded = Guarded::new(&["--auth-token-ttl=1"]).await;
+    live_through(&guarded, Duration::from_secs(12), async |_| {}).await;
+}
+
+#[tokio::test]
+async fn they_outlive_changes_of_users_and_roles() {
+    // Signed tokens have the revision of the users in them: each change makes all of them old.
+    let files = Directory::new();
+    files.write("secret", "a secret of the server alone");
+    let guarded = Guarded::with(Setup {
+        arguments: vec![
+            "--bcrypt-cost=4".to_owned(),
+            "--auth-token=jwt,sign-method=HS256,priv-key={files}/secret,ttl=5s".to_owned(),
+        ],
+        files: Some(files.path().to_owned()),
+        ..Setup::default()
+    })
+    .await;
+    live_through(&guarded, Duration::from_secs(12), async |round| {
+        // Not over root's own client, which does not get over it.
+        let options = ConnectOptions::default().with_user(ROOT.0, ROOT.1);
+        let root = Client::connect(guarded.etcd.endpoints(), Some(options)).await;
+        let mut root = root.unwrap();
+        let name = format!("new-{round}");
+        root.user_add(name, "password", None).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn many_refused_at_once_get_one_token() {
+    let guarded = Guarded::new(&["--auth-token-ttl=1"]).await;
+    guarded.user("balancer", balancer()).await;
+    let store = EtcdStore::new(guarded.options("balancer")).unwrap();
+    let any = Selector::Key("registry/any".to_owned());
+    store.list(&any, None).await.unwrap();
+    let counted = || async {
+        let status = reqwest::get(format!("{}/metrics", guarded.etcd.endpoints()[0]));
+        let text = status.await.unwrap().text().await.unwrap();
+        let line = text.lines().find(|line| {
+            line.starts_with("grpc_server_handled_total{")
+                && line.contains("grpc_method=\"Authenticate\"")
+                && line.contains("grpc_code=\"OK\"")
+        });
+        let count = line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        count.unwrap_or(0.0)
+    };
+    let before = counted().await;
+    for round in 1..=2 {
+        // etcd looks for tokens to forget once a second.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let calls: Vec<_> = (0..50)
+            .map(|_| {
+                let (store, any) = (store.clone(), any.clone());
+                tokio::spawn(async move { store.list(&any, None).await.map(drop) })
+            })
+            .collect();
+        for call in calls {
+            call.await.unwrap().unwrap();
+        }
+        let now = counted().await;
+        assert_eq!(now - before, f64::from(round), "round {round}");
+    }
+    // The keeper of a lease that is none of this user's goes on as well.
+    let lease = store.grant(Duration::from_secs(10)).await.unwrap();
+    let mut keeper = store.keeper(Lease {
+        id: LeaseId(lease.id.0),
+        ttl: lease.ttl,
+    });
+    keeper.renew(Duration::from_secs(2)).await.unwrap();
+}
+
+/// All of this crate's log lines, down to the finest.
+#[derive(Clone, Default)]
+pub(super) struct Captured(Arc<Mutex<Vec<u8>>>);
+
+impl Captured {
+    /// What the current thread logs, until the guard is dropped.
+    pub(super) fn start(filter: &str) -> (Self, tracing::subscriber::DefaultGuard) {
+        let captured = Self::default();
+        let writer = captured.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .finish();
+        (captured, tracing::subscriber::set_default(subscriber))
+    }
+
+    pub(super) fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
+impl Write for Captured {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_password_is_shown_nowhere() {
+    // Everything of this test runs on this thread.
+    let (captured, logging) = Captured::start("pingora_etcd=trace");
+    let guarded = Guarded::new(&["--auth-token-ttl=1"]).await;
+    let group = group("shown");
+    guarded.user("balancer", balancer()).await;
+    let options = guarded.options("balancer");
+    let discovery = ready(&options, &group).await;
+    let store = EtcdStore::new(options.clone()).unwrap();
+    let any = Selector::Key("registry/any".to_owned());
+    store.list(&any, None).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    store.list(&any, None).await.unwrap();
+    let wrong = Password::Text(format!("{SECRET}-wrong"));
+    let wrong = guarded
+        .etcd
+        .options()
+        .credentials(Credentials::new("balancer", wrong));
+    let errors = [error_of(wrong).await, error_of(guarded.options("no")).await];
+    let yaml = format!(
+        "cluster: {{ group: g, etcd: {{ endpoints: ['h:1'], user: u, password: '{SECRET}' }} }}"
+    );
+    let config = ClusterConfig::from_yaml(&yaml, "file.yaml").unwrap();
+    let node = builder(&options, &group, "n1").try_build().unwrap();
+    drop(logging);
+
+    let shown =
+        format!("{options:?} {options:#?} {store:?} {errors:?} {config:?} {discovery:?} {node:?}");
+    assert!(shown.contains("balancer"), "{shown}");
+    assert!(!shown.contains(SECRET), "{shown}");
+    let logged = captured.text();
+    assert!(logged.contains("token renewed"), "{logged}");
+    assert!(logged.contains("wrong user or password"), "{logged}");
+    assert!(!logged.contains(SECRET), "{logged}");
+}
