@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo test test-docker simulate real-load chaos lint bench bench-routing bench-build clean
+.PHONY: help deps demo test test-docker simulate real-load chaos outage lint bench bench-scale bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -58,6 +58,10 @@ chaos: deps ## real faults on a real etcd cluster, for CHAOS_SECONDS=600; a shor
 	cargo build --all-features --examples
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test chaos -- --seconds $(CHAOS_SECONDS)
 
+OUTAGE_SECONDS ?= 300
+outage: deps ## etcd away for OUTAGE_SECONDS=300 under traffic; a short run is part of test
+	ETCD_BIN=$$(.ci/install-etcd) OUTAGE_SECONDS=$(OUTAGE_SECONDS) cargo test --all-features --test proxy outage -- --nocapture
+
 # Features change what is compiled, so each useful set is linted by itself.
 lint: deps ## formatting, clippy and rustdoc, without warnings
 	cargo fmt --check
@@ -69,7 +73,10 @@ lint: deps ## formatting, clippy and rustdoc, without warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
 
 bench: deps ## run the benchmarks that measure time
-	cargo bench --all-features --bench pick --bench propagation
+	cargo bench --all-features --bench pick --bench propagation --bench scale
+
+bench-scale: deps ## what 100 to 100,000 nodes cost: memory, loading, each change; part of bench and test
+	cargo bench --all-features --bench scale
 
 bench-routing: SEEDS = 3
 bench-routing: deps ## simulate routing: SEEDS=n seeds from FIRST=s on; a short run is part of test

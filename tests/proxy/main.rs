@@ -6,6 +6,7 @@ mod common;
 mod bundled;
 mod drop_in;
 mod learning;
+mod outage;
 mod programs;
 
 use std::sync::Arc;

@@ -1,0 +1,106 @@
+//! etcd away for longer than leases live, and every lease gone when it is back, under traffic.
+//!
+//! `OUTAGE_SECONDS` says for how long; `make outage` makes it five minutes.
+
+use std::time::{Duration, Instant};
+
+use pingora_etcd::DiscoveryStatus;
+
+use super::bundled::proxy;
+use super::common::etcd::Etcd;
+use super::common::{eventually, group};
+use super::{Backend, Load};
+
+const BACKENDS: usize = 6;
+
+fn outage() -> Duration {
+    let seconds = std::env::var("OUTAGE_SECONDS").ok();
+    let seconds = seconds.map(|text| text.parse().expect("OUTAGE_SECONDS is a number"));
+    Duration::from_secs(seconds.unwrap_or(10))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_of_etcd_and_a_mass_expiry_cost_no_request() {
+    let etcd = Etcd::own();
+    let group = group("outage");
+    let mut backends = Vec::new();
+    for index in 0..BACKENDS {
+        backends.push(Backend::start(&etcd.options(), &group, &format!("b{index}")).await);
+    }
+    let proxy = proxy(&etcd.options(), &group, false, "").await;
+    proxy.until_it_has(BACKENDS).await;
+    let discovery = proxy.balancer.discovery();
+    let load = Load::start(&proxy.url, 4);
+    load.goes_on(100).await;
+
+    // Nobody can renew a lease of 2 s for so long.
+    etcd.stop();
+    eventually("it is stale", || {
+        matches!(discovery.status(), DiscoveryStatus::Stale { .. })
+    })
+    .await;
+    let start = Instant::now();
+    let mut least = usize::MAX;
+    while start.elapsed() < outage() {
+        least = least.min(proxy.balancer.len());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    etcd.start();
+    let back = Instant::now();
+    eventually("all are registered again", || {
+        least = least.min(proxy.balancer.len());
+        let nodes = discovery.nodes();
+        discovery.status() == DiscoveryStatus::Live
+            && nodes.len() == BACKENDS
+            && nodes.suspects() == 0
+            && discovery.leader().is_some()
+    })
+    .await;
+    println!(
+        "etcd was away for {:?}; all {BACKENDS} nodes were back {:?} later; {} requests so far, never fewer than {least} backends",
+        start.elapsed() - back.elapsed(),
+        back.elapsed(),
+        load.sent()
+    );
+
+    // Every lease ends at once, as when workers come back later than etcd, or its data is lost.
+    let mut client = etcd.raw_client().await;
+    let leases: Vec<i64> = client
+        .leases()
+        .await
+        .unwrap()
+        .leases()
+        .iter()
+        .map(|lease| lease.id())
+        .collect();
+    assert!(leases.len() >= BACKENDS);
+    let epoch = discovery.leadership().unwrap().epoch;
+    for lease in leases {
+        client.lease_revoke(lease).await.unwrap();
+    }
+    let start = Instant::now();
+    let mut most = 0;
+    eventually("all are registered again, and one leads", || {
+        least = least.min(proxy.balancer.len());
+        let nodes = discovery.nodes();
+        most = most.max(nodes.suspects());
+        nodes.len() == BACKENDS
+            && nodes.suspects() == 0
+            && most > 0
+            && discovery
+                .leadership()
+                .is_some_and(|term| term.epoch > epoch)
+    })
+    .await;
+    load.goes_on(500).await;
+    println!(
+        "{BACKENDS} leases revoked: up to {most} suspects, all were back after {:?}, never fewer than {least} backends",
+        start.elapsed()
+    );
+    assert_eq!(least, BACKENDS, "the pool is never smaller");
+    let sent = load.sent();
+    let failed = load.stop().await;
+    println!("{sent} requests, {} failed", failed.len());
+    assert_eq!(failed, Vec::<String>::new());
+    assert!(backends.iter().all(|backend| backend.take_requests() > 0));
+}
