@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo test test-docker simulate real-load chaos outage lint bench bench-scale bench-routing bench-build clean
+.PHONY: help deps demo test test-docker simulate real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -77,6 +77,9 @@ bench: deps ## run the benchmarks that measure time
 
 bench-scale: deps ## what 100 to 100,000 nodes cost: memory, loading, each change; part of bench and test
 	cargo bench --all-features --bench scale
+
+bench-fleets: deps ## what fleets of balancers cost etcd, by a simulation and a real etcd
+	ETCD_BIN=$$(.ci/install-etcd) cargo bench --all-features --bench scale -- --fleets
 
 bench-routing: SEEDS = 3
 bench-routing: deps ## simulate routing: SEEDS=n seeds from FIRST=s on; a short run is part of test

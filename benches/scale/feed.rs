@@ -7,10 +7,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pingora_etcd::ClusterError;
 use pingora_etcd::store::{
-    Entry, Lease, LeaseId, LeaseKeeper, Listing, Revision, Selector, Store, Txn, WatchEvent,
+    Entry, Lease, LeaseId, LeaseKeeper, Listing, Page, Revision, Selector, Store, Txn, WatchEvent,
     WatchRange, Watcher,
 };
 use tokio::sync::{mpsc, oneshot};
+
+/// Entries of a page.
+const PAGE: usize = 1_000;
 
 #[derive(Debug, Clone)]
 pub struct Feed {
@@ -118,9 +121,7 @@ impl Store for Feed {
     async fn list(&self, keys: &Selector, _: Option<Revision>) -> Result<Listing, ClusterError> {
         let revision = self.revision.load(Ordering::Relaxed);
         let entries = match keys {
-            Selector::Prefix(prefix) if prefix == "registry/g/" => (0..self.nodes)
-                .map(|index| entry(index, revision))
-                .collect(),
+            // In pages.
             Selector::Prefix(_) => Vec::new(),
             // What was written last, by which a discovery tells this history from another.
             Selector::Key(key) => {
@@ -135,6 +136,31 @@ impl Store for Feed {
             revision,
             cluster_id: 1,
             entries,
+        })
+    }
+
+    /// A thousand at a time, as a real store would.
+    async fn list_page(
+        &self,
+        keys: &Selector,
+        start: Option<Vec<u8>>,
+        _: Option<Revision>,
+    ) -> Result<Page, ClusterError> {
+        let is_registry = matches!(keys, Selector::Prefix(prefix) if prefix == "registry/g/");
+        let nodes = if is_registry { self.nodes } else { 0 };
+        let first = start.map_or(0, |start| {
+            let start = String::from_utf8(start).expect("our own");
+            start.parse().expect("our own")
+        });
+        let end = nodes.min(first + PAGE);
+        let revision = self.revision.load(Ordering::Relaxed);
+        Ok(Page {
+            listing: Listing {
+                revision,
+                cluster_id: 1,
+                entries: (first..end).map(|index| entry(index, revision)).collect(),
+            },
+            next: (end < nodes).then(|| end.to_string().into_bytes()),
         })
     }
 

@@ -356,7 +356,7 @@ impl Saver {
         })
     }
 
-    pub(crate) fn start(&mut self, nodes: &Nodes, cluster_id: u64) {
+    pub(crate) fn start(&mut self, nodes: &Nodes, cluster_id: u64, as_of: SystemTime) {
         self.last = Some(Instant::now());
         self.dirty = false;
         let (file, nodes) = (self.file.clone(), nodes.clone());
@@ -365,7 +365,7 @@ impl Saver {
             revision: nodes.revision(),
             ..self.about.clone()
         };
-        let write = move || file.write(&about, &nodes, SystemTime::now());
+        let write = move || file.write(&about, &nodes, as_of);
         self.job = Some(tokio::task::spawn_blocking(write));
     }
 
@@ -392,12 +392,12 @@ impl Saver {
     }
 
     /// Writes what has not been written yet, and waits for it.
-    pub(crate) async fn finish(&mut self, nodes: &Nodes, cluster_id: u64) {
+    pub(crate) async fn finish(&mut self, nodes: &Nodes, cluster_id: u64, as_of: SystemTime) {
         if self.job.is_some() {
             self.done().await;
         }
         if self.dirty {
-            self.start(nodes, cluster_id);
+            self.start(nodes, cluster_id, as_of);
             self.done().await;
         }
     }

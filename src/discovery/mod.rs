@@ -68,6 +68,21 @@ pub enum DiscoveryStatus {
     },
 }
 
+impl fmt::Display for DiscoveryStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let age = |since: &SystemTime| {
+            let age = SystemTime::now().duration_since(*since);
+            age.unwrap_or_default().as_secs()
+        };
+        match self {
+            Self::Connecting => f.write_str("connecting"),
+            Self::Live => f.write_str("live"),
+            Self::Stale { since } => write!(f, "stale for {} s", age(since)),
+            Self::FromDisk { written } => write!(f, "from disk, {} s old", age(written)),
+        }
+    }
+}
+
 /// A live view of one group, kept current by a watch.
 ///
 /// Clones are handles to the same view. [`run_until`](Self::run_until) does the work; reads never

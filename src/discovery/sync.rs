@@ -238,17 +238,22 @@ impl<'s> Follower<'s> {
         if let Some(saver) = &mut self.saver
             && saver.due().is_some_and(|due| due <= now)
         {
-            saver.start(self.view.nodes(), self.cluster_id);
+            saver.start(self.view.nodes(), self.cluster_id, SystemTime::now());
         }
     }
 
     /// What is left to do when the run ends.
     pub(super) async fn finish(&mut self) {
         self.publish_pending();
-        if let Some(saver) = &mut self.saver
-            && self.cluster_id != 0
-        {
-            let _ = timeout(LAST_WRITE, saver.finish(self.view.nodes(), self.cluster_id)).await;
+        // What it holds is as old as the last word of the store.
+        let as_of = match *self.shared.status.borrow() {
+            DiscoveryStatus::Live => SystemTime::now(),
+            DiscoveryStatus::Stale { since } if !self.is_borrowed => since,
+            _ => return,
+        };
+        if let Some(saver) = &mut self.saver {
+            let write = saver.finish(self.view.nodes(), self.cluster_id, as_of);
+            let _ = timeout(LAST_WRITE, write).await;
         }
     }
 

@@ -247,6 +247,14 @@ impl Etcd {
             .unwrap()
     }
 
+    /// Of the process, if it is one of ours.
+    pub fn pid(&self) -> Option<u32> {
+        let Server::Process { running, .. } = &self.server else {
+            return None;
+        };
+        running.lock().unwrap().as_ref().map(|process| process.pid)
+    }
+
     /// Stops it from running without closing anything: it is silent.
     pub fn pause(&self) {
         match &self.server {

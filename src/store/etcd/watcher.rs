@@ -14,7 +14,7 @@ use etcd_client::{
     WatchResponseStream,
 };
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::debug;
 
 use super::connection::Connection;
@@ -164,6 +164,14 @@ impl Silence {
     }
 }
 
+/// What the dispatcher acts on.
+enum Next {
+    Command(Command),
+    Response(WatchResponse),
+    /// Nothing was heard for a while.
+    Silence,
+}
+
 struct Dispatcher {
     client: WatchClient,
     endpoint: Arc<str>,
@@ -218,33 +226,47 @@ impl Dispatcher {
                     None => std::future::pending().await,
                 }
             };
-            let result = tokio::select! {
+            let next = tokio::select! {
                 command = inbox.recv() => match command {
-                    Some(command) => self.obey(command).await,
+                    Some(command) => Next::Command(command),
                     None => return self.unavailable("nobody watches any more"),
                 },
                 message = message => match message {
-                    Ok(Some(response)) => {
-                        self.silence.heard();
-                        self.pass_on(response).await
-                    }
+                    Ok(Some(response)) => Next::Response(response),
                     Ok(None) => return self.unavailable("the stream has ended"),
                     Err(error) => return self.explain(&error),
                 },
-                () = sleep_until(due), if is_watching => match self.silence.asked {
-                    Asked::Nothing => self.ask_for_progress().await,
-                    Asked::Progress if !self.silence.is_answered => self.ask_anew().await,
-                    Asked::Progress | Asked::Watches => {
-                        return ClusterError::Timeout {
-                            endpoint: self.endpoint.to_string(),
-                            operation: "watch",
-                            after: self.silence.heard.elapsed(),
-                        };
-                    }
-                },
+                () = sleep_until(due), if is_watching => Next::Silence,
             };
-            if let Err(error) = result {
-                return self.explain(&error);
+            let deadline = match &next {
+                Next::Silence => due.max(self.silence.heard + self.patience.mul_f64(0.9)),
+                _ => Instant::now() + self.patience,
+            };
+            let act = async {
+                match next {
+                    Next::Command(command) => self.obey(command).await,
+                    Next::Response(response) => {
+                        self.silence.heard();
+                        self.pass_on(response).await
+                    }
+                    Next::Silence => match self.silence.asked {
+                        Asked::Nothing => self.ask_for_progress().await,
+                        Asked::Progress if !self.silence.is_answered => self.ask_anew().await,
+                        Asked::Progress | Asked::Watches => std::future::pending().await,
+                    },
+                }
+            };
+            // Requests wait for room on the connection, which a silent one does not make.
+            match timeout_at(deadline, act).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return self.explain(&error),
+                Err(_) => {
+                    return ClusterError::Timeout {
+                        endpoint: self.endpoint.to_string(),
+                        operation: "watch",
+                        after: self.silence.heard.elapsed(),
+                    };
+                }
             }
         }
     }
@@ -366,6 +388,11 @@ impl Dispatcher {
             watch.range.from = watch.range.from.max(last.mod_revision() + 1);
         }
         let ended = response.canceled();
+        if response.created() && watch.range.from == 0 && watch.replaces.is_none() {
+            // From now on: that is what this revision is, if it has to be opened anew.
+            let now = response.header().map_or(0, |header| header.revision());
+            watch.range.from = now + 1;
+        }
         if response.created()
             && let Some(replaced) = watch.replaces.take()
             && !ended

@@ -1,0 +1,242 @@
+//! What fleets of balancers cost etcd.
+//!
+//! How much workers write is simulated: nodes that sample every few seconds, with and without a
+//! deadband. What a write and a watch event cost etcd is measured on a real one (found as the tests
+//! find theirs). Both together give the table.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use pingora_etcd::{Deadband, metadata_keys};
+
+use super::common::etcd::Etcd;
+
+/// How often nodes sample, in seconds.
+const EVERY: usize = 5;
+/// How old an entry gets before it is written in any case, in seconds.
+const MAX_AGE: usize = 30;
+/// Simulated nodes, and for how many seconds.
+const NODES: usize = 1_000;
+const SECONDS: usize = 1_200;
+
+/// Puts of the measurement.
+const PUTS: usize = 4_000;
+/// Watch streams of the measurement, each on a connection of its own.
+const WATCHERS: usize = 50;
+
+/// Nodes and balancers of the table.
+const GROUPS: [usize; 3] = [1_000, 10_000, 100_000];
+const BALANCERS: [usize; 3] = [10, 100, 1_000];
+
+pub(crate) fn print() {
+    let written = [
+        ("every sample", writes(&Deadband::none(), true)),
+        ("with the deadband", writes(&Deadband::default(), true)),
+        ("with it, quiet nodes", writes(&Deadband::default(), false)),
+    ];
+    println!(
+        "{NODES} nodes that sample every {EVERY} s, {SECONDS} s simulated; writes a second, for each node:\n"
+    );
+    println!(
+        "{:<24}{:>10}{:>28}",
+        "", "mean", "busiest second, times that"
+    );
+    for (what, writes) in &written {
+        println!("{what:<24}{:>10.4}{:>28.2}", writes.mean, writes.peak);
+    }
+    let etcd = Etcd::own();
+    let Some(pid) = etcd.pid() else {
+        println!("\nWhat etcd pays is read from its process: set ETCD_BIN.");
+        return;
+    };
+    let costs = Costs::measure(&etcd, pid);
+    println!(
+        "\nmeasured on one etcd with {WATCHERS} watch streams, entries of {} bytes as an event: {:.0} us of CPU for a \
+         write, {:.1} us for an event, {:.0} us for a renewal\n",
+        costs.bytes,
+        costs.write * 1e6,
+        costs.event * 1e6,
+        costs.renewal * 1e6
+    );
+    println!(
+        "{:>8} {:>9} {:<22} {:>10} {:>11} {:>10} {:>12}",
+        "nodes", "balancers", "metrics", "writes/s", "events/s", "MB/s", "etcd, cores"
+    );
+    // A lease of 5 s is renewed every third of it.
+    let renewals = 3.0 / 5.0;
+    for nodes in GROUPS {
+        for balancers in BALANCERS {
+            let none = Writes {
+                mean: 0.0,
+                peak: 1.0,
+            };
+            let ways = written.iter().map(|(what, writes)| (*what, writes));
+            for (what, writes) in ways.chain([("in responses (ORCA)", &none)]) {
+                let count = nodes as f64;
+                let written = count * writes.mean;
+                let events = written * balancers as f64;
+                let cores =
+                    written * costs.write + events * costs.event + count * renewals * costs.renewal;
+                println!(
+                    "{nodes:>8} {balancers:>9} {what:<22} {written:>10.0} {events:>11.0} {:>10.1} {cores:>12.2}",
+                    events * costs.bytes as f64 / 1e6
+                );
+            }
+        }
+    }
+    println!(
+        "\nRenewals are in the last column: {:.1} a second for each node. In responses: only joining, leaving and \
+         draining are written.",
+        renewals
+    );
+}
+
+struct Writes {
+    /// A second, for each node.
+    mean: f64,
+    /// In the busiest second, as a multiple of it.
+    peak: f64,
+}
+
+/// How often nodes write whose CPU wanders around a mean: by some points from sample to sample where
+/// they are `busy`, else by less than one.
+fn writes(deadband: &Deadband, busy: bool) -> Writes {
+    let mut rng = fastrand::Rng::with_seed(7);
+    let mut a_second = vec![0_u32; SECONDS];
+    let noise = if busy { 6.0 } else { 0.5 };
+    for _ in 0..NODES {
+        let phase = rng.usize(..EVERY);
+        let mean = 20.0 + 60.0 * rng.f64();
+        let mut cpu = mean;
+        let mut written: Option<(serde_json::Value, usize)> = None;
+        for second in (phase..SECONDS).step_by(EVERY) {
+            // First-order autoregressive, with a memory of about a minute.
+            cpu = mean + 0.92 * (cpu - mean) + noise * (rng.f64() + rng.f64() - 1.0);
+            let sample = serde_json::json!({
+                metadata_keys::CPU_USAGE_PERCENT: cpu.clamp(0.0, 100.0),
+                metadata_keys::MEMORY_USAGE_PERCENT: 50.0 + cpu / 50.0,
+                metadata_keys::QUEUE_DEPTH: (cpu / 25.0) as u32,
+            });
+            let is_due = written
+                .as_ref()
+                .is_none_or(|(last, at)| deadband.is_left(last, &sample) || second - at >= MAX_AGE);
+            if is_due {
+                a_second[second] += 1;
+                written = Some((sample, second));
+            }
+        }
+    }
+    // Without the start, when everybody writes.
+    let settled = &a_second[2 * MAX_AGE..];
+    let mean = settled.iter().sum::<u32>() as f64 / settled.len() as f64;
+    let most = settled.iter().max().copied().unwrap_or(0);
+    Writes {
+        mean: mean / NODES as f64,
+        peak: f64::from(most) / mean.max(1e-9),
+    }
+}
+
+/// What etcd pays, in seconds of CPU.
+struct Costs {
+    write: f64,
+    event: f64,
+    renewal: f64,
+    /// Of an event in a response.
+    bytes: usize,
+}
+
+impl Costs {
+    #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
+    async fn measure(etcd: &Etcd, pid: u32) -> Self {
+        let value = |index: usize| {
+            format!(
+                r#"{{"id":"worker-{index:05}","ip":"10.0.0.1","last_seen":1732450000123,"metadata":{{"cpu_usage_percent":{}.5,"memory_usage_percent":40.25,"memory_available_bytes":8000000000,"queue_depth":3}},"port":8080,"priority":0}}"#,
+                index % 100
+            )
+        };
+        let key = |index: usize| format!("registry/fleet/worker-{:05}", index % 1_000);
+        // Key, value, revisions and lease, and the frames around them.
+        let bytes = key(0).len() + value(0).len() + 40;
+        let put_all = async || {
+            let mut client = etcd.raw_client().await;
+            for index in 0..PUTS {
+                client
+                    .put(key(index), value(index), None)
+                    .await
+                    .expect("etcd serves");
+            }
+        };
+        put_all().await;
+        let alone = cpu_of(pid, put_all()).await;
+
+        let mut streams = tokio::task::JoinSet::new();
+        let mut opened = Vec::new();
+        for _ in 0..WATCHERS {
+            let mut client = etcd.raw_client().await;
+            let (told, open) = tokio::sync::oneshot::channel();
+            opened.push(open);
+            streams.spawn(async move {
+                let options = etcd_client::WatchOptions::new().with_prefix();
+                let watch = client.watch("registry/fleet/", Some(options)).await;
+                let mut stream = watch.expect("a watch");
+                let _ = told.send(());
+                let mut seen = 0;
+                while seen < PUTS {
+                    let response = stream.message().await.expect("it goes on");
+                    seen += response.map_or(0, |response| response.events().len());
+                }
+            });
+        }
+        for open in opened {
+            open.await.expect("it opens");
+        }
+        let watched = cpu_of(pid, async {
+            put_all().await;
+            while streams.join_next().await.is_some() {}
+        })
+        .await;
+
+        let mut client = etcd.raw_client().await;
+        let lease = client.lease_grant(60, None).await.expect("a lease").id();
+        let (mut keeper, mut replies) = client.lease_keep_alive(lease).await.expect("a keeper");
+        let renewals = cpu_of(pid, async {
+            for _ in 0..PUTS {
+                keeper.keep_alive().await.expect("it is sent");
+                replies.message().await.expect("it is answered");
+            }
+        })
+        .await;
+        let each = |total: Duration| total.as_secs_f64() / PUTS as f64;
+        Self {
+            write: each(alone),
+            event: each(watched.saturating_sub(alone)) / WATCHERS as f64,
+            renewal: each(renewals),
+            bytes,
+        }
+    }
+}
+
+/// CPU time that a process uses while something is done.
+async fn cpu_of(pid: u32, work: impl Future<Output = ()>) -> Duration {
+    let before = used(pid);
+    let start = Instant::now();
+    work.await;
+    let used = used(pid) - before;
+    eprintln!("  {used:.2?} of CPU in {:.2?}", start.elapsed());
+    used
+}
+
+fn used(pid: u32) -> Duration {
+    let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat"));
+    let stat = stat.expect("etcd runs");
+    // After the name, which may have blanks in it.
+    let fields: Vec<&str> = stat
+        .rsplit(')')
+        .next()
+        .unwrap_or("")
+        .split_whitespace()
+        .collect();
+    let ticks = |at: usize| fields[at].parse::<u64>().expect("a number");
+    // User and system time, in hundredths of a second.
+    Duration::from_millis((ticks(11) + ticks(12)) * 10)
+}
