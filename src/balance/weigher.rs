@@ -1,5 +1,6 @@
 //! From the nodes of a group to their weights: what is shared by everything that routes.
 
+use std::collections::HashMap;
 use std::hash::BuildHasher;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -155,6 +156,12 @@ impl Known {
         zone.is_none() || self.node.zone.as_deref() == zone
     }
 
+    /// What right it has to its address. One that drains or leaves has less than one that serves,
+    /// whatever it says of the time.
+    fn rank(&self) -> (bool, u64) {
+        (self.node.is_serving(), self.node.last_seen)
+    }
+
     fn counts(&self) -> bool {
         !self.shadowed && self.node.is_serving()
     }
@@ -196,8 +203,8 @@ pub(crate) struct Weigher {
     signals: Arc<Signals>,
     known: Vec<Known>,
     index: Index,
-    /// How many are shadowed.
-    shadowed: usize,
+    /// How many are shadowed at an address, where any is.
+    shadowed: HashMap<SocketAddr, u32, Xxh3DefaultBuilder>,
     totals: Totals,
     /// Where those are whose load is new; some may have moved on since.
     fresh: Vec<u32>,
@@ -219,7 +226,7 @@ impl Weigher {
             config,
             known: Vec::new(),
             index: Index::default(),
-            shadowed: 0,
+            shadowed: HashMap::default(),
             totals: Totals::default(),
             fresh: Vec::new(),
             updates: 0,
@@ -274,15 +281,17 @@ impl Weigher {
         }
     }
 
-    /// Of several registrations of one address the one written last counts: that process is there,
-    /// the others are leases that have not run out yet.
+    /// Of several registrations of one address one that serves counts, and of those the one written
+    /// last: that process is there, the others are leases that have not run out yet.
     fn upsert(&mut self, node: &Arc<Node>, joined: Option<Instant>, now: Instant) {
         let addr = node.addr(self.config.default_port);
+        let mut before = None;
         let at = match self.index.of_id(&self.known, &node.id) {
             Some(at) if self.known[at].is_of(node, addr) => {
                 let known = &mut self.known[at];
                 // Each report counts once, however often the group changes in the meantime.
                 if !Arc::ptr_eq(&known.node, node) {
+                    before = Some(known.rank());
                     self.totals.remove(known);
                     self.refused += u64::from(known.observe(node, now));
                     self.totals.add(known);
@@ -321,7 +330,8 @@ impl Weigher {
             }
         };
         self.known[at].update = self.updates;
-        self.claim(at);
+        let fell = before.is_some_and(|before| self.known[at].rank() < before);
+        self.claim(at, fell);
     }
 
     fn remove_at(&mut self, at: usize) {
@@ -332,7 +342,9 @@ impl Weigher {
         }
         let removed = self.known.swap_remove(at);
         self.totals.remove(&removed);
-        self.shadowed -= usize::from(removed.shadowed);
+        if removed.shadowed {
+            self.count_shadow(removed.member.addr(), false);
+        }
         if at < self.known.len() {
             self.index.moved(&self.known, self.known.len(), at);
             if self.known[at].fresh {
@@ -347,30 +359,30 @@ impl Weigher {
 
     /// Of those in the shadow at an address the one that wrote last.
     fn heir(&self, addr: SocketAddr) -> Option<usize> {
-        if self.shadowed == 0 {
+        if !self.shadowed.contains_key(&addr) {
             return None;
         }
         let rivals = self.known.iter().enumerate();
         let heir = rivals
             .filter(|(_, known)| known.shadowed && known.member.addr() == addr)
-            .max_by_key(|(_, known)| known.node.last_seen)?;
+            .max_by_key(|(_, known)| known.rank())?;
         Some(heir.0)
     }
 
-    /// Lets a registration have its address, if no other wrote later.
-    fn claim(&mut self, at: usize) {
+    /// Lets a registration have its address, if no other has more right to it; `fell`: it had more
+    /// before.
+    fn claim(&mut self, at: usize, fell: bool) {
         let addr = self.known[at].member.addr();
-        let last_seen = |at: usize| self.known[at].node.last_seen;
+        let rank = |at: usize| self.known[at].rank();
         match self.index.holder(&self.known, addr) {
             None => self.index.hold(&self.known, at),
             Some(holder) if holder == at => {
-                // Its clock may have been set back.
-                let heir = self.heir(addr);
-                if let Some(heir) = heir.filter(|heir| last_seen(*heir) > last_seen(at)) {
+                let heir = if fell { self.heir(addr) } else { None };
+                if let Some(heir) = heir.filter(|heir| rank(*heir) > rank(at)) {
                     self.hand_over(at, heir);
                 }
             }
-            Some(holder) if last_seen(holder) < last_seen(at) => self.hand_over(holder, at),
+            Some(holder) if rank(holder) < rank(at) => self.hand_over(holder, at),
             Some(_) => self.shadow(at, true),
         }
     }
@@ -390,10 +402,19 @@ impl Weigher {
         self.totals.remove(known);
         known.shadowed = shadowed;
         self.totals.add(known);
-        if shadowed {
-            self.shadowed += 1;
+        let addr = known.member.addr();
+        self.count_shadow(addr, shadowed);
+    }
+
+    fn count_shadow(&mut self, addr: SocketAddr, more: bool) {
+        let count = self.shadowed.entry(addr).or_default();
+        if more {
+            *count += 1;
         } else {
-            self.shadowed -= 1;
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.shadowed.remove(&addr);
+            }
         }
     }
 
@@ -716,6 +737,7 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
+    use crate::node::NodeState;
     use proptest::prelude::*;
 
     fn weigher() -> Weigher {
@@ -779,6 +801,9 @@ mod tests {
                     let mut node = Node::new(&id, format!("10.0.0.{host}").parse().unwrap())
                         .with_metadata(serde_json::json!({ "cpu_usage_percent": cpu }))
                         .with_incarnation(i64::from(what));
+                    if cpu < 20.0 {
+                        node.state = NodeState::Draining;
+                    }
                     node.last_seen = last_seen * 100_000;
                     let node = Arc::new(node);
                     nodes.insert(id, node.clone());
@@ -795,14 +820,15 @@ mod tests {
                 let of_all: BTreeSet<_> = nodes.values().map(|node| node.addr(80)).collect();
                 prop_assert_eq!(addrs(&single), of_all.into_iter().collect::<Vec<_>>());
                 prop_assert_eq!(single.known.len(), nodes.len());
-                prop_assert_eq!(single.shadowed, single.known.iter().filter(|known| known.shadowed).count());
+                let shadowed = single.known.iter().filter(|known| known.shadowed).count();
+                prop_assert_eq!(single.shadowed.values().sum::<u32>() as usize, shadowed);
                 for known in &single.known {
                     let at = single.index.of_id(&single.known, &known.node.id).unwrap();
                     prop_assert!(std::ptr::eq(&single.known[at], known));
                     let holder = single.index.holder(&single.known, known.member.addr()).unwrap();
                     prop_assert_eq!(holder == at, !known.shadowed);
-                    // Nobody who is in the shadow wrote later than who has the address.
-                    prop_assert!(single.known[holder].node.last_seen >= known.node.last_seen);
+                    // Nobody who is in the shadow has more right than who has the address.
+                    prop_assert!(single.known[holder].rank() >= known.rank());
                 }
                 let mut sums = Totals::default();
                 single.known.iter().for_each(|known| sums.add(known));

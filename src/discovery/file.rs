@@ -23,6 +23,10 @@ const FORMAT: &str = "pingora-etcd snapshot 1\n";
 const FORMAT_NAME: &str = "pingora-etcd snapshot ";
 /// Length of the last line: a line feed, the checksum, a line feed.
 const TRAILER: usize = 18;
+/// How the names of files end that are being written.
+const TEMPORARY: &str = ".tmp";
+/// Nothing takes so long to write.
+const ABANDONED: Duration = Duration::from_secs(600);
 /// A file longer than this is none of ours: a hundred thousand nodes take 40 MiB.
 const LONGEST: u64 = 4 << 30;
 
@@ -118,6 +122,30 @@ impl SnapshotFile {
         }
     }
 
+    fn temporary_prefix(&self) -> String {
+        let name = self.path.file_name().unwrap_or_default();
+        format!(".{}.", name.to_string_lossy())
+    }
+
+    /// Removes what writes have left behind that were killed a while ago.
+    fn tidy(&self) {
+        let prefix = self.temporary_prefix();
+        let Ok(entries) = std::fs::read_dir(self.directory()) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let is_old = || {
+                let modified = entry.metadata().and_then(|about| about.modified());
+                modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > ABANDONED))
+            };
+            if name.starts_with(&prefix) && name.ends_with(TEMPORARY) && is_old() {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+
     fn error(&self, reason: impl ToString) -> ClusterError {
         ClusterError::SnapshotFile {
             path: self.path.display().to_string(),
@@ -126,7 +154,11 @@ impl SnapshotFile {
     }
 
     fn write(&self, of: &About, nodes: &Nodes, written: SystemTime) -> Result<(), ClusterError> {
-        let file = tempfile::NamedTempFile::new_in(self.directory());
+        let prefix = self.temporary_prefix();
+        let file = tempfile::Builder::new()
+            .prefix(&prefix)
+            .suffix(TEMPORARY)
+            .tempfile_in(self.directory());
         let mut file = file.map_err(|error| self.error(error))?;
         let written = written.duration_since(UNIX_EPOCH).map_or(0, millis);
         let nodes = nodes.iter().map(|node| Stored {
@@ -206,8 +238,11 @@ impl SnapshotFile {
 
 #[cfg(unix)]
 fn check_mode(about: &std::fs::Metadata) -> Result<(), String> {
-    use std::os::unix::fs::PermissionsExt;
-    let mode = about.permissions().mode() & 0o777;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let (mode, owner) = (about.permissions().mode() & 0o777, about.uid());
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        return Err(format!("it belongs to another user (uid {owner})"));
+    }
     if mode & 0o022 != 0 {
         return Err(format!("others may write it (mode {mode:04o})"));
     }
@@ -365,7 +400,10 @@ impl Saver {
             revision: nodes.revision(),
             ..self.about.clone()
         };
-        let write = move || file.write(&about, &nodes, as_of);
+        let write = move || {
+            file.tidy();
+            file.write(&about, &nodes, as_of)
+        };
         self.job = Some(tokio::task::spawn_blocking(write));
     }
 

@@ -5,6 +5,7 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rpds::RedBlackTreeSetSync;
 use tokio::time::Instant;
@@ -146,7 +147,7 @@ pub(crate) struct View {
     suspects: Suspects,
     /// The key that was written last, and when, unless it is gone.
     witness: Option<(String, Revision)>,
-    /// Keys whose current value is refused.
+    /// Keys whose value was refused once: those have been told in the log.
     refused: HashSet<String>,
     skipped: Skipped,
 }
@@ -157,6 +158,8 @@ pub(crate) struct Staged {
     /// In the order of ids.
     nodes: Vec<(String, StagedNode)>,
     candidates: Vec<Entry>,
+    /// In the view that is being served, and still registered, but not for it any more.
+    unwanted: Vec<String>,
     refused: HashSet<String>,
     skipped: Skipped,
     witness: Option<(String, Revision)>,
@@ -225,9 +228,7 @@ impl View {
             };
             if staged.nodes.len() >= self.admission.limits.nodes {
                 staged.skipped.too_large += 1;
-                if staged.refused.len() < MOST_REFUSED && staged.refused.insert(entry.key.clone()) {
-                    self.warn(entry, &self.too_many());
-                }
+                self.tell_refusal(&mut staged.refused, entry, &self.too_many());
                 continue;
             }
             let node = match self.admission.admit(id, entry) {
@@ -237,16 +238,15 @@ impl View {
                     let same = self.nodes.get(id).filter(|old| is_same(old, &node));
                     StagedNode::New(same.cloned().unwrap_or_else(|| Arc::new(node)))
                 }
-                Err(Refusal::Unwanted) => continue,
                 Err(refusal) => {
                     let stays = count(&mut staged.skipped, &refusal);
-                    if staged.refused.len() < MOST_REFUSED {
-                        if !self.refused.contains(&entry.key) {
-                            self.warn(entry, refusal.reason());
-                        }
-                        staged.refused.insert(entry.key.clone());
+                    if refusal != Refusal::Unwanted {
+                        self.tell_refusal(&mut staged.refused, entry, refusal.reason());
                     }
                     if !stays {
+                        if self.nodes.get(id).is_some() {
+                            staged.unwanted.push(id.to_owned());
+                        }
                         continue;
                     }
                     StagedNode::Unchanged(incarnation(entry))
@@ -274,20 +274,30 @@ impl View {
         now: Instant,
     ) -> Vec<Change> {
         let mut changes = Vec::new();
+        for id in &staged.unwanted {
+            self.drop_now(id, &mut changes);
+        }
         let listed: HashSet<&str> = staged.nodes.iter().map(|(id, _)| &**id).collect();
         let missing: Vec<_> = self
             .nodes
             .iter()
-            .filter(|node| !listed.contains(&*node.id))
+            .filter(|node| !listed.contains(&*node.id) && !self.suspects.contains(&node.id))
             .cloned()
             .collect();
-        let serving = missing.iter().filter(|node| node.is_serving()).count();
-        let mut more = serving.saturating_sub(1);
+        // Others that have come in their place leave the list as long as it was.
+        let shorter = self.nodes.len().saturating_sub(staged.nodes.len());
+        let many = self.suspects.are_many(shorter, self.nodes.len());
+        let lost = missing.iter().filter(|node| node.is_serving()).count();
+        let mut more = lost.saturating_sub(1);
         for node in missing {
+            if !many {
+                self.remove(&node.id, &mut changes);
+                continue;
+            }
             self.vanish(&node, more, &mut changes, now);
             more = more.saturating_sub(usize::from(node.is_serving()));
         }
-        self.refused = staged.refused;
+        self.remember(staged.refused);
         self.skipped.malformed += staged.skipped.malformed;
         self.skipped.too_large += staged.skipped.too_large;
         self.skipped.not_allowed += staged.skipped.not_allowed;
@@ -336,7 +346,6 @@ impl View {
                 match event {
                     WatchEvent::Put(entry) => self.insert(id, entry, &mut changes),
                     WatchEvent::Delete { .. } => {
-                        self.refused.remove(key);
                         if let Some(node) = self.nodes.get(id).cloned()
                             && !self.suspects.contains(id)
                         {
@@ -383,9 +392,15 @@ impl View {
         changes
     }
 
-    /// The store is heard again: nobody could have registered until now.
-    pub(crate) fn start_over(&mut self, now: Instant) {
-        self.suspects.start_over(now);
+    /// The store is heard again after so long, in which nobody could register.
+    pub(crate) fn was_away(&mut self, away: Duration) {
+        self.suspects.postpone(away);
+    }
+
+    /// What has been told in the log is not told again.
+    pub(crate) fn remember(&mut self, refused: HashSet<String>) {
+        let room = MOST_REFUSED.saturating_sub(self.refused.len());
+        self.refused.extend(refused.into_iter().take(room));
     }
 
     /// A node is not registered any more; `more` others are missing too.
@@ -441,22 +456,18 @@ impl View {
         };
         match admitted {
             Ok(node) => {
-                self.refused.remove(&entry.key);
                 self.take_in(Arc::new(node.with_incarnation(incarnation(entry))), changes);
             }
-            Err(Refusal::Unwanted) => {
-                self.refused.remove(&entry.key);
-                self.remove(id, changes);
-            }
+            Err(Refusal::Unwanted) => self.drop_now(id, changes),
             Err(refusal) => {
                 let stays = count(&mut self.skipped, &refusal);
-                if self.refused.len() < MOST_REFUSED && self.refused.insert(entry.key.clone()) {
-                    self.warn(entry, refusal.reason());
-                }
+                let mut told = HashSet::new();
+                self.tell_refusal(&mut told, entry, refusal.reason());
+                self.remember(told);
                 if stays {
                     self.drop_unless(id, incarnation(entry), changes);
                 } else {
-                    self.remove(id, changes);
+                    self.drop_now(id, changes);
                 }
             }
         }
@@ -489,6 +500,15 @@ impl View {
         }
     }
 
+    /// It is registered, but not for this view.
+    fn drop_now(&mut self, id: &str, changes: &mut Vec<Change>) {
+        // Not one that has vanished, to come back should others follow.
+        if self.suspects.returned(id) {
+            self.nodes.suspects.remove_mut(id);
+        }
+        self.remove(id, changes);
+    }
+
     fn remove(&mut self, id: &str, changes: &mut Vec<Change>) {
         if self.suspects.release(id) || self.nodes.suspects.contains(id) {
             self.nodes.suspects.remove_mut(id);
@@ -504,9 +524,14 @@ impl View {
         format!("there are {most} nodes already, and no more are allowed")
     }
 
-    fn warn(&self, entry: &Entry, reason: &str) {
-        let (key, revision) = (shortened(&entry.key), entry.mod_revision);
-        warn!(key, revision, reason, "entry skipped");
+    /// Once for each key, and for no more than so many: the log is not for others to fill.
+    fn tell_refusal(&self, told: &mut HashSet<String>, entry: &Entry, reason: &str) {
+        let is_new = !self.refused.contains(&entry.key) && !told.contains(&entry.key);
+        if is_new && self.refused.len() + told.len() < MOST_REFUSED {
+            told.insert(entry.key.clone());
+            let (key, revision) = (shortened(&entry.key), entry.mod_revision);
+            warn!(key, revision, reason = shortened(reason), "entry skipped");
+        }
     }
 
     fn enqueue(&mut self, entry: &Entry) {
@@ -566,6 +591,10 @@ impl View {
 }
 
 impl Staged {
+    pub(crate) fn take_refused(&mut self) -> HashSet<String> {
+        std::mem::take(&mut self.refused)
+    }
+
     fn saw(&mut self, entry: &Entry) {
         let newest = self
             .witness
@@ -598,8 +627,6 @@ fn incarnation(entry: &Entry) -> i64 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::discovery::{Filter, Limits};
     use crate::store::LeaseId;
@@ -831,6 +858,51 @@ mod tests {
             assert_eq!(view.nodes().len(), len);
             assert_eq!(changes.len(), 10 - len);
         }
+    }
+
+    #[test]
+    fn a_list_of_others_is_no_shorter() {
+        let nodes = many(10);
+        let others: Vec<_> = (20..30)
+            .map(|id| node(&format!("n{id:03}"), id + 2, id + 1))
+            .collect();
+        let mut view = preserving();
+        reset(&mut view, &nodes, &[], 60);
+        reset(&mut view, &others, &[], 90);
+        assert_eq!((view.nodes().len(), view.nodes().suspects()), (10, 0));
+    }
+
+    #[test]
+    fn who_is_registered_but_not_wanted_any_more_is_no_suspect() {
+        let admission = Admission {
+            filter: Filter::new().tag("x"),
+            ..Admission::default()
+        };
+        let mut view = View::new(keys(), admission, SelfPreservation::default());
+        let tagged = |id: i64, tags: &str, revision| {
+            let name = format!("n{id:03}");
+            let value = format!(r#"{{"id":"{name}","ip":"10.0.0.1","tags":[{tags}]}}"#);
+            registration(&name, &value, revision, id + 1)
+        };
+        let all = |tagged_from: i64| -> Vec<_> {
+            let tags = |id| if id < tagged_from { "" } else { r#""x""# };
+            (0..10).map(|id| tagged(id, tags(id), 2)).collect()
+        };
+        reset(&mut view, &all(0), &[], 60);
+        reset(&mut view, &all(5), &[], 90);
+        assert_eq!((view.nodes().len(), view.nodes().suspects()), (5, 0));
+        // One that vanished and came back without the tag stays away when others vanish.
+        let now = Instant::now();
+        view.apply(&[delete(keys().registration("n005"), 91)], now);
+        view.apply(&[put(tagged(5, "", 92))], now);
+        for id in 6..9 {
+            view.apply(
+                &[delete(keys().registration(&format!("n{id:03}")), 93)],
+                now,
+            );
+        }
+        assert!(view.nodes().get("n005").is_none());
+        assert!(view.nodes().suspects() > 0);
     }
 
     #[test]

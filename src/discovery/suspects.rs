@@ -26,7 +26,8 @@ pub struct SelfPreservation {
     pub enabled: bool,
     /// The part of the nodes that has to be exceeded. Default: 0.3. Range: 0.01 to 1.
     pub part: f64,
-    /// How many it takes at least. Default: 3. Range: 1 to 1,000,000.
+    /// How many it takes at least: in a smaller group each is let go at once. Default: 3. Range: 1 to
+    /// 1,000,000.
     pub at_least: usize,
     /// Within how many milliseconds: about the time to live of the nodes' leases. Default: 10,000.
     /// Range: 100 to 3,600,000.
@@ -127,6 +128,12 @@ impl Suspects {
         self.held.len()
     }
 
+    /// Whether so many of all are more than leave one by one.
+    pub(crate) fn are_many(&self, lost: usize, all: usize) -> bool {
+        let config = &self.config;
+        config.enabled && lost >= config.at_least && lost as f64 > config.part * all as f64
+    }
+
     /// A node has vanished from a view of so many, itself included; `more` others are missing too.
     pub(crate) fn vanished(
         &mut self,
@@ -141,7 +148,7 @@ impl Suspects {
         self.forget(now);
         let lost = self.recent.len() + self.held.len() + 1 + more;
         let all = nodes + self.recent.len();
-        let many = lost >= self.config.at_least && lost as f64 > self.config.part * all as f64;
+        let many = self.are_many(lost, all);
         let id: Arc<str> = Arc::from(node.id.as_str());
         if !many {
             self.order.push_back((now, id.clone()));
@@ -201,12 +208,15 @@ impl Suspects {
         ids
     }
 
-    /// Nobody could have registered until now: each stays as long as if it had vanished now.
-    pub(crate) fn start_over(&mut self, now: Instant) {
-        let until = now + self.config.hold();
-        let ids: Vec<_> = self.held.keys().cloned().collect();
-        for id in ids {
-            self.hold(id, until);
+    /// For so long nobody could register: each stays so much longer.
+    pub(crate) fn postpone(&mut self, away: Duration) {
+        let held: Vec<_> = self
+            .held
+            .iter()
+            .map(|(id, until)| (id.clone(), *until))
+            .collect();
+        for (id, until) in held {
+            self.hold(id, until + away);
         }
     }
 

@@ -42,6 +42,10 @@ pub(super) struct Follower<'s> {
     position: Position,
     /// Applied, and not published yet.
     pending: Vec<Change>,
+    /// One of them is a change of leader.
+    has_leader: bool,
+    /// Since when the store is not heard.
+    lost_at: Option<Instant>,
     is_published: bool,
     /// When more may be published.
     publish_at: Instant,
@@ -82,6 +86,8 @@ impl<'s> Follower<'s> {
             view,
             position: Position::Unlisted,
             pending: Vec::new(),
+            has_leader: false,
+            lost_at: None,
             is_published: true,
             publish_at: Instant::now(),
             may_read_disk: saver.is_some() && !*shared.ready.borrow(),
@@ -179,9 +185,12 @@ impl<'s> Follower<'s> {
             warn!(group = %self.shared.group, "the store's history is another one");
             return Err(ClusterError::Compacted { oldest: 0 });
         }
-        self.view.start_over(Instant::now());
-        self.shared.went_live();
+        if let Some(lost_at) = self.lost_at.take() {
+            self.view.was_away(lost_at.elapsed());
+        }
+        self.shared.went_live(false);
         let error = self.watch(&mut *watcher).await;
+        self.lost_at = Some(Instant::now());
         self.position = Position::Listed(cluster_id, watcher.position().to_vec());
         Err(error)
     }
@@ -195,7 +204,7 @@ impl<'s> Follower<'s> {
                 events = watcher.next() => match events {
                     Ok(events) => {
                         let changes = self.view.apply(&events, Instant::now());
-                        self.pending.extend(changes);
+                        self.add(changes);
                         self.is_published &= events.is_empty();
                     }
                     Err(error) => return error,
@@ -220,17 +229,16 @@ impl<'s> Follower<'s> {
         let now = Instant::now();
         if self.view.next_due().is_some_and(|due| due <= now) {
             let changes = self.view.expire(now);
-            self.pending.extend(changes);
+            self.add(changes);
             self.is_published = false;
         }
         if !self.is_published {
-            // Nobody should wait for a leader, and there is one change of leader at a time.
-            let is_leader = |change: &Change| matches!(change, Change::Leader(_));
             let is_due = now >= self.publish_at;
-            if is_due || self.pending.iter().any(is_leader) {
-                let is_all = self.pending.iter().all(is_leader);
+            // Nobody should wait for a leader, and a leader does not make others wait.
+            if is_due || self.has_leader {
+                let is_alone = self.has_leader && self.pending.len() == 1;
                 self.publish_pending();
-                if is_due && !is_all {
+                if is_due && !is_alone {
                     self.publish_at = now + self.shared.publish_interval;
                 }
             }
@@ -240,6 +248,12 @@ impl<'s> Follower<'s> {
         {
             saver.start(self.view.nodes(), self.cluster_id, SystemTime::now());
         }
+    }
+
+    fn add(&mut self, changes: Vec<Change>) {
+        let is_leader = |change: &Change| matches!(change, Change::Leader(_));
+        self.has_leader |= changes.iter().any(is_leader);
+        self.pending.extend(changes);
     }
 
     /// What is left to do when the run ends.
@@ -290,10 +304,14 @@ impl<'s> Follower<'s> {
         store: &dyn Store,
     ) -> Result<(u64, Vec<WatchRange>), ClusterError> {
         if self.may_read_disk {
-            if let Ok(loaded) = timeout(DISK_PATIENCE, self.load(store)).await {
-                return loaded;
+            // One key: a group that is large takes longer, and need not be read twice.
+            let any = Selector::Key(self.shared.keys.registry_prefix().to_owned());
+            if timeout(DISK_PATIENCE, store.list(&any, None))
+                .await
+                .is_err()
+            {
+                self.read_disk().await;
             }
-            self.read_disk().await;
         }
         self.load(store).await
     }
@@ -301,13 +319,19 @@ impl<'s> Follower<'s> {
     /// Lists nodes and candidates at one revision. Answers with what to watch from there.
     async fn load(&mut self, store: &dyn Store) -> Result<(u64, Vec<WatchRange>), ClusterError> {
         let mut again = 0;
-        let (staged, revision, cluster_id) = loop {
-            match self.list(store).await {
-                Err(ClusterError::Compacted { oldest }) if again < LIST_AGAIN => {
+        let (staged, (revision, cluster_id)) = loop {
+            let mut staged = Staged::default();
+            let error = match self.list(store, &mut staged).await {
+                Ok(read) => break (staged, read),
+                Err(error) => error,
+            };
+            self.view.remember(staged.take_refused());
+            match error {
+                ClusterError::Compacted { oldest } if again < LIST_AGAIN => {
                     again += 1;
                     debug!(group = %self.shared.group, oldest, "compacted while it was listed, will list again");
                 }
-                listed => break listed?,
+                error => return Err(error),
             }
         };
         let changes = self.view.reset(staged, revision, Instant::now());
@@ -318,9 +342,9 @@ impl<'s> Follower<'s> {
         }
         self.cluster_id = cluster_id;
         self.may_read_disk = false;
-        self.is_borrowed = false;
+        let was_borrowed = std::mem::take(&mut self.is_borrowed);
         self.publish(changes, true);
-        self.shared.went_live();
+        self.shared.went_live(was_borrowed);
         self.shared.went_ready();
         let from = revision + 1;
         let ranges = self.selectors().map(|keys| WatchRange { keys, from });
@@ -334,8 +358,11 @@ impl<'s> Follower<'s> {
     }
 
     /// Page by page, so that the whole group is never held twice. The view stays as it is meanwhile.
-    async fn list(&self, store: &dyn Store) -> Result<(Staged, Revision, u64), ClusterError> {
-        let mut staged = Staged::default();
+    async fn list(
+        &self,
+        store: &dyn Store,
+        staged: &mut Staged,
+    ) -> Result<(Revision, u64), ClusterError> {
         let mut read: Option<(Revision, u64)> = None;
         for (index, keys) in self.selectors().iter().enumerate() {
             let mut start = None;
@@ -349,8 +376,8 @@ impl<'s> Follower<'s> {
                     return Err(ClusterError::Compacted { oldest: 0 });
                 }
                 match index {
-                    0 => self.view.stage(&mut staged, &listing.entries),
-                    _ => self.view.stage_candidates(&mut staged, &listing.entries),
+                    0 => self.view.stage(staged, &listing.entries),
+                    _ => self.view.stage_candidates(staged, &listing.entries),
                 }
                 start = page.next;
                 if start.is_none() {
@@ -358,8 +385,7 @@ impl<'s> Follower<'s> {
                 }
             }
         }
-        let (revision, cluster_id) = read.unwrap_or_default();
-        Ok((staged, revision, cluster_id))
+        Ok(read.unwrap_or_default())
     }
 
     /// Serves from the snapshot file, if it can be used.
@@ -441,6 +467,7 @@ impl<'s> Follower<'s> {
             // What is not published yet has been overtaken, but not its events.
             changes.splice(0..0, self.pending.drain(..));
         }
+        self.has_leader = false;
         self.is_published = true;
         if let Some(saver) = &mut self.saver
             && (reset || !changes.is_empty())
@@ -455,9 +482,9 @@ impl<'s> Follower<'s> {
             .as_ref()
             .map(|leadership| leadership.node.clone());
         *shared.lock_skipped() = self.view.skipped();
-        shared.nodes.store(nodes.clone());
+        let suspects = shared.nodes.swap(nodes.clone()).suspects();
         let before = shared.leadership.swap(leadership.clone().map(Arc::new));
-        if reset || !changes.is_empty() {
+        if reset || !changes.is_empty() || suspects != nodes.suspects() {
             shared.nodes_watch.send_replace(nodes);
         }
         let same = match (before.as_deref(), &leadership) {
@@ -505,9 +532,13 @@ fn saved(saver: &mut Option<Saver>) -> impl Future<Output = ()> {
 }
 
 impl Shared {
-    fn went_live(&self) {
+    /// `was_borrowed`: nobody was told that it was not.
+    fn went_live(&self, was_borrowed: bool) {
         let before = self.status.send_replace(DiscoveryStatus::Live);
         match before {
+            DiscoveryStatus::Stale { .. } if was_borrowed => {
+                info!(group = %self.group, "connected");
+            }
             DiscoveryStatus::Stale { .. } => {
                 info!(group = %self.group, "reconnected");
                 let _ = self.events.send(ClusterEvent::Reconnected);

@@ -43,10 +43,11 @@ pub struct EtcdOptions {
     /// minutes.
     pub silence_timeout: Duration,
     /// Whether a discovery that has no view yet takes what any one member has of the registrations,
-    /// while there is no quorum. That may be out of date. Default: false.
+    /// while there is no quorum. That may be out of date. Not with `credentials`: etcd needs a quorum to
+    /// check a password. Default: false.
     pub serializable_fallback: bool,
     /// After how many failures in a row (to connect, or to be answered) calls fail at once, but for
-    /// one now and then that is tried. Default: 5. Range: 1 to 1,000,000.
+    /// one now and then that is tried, and for renewals of leases. Default: 5. Range: 1 to 1,000,000.
     pub breaker_failures: u32,
     /// How long they then fail at once, before one is tried. Default: 1 s. Range: 10 ms to 60 s.
     pub breaker_pause: Duration,
@@ -208,6 +209,12 @@ impl EtcdOptions {
                     format!("{value:?} is out of range, {least:?} to {most:?}"),
                 ));
             }
+        }
+        if self.serializable_fallback && self.credentials.is_some() {
+            return Err(ClusterError::config(
+                "serializable_fallback",
+                "is of no use with a user and a password: etcd needs a quorum to check them",
+            ));
         }
         if !(1..=1_000_000).contains(&self.breaker_failures) {
             return Err(ClusterError::config(

@@ -30,6 +30,10 @@ pub(super) struct Link {
     refusing: BTreeMap<String, ClusterError>,
 }
 
+/// The operation that is always tried: a lease that is not renewed in time is lost, and there are no
+/// more renewals than leases.
+pub(super) const RENEW: &str = "renew";
+
 /// A client that has been answered.
 pub(super) struct Dialed {
     pub(super) client: Client,
@@ -69,7 +73,10 @@ impl EtcdStore {
             if let Some(connection) = &link.connection {
                 return Ok(connection.clone());
             }
-            link.breaker.admit(operation, Instant::now())?
+            match operation {
+                RENEW => false,
+                _ => link.breaker.admit(operation, Instant::now())?,
+            }
         };
         // A caller with little patience gives up in the middle: then the next one may try.
         let _probe = probe.then(|| Probe(self));
@@ -107,7 +114,7 @@ impl EtcdStore {
         if let Some(connection) = &link.connection {
             return Ok(Some(connection.clone()));
         }
-        if link.breaker.admit(operation, Instant::now())? {
+        if operation != RENEW && link.breaker.admit(operation, Instant::now())? {
             // It is this one's to try, once it is its turn.
             link.breaker.abandoned();
         }

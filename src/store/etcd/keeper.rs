@@ -5,6 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use etcd_client::{LeaseKeepAliveStream, LeaseKeeper as EtcdLeaseKeeper};
 
+use super::connection::RENEW;
 use super::{EtcdStore, about_lease, explain};
 use crate::error::ClusterError;
 use crate::store::{Lease, LeaseKeeper};
@@ -48,7 +49,7 @@ impl EtcdKeeper {
     }
 
     async fn renew_on_stream(&mut self) -> Result<i64, ClusterError> {
-        const OPERATION: &str = "renew";
+        const OPERATION: &str = RENEW;
         let after = self.store.timeout();
         // One on a connection that has been given up, or replaced, is not used any more.
         if self.used.map(|(generation, _)| generation) != Some(self.store.link().generation) {
@@ -103,7 +104,7 @@ impl LeaseKeeper for EtcdKeeper {
             Ok(Err(error)) => error,
             Err(_) => ClusterError::Timeout {
                 endpoint: self.store.shared.options.endpoints.join(","),
-                operation: "renew",
+                operation: RENEW,
                 after: within,
             },
         };

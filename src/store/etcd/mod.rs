@@ -15,8 +15,8 @@ mod renewal;
 mod security;
 mod watcher;
 
+use std::collections::HashMap;
 use std::future::Future;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ const PAGE_BYTES: usize = 1 << 20;
 /// What an entry is taken for before one was seen.
 const ENTRY_BYTES: usize = 1 << 10;
 /// Entries of a page at most.
-const PAGE_ENTRIES: usize = 10_000;
+const PAGE_ENTRIES: usize = 2_000;
 /// The largest response accepted, to a page of a list or on a watch. The client's own limit of 4 MiB
 /// is too little for what etcd may send at once.
 const LARGEST_RESPONSE: usize = 64 << 20;
@@ -58,8 +58,8 @@ struct Shared {
     link: Mutex<Link>,
     /// Held while connecting, so that many callers make one connection.
     dialing: tokio::sync::Mutex<()>,
-    /// What an entry of a list takes, as of the last page.
-    entry_bytes: AtomicUsize,
+    /// What an entry takes under a prefix, as of the last page.
+    entry_bytes: Mutex<HashMap<String, usize>>,
 }
 
 impl EtcdStore {
@@ -75,7 +75,7 @@ impl EtcdStore {
                 options,
                 link: Mutex::new(Link::default()),
                 dialing: tokio::sync::Mutex::new(()),
-                entry_bytes: AtomicUsize::new(ENTRY_BYTES),
+                entry_bytes: Mutex::default(),
             }),
         })
     }
@@ -161,25 +161,35 @@ impl EtcdStore {
 }
 
 impl EtcdStore {
+    fn entry_bytes(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        let bytes = self.shared.entry_bytes.lock();
+        bytes.unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// How many entries to ask for.
-    fn page_entries(&self) -> usize {
-        let bytes = self.shared.entry_bytes.load(Ordering::Relaxed);
+    fn page_entries(&self, keys: &Selector) -> usize {
+        let bytes = self.entry_bytes().get(keys.as_str()).copied();
+        let bytes = bytes.unwrap_or(ENTRY_BYTES);
         (PAGE_BYTES / bytes.max(1)).clamp(1, PAGE_ENTRIES)
     }
 
-    fn saw_large(&self, entries: usize) {
-        let bytes = (PAGE_BYTES / entries).max(1).saturating_mul(4);
-        self.shared.entry_bytes.store(bytes, Ordering::Relaxed);
+    fn saw(&self, keys: &Selector, bytes: usize) {
+        // There are as many prefixes as a process has groups.
+        if let Selector::Prefix(prefix) = keys {
+            self.entry_bytes().insert(prefix.clone(), bytes.max(1));
+        }
     }
 
-    fn page(&self, page: &GetResponse, at: Option<Revision>) -> Page {
+    fn saw_large(&self, keys: &Selector, entries: usize) {
+        self.saw(keys, (PAGE_BYTES / entries).saturating_mul(4));
+    }
+
+    fn page(&self, keys: &Selector, page: &GetResponse, at: Option<Revision>) -> Page {
         let entries: Vec<Entry> = page.kvs().iter().map(entry).collect();
         if !entries.is_empty() {
             let bytes = |entry: &Entry| entry.key.len() + entry.value.len();
             let mean = entries.iter().map(bytes).sum::<usize>() / entries.len();
-            self.shared
-                .entry_bytes
-                .store(mean.max(1), Ordering::Relaxed);
+            self.saw(keys, mean);
         }
         let (read_at, cluster_id) = position(page.header());
         let next = page.kvs().last().filter(|_| page.more()).map(|last| {
@@ -208,16 +218,16 @@ impl EtcdStore {
         let mut listing: Option<Listing> = None;
         loop {
             let at = listing.as_ref().map(|listing| listing.revision);
-            let entries = self.page_entries();
+            let entries = self.page_entries(keys);
             let options = page_options(end.as_deref(), at, entries).with_serializable();
             let mut kv = large_kv(&client);
             let request = kv.get(start.clone(), Some(options));
             let page = match bounded("list", endpoint, self.timeout(), request).await {
                 Err(ClusterError::TooLarge { .. }) if entries > 1 => {
-                    self.saw_large(entries);
+                    self.saw_large(keys, entries);
                     continue;
                 }
-                page => self.page(&page?, at),
+                page => self.page(keys, &page?, at),
             };
             let next = page.next;
             let listing = match &mut listing {
@@ -444,7 +454,7 @@ impl Store for EtcdStore {
         let (first, end) = range(keys);
         let start = start.unwrap_or(first);
         loop {
-            let entries = self.page_entries();
+            let entries = self.page_entries(keys);
             let options = page_options(end.as_deref(), at, entries);
             let page = self
                 .call("list", |client| {
@@ -454,9 +464,9 @@ impl Store for EtcdStore {
                 .await;
             match page {
                 // There is no telling how large each is: fewer of them.
-                Err(ClusterError::TooLarge { .. }) if entries > 1 => self.saw_large(entries),
+                Err(ClusterError::TooLarge { .. }) if entries > 1 => self.saw_large(keys, entries),
                 Err(error) => return Err(self.about_access(error, || keys.as_str().to_owned())),
-                Ok(page) => return Ok(self.page(&page, at)),
+                Ok(page) => return Ok(self.page(keys, &page, at)),
             }
         }
     }
@@ -489,7 +499,7 @@ impl Store for EtcdStore {
                 let (start, end) = range(keys);
                 TxnOp::get(
                     start,
-                    Some(page_options(end.as_deref(), None, self.page_entries())),
+                    Some(page_options(end.as_deref(), None, self.page_entries(keys))),
                 )
             })
             .collect();

@@ -23,6 +23,8 @@ use super::{EtcdOptions, EtcdStore, LARGEST_RESPONSE, entry, explain, prefix_end
 use crate::error::ClusterError;
 use crate::store::{Selector, WatchEvent, WatchRange, Watcher};
 
+/// Progress requests whose answers are waited for.
+const MOST_UNANSWERED: usize = 16;
 /// Responses that one watch may be behind before it is ended: the stream must not wait for it.
 const BEHIND: usize = 1_024;
 
@@ -30,8 +32,8 @@ const BEHIND: usize = 1_024;
 enum Told {
     /// Of this range.
     Response(i64, WatchResponse),
-    /// Every range has been told everything up to this revision.
-    Progress(i64),
+    /// This range has been told everything up to this revision.
+    Progress(i64, i64),
     /// There is no more.
     End(ClusterError),
 }
@@ -79,6 +81,8 @@ impl WatchStreams {
             stream: None,
             next_id: next_id.clone(),
             pending: VecDeque::new(),
+            requests: 0,
+            unanswered: VecDeque::new(),
             watches: HashMap::new(),
             silence: Silence::new(),
         };
@@ -118,12 +122,17 @@ struct Watched {
     range: WatchRange,
     /// The one that it takes the place of, once it is there.
     replaces: Option<i64>,
+    /// How many progress requests had been sent when it was confirmed: answers to those do not speak
+    /// of it, for confirmations and answers may overtake each other.
+    confirmed: Option<u64>,
 }
 
 /// What is done about a stream that says nothing.
 struct Silence {
     heard: Instant,
     asked: Asked,
+    /// When that was.
+    asked_at: Instant,
     /// Whether the server has ever answered a progress request.
     is_answered: bool,
 }
@@ -143,8 +152,14 @@ impl Silence {
         Self {
             heard: Instant::now(),
             asked: Asked::Nothing,
+            asked_at: Instant::now(),
             is_answered: false,
         }
+    }
+
+    fn ask(&mut self, what: Asked) {
+        self.asked = what;
+        self.asked_at = Instant::now();
     }
 
     fn heard(&mut self) {
@@ -152,15 +167,14 @@ impl Silence {
         self.asked = Asked::Nothing;
     }
 
-    /// When to do something about it. All is over well within `patience`.
+    /// When to do something about it. All is over within nine tenths of `patience`; but each
+    /// question has its time from when it was asked, whatever this process was doing before.
     fn due(&self, patience: Duration) -> Instant {
-        self.heard
-            + match self.asked {
-                Asked::Nothing => patience.mul_f64(0.4),
-                Asked::Progress if self.is_answered => patience.mul_f64(0.9),
-                Asked::Progress => patience.mul_f64(0.65),
-                Asked::Watches => patience.mul_f64(0.9),
-            }
+        match self.asked {
+            Asked::Nothing => self.heard + patience.mul_f64(0.4),
+            Asked::Progress if self.is_answered => self.asked_at + patience / 2,
+            Asked::Progress | Asked::Watches => self.asked_at + patience / 4,
+        }
     }
 }
 
@@ -185,6 +199,9 @@ struct Dispatcher {
     next_id: Arc<AtomicI64>,
     /// Asked for, not yet confirmed, in this order.
     pending: VecDeque<i64>,
+    /// Progress requests sent, and of those not answered the numbers.
+    requests: u64,
+    unanswered: VecDeque<u64>,
     /// By their id on the server.
     watches: HashMap<i64, Watched>,
     silence: Silence,
@@ -227,6 +244,7 @@ impl Dispatcher {
                 }
             };
             let next = tokio::select! {
+                biased;
                 command = inbox.recv() => match command {
                     Some(command) => Next::Command(command),
                     None => return self.unavailable("nobody watches any more"),
@@ -238,8 +256,10 @@ impl Dispatcher {
                 },
                 () = sleep_until(due), if is_watching => Next::Silence,
             };
+            // Requests wait for room on the connection, which a silent one does not make.
             let deadline = match &next {
-                Next::Silence => due.max(self.silence.heard + self.patience.mul_f64(0.9)),
+                Next::Silence if self.silence.asked != Asked::Nothing => Instant::now(),
+                Next::Silence => Instant::now() + self.patience / 2,
                 _ => Instant::now() + self.patience,
             };
             let act = async {
@@ -256,7 +276,6 @@ impl Dispatcher {
                     },
                 }
             };
-            // Requests wait for room on the connection, which a silent one does not make.
             match timeout_at(deadline, act).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => return self.explain(&error),
@@ -284,21 +303,42 @@ impl Dispatcher {
     }
 
     async fn ask_for_progress(&mut self) -> Result<(), etcd_client::Error> {
-        self.silence.asked = Asked::Progress;
-        match &mut self.stream {
-            Some((requests, _)) if self.asks_for_progress => requests.request_progress().await,
-            _ => Ok(()),
-        }
+        self.silence.ask(Asked::Progress);
+        let Some((requests, _)) = self.stream.as_mut().filter(|_| self.asks_for_progress) else {
+            return Ok(());
+        };
+        self.requests += 1;
+        self.unanswered.push_back(self.requests);
+        // A server that answers does so in time. The oldest number is the safe one, see there.
+        self.unanswered.truncate(MOST_UNANSWERED);
+        requests.request_progress().await
     }
 
     /// The server does not say how far it is. A watch from where the last one stopped is confirmed by
     /// one that is alive, and tells whatever has been missed.
     async fn ask_anew(&mut self) -> Result<(), etcd_client::Error> {
-        self.silence.asked = Asked::Watches;
+        self.silence.ask(Asked::Watches);
+        // Where a watch from now on began is not known: its reader has to read again.
+        let unknown = self
+            .watches
+            .extract_if(|_, watch| watch.range.from == 0)
+            .collect::<Vec<_>>();
+        for (_, watch) in &unknown {
+            let error =
+                self.unavailable("the server is silent, and it is not known what was missed");
+            let _ = watch.told.try_send(Told::End(error));
+        }
+        self.cancel(unknown.into_iter().map(|(at, _)| at).collect())
+            .await?;
+        let replaced: Vec<_> = self
+            .watches
+            .values()
+            .filter_map(|watch| watch.replaces)
+            .collect();
         let again: Vec<_> = self
             .watches
             .iter()
-            .filter(|(_, watch)| watch.replaces.is_none())
+            .filter(|(at, watch)| watch.replaces.is_none() && !replaced.contains(at))
             .map(|(at, watch)| (*at, watch.id, watch.told.clone(), watch.range.clone()))
             .collect();
         for (at, id, told, range) in again {
@@ -308,6 +348,7 @@ impl Dispatcher {
                 told,
                 range,
                 replaces: Some(at),
+                confirmed: None,
             };
             self.open(new, watch).await?;
         }
@@ -322,6 +363,7 @@ impl Dispatcher {
                     told,
                     range,
                     replaces: None,
+                    confirmed: None,
                 };
                 if self.watches.is_empty() {
                     // Until now there was nothing to hear.
@@ -388,10 +430,8 @@ impl Dispatcher {
             watch.range.from = watch.range.from.max(last.mod_revision() + 1);
         }
         let ended = response.canceled();
-        if response.created() && watch.range.from == 0 && watch.replaces.is_none() {
-            // From now on: that is what this revision is, if it has to be opened anew.
-            let now = response.header().map_or(0, |header| header.revision());
-            watch.range.from = now + 1;
+        if response.created() {
+            watch.confirmed = Some(self.requests);
         }
         if response.created()
             && let Some(replaced) = watch.replaces.take()
@@ -421,23 +461,22 @@ impl Dispatcher {
         Ok(())
     }
 
-    /// The answer to a progress request is for all watches of the stream.
+    /// The answer to a progress request is for all watches that the server knew of when it was asked.
+    /// If one before it was never answered this one is taken for its answer: for fewer watches, then.
     fn pass_on_progress(&mut self, response: &WatchResponse) {
         self.silence.is_answered = true;
         let revision = response.header().map_or(0, |header| header.revision());
-        if !self.tells_progress || !self.pending.is_empty() {
+        let Some(request) = self.unanswered.pop_front().filter(|_| self.tells_progress) else {
             return;
-        }
-        let mut told: Vec<&mpsc::Sender<Told>> = Vec::new();
-        for watch in self.watches.values_mut() {
+        };
+        let known = self
+            .watches
+            .values_mut()
+            .filter(|watch| watch.confirmed.is_some_and(|before| before < request));
+        for watch in known {
             watch.range.from = watch.range.from.max(revision + 1);
-            if !told.iter().any(|other| other.same_channel(&watch.told)) {
-                told.push(&watch.told);
-            }
-        }
-        for told in told {
             // One that has no room for it learns how far it is from what it has.
-            let _ = told.try_send(Told::Progress(revision));
+            let _ = watch.told.try_send(Told::Progress(watch.id, revision));
         }
     }
 }
@@ -565,11 +604,15 @@ impl EtcdWatcher {
             });
         }
         // All changes of one revision come in one response, so the next revision is safe to go on
-        // from. The header's revision is safe only where there are no events: it may be ahead of
-        // changes still to be sent.
-        let reached = match events.last() {
-            Some(last) => last.revision(),
-            None => response.header().map_or(0, |header| header.revision()),
+        // from. The header's revision is safe only where there are no events, for it may be ahead of
+        // changes still to be sent; and of an older server not even there.
+        let last = response.events().last().and_then(|event| event.kv());
+        let reached = match last {
+            Some(last) => last.mod_revision(),
+            None if self.streams.tells_progress => {
+                response.header().map_or(0, |header| header.revision())
+            }
+            None => 0,
         };
         range.from = range.from.max(reached + 1);
         Ok(events)
@@ -586,8 +629,9 @@ impl Watcher for EtcdWatcher {
             };
             let events = match told {
                 Told::Response(id, response) => self.take(id, &response),
-                Told::Progress(revision) => {
-                    for range in &mut self.ranges {
+                Told::Progress(id, revision) => {
+                    let index = self.ids.get(&id);
+                    if let Some(range) = index.and_then(|index| self.ranges.get_mut(*index)) {
                         range.from = range.from.max(revision + 1);
                     }
                     continue;
