@@ -75,7 +75,7 @@ lint: deps ## formatting, clippy and rustdoc, without warnings
 bench: deps ## run the benchmarks that measure time
 	cargo bench --all-features --bench pick --bench propagation --bench scale
 
-bench-scale: deps ## what 100 to 100,000 nodes cost: memory, loading, each change; part of bench and test
+bench-scale: deps ## what 100 to 100,000 nodes cost: memory, loading, each change; part of bench
 	cargo bench --all-features --bench scale
 
 bench-fleets: deps ## what fleets of balancers cost etcd, by a simulation and a real etcd

@@ -105,11 +105,11 @@ fn writes(deadband: &Deadband, busy: bool) -> Writes {
     let mut a_second = vec![0_u32; SECONDS];
     let noise = if busy { 6.0 } else { 0.5 };
     for _ in 0..NODES {
-        let phase = rng.usize(..EVERY);
+        let mut time = EVERY as f64 * rng.f64();
         let mean = 20.0 + 60.0 * rng.f64();
         let mut cpu = mean;
-        let mut written: Option<(serde_json::Value, usize)> = None;
-        for second in (phase..SECONDS).step_by(EVERY) {
+        let mut written: Option<(serde_json::Value, f64)> = None;
+        while time < SECONDS as f64 {
             // First-order autoregressive, with a memory of about a minute.
             cpu = mean + 0.92 * (cpu - mean) + noise * (rng.f64() + rng.f64() - 1.0);
             let sample = serde_json::json!({
@@ -117,13 +117,16 @@ fn writes(deadband: &Deadband, busy: bool) -> Writes {
                 metadata_keys::MEMORY_USAGE_PERCENT: 50.0 + cpu / 50.0,
                 metadata_keys::QUEUE_DEPTH: (cpu / 25.0) as u32,
             });
-            let is_due = written
-                .as_ref()
-                .is_none_or(|(last, at)| deadband.is_left(last, &sample) || second - at >= MAX_AGE);
+            let is_due = written.as_ref().is_none_or(|(last, at)| {
+                deadband.is_left(last, &sample)
+                    || time - at >= MAX_AGE as f64 * (0.9 + 0.1 * rng.f64())
+            });
             if is_due {
-                a_second[second] += 1;
-                written = Some((sample, second));
+                a_second[time as usize] += 1;
+                written = Some((sample, time));
             }
+            // As a worker does, so that they do not all write at the same time.
+            time += EVERY as f64 * (1.0 + 0.1 * rng.f64());
         }
     }
     // Without the start, when everybody writes.

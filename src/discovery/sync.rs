@@ -1,7 +1,6 @@
 //! List, then watch from the next revision; resume, or list again.
 
 use std::convert::Infallible;
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -522,12 +521,10 @@ async fn at(due: Option<Instant>) {
     }
 }
 
-fn saved(saver: &mut Option<Saver>) -> impl Future<Output = ()> {
-    async move {
-        match saver {
-            Some(saver) => saver.done().await,
-            None => std::future::pending().await,
-        }
+async fn saved(saver: &mut Option<Saver>) {
+    match saver {
+        Some(saver) => saver.done().await,
+        None => std::future::pending().await,
     }
 }
 
