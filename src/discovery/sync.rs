@@ -184,14 +184,19 @@ impl<'s> Follower<'s> {
             warn!(group = %self.shared.group, "the store's history is another one");
             return Err(ClusterError::Compacted { oldest: 0 });
         }
-        if let Some(lost_at) = self.lost_at.take() {
-            self.view.was_away(lost_at.elapsed());
-        }
+        self.is_heard();
         self.shared.went_live(false);
         let error = self.watch(&mut *watcher).await;
         self.lost_at = Some(Instant::now());
         self.position = Position::Listed(cluster_id, watcher.position().to_vec());
         Err(error)
+    }
+
+    /// The store is heard, perhaps again: those who are suspects by now could not register meanwhile.
+    fn is_heard(&mut self) {
+        if let Some(lost_at) = self.lost_at.take() {
+            self.view.was_away(lost_at.elapsed());
+        }
     }
 
     /// Takes over what a watch tells, until it fails.
@@ -333,6 +338,7 @@ impl<'s> Follower<'s> {
                 error => return Err(error),
             }
         };
+        self.is_heard();
         let changes = self.view.reset(staged, revision, Instant::now());
         let (nodes, suspects) = (self.view.nodes().len(), self.view.nodes().suspects());
         info!(group = %self.shared.group, revision, nodes, suspects, "group loaded");

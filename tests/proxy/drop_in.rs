@@ -143,7 +143,8 @@ async fn changes_reach_a_live_load_balancer_without_polling() {
 
     first.leave();
     eventually("nothing is left", || selected(ports!(lb), 8).is_empty()).await;
-    assert_eq!(lb.backends().get_backend().len(), 1);
+    // Disabled when it says goodbye, and gone a moment later.
+    eventually("it is gone", || lb.backends().get_backend().len() == 1).await;
 }
 
 /// The proxy of Pingora's own documentation, with our discovery and selection in it.
