@@ -216,6 +216,12 @@ impl View {
         self.skipped
     }
 
+    /// How many candidates, places and refused keys are remembered.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn sizes(&self) -> [usize; 3] {
+        [self.queue.len(), self.places.len(), self.refused.len()]
+    }
+
     /// Reads a page of registrations. Costs memory for what is new in it only.
     pub(crate) fn stage(&self, staged: &mut Staged, registrations: &[Entry]) {
         for entry in registrations {
