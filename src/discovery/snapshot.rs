@@ -266,8 +266,14 @@ impl View {
     pub(crate) fn stage_candidates(&self, staged: &mut Staged, candidates: &[Entry]) {
         for entry in candidates {
             staged.saw(entry);
-            if staged.candidates.len() < self.admission.limits.nodes {
-                staged.candidates.push(entry.clone());
+            // Before it is kept: a value may be as long as the store allows, and one that is
+            // refused later would take the place of another.
+            match self.candidate(entry) {
+                Ok(_) if staged.candidates.len() < self.admission.limits.nodes => {
+                    staged.candidates.push(entry.clone());
+                }
+                Ok(_) => staged.skipped.too_large += 1,
+                Err(refusal) => drop(count(&mut staged.skipped, &refusal)),
             }
         }
     }
@@ -516,24 +522,34 @@ impl View {
     }
 
     fn enqueue(&mut self, entry: &Entry) {
-        if !self.keys.is_candidacy(&entry.key) {
-            return;
-        }
         self.dequeue(&entry.key);
-        let limits = &self.admission.limits;
-        let too_much = entry.value.len() > LONGEST_ID
-            || limits.check_key(&entry.key).is_err()
-            || self.places.len() >= limits.nodes;
-        let Ok(id) = std::str::from_utf8(&entry.value) else {
-            return;
+        let candidate = match self.candidate(entry) {
+            Ok(_) if self.places.len() >= self.admission.limits.nodes => {
+                Err(Refusal::TooLarge(String::new()))
+            }
+            candidate => candidate,
         };
-        if too_much {
-            self.skipped.too_large += 1;
-            return;
+        match candidate {
+            Ok(id) => {
+                self.places.insert(entry.key.clone(), entry.create_revision);
+                self.queue
+                    .insert((entry.create_revision, entry.key.clone()), id.to_owned());
+            }
+            Err(refusal) => drop(count(&mut self.skipped, &refusal)),
         }
-        self.places.insert(entry.key.clone(), entry.create_revision);
-        self.queue
-            .insert((entry.create_revision, entry.key.clone()), id.to_owned());
+    }
+
+    /// The id of a candidate.
+    fn candidate<'e>(&self, entry: &'e Entry) -> Result<&'e str, Refusal> {
+        if !self.keys.is_candidacy(&entry.key) {
+            return Err(Refusal::Unwanted);
+        }
+        let limits = &self.admission.limits;
+        if entry.value.len() > LONGEST_ID {
+            return Err(Refusal::TooLarge("its id is too long".to_owned()));
+        }
+        limits.check_key(&entry.key).map_err(Refusal::TooLarge)?;
+        std::str::from_utf8(&entry.value).map_err(|error| Refusal::Malformed(error.to_string()))
     }
 
     fn dequeue(&mut self, key: &str) {
@@ -940,6 +956,31 @@ mod tests {
     }
 
     /// What the store might do to three nodes' keys.
+    #[test]
+    fn candidates_that_are_none_take_no_place() {
+        let limits = Limits {
+            nodes: 1,
+            ..Limits::default()
+        };
+        let admission = Admission {
+            limits,
+            ..Admission::default()
+        };
+        let mut view = View::new(keys(), admission, SelfPreservation::off());
+        let mut staged = Staged::default();
+        view.stage(&mut staged, &[node("a", 2, 1)]);
+        let mut giant = candidate("a", 3, 1);
+        giant.value = vec![b'a'; 1_000_000];
+        let mut garbage = candidate("a", 4, 2);
+        garbage.value = vec![0xff];
+        let good = candidate("a", 5, 3);
+        view.stage_candidates(&mut staged, &[giant, garbage, good]);
+        assert_eq!(staged.candidates.len(), 1, "only what is used is kept");
+        view.reset(staged, 6, Instant::now());
+        assert_eq!(view.leader().unwrap().epoch, 5);
+        assert_eq!((view.skipped().too_large, view.skipped().malformed), (1, 1));
+    }
+
     fn history() -> impl Strategy<Value = Vec<(u8, u8)>> {
         prop::collection::vec((0_u8..3, 0_u8..5), 0..40)
     }
