@@ -9,6 +9,7 @@ use std::sync::Arc;
 use rpds::RedBlackTreeSetSync;
 use tokio::time::Instant;
 use tracing::{info, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::admission::{Admission, Refusal, shortened};
 use super::event::Change;
@@ -146,8 +147,8 @@ pub(crate) struct View {
     suspects: Suspects,
     /// The key that was written last, and when, unless it is gone.
     witness: Option<(String, Revision)>,
-    /// Keys whose current value is refused.
-    refused: HashSet<String>,
+    /// Keys whose current value is refused, as hashes: a key may be as long as the store allows.
+    refused: HashSet<u64>,
     skipped: Skipped,
 }
 
@@ -157,7 +158,7 @@ pub(crate) struct Staged {
     /// In the order of ids.
     nodes: Vec<(String, StagedNode)>,
     candidates: Vec<Entry>,
-    refused: HashSet<String>,
+    refused: HashSet<u64>,
     skipped: Skipped,
     witness: Option<(String, Revision)>,
 }
@@ -231,7 +232,7 @@ impl View {
             };
             if staged.nodes.len() >= self.admission.limits.nodes {
                 staged.skipped.too_large += 1;
-                if staged.refused.len() < MOST_REFUSED && staged.refused.insert(entry.key.clone()) {
+                if staged.refused.len() < MOST_REFUSED && staged.refused.insert(hash(&entry.key)) {
                     self.warn(entry, &self.too_many());
                 }
                 continue;
@@ -247,10 +248,10 @@ impl View {
                 Err(refusal) => {
                     let stays = count(&mut staged.skipped, &refusal);
                     if staged.refused.len() < MOST_REFUSED {
-                        if !self.refused.contains(&entry.key) {
+                        if !self.refused.contains(&hash(&entry.key)) {
                             self.warn(entry, refusal.reason());
                         }
-                        staged.refused.insert(entry.key.clone());
+                        staged.refused.insert(hash(&entry.key));
                     }
                     if !stays {
                         continue;
@@ -348,7 +349,7 @@ impl View {
                 match event {
                     WatchEvent::Put(entry) => self.insert(id, entry, &mut changes),
                     WatchEvent::Delete { .. } => {
-                        self.refused.remove(key);
+                        self.refused.remove(&hash(key));
                         if let Some(node) = self.nodes.get(id).cloned()
                             && !self.suspects.contains(id)
                         {
@@ -453,16 +454,16 @@ impl View {
         };
         match admitted {
             Ok(node) => {
-                self.refused.remove(&entry.key);
+                self.refused.remove(&hash(&entry.key));
                 self.take_in(Arc::new(node.with_incarnation(incarnation(entry))), changes);
             }
             Err(Refusal::Unwanted) => {
-                self.refused.remove(&entry.key);
+                self.refused.remove(&hash(&entry.key));
                 self.remove(id, changes);
             }
             Err(refusal) => {
                 let stays = count(&mut self.skipped, &refusal);
-                if self.refused.len() < MOST_REFUSED && self.refused.insert(entry.key.clone()) {
+                if self.refused.len() < MOST_REFUSED && self.refused.insert(hash(&entry.key)) {
                     self.warn(entry, refusal.reason());
                 }
                 if stays {
@@ -608,6 +609,11 @@ fn count(skipped: &mut Skipped, refusal: &Refusal) -> bool {
         Refusal::Unwanted => {}
     }
     !matches!(refusal, Refusal::NotAllowed(_) | Refusal::Unwanted)
+}
+
+/// Two keys of one hash cost a line in the log.
+fn hash(key: &str) -> u64 {
+    xxh3_64(key.as_bytes())
 }
 
 fn is_same(old: &Node, new: &Node) -> bool {
@@ -979,6 +985,20 @@ mod tests {
         view.reset(staged, 6, Instant::now());
         assert_eq!(view.leader().unwrap().epoch, 5);
         assert_eq!((view.skipped().too_large, view.skipped().malformed), (1, 1));
+    }
+
+    #[test]
+    fn few_refused_keys_are_remembered() {
+        let mut view = view();
+        for at in 0..20_000 {
+            let key = format!("{at}-{}", "k".repeat(2_000));
+            view.apply(&[put(registration(&key, "{}", at, 1))], Instant::now());
+        }
+        assert_eq!(view.skipped().too_large, 20_000);
+        assert_eq!(view.refused.len(), MOST_REFUSED);
+        let key = keys().registration(&format!("5-{}", "k".repeat(2_000)));
+        view.apply(&[delete(key, 20_001)], Instant::now());
+        assert_eq!(view.refused.len(), MOST_REFUSED - 1);
     }
 
     fn history() -> impl Strategy<Value = Vec<(u8, u8)>> {
