@@ -327,6 +327,13 @@ impl View {
     pub(crate) fn restore(&mut self, nodes: Vec<Node>, revision: Revision) -> Vec<Change> {
         let mut changes = Vec::new();
         for node in nodes {
+            if self.nodes.len() >= self.admission.limits.nodes {
+                warn!(
+                    reason = self.too_many(),
+                    "the rest of the snapshot is left out"
+                );
+                break;
+            }
             if self.admission.readmit(&node).is_ok() {
                 self.take_in(Arc::new(node), &mut changes);
             }
@@ -512,6 +519,17 @@ impl View {
         }
     }
 
+    /// Suspects make way when there are more nodes than allowed: those go first that would go first
+    /// anyway.
+    fn make_room(&mut self, changes: &mut Vec<Change>) {
+        while self.nodes.len() > self.admission.limits.nodes {
+            let Some(id) = self.suspects.first() else {
+                return;
+            };
+            self.remove(&id, changes);
+        }
+    }
+
     fn too_many(&self) -> String {
         let most = self.admission.limits.nodes;
         format!("there are {most} nodes already, and no more are allowed")
@@ -562,6 +580,7 @@ impl View {
     /// Works out who leads. A leader that is not registered (yet) leads nothing: there is nowhere
     /// to send to.
     fn settle(&mut self, changes: &mut Vec<Change>) {
+        self.make_room(changes);
         let leader = self.queue.first_key_value().and_then(|((epoch, key), id)| {
             if self.suspects.contains(id) {
                 return None;
@@ -999,6 +1018,46 @@ mod tests {
         let key = keys().registration(&format!("5-{}", "k".repeat(2_000)));
         view.apply(&[delete(key, 20_001)], Instant::now());
         assert_eq!(view.refused.len(), MOST_REFUSED - 1);
+    }
+
+    #[test]
+    fn suspects_do_not_exceed_the_limit() {
+        let limits = Limits {
+            nodes: 4,
+            ..Limits::default()
+        };
+        let admission = || Admission {
+            limits,
+            ..Admission::default()
+        };
+        let mut view = View::new(keys(), admission(), SelfPreservation::default());
+        let now = Instant::now();
+        let event = |(id, is_there): (&str, bool)| match is_there {
+            true => put(node(id, 2, 1)),
+            false => delete(keys().registration(id), 3),
+        };
+        // Two are gone and two have come when it turns out that many vanish.
+        let events = [("a", true), ("b", true), ("c", true), ("d", true)];
+        view.apply(&events.map(event), now);
+        for (id, is_there) in [("a", false), ("e", true), ("b", false), ("f", true)] {
+            view.apply(&[event((id, is_there))], now);
+        }
+        view.apply(&[event(("c", false))], now);
+        assert_eq!(view.nodes().len(), 4);
+        assert!(
+            ["d", "e", "f"]
+                .iter()
+                .all(|id| view.nodes().get(id).is_some())
+        );
+        // Or a list has others.
+        let others = ["w", "x", "y", "z"].map(|id| node(id, 9, 2));
+        reset(&mut view, &others, &[], 9);
+        assert_eq!((view.nodes().len(), view.nodes().suspects()), (4, 0));
+        // Or a file has more.
+        let mut view = View::new(keys(), admission(), SelfPreservation::default());
+        let ip = "10.0.0.1".parse().unwrap();
+        view.restore((0..9).map(|at| Node::new(at.to_string(), ip)).collect(), 1);
+        assert_eq!(view.nodes().len(), 4);
     }
 
     fn history() -> impl Strategy<Value = Vec<(u8, u8)>> {
