@@ -537,6 +537,8 @@ impl View {
 
     fn warn(&self, entry: &Entry, reason: &str) {
         let (key, revision) = (shortened(&entry.key), entry.mod_revision);
+        // A parser's reason may repeat the value.
+        let reason = shortened(reason);
         warn!(key, revision, reason, "entry skipped");
     }
 
