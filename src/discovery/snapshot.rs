@@ -334,7 +334,9 @@ impl View {
                 );
                 break;
             }
-            if self.admission.readmit(&node).is_ok() {
+            // As that of a key has to be.
+            let has_key = self.keys.node_id(&self.keys.registration(&node.id)) == Some(&*node.id);
+            if has_key && self.admission.readmit(&node).is_ok() {
                 self.take_in(Arc::new(node), &mut changes);
             }
         }
@@ -1058,7 +1060,9 @@ mod tests {
         // Or a file has more.
         let mut view = View::new(keys(), admission(), SelfPreservation::default());
         let ip = "10.0.0.1".parse().unwrap();
-        view.restore((0..9).map(|at| Node::new(at.to_string(), ip)).collect(), 1);
+        let nodes = ["", "a/b", "1", "2", "3", "4", "5"].map(|id| Node::new(id, ip));
+        view.restore(nodes.into(), 1);
+        assert!(view.nodes().get("a/b").is_none());
         assert_eq!(view.nodes().len(), 4);
     }
 
