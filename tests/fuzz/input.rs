@@ -112,18 +112,18 @@ impl Corpus {
             let index = rng.usize(..self.small.len());
             (Some(index), self.small[index].clone())
         };
-        if chance < 16 {
+        if chance < 20 {
             return (index, bytes);
         }
-        // Half of the JSON stays JSON, so that what is behind the parser is reached.
-        if self.is_json && rng.bool() {
+        // Two thirds of the JSON stay JSON, so that what is behind the parser is reached.
+        if self.is_json && rng.u8(..3) != 0 {
             if let Ok(mut value) = serde_json::from_slice(&bytes) {
-                for _ in 0..=rng.usize(..3) {
+                for _ in 0..=rng.usize(..2) {
                     alter(&mut value, rng);
                 }
                 bytes = value.to_string().into_bytes();
             }
-            if rng.u8(..4) == 0 {
+            if rng.u8(..6) == 0 {
                 replace_number(&mut bytes, rng);
             }
         } else {
@@ -185,7 +185,7 @@ impl Corpus {
             7 => {
                 let end = length.min(at + 1 + rng.usize(..200));
                 let block = bytes[at..end].to_vec();
-                let most = if rng.u8(..20) == 0 { 400 } else { 8 };
+                let most = if rng.u8(..40) == 0 { 400 } else { 8 };
                 let times = rng.usize(1..=most).min(LONGEST / block.len().max(1));
                 bytes.splice(at..at, block.repeat(times));
             }
@@ -273,19 +273,19 @@ fn replace_number(bytes: &mut Vec<u8>, rng: &mut Rng) {
 }
 
 fn deep(rng: &mut Rng) -> usize {
-    match rng.u8(..40) {
+    match rng.u8(..80) {
         0 => rng.usize(1_000..20_000),
-        1..6 => rng.usize(100..200),
+        1..10 => rng.usize(100..200),
         _ => rng.usize(1..40),
     }
 }
 
 fn text(rng: &mut Rng) -> String {
-    match rng.u8(..16) {
+    match rng.u8(..64) {
         0 => "x".repeat(rng.usize(..100_000)),
-        1 => "\u{1f600}".repeat(rng.usize(..500)),
-        2 => (0..rng.usize(..40)).map(|_| rng.char(..)).collect(),
-        3 => "\\u0001".repeat(rng.usize(..2_000)),
+        1..4 => "\u{1f600}".repeat(rng.usize(..500)),
+        4..8 => (0..rng.usize(..40)).map(|_| rng.char(..)).collect(),
+        8 => "\\u0001".repeat(rng.usize(..2_000)),
         _ => (*rng.choice(TEXTS).unwrap_or(&"")).to_owned(),
     }
 }
@@ -303,9 +303,10 @@ fn alter(value: &mut Value, rng: &mut Rng) {
                     fields.insert(text(rng), moved);
                 }
                 2 => {
-                    let most = if rng.u8(..8) == 0 { 2_000 } else { 20 };
-                    for index in 0..rng.usize(..most) {
-                        fields.insert(format!("{}{index}", text_of_key(rng)), leaf(rng));
+                    let most = if rng.u8(..32) == 0 { 2_000 } else { 20 };
+                    let new = copies(leaf(rng), rng.usize(..most));
+                    for (index, value) in new.enumerate() {
+                        fields.insert(format!("{}{index}", text_of_key(rng)), value);
                     }
                 }
                 _ => alter(fields.get_mut(&key).unwrap_or(&mut Value::Null), rng),
@@ -316,9 +317,8 @@ fn alter(value: &mut Value, rng: &mut Rng) {
             match rng.u8(..4) {
                 0 => drop(values.remove(at)),
                 1 => {
-                    let most = if rng.u8(..8) == 0 { 2_000 } else { 20 };
-                    let copy = values[at].clone();
-                    values.extend(std::iter::repeat_n(copy, rng.usize(..most)));
+                    let most = if rng.u8(..32) == 0 { 2_000 } else { 20 };
+                    values.extend(copies(values[at].clone(), rng.usize(..most)));
                 }
                 _ => alter(&mut values[at], rng),
             }
@@ -340,6 +340,12 @@ fn alter(value: &mut Value, rng: &mut Rng) {
             }
         }
     }
+}
+
+/// As many as are not too long together.
+fn copies(value: Value, count: usize) -> impl Iterator<Item = Value> {
+    let length = value.to_string().len().max(1);
+    std::iter::repeat_n(value, count.min(LONGEST / length))
 }
 
 fn text_of_key(rng: &mut Rng) -> &'static str {

@@ -131,7 +131,8 @@ struct Run<'a> {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     catch_panics();
-    if arguments.target.is_none() && !hostile::all() {
+    if arguments.target.is_none() && catch_unwind(hostile::all).is_err() {
+        println!("FAILED: {}", PANIC.take().unwrap_or_default());
         return ExitCode::FAILURE;
     }
     // What is made once is no growth.
