@@ -2,14 +2,14 @@
 //! time, so that memory can be counted exactly.
 
 use std::fmt::Write as _;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pingora_etcd::config::ClusterConfig;
 use pingora_etcd::discovery::fuzzing::Group;
 use pingora_etcd::store::{Entry, LeaseId, WatchEvent};
 use pingora_etcd::{Filter, Limits, SelfPreservation};
 
-use crate::MEMORY;
+use crate::{MEMORY, SLOWEST, worked};
 
 const KIB: usize = 1 << 10;
 
@@ -161,9 +161,9 @@ fn largest_entries() {
                 let value = value(id);
                 longest = longest.max(value.len());
                 let put = entry(format!("registry/g/h{id}"), value, id as i64 + 1);
-                let start = Instant::now();
+                let begun = worked();
                 drop(group.apply(&[WatchEvent::Put(put)]));
-                slowest = slowest.max(start.elapsed());
+                slowest = slowest.max(worked() - begun);
             }
         });
         assert_eq!(
@@ -183,7 +183,7 @@ fn largest_entries() {
             slowest.as_micros()
         );
         assert!(read <= most, "{name}");
-        assert!(slowest < crate::SLOWEST, "{name}: {slowest:?}");
+        assert!(slowest < SLOWEST, "{name}: {slowest:?}");
     }
 }
 
@@ -329,14 +329,14 @@ fn bombs() {
         ),
     ];
     for (name, text, is_refused) in documents {
-        let start = Instant::now();
+        let begun = worked();
         let (told, _, peak) = measured(|| {
             let told = ClusterConfig::from_yaml(&text, "bomb.yaml").map(drop);
             #[cfg(feature = "pingora")]
             drop(pingora_etcd::config::server_conf(&text, "bomb.yaml"));
             told.map_err(|error| error.to_string())
         });
-        let took = start.elapsed();
+        let took = worked() - begun;
         let told = match told {
             Ok(()) => "taken in".to_owned(),
             Err(told) => told.replace('\n', " ").chars().take(80).collect(),
@@ -348,9 +348,10 @@ fn bombs() {
             peak / KIB
         );
         assert!(!is_refused || told != "taken in", "{name}");
-        assert!(took < crate::SLOWEST * 2, "{name} took {took:?}");
+        assert!(took < SLOWEST * 2, "{name} took {took:?}");
+        // The parser stops at 250,000 nodes, which is its own budget.
         assert!(
-            peak <= 16 * text.len() + 16 * KIB * KIB,
+            peak <= 16 * text.len() + 128 * KIB * KIB,
             "{name}: {peak} bytes"
         );
     }

@@ -24,12 +24,13 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use fastrand::Rng;
 use peak_alloc::PeakAlloc;
+use rustix::time::{ClockId, clock_gettime};
 use targets::{TARGETS, Target};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
-/// The longest that one input may take, on a busy machine too.
+/// The longest that one input may keep its thread at work; how busy the machine is does not count.
 const SLOWEST: Duration = Duration::from_secs(2);
 /// The most that inputs may hold at a time, on all threads: one is 256 KiB at most, and a group has
 /// 16 nodes.
@@ -73,7 +74,7 @@ pub(crate) struct Trace {
     seed: u64,
     /// The last input, and when it was begun.
     last: Vec<u8>,
-    begun: Option<Instant>,
+    begun: Option<Duration>,
     base: usize,
 }
 
@@ -83,7 +84,7 @@ impl Trace {
         self.last.clear();
         self.last.extend_from_slice(bytes);
         self.longest = self.longest.max(bytes.len());
-        self.begun = Some(Instant::now());
+        self.begun = Some(worked());
     }
 
     /// It is through, and was taken in or refused.
@@ -91,7 +92,10 @@ impl Trace {
         self.inputs += 1;
         self.accepted += u64::from(accepted);
         // Of several at once the time counts for the first.
-        let took = self.begun.take().map(|begun| begun.elapsed());
+        let took = self
+            .begun
+            .take()
+            .map(|begun| worked().saturating_sub(begun));
         let took = took.unwrap_or_default();
         if took > self.slowest {
             self.slowest = took;
@@ -328,6 +332,12 @@ fn failed(failure: &Failure) -> ExitCode {
     println!("replay it with: make fuzz INPUTS=1 FIRST={seed} TARGET={target}");
     println!("which runs: fuzz --first {seed} --inputs 1 --target {target}");
     ExitCode::FAILURE
+}
+
+/// How long this thread has been at work.
+fn worked() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// Bytes of the process in memory, where the system tells.

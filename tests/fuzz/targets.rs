@@ -32,37 +32,37 @@ pub(crate) const TARGETS: [Target; 6] = [
     Target {
         name: "node",
         feed: node,
-        part: 102,
+        part: 72,
         accepted: (15.0, 80.0),
     },
     Target {
         name: "election",
         feed: election,
-        part: 119,
+        part: 143,
         accepted: (15.0, 90.0),
     },
     Target {
         name: "metadata",
         feed: metadata,
-        part: 1000,
+        part: 700,
         accepted: (30.0, 90.0),
     },
     Target {
         name: "snapshot",
         feed: snapshot,
-        part: 700,
+        part: 450,
         accepted: (15.0, 80.0),
     },
     Target {
         name: "yaml",
         feed: yaml,
-        part: 350,
+        part: 330,
         accepted: (10.0, 80.0),
     },
     Target {
         name: "report",
         feed: report,
-        part: 940,
+        part: 1090,
         accepted: (30.0, 95.0),
     },
 ];
@@ -517,7 +517,7 @@ fn snapshot(rng: &mut Rng, trace: &mut Trace) {
     } else {
         bytes = fuzzing::seal(&bytes);
         match (rng.u8(..3), bytes.len()) {
-            (0, length) => bytes.truncate(rng.usize(..=length)),
+            (0, length) => bytes.truncate(rng.usize(..length)),
             (1, length) => bytes[rng.usize(..length)] ^= 1 << rng.u8(..8),
             _ => bytes.push(rng.u8(..)),
         }
