@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo test test-docker simulate real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
+.PHONY: help deps demo test test-docker simulate fuzz real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,6 +31,7 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 	cargo test --no-default-features --lib --tests; \
 	$(SIMULATION) --seeds 4000; \
 	$(SIMULATION) --bugs; \
+	$(FUZZ) --inputs 300000; \
 	cargo bench --all-features --bench routing_quality -- --quick --first 500
 
 # Optimised: so thousands of seeds take seconds.
@@ -40,6 +41,12 @@ FIRST ?= 1
 BUG ?=
 simulate: deps ## simulate coordination under faults: SEEDS=n FIRST=s, BUG=name; part of test
 	$(SIMULATION) --seeds $(SEEDS) --first $(FIRST) $(if $(BUG),--bug $(BUG))
+
+FUZZ = cargo test --profile bench --all-features --test fuzz --
+INPUTS ?= 10000000
+TARGET ?=
+fuzz: deps ## broken nodes, files, YAML, reports: INPUTS=n FIRST=s, TARGET=name; part of test
+	$(FUZZ) --inputs $(INPUTS) --first $(FIRST) $(if $(TARGET),--target $(TARGET))
 
 test-docker: deps ## the etcd tests against etcd in containers
 	cargo build --all-features --examples

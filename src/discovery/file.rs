@@ -302,6 +302,13 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<Loaded, String> {
     })
 }
 
+/// These contents as a file, whatever they are.
+#[cfg(any(test, feature = "test-util"))]
+pub(crate) fn seal(json: &[u8]) -> Vec<u8> {
+    let trailer = format!("\n{:016x}\n", xxh3_64(json));
+    [FORMAT.as_bytes(), json, trailer.as_bytes()].concat()
+}
+
 #[derive(Serialize, Deserialize)]
 struct Contents<Text, Entry> {
     group: Text,
@@ -447,7 +454,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn bytes(json: &str) -> Vec<u8> {
-        format!("{FORMAT}{json}\n{:016x}\n", xxh3_64(json.as_bytes())).into_bytes()
+        seal(json.as_bytes())
     }
 
     const GOOD: &str = r#"{"group":"g","key_prefix":"","cluster_id":7,"revision":9,"written":1700000000000,"nodes":[{"incarnation":5,"node":{"id":"n","ip":"10.0.0.1"}}]}"#;

@@ -3,6 +3,9 @@
 mod admission;
 mod event;
 mod file;
+#[cfg(feature = "test-util")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod snapshot;
 mod suspects;
 mod sync;

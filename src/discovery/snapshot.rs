@@ -10,6 +10,7 @@ use std::time::Duration;
 use rpds::RedBlackTreeSetSync;
 use tokio::time::Instant;
 use tracing::{info, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::admission::{Admission, Refusal, shortened};
 use super::event::Change;
@@ -147,8 +148,9 @@ pub(crate) struct View {
     suspects: Suspects,
     /// The key that was written last, and when, unless it is gone.
     witness: Option<(String, Revision)>,
-    /// Keys whose value was refused once: those have been told in the log.
-    refused: HashSet<String>,
+    /// Keys whose value was refused once, as hashes, for a key may be as long as the store allows: those
+    /// have been told in the log.
+    refused: HashSet<u64>,
     skipped: Skipped,
 }
 
@@ -160,7 +162,7 @@ pub(crate) struct Staged {
     candidates: Vec<Entry>,
     /// In the view that is being served, and still registered, but not for it any more.
     unwanted: Vec<String>,
-    refused: HashSet<String>,
+    refused: HashSet<u64>,
     skipped: Skipped,
     witness: Option<(String, Revision)>,
 }
@@ -219,6 +221,12 @@ impl View {
         self.skipped
     }
 
+    /// How many candidates, places and refused keys are remembered.
+    #[cfg(feature = "test-util")]
+    pub(crate) fn sizes(&self) -> [usize; 3] {
+        [self.queue.len(), self.places.len(), self.refused.len()]
+    }
+
     /// Reads a page of registrations. Costs memory for what is new in it only.
     pub(crate) fn stage(&self, staged: &mut Staged, registrations: &[Entry]) {
         for entry in registrations {
@@ -260,8 +268,14 @@ impl View {
     pub(crate) fn stage_candidates(&self, staged: &mut Staged, candidates: &[Entry]) {
         for entry in candidates {
             staged.saw(entry);
-            if staged.candidates.len() < self.admission.limits.nodes {
-                staged.candidates.push(entry.clone());
+            // Before it is kept: a value may be as long as the store allows, and one that is
+            // refused later would take the place of another.
+            match self.candidate(entry) {
+                Ok(_) if staged.candidates.len() < self.admission.limits.nodes => {
+                    staged.candidates.push(entry.clone());
+                }
+                Ok(_) => staged.skipped.too_large += 1,
+                Err(refusal) => drop(count(&mut staged.skipped, &refusal)),
             }
         }
     }
@@ -324,7 +338,16 @@ impl View {
     pub(crate) fn restore(&mut self, nodes: Vec<Node>, revision: Revision) -> Vec<Change> {
         let mut changes = Vec::new();
         for node in nodes {
-            if self.admission.readmit(&node).is_ok() {
+            if self.nodes.len() >= self.admission.limits.nodes {
+                warn!(
+                    reason = self.too_many(),
+                    "the rest of the snapshot is left out"
+                );
+                break;
+            }
+            // As that of a key has to be.
+            let has_key = self.keys.node_id(&self.keys.registration(&node.id)) == Some(&*node.id);
+            if has_key && self.admission.readmit(&node).is_ok() {
                 self.take_in(Arc::new(node), &mut changes);
             }
         }
@@ -398,7 +421,7 @@ impl View {
     }
 
     /// What has been told in the log is not told again.
-    pub(crate) fn remember(&mut self, refused: HashSet<String>) {
+    pub(crate) fn remember(&mut self, refused: HashSet<u64>) {
         let room = MOST_REFUSED.saturating_sub(self.refused.len());
         self.refused.extend(refused.into_iter().take(room));
     }
@@ -519,40 +542,63 @@ impl View {
         }
     }
 
+    /// Suspects make way when there are more nodes than allowed: those go first that would go first
+    /// anyway.
+    fn make_room(&mut self, changes: &mut Vec<Change>) {
+        while self.nodes.len() > self.admission.limits.nodes {
+            let Some(id) = self.suspects.first() else {
+                return;
+            };
+            self.remove(&id, changes);
+        }
+    }
+
     fn too_many(&self) -> String {
         let most = self.admission.limits.nodes;
         format!("there are {most} nodes already, and no more are allowed")
     }
 
     /// Once for each key, and for no more than so many: the log is not for others to fill.
-    fn tell_refusal(&self, told: &mut HashSet<String>, entry: &Entry, reason: &str) {
-        let is_new = !self.refused.contains(&entry.key) && !told.contains(&entry.key);
+    fn tell_refusal(&self, told: &mut HashSet<u64>, entry: &Entry, reason: &str) {
+        let key = hash(&entry.key);
+        let is_new = !self.refused.contains(&key) && !told.contains(&key);
         if is_new && self.refused.len() + told.len() < MOST_REFUSED {
-            told.insert(entry.key.clone());
+            told.insert(key);
+            // A parser's reason may repeat the value.
             let (key, revision) = (shortened(&entry.key), entry.mod_revision);
             warn!(key, revision, reason = shortened(reason), "entry skipped");
         }
     }
 
     fn enqueue(&mut self, entry: &Entry) {
-        if !self.keys.is_candidacy(&entry.key) {
-            return;
-        }
         self.dequeue(&entry.key);
-        let limits = &self.admission.limits;
-        let too_much = entry.value.len() > LONGEST_ID
-            || limits.check_key(&entry.key).is_err()
-            || self.places.len() >= limits.nodes;
-        let Ok(id) = std::str::from_utf8(&entry.value) else {
-            return;
+        let candidate = match self.candidate(entry) {
+            Ok(_) if self.places.len() >= self.admission.limits.nodes => {
+                Err(Refusal::TooLarge(String::new()))
+            }
+            candidate => candidate,
         };
-        if too_much {
-            self.skipped.too_large += 1;
-            return;
+        match candidate {
+            Ok(id) => {
+                self.places.insert(entry.key.clone(), entry.create_revision);
+                self.queue
+                    .insert((entry.create_revision, entry.key.clone()), id.to_owned());
+            }
+            Err(refusal) => drop(count(&mut self.skipped, &refusal)),
         }
-        self.places.insert(entry.key.clone(), entry.create_revision);
-        self.queue
-            .insert((entry.create_revision, entry.key.clone()), id.to_owned());
+    }
+
+    /// The id of a candidate.
+    fn candidate<'e>(&self, entry: &'e Entry) -> Result<&'e str, Refusal> {
+        if !self.keys.is_candidacy(&entry.key) {
+            return Err(Refusal::Unwanted);
+        }
+        let limits = &self.admission.limits;
+        if entry.value.len() > LONGEST_ID {
+            return Err(Refusal::TooLarge("its id is too long".to_owned()));
+        }
+        limits.check_key(&entry.key).map_err(Refusal::TooLarge)?;
+        std::str::from_utf8(&entry.value).map_err(|error| Refusal::Malformed(error.to_string()))
     }
 
     fn dequeue(&mut self, key: &str) {
@@ -564,6 +610,7 @@ impl View {
     /// Works out who leads. A leader that is not registered (yet) leads nothing: there is nowhere
     /// to send to.
     fn settle(&mut self, changes: &mut Vec<Change>) {
+        self.make_room(changes);
         let leader = self.queue.first_key_value().and_then(|((epoch, key), id)| {
             if self.suspects.contains(id) {
                 return None;
@@ -591,7 +638,7 @@ impl View {
 }
 
 impl Staged {
-    pub(crate) fn take_refused(&mut self) -> HashSet<String> {
+    pub(crate) fn take_refused(&mut self) -> HashSet<u64> {
         std::mem::take(&mut self.refused)
     }
 
@@ -615,6 +662,11 @@ fn count(skipped: &mut Skipped, refusal: &Refusal) -> bool {
         Refusal::Unwanted => {}
     }
     !matches!(refusal, Refusal::NotAllowed(_) | Refusal::Unwanted)
+}
+
+/// Two keys of one hash cost a line in the log.
+fn hash(key: &str) -> u64 {
+    xxh3_64(key.as_bytes())
 }
 
 fn is_same(old: &Node, new: &Node) -> bool {
@@ -1006,6 +1058,87 @@ mod tests {
     }
 
     /// What the store might do to three nodes' keys.
+    #[test]
+    fn candidates_that_are_none_take_no_place() {
+        let limits = Limits {
+            nodes: 1,
+            ..Limits::default()
+        };
+        let admission = Admission {
+            limits,
+            ..Admission::default()
+        };
+        let mut view = View::new(keys(), admission, SelfPreservation::off());
+        let mut staged = Staged::default();
+        view.stage(&mut staged, &[node("a", 2, 1)]);
+        let mut giant = candidate("a", 3, 1);
+        giant.value = vec![b'a'; 1_000_000];
+        let mut garbage = candidate("a", 4, 2);
+        garbage.value = vec![0xff];
+        let good = candidate("a", 5, 3);
+        view.stage_candidates(&mut staged, &[giant, garbage, good]);
+        assert_eq!(staged.candidates.len(), 1, "only what is used is kept");
+        view.reset(staged, 6, Instant::now());
+        assert_eq!(view.leader().unwrap().epoch, 5);
+        assert_eq!((view.skipped().too_large, view.skipped().malformed), (1, 1));
+    }
+
+    #[test]
+    fn few_refused_keys_are_remembered() {
+        let mut view = view();
+        for at in 0..20_000 {
+            let key = format!("{at}-{}", "k".repeat(2_000));
+            view.apply(&[put(registration(&key, "{}", at, 1))], Instant::now());
+        }
+        assert_eq!(view.skipped().too_large, 20_000);
+        assert_eq!(view.refused.len(), MOST_REFUSED);
+        let key = keys().registration(&format!("5-{}", "k".repeat(2_000)));
+        view.apply(&[delete(key, 20_001)], Instant::now());
+        assert_eq!(view.refused.len(), MOST_REFUSED - 1);
+    }
+
+    #[test]
+    fn suspects_do_not_exceed_the_limit() {
+        let limits = Limits {
+            nodes: 4,
+            ..Limits::default()
+        };
+        let admission = || Admission {
+            limits,
+            ..Admission::default()
+        };
+        let mut view = View::new(keys(), admission(), SelfPreservation::default());
+        let now = Instant::now();
+        let event = |(id, is_there): (&str, bool)| match is_there {
+            true => put(node(id, 2, 1)),
+            false => delete(keys().registration(id), 3),
+        };
+        // Two are gone and two have come when it turns out that many vanish.
+        let events = [("a", true), ("b", true), ("c", true), ("d", true)];
+        view.apply(&events.map(event), now);
+        for (id, is_there) in [("a", false), ("e", true), ("b", false), ("f", true)] {
+            view.apply(&[event((id, is_there))], now);
+        }
+        view.apply(&[event(("c", false))], now);
+        assert_eq!(view.nodes().len(), 4);
+        assert!(
+            ["d", "e", "f"]
+                .iter()
+                .all(|id| view.nodes().get(id).is_some())
+        );
+        // Or a list has others.
+        let others = ["w", "x", "y", "z"].map(|id| node(id, 9, 2));
+        reset(&mut view, &others, &[], 9);
+        assert_eq!((view.nodes().len(), view.nodes().suspects()), (4, 0));
+        // Or a file has more.
+        let mut view = View::new(keys(), admission(), SelfPreservation::default());
+        let ip = "10.0.0.1".parse().unwrap();
+        let nodes = ["", "a/b", "1", "2", "3", "4", "5"].map(|id| Node::new(id, ip));
+        view.restore(nodes.into(), 1);
+        assert!(view.nodes().get("a/b").is_none());
+        assert_eq!(view.nodes().len(), 4);
+    }
+
     fn history() -> impl Strategy<Value = Vec<(u8, u8)>> {
         prop::collection::vec((0_u8..3, 0_u8..5), 0..40)
     }

@@ -188,6 +188,11 @@ impl Suspects {
         true
     }
 
+    /// Who is given up next.
+    pub(crate) fn first(&self) -> Option<Arc<str>> {
+        self.due.first().map(|(_, id)| id.clone())
+    }
+
     /// When the next one is given up.
     pub(crate) fn next_due(&self) -> Option<Instant> {
         self.due.first().map(|(until, _)| *until)
