@@ -1094,7 +1094,8 @@ mod tests {
         assert_eq!(view.refused.len(), MOST_REFUSED);
         let key = keys().registration(&format!("5-{}", "k".repeat(2_000)));
         view.apply(&[delete(key, 20_001)], Instant::now());
-        assert_eq!(view.refused.len(), MOST_REFUSED - 1);
+        // Else one who comes and goes would fill the log.
+        assert_eq!(view.refused.len(), MOST_REFUSED);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Whether many nodes are gone, or only many leases. Pure.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -95,11 +95,11 @@ impl SelfPreservation {
 pub(crate) struct Suspects {
     config: SelfPreservation,
     /// Gone from the view, not for longer than `within`.
-    recent: HashMap<Arc<str>, (Instant, Arc<Node>)>,
+    recent: BTreeMap<Arc<str>, (Instant, Arc<Node>)>,
     /// The same in order, with some that have come back.
     order: VecDeque<(Instant, Arc<str>)>,
     /// In the view, until then.
-    held: HashMap<Arc<str>, Instant>,
+    held: BTreeMap<Arc<str>, Instant>,
     due: BTreeSet<(Instant, Arc<str>)>,
 }
 
@@ -156,7 +156,7 @@ impl Suspects {
             return Verdict::Gone;
         }
         self.order.clear();
-        let back: Vec<_> = self.recent.drain().collect();
+        let back = std::mem::take(&mut self.recent);
         let mut returned = Vec::with_capacity(back.len());
         for (id, (at, node)) in back {
             self.hold(id, at + self.config.hold());
