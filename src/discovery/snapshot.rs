@@ -317,7 +317,12 @@ impl View {
         self.skipped.not_allowed += staged.skipped.not_allowed;
         for (id, node) in staged.nodes {
             match node {
-                StagedNode::New(node) => self.take_in(node, &mut changes),
+                StagedNode::New(node) => {
+                    let old = self.nodes.get(&id);
+                    if self.suspects.contains(&id) || !old.is_some_and(|old| is_same(old, &node)) {
+                        self.take_in(node, &mut changes);
+                    }
+                }
                 StagedNode::Unchanged(incarnation) => {
                     self.drop_unless(&id, incarnation, &mut changes);
                 }
@@ -504,9 +509,6 @@ impl View {
             }
         }
         let old = self.nodes.get(&node.id).cloned();
-        if old.as_ref().is_some_and(|old| is_same(old, &node)) {
-            return;
-        }
         self.nodes.nodes.insert_mut(ById(node.clone()));
         changes.push(match old {
             Some(old) => Change::Updated { old, new: node },
@@ -670,7 +672,9 @@ fn hash(key: &str) -> u64 {
 }
 
 fn is_same(old: &Node, new: &Node) -> bool {
-    old.last_seen == new.last_seen && !new.differs(old)
+    // Saying goodbye may take no longer than a millisecond.
+    let stays = old.is_leaving() == new.is_leaving();
+    stays && old.last_seen == new.last_seen && !new.differs(old)
 }
 
 fn incarnation(entry: &Entry) -> i64 {
