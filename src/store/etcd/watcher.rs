@@ -14,7 +14,7 @@ use etcd_client::{
     WatchResponseStream,
 };
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::debug;
 
 use super::connection::Connection;
@@ -257,10 +257,11 @@ impl Dispatcher {
                 () = sleep_until(due), if is_watching => Next::Silence,
             };
             // Requests wait for room on the connection, which a silent one does not make.
-            let deadline = match &next {
-                Next::Silence if self.silence.asked != Asked::Nothing => Instant::now(),
-                Next::Silence => Instant::now() + self.patience / 2,
-                _ => Instant::now() + self.patience,
+            let time = match (&next, self.silence.asked) {
+                (Next::Silence, Asked::Nothing) => self.patience / 2,
+                (Next::Silence, Asked::Progress) if !self.silence.is_answered => self.patience / 4,
+                (Next::Silence, Asked::Progress | Asked::Watches) => Duration::ZERO,
+                (Next::Command(_) | Next::Response(_), _) => self.patience,
             };
             let act = async {
                 match next {
@@ -276,7 +277,7 @@ impl Dispatcher {
                     },
                 }
             };
-            match timeout_at(deadline, act).await {
+            match timeout(time, act).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => return self.explain(&error),
                 Err(_) => {
