@@ -28,7 +28,7 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 	set -x; \
 	cargo test --all-features --lib --bins --examples --tests; \
 	cargo test --all-features --doc; \
-	cargo test --no-default-features --lib --tests; \
+	cargo test --no-default-features --lib --test cluster -- --skip tls:: --skip auth:: --skip resilience::; \
 	$(SIMULATION) --seeds 4000; \
 	$(SIMULATION) --bugs; \
 	$(FUZZ) --inputs 300000; \

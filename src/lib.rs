@@ -112,16 +112,17 @@
 //!
 //! # Scale
 //!
-//! A balancer's own cost grows with what changes, not with the group: about 6 us of CPU for a change at
-//! 10,000 nodes and 9 us at 100,000, and 1,200 bytes for a node (`make bench-scale`). What grows is what
+//! A balancer's own cost grows with what changes, not with the group: about 7 us of CPU for a change at
+//! 10,000 nodes and 8 us at 100,000, and 1,200 bytes for a node (`make bench-scale`). What grows is what
 //! etcd has to send: every write to every balancer.
 //!
 //! `make bench-fleets` simulates what workers write, and measures what an etcd pays for it. With a sample
-//! every 5 s a node whose CPU wanders by several points writes 0.2 times a second without a deadband, 0.095
-//! times with it, and 0.033 times (every 30 s) when it is quiet; the busiest second of a thousand nodes
-//! was 1.1 to 1.3 times the mean, and seven times for quiet ones, which started together. Etcd 3.5.16 took 450 us of CPU for
-//! a write (one after the other, without waiting for the disk), 14 us for each watcher that it told, in 273
-//! bytes, and 50 us for the renewal of a lease. With leases of 5 s that comes to:
+//! every 5 s a node whose CPU wanders by several points writes 0.19 times a second without a deadband, 0.09
+//! times with it, and 0.03 times when it is quiet; the busiest second of a thousand nodes was 1.2 to 1.4
+//! times the mean, and six times for quiet ones, which started together. Etcd 3.5.16 took 450 us of CPU
+//! for a write (one after the other, without waiting for the disk), 14 us for each watcher that it told, in
+//! 273 bytes, and 50 us for the renewal of a lease (in another run 430, 16 and 135: two noisy cores). With
+//! leases of 5 s that comes to:
 //!
 //! | nodes | balancers | metrics | writes/s | events/s | MB/s | cores of etcd |
 //! |---|---|---|---|---|---|---|
@@ -148,7 +149,7 @@
 //! | 100,000 | any | in responses | 0 | 0 | 0 | 3 |
 //!
 //! (Quiet nodes cost a third of those with the deadband. Watchers spread over the members of a cluster,
-//! writes and renewals do not.) A balancer that is told 950 events a second spends 0.6 % of a core on them,
+//! writes and renewals do not.) A balancer that is told 950 events a second spends 0.8 % of a core on them,
 //! one that is told 20,000 a fifth.
 //!
 //! One etcd ends where a member's cores do: with eight, at about 10,000 nodes and 500 balancers that all watch,
