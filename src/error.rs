@@ -1,5 +1,6 @@
 //! What can go wrong, and with which field, endpoint, key or revision.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use crate::store::{LeaseId, Revision};
@@ -178,6 +179,23 @@ pub enum ClusterError {
         /// What is wrong, with line and column where known.
         reason: String,
     },
+}
+
+/// Checks a setting's range.
+pub(crate) fn in_range<T: PartialOrd + std::fmt::Display>(
+    field: &str,
+    name: &str,
+    value: T,
+    range: RangeInclusive<T>,
+) -> Result<(), ClusterError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let (least, most) = (range.start(), range.end());
+    Err(ClusterError::config(
+        format!("{field}.{name}"),
+        format!("{value} is out of range, {least} to {most}"),
+    ))
 }
 
 impl ClusterError {

@@ -1,6 +1,5 @@
 //! The adaptive policy: what it can be told, and the arithmetic of one backend. Pure.
 
-use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
@@ -8,6 +7,7 @@ use serde::Deserialize;
 use super::member::Latencies;
 use super::weight::Load;
 use crate::error::ClusterError;
+pub(super) use crate::error::in_range;
 
 /// The constants of [`Policy::Adaptive`](super::Policy::Adaptive). The defaults were found, and
 /// are held to their limits, with `benches/routing_quality`: change one only with figures. What is
@@ -303,22 +303,6 @@ impl Adaptive {
         }
         (age.as_secs_f64() / whole).max(self.slow_start_floor)
     }
-}
-
-pub(super) fn in_range<T: PartialOrd + std::fmt::Display>(
-    field: &str,
-    name: &str,
-    value: T,
-    range: RangeInclusive<T>,
-) -> Result<(), ClusterError> {
-    if range.contains(&value) {
-        return Ok(());
-    }
-    let (least, most) = (range.start(), range.end());
-    Err(ClusterError::config(
-        format!("{field}.{name}"),
-        format!("{value} is out of range, {least} to {most}"),
-    ))
 }
 
 /// Whether what is reported can be believed: the load of a server that gets too much stays too high

@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::error::ClusterError;
+use crate::error::{ClusterError, in_range};
 use crate::node::Node;
 use crate::store::Entry;
 
@@ -111,13 +111,7 @@ impl Limits {
             ("values", self.values, 16..=1_000_000),
             ("nodes", self.nodes, 1..=10_000_000),
         ] {
-            if !range.contains(&value) {
-                let (least, most) = (range.start(), range.end());
-                return Err(ClusterError::config(
-                    format!("{field}.{name}"),
-                    format!("{value} is out of range, {least} to {most}"),
-                ));
-            }
+            in_range(field, name, value, range)?;
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::snapshot::Nodes;
-use crate::error::ClusterError;
+use crate::error::{ClusterError, in_range};
 use crate::node::Node;
 use crate::store::Revision;
 
@@ -95,13 +95,7 @@ impl SnapshotFile {
             ("max_age_ms", self.max_age_ms, 1_000..=31_536_000_000),
             ("interval_ms", self.interval_ms, 100..=3_600_000),
         ] {
-            if !range.contains(&value) {
-                let (least, most) = (range.start(), range.end());
-                return Err(ClusterError::config(
-                    format!("{field}.{name}"),
-                    format!("{value} is out of range, {least} to {most}"),
-                ));
-            }
+            in_range(field, name, value, range)?;
         }
         let path = self.path.display();
         let reason = if self.path.file_name().is_none() || self.path.is_dir() {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use crate::error::ClusterError;
+use crate::error::{ClusterError, in_range};
 use crate::node::Node;
 
 /// When nodes stay though their leases are gone.
@@ -70,13 +70,7 @@ impl SelfPreservation {
             ("within_ms", whole(self.within_ms), 100.0..=3.6e6),
             ("hold_ms", whole(self.hold_ms), 100.0..=8.64e7),
         ] {
-            if !range.contains(&value) {
-                let (least, most) = (range.start(), range.end());
-                return Err(ClusterError::config(
-                    format!("{field}.{name}"),
-                    format!("{value} is out of range, {least} to {most}"),
-                ));
-            }
+            in_range(field, name, value, range)?;
         }
         Ok(())
     }
