@@ -228,7 +228,8 @@ impl ServiceDiscoveryBuilder {
         self
     }
 
-    /// Keeps the nodes in this file, and serves them at a start without the store. Needs a runtime
+    /// Keeps the nodes in this file, and serves them at a start without the store. A run that ends
+    /// writes what has changed since the last write, for 1 s at most. Needs a runtime
     /// that has threads for blocking work, which every one of tokio's has. Default: none.
     #[must_use]
     pub fn snapshot_file(mut self, file: SnapshotFile) -> Self {

@@ -51,7 +51,7 @@ impl EtcdKeeper {
     async fn renew_on_stream(&mut self) -> Result<i64, ClusterError> {
         const OPERATION: &str = RENEW;
         let after = self.store.timeout();
-        // One on a connection that has been given up, or replaced, is not used any more.
+        // One on a connection that has been replaced is not used any more.
         if self.used.map(|(generation, _)| generation) != Some(self.store.link().generation) {
             self.stream = None;
         }
