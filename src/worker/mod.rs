@@ -165,6 +165,8 @@ struct Past {
     abandoned: Revision,
     /// The history that the store was last seen to have: its cluster, and how far it went.
     history: Option<(u64, Revision)>,
+    /// The candidate without a lease that was told in the log.
+    told_without_lease: Option<String>,
     /// On the store's clock: until then nobody's leadership is claimed, because leases of another
     /// history may still be counted on.
     quiet_until: Duration,

@@ -51,6 +51,7 @@ impl<'a> Running<'a> {
                 own
             }
         };
+        shared.entry().set_run(fastrand::u64(1..));
         shared.feed(Input::Start);
         info!(group = %config.group, node = %config.id, "node starts");
         let running = Self {
@@ -156,6 +157,19 @@ impl Shared {
             .put(registration, goodbye, Some(lease))
             .delete(self.keys.candidacy(lease));
         store.txn(txn).await.map(drop)
+    }
+
+    /// Whether an entry says of this run what does not change while it lasts.
+    pub(super) fn is_told_by(&self, entry: &[u8]) -> bool {
+        // Its own entry goes through JSON too: a number may come out of it a little different.
+        let own = serde_json::to_vec(&self.entry().clone());
+        let own = own.and_then(|own| serde_json::from_slice::<Node>(&own));
+        let (Ok(mut own), Ok(entry)) = (own, serde_json::from_slice::<Node>(entry)) else {
+            return false;
+        };
+        own.state = entry.state;
+        own.metadata.clone_from(&entry.metadata);
+        !own.differs(&entry)
     }
 
     /// The entry to write now, as JSON.
