@@ -35,7 +35,7 @@ impl<'a> Running<'a> {
     pub(super) fn start(
         shared: &'a Shared,
     ) -> Result<(Self, mpsc::Receiver<Command>), ClusterError> {
-        if shared.running.swap(true, Ordering::AcqRel) {
+        if !shared.life.begin() {
             return Err(ClusterError::AlreadyRunning {
                 what: shared.what(),
             });
@@ -44,11 +44,11 @@ impl<'a> Running<'a> {
         *shared.commands() = Some(commands);
         let config = &shared.config;
         let lease = match &config.cluster {
-            Some(cluster) => cluster.enter(&config.group),
+            Some(cluster) => cluster.enter(&shared.keys, &config.group, &config.id),
             None => {
-                let own = Arc::new(LeaseHolder::new(config.ttl));
-                own.enter(&config.group);
-                own
+                let own = LeaseHolder::new(config.ttl, &config.etcd.key_prefix);
+                own.enter(&shared.keys, &config.group, &config.id);
+                Arc::new(own)
             }
         };
         shared.entry().set_run(fastrand::u64(1..));
@@ -62,7 +62,7 @@ impl<'a> Running<'a> {
         Ok((running, inbox))
     }
 
-    pub(super) fn lease(&self) -> &LeaseHolder {
+    pub(super) fn lease(&self) -> &Arc<LeaseHolder> {
         &self.lease
     }
 
@@ -74,7 +74,7 @@ impl<'a> Running<'a> {
         let (group, node) = (&shared.config.group, &shared.config.id);
         shared.end_term();
         self.has_left = true;
-        let leave = self.lease.leave(group, |lease| shared.own_keys(lease));
+        let leave = self.lease.leave(group);
         let leaving = async {
             if let Leave::Revoke(lease) | Leave::Delete(lease) = &leave {
                 // Best effort: without it readers may take it for one of many that are lost.
@@ -91,7 +91,7 @@ impl<'a> Running<'a> {
                         store.revoke(*lease).await
                     }
                     Leave::Delete(lease) => {
-                        delete_held(store, *lease, &shared.own_keys(*lease)).await
+                        delete_held(store, *lease, &shared.keys.own(node, *lease)).await
                     }
                 };
                 match result {
@@ -127,27 +127,16 @@ impl Drop for Running<'_> {
         shared.end_term();
         if !self.has_left {
             // A lease of its own is not revoked: as after a crash, it runs out.
-            let _ = self
-                .lease
-                .leave(&shared.config.group, |lease| shared.own_keys(lease));
+            let _ = self.lease.leave(&shared.config.group);
         }
         *shared.past() = Past::default();
         shared.feed(Input::Close);
         shared.set_health(HealthStatus::Unknown);
-        shared.running.store(false, Ordering::Release);
+        shared.life.end();
     }
 }
 
 impl Shared {
-    /// What it may have in the store under this lease.
-    fn own_keys(&self, lease: LeaseId) -> Vec<String> {
-        vec![
-            self.keys.registration(&self.config.id),
-            self.keys.candidacy(lease),
-            self.keys.handover(lease),
-        ]
-    }
-
     /// Tells readers that it is not lost when its entry goes, and lets the next one lead.
     async fn say_goodbye(&self, store: &dyn Store, lease: LeaseId) -> Result<(), ClusterError> {
         let registration = self.keys.registration(&self.config.id);
