@@ -259,9 +259,9 @@ impl Node {
 
     /// Whether both are of one life of a process: of one lease, or of one run.
     pub fn is_same_life(&self, other: &Self) -> bool {
-        self.id == other.id
-            && (self.incarnation == other.incarnation && self.run == other.run
-                || self.run.is_some() && self.run == other.run)
+        let is_same_run =
+            self.run == other.run && (self.run.is_some() || self.incarnation == other.incarnation);
+        self.id == other.id && is_same_run
     }
 
     /// The store's revision that wrote the entry, which is what orders two of them, whatever the
