@@ -27,6 +27,10 @@ pub enum Bug {
     OrphanedKeysStay,
     OthersDeletedForTransfer,
     TransferWithoutCondition,
+    TransferById,
+    TransferToFormerLife,
+    LeaderById,
+    LeaderOutlivesRegistration,
     DrainingStaysCandidate,
     ShutdownWithoutBudget,
 }
@@ -38,7 +42,7 @@ mod on_order {
 
     impl Bug {
         /// Every one.
-        pub const ALL: [Self; 22] = [
+        pub const ALL: [Self; 26] = [
             Self::DeadlineFromReceipt,
             Self::NoMargin,
             Self::FlagInsteadOfClock,
@@ -59,6 +63,10 @@ mod on_order {
             Self::OrphanedKeysStay,
             Self::OthersDeletedForTransfer,
             Self::TransferWithoutCondition,
+            Self::TransferById,
+            Self::TransferToFormerLife,
+            Self::LeaderById,
+            Self::LeaderOutlivesRegistration,
             Self::DrainingStaysCandidate,
             Self::ShutdownWithoutBudget,
         ];

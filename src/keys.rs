@@ -91,6 +91,12 @@ impl GroupKeys {
         Self::last(&self.election, key).is_some()
     }
 
+    /// The lease that a candidacy of this very group is of.
+    pub(crate) fn candidate_lease(&self, key: &str) -> Option<LeaseId> {
+        let lease = Self::last(&self.election, key)?;
+        i64::from_str_radix(lease, 16).ok().map(LeaseId)
+    }
+
     fn last<'k>(prefix: &str, key: &'k str) -> Option<&'k str> {
         if bugs::has(Bug::PrefixWithoutSlash) {
             return key.strip_prefix(prefix)?.rsplit('/').next();
@@ -146,6 +152,11 @@ mod tests {
         let keys = GroupKeys::new("", "app");
         assert_eq!(keys.registration("n1"), "registry/app/n1");
         assert_eq!(keys.candidacy(LeaseId(0x1a2b)), "election/app/1a2b");
+        assert_eq!(
+            keys.candidate_lease("election/app/1a2b"),
+            Some(LeaseId(0x1a2b))
+        );
+        assert_eq!(keys.candidate_lease("election/app/n1"), None);
         let keys = GroupKeys::new("prod/", "app");
         assert_eq!(keys.registration("n1"), "prod/registry/app/n1");
     }

@@ -15,6 +15,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::admission::{Admission, Refusal, shortened};
 use super::event::Change;
 use super::suspects::{SelfPreservation, Suspects, Verdict};
+use crate::bugs::{self, Bug};
 use crate::keys::GroupKeys;
 use crate::node::Node;
 use crate::store::{Entry, Revision, WatchEvent};
@@ -610,15 +611,30 @@ impl View {
     }
 
     /// Works out who leads. A leader that is not registered (yet) leads nothing: there is nowhere
-    /// to send to.
+    /// to send to. Nor does one whose id is another process's by now: the term is that of the lease
+    /// which holds the candidacy, and only what that lease has registered is where it is reached.
     fn settle(&mut self, changes: &mut Vec<Change>) {
         self.make_room(changes);
         let leader = self.queue.first_key_value().and_then(|((epoch, key), id)| {
             if self.suspects.contains(id) {
                 return None;
             }
+            let node = match &self.leader {
+                Some(leader)
+                    if bugs::has(Bug::LeaderOutlivesRegistration)
+                        && *leader.key == **key
+                        && leader.epoch == *epoch =>
+                {
+                    &leader.node
+                }
+                _ => self.nodes.get(id)?,
+            };
+            let lease = self.keys.candidate_lease(key)?;
+            if node.incarnation() != lease.0 && !bugs::has(Bug::LeaderById) {
+                return None;
+            }
             Some(Leadership {
-                node: self.nodes.get(id)?.clone(),
+                node: node.clone(),
                 epoch: *epoch,
                 // Settled with every change, and most change no leader.
                 key: match &self.leader {

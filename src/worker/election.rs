@@ -353,7 +353,7 @@ impl Part<'_> {
             Standing::HandsOver { epoch, to } => {
                 info!(%group, %node, to = %to.key, "hands over to a higher priority");
                 shared.end_term();
-                self.hand_over(epoch, &to).await?;
+                self.hand_over(epoch, &to, None).await?;
                 return Ok(false);
             }
             Standing::Superseded { by, candidacy } => {

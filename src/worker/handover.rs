@@ -236,11 +236,23 @@ impl Part<'_> {
         self.store.txn(take_back).await.map(drop)
     }
 
-    /// Deletes the own candidacy if the target's is there. Answers whether it was.
+    /// That this candidacy is of the process that has its id now.
+    fn is_of_who_lives(&self, to: &Entry) -> Option<Condition> {
+        if bugs::has(Bug::TransferById) || bugs::has(Bug::TransferToFormerLife) {
+            return None;
+        }
+        let id = std::str::from_utf8(&to.value).ok()?;
+        let key = self.shared.keys.registration(id);
+        Some(Condition::HeldBy(key, to.lease?))
+    }
+
+    /// Deletes the own candidacy if the target's is there, and if this holds too. Answers whether it
+    /// was so.
     pub(super) async fn hand_over(
         &self,
         epoch: Revision,
         to: &Entry,
+        also: Option<Condition>,
     ) -> Result<bool, ClusterError> {
         self.shared.past().abandoned = epoch;
         let candidacy = &self.candidacy;
@@ -249,6 +261,9 @@ impl Part<'_> {
             .delete(candidacy.clone());
         if !bugs::has(Bug::TransferWithoutCondition) {
             txn = txn.when(Condition::CreatedAt(to.key.clone(), to.create_revision));
+        }
+        if let Some(also) = also {
+            txn = txn.when(also);
         }
         if self.store.txn(txn).await?.is_some() {
             return Ok(true);
@@ -306,11 +321,17 @@ impl Part<'_> {
             return Ok(None);
         }
         let reading = self.read().await?;
+        // A process that was started again has an older candidacy too, until that lease runs out.
+        let key = Selector::Key(shared.keys.registration(target));
+        let registered = self.store.list(&key, Some(reading.revision)).await?;
+        let lives = registered.entries.first().and_then(|entry| entry.lease);
         let between = |entry: &&Entry| entry.key != self.candidacy;
         let others: Vec<_> = reading.candidates.iter().filter(between).collect();
-        let place = others
-            .iter()
-            .position(|entry| entry.value == target.as_bytes());
+        let is_target = |entry: &&Entry| {
+            let is_alive = lives.is_some() && entry.lease == lives;
+            entry.value == target.as_bytes() && (is_alive || bugs::has(Bug::TransferById))
+        };
+        let place = others.iter().position(is_target);
         let Some(place) = place else {
             return refused(target, "it is not a candidate").map(|()| None);
         };
@@ -329,7 +350,8 @@ impl Part<'_> {
         let to = others[place];
         if place == 0 {
             shared.end_term();
-            return match self.hand_over(term.epoch, to).await? {
+            let lives = self.is_of_who_lives(to);
+            return match self.hand_over(term.epoch, to, lives).await? {
                 true => Ok(None),
                 false => refused(target, "it has just left").map(|()| None),
             };
@@ -372,7 +394,8 @@ impl Part<'_> {
             (None, None, ..) => refused(&transfer.target, "it has just left"),
             (None, Some(to), None, Some(term)) => {
                 shared.end_term();
-                match self.hand_over(term.epoch, to).await {
+                let lives = self.is_of_who_lives(to);
+                match self.hand_over(term.epoch, to, lives).await {
                     Ok(true) => Ok(()),
                     Ok(false) => refused(&transfer.target, "it has just left"),
                     Err(error) => Err(error),
