@@ -635,7 +635,16 @@ impl View {
             if self.suspects.contains(id) {
                 return None;
             }
-            let node = self.nodes.get(id)?;
+            let node = match &self.leader {
+                Some(leader)
+                    if bugs::has(Bug::LeaderOutlivesRegistration)
+                        && *leader.key == **key
+                        && leader.epoch == *epoch =>
+                {
+                    &leader.node
+                }
+                _ => self.nodes.get(id)?,
+            };
             let is_its_life = lease.is_some() && node.lease() == *lease;
             if !is_its_life && !bugs::has(Bug::LeaderById) {
                 return None;
