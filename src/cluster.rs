@@ -63,7 +63,7 @@ struct Shared {
 impl fmt::Debug for Cluster {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cluster")
-            .field("endpoints", &self.shared.etcd.endpoints)
+            .field("endpoints", &self.shared.etcd.named())
             .field("ttl", &self.shared.ttl)
             .finish_non_exhaustive()
     }
@@ -112,6 +112,8 @@ impl ClusterBuilder {
     pub fn try_build(self) -> Result<Cluster, ClusterError> {
         if self.store.is_none() {
             self.etcd.validate()?;
+        } else {
+            self.etcd.check_key_prefix()?;
         }
         check_ttl(self.ttl)?;
         Ok(Cluster {

@@ -140,11 +140,15 @@ impl Drop for Running<'_> {
 impl Shared {
     /// What it may have in the store under this lease.
     fn own_keys(&self, lease: LeaseId) -> Vec<String> {
-        vec![
+        let mut keys = vec![
             self.keys.registration(&self.config.id),
             self.keys.candidacy(lease),
-            self.keys.handover(lease),
-        ]
+        ];
+        // Its user may not be allowed to look there.
+        if self.past().has_asked {
+            keys.push(self.keys.handover(lease));
+        }
+        keys
     }
 
     /// Tells readers that it is not lost when its entry goes, and lets the next one lead.
@@ -282,7 +286,7 @@ impl Shared {
 
     fn not_registered(&self) -> ClusterError {
         ClusterError::Unavailable {
-            endpoint: self.config.etcd.endpoints.join(","),
+            endpoint: self.config.etcd.named(),
             operation: "register",
             reason: "there is no lease yet".to_owned(),
         }
