@@ -134,10 +134,11 @@ impl EtcdStore {
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
         let connection = self.connection(operation).await?;
-        let (generation, version) = (connection.generation, connection.token.version());
+        let (generation, token) = (connection.generation, connection.token.clone());
+        let version = token.version();
         let result = self.call_on(operation, connection, &request).await;
         match result {
-            Err(error) if self.may_renew(&error) => {
+            Err(error) if self.may_renew_for(&error, &token) => {
                 let connection = self.renew_token(generation, version).await?;
                 self.call_on(operation, connection, &request).await
             }

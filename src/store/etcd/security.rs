@@ -169,6 +169,12 @@ impl EtcdStore {
         self.shared.options.credentials.is_some() && error.is_token_refused()
     }
 
+    /// The same for a request with this one. Without any it was perhaps asked as the user of the client
+    /// certificate, who may not do this.
+    pub(super) fn may_renew_for(&self, error: &ClusterError, token: &Token) -> bool {
+        self.may_renew(error) || (token.is_missing() && error.is_missing_permission())
+    }
+
     /// The same for a watch that was asked for on this connection. An older etcd answers
     /// "permission denied" when the token has expired, or when there is none, so that is believed of a
     /// new stream with a token only.
