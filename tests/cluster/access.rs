@@ -338,22 +338,29 @@ async fn keeps_a_snapshot(of: Setting<'_>) -> Outcome {
             .try_build()
             .unwrap()
     };
-    let discovery = with_file(etcd);
+    write_snapshot(&with_file(etcd)).await;
+    let nowhere = EtcdOptions::new(["http://127.0.0.1:9"]);
+    read_snapshot(&with_file(nowhere)).await;
+    Ok(WORKS)
+}
+
+/// Of one node.
+async fn write_snapshot(discovery: &ServiceDiscovery) {
     let seen = async {
         within("it is seen", discovery.wait_for_nodes(1)).await;
     };
-    discovery.run_until(seen).await?;
-    let nowhere = EtcdOptions::new(["http://127.0.0.1:9"]);
-    let discovery = with_file(nowhere);
+    discovery.run_until(seen).await.unwrap();
+}
+
+async fn read_snapshot(discovery: &ServiceDiscovery) {
     let from_disk = async {
         eventually("it is read", || {
             matches!(discovery.status(), DiscoveryStatus::FromDisk { .. })
         })
         .await;
     };
-    discovery.run_until(from_disk).await?;
+    discovery.run_until(from_disk).await.unwrap();
     assert_eq!(discovery.nodes().len(), 1);
-    Ok(WORKS)
 }
 
 async fn falls_back(of: Setting<'_>) -> Outcome {
@@ -694,11 +701,22 @@ async fn a_key_prefix_without_a_slash_is_given_one_on_both_sides() {
         let key = format!("{prefix}/registry/{group}/n1");
         let got = etcd.raw_client().await.get(key, None).await.unwrap();
         assert_eq!(got.kvs().len(), 1, "{prefix}");
-        for same in [prefix.to_owned(), format!("{prefix}/")] {
-            let discovery = ready(&with(&same), &group).await;
+        let with_slash = format!("{prefix}/");
+        for same in [prefix, &with_slash] {
+            let discovery = ready(&with(same), &group).await;
             within("it is seen", discovery.wait_for_nodes(1)).await;
             within("it leads", discovery.wait_for_leader()).await;
         }
+        let files = Directory::new();
+        let with_file = |etcd: EtcdOptions| {
+            ServiceDiscovery::builder(etcd, &group)
+                .snapshot_file(SnapshotFile::new(files.file("nodes")))
+                .try_build()
+                .unwrap()
+        };
+        write_snapshot(&with_file(with(prefix))).await;
+        let nowhere = EtcdOptions::new(["http://127.0.0.1:9"]);
+        read_snapshot(&with_file(nowhere.key_prefix(with_slash))).await;
         node.stop().await;
     }
     for wrong in [" ", "prod//"] {
