@@ -29,6 +29,8 @@ pub enum Bug {
     TransferWithoutCondition,
     DrainingStaysCandidate,
     ShutdownWithoutBudget,
+    LeaderById,
+    TransferById,
 }
 
 #[cfg(any(test, feature = "test-util"))]
@@ -38,7 +40,7 @@ mod on_order {
 
     impl Bug {
         /// Every one.
-        pub const ALL: [Self; 22] = [
+        pub const ALL: [Self; 24] = [
             Self::DeadlineFromReceipt,
             Self::NoMargin,
             Self::FlagInsteadOfClock,
@@ -61,6 +63,8 @@ mod on_order {
             Self::TransferWithoutCondition,
             Self::DrainingStaysCandidate,
             Self::ShutdownWithoutBudget,
+            Self::LeaderById,
+            Self::TransferById,
         ];
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::discovery::ServiceDiscoveryBuilder;
 use crate::error::ClusterError;
+use crate::keys::GroupKeys;
 use crate::store::{EtcdOptions, LazyStore, Store};
 use crate::worker::{ClusterNodeBuilder, LeaseHolder, check_ttl};
 
@@ -19,8 +20,8 @@ const DEFAULT_TTL: i64 = 5;
 /// groups in the same instant. Clones are handles to the same cluster.
 ///
 /// The connection belongs to the runtime in which it is first used: run everything in that one.
-/// The lease is renewed by any of its nodes that runs, so no task is spawned for it. A node that
-/// ends takes its own keys with it, and the last one ends the lease. A second node of the *same*
+/// The lease is renewed by a task of its own, which runs for as long as any of its nodes does. A node
+/// that ends takes its own keys with it, and the last one ends the lease. A second node of the *same*
 /// group has a lease of its own, because candidates are told apart by their leases; so has one that
 /// is run again while others go on.
 ///
@@ -170,17 +171,18 @@ impl Cluster {
 
     /// The lease for a node of this group: the first one that no other of that group uses or has
     /// used.
-    pub(crate) fn enter(&self, group: &str) -> Arc<LeaseHolder> {
+    pub(crate) fn enter(&self, keys: &GroupKeys, group: &str, id: &str) -> Arc<LeaseHolder> {
         let mut leases = self
             .shared
             .leases
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(free) = leases.iter().find(|lease| lease.enter(group)) {
+        if let Some(free) = leases.iter().find(|lease| lease.enter(keys, group, id)) {
             return free.clone();
         }
-        let lease = Arc::new(LeaseHolder::new(self.shared.ttl.unsigned_abs()));
-        lease.enter(group);
+        let ttl = self.shared.ttl.unsigned_abs();
+        let lease = Arc::new(LeaseHolder::new(ttl, &self.shared.etcd.prefix()));
+        lease.enter(keys, group, id);
         leases.push(lease.clone());
         lease
     }

@@ -152,7 +152,7 @@ pub enum ClusterError {
         reason: String,
     },
     /// The call needs `run` to be in progress.
-    #[error("{what} is not running: call run first")]
+    #[error("{what} is not running: its run has ended, or has not begun")]
     NotRunning {
         /// The node or discovery concerned.
         what: String,

@@ -101,6 +101,33 @@ impl GroupKeys {
     }
 }
 
+impl GroupKeys {
+    /// What a node of this id may have in the store under its lease.
+    pub(crate) fn own(&self, id: &str, lease: LeaseId) -> [String; 3] {
+        [
+            self.registration(id),
+            self.candidacy(lease),
+            self.handover(lease),
+        ]
+    }
+}
+
+/// The keys of every group.
+#[derive(Debug)]
+pub(crate) struct Layout([String; 3]);
+
+impl Layout {
+    pub(crate) fn new(prefix: &str) -> Self {
+        Self(["registry", "election", "handover"].map(|what| format!("{prefix}{what}/")))
+    }
+
+    /// Whether a key is one that nodes write. An application may have keys of its own under a
+    /// leader's lease.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.0.iter().any(|prefix| key.starts_with(prefix.as_str()))
+    }
+}
+
 /// A node id: one key segment.
 pub(crate) fn check_node_id(id: &str) -> Result<(), ClusterError> {
     check_name("node_id", id)?;

@@ -216,6 +216,7 @@ pub mod config;
 pub mod discovery;
 pub mod error;
 mod keys;
+mod lifecycle;
 mod load_report;
 mod metadata;
 pub mod metrics;

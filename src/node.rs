@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU64;
 
 use serde::{Deserialize, Serialize};
 
 pub use crate::metadata::Metadata;
+use crate::store::{LeaseId, Revision};
 
 /// Arbitrary JSON that a node publishes about itself, normally an object with the keys of
 /// [`metadata_keys`]. `Value::Null` where it publishes nothing.
@@ -88,8 +90,46 @@ pub struct Node {
     pub priority: Option<u16>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     leaving: bool,
+    #[serde(default, with = "run_text", skip_serializing_if = "Option::is_none")]
+    run: Option<NonZeroU64>,
     #[serde(skip)]
     incarnation: i64,
+    #[serde(skip)]
+    revision: Revision,
+}
+
+/// In the entry a run is 16 hexadecimal digits, because a number of 64 bits is not the same for every
+/// reader of JSON. Whatever else somebody writes there stands for itself: it only has to differ.
+mod run_text {
+    use std::num::NonZeroU64;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+    use xxhash_rust::xxh3::xxh3_64;
+
+    pub(super) fn serialize<S: Serializer>(
+        run: &Option<NonZeroU64>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match run {
+            Some(run) => serializer.collect_str(&format_args!("{run:016x}")),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<NonZeroU64>, D::Error> {
+        let run = match serde_json::Value::deserialize(deserializer)? {
+            serde_json::Value::Null => return Ok(None),
+            serde_json::Value::String(text) => text,
+            other => other.to_string(),
+        };
+        let is_ours = run.len() == 16 && run.bytes().all(|digit| digit.is_ascii_hexdigit());
+        let number = u64::from_str_radix(&run, 16).ok().filter(|_| is_ours);
+        Ok(NonZeroU64::new(
+            number.unwrap_or_else(|| xxh3_64(run.as_bytes())),
+        ))
+    }
 }
 
 impl PartialEq for Node {
@@ -115,7 +155,9 @@ impl Node {
             state: NodeState::Serving,
             priority: None,
             leaving: false,
+            run: None,
             incarnation: 0,
+            revision: 0,
         }
     }
 
@@ -182,11 +224,57 @@ impl Node {
         SocketAddr::new(self.ip, port)
     }
 
-    /// Tells one registration of this id from the next: the lease that holds the entry, 0 for a
-    /// node that did not come from a store. A process that restarts, or loses its lease and
-    /// registers again, has another one.
+    /// Tells one registration of this id from the next: the lease that holds the entry; the revision
+    /// that created it, as a negative number, where no lease does; 0 for a node that did not come
+    /// from a store. A process that restarts, or loses its lease and registers again, has another
+    /// one. Who leads is a matter of the lease; what was learned of a backend goes by
+    /// [`run`](Self::run).
     pub fn incarnation(&self) -> i64 {
         self.incarnation
+    }
+
+    /// The lease that holds its entry; `None` for one that was put without a lease (a static
+    /// backend, which stays until it is deleted), or did not come from a store.
+    pub fn lease(&self) -> Option<LeaseId> {
+        (self.incarnation > 0).then_some(LeaseId(self.incarnation))
+    }
+
+    /// Which run of its process wrote the entry: a random number, the same for as long as the run
+    /// lasts, also when its lease is lost and it registers again under another one. `None` for a
+    /// node of `photon-etcd-cluster`, which writes none.
+    pub fn run(&self) -> Option<u64> {
+        self.run.map(NonZeroU64::get)
+    }
+
+    /// Sets which run it is of; see [`run`](Self::run). 0 means none. The worker does it.
+    #[must_use]
+    pub fn with_run(mut self, run: u64) -> Self {
+        self.run = NonZeroU64::new(run);
+        self
+    }
+
+    pub(crate) fn set_run(&mut self, run: u64) {
+        self.run = NonZeroU64::new(run);
+    }
+
+    /// Whether both are of one life of a process: of one lease, or of one run.
+    pub fn is_same_life(&self, other: &Self) -> bool {
+        let is_same_run =
+            self.run == other.run && (self.run.is_some() || self.incarnation == other.incarnation);
+        self.id == other.id && is_same_run
+    }
+
+    /// The store's revision that wrote the entry, which is what orders two of them, whatever the
+    /// clocks of their writers say. 0 for a node that did not come from a store.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// Sets the revision that wrote it; see [`revision`](Self::revision). Discovery does it.
+    #[must_use]
+    pub fn with_revision(mut self, revision: Revision) -> Self {
+        self.revision = revision;
+        self
     }
 
     /// Whether it takes new requests.
@@ -212,6 +300,7 @@ impl Node {
     pub(crate) fn differs(&self, other: &Self) -> bool {
         self != other
             || self.incarnation != other.incarnation
+            || self.run != other.run
             || self.metadata != other.metadata
             || self.port != other.port
             || self.zone != other.zone
@@ -268,9 +357,51 @@ mod tests {
             .with_weight(2.5)
             .with_state(NodeState::Draining)
             .with_priority(7)
+            .with_run(0xab)
             .with_metadata(serde_json::json!({"queue_depth": 3}));
         let read: Node = serde_json::from_slice(&serde_json::to_vec(&node).unwrap()).unwrap();
         assert!(!read.differs(&node));
+    }
+
+    #[test]
+    fn any_run_is_told_from_any_other() {
+        let run = |json: &str| {
+            let node: Node =
+                serde_json::from_str(&format!(r#"{{"id":"n","ip":"::1","run":{json}}}"#)).unwrap();
+            let again = serde_json::to_vec(&node).unwrap();
+            let again: Node = serde_json::from_slice(&again).unwrap();
+            assert_eq!(again.run(), node.run(), "{json}");
+            node.run()
+        };
+        assert_eq!(run(r#""00000000000000ff""#), Some(255));
+        assert_eq!(run("null"), None);
+        let all = [
+            run(r#""pod-1""#),
+            run(r#""pod-2""#),
+            run("17"),
+            run("[1]"),
+            run(r#""ff""#),
+        ];
+        let different: BTreeSet<_> = all.iter().collect();
+        assert_eq!(different.len(), all.len());
+        assert!(!different.contains(&None));
+    }
+
+    #[test]
+    fn a_life_is_a_lease_or_a_run() {
+        let node = |lease, run| {
+            Node::new("n", "::1".parse().unwrap())
+                .with_incarnation(lease)
+                .with_run(run)
+        };
+        assert!(node(1, 7).is_same_life(&node(2, 7)), "another lease");
+        assert!(!node(1, 7).is_same_life(&node(2, 8)));
+        assert!(
+            !node(1, 7).is_same_life(&node(1, 8)),
+            "run again on one lease"
+        );
+        assert!(node(1, 0).is_same_life(&node(1, 0)));
+        assert!(!node(1, 0).is_same_life(&node(2, 0)));
     }
 
     #[test]

@@ -114,6 +114,10 @@ impl Store for Feed {
         self.refuse()
     }
 
+    async fn keys_of(&self, _: LeaseId) -> Result<Vec<String>, ClusterError> {
+        self.refuse()
+    }
+
     async fn txn(&self, _: Txn) -> Result<Option<Revision>, ClusterError> {
         self.refuse()
     }

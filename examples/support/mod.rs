@@ -152,8 +152,10 @@ pub async fn run_worker(
         .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
     let node = builder.port(listener.local_addr()?.port()).try_build()?;
     let (end, mut ended) = watch::channel(None);
+    let reporter = node.load_reporter();
+    reporter.counts_requests();
     let shared = Shared {
-        reporter: node.load_reporter(),
+        reporter,
         node: node.clone(),
         load,
         slots,

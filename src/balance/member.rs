@@ -460,6 +460,11 @@ impl Member {
         self.live.signals.raise(GATED);
     }
 
+    /// It is back, with the successes and failures that it had before it was retired.
+    pub(super) fn revive(&self, success: f32) {
+        self.live.success.set(success);
+    }
+
     /// For reading the count without going through the member.
     pub(super) fn counter(&self) -> Counter {
         Counter(Arc::downgrade(&self.live))

@@ -318,7 +318,9 @@ impl Balancer {
     /// the table. Costs time and memory in proportion to the number of nodes, off the request
     /// path.
     ///
-    /// A node that is in no update any more is forgotten; if it comes back, it starts slowly.
+    /// A node that is in no update any more is out; if it comes back, it starts slowly. But where
+    /// its process is the same one ([`Node::run`]), which has only lost its lease, what was learned
+    /// of it still holds for two minutes.
     pub fn update<'a>(&self, nodes: impl IntoIterator<Item = &'a Arc<Node>>) {
         self.update_at(nodes, Instant::now());
     }
@@ -361,7 +363,7 @@ impl Balancer {
         match change {
             Change::Reset(nodes) => weigher.update(nodes.iter(), now),
             Change::Joined(node) | Change::Updated { new: node, .. } => weigher.insert(node, now),
-            Change::Left(node) => weigher.remove(&node.id),
+            Change::Left(node) => weigher.remove(&node.id, now),
             Change::Leader(_) => {}
         }
     }

@@ -120,6 +120,108 @@ fn in_flight_is_counted_across_updates_and_ends_with_the_registration() {
     assert_eq!(balancer.backends()[0].in_flight, 0, "never below zero");
 }
 
+/// A node whose lease is lost, and whose process registers again.
+#[test]
+fn what_was_learned_of_a_process_outlives_its_lease() {
+    let now = Instant::now();
+    let of = |index: u16, lease: i64, run: u64| {
+        let node = Node::clone(&node(index, 50.0));
+        Arc::new(node.with_incarnation(lease).with_run(run))
+    };
+    for by_changes in [true, false] {
+        let balancer = balancer(Policy::Adaptive, &[of(0, 1, 7), of(1, 2, 8)]);
+        let success = |balancer: &Balancer| {
+            let all = balancer.backends();
+            let first = all.iter().find(|backend| backend.node.id == of(0, 0, 1).id);
+            first.map(|backend| backend.success)
+        };
+        let gone = |later: Duration| {
+            if by_changes {
+                balancer.apply(&Change::Left(of(0, 1, 7)), now + later);
+                balancer.publish(now + later);
+            } else {
+                balancer.update_at(&[of(1, 2, 8)], now + later);
+            }
+            assert_eq!(balancer.len(), 1);
+        };
+        let back = |node: Arc<Node>, later: Duration| {
+            if by_changes {
+                balancer.apply(&Change::Joined(node), now + later);
+                balancer.publish(now + later);
+            } else {
+                balancer.update_at(&[node, of(1, 2, 8)], now + later);
+            }
+        };
+        for _ in 0..200 {
+            let upstream = balancer.pick().unwrap();
+            match upstream.node().id == of(0, 0, 1).id {
+                true => upstream.failed(),
+                false => upstream.succeeded(Duration::from_millis(1)),
+            }
+        }
+        let failed = success(&balancer).unwrap();
+        assert!(failed < 0.9, "{failed}");
+        gone(Duration::from_secs(1));
+        back(of(0, 3, 7), Duration::from_secs(5));
+        assert_eq!(
+            success(&balancer),
+            Some(failed),
+            "another lease, the same process"
+        );
+        // Without having been away: the key was taken over in one revision.
+        back(of(0, 4, 7), Duration::from_secs(6));
+        assert_eq!(success(&balancer), Some(failed));
+        // Another process says nothing of the one before, and nothing is kept for ever.
+        back(of(0, 4, 9), Duration::from_secs(7));
+        assert_eq!(success(&balancer), Some(1.0));
+        gone(Duration::from_secs(8));
+        back(of(0, 5, 9), Duration::from_secs(8 + 130));
+        assert_eq!(success(&balancer), Some(1.0));
+    }
+}
+
+#[test]
+fn the_store_orders_reports_and_not_the_clocks_of_their_writers() {
+    let now = Instant::now();
+    let report = |index: u16, cpu: f64, clock: u64, revision: i64| {
+        let mut node = Node::clone(&node(index, cpu)).with_revision(revision);
+        node.last_seen = clock;
+        Arc::new(node)
+    };
+    let balancer = balancer(
+        Policy::Headroom,
+        &[report(0, 10.0, 1_000_000, 5), report(1, 10.0, 1_000_000, 6)],
+    );
+    // Its clock is set back by half a minute.
+    balancer.apply(&joined(&report(0, 95.0, 970_000, 7)), now);
+    balancer.publish(now);
+    let weights: Vec<f64> = balancer
+        .backends()
+        .iter()
+        .map(|backend| backend.weight)
+        .collect();
+    assert!(weights.iter().any(|weight| *weight < 0.6), "{weights:?}");
+    // A dead registration whose clock was ahead does not keep the address it shares.
+    let dead = Node::new("dead", "10.0.0.9".parse().unwrap());
+    let lives = |revision: i64, clock: u64| {
+        let mut node = Node::new("lives", "10.0.0.9".parse().unwrap()).with_revision(revision);
+        node.last_seen = clock;
+        Arc::new(node)
+    };
+    let mut dead = dead.with_revision(8);
+    dead.last_seen = 9_000_000;
+    balancer.apply(&joined(&Arc::new(dead)), now);
+    balancer.apply(&joined(&lives(9, 1_000)), now);
+    balancer.publish(now);
+    let shown = balancer.backends();
+    assert!(shown.iter().any(|backend| backend.node.id == "lives"));
+    assert!(!shown.iter().any(|backend| backend.node.id == "dead"));
+}
+
+fn joined(node: &Arc<Node>) -> Change {
+    Change::Joined(node.clone())
+}
+
 #[test]
 fn the_busy_one_is_avoided() {
     let balancer = balancer(Policy::Headroom, &nodes(2));

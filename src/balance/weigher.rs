@@ -1,6 +1,6 @@
 //! From the nodes of a group to their weights: what is shared by everything that routes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use super::weight::{Headroom, Load, LoadSum, base_weight};
 use super::zone::{Place, Side, Spill, Zones};
 use crate::load_report::LoadReport;
 use crate::node::Node;
+use crate::store::Revision;
 
 /// A load that comes with responses is newer than the one in the registration, for so long.
 const RESPONSES_COUNT: Duration = Duration::from_secs(10);
@@ -24,8 +25,14 @@ const RESPONSES_COUNT: Duration = Duration::from_secs(10);
 const SAME_AGAIN: Duration = Duration::from_secs(5);
 /// A sample that has been the same for longer than this keeps out the registration no more.
 const SAME_MOST: Duration = Duration::from_secs(60);
-/// A report older than the last one by more than this is not late: its sender's clock was set.
-const CLOCK_SET_MS: u64 = 60_000;
+/// A sample older than the last one by more than this is not late: its sender's clock was set. For
+/// responses that overtake each other are nearly of one time.
+const CLOCK_SET_MS: u64 = 2_000;
+/// What was learned of a process whose registration is gone is kept for so long: it may have lost
+/// its lease only.
+const REMEMBERED_FOR: Duration = Duration::from_secs(120);
+/// Of so many at most.
+const MOST_REMEMBERED: usize = 10_000;
 
 /// How long requests in flight count that were reported.
 const REPORTS_COUNT: Duration = Duration::from_secs(5);
@@ -76,17 +83,63 @@ struct Responses {
     answered: Instant,
 }
 
+/// Those that are gone, by the runs of their processes, for they may come back under another lease.
+#[derive(Debug, Default)]
+struct Parted {
+    by_run: HashMap<u64, (Instant, f32, Known), Xxh3DefaultBuilder>,
+    /// In the order in which they went; some may be back.
+    order: VecDeque<(Instant, u64)>,
+}
+
+impl Parted {
+    /// Keeps what is known of one that has gone without a goodbye; `success` is what it was then.
+    fn keep(&mut self, known: Known, success: f32, now: Instant) {
+        self.forget(now);
+        let Some(run) = known.node.run().filter(|_| !known.node.is_leaving()) else {
+            return;
+        };
+        if self.order.len() >= MOST_REMEMBERED
+            && let Some((_, oldest)) = self.order.pop_front()
+        {
+            self.by_run.remove(&oldest);
+        }
+        self.order.push_back((now, run));
+        self.by_run.insert(run, (now, success, known));
+    }
+
+    /// What is known of this process, if it has been here lately.
+    fn recall(&mut self, node: &Node, addr: SocketAddr, now: Instant) -> Option<Known> {
+        self.forget(now);
+        let run = node.run()?;
+        let (_, success, known) = self.by_run.remove(&run)?;
+        known.member.revive(success);
+        Some(known).filter(|known| known.is_of(node, addr))
+    }
+
+    fn forget(&mut self, now: Instant) {
+        while let Some((at, run)) = self.order.front() {
+            if now.saturating_duration_since(*at) < REMEMBERED_FOR {
+                return;
+            }
+            if self.by_run.get(run).is_some_and(|(since, ..)| since == at) {
+                self.by_run.remove(run);
+            }
+            self.order.pop_front();
+        }
+    }
+}
+
 impl Known {
+    /// A process that has lost its lease, and registered again, is the same one.
     fn is_of(&self, node: &Node, addr: SocketAddr) -> bool {
-        self.member.addr() == addr
-            && self.node.incarnation() == node.incarnation()
-            && self.node.id == node.id
+        self.member.addr() == addr && self.node.is_same_life(node)
     }
 
     /// Takes over a registration that was written again. Answers how many metrics were refused.
     fn observe(&mut self, node: &Arc<Node>, now: Instant) -> u32 {
+        // A store tells its writes in their order. Without one the writer's clock has to do.
         let late = self.node.last_seen.saturating_sub(node.last_seen);
-        let outdated = late > 0 && late < CLOCK_SET_MS;
+        let outdated = node.revision() == 0 && late > 0 && late < CLOCK_SET_MS;
         let same = node.last_seen == self.node.last_seen && node.metadata == self.node.metadata;
         self.base = base_weight(node);
         self.node = node.clone();
@@ -156,10 +209,12 @@ impl Known {
         zone.is_none() || self.node.zone.as_deref() == zone
     }
 
-    /// What right it has to its address. One that drains or leaves has less than one that serves,
-    /// whatever it says of the time.
-    fn rank(&self) -> (bool, u64) {
-        (self.node.is_serving(), self.node.last_seen)
+    /// What right it has to its address. One that drains or leaves has less than one that serves;
+    /// of two that serve the one has more that was written last, by the store's order, whatever the
+    /// clocks of the two say.
+    fn rank(&self) -> (bool, Revision, u64) {
+        let node = &self.node;
+        (node.is_serving(), node.revision(), node.last_seen)
     }
 
     fn counts(&self) -> bool {
@@ -212,6 +267,7 @@ pub(crate) struct Weigher {
     /// When there were nodes for the first time: those are not new.
     started: bool,
     ticked: Option<Instant>,
+    parted: Parted,
     trust: Trust,
     spill: Spill,
     /// The balancer's own zone.
@@ -232,6 +288,7 @@ impl Weigher {
             updates: 0,
             started: false,
             ticked: None,
+            parted: Parted::default(),
             trust: Trust::default(),
             spill: Spill::default(),
             zone: None,
@@ -256,7 +313,9 @@ impl Weigher {
         }
         for at in (0..self.known.len()).rev() {
             if self.known[at].update != self.updates {
-                self.remove_at(at);
+                let success = self.known[at].member.success();
+                let gone = self.remove_at(at);
+                self.parted.keep(gone, success, now);
             }
         }
         // What a burst has left behind, of a group that may have shrunk.
@@ -273,11 +332,14 @@ impl Weigher {
         self.started = true;
     }
 
-    /// Forgets a node. Requests avoid it from now on, before it is out of the table.
-    pub(crate) fn remove(&mut self, id: &str) {
+    /// Lets a node go. Requests avoid it from now on, before it is out of the table. Should its
+    /// process be back before long, what was learned of it still holds.
+    pub(crate) fn remove(&mut self, id: &str, now: Instant) {
         if let Some(at) = self.index.of_id(&self.known, id) {
+            let success = self.known[at].member.success();
             self.known[at].member.retire();
-            self.remove_at(at);
+            let gone = self.remove_at(at);
+            self.parted.keep(gone, success, now);
         }
     }
 
@@ -302,22 +364,16 @@ impl Weigher {
                 at
             }
             of_id => {
-                let mut load = Load::default();
-                self.refused += u64::from(load.observe(node));
-                let known = Known {
-                    member: Arc::new(Member::new(node, addr, &self.signals)),
-                    node: node.clone(),
-                    base: base_weight(node),
-                    load,
-                    learned: Learned::new(joined, now),
-                    responses: None,
-                    shadowed: false,
-                    fresh: true,
-                    tried: false,
-                    update: self.updates,
-                    counted: 0,
+                let known = match self.parted.recall(node, addr, now) {
+                    Some(mut known) => {
+                        self.refused += u64::from(known.observe(node, now));
+                        known.shadowed = false;
+                        known.fresh = true;
+                        known
+                    }
+                    None => self.unknown(node, addr, joined, now),
                 };
-                // Another incarnation, or it has moved: nothing is known of that one.
+                // Another process, or it has moved: nothing is known of that one.
                 if let Some(at) = of_id {
                     self.remove_at(at);
                 }
@@ -334,7 +390,32 @@ impl Weigher {
         self.claim(at, fell);
     }
 
-    fn remove_at(&mut self, at: usize) {
+    /// One of which nothing is known.
+    fn unknown(
+        &mut self,
+        node: &Arc<Node>,
+        addr: SocketAddr,
+        joined: Option<Instant>,
+        now: Instant,
+    ) -> Known {
+        let mut load = Load::default();
+        self.refused += u64::from(load.observe(node));
+        Known {
+            member: Arc::new(Member::new(node, addr, &self.signals)),
+            node: node.clone(),
+            base: base_weight(node),
+            load,
+            learned: Learned::new(joined, now),
+            responses: None,
+            shadowed: false,
+            fresh: true,
+            tried: false,
+            update: self.updates,
+            counted: 0,
+        }
+    }
+
+    fn remove_at(&mut self, at: usize) -> Known {
         self.index.remove_id(&self.known, at);
         let is_holder = self.index.holder(&self.known, self.known[at].member.addr()) == Some(at);
         if is_holder {
@@ -355,6 +436,7 @@ impl Weigher {
             self.shadow(heir, false);
             self.index.hold(&self.known, heir);
         }
+        removed
     }
 
     /// Of those in the shadow at an address the one that wrote last.
@@ -796,7 +878,7 @@ mod tests {
                 let id = format!("n{who}");
                 if what == 0 {
                     nodes.remove(&id);
-                    single.remove(&id);
+                    single.remove(&id, now);
                 } else {
                     let mut node = Node::new(&id, format!("10.0.0.{host}").parse().unwrap())
                         .with_metadata(serde_json::json!({ "cpu_usage_percent": cpu }))

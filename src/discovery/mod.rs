@@ -17,7 +17,6 @@ use std::fmt;
 use std::future::Future;
 use std::ops::RangeInclusive;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
@@ -29,6 +28,7 @@ use tokio_stream::wrappers::BroadcastStream;
 
 use crate::error::ClusterError;
 use crate::keys::{self, GroupKeys};
+use crate::lifecycle::Lifecycle;
 use crate::node::Node;
 use crate::store::{EtcdOptions, LazyStore, Store, StoreStatus};
 use crate::worker::Leadership;
@@ -69,6 +69,12 @@ pub enum DiscoveryStatus {
         /// When the view was what the store had.
         written: SystemTime,
     },
+    /// Nobody follows the store any more, because the run has ended: the view is as it was at that
+    /// time, and stays so until there is another run.
+    Ended {
+        /// When the run ended.
+        since: SystemTime,
+    },
 }
 
 impl fmt::Display for DiscoveryStatus {
@@ -82,6 +88,7 @@ impl fmt::Display for DiscoveryStatus {
             Self::Live => f.write_str("live"),
             Self::Stale { since } => write!(f, "stale for {} s", age(since)),
             Self::FromDisk { written } => write!(f, "from disk, {} s old", age(written)),
+            Self::Ended { since } => write!(f, "not followed for {} s", age(since)),
         }
     }
 }
@@ -99,7 +106,7 @@ impl fmt::Display for DiscoveryStatus {
 /// let running = discovery.clone();
 /// let task = tokio::spawn(async move { running.run_until(std::future::pending()).await });
 ///
-/// discovery.wait_ready().await;
+/// discovery.until_ready().await?;
 /// for node in discovery.nodes().iter() {
 ///     println!("{} at {}", node.id, node.addr(8080));
 /// }
@@ -120,7 +127,7 @@ struct Shared {
     invalid: Option<ClusterError>,
     keys: GroupKeys,
     store: Arc<LazyStore>,
-    running: AtomicBool,
+    life: Lifecycle,
     nodes: ArcSwap<Nodes>,
     leadership: ArcSwapOption<Leadership>,
     nodes_watch: watch::Sender<Arc<Nodes>>,
@@ -320,7 +327,7 @@ impl ServiceDiscoveryBuilder {
                     (None, Some(shared)) => shared,
                     (store, _) => Arc::new(LazyStore::new(self.etcd, store)),
                 },
-                running: AtomicBool::new(false),
+                life: Lifecycle::default(),
                 nodes: ArcSwap::new(nodes.clone()),
                 leadership: ArcSwapOption::empty(),
                 nodes_watch: watch::Sender::new(nodes),
@@ -413,7 +420,7 @@ impl ServiceDiscovery {
 
     /// Whether a `run` is in progress.
     pub fn is_running(&self) -> bool {
-        self.shared.running.load(Ordering::Acquire)
+        self.shared.life.is_running()
     }
 
     /// The nodes. One atomic load and one reference count; never blocks.
@@ -497,6 +504,9 @@ impl ServiceDiscovery {
     /// }
     /// # }
     /// ```
+    ///
+    /// It does not end: while no run is in progress nothing changes, which
+    /// [`watch_status`](Self::watch_status) tells.
     pub fn changes(&self) -> Changes {
         let mut changes = Changes {
             inner: BroadcastStream::new(self.shared.changes.subscribe()),
@@ -512,20 +522,79 @@ impl ServiceDiscovery {
         *self.shared.ready.borrow()
     }
 
-    /// Waits for the first complete view. For ever if nobody calls `run`, or if the store is
-    /// never reached: add a timeout where that matters.
+    /// Waits for the first complete view.
+    ///
+    /// # Errors
+    ///
+    /// [`NotRunning`](ClusterError::NotRunning) as soon as the run ends, or if there is none within
+    /// five seconds; what is wrong with the arguments, after [`build`](ServiceDiscoveryBuilder::build).
+    /// It does not end because the store is away: add a timeout where that matters.
+    pub async fn until_ready(&self) -> Result<(), ClusterError> {
+        self.until(self.wait_ready()).await
+    }
+
+    /// Waits until there are at least `count` nodes, and answers with all of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`until_ready`](Self::until_ready).
+    pub async fn until_nodes(&self, count: usize) -> Result<Arc<Nodes>, ClusterError> {
+        let mut nodes = self.watch_nodes();
+        let enough = async {
+            // The sender lives in `self`, so this cannot fail.
+            match nodes.wait_for(|nodes| nodes.len() >= count).await {
+                Ok(nodes) => nodes.clone(),
+                Err(_) => self.nodes(),
+            }
+        };
+        self.until(enough).await
+    }
+
+    /// Waits until there is a leader.
+    ///
+    /// # Errors
+    ///
+    /// As [`until_ready`](Self::until_ready).
+    pub async fn until_leader(&self) -> Result<Leadership, ClusterError> {
+        let mut leader = self.watch_leader();
+        let led = async {
+            loop {
+                leader.mark_unchanged();
+                if let Some(leadership) = self.leadership() {
+                    return leadership;
+                }
+                // The sender lives in `self`, so this cannot fail.
+                let _ = leader.changed().await;
+            }
+        };
+        self.until(led).await
+    }
+
+    async fn until<T>(&self, wanted: impl Future<Output = T>) -> Result<T, ClusterError> {
+        let shared = &self.shared;
+        if let Some(error) = &shared.invalid {
+            return Err(error.clone());
+        }
+        let what = || format!("discovery of {}", shared.group);
+        shared.life.wait(wanted, what).await
+    }
+
+    /// Waits for the first complete view: for ever if nobody calls `run`, or if it ends. Prefer
+    /// [`until_ready`](Self::until_ready), which says so.
     pub async fn wait_ready(&self) {
         // The sender lives in `self`, so this cannot fail; the same holds below.
         let _ = self.shared.ready.subscribe().wait_for(|ready| *ready).await;
     }
 
-    /// Waits until there are at least `count` nodes.
+    /// Waits until there are at least `count` nodes: for ever if nobody calls `run`, or if it ends.
+    /// Prefer [`until_nodes`](Self::until_nodes), which says so.
     pub async fn wait_for_nodes(&self, count: usize) {
         let mut nodes = self.watch_nodes();
         let _ = nodes.wait_for(|nodes| nodes.len() >= count).await;
     }
 
-    /// Waits until there is a leader.
+    /// Waits until there is a leader: for ever if nobody calls `run`, or if it ends. Prefer
+    /// [`until_leader`](Self::until_leader), which says so.
     pub async fn wait_for_leader(&self) -> Arc<Node> {
         let mut leader = self.watch_leader();
         loop {
@@ -585,7 +654,7 @@ struct Running<'a>(&'a Shared);
 
 impl<'a> Running<'a> {
     fn start(shared: &'a Shared) -> Result<Self, ClusterError> {
-        if shared.running.swap(true, Ordering::AcqRel) {
+        if !shared.life.begin() {
             return Err(ClusterError::AlreadyRunning {
                 what: format!("discovery of {}", shared.group),
             });
@@ -597,8 +666,12 @@ impl<'a> Running<'a> {
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         // Nobody follows any more: what is served from here on grows old.
-        self.0.went_stale();
-        self.0.running.store(false, Ordering::Release);
+        let since = SystemTime::now();
+        let before = self.0.status.send_replace(DiscoveryStatus::Ended { since });
+        if before == DiscoveryStatus::Live {
+            let _ = self.0.events.send(ClusterEvent::Disconnected);
+        }
+        self.0.life.end();
     }
 }
 

@@ -15,9 +15,10 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::admission::{Admission, Refusal, shortened};
 use super::event::Change;
 use super::suspects::{SelfPreservation, Suspects, Verdict};
+use crate::bugs::{self, Bug};
 use crate::keys::GroupKeys;
 use crate::node::Node;
-use crate::store::{Entry, Revision, WatchEvent};
+use crate::store::{Entry, LeaseId, Revision, WatchEvent};
 use crate::worker::Leadership;
 
 /// Keys that are remembered because their value is refused. Beyond that they are only counted: the
@@ -141,7 +142,9 @@ pub(crate) struct View {
     admission: Admission,
     nodes: Nodes,
     /// Candidates in line: the first one leads.
-    queue: BTreeMap<(Revision, String), String>,
+    queue: BTreeMap<(Revision, String), Candidate>,
+    /// The candidate without a lease that was told in the log.
+    told_without_lease: Option<String>,
     /// Where in line a candidacy's key is.
     places: HashMap<String, Revision>,
     leader: Option<Leadership>,
@@ -152,6 +155,12 @@ pub(crate) struct View {
     /// have been told in the log.
     refused: HashSet<u64>,
     skipped: Skipped,
+}
+
+/// Who stands in line, and the lease of that process. One whose key is under no lease never ends.
+struct Candidate {
+    id: String,
+    lease: Option<LeaseId>,
 }
 
 /// A listing that is being read, page by page, while the view stays as it is.
@@ -180,6 +189,7 @@ impl View {
             admission,
             nodes: Nodes::default(),
             queue: BTreeMap::new(),
+            told_without_lease: None,
             places: HashMap::new(),
             leader: None,
             suspects: Suspects::new(preserve),
@@ -241,7 +251,7 @@ impl View {
             }
             let node = match self.admission.admit(id, entry) {
                 Ok(node) => {
-                    let node = node.with_incarnation(incarnation(entry));
+                    let node = registered(node, entry);
                     // What has not changed is shared with the view that is being served.
                     let same = self.nodes.get(id).filter(|old| is_same(old, &node));
                     StagedNode::New(same.cloned().unwrap_or_else(|| Arc::new(node)))
@@ -484,7 +494,7 @@ impl View {
         };
         match admitted {
             Ok(node) => {
-                self.take_in(Arc::new(node.with_incarnation(incarnation(entry))), changes);
+                self.take_in(Arc::new(registered(node, entry)), changes);
             }
             Err(Refusal::Unwanted) => self.drop_now(id, changes),
             Err(refusal) => {
@@ -583,8 +593,12 @@ impl View {
         match candidate {
             Ok(id) => {
                 self.places.insert(entry.key.clone(), entry.create_revision);
+                let candidate = Candidate {
+                    id: id.to_owned(),
+                    lease: entry.lease,
+                };
                 self.queue
-                    .insert((entry.create_revision, entry.key.clone()), id.to_owned());
+                    .insert((entry.create_revision, entry.key.clone()), candidate);
             }
             Err(refusal) => drop(count(&mut self.skipped, &refusal)),
         }
@@ -610,15 +624,24 @@ impl View {
     }
 
     /// Works out who leads. A leader that is not registered (yet) leads nothing: there is nowhere
-    /// to send to.
+    /// to send to. Nor does one whose id has been registered by another process since: a term
+    /// belongs to the life of the process that holds both keys, which is its lease. Until the dead
+    /// one's lease has run out there is no leader.
     fn settle(&mut self, changes: &mut Vec<Change>) {
         self.make_room(changes);
-        let leader = self.queue.first_key_value().and_then(|((epoch, key), id)| {
+        self.tell_without_lease();
+        let first = self.queue.first_key_value();
+        let leader = first.and_then(|((epoch, key), Candidate { id, lease })| {
             if self.suspects.contains(id) {
                 return None;
             }
+            let node = self.nodes.get(id)?;
+            let is_its_life = lease.is_some() && node.lease() == *lease;
+            if !is_its_life && !bugs::has(Bug::LeaderById) {
+                return None;
+            }
             Some(Leadership {
-                node: self.nodes.get(id)?.clone(),
+                node: node.clone(),
                 epoch: *epoch,
                 // Settled with every change, and most change no leader.
                 key: match &self.leader {
@@ -636,6 +659,25 @@ impl View {
             changes.push(Change::Leader(leader.clone()));
         }
         self.leader = leader;
+    }
+}
+
+impl View {
+    /// Somebody put it by hand: it is first in line, and no lease will ever take it away.
+    fn tell_without_lease(&mut self) {
+        let first = self.queue.first_key_value();
+        let blocks = first.filter(|(_, candidate)| candidate.lease.is_none());
+        let Some(((_, key), _)) = blocks else {
+            return;
+        };
+        if self.told_without_lease.as_ref() != Some(key) {
+            let key = key.clone();
+            warn!(
+                key = shortened(&key),
+                "this election key has no lease, so nobody leads the group until it is deleted"
+            );
+            self.told_without_lease = Some(key);
+        }
     }
 }
 
@@ -674,18 +716,24 @@ fn hash(key: &str) -> u64 {
 fn is_same(old: &Node, new: &Node) -> bool {
     // Saying goodbye may take no longer than a millisecond.
     let stays = old.is_leaving() == new.is_leaving();
-    stays && old.last_seen == new.last_seen && !new.differs(old)
+    let written_once = old.last_seen == new.last_seen && old.revision() == new.revision();
+    stays && written_once && !new.differs(old)
 }
 
 fn incarnation(entry: &Entry) -> i64 {
-    entry.lease.map_or(entry.create_revision, |lease| lease.0)
+    entry.lease.map_or(-entry.create_revision, |lease| lease.0)
+}
+
+/// What its key says of a node: which registration it is, and when it was written.
+fn registered(node: Node, entry: &Entry) -> Node {
+    node.with_incarnation(incarnation(entry))
+        .with_revision(entry.mod_revision)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::discovery::{Filter, Limits};
-    use crate::store::LeaseId;
     use proptest::prelude::*;
 
     fn view() -> View {
@@ -864,6 +912,55 @@ mod tests {
             .collect()
     }
 
+    #[test]
+    fn a_term_is_of_one_life() {
+        let mut view = view();
+        let now = Instant::now();
+        reset(&mut view, &[node("a", 2, 1)], &[candidate("a", 3, 1)], 3);
+        assert_eq!(view.leader().unwrap().epoch, 3);
+        // Started again under the same id before its lease has run out: the old term is nobody's.
+        let moved = r#"{"id":"a","ip":"10.0.0.9"}"#;
+        let mut again = registration("a", moved, 2, 9);
+        again.mod_revision = 4;
+        let changes = view.apply(&[put(again.clone()), put(candidate("a", 5, 9))], now);
+        assert_eq!(told(&changes), ["node a updated", "no leader"]);
+        assert!(view.leader().is_none());
+        // The same for a reader that starts in between.
+        let both = [candidate("a", 3, 1), candidate("a", 5, 9)];
+        reset(&mut view, &[again], &both, 6);
+        assert!(view.leader().is_none());
+        let changes = view.apply(&[delete(keys().candidacy(LeaseId(1)), 7)], now);
+        assert_eq!(told(&changes), ["node a leads"]);
+        let leader = view.leader().unwrap();
+        assert_eq!(
+            (leader.epoch, leader.node.ip.to_string()),
+            (5, "10.0.0.9".into())
+        );
+    }
+
+    #[test]
+    fn keys_without_a_lease() {
+        let mut view = view();
+        let mut fixed = node("s", 2, 1);
+        fixed.lease = None;
+        let mut by_hand = candidate("s", 3, 1);
+        by_hand.lease = None;
+        reset(
+            &mut view,
+            &[fixed, node("a", 4, 2)],
+            &[by_hand, candidate("a", 5, 2)],
+            5,
+        );
+        // A backend like any other, but it leads nothing, and nobody does.
+        let node = view.nodes().get("s").unwrap();
+        assert_eq!((node.lease(), node.incarnation()), (None, -2));
+        assert!(view.leader().is_none());
+        let key = keys().candidacy(LeaseId(1));
+        assert_eq!(view.told_without_lease.as_ref(), Some(&key));
+        view.apply(&[delete(key, 6)], Instant::now());
+        assert_eq!(view.leader().unwrap().node.id, "a");
+    }
+
     fn gone(entry: &Entry, revision: Revision) -> WatchEvent {
         delete(entry.key.clone(), revision)
     }
@@ -890,8 +987,8 @@ mod tests {
         assert!(view.apply(&rest, start + Duration::from_secs(2)).is_empty());
         assert_eq!((view.nodes().len(), view.nodes().suspects()), (10, 10));
         // One comes back: it is a node like any other.
-        let changes = view.apply(&[put(node("n000", 80, 99))], start + Duration::from_secs(3));
-        assert_eq!(told(&changes), ["node n000 updated", "node n000 leads"]);
+        let changes = view.apply(&[put(node("n000", 80, 1))], start + Duration::from_secs(3));
+        assert_eq!(told(&changes), ["node n000 leads"]);
         assert_eq!(view.nodes().suspects(), 9);
         // The others are given up, each after its time.
         assert!(view.expire(start + Duration::from_secs(29)).is_empty());
@@ -1074,7 +1171,7 @@ mod tests {
         };
         let mut view = View::new(keys(), admission, SelfPreservation::off());
         let mut staged = Staged::default();
-        view.stage(&mut staged, &[node("a", 2, 1)]);
+        view.stage(&mut staged, &[node("a", 2, 3)]);
         let mut giant = candidate("a", 3, 1);
         giant.value = vec![b'a'; 1_000_000];
         let mut garbage = candidate("a", 4, 2);

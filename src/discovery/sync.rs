@@ -431,7 +431,9 @@ impl<'s> Follower<'s> {
     /// before the quorum was lost is. Nobody leads.
     async fn borrow_view(&mut self, store: &dyn Store) {
         let shared = self.shared;
-        let has_own = matches!(*shared.status.borrow(), DiscoveryStatus::Stale { .. });
+        let status = *shared.status.borrow();
+        let had_own = matches!(status, DiscoveryStatus::Ended { .. }) && shared.has_view();
+        let has_own = had_own || matches!(status, DiscoveryStatus::Stale { .. });
         if has_own && !self.is_borrowed {
             return;
         }
@@ -542,7 +544,7 @@ impl Shared {
             DiscoveryStatus::Stale { .. } if was_borrowed => {
                 info!(group = %self.group, "connected");
             }
-            DiscoveryStatus::Stale { .. } => {
+            DiscoveryStatus::Stale { .. } | DiscoveryStatus::Ended { .. } => {
                 info!(group = %self.group, "reconnected");
                 let _ = self.events.send(ClusterEvent::Reconnected);
             }

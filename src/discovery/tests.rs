@@ -89,7 +89,7 @@ async fn a_run_that_ends_leaves_a_stale_view_and_another_goes_on_from_it() {
     assert!(matches!(again, Err(ClusterError::AlreadyRunning { .. })));
     task.abort();
     let _ = task.await;
-    assert!(matches!(discovery.status(), DiscoveryStatus::Stale { .. }));
+    assert!(matches!(discovery.status(), DiscoveryStatus::Ended { .. }));
     put(&store, "b").await;
     let mut events = discovery.subscribe();
     let running = discovery.clone();
@@ -119,6 +119,9 @@ impl Store for Compacting {
     }
     async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
         self.inner.revoke(lease).await
+    }
+    async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
+        self.inner.keys_of(lease).await
     }
     async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
         self.inner.txn(txn).await
@@ -257,4 +260,43 @@ async fn suspects_are_given_up_after_their_time_but_not_while_the_store_is_away(
         left += usize::from(matches!(event, ClusterEvent::NodeLeft(_)));
     }
     assert_eq!(left, 9);
+}
+
+#[tokio::test(start_paused = true)]
+async fn waits_end_with_the_run_and_the_status_says_that_nobody_follows() {
+    let store = MemoryStore::new();
+    let discovery = ServiceDiscovery::builder(EtcdOptions::memory(""), "g")
+        .store(Arc::new(store.clone()))
+        .try_build()
+        .unwrap();
+    let error = discovery.until_ready().await.unwrap_err();
+    assert!(matches!(error, ClusterError::NotRunning { .. }), "{error}");
+    let mut events = discovery.subscribe();
+    for _ in 0..2 {
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let running = discovery.clone();
+        let task =
+            tokio::spawn(async move { running.run_until(async { drop(stopped.await) }).await });
+        discovery.until_ready().await.unwrap();
+        until("it is live", || discovery.status() == DiscoveryStatus::Live).await;
+        let waiting = {
+            let discovery = discovery.clone();
+            tokio::spawn(async move { discovery.until_leader().await })
+        };
+        sleep(Duration::from_secs(60)).await;
+        assert!(!waiting.is_finished());
+        drop(stop);
+        task.await.unwrap().unwrap();
+        let error = waiting.await.unwrap().unwrap_err();
+        assert!(matches!(error, ClusterError::NotRunning { .. }), "{error}");
+        assert!(matches!(discovery.status(), DiscoveryStatus::Ended { .. }));
+    }
+    let mut told = Vec::new();
+    while let Ok(event) = events.try_recv() {
+        told.push(event.to_string());
+    }
+    assert_eq!(
+        told,
+        ["ready", "disconnected", "reconnected", "disconnected"]
+    );
 }

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
@@ -37,6 +38,7 @@ struct Shared {
     sample: ArcSwap<LoadReport>,
     /// Every request in flight owns it.
     in_flight: Arc<()>,
+    is_counting: AtomicBool,
 }
 
 /// A request that is counted as in flight until this is dropped. See [`LoadReporter::enter`].
@@ -63,9 +65,24 @@ impl LoadReporter {
 
     /// Counts a request in; dropping the guard counts it out.
     pub fn enter(&self) -> RequestGuard {
+        self.counts_requests();
         RequestGuard {
             _in_flight: self.shared.in_flight.clone(),
         }
+    }
+
+    /// Says that every request is counted from now on, also before the first one comes. The layer
+    /// says so when it is made, [`enter`](Self::enter) when it is first called.
+    pub fn counts_requests(&self) {
+        // Read first: a write on each request would go from core to core.
+        if !self.is_counting() {
+            self.shared.is_counting.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether requests are counted, so that none in flight means that there are none.
+    pub fn is_counting(&self) -> bool {
+        self.shared.is_counting.load(Ordering::Relaxed)
     }
 
     /// Requests that are counted in.

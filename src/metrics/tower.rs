@@ -31,6 +31,7 @@ pub struct LoadReportLayer {
 impl LoadReporter {
     /// A layer that reports with every answer of a service (feature `tower`).
     pub fn layer(&self) -> LoadReportLayer {
+        self.counts_requests();
         LoadReportLayer {
             reporter: self.clone(),
         }

@@ -55,10 +55,12 @@ const COALESCE: Duration = Duration::from_millis(20);
 const PACE: u32 = 50;
 
 /// A plain-text HTTP peer for a node. Its connections are kept apart from those to any other
-/// registration at the same address, so that a reused address never meets an old connection.
+/// process at the same address, so that a reused address never meets an old connection. A process
+/// that has lost its lease and registered again keeps them.
 pub fn http_peer(addr: SocketAddr, node: &Node) -> HttpPeer {
     let mut peer = HttpPeer::new(addr, false, String::new());
-    peer.group_key = xxh3_64_with_seed(node.id.as_bytes(), node.incarnation().cast_unsigned());
+    let life = node.run().unwrap_or(node.incarnation().cast_unsigned());
+    peer.group_key = xxh3_64_with_seed(node.id.as_bytes(), life);
     peer
 }
 

@@ -325,6 +325,15 @@ impl State {
         self.leases.values().map(|lease| lease.ends).min()
     }
 
+    fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
+        if !self.leases.contains_key(&lease) {
+            return Err(ClusterError::LeaseNotFound { lease });
+        }
+        let all = self.entries.values();
+        let of_it = all.filter(|entry| entry.lease == Some(lease));
+        Ok(of_it.map(|entry| entry.key.clone()).collect())
+    }
+
     fn end_lease(&mut self, id: LeaseId) -> bool {
         let Some(lease) = self.leases.remove(&id) else {
             return false;
@@ -533,6 +542,10 @@ impl Store for MemoryStore {
             }
         })
         .await
+    }
+
+    async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
+        self.serve("lease", |state| state.keys_of(lease)).await
     }
 
     async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {

@@ -15,10 +15,13 @@ mod options;
 mod security;
 
 use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::task::AbortHandle;
 
 use crate::error::ClusterError;
 
@@ -307,6 +310,12 @@ pub trait Store: Send + Sync + fmt::Debug {
         Arc::new(BootClock)
     }
 
+    /// Starts a task that keeps a lease alive, whatever becomes of the future that asked for it. By
+    /// default on the runtime of the caller.
+    fn spawn(&self, task: Pin<Box<dyn Future<Output = ()> + Send>>) -> AbortHandle {
+        tokio::spawn(task).abort_handle()
+    }
+
     /// Grants a lease that lives `ttl` without a renewal, or longer.
     async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError>;
 
@@ -315,6 +324,13 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Ends a lease and every key under it, in one revision.
     async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError>;
+
+    /// The keys under a lease.
+    ///
+    /// # Errors
+    ///
+    /// [`LeaseNotFound`](ClusterError::LeaseNotFound) when it is gone, and every key with it.
+    async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError>;
 
     /// Carries out `txn` if its conditions hold and answers with its revision; `None` if one did
     /// not hold.

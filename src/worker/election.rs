@@ -202,6 +202,21 @@ impl Past {
     }
 }
 
+impl Shared {
+    /// Somebody put a key by hand that is first in line, and no lease will ever take it away.
+    fn tell_without_lease(&self, reading: &Reading) {
+        let first = reading.candidates.first();
+        let Some(first) = first.filter(|entry| entry.lease.is_none()) else {
+            return;
+        };
+        let mut past = self.past();
+        if past.told_without_lease.as_ref() != Some(&first.key) {
+            warn!(group = %self.config.group, node = %self.config.id, key = first.key, "this election key has no lease, so nobody leads the group until it is deleted");
+            past.told_without_lease = Some(first.key.clone());
+        }
+    }
+}
+
 /// One node's part in the election under one lease.
 pub(super) struct Part<'a> {
     pub(super) shared: &'a Shared,
@@ -296,6 +311,7 @@ impl Part<'_> {
             (self.standing(&reading, &past), past.quiet_until)
         };
         debug!(%group, %node, revision = reading.revision, ?standing, "election read");
+        shared.tell_without_lease(&reading);
         let holder = reading.registration.as_ref().and_then(|entry| entry.lease);
         let registered = (holder == Some(self.lease())).then_some(match (&standing, own) {
             (Standing::Drained, _) => Registered::Draining,
@@ -455,7 +471,7 @@ impl Part<'_> {
         let registered = reading.registration.as_ref();
         let view = View {
             registration: registered,
-            is_current: registered.is_some_and(|entry| self.shared.config.is_told_by(&entry.value)),
+            is_current: registered.is_some_and(|entry| self.shared.is_told_by(&entry.value)),
             candidates: &reading.candidates,
             requests: &reading.requests,
         };

@@ -102,6 +102,11 @@ fn refused(target: &str, reason: impl Into<String>) -> Result<(), ClusterError> 
     })
 }
 
+/// Whether a registration and a candidacy are of one process: their lease is one.
+fn is_one_life(registration: &Entry, candidate: &Entry) -> bool {
+    registration.lease.is_some() && registration.lease == candidate.lease
+}
+
 impl Part<'_> {
     /// What a candidate watches of the election beside its own keys. `asked`: it leads, and somebody
     /// is to lead next.
@@ -214,7 +219,16 @@ impl Part<'_> {
             .is_some_and(|priority| priority < self.shared.config.priority))
     }
 
-    /// The entry of a candidate, if it is registered.
+    /// The registration of an id.
+    async fn registration_of(&self, id: &str, at: Revision) -> Result<Option<Entry>, ClusterError> {
+        let key = Selector::Key(self.shared.keys.registration(id));
+        let listing = self.store.list(&key, Some(at)).await?;
+        self.shared.has(Right::ReadNodes);
+        Ok(listing.entries.into_iter().next())
+    }
+
+    /// The entry of a candidate, if it is registered: under the same lease, for another process may
+    /// have its id by now.
     async fn registered_as(
         &self,
         candidate: &Entry,
@@ -223,10 +237,8 @@ impl Part<'_> {
         let Ok(id) = std::str::from_utf8(&candidate.value) else {
             return Ok(None);
         };
-        let key = Selector::Key(self.shared.keys.registration(id));
-        let listing = self.store.list(&key, Some(at)).await?;
-        self.shared.has(Right::ReadNodes);
-        let entry = listing.entries.first();
+        let entry = self.registration_of(id, at).await?;
+        let entry = entry.filter(|entry| is_one_life(entry, candidate));
         Ok(entry.and_then(|entry| serde_json::from_slice(&entry.value).ok()))
     }
 
@@ -260,7 +272,8 @@ impl Part<'_> {
         self.store.txn(take_back).await.map(drop)
     }
 
-    /// Deletes the own candidacy if the target's is there. Answers whether it was.
+    /// Deletes the own candidacy if the target's is there, and the target has not been restarted.
+    /// Answers whether that is so.
     pub(super) async fn hand_over(
         &self,
         epoch: Revision,
@@ -274,7 +287,25 @@ impl Part<'_> {
         if !bugs::has(Bug::TransferWithoutCondition) {
             txn = txn.when(Condition::CreatedAt(to.key.clone(), to.create_revision));
         }
-        if self.store.txn(txn).await?.is_some() {
+        let lives = to.lease.and_then(|lease| {
+            let id = std::str::from_utf8(&to.value).ok()?;
+            let registration = self.shared.keys.registration(id);
+            Some(Condition::HeldBy(registration, lease))
+        });
+        let Some(lives) = lives else {
+            self.shared.past().abandoned = 0;
+            return Ok(false);
+        };
+        let mut conditional = txn.clone();
+        if !bugs::has(Bug::TransferWithoutCondition) && !bugs::has(Bug::TransferById) {
+            conditional = conditional.when(lives);
+        }
+        let handed = match self.store.txn(conditional).await {
+            // A user that may not look at other registrations: the candidacy alone has to do.
+            Err(error) if error.is_missing_permission() => self.store.txn(txn).await?,
+            handed => handed?,
+        };
+        if handed.is_some() {
             return Ok(true);
         }
         // Nothing was written, and nothing will be: the next reading finds this node still first,
@@ -332,11 +363,20 @@ impl Part<'_> {
         let reading = self.read().await?;
         let between = |entry: &&Entry| entry.key != self.candidacy;
         let others: Vec<_> = reading.candidates.iter().filter(between).collect();
-        let place = others
-            .iter()
-            .position(|entry| entry.value == target.as_bytes());
+        // One that was restarted is in line twice until the lease of its former life has run out.
+        let registration = self.registration_of(target, reading.revision).await?;
+        let place = others.iter().position(|entry| {
+            let lives = registration
+                .as_ref()
+                .is_some_and(|own| is_one_life(own, entry));
+            entry.value == target.as_bytes() && (lives || bugs::has(Bug::TransferById))
+        });
         let Some(place) = place else {
-            return refused(target, "it is not a candidate").map(|()| None);
+            let reason = match registration {
+                None => "it is not registered",
+                Some(_) => "it is not a candidate",
+            };
+            return refused(target, reason).map(|()| None);
         };
         for ahead in &others[..place] {
             // Those of photon-etcd-cluster know nothing of requests, nor of priorities.
@@ -345,7 +385,7 @@ impl Part<'_> {
                 let ahead = String::from_utf8_lossy(&ahead.value);
                 let reason = format!(
                     "{ahead:?} is ahead of it in the queue, and cannot make way: it is no node of \
-                     this crate, or not registered"
+                     this crate, or has ended and its lease not yet"
                 );
                 return refused(target, reason).map(|()| None);
             }

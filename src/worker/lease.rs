@@ -1,22 +1,24 @@
 //! A lease that lasts: granted, renewed, and replaced when it is lost, for ever. One node has one,
 //! or all the nodes of a [`Cluster`](crate::Cluster) together.
 //!
-//! No task of its own: every node that uses it offers to drive it, one does, and when that one
-//! stops the next takes over.
+//! It is kept by a task of its own, which starts with the first node that uses it and ends with the
+//! last one: a node whose task is busy elsewhere costs neither itself nor the others their lease.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use super::session::{Tenure, margin};
 use crate::backoff::Backoff;
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
+use crate::keys::{GroupKeys, Layout};
 use crate::signal::{Listener, Signal};
 use crate::store::{Condition, LeaseId, Selector, Store, Txn};
 
@@ -25,12 +27,17 @@ pub(super) const UNHEALTHY_AFTER: u32 = 3;
 /// Renewals missed in a row until they are tried less often; or until the lease is given up, if the
 /// store refuses for good.
 const OFTEN: u32 = 10;
-/// How often keys of an ended node are removed under a lease that lives on: at first because a
-/// request of it may be carried out after its end, though not much later than it is given up; then
-/// because the store may have been given older data, in which they are there again.
+/// How often keys of ended nodes are looked for under a lease that lives on: at first because a
+/// request of such a node may be carried out after its end, though not much later than it is given
+/// up; then because the store may have been given older data, in which they are there again. One
+/// request each time, however many have ended.
 const TIDY_EVERY: Duration = Duration::from_secs(5);
 const TIDY_FOR: Duration = Duration::from_secs(20);
 const TIDY_THEN_EVERY: Duration = Duration::from_secs(30);
+/// So many keys are removed by one transaction; etcd allows 128 operations in one.
+const TIDY_AT_ONCE: usize = 100;
+/// How long to wait until a task that has ended by itself is started again.
+const START_AGAIN: Duration = Duration::from_millis(200);
 /// How long a lease that was given up is worth a request to end it.
 const REVOKE_BUDGET: Duration = Duration::from_millis(1500);
 
@@ -39,11 +46,15 @@ const REVOKE_BUDGET: Duration = Duration::from_millis(1500);
 pub(crate) struct LeaseHolder {
     /// In seconds.
     ttl: u64,
+    layout: Layout,
     state: Signal<Held>,
-    /// Whoever has it drives.
+    /// The task that keeps it has this.
     driver: tokio::sync::Mutex<Driver>,
+    task: Mutex<Keeping>,
+    /// The task has ended.
+    ended: Signal,
     users: Mutex<Users>,
-    orphaned: Notify,
+    has_left: Notify,
 }
 
 /// How it stands with the lease.
@@ -58,6 +69,13 @@ pub(super) struct Held {
     pub(super) error: Option<ClusterError>,
 }
 
+/// The task that keeps the lease, and the number of tasks so far.
+#[derive(Debug, Default)]
+struct Keeping {
+    number: u64,
+    task: Option<AbortHandle>,
+}
+
 #[derive(Debug)]
 struct Driver {
     backoff: Backoff,
@@ -66,22 +84,40 @@ struct Driver {
 
 #[derive(Debug, Default)]
 struct Users {
-    /// One node of each: two of one group would have the same candidacy.
-    groups: BTreeSet<String>,
-    /// Keys of nodes that ended, while others keep their lease alive.
-    orphans: Vec<Orphan>,
+    /// One node of each group: two would have the same candidacy.
+    nodes: BTreeMap<String, User>,
+    /// Groups whose node has ended lately, and when.
+    ended: Vec<(String, Instant)>,
+    tidy: Option<Tidy>,
 }
 
-/// What an ended node has left behind, or may leave yet: a request of it can be carried out after
-/// it is gone.
-#[derive(Debug, Clone)]
-struct Orphan {
-    group: String,
-    keys: Vec<String>,
+#[derive(Debug)]
+struct User {
+    keys: GroupKeys,
+    id: String,
+}
+
+/// What ended nodes have left behind under a lease that lives on, or may leave yet: a request of
+/// theirs can be carried out after they are gone.
+#[derive(Debug, Clone, Copy)]
+struct Tidy {
     lease: LeaseId,
-    /// When to remove it again; often, until then.
+    /// When to look again; often, until then.
     next: Instant,
     until: Instant,
+}
+
+impl Users {
+    fn forget_ended(&mut self, now: Instant) {
+        self.ended
+            .retain(|(_, since)| now.saturating_duration_since(*since) < TIDY_FOR);
+    }
+
+    /// Whether a running node may have this key under the lease.
+    fn has(&self, key: &str, lease: LeaseId) -> bool {
+        let mut nodes = self.nodes.values();
+        nodes.any(|node| node.keys.own(&node.id, lease).iter().any(|own| own == key))
+    }
 }
 
 /// What is left to do for a node that leaves.
@@ -95,16 +131,20 @@ pub(super) enum Leave {
 }
 
 impl LeaseHolder {
-    pub(crate) fn new(ttl: u64) -> Self {
+    /// Of so many seconds, for nodes whose keys are under this prefix.
+    pub(crate) fn new(ttl: u64, key_prefix: &str) -> Self {
         Self {
             ttl,
+            layout: Layout::new(key_prefix),
             state: Signal::default(),
             driver: tokio::sync::Mutex::new(Driver {
                 backoff: Backoff::new(),
                 not_before: None,
             }),
+            task: Mutex::default(),
+            ended: Signal::default(),
             users: Mutex::default(),
-            orphaned: Notify::new(),
+            has_left: Notify::new(),
         }
     }
 
@@ -112,41 +152,57 @@ impl LeaseHolder {
         self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a node of `group` in; false if there is one of that group, or has been one under this
-    /// lease: a late request of that one would be taken for one of the new one's.
-    pub(crate) fn enter(&self, group: &str) -> bool {
-        let mut users = self.users();
-        let current = self.tenure().map(|tenure| tenure.lease.id);
-        users.orphans.retain(|orphan| Some(orphan.lease) == current);
-        let was_here = users.orphans.iter().any(|orphan| orphan.group == group);
-        !was_here && users.groups.insert(group.to_owned())
+    fn keeping(&self) -> MutexGuard<'_, Keeping> {
+        self.task.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The node of `group` goes, and removes these of its keys under the lease itself, if others
-    /// keep it.
-    pub(super) fn leave(&self, group: &str, keys: impl Fn(LeaseId) -> Vec<String>) -> Leave {
+    /// Takes a node of `group` in; false if there is one of that group, or has been one lately under
+    /// this lease: a late request of that one would be taken for one of the new one's.
+    pub(crate) fn enter(&self, keys: &GroupKeys, group: &str, id: &str) -> bool {
         let mut users = self.users();
-        if !users.groups.remove(group) {
+        users.forget_ended(Instant::now());
+        let is_taken =
+            users.nodes.contains_key(group) || users.ended.iter().any(|(ended, _)| ended == group);
+        if !is_taken {
+            let (keys, id) = (keys.clone(), id.to_owned());
+            users.nodes.insert(group.to_owned(), User { keys, id });
+        }
+        !is_taken
+    }
+
+    /// The node of `group` goes, and removes its keys under the lease itself, if others keep it.
+    pub(super) fn leave(&self, group: &str) -> Leave {
+        let mut users = self.users();
+        if users.nodes.remove(group).is_none() {
             return Leave::Nothing;
+        }
+        let now = Instant::now();
+        users.forget_ended(now);
+        let is_last = users.nodes.is_empty();
+        if is_last {
+            // Whoever comes now starts another one, and gets another lease.
+            if let Some(task) = self.keeping().task.take() {
+                task.abort();
+            }
+            users.ended.clear();
+            users.tidy = None;
         }
         let Some(tenure) = self.tenure() else {
             return Leave::Nothing;
         };
         let lease = tenure.lease.id;
-        if users.groups.is_empty() || bugs::has(Bug::SharedLeaseRevoked) {
-            // Whoever comes now gets another one.
+        if is_last || bugs::has(Bug::SharedLeaseRevoked) {
             self.state.update(|held| *held = Held::default());
             return Leave::Revoke(lease);
         }
+        users.ended.push((group.to_owned(), now));
         if !bugs::has(Bug::OrphanedKeysStay) {
-            users.orphans.push(Orphan {
-                group: group.to_owned(),
-                keys: keys(lease),
+            users.tidy = Some(Tidy {
                 lease,
-                next: Instant::now(),
-                until: Instant::now() + TIDY_FOR,
+                next: now,
+                until: now + TIDY_FOR,
             });
-            self.orphaned.notify_one();
+            self.has_left.notify_one();
         }
         Leave::Delete(lease)
     }
@@ -163,8 +219,42 @@ impl LeaseHolder {
         self.state.with(|held| held.tenure.clone())
     }
 
+    /// Sees to it that a task keeps the lease, for as long as this is polled. Should it end by itself,
+    /// because something in it has panicked, that is told and another one is started.
+    pub(super) async fn be_kept(self: &Arc<Self>, store: &Arc<dyn Store>) -> Infallible {
+        let mut ended = self.ended.listen();
+        loop {
+            ended.catch_up();
+            self.start(store);
+            ended.changed().await;
+            // It may be another node's by now.
+            if self.keeping().task.is_none() {
+                error!("the task that renews the lease has ended by itself, it is started again");
+                sleep(START_AGAIN).await;
+            }
+        }
+    }
+
+    /// Starts the task, unless there is one.
+    fn start(self: &Arc<Self>, store: &Arc<dyn Store>) {
+        let mut keeping = self.keeping();
+        if keeping.task.is_some() {
+            return;
+        }
+        keeping.number += 1;
+        let (holder, kept_in) = (self.clone(), store.clone());
+        let ending = Ending {
+            holder: self.clone(),
+            number: keeping.number,
+        };
+        keeping.task = Some(store.spawn(Box::pin(async move {
+            let _ending = ending;
+            match holder.drive(&*kept_in).await {}
+        })));
+    }
+
     /// Keeps a lease, once nobody else does.
-    pub(super) async fn drive(&self, store: &dyn Store) -> Infallible {
+    async fn drive(&self, store: &dyn Store) -> Infallible {
         let mut driver = self.driver.lock().await;
         // Side by side: a request that is not answered must not hold a renewal up.
         tokio::select! {
@@ -322,48 +412,77 @@ impl LeaseHolder {
     /// Removes what ended nodes have left behind under the lease that lives on.
     async fn tidy(&self, store: &dyn Store) -> Infallible {
         loop {
-            let next = self.users().orphans.iter().map(|orphan| orphan.next).min();
+            let tidy = self.users().tidy;
             let due = async {
-                match next {
-                    Some(next) => sleep_until(next).await,
+                match tidy {
+                    Some(tidy) => sleep_until(tidy.next).await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
                 biased;
-                () = self.orphaned.notified() => continue,
+                () = self.has_left.notified() => continue,
                 () = due => {}
             }
-            let current = self.tenure().map(|tenure| tenure.lease.id);
-            let now = Instant::now();
-            let due: Vec<Orphan> = {
-                let mut users = self.users();
-                users.orphans.retain(|orphan| Some(orphan.lease) == current);
-                let due = users.orphans.iter_mut().filter(|orphan| orphan.next <= now);
-                due.map(|orphan| {
-                    let often = now < orphan.until;
-                    orphan.next = now + if often { TIDY_EVERY } else { TIDY_THEN_EVERY };
-                    orphan.clone()
-                })
-                .collect()
+            let Some(lease) = tidy.map(|tidy| tidy.lease) else {
+                continue;
             };
-            for orphan in due {
-                let Err(error) = delete_held(store, orphan.lease, &orphan.keys).await else {
+            let tidied = match self.tenure() {
+                Some(tenure) if tenure.lease.id == lease => self.tidy_lease(store, lease).await,
+                // It is gone, and every key with it.
+                _ => {
+                    self.users().tidy.take_if(|tidy| tidy.lease == lease);
                     continue;
-                };
-                debug!(%error, "keys of an ended node not removed yet");
-                let mut users = self.users();
-                let own = users
-                    .orphans
-                    .iter_mut()
-                    .find(|own| own.lease == orphan.lease && own.group == orphan.group);
-                if let Some(own) = own {
+                }
+            };
+            let now = Instant::now();
+            let mut users = self.users();
+            users.forget_ended(now);
+            // Unless another node has left meanwhile.
+            let same = users.tidy.as_mut().filter(|tidy| tidy.next <= now);
+            let Some(tidy) = same else {
+                continue;
+            };
+            match tidied {
+                Ok(()) if now < tidy.until => tidy.next = now + TIDY_EVERY,
+                Ok(()) => tidy.next = now + TIDY_THEN_EVERY,
+                Err(error) => {
+                    debug!(%error, "keys of ended nodes not removed yet");
                     // The time counts from when the store could be written.
-                    own.next = Instant::now() + TIDY_EVERY / 5;
-                    own.until = Instant::now() + TIDY_FOR;
+                    tidy.next = now + TIDY_EVERY / 5;
+                    tidy.until = now + TIDY_FOR;
                 }
             }
         }
+    }
+
+    async fn tidy_lease(&self, store: &dyn Store, lease: LeaseId) -> Result<(), ClusterError> {
+        let mut keys = store.keys_of(lease).await?;
+        {
+            let users = self.users();
+            keys.retain(|key| self.layout.has(key) && !users.has(key, lease));
+        }
+        for keys in keys.chunks(TIDY_AT_ONCE) {
+            delete_held(store, lease, keys).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Tells that the task has ended, however it did.
+struct Ending {
+    holder: Arc<LeaseHolder>,
+    number: u64,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let mut keeping = self.holder.keeping();
+        if keeping.number == self.number {
+            keeping.task = None;
+        }
+        drop(keeping);
+        self.holder.ended.update(|()| ());
     }
 }
 

@@ -26,6 +26,7 @@ use tokio::time::{Instant, sleep};
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::keys::GroupKeys;
+use crate::lifecycle::Lifecycle;
 use crate::metrics::LoadReporter;
 use crate::node::{HealthStatus, Node};
 use crate::store::{Condition, LazyStore, LeaseId, Revision};
@@ -118,7 +119,7 @@ impl Leadership {
 ///     running.run_until(async { _ = stopped.await }).await
 /// });
 ///
-/// node.wait_for_leadership().await;
+/// node.until_leading().await?;
 /// assert!(node.is_leader());
 /// stop.send(()).unwrap();
 /// task.await??;
@@ -136,7 +137,7 @@ struct Shared {
     invalid: Option<ClusterError>,
     keys: GroupKeys,
     store: Arc<LazyStore>,
-    running: AtomicBool,
+    life: Lifecycle,
     draining: AtomicBool,
     /// What it turned out not to be allowed.
     access: Mutex<Access>,
@@ -169,6 +170,8 @@ struct Past {
     has_asked: bool,
     /// The history that the store was last seen to have: its cluster, and how far it went.
     history: Option<(u64, Revision)>,
+    /// The candidate without a lease that was told in the log.
+    told_without_lease: Option<String>,
     /// On the store's clock: until then nobody's leadership is claimed, because leases of another
     /// history may still be counted on.
     quiet_until: Duration,
@@ -230,7 +233,7 @@ impl ClusterNode {
                 entry: Mutex::new(config.node()),
                 config,
                 invalid,
-                running: AtomicBool::new(false),
+                life: Lifecycle::default(),
                 draining: AtomicBool::new(false),
                 access: Mutex::default(),
                 health: watch::Sender::new(HealthStatus::Unknown),
@@ -268,7 +271,9 @@ impl ClusterNode {
     /// registers again, for ever, after 1 s to 30 s.
     ///
     /// Returns within 2 s of `shutdown`, even if the store is silent; the lease then ends by
-    /// itself. Spawns no task, so dropping the future stops everything, but without the clean-up.
+    /// itself. Its lease is renewed by a task of its own, so that it lives on while this future has to
+    /// wait for its turn. Dropping the future ends that task and everything else, without the
+    /// clean-up.
     ///
     /// # Errors
     ///
@@ -287,7 +292,7 @@ impl ClusterNode {
         tokio::select! {
             biased;
             () = shutdown => {}
-            never = running.lease().drive(&*store) => match never {},
+            never = running.lease().be_kept(&store) => match never {},
             () = shared.live(&*store, running.lease(), &mut inbox) => {}
         }
         running.leave(&*store).await;
@@ -331,6 +336,40 @@ impl ClusterNode {
     }
 
     /// Waits until this node leads.
+    ///
+    /// # Errors
+    ///
+    /// [`NotRunning`](ClusterError::NotRunning) as soon as the run ends, or if there is none within
+    /// five seconds; what is wrong with the arguments, after [`build`](ClusterNodeBuilder::build).
+    /// It does not end because somebody else leads.
+    pub async fn until_leading(&self) -> Result<Leadership, ClusterError> {
+        self.until(self.wait_for_leadership()).await
+    }
+
+    /// Waits until this node's entry is known to be in the store.
+    ///
+    /// # Errors
+    ///
+    /// As [`until_leading`](Self::until_leading).
+    pub async fn until_registered(&self) -> Result<(), ClusterError> {
+        let mut state = self.watch_session_state();
+        let registered = async {
+            // The sender lives in `self`, so this cannot fail.
+            let _ = state.wait_for(|state| state.is_registered()).await;
+        };
+        self.until(registered).await
+    }
+
+    async fn until<T>(&self, wanted: impl Future<Output = T>) -> Result<T, ClusterError> {
+        if let Some(error) = &self.shared.invalid {
+            return Err(error.clone());
+        }
+        let shared = &self.shared;
+        shared.life.wait(wanted, || shared.what()).await
+    }
+
+    /// Waits until this node leads: for ever if nobody calls `run`, or if it ends. Prefer
+    /// [`until_leading`](Self::until_leading), which says so.
     pub async fn wait_for_leadership(&self) -> Leadership {
         let mut changed = self.shared.term_changed.subscribe();
         loop {
@@ -435,16 +474,19 @@ impl ClusterNode {
     /// # }
     /// ```
     ///
-    /// Answers whether it is idle. While the store is away balancers cannot hear of it, and it
-    /// ends all the same.
+    /// Answers whether it is idle. Where nothing counts its requests (no
+    /// [`enter`](LoadReporter::enter), no layer), that is not known: it waits for all of `grace`
+    /// then, and answers false. While the store is away balancers cannot hear of it, and it ends all
+    /// the same.
     pub async fn drain_until_idle(&self, grace: Duration) -> bool {
+        let reporter = &self.shared.reporter;
         let idle = async {
             // Refused or not: the drain itself is a promise.
             let _ = self.drain().await;
             let mut busy = Instant::now();
             while busy.elapsed() < IDLE_FOR {
                 sleep(Duration::from_millis(20)).await;
-                if self.shared.reporter.in_flight() > 0 {
+                if reporter.in_flight() > 0 || !reporter.is_counting() {
                     busy = Instant::now();
                 }
             }
@@ -466,7 +508,7 @@ impl ClusterNode {
         drop(commands);
         sent.map_err(|_| not_running())?;
         answer.await.unwrap_or_else(|_| {
-            if !self.shared.running.load(Ordering::Acquire) {
+            if !self.shared.life.is_running() {
                 return Err(not_running());
             }
             Err(ClusterError::Unavailable {

@@ -35,7 +35,7 @@ impl<'a> Running<'a> {
     pub(super) fn start(
         shared: &'a Shared,
     ) -> Result<(Self, mpsc::Receiver<Command>), ClusterError> {
-        if shared.running.swap(true, Ordering::AcqRel) {
+        if !shared.life.begin() {
             return Err(ClusterError::AlreadyRunning {
                 what: shared.what(),
             });
@@ -44,13 +44,14 @@ impl<'a> Running<'a> {
         *shared.commands() = Some(commands);
         let config = &shared.config;
         let lease = match &config.cluster {
-            Some(cluster) => cluster.enter(&config.group),
+            Some(cluster) => cluster.enter(&shared.keys, &config.group, &config.id),
             None => {
-                let own = Arc::new(LeaseHolder::new(config.ttl));
-                own.enter(&config.group);
-                own
+                let own = LeaseHolder::new(config.ttl, &config.etcd.prefix());
+                own.enter(&shared.keys, &config.group, &config.id);
+                Arc::new(own)
             }
         };
+        shared.entry().set_run(fastrand::u64(1..));
         shared.feed(Input::Start);
         info!(group = %config.group, node = %config.id, "node starts");
         let running = Self {
@@ -61,7 +62,7 @@ impl<'a> Running<'a> {
         Ok((running, inbox))
     }
 
-    pub(super) fn lease(&self) -> &LeaseHolder {
+    pub(super) fn lease(&self) -> &Arc<LeaseHolder> {
         &self.lease
     }
 
@@ -73,7 +74,7 @@ impl<'a> Running<'a> {
         let (group, node) = (&shared.config.group, &shared.config.id);
         shared.end_term();
         self.has_left = true;
-        let leave = self.lease.leave(group, |lease| shared.own_keys(lease));
+        let leave = self.lease.leave(group);
         let leaving = async {
             if let Leave::Revoke(lease) | Leave::Delete(lease) = &leave {
                 // Best effort: without it readers may take it for one of many that are lost.
@@ -126,29 +127,25 @@ impl Drop for Running<'_> {
         shared.end_term();
         if !self.has_left {
             // A lease of its own is not revoked: as after a crash, it runs out.
-            let _ = self
-                .lease
-                .leave(&shared.config.group, |lease| shared.own_keys(lease));
+            let _ = self.lease.leave(&shared.config.group);
         }
         *shared.past() = Past::default();
         shared.feed(Input::Close);
         shared.set_health(HealthStatus::Unknown);
-        shared.running.store(false, Ordering::Release);
+        shared.life.end();
     }
 }
 
 impl Shared {
     /// What it may have in the store under this lease.
     fn own_keys(&self, lease: LeaseId) -> Vec<String> {
-        let mut keys = vec![
-            self.keys.registration(&self.config.id),
-            self.keys.candidacy(lease),
-        ];
+        let [registration, candidacy, handover] = self.keys.own(&self.config.id, lease);
         // Its user may not be allowed to look there.
-        if self.past().has_asked {
-            keys.push(self.keys.handover(lease));
-        }
-        keys
+        let handover = self.past().has_asked.then_some(handover);
+        [registration, candidacy]
+            .into_iter()
+            .chain(handover)
+            .collect()
     }
 
     /// Tells readers that it is not lost when its entry goes, and lets the next one lead.
@@ -160,6 +157,19 @@ impl Shared {
             .put(registration, goodbye, Some(lease))
             .delete(self.keys.candidacy(lease));
         store.txn(txn).await.map(drop)
+    }
+
+    /// Whether an entry says of this run what does not change while it lasts.
+    pub(super) fn is_told_by(&self, entry: &[u8]) -> bool {
+        // Its own entry goes through JSON too: a number may come out of it a little different.
+        let own = serde_json::to_vec(&self.entry().clone());
+        let own = own.and_then(|own| serde_json::from_slice::<Node>(&own));
+        let (Ok(mut own), Ok(entry)) = (own, serde_json::from_slice::<Node>(entry)) else {
+            return false;
+        };
+        own.state = entry.state;
+        own.metadata.clone_from(&entry.metadata);
+        !own.differs(&entry)
     }
 
     /// The entry to write now, as JSON.

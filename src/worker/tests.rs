@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use super::*;
+use crate::cluster::Cluster;
 use crate::store::{
     Clock, EtcdOptions, Fault, Lease, LeaseKeeper, Listing, MemoryStore, Selector, Store, Txn,
     WatchRange, Watcher, Write,
@@ -438,6 +439,9 @@ impl Store for NoHandover {
         self.0.revoke(lease).await
     }
 
+    async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
+        self.0.keys_of(lease).await
+    }
     async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
         for write in &txn.writes {
             if let Write::Put { key, .. } = write {
@@ -485,4 +489,197 @@ async fn without_rights_to_hand_over_everything_else_works_and_the_error_says_wh
     leader.node.transfer_to(id(1)).await.unwrap();
     let next = nodes.iter().find(|running| running.node.id() == id(1));
     until("the next one leads", || next.unwrap().node.is_leader()).await;
+}
+
+/// Counts the calls of one kind, and panics in a renewal as often as it is told to.
+#[derive(Debug)]
+struct Observed {
+    inner: MemoryStore,
+    calls: AtomicU32,
+    panics: Arc<AtomicU32>,
+}
+
+impl Observed {
+    fn new(inner: &MemoryStore) -> Arc<Self> {
+        Arc::new(Self {
+            inner: inner.clone(),
+            calls: AtomicU32::new(0),
+            panics: Arc::default(),
+        })
+    }
+
+    fn count(&self) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+struct Panicking(Box<dyn LeaseKeeper>, Arc<AtomicU32>);
+
+#[async_trait::async_trait]
+impl LeaseKeeper for Panicking {
+    async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
+        if self.1.load(Ordering::Relaxed) > 0 {
+            self.1.fetch_sub(1, Ordering::Relaxed);
+            panic!("in a renewal, on purpose");
+        }
+        self.0.renew(within).await
+    }
+}
+
+#[async_trait::async_trait]
+impl Store for Observed {
+    fn clock(&self) -> Arc<dyn Clock> {
+        self.inner.clock()
+    }
+    async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError> {
+        self.inner.grant(ttl).await
+    }
+    fn keeper(&self, lease: Lease) -> Box<dyn LeaseKeeper> {
+        Box::new(Panicking(self.inner.keeper(lease), self.panics.clone()))
+    }
+    async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
+        self.inner.revoke(lease).await
+    }
+    async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
+        self.count();
+        self.inner.keys_of(lease).await
+    }
+    async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
+        self.count();
+        self.inner.txn(txn).await
+    }
+    async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
+        self.count();
+        self.inner.list(keys, at).await
+    }
+    async fn list_all(&self, all: &[Selector]) -> Result<Vec<Listing>, ClusterError> {
+        self.count();
+        self.inner.list_all(all).await
+    }
+    async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
+        self.inner.watch(ranges).await
+    }
+}
+
+fn cluster(store: Arc<dyn Store>) -> Cluster {
+    let builder = Cluster::builder(EtcdOptions::memory("")).store(store);
+    builder.ttl(5).try_build().unwrap()
+}
+
+fn member(cluster: &Cluster, group: &str) -> ClusterNodeBuilder {
+    cluster.node("n1", "10.0.0.1".parse().unwrap(), group)
+}
+
+#[tokio::test(start_paused = true)]
+async fn ended_groups_of_a_cluster_cost_the_same_however_many() {
+    let mut quiet = Vec::new();
+    for ended in [20, 200] {
+        let store = MemoryStore::new();
+        let observed = Observed::new(&store);
+        let cluster = cluster(observed.clone());
+        let stays = run(member(&cluster, "stays"));
+        stays.node.until_registered().await.unwrap();
+        for group in 0..ended {
+            let running = run(member(&cluster, &format!("g{group}")));
+            running.node.until_registered().await.unwrap();
+            running.stop.send(()).unwrap();
+            running.task.await.unwrap().unwrap();
+        }
+        assert_eq!(store.leases().len(), 1, "they shared it");
+        assert_eq!(store.entries().len(), 2, "{:?}", store.entries());
+        // A request of one of them that was late.
+        let lease = Some(store.leases()[0]);
+        let late = |key: &str| Txn::new().put(key, b"n1".to_vec(), lease);
+        store.txn(late("registry/g7/n1")).await.unwrap();
+        store.txn(late("app/of-the-leader")).await.unwrap();
+        sleep(Duration::from_secs(60)).await;
+        assert!(store.entry("registry/g7/n1").is_none());
+        assert!(store.entry("app/of-the-leader").is_some(), "none of ours");
+        let before = observed.calls.load(Ordering::Relaxed);
+        sleep(Duration::from_secs(300)).await;
+        quiet.push(observed.calls.load(Ordering::Relaxed) - before);
+        assert!(stays.node.session_state().is_registered());
+    }
+    assert!(quiet[1] <= quiet[0] + 1 && quiet[1] <= 12, "{quiet:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_is_not_polled_costs_nobody_the_lease() {
+    let store = MemoryStore::new();
+    let cluster = cluster(Arc::new(store.clone()));
+    let stuck = member(&cluster, "a").try_build().unwrap();
+    let mut never = Box::pin(stuck.run_until(std::future::pending()));
+    tokio::select! {
+        _ = &mut never => unreachable!("it is not told to stop"),
+        registered = stuck.until_registered() => registered.unwrap(),
+    }
+    let running = run(member(&cluster, "b"));
+    running.node.until_leading().await.unwrap();
+    let term = running.node.leadership().unwrap().epoch;
+    // From here on the first one's future is held, and nobody looks at it.
+    sleep(Duration::from_secs(120)).await;
+    assert_eq!(running.node.leadership().unwrap().epoch, term);
+    assert!(
+        store.entry("registry/a/n1").is_some(),
+        "its lease lives too"
+    );
+    drop(never);
+    running.stop.send(()).unwrap();
+    running.task.await.unwrap().unwrap();
+    until("everything is gone", || store.entries().is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_panics_is_begun_again() {
+    let store = MemoryStore::new();
+    let observed = Observed::new(&store);
+    let running = run(builder(&store, "n1").store(observed.clone()));
+    let term = running.node.until_leading().await.unwrap().epoch;
+    for _ in 0..5 {
+        observed.panics.store(1, Ordering::Relaxed);
+        sleep(Duration::from_secs(20)).await;
+        assert_eq!(
+            observed.panics.load(Ordering::Relaxed),
+            0,
+            "it has panicked"
+        );
+        assert_eq!(running.node.leadership().unwrap().epoch, term);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn waits_end_with_the_run() {
+    let store = MemoryStore::new();
+    let leader = start(&store, "n1");
+    leader.node.until_leading().await.unwrap();
+    let second = start(&store, "n2");
+    let node = second.node.clone();
+    let waiting = tokio::spawn(async move { node.until_leading().await });
+    second.node.until_registered().await.unwrap();
+    second.stop.send(()).unwrap();
+    let error = waiting.await.unwrap().unwrap_err();
+    assert!(matches!(error, ClusterError::NotRunning { .. }), "{error}");
+    let never = builder(&store, "n3").try_build().unwrap();
+    assert!(never.until_registered().await.is_err());
+    let wrong = builder(&store, "a/b").build();
+    let error = wrong.until_leading().await.unwrap_err();
+    assert!(
+        matches!(error, ClusterError::InvalidConfig { .. }),
+        "{error}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_is_idle_only_if_its_requests_are_counted() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    running.node.until_registered().await.unwrap();
+    let grace = Duration::from_secs(7);
+    let begun = Instant::now();
+    assert!(!running.node.drain_until_idle(grace).await);
+    assert_eq!(begun.elapsed(), grace);
+    drop(running.node.load_reporter().enter());
+    let begun = Instant::now();
+    assert!(running.node.drain_until_idle(grace).await);
+    assert!(begun.elapsed() < Duration::from_secs(1));
 }

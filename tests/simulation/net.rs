@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -12,9 +13,11 @@ use pingora_etcd::store::{
     Store, Txn, WatchEvent, WatchRange, Watcher, Write,
 };
 use tokio::sync::{Notify, oneshot};
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::check::Checker;
+use super::process::{Process, spawn};
 
 /// How long a call waits for its answer.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -145,6 +148,7 @@ impl Net {
 #[derive(Debug, Clone)]
 pub struct Client {
     pub store: MemoryStore,
+    pub process: Arc<Process>,
     pub net: Arc<Net>,
     pub clock: Arc<Skewed>,
     pub checker: Arc<Checker>,
@@ -172,15 +176,15 @@ impl Drop for Presence {
 impl Client {
     pub fn new(
         store: &MemoryStore,
-        net: &Arc<Net>,
-        clock: &Arc<Skewed>,
+        process: &Arc<Process>,
         checker: &Arc<Checker>,
         generosity: Duration,
     ) -> Self {
         Self {
             store: store.clone(),
-            net: net.clone(),
-            clock: clock.clone(),
+            process: process.clone(),
+            net: process.net.clone(),
+            clock: process.clock.clone(),
             checker: checker.clone(),
             generosity,
             leases: Arc::default(),
@@ -352,6 +356,17 @@ impl Store for Client {
             client.store.revoke(lease).await
         })
         .await
+    }
+
+    async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
+        self.call("lease", PATIENCE, move |client| async move {
+            client.store.keys_of(lease).await
+        })
+        .await
+    }
+
+    fn spawn(&self, task: Pin<Box<dyn Future<Output = ()> + Send>>) -> AbortHandle {
+        spawn(&self.process, &self.checker, task).abort_handle()
     }
 
     async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {

@@ -76,7 +76,7 @@ impl<F: Future> Future for Task<F> {
     }
 }
 
-fn spawn<T: Send + 'static>(
+pub fn spawn<T: Send + 'static>(
     process: &Arc<Process>,
     checker: &Arc<Checker>,
     task: impl Future<Output = T> + Send + 'static,
@@ -136,17 +136,11 @@ impl Common {
         self.store.set_fault(None);
     }
 
-    pub fn client(&self, process: &Process) -> Client {
-        Client::new(
-            &self.store,
-            &process.net,
-            &process.clock,
-            &self.checker,
-            self.generosity,
-        )
+    pub fn client(&self, process: &Arc<Process>) -> Client {
+        Client::new(&self.store, process, &self.checker, self.generosity)
     }
 
-    pub fn cluster(&self, process: &Process) -> Sharing {
+    pub fn cluster(&self, process: &Arc<Process>) -> Sharing {
         let client = self.client(process);
         let cluster = Cluster::builder(EtcdOptions::memory("simulation"))
             .store(Arc::new(client.clone()))

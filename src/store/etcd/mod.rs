@@ -23,8 +23,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use etcd_client::{
-    Client, Compare, CompareOp, GetOptions, GetResponse, KeyValue, KvClient, PutOptions,
-    ResponseHeader, SortOrder, SortTarget, TxnOp, TxnOpResponse,
+    Client, Compare, CompareOp, GetOptions, GetResponse, KeyValue, KvClient,
+    LeaseTimeToLiveOptions, PutOptions, ResponseHeader, SortOrder, SortTarget, TxnOp,
+    TxnOpResponse,
 };
 
 use super::{
@@ -423,6 +424,22 @@ impl Store for EtcdStore {
             .await
             .map_err(|error| self.about_access(error, || format!("the keys of lease {lease}")));
         about_lease(lease, result).map(drop)
+    }
+
+    async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
+        let result = self
+            .call("lease", |mut client| async move {
+                let options = LeaseTimeToLiveOptions::new().with_keys();
+                client.lease_time_to_live(lease.0, Some(options)).await
+            })
+            .await
+            .map_err(|error| self.about_access(error, || format!("the keys of lease {lease}")));
+        let answer = about_lease(lease, result)?;
+        if answer.ttl() < 0 {
+            return Err(ClusterError::LeaseNotFound { lease });
+        }
+        let text = |key: &Vec<u8>| String::from_utf8_lossy(key).into_owned();
+        Ok(answer.keys().iter().map(text).collect())
     }
 
     async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {

@@ -1,0 +1,110 @@
+//! Whether somebody does the work of a handle, so that nobody waits for what nobody brings about.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use crate::error::ClusterError;
+
+/// How long a wait that begins while there is no run waits for one: a task that was spawned to run
+/// it may not have had its turn.
+pub(crate) const START_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Counts the runs of a handle, and whether one is in progress.
+#[derive(Debug)]
+pub(crate) struct Lifecycle(watch::Sender<bool>);
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        Self(watch::Sender::new(false))
+    }
+}
+
+impl Lifecycle {
+    /// A run begins. Answers whether it may: one at a time.
+    pub(crate) fn begin(&self) -> bool {
+        self.0
+            .send_if_modified(|runs| !std::mem::replace(runs, true))
+    }
+
+    /// A run has ended, for whatever reason.
+    pub(crate) fn end(&self) {
+        self.0.send_replace(false);
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        *self.0.borrow()
+    }
+
+    /// Waits for `wanted`, for as long as there is a run that may bring it about.
+    ///
+    /// # Errors
+    ///
+    /// [`NotRunning`](ClusterError::NotRunning) as soon as the run ends; where there is none, after
+    /// five seconds without one.
+    pub(crate) async fn wait<T>(
+        &self,
+        wanted: impl Future<Output = T>,
+        what: impl FnOnce() -> String,
+    ) -> Result<T, ClusterError> {
+        let over = async {
+            let mut runs = self.0.subscribe();
+            // The sender lives in `self`, so neither can fail.
+            let began = runs.wait_for(|runs| *runs);
+            if timeout(START_PATIENCE, began).await.is_ok() {
+                let _ = runs.wait_for(|runs| !*runs).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            wanted = wanted => Ok(wanted),
+            () = over => Err(ClusterError::NotRunning { what: what() }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::pending;
+    use tokio::time::Instant;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_ends_with_the_run_or_without_one() {
+        let life = Lifecycle::default();
+        let what = || "it".to_owned();
+        let start = Instant::now();
+        let error = life.wait(pending::<()>(), what).await.unwrap_err();
+        assert!(error.to_string().contains("it is not running"), "{error}");
+        assert_eq!(start.elapsed(), START_PATIENCE);
+
+        assert!(life.begin() && !life.begin() && life.is_running());
+        let start = Instant::now();
+        let (waited, ()) = tokio::join!(life.wait(pending::<()>(), what), async {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            life.end();
+        });
+        assert!(waited.is_err());
+        assert_eq!(start.elapsed(), Duration::from_secs(60));
+
+        // One that begins late, and what is there already.
+        let (waited, ()) = tokio::join!(
+            life.wait(
+                async {
+                    tokio::time::sleep(Duration::from_secs(9)).await;
+                    7
+                },
+                what
+            ),
+            async {
+                tokio::time::sleep(Duration::from_secs(4)).await;
+                life.begin();
+            }
+        );
+        assert_eq!(waited, Ok(7));
+        life.end();
+        assert_eq!(life.wait(async { 1 }, what).await, Ok(1));
+    }
+}
