@@ -64,7 +64,7 @@ struct Shared {
 impl fmt::Debug for Cluster {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cluster")
-            .field("endpoints", &self.shared.etcd.endpoints)
+            .field("endpoints", &self.shared.etcd.named())
             .field("ttl", &self.shared.ttl)
             .finish_non_exhaustive()
     }
@@ -113,6 +113,8 @@ impl ClusterBuilder {
     pub fn try_build(self) -> Result<Cluster, ClusterError> {
         if self.store.is_none() {
             self.etcd.validate()?;
+        } else {
+            self.etcd.check_key_prefix()?;
         }
         check_ttl(self.ttl)?;
         Ok(Cluster {
@@ -179,7 +181,7 @@ impl Cluster {
             return free.clone();
         }
         let ttl = self.shared.ttl.unsigned_abs();
-        let lease = Arc::new(LeaseHolder::new(ttl, &self.shared.etcd.key_prefix));
+        let lease = Arc::new(LeaseHolder::new(ttl, &self.shared.etcd.prefix()));
         lease.enter(keys, group, id);
         leases.push(lease.clone());
         lease

@@ -126,7 +126,7 @@ pub struct ClusterConfig {
 }
 
 /// `cluster.etcd`: the fields of [`EtcdOptions`].
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct EtcdConfig {
@@ -171,6 +171,15 @@ pub struct EtcdConfig {
     /// The environment variable that the password is in.
     #[serde(default)]
     pub password_env: Option<String>,
+}
+
+/// As the options that it stands for, which show no password, whatever field somebody has put it in.
+impl fmt::Debug for EtcdConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("EtcdConfig")
+            .field(&EtcdOptions::from(self))
+            .finish()
+    }
 }
 
 /// A port, or a range of them: `8080` or `9000-9100`.
@@ -491,6 +500,21 @@ fn in_file(path: impl fmt::Display, reason: impl fmt::Display) -> ClusterError {
 
 /// With the lines around, unless one of them may be the password.
 fn unreadable(path: &str, text: &str, error: &serde_saphyr::Error) -> ClusterError {
+    // An endpoint with a user and a password in it, which is refused, but has to be read first. Errors
+    // repeat what they do not understand.
+    let bare = error.without_snippet().to_string();
+    if bare.contains('@') {
+        let at = error.location();
+        let at = at.map_or(String::new(), |at| {
+            format!("line {} column {}: ", at.line(), at.column())
+        });
+        return in_file(
+            path,
+            format!(
+                "{at}cannot be read; what is there has an @ in it and is not shown, for it may hold a password"
+            ),
+        );
+    }
     let holds_password = text.split("password").skip(1).any(|rest| {
         let rest = rest.trim_start_matches(['"', '\'', ' ']);
         let value = rest.strip_prefix(':').map(str::trim_start);
@@ -499,8 +523,8 @@ fn unreadable(path: &str, text: &str, error: &serde_saphyr::Error) -> ClusterErr
             !matches!(value[..end].trim_end(), "null" | "~")
         })
     });
-    if holds_password {
-        in_file(path, error.without_snippet())
+    if holds_password || text.contains('@') {
+        in_file(path, bare)
     } else {
         in_file(path, error)
     }
@@ -749,6 +773,51 @@ cluster:
         match told {
             Ok(config) => assert!(!format!("{config:?}").contains("20261124")),
             Err(told) => assert!(!told.contains("20261124"), "{told}"),
+        }
+    }
+
+    #[test]
+    fn a_password_in_an_endpoint_is_not_repeated() {
+        for (endpoints, named) in [
+            ("['http://root:s3cret@h:1']", "http://...@h:1"),
+            ("['http://root:p@s3cret@h:1', 1]", "file.yaml"),
+            ("[root:s3cret@h]", "...@h"),
+            ("http://root:s3cret@h:1", "line 6"),
+            ("{ 'http://root:s3cret@h:1': 1 }", "line 6"),
+            ("[['http://root:s3cret@h:1']]", "line 6"),
+            ("['http://root:s3cret@h:1'", "file.yaml"),
+            ("['http://root:s3cret@h:1]", "file.yaml"),
+            ("[]\n    'http://root:s3cret@h:1': 1", "line 7"),
+            ("['http://root:s3cret@h:1']\n    colour: red", "colour"),
+            ("['http://root:s3cret@h:1']\n    tls: 1", "line 7"),
+        ] {
+            let text = LEAST.replace("['memory://x']", endpoints);
+            let error = ClusterConfig::from_yaml(&text, "file.yaml").unwrap_err();
+            let told = format!("{error} {error:?}");
+            assert!(told.contains(named), "{endpoints}: {told}");
+            assert!(!told.contains("s3cret"), "{endpoints}: {told}");
+            #[cfg(feature = "pingora")]
+            if let Err(error) = server_conf(&text.replace("threads", "thread"), "file.yaml") {
+                let told = format!("{error} {error:?}");
+                assert!(!told.contains("s3cret"), "{endpoints}: {told}");
+            }
+        }
+        let file: File =
+            serde_saphyr::from_str(&LEAST.replace("memory://x", "http://u:s3cret@h:1")).unwrap();
+        assert!(!format!("{:?}", file.cluster).contains("s3cret"));
+    }
+
+    #[test]
+    fn key_prefix() {
+        let with = |prefix: &str| {
+            let text = LEAST.replace("  group", &format!("    key_prefix: '{prefix}'\n  group"));
+            ClusterConfig::from_yaml(&text, "file.yaml")
+        };
+        let options = EtcdOptions::from(&with("prod").unwrap().etcd);
+        assert_eq!(options.prefix(), "prod/");
+        for wrong in [" ", "prod//"] {
+            let error = with(wrong).unwrap_err().to_string();
+            assert!(error.contains("cluster.etcd.key_prefix"), "{error}");
         }
     }
 

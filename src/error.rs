@@ -20,7 +20,7 @@ pub enum ClusterError {
     /// An endpoint cannot be used. Nothing was started.
     #[error("invalid etcd endpoint {endpoint:?}: {reason}")]
     InvalidEndpoint {
-        /// The endpoint as it was given.
+        /// The endpoint as it was given, but for what may be a password in it.
         endpoint: String,
         /// What is wrong with it.
         reason: String,

@@ -11,7 +11,8 @@
 //! {prefix}handover/{group}/{lease in hex}  -> who is to lead next, asked for by the holder of the lease
 //! ```
 //!
-//! Prefixes end with a slash: without it group `app` would see the keys of `app-2`.
+//! Prefixes end with a slash: without it group `app` would see the keys of `app-2`. So does the key
+//! prefix before all of them, unless it is empty: see [`with_slash`].
 
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
@@ -149,6 +150,32 @@ pub(crate) fn check_group(group: &str) -> Result<(), ClusterError> {
         ));
     }
     Ok(())
+}
+
+/// What goes before every key. Empty, or segments with a slash behind each.
+pub(crate) fn check_prefix(prefix: &str) -> Result<(), ClusterError> {
+    let refuse = |reason| Err(ClusterError::config("key_prefix", reason));
+    if prefix.is_empty() {
+        return Ok(());
+    }
+    check_name("key_prefix", prefix)?;
+    if prefix.trim() != prefix {
+        return refuse(format!("{prefix:?} begins or ends with a space"));
+    }
+    if prefix.contains("//") {
+        return refuse(format!("{prefix:?} has an empty segment (double slash)"));
+    }
+    Ok(())
+}
+
+/// A key prefix as it goes before every key: what ends without a slash would run into the layout,
+/// as in `prodregistry/`.
+pub(crate) fn with_slash(prefix: &str) -> String {
+    if prefix.is_empty() || prefix.ends_with('/') {
+        prefix.to_owned()
+    } else {
+        format!("{prefix}/")
+    }
 }
 
 fn check_name(field: &str, name: &str) -> Result<(), ClusterError> {

@@ -108,7 +108,8 @@
 //! way a request under `handover/{group}/` asks those ahead of the target to queue again behind it,
 //! and the leader goes when nobody else is ahead, on the condition that the target is there: one
 //! change of leader, and a few milliseconds without one. Nodes of `photon-etcd-cluster` know nothing
-//! of this: leadership is not taken past them.
+//! of this: leadership is not taken past them. Where etcd has users, this needs rights of its own
+//! (README, "TLS and passwords").
 //!
 //! # Scale
 //!

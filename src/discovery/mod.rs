@@ -287,6 +287,8 @@ impl ServiceDiscoveryBuilder {
     fn validate(&self) -> Result<Admission, ClusterError> {
         if self.store.is_none() && self.lazy_store.is_none() {
             self.etcd.validate()?;
+        } else {
+            self.etcd.check_key_prefix()?;
         }
         keys::check_group(&self.group)?;
         self.limits.validate("limits")?;
@@ -313,12 +315,12 @@ impl ServiceDiscoveryBuilder {
             Ok(admission) => (admission, None),
             Err(error) => (Admission::default(), Some(error)),
         };
-        let key_prefix = self.etcd.key_prefix.clone();
+        let key_prefix = self.etcd.prefix();
         let serializable_fallback = self.etcd.serializable_fallback;
         let nodes = Arc::new(Nodes::default());
         ServiceDiscovery {
             shared: Arc::new(Shared {
-                keys: GroupKeys::new(&self.etcd.key_prefix, &self.group),
+                keys: GroupKeys::new(&key_prefix, &self.group),
                 group: self.group,
                 invalid,
                 store: match (self.store, self.lazy_store) {

@@ -402,13 +402,17 @@ impl LazyStore {
         if let Some(store) = &*store {
             return Ok(store.clone());
         }
-        let opened = open(&self.options)?;
+        // Not the files again: they were judged at the start, and one that is missing by now may be
+        // back before long.
+        self.options.check_values()?;
+        let opened = opened(&self.options);
         *store = Some(opened.clone());
         Ok(opened)
     }
 }
 
 /// The store that the options name: `memory://name`, or an etcd cluster. Connects to nothing yet.
+/// Files are judged here and now; those that are missing later are tried again for ever.
 ///
 /// # Errors
 ///
@@ -416,8 +420,12 @@ impl LazyStore {
 /// [`InvalidConfig`](ClusterError::InvalidConfig), which name what is wrong.
 pub fn open(options: &EtcdOptions) -> Result<Arc<dyn Store>, ClusterError> {
     options.validate()?;
-    Ok(match options.memory_name() {
+    Ok(opened(options))
+}
+
+fn opened(options: &EtcdOptions) -> Arc<dyn Store> {
+    match options.memory_name() {
         Some(name) => Arc::new(MemoryStore::named(name)),
-        None => Arc::new(EtcdStore::new(options.clone())?),
-    })
+        None => Arc::new(EtcdStore::with(options.clone())),
+    }
 }

@@ -1,9 +1,11 @@
 //! How to reach the store.
 
+use std::fmt;
 use std::time::Duration;
 
 use super::security::{Credentials, TlsOptions};
 use crate::error::ClusterError;
+use crate::keys;
 
 const MEMORY: &str = "memory://";
 
@@ -20,15 +22,18 @@ const MEMORY: &str = "memory://";
 /// options.validate().unwrap();
 /// assert!(EtcdOptions::new(["ftp://nowhere"]).validate().is_err());
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EtcdOptions {
     /// `http://host:port` or, with the feature `tls`, `https://host:port` of each member, tried in
     /// turn; one connection is used at a time. Without a scheme it is `https` if `tls` is given,
     /// and `http` if not. Or one `memory://name`: the embedded store of that name in this process,
-    /// which needs no server and keeps nothing.
+    /// which needs no server and keeps nothing. User and password do not belong here: see
+    /// `credentials`.
     pub endpoints: Vec<String>,
-    /// Goes before every key, to share an etcd with others. Default: empty.
+    /// Goes before every key, to share an etcd with others, as `prod/` in
+    /// `prod/registry/workers/n1`. Without a slash at its end it is given one. No control
+    /// characters, no spaces around it, no double slash, 512 bytes at most. Default: empty.
     pub key_prefix: String,
     /// How long to wait for a connection to one endpoint. Default: 2 s. Range: 10 ms to 60 s.
     pub connect_timeout: Duration,
@@ -56,9 +61,32 @@ pub struct EtcdOptions {
     /// How TLS is done. Default: none given, which for an `https://` endpoint means the system's
     /// CAs and no client certificate.
     pub tls: Option<TlsOptions>,
-    /// The user to ask as, where etcd has authentication enabled. Default: none; with TLS it is
-    /// then the common name of the client certificate, if etcd has `--client-cert-auth`.
+    /// The user to ask as, where etcd has authentication enabled; where it has not, this is told in
+    /// the log, once, and matters from when it is enabled on. Default: none; with TLS it is then the
+    /// common name of the client certificate, if etcd has `--client-cert-auth`.
     pub credentials: Option<Credentials>,
+}
+
+/// Not by `derive`: somebody may have put a password where none belongs, and what is shown of wrong
+/// options is how they find out.
+impl fmt::Debug for EtcdOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let endpoints: Vec<_> = self.endpoints.iter().map(|one| redacted(one)).collect();
+        f.debug_struct("EtcdOptions")
+            .field("endpoints", &endpoints)
+            .field("key_prefix", &self.key_prefix)
+            .field("connect_timeout", &self.connect_timeout)
+            .field("request_timeout", &self.request_timeout)
+            .field("keep_alive_interval", &self.keep_alive_interval)
+            .field("silence_timeout", &self.silence_timeout)
+            .field("serializable_fallback", &self.serializable_fallback)
+            .field("breaker_failures", &self.breaker_failures)
+            .field("breaker_pause", &self.breaker_pause)
+            .field("asks_for_progress", &self.asks_for_progress)
+            .field("tls", &self.tls)
+            .field("credentials", &self.credentials)
+            .finish()
+    }
 }
 
 impl EtcdOptions {
@@ -160,13 +188,22 @@ impl EtcdOptions {
     }
 
     /// Checks every field, and that the files of `tls` and `credentials` are there and make
-    /// sense. Reads them; does not connect.
+    /// sense. Reads them; does not connect. For the start: files that are missing later are tried
+    /// again for ever, and told in the log.
     ///
     /// # Errors
     ///
     /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint) or
     /// [`InvalidConfig`](ClusterError::InvalidConfig), which name the one that is wrong.
     pub fn validate(&self) -> Result<(), ClusterError> {
+        self.check_values()?;
+        self.tls.as_ref().map_or(Ok(()), TlsOptions::validate)?;
+        let credentials = self.credentials.as_ref();
+        credentials.map_or(Ok(()), Credentials::validate)
+    }
+
+    /// All of that but for the contents of files.
+    pub(crate) fn check_values(&self) -> Result<(), ClusterError> {
         if self.endpoints.is_empty() {
             return Err(ClusterError::config(
                 "endpoints",
@@ -176,15 +213,7 @@ impl EtcdOptions {
         for endpoint in &self.endpoints {
             check_endpoint(endpoint, self.endpoints.len(), self.tls.is_some())?;
         }
-        self.tls.as_ref().map_or(Ok(()), TlsOptions::validate)?;
-        let credentials = self.credentials.as_ref();
-        credentials.map_or(Ok(()), Credentials::validate)?;
-        if self.key_prefix.chars().any(char::is_control) {
-            return Err(ClusterError::config(
-                "key_prefix",
-                "contains a control character",
-            ));
-        }
+        self.check_key_prefix()?;
         let (least, most) = (Duration::from_millis(10), Duration::from_secs(60));
         for (field, value, least, most) in [
             ("connect_timeout", self.connect_timeout, least, most),
@@ -225,6 +254,22 @@ impl EtcdOptions {
         Ok(())
     }
 
+    /// What matters of the options also where a store is given.
+    pub(crate) fn check_key_prefix(&self) -> Result<(), ClusterError> {
+        keys::check_prefix(&self.key_prefix)
+    }
+
+    /// What goes before every key: the key prefix, with a slash at its end.
+    pub(crate) fn prefix(&self) -> String {
+        keys::with_slash(&self.key_prefix)
+    }
+
+    /// All endpoints, for an error.
+    pub(crate) fn named(&self) -> String {
+        let endpoints: Vec<_> = self.endpoints.iter().map(|one| redacted(one)).collect();
+        endpoints.join(",")
+    }
+
     /// The name of the embedded store, if that is what is asked for.
     pub(crate) fn memory_name(&self) -> Option<&str> {
         self.endpoints.first()?.strip_prefix(MEMORY)
@@ -237,10 +282,31 @@ impl From<Vec<String>> for EtcdOptions {
     }
 }
 
+/// An endpoint as it may be shown: without what stands before an `@` or behind a `?`, which may be a
+/// password.
+pub(crate) fn redacted(endpoint: &str) -> String {
+    if endpoint.starts_with(MEMORY) {
+        return endpoint.to_owned();
+    }
+    let scheme = ["http://", "https://"]
+        .into_iter()
+        .find(|scheme| endpoint.starts_with(scheme))
+        .unwrap_or_default();
+    // Behind the last one: a password may have one in it, and a slash or a question mark too.
+    let (hidden, rest) = match endpoint.rsplit_once('@') {
+        Some((_, rest)) => ("...@", rest),
+        None => ("", &endpoint[scheme.len()..]),
+    };
+    match rest.split_once('?') {
+        Some((rest, _)) => format!("{scheme}{hidden}{rest}?..."),
+        None => format!("{scheme}{hidden}{rest}"),
+    }
+}
+
 fn check_endpoint(endpoint: &str, count: usize, tls: bool) -> Result<(), ClusterError> {
     let invalid = |reason: &str| {
         Err(ClusterError::InvalidEndpoint {
-            endpoint: endpoint.to_owned(),
+            endpoint: redacted(endpoint),
             reason: reason.to_owned(),
         })
     };
@@ -250,6 +316,12 @@ fn check_endpoint(endpoint: &str, count: usize, tls: bool) -> Result<(), Cluster
         } else {
             invalid("the embedded store cannot be mixed with other endpoints")
         };
+    }
+    if endpoint.contains('@') {
+        return invalid(
+            "user and password do not belong in it: give credentials (in the file: user, with \
+             password_file, password_env or password)",
+        );
     }
     #[cfg(not(feature = "tls"))]
     if endpoint.starts_with("https://") {
@@ -307,6 +379,67 @@ mod tests {
         let none: [&str; 0] = [];
         let error = EtcdOptions::new(none).validate().unwrap_err();
         assert!(error.to_string().contains("endpoints"));
+    }
+
+    #[test]
+    fn a_password_in_an_endpoint_is_refused_and_shown_nowhere() {
+        for (endpoint, shown) in [
+            ("http://root:s3cret@host:2379", "http://...@host:2379"),
+            ("https://root:s3cret@host:2379", "https://...@host:2379"),
+            ("http://root:p@s3cret@host:2379", "http://...@host:2379"),
+            ("http://root:s3cret/?#@host:2379", "http://...@host:2379"),
+            ("root:s3cret@host:2379", "...@host:2379"),
+            ("s3cret://x@host:2379", "...@host:2379"),
+            ("http://root:s3cret@", "http://...@"),
+            ("http://root:s3cret@ho st", "http://...@ho st"),
+            ("http:/root:s3cret@host", "...@host"),
+            ("http://host:2379?p=s3cret", "http://host:2379?..."),
+            ("http://x@host:2379/?p=s3cret", "http://...@host:2379/?..."),
+        ] {
+            let options = EtcdOptions::new(["http://a:1", endpoint]);
+            let error = options.validate().unwrap_err();
+            assert!(
+                matches!(&error, ClusterError::InvalidEndpoint { endpoint, .. } if endpoint == shown),
+                "{error:?}"
+            );
+            let told = format!(
+                "{error} {error:?} {options:?} {options:#?} {}",
+                options.named()
+            );
+            assert!(!told.contains("s3cret"), "{told}");
+        }
+        let error = EtcdOptions::new(["http://u:p@h:1"]).validate();
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("credentials"), "{error}");
+        // A name, not a user.
+        EtcdOptions::memory("a@b").validate().unwrap();
+    }
+
+    #[test]
+    fn a_key_prefix_ends_with_a_slash() {
+        for (given, prefix) in [
+            ("", ""),
+            ("prod", "prod/"),
+            ("prod/", "prod/"),
+            ("/prod", "/prod/"),
+            ("/", "/"),
+            ("a/b c", "a/b c/"),
+        ] {
+            let mut options = EtcdOptions::memory("").key_prefix(given);
+            options.validate().unwrap();
+            assert_eq!(options.prefix(), prefix);
+            options = EtcdOptions::memory("");
+            options.key_prefix = given.to_owned();
+            assert_eq!(options.prefix(), prefix);
+        }
+        let long = "x".repeat(513);
+        for wrong in [
+            " ", "\t", "prod//", "//", "a//b", " prod", "prod ", "a\n", &long,
+        ] {
+            let error = EtcdOptions::memory("").key_prefix(wrong).validate();
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("key_prefix"), "{wrong:?}: {error}");
+        }
     }
 
     #[test]

@@ -252,6 +252,8 @@ impl ClusterNodeBuilder {
             }
         } else if self.store.is_none() {
             self.etcd.validate()?;
+        } else {
+            self.etcd.check_key_prefix()?;
         }
         keys::check_node_id(&self.id)?;
         keys::check_group(&self.group)?;

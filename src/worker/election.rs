@@ -9,13 +9,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::{sleep, sleep_until};
 use tracing::{debug, info, warn};
 
+use super::access::Right;
 use super::handover::{Errand, Request};
 use super::lease::LeaseHolder;
 use super::session::{Registered, Tenure};
@@ -257,7 +257,7 @@ impl Shared {
                         continue;
                     }
                     ClusterError::Unavailable {
-                        endpoint: self.config.etcd.endpoints.join(","),
+                        endpoint: self.config.etcd.named(),
                         operation: "register",
                         reason: "what is written is never there when it is read".to_owned(),
                     }
@@ -459,16 +459,12 @@ impl Part<'_> {
             }
             () = quiet => Ok(true),
             () = errand => Ok(true),
+            () = shared.until_requests_are_readable(self.store) => Ok(true),
         }
     }
 
-    pub(super) fn give_up_handovers(&self, error: &ClusterError) {
-        warn!(group = %self.shared.config.group, node = %self.shared.config.id, %error, "no transfers past others and no priorities here: the etcd user needs to read and write handover/");
-        self.shared.no_handover.store(true, Ordering::Relaxed);
-    }
-
     pub(super) fn may_hand_over(&self) -> bool {
-        !self.shared.no_handover.load(Ordering::Relaxed)
+        !self.shared.is_missing(Right::ReadRequests)
     }
 
     fn standing(&self, reading: &Reading, past: &Past) -> Standing {
@@ -505,7 +501,7 @@ impl Part<'_> {
             // An etcd user with the rights that the predecessor needs: everything else works.
             Err(error) if all.len() > 2 && error.is_missing_permission() => {
                 let listings = self.store.list_all(&all[..2]).await?;
-                self.give_up_handovers(&error);
+                self.shared.lacks(Right::ReadRequests, &error);
                 listings
             }
             listings => listings?,

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::Reply;
+use super::access::Right;
 use super::election::{Part, Reading, answer};
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
@@ -153,29 +154,21 @@ impl Part<'_> {
             Errand::Compare(_) if leads => self.compare_later(),
             Errand::Compare(_) => {
                 self.compare_later();
-                if !own_request && self.outranks_the_leader(reading).await? {
-                    info!(group = %self.shared.config.group, node = %self.shared.config.id, priority = self.shared.config.priority, "asks for leadership");
-                    let priority = Some(self.shared.config.priority);
-                    let created = reading.candidacy(&self.candidacy).unwrap_or(0);
-                    return match self.ask(self.candidacy.clone(), created, priority).await {
-                        Ok(()) => {
-                            self.errand = Errand::TakeOver(Instant::now() + PATIENCE);
-                            Ok(true)
-                        }
-                        Err(error) if error.is_missing_permission() => {
-                            self.give_up_handovers(&error);
-                            Ok(true)
-                        }
-                        Err(error) => Err(error),
-                    };
+                if !own_request && self.ask_for_leadership(reading).await? {
+                    return Ok(true);
                 }
             }
         }
         if own_request {
             // Fulfilled, or not in time.
-            self.take_request_back().await?;
             self.compare_later();
-            return Ok(true);
+            match self.take_request_back().await {
+                // It ends with the lease.
+                Err(error) if error.is_missing_permission() => {
+                    self.shared.lacks(Right::WriteRequests, &error);
+                }
+                result => return result.map(|()| true),
+            }
         }
         let in_line = reading.candidacy(&self.candidacy).is_some();
         if in_line && matches!(self.errand, Errand::None) {
@@ -194,6 +187,34 @@ impl Part<'_> {
         }
     }
 
+    /// Asks for leadership, if this node outranks the leader. Answers whether it did. Without the
+    /// rights it goes on as it is, and tries again when it compares the next time.
+    async fn ask_for_leadership(&mut self, reading: &Reading) -> Result<bool, ClusterError> {
+        let shared = self.shared;
+        let config = &shared.config;
+        match self.outranks_the_leader(reading).await {
+            Err(error) if error.is_missing_permission() => {
+                shared.lacks(Right::ReadNodes, &error);
+                return Ok(false);
+            }
+            Ok(false) => return Ok(false),
+            outranks => outranks?,
+        };
+        let created = reading.candidacy(&self.candidacy).unwrap_or(0);
+        let asked = self.ask(self.candidacy.clone(), created, Some(config.priority));
+        match asked.await {
+            Err(error) if error.is_missing_permission() => {
+                shared.lacks(Right::WriteRequests, &error);
+                return Ok(false);
+            }
+            asked => asked?,
+        }
+        shared.has(Right::WriteRequests);
+        info!(group = %config.group, node = %config.id, priority = config.priority, "asks for leadership");
+        self.errand = Errand::TakeOver(Instant::now() + PATIENCE);
+        Ok(true)
+    }
+
     async fn outranks_the_leader(&self, reading: &Reading) -> Result<bool, ClusterError> {
         let own = reading.candidacy(&self.candidacy);
         let Some(leader) = reading.candidates.first().filter(|_| own.is_some()) else {
@@ -209,6 +230,7 @@ impl Part<'_> {
     async fn registration_of(&self, id: &str, at: Revision) -> Result<Option<Entry>, ClusterError> {
         let key = Selector::Key(self.shared.keys.registration(id));
         let listing = self.store.list(&key, Some(at)).await?;
+        self.shared.has(Right::ReadNodes);
         Ok(listing.entries.into_iter().next())
     }
 
@@ -234,6 +256,8 @@ impl Part<'_> {
         priority: Option<u16>,
     ) -> Result<(), ClusterError> {
         let lease = self.lease();
+        // From here on: a request that is given up on may be carried out later.
+        self.shared.past().has_asked = true;
         // Strings and numbers cannot fail.
         let wish = Wish {
             to,
@@ -428,7 +452,9 @@ impl Part<'_> {
             (None, Some(_), Some(ahead), _) if Instant::now() >= transfer.until => {
                 let ahead = String::from_utf8_lossy(&ahead.value);
                 let reason = format!(
-                    "{ahead:?} is ahead of it in the queue and has not made way within {PATIENCE:?}"
+                    "{ahead:?} is ahead of it in the queue and has not made way within \
+                     {PATIENCE:?}: perhaps its etcd user may not read {}",
+                    shared.keys.handover_prefix()
                 );
                 refused(&transfer.target, reason)
             }

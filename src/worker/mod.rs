@@ -1,5 +1,6 @@
 //! A process that serves: it registers, campaigns for leadership and publishes its metrics.
 
+mod access;
 mod builder;
 mod election;
 mod handover;
@@ -30,6 +31,7 @@ use crate::metrics::LoadReporter;
 use crate::node::{HealthStatus, Node};
 use crate::store::{Condition, LazyStore, LeaseId, Revision};
 
+use access::Access;
 pub use builder::ClusterNodeBuilder;
 use builder::NodeConfig;
 pub(crate) use builder::check_ttl;
@@ -137,8 +139,8 @@ struct Shared {
     store: Arc<LazyStore>,
     life: Lifecycle,
     draining: AtomicBool,
-    /// It may not read who is to lead next.
-    no_handover: AtomicBool,
+    /// What it turned out not to be allowed.
+    access: Mutex<Access>,
     health: watch::Sender<HealthStatus>,
     state: watch::Sender<SessionState>,
     /// The entry as it was last put together: what `leadership` answers with.
@@ -164,6 +166,8 @@ struct Past {
     /// The create revision of a candidacy that has been given up, 0 for none. Whatever became of
     /// the request to delete it, it never leads again.
     abandoned: Revision,
+    /// It has asked who is to lead next, and may have left a request behind.
+    has_asked: bool,
     /// The history that the store was last seen to have: its cluster, and how far it went.
     history: Option<(u64, Revision)>,
     /// The candidate without a lease that was told in the log.
@@ -224,14 +228,14 @@ impl ClusterNode {
         };
         Self {
             shared: Arc::new(Shared {
-                keys: GroupKeys::new(&config.etcd.key_prefix, &config.group),
+                keys: GroupKeys::new(&config.etcd.prefix(), &config.group),
                 store,
                 entry: Mutex::new(config.node()),
                 config,
                 invalid,
                 life: Lifecycle::default(),
                 draining: AtomicBool::new(false),
-                no_handover: AtomicBool::new(false),
+                access: Mutex::default(),
                 health: watch::Sender::new(HealthStatus::Unknown),
                 state: watch::Sender::default(),
                 reporter: LoadReporter::new(),
@@ -436,6 +440,8 @@ impl ClusterNode {
     /// just left, or has a candidate ahead of it that does not make way: because it cannot, being
     /// a node of `photon-etcd-cluster`, or not within 2 s; and while another transfer is under way.
     /// The term then goes on, if the target has just left after a moment without it.
+    /// [`PermissionDenied`](ClusterError::PermissionDenied) when the etcd user lacks a right that
+    /// this needs, which is named; the term goes on.
     /// [`NotRunning`](ClusterError::NotRunning); or the store's, and then it is not known whether
     /// leadership was handed over, and this node has given it up.
     pub async fn transfer_to(&self, target: impl Into<String>) -> Result<(), ClusterError> {
@@ -506,7 +512,7 @@ impl ClusterNode {
                 return Err(not_running());
             }
             Err(ClusterError::Unavailable {
-                endpoint: self.shared.config.etcd.endpoints.join(","),
+                endpoint: self.shared.config.etcd.named(),
                 operation: "command",
                 reason: "the lease was lost before it was carried out".to_owned(),
             })
@@ -525,6 +531,10 @@ impl Shared {
 
     fn past(&self) -> MutexGuard<'_, Past> {
         self.past.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn access(&self) -> MutexGuard<'_, Access> {
+        self.access.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn commands(&self) -> MutexGuard<'_, Option<mpsc::Sender<Command>>> {

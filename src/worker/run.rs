@@ -46,7 +46,7 @@ impl<'a> Running<'a> {
         let lease = match &config.cluster {
             Some(cluster) => cluster.enter(&shared.keys, &config.group, &config.id),
             None => {
-                let own = LeaseHolder::new(config.ttl, &config.etcd.key_prefix);
+                let own = LeaseHolder::new(config.ttl, &config.etcd.prefix());
                 own.enter(&shared.keys, &config.group, &config.id);
                 Arc::new(own)
             }
@@ -91,7 +91,7 @@ impl<'a> Running<'a> {
                         store.revoke(*lease).await
                     }
                     Leave::Delete(lease) => {
-                        delete_held(store, *lease, &shared.keys.own(node, *lease)).await
+                        delete_held(store, *lease, &shared.own_keys(*lease)).await
                     }
                 };
                 match result {
@@ -137,6 +137,17 @@ impl Drop for Running<'_> {
 }
 
 impl Shared {
+    /// What it may have in the store under this lease.
+    fn own_keys(&self, lease: LeaseId) -> Vec<String> {
+        let [registration, candidacy, handover] = self.keys.own(&self.config.id, lease);
+        // Its user may not be allowed to look there.
+        let handover = self.past().has_asked.then_some(handover);
+        [registration, candidacy]
+            .into_iter()
+            .chain(handover)
+            .collect()
+    }
+
     /// Tells readers that it is not lost when its entry goes, and lets the next one lead.
     async fn say_goodbye(&self, store: &dyn Store, lease: LeaseId) -> Result<(), ClusterError> {
         let registration = self.keys.registration(&self.config.id);
@@ -285,7 +296,7 @@ impl Shared {
 
     fn not_registered(&self) -> ClusterError {
         ClusterError::Unavailable {
-            endpoint: self.config.etcd.endpoints.join(","),
+            endpoint: self.config.etcd.named(),
             operation: "register",
             reason: "there is no lease yet".to_owned(),
         }

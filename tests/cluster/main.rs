@@ -7,6 +7,7 @@ mod common;
 #[allow(dead_code)] // what the chaos test uses of it
 mod etcd_cluster;
 
+mod access;
 mod auth;
 mod compatibility;
 mod discovery;

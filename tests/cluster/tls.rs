@@ -4,7 +4,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use pingora_etcd::store::{EtcdStore, Selector, Store};
-use pingora_etcd::{ClusterError, Credentials, DiscoveryStatus, EtcdOptions, Password, TlsOptions};
+use pingora_etcd::{
+    ClusterError, Credentials, DiscoveryStatus, EtcdOptions, HealthStatus, Password,
+    ServiceDiscovery, TlsOptions,
+};
 
 use super::auth::Captured;
 use super::common::certificates::{Authority, Directory, Pair};
@@ -299,6 +302,63 @@ async fn a_mended_ca_file_heals_without_a_restart() {
 }
 
 #[tokio::test]
+async fn certificate_files_that_are_missing_for_a_while_end_nobody() {
+    let secure = Secure::new(true);
+    let (cert, key) = secure.client_certificate("client");
+    let link = Link::to(secure.etcd.address()).await;
+    let options = EtcdOptions::new([format!("https://{}", link.address())])
+        .tls(secure.tls().identity(&cert, &key));
+    let group = group("missing");
+    // There at the start, and not when they are needed.
+    let node = super::builder(&options, &group, "n1").try_build().unwrap();
+    let discovery = ServiceDiscovery::builder(options.clone(), &group)
+        .try_build()
+        .unwrap();
+    let text = std::fs::read_to_string(&key).unwrap();
+    std::fs::remove_file(&key).unwrap();
+    let error = super::builder(&options, &group, "n1").try_build();
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("tls.key_file"),
+        "judged at the start: {error}"
+    );
+    let running = discovery.clone();
+    let following = tokio::spawn(async move { running.run(None).await });
+    let node = Running::new(node);
+    let run = || !(following.is_finished() || node.task.is_finished());
+    throughout("they wait", Duration::from_secs(2), || {
+        run() && !discovery.is_ready() && node.node.current_health() != HealthStatus::Healthy
+    })
+    .await;
+    assert_tls(&node.node.resign().await.unwrap_err(), &["tls.key_file"]);
+    std::fs::write(&key, &text).unwrap();
+    within("the discovery is ready", discovery.wait_ready()).await;
+    within("it leads", node.node.wait_for_leadership()).await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+
+    // And not when a connection has to be made anew.
+    let ca = secure.files.file("ca.pem");
+    std::fs::remove_file(&ca).unwrap();
+    link.cut();
+    let stale = || matches!(discovery.status(), DiscoveryStatus::Stale { .. });
+    eventually("nobody is heard", stale).await;
+    throughout("they go on", Duration::from_secs(1), || {
+        run() && discovery.nodes().len() == 1
+    })
+    .await;
+    secure.files.write("ca.pem", secure.ca.pem());
+    eventually("it is live again", || {
+        discovery.status() == DiscoveryStatus::Live
+    })
+    .await;
+    node.wait_until_healthy().await;
+    within("it leads", node.node.wait_for_leadership()).await;
+    node.stop().await;
+    eventually("and leaves", || discovery.nodes().is_empty()).await;
+    assert!(!following.is_finished());
+}
+
+#[tokio::test]
 async fn without_a_password_the_client_certificate_names_the_user() {
     use etcd_client::{Certificate, Client, ConnectOptions, Identity, Permission};
     let secure = Secure::new(true);
@@ -320,7 +380,16 @@ async fn without_a_password_the_client_certificate_names_the_user() {
             .await
             .unwrap();
     }
+    // With a password that nobody asks for yet, and another name in the certificate.
+    let (cert, key) = secure.client_certificate("stranger");
+    let password = Password::Text("password-of-it".to_owned());
+    let early = secure.etcd.options().tls(secure.tls().identity(cert, key));
+    let early = early.credentials(Credentials::new("balancer", password));
+    let early = EtcdStore::new(early).unwrap();
+    let all = Selector::Prefix("registry/".to_owned());
+    early.list(&all, None).await.unwrap();
     root.auth_enable().await.unwrap();
+    early.list(&all, None).await.unwrap();
 
     let (cert, key) = secure.client_certificate("balancer");
     let as_balancer = secure.etcd.options().tls(secure.tls().identity(cert, key));

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::breaker::Breaker;
-use super::security::{Fingerprint, Token, perhaps_https};
+use super::security::{Fingerprint, Token, connect_as, perhaps_https};
 use super::watcher::WatchStreams;
 use super::{EtcdStore, bounded};
 use crate::error::ClusterError;
@@ -39,6 +39,7 @@ pub(super) struct Dialed {
     pub(super) client: Client,
     version: String,
     files: Fingerprint,
+    token: Token,
 }
 
 #[derive(Clone)]
@@ -149,8 +150,10 @@ impl EtcdStore {
             client,
             version,
             files,
+            token,
         } = dialed;
         info!(endpoint, version, "connected to etcd");
+        self.tell_token(endpoint, !token.is_missing());
         let (open, is_open) = watch::channel(());
         let endpoint: Arc<str> = Arc::from(endpoint);
         let options = &self.shared.options;
@@ -180,7 +183,7 @@ impl EtcdStore {
             endpoint,
             generation: link.generation,
             watches,
-            token: Token::default(),
+            token,
         };
         #[cfg(feature = "tls")]
         super::renewal::FileWatch::start(self, &connection, files, open.subscribe());
@@ -202,11 +205,11 @@ impl EtcdStore {
             .with_require_leader(quorum)
             .with_tcp_keepalive(options.keep_alive_interval)
             .with_keep_alive(options.keep_alive_interval, options.request_timeout);
-        let (connect, files) = self.secured(endpoint, connect).await?;
+        let (connect, files, user) = self.secured(endpoint, connect).await?;
         let connecting = async {
-            let mut client = Client::connect([endpoint], Some(connect)).await?;
+            let (mut client, token) = connect_as(endpoint, connect, user).await?;
             let status = client.status().await?;
-            Ok((client, status.version().to_owned(), status.leader()))
+            Ok((client, token, status.version().to_owned(), status.leader()))
         };
         let dialed = bounded("connect", endpoint, options.connect_timeout, connecting)
             .await
@@ -220,7 +223,7 @@ impl EtcdStore {
             Some(_) => error,
             None => perhaps_https(endpoint, error),
         });
-        let (client, version, leader) = dialed?;
+        let (client, token, version, leader) = dialed?;
         if leader == 0 && quorum {
             return Err(ClusterError::Unavailable {
                 endpoint: endpoint.to_owned(),
@@ -232,6 +235,7 @@ impl EtcdStore {
             client,
             version,
             files,
+            token,
         })
     }
 

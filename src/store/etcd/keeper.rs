@@ -103,7 +103,7 @@ impl LeaseKeeper for EtcdKeeper {
             Ok(Ok(_)) => return Err(ClusterError::LeaseNotFound { lease }),
             Ok(Err(error)) => error,
             Err(_) => ClusterError::Timeout {
-                endpoint: self.store.shared.options.endpoints.join(","),
+                endpoint: self.store.shared.options.named(),
                 operation: RENEW,
                 after: within,
             },

@@ -17,6 +17,7 @@ mod watcher;
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -61,6 +62,8 @@ struct Shared {
     dialing: tokio::sync::Mutex<()>,
     /// What an entry takes under a prefix, as of the last page.
     entry_bytes: Mutex<HashMap<String, usize>>,
+    /// There is a user, and authentication is not enabled, as has been told.
+    has_no_token: AtomicBool,
 }
 
 impl EtcdStore {
@@ -68,17 +71,23 @@ impl EtcdStore {
     ///
     /// # Errors
     ///
-    /// When an option is out of range or an endpoint cannot be understood.
+    /// When an option is out of range, an endpoint cannot be understood, or a file cannot be used.
     pub fn new(options: EtcdOptions) -> Result<Self, ClusterError> {
         options.validate()?;
-        Ok(Self {
+        Ok(Self::with(options))
+    }
+
+    /// With options that have been judged.
+    pub(crate) fn with(options: EtcdOptions) -> Self {
+        Self {
             shared: Arc::new(Shared {
                 options,
                 link: Mutex::new(Link::default()),
                 dialing: tokio::sync::Mutex::new(()),
                 entry_bytes: Mutex::default(),
+                has_no_token: AtomicBool::new(false),
             }),
-        })
+        }
     }
 
     async fn watch_on(
@@ -126,10 +135,11 @@ impl EtcdStore {
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
         let connection = self.connection(operation).await?;
-        let (generation, version) = (connection.generation, connection.token.version());
+        let (generation, token) = (connection.generation, connection.token.clone());
+        let version = token.version();
         let result = self.call_on(operation, connection, &request).await;
         match result {
-            Err(error) if self.may_renew(&error) => {
+            Err(error) if self.may_renew_for(&error, &token) => {
                 let connection = self.renew_token(generation, version).await?;
                 self.call_on(operation, connection, &request).await
             }
@@ -557,7 +567,7 @@ impl Store for EtcdStore {
         let (generation, version) = (connection.generation, connection.token.version());
         let mut opened = self.watch_on(&connection, &ranges).await;
         if let Err(error) = &opened
-            && self.may_renew_for_watch(error, &connection.watches)
+            && self.may_renew_for_watch(error, &connection)
         {
             // The stream has the token that it was opened with.
             let fresh = self.renew_token(generation, version).await?;

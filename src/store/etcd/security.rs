@@ -2,14 +2,13 @@
 //! open, and told in clear words when it fails.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions};
-use tracing::debug;
+use tracing::{debug, info, warn};
 
 use super::connection::Connection;
-use super::watcher::WatchStreams;
 use super::{EtcdStore, bounded};
 use crate::error::ClusterError;
 
@@ -20,6 +19,14 @@ const INVALID_TOKEN: &str = "invalid auth token";
 /// where it passes its inner error on.
 const OLD_REVISION: &str = "revision of auth store is old";
 const OLD_REVISION_INSIDE: &str = "revision in header is old";
+/// What it says of a request without a token, where it wants one.
+const NO_USER: &str = "user name is empty";
+/// What it says of a user and a password, where it wants none.
+const NOT_ENABLED: &str = "authentication is not enabled";
+
+/// Our words for these two.
+const NONE_GIVEN: &str = "it wants a user and a password, and none are given";
+const NOT_ENABLED_THERE: &str = "authentication is not enabled there";
 
 /// From this age of a stream on its token may have expired.
 const DOUBT_AFTER: Duration = Duration::from_secs(1);
@@ -32,12 +39,54 @@ pub(super) struct Token(Arc<Renewals>);
 struct Renewals {
     count: AtomicU64,
     outcome: tokio::sync::Mutex<Option<ClusterError>>,
+    /// There is a user, and no token: authentication was not enabled.
+    is_missing: AtomicBool,
 }
 
 impl Token {
+    pub(super) fn is_missing(&self) -> bool {
+        self.0.is_missing.load(Ordering::Acquire)
+    }
+
+    /// Answers whether it was.
+    fn set_missing(&self, missing: bool) -> bool {
+        self.0.is_missing.swap(missing, Ordering::AcqRel)
+    }
+
     /// Changes with each renewal. To be noted before what may find the token refused.
     pub(super) fn version(&self) -> u64 {
         self.0.count.load(Ordering::Acquire)
+    }
+}
+
+/// Name and password.
+pub(super) type User = (String, String);
+
+/// A client for one endpoint, with a token of this user. Where authentication is not enabled it goes
+/// on without one, as etcd's own client does: then whoever enables it loses nobody.
+pub(super) async fn connect_as(
+    endpoint: &str,
+    connect: ConnectOptions,
+    user: Option<User>,
+) -> Result<(Client, Token), etcd_client::Error> {
+    // Without a user this is no I/O yet.
+    let mut client = Client::connect([endpoint], Some(connect)).await?;
+    let has_token = match user {
+        Some(user) => authenticate(&mut client, user).await?,
+        None => true,
+    };
+    let token = Token::default();
+    token.set_missing(!has_token);
+    Ok((client, token))
+}
+
+/// Gets a token, and answers whether there is one: false where authentication is not enabled.
+async fn authenticate(client: &mut Client, user: User) -> Result<bool, etcd_client::Error> {
+    match client.update_user(Some(user)).await {
+        Err(etcd_client::Error::GRpcStatus(status)) if status.message().contains(NOT_ENABLED) => {
+            client.update_user(None).await.map(|()| false)
+        }
+        result => result.map(|()| true),
     }
 }
 
@@ -45,20 +94,20 @@ impl Token {
 pub(super) type Fingerprint = Option<u128>;
 
 impl EtcdStore {
-    /// Adds TLS and user to the options of a new connection, from the files as they are now.
+    /// Adds TLS to the options of a new connection, from the files as they are now, and answers with
+    /// the user to make it for.
     pub(super) async fn secured(
         &self,
         endpoint: &str,
         connect: ConnectOptions,
-    ) -> Result<(ConnectOptions, Fingerprint), ClusterError> {
+    ) -> Result<(ConnectOptions, Fingerprint, Option<User>), ClusterError> {
         let options = &self.shared.options;
         let (connect, fingerprint) = self.with_tls(endpoint, connect).await?;
-        let Some(credentials) = &options.credentials else {
-            return Ok((connect, fingerprint));
+        let user = match &options.credentials {
+            Some(credentials) => Some((credentials.user.clone(), self.password(endpoint).await?)),
+            None => None,
         };
-        let password = self.password(endpoint).await?;
-        let connect = connect.with_user(&credentials.user, password);
-        Ok((connect, fingerprint))
+        Ok((connect, fingerprint, user))
     }
 
     #[cfg(not(feature = "tls"))]
@@ -120,10 +169,18 @@ impl EtcdStore {
         self.shared.options.credentials.is_some() && error.is_token_refused()
     }
 
-    /// The same for a watch that was asked for on this stream. An older etcd answers
-    /// "permission denied" when the token has expired, so that is believed of a new stream only.
-    pub(super) fn may_renew_for_watch(&self, error: &ClusterError, on: &WatchStreams) -> bool {
-        let doubtful = error.is_missing_permission() && on.age() > DOUBT_AFTER;
+    /// The same for a request with this one. Without any it was perhaps asked as the user of the client
+    /// certificate, who may not do this.
+    pub(super) fn may_renew_for(&self, error: &ClusterError, token: &Token) -> bool {
+        self.may_renew(error) || (token.is_missing() && error.is_missing_permission())
+    }
+
+    /// The same for a watch that was asked for on this connection. An older etcd answers
+    /// "permission denied" when the token has expired, or when there is none, so that is believed of a
+    /// new stream with a token only.
+    pub(super) fn may_renew_for_watch(&self, error: &ClusterError, on: &Connection) -> bool {
+        let doubtful = error.is_missing_permission()
+            && (on.watches.age() > DOUBT_AFTER || on.token.is_missing());
         self.shared.options.credentials.is_some() && (doubtful || error.is_token_refused())
     }
 
@@ -146,9 +203,12 @@ impl EtcdStore {
             *outcome = renewed.err();
             renewals.count.fetch_add(1, Ordering::Release);
         }
-        match &*outcome {
-            None => Ok(connection),
-            Some(error) => Err(error.clone()),
+        let error = outcome.clone();
+        drop(outcome);
+        match error {
+            // Perhaps with another stream for watches than a moment ago.
+            None => self.connection("authenticate").await,
+            Some(error) => Err(error),
         }
     }
 
@@ -158,22 +218,51 @@ impl EtcdStore {
         };
         let endpoint = &connection.endpoint;
         let password = self.password(endpoint).await?;
-        let user = Some((credentials.user.clone(), password));
+        let user = (credentials.user.clone(), password);
         let mut client: Client = connection.client.clone();
-        let renewal = client.update_user(user);
+        let renewal = authenticate(&mut client, user);
         let result = bounded("authenticate", endpoint, self.timeout(), renewal).await;
         if let Err(error) = &result
             && error.blames_connection()
         {
             self.discard(connection.generation, error);
         }
-        result.map_err(|error| self.about_access(error, String::new))?;
+        let has_token = result.map_err(|error| self.about_access(error, String::new))?;
+        let was_missing = connection.token.set_missing(!has_token);
+        self.tell_token(endpoint, has_token);
+        if has_token && was_missing {
+            // Watches that are asked for from now on must not be on a stream that has none.
+            self.with_fresh_watches(connection.clone(), &connection.watches);
+        }
         debug!(
             endpoint = &**endpoint,
             user = credentials.user,
+            has_token,
             "token renewed"
         );
         Ok(())
+    }
+
+    /// Says that a user is given and authentication is not enabled: once, until it is.
+    pub(super) fn tell_token(&self, endpoint: &str, has_token: bool) {
+        let Some(credentials) = &self.shared.options.credentials else {
+            return;
+        };
+        let user = &credentials.user;
+        let before = self.shared.has_no_token.swap(!has_token, Ordering::AcqRel);
+        match (before, has_token) {
+            (false, false) => {
+                warn!(
+                    endpoint,
+                    user, "{NOT_ENABLED_THERE}: going on without the user, until etcd asks for it"
+                );
+            }
+            (true, true) => info!(
+                endpoint,
+                user, "authentication is enabled, and the user is accepted"
+            ),
+            _ => {}
+        }
     }
 
     /// Puts into an error what only the options, or the caller, know: which user it is about,
@@ -237,7 +326,7 @@ pub(super) async fn blocking<T: Send + 'static>(
 impl ClusterError {
     /// Whether etcd refused the token, not the user.
     fn is_token_refused(&self) -> bool {
-        matches!(self, Self::Auth { reason, .. } if is_about_token(reason))
+        matches!(self, Self::Auth { reason, .. } if is_about_token(reason) || reason.contains(NONE_GIVEN))
     }
 }
 
@@ -264,10 +353,10 @@ pub(super) fn refusal(
     }
     let reason = if words.contains("invalid user ID or password") {
         "wrong user or password".to_owned()
-    } else if words.contains("authentication is not enabled") {
-        "authentication is not enabled there: enable it, or give no user and password".to_owned()
-    } else if words.contains("user name is empty") {
-        "it wants a user and a password, and none are given".to_owned()
+    } else if words.contains(NOT_ENABLED) {
+        NOT_ENABLED_THERE.to_owned()
+    } else if words.contains(NO_USER) {
+        NONE_GIVEN.to_owned()
     } else if is_about_token(words) {
         words.to_owned()
     } else {
@@ -421,7 +510,7 @@ mod tests {
                 "{words}"
             );
         }
-        for words in [INVALID_TOKEN, OLD_REVISION, OLD_REVISION_INSIDE] {
+        for words in [INVALID_TOKEN, OLD_REVISION, OLD_REVISION_INSIDE, NO_USER] {
             assert!(refusal("list", "e", words).is_some_and(|error| error.is_token_refused()));
         }
     }

@@ -1,0 +1,760 @@
+//! Who may do what in a real etcd: every feature under every role that the README has, rights that
+//! come later, authentication that is switched on and off, and files that are missing for a while.
+
+use std::time::Duration;
+
+use etcd_client::{Permission, PermissionType};
+use pingora_etcd::store::{EtcdStore, Selector, Store, WatchRange};
+use pingora_etcd::{
+    Change, Cluster, ClusterError, ClusterNodeBuilder, Credentials, DiscoveryStatus, EtcdOptions,
+    HealthStatus, MetricsCollector, NodeMetadata, Password, ServiceDiscovery, SnapshotFile,
+    metadata_keys,
+};
+
+use super::auth::{
+    Captured, Guarded, ROOT, SECRET, as_user, balancer, read_prefix, worker, write_prefix,
+};
+use super::common::certificates::Directory;
+use super::common::etcd::{Etcd, Setup};
+use super::common::{eventually, group, local, throughout, within};
+use super::{Running, builder, leader_id, ready, watch_group};
+
+/// Longer than any test: what goes has been removed, and has not run out.
+const LONG: i64 = 300;
+
+/// A right, for the group `workers` and the id `w1`.
+#[derive(Clone, Copy)]
+struct Right {
+    kind: &'static str,
+    key: &'static str,
+    is_prefix: bool,
+}
+
+const fn prefix(kind: &'static str, key: &'static str) -> Right {
+    Right {
+        kind,
+        key,
+        is_prefix: true,
+    }
+}
+
+const READ: &str = "read";
+const WRITE: &str = "readwrite";
+
+const BALANCER: [Right; 2] = [prefix(READ, "registry/"), prefix(READ, "election/")];
+const WORKER: [Right; 3] = [
+    Right {
+        kind: WRITE,
+        key: "registry/workers/w1",
+        is_prefix: false,
+    },
+    prefix(READ, "registry/workers/"),
+    prefix(WRITE, "election/workers/"),
+];
+const HANDOVER: Right = prefix(WRITE, "handover/workers/");
+
+impl Right {
+    /// For this node of this group instead.
+    fn permission(self, group: &str, id: &str) -> Permission {
+        let key = self.key.replace("workers", group).replace("w1", id);
+        let kind = match self.kind {
+            READ => PermissionType::Read,
+            _ => PermissionType::Readwrite,
+        };
+        let permission = Permission::new(kind, key);
+        if self.is_prefix {
+            permission.with_prefix()
+        } else {
+            permission
+        }
+    }
+
+    fn command(self, role: &str) -> String {
+        let Self { kind, key, .. } = self;
+        let prefix = if self.is_prefix { "--prefix=true " } else { "" };
+        format!("etcdctl role grant-permission {role} {prefix}{kind} {key}")
+    }
+}
+
+/// How the README makes the roles.
+fn commands() -> String {
+    let mut lines = Vec::new();
+    for (role, rights) in [("balancer", &BALANCER[..]), ("w1", &WORKER[..])] {
+        lines.push(format!("etcdctl role add {role}"));
+        lines.extend(rights.iter().map(|right| right.command(role)));
+        if role == "w1" {
+            lines.push(format!("{}    # optional", HANDOVER.command(role)));
+        }
+        lines.push(format!(
+            "etcdctl user add {role}            # asks for the password"
+        ));
+        lines.push(format!("etcdctl user grant-role {role} {role}\n"));
+    }
+    lines.join("\n")
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Role {
+    Balancer,
+    Worker,
+    Mover,
+}
+
+const ROLES: [Role; 3] = [Role::Balancer, Role::Worker, Role::Mover];
+
+impl Role {
+    fn title(self) -> &'static str {
+        match self {
+            Self::Balancer => "`balancer`",
+            Self::Worker => "`w1` without `handover/`",
+            Self::Mover => "`w1`",
+        }
+    }
+
+    fn permissions(self, group: &str, id: &str) -> Vec<Permission> {
+        let rights: &[Right] = match self {
+            Self::Balancer => &BALANCER,
+            Self::Worker | Self::Mover => &WORKER,
+        };
+        let optional = (self == Self::Mover).then_some(HANDOVER);
+        let all = rights.iter().copied().chain(optional);
+        all.map(|right| right.permission(group, id)).collect()
+    }
+}
+
+/// One role, in a group of its own.
+struct Setting<'a> {
+    guarded: &'a Guarded,
+    logged: &'a Captured,
+    role: Role,
+    group: String,
+}
+
+impl Setting<'_> {
+    /// The options of a user with this role, for a node of this id.
+    async fn options(&self, id: &str) -> EtcdOptions {
+        let user = format!("{}-{id}", self.group);
+        let permissions = self.role.permissions(&self.group, id);
+        self.guarded.user(&user, permissions).await;
+        self.guarded.options(&user)
+    }
+
+    async fn node(&self, id: &str) -> Result<Running, ClusterError> {
+        self.node_with(id, |builder| builder).await
+    }
+
+    async fn node_with(
+        &self,
+        id: &str,
+        change: impl FnOnce(ClusterNodeBuilder) -> ClusterNodeBuilder,
+    ) -> Result<Running, ClusterError> {
+        let etcd = self.options(id).await;
+        let builder = change(builder(&etcd, &self.group, id).ttl(LONG));
+        joined(Running::new(builder.try_build().unwrap())).await
+    }
+
+    /// What somebody sees who may see everything.
+    async fn seen(&self) -> ServiceDiscovery {
+        ready(&as_root(&self.guarded.etcd), &self.group).await
+    }
+}
+
+fn as_root(etcd: &Etcd) -> EtcdOptions {
+    let password = Password::Text(ROOT.1.to_owned());
+    etcd.options()
+        .credentials(Credentials::new(ROOT.0, password))
+}
+
+/// Whether it is registered, or what it is told instead.
+async fn joined(running: Running) -> Result<Running, ClusterError> {
+    let mut health = running.node.watch_health();
+    let is_told = |health: &HealthStatus| *health != HealthStatus::Unknown;
+    let told = within("it joins or is refused", health.wait_for(is_told)).await;
+    let told = *told.unwrap();
+    match told {
+        HealthStatus::Healthy => Ok(running),
+        _ => Err(running.node.resign().await.unwrap_err()),
+    }
+}
+
+struct Busy;
+
+impl MetricsCollector for Busy {
+    fn collect(&self) -> NodeMetadata {
+        serde_json::json!({ metadata_keys::QUEUE_DEPTH: 7 })
+    }
+}
+
+const WORKS: &str = "works";
+
+type Outcome = Result<&'static str, ClusterError>;
+
+async fn registers(of: Setting<'_>) -> Outcome {
+    let busy =
+        |builder: ClusterNodeBuilder| builder.metrics_collector(Busy).metrics_update_interval(1);
+    let node = of.node_with("n1", busy).await?;
+    let seen = of.seen().await;
+    within("it leads", node.node.wait_for_leadership()).await;
+    eventually("it is seen to lead", || {
+        leader_id(&seen).as_deref() == Some("n1")
+    })
+    .await;
+    eventually("its metrics are seen", || {
+        let nodes = seen.nodes();
+        let node = nodes.get("n1");
+        node.and_then(|node| node.metric(metadata_keys::QUEUE_DEPTH)) == Some(7.0)
+    })
+    .await;
+    Ok(WORKS)
+}
+
+async fn drains_and_leaves(of: Setting<'_>) -> Outcome {
+    let node = of.node("n1").await?;
+    let seen = of.seen().await;
+    within("it is seen", seen.wait_for_nodes(1)).await;
+    node.node.drain().await?;
+    eventually("it is seen to drain", || {
+        seen.nodes().iter().all(|node| !node.is_serving())
+    })
+    .await;
+    node.stop().await;
+    eventually("it is gone", || seen.nodes().is_empty()).await;
+    Ok(WORKS)
+}
+
+async fn resigns(of: Setting<'_>) -> Outcome {
+    let first = of.node("n1").await?;
+    within("it leads", first.node.wait_for_leadership()).await;
+    let second = of.node("n2").await?;
+    first.node.resign().await?;
+    within("the next one leads", second.node.wait_for_leadership()).await;
+    Ok(WORKS)
+}
+
+async fn transfers(of: Setting<'_>, queued: &[&str]) -> Outcome {
+    let first = of.node("n1").await?;
+    within("it leads", first.node.wait_for_leadership()).await;
+    let mut others = Vec::new();
+    for id in queued {
+        others.push(of.node(id).await?);
+    }
+    let target = others.last().unwrap();
+    let epoch = first.node.leadership().unwrap().epoch;
+    if let Err(error) = first.node.transfer_to(target.node.id()).await {
+        let leadership = first.node.leadership().unwrap();
+        assert_eq!(leadership.epoch, epoch, "its term goes on");
+        return Err(error);
+    }
+    within("the target leads", target.node.wait_for_leadership()).await;
+    Ok(WORKS)
+}
+
+async fn takes_over(of: Setting<'_>) -> Outcome {
+    let first = of.node("n1").await?;
+    within("it leads", first.node.wait_for_leadership()).await;
+    let high = |builder: ClusterNodeBuilder| {
+        let soon = Duration::from_millis(200);
+        builder.priority(7).takeover_after(soon)
+    };
+    let second = of.node_with("n2", high).await?;
+    let is_told = || told(of.logged, &of.group, "n2", "a right is missing") > 0;
+    eventually("it leads, or says why it does not", || {
+        second.node.is_leader() || is_told()
+    })
+    .await;
+    if second.node.is_leader() {
+        return Ok(WORKS);
+    }
+    throughout("it waits", Duration::from_secs(1), || {
+        first.node.is_leader()
+    })
+    .await;
+    assert_eq!(second.node.current_health(), HealthStatus::Healthy);
+    first.stop().await;
+    within("it is its turn", second.node.wait_for_leadership()).await;
+    Ok("waits for its turn")
+}
+
+async fn shares_a_lease(of: Setting<'_>) -> Outcome {
+    let etcd = of.options("n1").await;
+    let other = format!("{}-other", of.group);
+    let user = format!("{}-n1", of.group);
+    let mut root = of.guarded.root.clone();
+    for permission in of.role.permissions(&other, "n1") {
+        root.role_grant_permission(&user, permission).await.unwrap();
+    }
+    let cluster = Cluster::builder(etcd).ttl(LONG).try_build().unwrap();
+    let node = |group: &str| cluster.node("n1", local(), group).try_build().unwrap();
+    let stays = joined(Running::new(node(&of.group))).await?;
+    let goes = joined(Running::new(node(&other))).await?;
+    let seen = of.seen().await;
+    let seen_other = ready(&as_root(&of.guarded.etcd), &other).await;
+    within("it is seen", seen.wait_for_nodes(1)).await;
+    within("it is seen there", seen_other.wait_for_nodes(1)).await;
+    goes.stop().await;
+    eventually("it is gone there", || seen_other.nodes().is_empty()).await;
+    assert_eq!(stays.node.current_health(), HealthStatus::Healthy);
+    assert_eq!(seen.nodes().len(), 1);
+    Ok(WORKS)
+}
+
+/// Whether it is ready, or what it is told instead.
+async fn watches(etcd: &EtcdOptions, group: &str) -> Result<ServiceDiscovery, ClusterError> {
+    let store = EtcdStore::new(etcd.clone())?;
+    for prefix in ["registry", "election"] {
+        let all = Selector::Prefix(format!("{prefix}/{group}/"));
+        store.list(&all, None).await?;
+    }
+    Ok(ready(etcd, group).await)
+}
+
+async fn discovers(of: Setting<'_>) -> Outcome {
+    let discovery = watches(&of.options("n1").await, &of.group).await?;
+    let mut changes = discovery.changes();
+    let root = as_root(&of.guarded.etcd);
+    let node = Running::start(&root, &of.group, "other").await;
+    within("it is heard of", async {
+        while !matches!(changes.next().await, Change::Joined(node) if node.id == "other") {}
+    })
+    .await;
+    let leadership = within("it leads", node.node.wait_for_leadership()).await;
+    eventually("it is seen to lead", || {
+        discovery
+            .leadership()
+            .is_some_and(|seen| seen.epoch == leadership.epoch)
+    })
+    .await;
+    Ok(WORKS)
+}
+
+async fn keeps_a_snapshot(of: Setting<'_>) -> Outcome {
+    let etcd = of.options("n1").await;
+    watches(&etcd, &of.group).await?;
+    let _node = Running::start(&as_root(&of.guarded.etcd), &of.group, "other").await;
+    let files = Directory::new();
+    let with_file = |etcd: EtcdOptions| {
+        ServiceDiscovery::builder(etcd, &of.group)
+            .snapshot_file(SnapshotFile::new(files.file("nodes")))
+            .try_build()
+            .unwrap()
+    };
+    write_snapshot(&with_file(etcd)).await;
+    let nowhere = EtcdOptions::new(["http://127.0.0.1:9"]);
+    read_snapshot(&with_file(nowhere)).await;
+    Ok(WORKS)
+}
+
+/// Of one node.
+async fn write_snapshot(discovery: &ServiceDiscovery) {
+    let seen = async {
+        within("it is seen", discovery.wait_for_nodes(1)).await;
+    };
+    discovery.run_until(seen).await.unwrap();
+}
+
+async fn read_snapshot(discovery: &ServiceDiscovery) {
+    let from_disk = async {
+        eventually("it is read", || {
+            matches!(discovery.status(), DiscoveryStatus::FromDisk { .. })
+        })
+        .await;
+    };
+    discovery.run_until(from_disk).await.unwrap();
+    assert_eq!(discovery.nodes().len(), 1);
+}
+
+async fn falls_back(of: Setting<'_>) -> Outcome {
+    let etcd = of.options("n1").await.serializable_fallback(true);
+    ServiceDiscovery::builder(etcd, &of.group).try_build()?;
+    Ok(WORKS)
+}
+
+const FEATURES: [&str; 10] = [
+    "register, be elected, publish metrics",
+    "drain, leave",
+    "`resign`",
+    "`transfer_to` the next in the queue",
+    "`transfer_to` past others",
+    "a higher `priority` takes over",
+    "nodes of two groups in a `Cluster`, one of which leaves",
+    "discovery: nodes, changes, the leader (for `LeaderRoute`, too)",
+    "snapshot file",
+    "`serializable_fallback`",
+];
+
+async fn outcome(feature: usize, of: Setting<'_>) -> Outcome {
+    match feature {
+        0 => registers(of).await,
+        1 => drains_and_leaves(of).await,
+        2 => resigns(of).await,
+        3 => transfers(of, &["n2"]).await,
+        4 => transfers(of, &["n2", "n3"]).await,
+        5 => takes_over(of).await,
+        6 => shares_a_lease(of).await,
+        7 => discovers(of).await,
+        8 => keeps_a_snapshot(of).await,
+        _ => falls_back(of).await,
+    }
+}
+
+fn cell(outcome: Outcome) -> String {
+    match outcome {
+        Ok(told) => told.to_owned(),
+        Err(ClusterError::PermissionDenied { .. }) => "refused: permission denied".to_owned(),
+        Err(ClusterError::InvalidConfig { .. }) => "no, with a password".to_owned(),
+        Err(other) => panic!("{other}"),
+    }
+}
+
+/// How often a node has logged this.
+fn told(logged: &Captured, group: &str, node: &str, what: &str) -> usize {
+    let (group, node) = (format!("group={group} "), format!("node={node} "));
+    let text = logged.text();
+    let lines = text.lines();
+    let told =
+        lines.filter(|line| line.contains(what) && line.contains(&group) && line.contains(&node));
+    told.count()
+}
+
+/// The README's commands and its table are what this prints.
+#[tokio::test]
+async fn every_feature_under_every_role_is_as_the_readme_says() {
+    // Everything of this test runs on this thread.
+    let (logged, _logging) = Captured::start("pingora_etcd=info");
+    let guarded = Guarded::new(&[]).await;
+    let line = |cells: &[String]| format!("| {} |", cells.join(" | "));
+    let titles = ROLES.iter().map(|role| role.title().to_owned());
+    let titles: Vec<_> = std::iter::once(String::new()).chain(titles).collect();
+    let mut table = vec![line(&titles), "|---|---|---|---|".to_owned()];
+    for (index, feature) in FEATURES.iter().enumerate() {
+        let mut cells = vec![(*feature).to_owned()];
+        for (number, role) in ROLES.into_iter().enumerate() {
+            let of = Setting {
+                guarded: &guarded,
+                logged: &logged,
+                role,
+                group: group(&format!("rights-{index}-{number}")),
+            };
+            cells.push(cell(outcome(index, of).await));
+        }
+        table.push(line(&cells));
+    }
+    let (commands, table) = (commands(), table.join("\n"));
+    println!("{commands}\n{table}");
+    let readme = include_str!("../../README.md");
+    for part in [commands, table] {
+        assert!(readme.contains(&part), "not in README.md:\n{part}");
+    }
+}
+
+#[tokio::test]
+async fn a_right_that_is_missing_is_named_once_and_one_that_is_granted_later_takes_effect() {
+    let (logged, _logging) = Captured::start("pingora_etcd=debug");
+    let guarded = Guarded::new(&[]).await;
+    let group = group("later");
+    let ids = ["n1", "n2", "n3"];
+    for id in ids {
+        guarded.user(id, worker(&group, id)).await;
+    }
+    let grant = async |permission: Permission| {
+        let mut root = guarded.root.clone();
+        for id in ids {
+            let granted = root.role_grant_permission(id, permission.clone());
+            granted.await.unwrap();
+        }
+    };
+    let start = async |id: &str, priority: u16| {
+        let node = builder(&guarded.options(id), &group, id)
+            .ttl(LONG)
+            .priority(priority)
+            .takeover_after(Duration::from_millis(200));
+        joined(Running::new(node.try_build().unwrap()))
+            .await
+            .unwrap()
+    };
+    let first = start("n1", 0).await;
+    let leadership = within("it leads", first.node.wait_for_leadership()).await;
+    let _second = start("n2", 0).await;
+    let third = start("n3", 7).await;
+    let told = |what: &str| told(&logged, &group, "n3", what);
+
+    let transfer = async || {
+        let error = first.node.transfer_to("n3").await.unwrap_err();
+        println!("{error}");
+        assert!(matches!(error, ClusterError::PermissionDenied { .. }));
+        error.to_string()
+    };
+    let error = transfer().await;
+    let key = format!("list of registry/{group}/n");
+    assert!(error.contains(&key), "{error}");
+
+    let missing = |right: &str| format!("missing=\"{right}/{group}/\"");
+    let (requests, nodes) = (missing("read handover"), missing("read registry"));
+    eventually("it is told", || told(&requests) == 1).await;
+    throughout("it waits for its turn", Duration::from_secs(1), || {
+        first.node.is_leader()
+    })
+    .await;
+    grant(write_prefix(format!("handover/{group}/"))).await;
+    eventually("it notices", || told("has been granted") == 1).await;
+    eventually("the next one is told", || told(&nodes) == 1).await;
+    // It compares five times a second.
+    throughout("it waits for its turn", Duration::from_secs(2), || {
+        first.node.is_leader()
+    })
+    .await;
+    transfer().await;
+    // Told once each, and never an error that would have it wait without watching.
+    assert_eq!((told(&requests), told(&nodes)), (1, 1));
+    assert_eq!(told("cannot read or write"), 0);
+    assert_eq!(first.node.leadership(), Some(leadership));
+    grant(read_prefix(format!("registry/{group}/"))).await;
+    within("it takes over", third.node.wait_for_leadership()).await;
+    third.node.transfer_to("n1").await.unwrap();
+    within("and hands over", first.node.wait_for_leadership()).await;
+}
+
+#[tokio::test]
+async fn authentication_is_switched_on_and_off_under_those_who_run() {
+    let (logged, _logging) = Captured::start("pingora_etcd=info");
+    let mut guarded = Guarded::open(Setup {
+        arguments: vec!["--bcrypt-cost=4".to_owned()],
+        ..Setup::default()
+    })
+    .await;
+    let group = group("switched");
+    guarded.user("balancer", balancer()).await;
+    for id in ["n1", "n2"] {
+        guarded.user(id, worker(&group, id)).await;
+    }
+    let etcd = guarded.etcd.options();
+    let discovery = ready(&as_user(etcd.clone(), "balancer"), &group).await;
+    let node = Running::start(&as_user(etcd.clone(), "n1"), &group, "n1").await;
+    let leadership = within("it leads", node.node.wait_for_leadership()).await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+    let without = "authentication is not enabled there: going on without the user";
+    let told = |what: &str| {
+        logged
+            .text()
+            .lines()
+            .filter(|line| line.contains(what))
+            .count()
+    };
+    assert_eq!(told(without), 2, "one each");
+
+    let holds = || {
+        discovery.nodes().get("n1").is_some()
+            && discovery.status() == DiscoveryStatus::Live
+            && node.node.current_health() == HealthStatus::Healthy
+            && node.node.leadership().as_ref() == Some(&leadership)
+    };
+    let joins_and_leaves = async || {
+        let late = Running::start(&as_user(etcd.clone(), "n2"), &group, "n2").await;
+        within("who joins is seen", discovery.wait_for_nodes(2)).await;
+        late.stop().await;
+        eventually("who leaves is seen", || discovery.nodes().len() == 1).await;
+    };
+    joins_and_leaves().await;
+    // A connection that is in use, and a stream that is younger than any doubt about its token.
+    let store = EtcdStore::new(as_user(etcd.clone(), "balancer")).unwrap();
+    let all = || WatchRange {
+        keys: Selector::Prefix(format!("registry/{group}/")),
+        from: 0,
+    };
+    let mut old = store.watch(vec![all()]).await.unwrap();
+
+    guarded.enable().await;
+    let mut new = store.watch(vec![all()]).await.unwrap();
+    store.list(&all().keys, None).await.unwrap();
+    throughout("enabled: nobody is lost", Duration::from_secs(5), holds).await;
+    joins_and_leaves().await;
+    for watch in [&mut old, &mut new] {
+        let events = within("an event", watch.next()).await.unwrap();
+        assert!(!events.is_empty());
+    }
+    let nobody = watch_group(&etcd, &group);
+    throughout("without a user", Duration::from_secs(1), || {
+        !nobody.is_ready() && holds()
+    })
+    .await;
+
+    guarded.root.auth_disable().await.unwrap();
+    within("who was refused is let in", nobody.wait_ready()).await;
+    throughout("disabled: nobody is lost", Duration::from_secs(5), holds).await;
+    joins_and_leaves().await;
+
+    guarded.etcd.stop();
+    guarded.etcd.start();
+    let is_here = || discovery.nodes().get("n1").is_some();
+    // More than two TTLs.
+    throughout("restarted: nobody is lost", Duration::from_secs(5), is_here).await;
+    let is_well = || {
+        is_here()
+            && discovery.status() == DiscoveryStatus::Live
+            && node.node.current_health() == HealthStatus::Healthy
+            && node.node.is_leader()
+    };
+    eventually("all is well", is_well).await;
+    joins_and_leaves().await;
+
+    guarded.root = guarded.etcd.raw_client().await;
+    guarded.enable().await;
+    throughout("enabled again", Duration::from_secs(5), is_well).await;
+    joins_and_leaves().await;
+    node.node.resign().await.unwrap();
+    within("it can write", node.node.wait_for_leadership()).await;
+    // Those who have run all the time said it once; the others are new processes each time.
+    let by = |user: &str| {
+        let user = format!("user=\"{user}\"");
+        let text = logged.text();
+        let lines = text.lines();
+        let told = lines.filter(|line| line.contains(without) && line.contains(&user));
+        told.count()
+    };
+    assert_eq!(by("n1"), 1);
+    // The discovery, and the store.
+    assert_eq!(by("balancer"), 2);
+    assert!(!logged.text().contains(SECRET));
+    node.stop().await;
+    eventually("and leave", || discovery.nodes().is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_missing_for_a_while_ends_nobody() {
+    let guarded = Guarded::new(&[]).await;
+    let group = group("missing");
+    guarded.user("balancer", balancer()).await;
+    guarded.user("n1", worker(&group, "n1")).await;
+    let files = Directory::new();
+    let file = files.write("password", SECRET);
+    let from_file = |user: &str| {
+        let credentials = Credentials::new(user, Password::File(file.clone()));
+        guarded.etcd.options().credentials(credentials)
+    };
+    // There at the start, and not when it is needed.
+    let discovery = ServiceDiscovery::builder(from_file("balancer"), &group)
+        .try_build()
+        .unwrap();
+    let node = builder(&from_file("n1"), &group, "n1").try_build().unwrap();
+    let cluster = Cluster::connect(from_file("balancer")).unwrap();
+    let shared = cluster.discovery(&group).try_build().unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let error = builder(&from_file("n1"), &group, "n1").try_build();
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("password_file"),
+        "judged at the start: {error}"
+    );
+
+    let follow = |discovery: &ServiceDiscovery| {
+        let running = discovery.clone();
+        tokio::spawn(async move { running.run(None).await })
+    };
+    let (following, also) = (follow(&discovery), follow(&shared));
+    let running = Running::new(node);
+    let run = || !(following.is_finished() || also.is_finished() || running.task.is_finished());
+    throughout("they wait", Duration::from_secs(2), || {
+        run() && !discovery.is_ready() && running.node.current_health() != HealthStatus::Healthy
+    })
+    .await;
+    let error = running.node.resign().await.unwrap_err();
+    println!("{error}");
+    files.write("password", SECRET);
+    within("the discovery is ready", discovery.wait_ready()).await;
+    within("the other one too", shared.wait_ready()).await;
+    running.wait_until_healthy().await;
+    within("it leads", running.node.wait_for_leadership()).await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+
+    // Rotated while they run, with a gap. etcd forgets the tokens of before at once.
+    std::fs::remove_file(&file).unwrap();
+    let mut root = guarded.root.clone();
+    for user in ["balancer", "n1"] {
+        root.user_change_password(user, "another").await.unwrap();
+    }
+    throughout("they go on", Duration::from_secs(5), || {
+        run() && discovery.nodes().len() == 1 && running.node.is_leader()
+    })
+    .await;
+    files.write("password", "another");
+    let store = EtcdStore::new(from_file("balancer")).unwrap();
+    let any = Selector::Prefix(format!("registry/{group}/"));
+    assert_eq!(store.list(&any, None).await.unwrap().entries.len(), 1);
+    within("it can write", async {
+        while running.node.resign().await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    running.stop().await;
+    eventually("and leave", || discovery.nodes().is_empty()).await;
+    assert!(!following.is_finished() && !also.is_finished());
+}
+
+#[tokio::test]
+async fn a_key_prefix_without_a_slash_is_given_one_on_both_sides() {
+    let etcd = Etcd::shared();
+    let group = group("slash");
+    for prefix in ["prod", "/prod"] {
+        let with = |prefix: &str| etcd.options().key_prefix(prefix);
+        let node = Running::start(&with(prefix), &group, "n1").await;
+        let key = format!("{prefix}/registry/{group}/n1");
+        let got = etcd.raw_client().await.get(key, None).await.unwrap();
+        assert_eq!(got.kvs().len(), 1, "{prefix}");
+        let with_slash = format!("{prefix}/");
+        for same in [prefix, &with_slash] {
+            let discovery = ready(&with(same), &group).await;
+            within("it is seen", discovery.wait_for_nodes(1)).await;
+            within("it leads", discovery.wait_for_leader()).await;
+        }
+        let files = Directory::new();
+        let with_file = |etcd: EtcdOptions| {
+            ServiceDiscovery::builder(etcd, &group)
+                .snapshot_file(SnapshotFile::new(files.file("nodes")))
+                .try_build()
+                .unwrap()
+        };
+        write_snapshot(&with_file(with(prefix))).await;
+        let nowhere = EtcdOptions::new(["http://127.0.0.1:9"]);
+        read_snapshot(&with_file(nowhere.key_prefix(with_slash))).await;
+        node.stop().await;
+    }
+    for wrong in [" ", "prod//"] {
+        let options = etcd.options().key_prefix(wrong);
+        let node = builder(&options, &group, "n1").try_build().unwrap_err();
+        let discovery = ServiceDiscovery::builder(options.clone(), &group).try_build();
+        let cluster = Cluster::connect(options).unwrap_err();
+        for error in [node, discovery.unwrap_err(), cluster] {
+            assert!(error.to_string().contains("key_prefix"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_password_in_an_endpoint_is_refused_and_shown_nowhere() {
+    for endpoint in [
+        "http://root:MARKER-1@127.0.0.1:1",
+        "root:p@MARKER-1@127.0.0.1",
+    ] {
+        let endpoints = vec![endpoint.to_owned()];
+        let ip = local();
+        let built = ClusterNodeBuilder::new(endpoints.clone(), "n", ip, "g").build();
+        let builder = ServiceDiscovery::builder(endpoints.clone(), "g");
+        let cluster = Cluster::builder(endpoints.clone());
+        let mut shown = format!("{built:?} {builder:?} {cluster:?}");
+        let errors = [
+            ClusterNodeBuilder::new(endpoints.clone(), "n", ip, "g")
+                .try_build()
+                .unwrap_err(),
+            builder.try_build().unwrap_err(),
+            cluster.try_build().unwrap_err(),
+            EtcdStore::new(endpoints.into()).unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(error, ClusterError::InvalidEndpoint { .. }));
+            shown.push_str(&format!("{error} {error:?}"));
+        }
+        assert!(shown.contains("...@127.0.0.1"), "{shown}");
+        assert!(!shown.contains("MARKER"), "{shown}");
+    }
+}
