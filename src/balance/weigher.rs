@@ -29,7 +29,7 @@ const CLOCK_SET_MS: u64 = 60_000;
 
 /// How long requests in flight count that were reported.
 const REPORTS_COUNT: Duration = Duration::from_secs(5);
-/// A weight stays above 0.
+/// A weight above 0 stays above 0.
 const MIN_SPILL: f64 = 1e-6;
 
 /// What weights follow from.
@@ -163,7 +163,7 @@ impl Known {
     }
 
     fn counts(&self) -> bool {
-        !self.shadowed && self.node.is_serving()
+        !self.shadowed && self.node.is_serving() && self.base > 0.0
     }
 }
 
@@ -649,7 +649,7 @@ impl Weigher {
         seen.map(|known| &known.member)
     }
 
-    /// Every address once, without draining nodes.
+    /// Every address once, without nodes that are to get nothing.
     pub(super) fn serving(&self) -> Vec<Arc<Member>> {
         let serving = self.known.iter().filter(|known| known.counts());
         serving.map(|known| known.member.clone()).collect()

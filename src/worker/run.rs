@@ -170,8 +170,7 @@ impl Shared {
             entry.state = NodeState::Draining;
         }
         change(&mut entry);
-        // Only a map with keys that are no strings could fail, and `Node` has none.
-        serde_json::to_vec(&entry).unwrap_or_default()
+        entry.to_json()
     }
 
     pub(super) fn set_draining(&self) {
