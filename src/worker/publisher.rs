@@ -168,3 +168,24 @@ impl Shared {
         store.txn(update)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_limit_is_told_once_and_counted_each_time() {
+        let refused = Refusals::default();
+        let deep = (0..130).fold(NodeMetadata::Null, |inner, _| {
+            NodeMetadata::Array(vec![inner])
+        });
+        let long = NodeMetadata::from("x".repeat(70_000));
+        for (value, told) in [(&deep, true), (&long, true), (&deep, false), (&long, false)] {
+            let excess = Bounds::default().check_value(value).unwrap_err();
+            assert_eq!(refused.count(&excess), told, "{excess}");
+        }
+        let counted = refused.so_far();
+        assert_eq!((counted.too_deep, counted.too_long), (2, 2));
+        assert_eq!(counted.total(), 4);
+    }
+}
