@@ -23,8 +23,8 @@ use crate::error::ClusterError;
 /// `update_frequency`, which has to be set; weights reach
 /// [`MetricsWeighted`](super::MetricsWeighted) at once.
 ///
-/// Each `discover` says of every backend whether it is enabled: draining nodes are not. That
-/// overrules what `set_enable` said before; to take a node out by hand, let it
+/// Each `discover` says of every backend whether it is enabled: draining nodes, and those with a
+/// static weight of 0, are not. That overrules what `set_enable` said before; to take a node out by hand, let it
 /// [`drain`](crate::ClusterNode::drain).
 ///
 /// ```
