@@ -53,11 +53,11 @@ fn main() -> ExitCode {
     match build(&arguments) {
         Ok(server) if !arguments.test => server.run_forever(),
         Ok(_) => {
-            println!("{}: ok", arguments.conf);
+            log::say(format_args!("{}: ok", arguments.conf));
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("load_balancer: {error}");
+            log::complain(format_args!("load_balancer: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -136,7 +136,7 @@ impl BackgroundService for Workers {
 fn explain(config: &ClusterConfig, count: u16) {
     let listen = &config.listen;
     let (first, last) = (FIRST_DEMO_PORT, FIRST_DEMO_PORT + count - 1);
-    println!(
+    log::say(format_args!(
         "\
 load balancer on http://{listen}, {count} workers on ports {first} to {last}, group {group}
 
@@ -152,5 +152,5 @@ Try, in another terminal:
 Ctrl-C ends it.
 ",
         group = config.group,
-    );
+    ));
 }
