@@ -67,6 +67,7 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
     let (config, server_conf) = config::load(&arguments.conf)?;
     let options = Opt {
         upgrade: arguments.upgrade,
+        test: arguments.test,
         ..Opt::default()
     };
     let mut server = Server::new_with_opt_and_conf(options, server_conf);
@@ -79,11 +80,6 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
         server.add_service(background_service("demo workers", workers));
     }
     if !arguments.test {
-        if !arguments.upgrade {
-            // Pingora would try for half a minute, and panic then.
-            std::net::TcpListener::bind(&config.listen)
-                .map_err(|error| format!("cannot listen on {}: {error}", config.listen))?;
-        }
         server.bootstrap();
         if arguments.demo > 0 {
             explain(&config, arguments.demo);
@@ -104,7 +100,7 @@ impl BackgroundService for Workers {
         let mut workers = JoinSet::new();
         let cluster = match Cluster::connect(&self.config.etcd) {
             Ok(cluster) => cluster,
-            Err(error) => return tracing::error!(%error, "no workers"),
+            Err(error) => ends(&error),
         };
         for index in 0..self.count {
             let port = FIRST_DEMO_PORT + index;
@@ -129,8 +125,19 @@ impl BackgroundService for Workers {
                 }
             });
         }
-        while workers.join_next().await.is_some() {}
+        while let Some(ended) = workers.join_next().await {
+            if let Err(error) = ended {
+                ends(&error);
+            }
+        }
     }
+}
+
+/// A worker that panicked, or none at all: the demonstration would go on without, and nobody would
+/// know why.
+fn ends(reason: &dyn std::fmt::Display) -> ! {
+    log::complain(format_args!("load_balancer: workers: {reason}"));
+    std::process::exit(1);
 }
 
 fn explain(config: &ClusterConfig, count: u16) {

@@ -4,6 +4,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod away;
+mod deaths;
+mod fields;
 mod logs;
+mod members;
 mod snapshot;
 mod world;

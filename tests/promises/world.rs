@@ -64,7 +64,7 @@ pub struct Balancer {
     pub url: String,
     pub listen: String,
     log: PathBuf,
-    conf: PathBuf,
+    pub conf: PathBuf,
 }
 
 /// How one is started.
@@ -79,6 +79,7 @@ pub struct Setup {
     pub more: String,
     pub log: Log,
     pub listen: Option<String>,
+    pub argument: Option<&'static str>,
 }
 
 impl Setup {
@@ -91,6 +92,7 @@ impl Setup {
             more: String::new(),
             log: Log::File,
             listen: None,
+            argument: None,
         }
     }
 
@@ -122,6 +124,11 @@ impl Setup {
         self
     }
 
+    pub fn argument(mut self, argument: &'static str) -> Self {
+        self.argument = Some(argument);
+        self
+    }
+
     /// Starts it, whether it comes to answer or not.
     pub fn start(&self) -> Balancer {
         let listen = self.listen.clone();
@@ -143,7 +150,7 @@ impl Setup {
         );
         std::fs::write(&conf, text).unwrap();
         let mut command = Command::new(optimised(self.program));
-        command.arg("--conf").arg(&conf);
+        command.arg("--conf").arg(&conf).args(self.argument);
         Balancer {
             program: start(command, self.log, &log),
             url: format!("http://{listen}"),
