@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::common::etcd::Etcd;
 use super::common::link::Link;
-use super::common::{free_port, group, local};
+use super::common::{eventually, free_port, group, local};
 use super::world::{Backend, Setup, delete, put, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -44,6 +44,8 @@ async fn the_last_view_is_served_resumed_and_listed_again_after_a_compaction() {
     keys.compact(revision, Some(physical)).await.unwrap();
     assert_eq!(balancer.gets(8).await.len(), 2, "the last view");
     link.cut();
+    // Or what has been held back would be passed.
+    eventually("it is cut", || link.open() == 0).await;
     link.set_silent(false);
     balancer.until_served_by(&["b", "c"]).await;
     let told = balancer.told();

@@ -267,11 +267,10 @@ async fn a_run_that_panics_is_over_for_its_handles_and_can_be_run_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_port_that_is_taken_is_an_error_and_an_exit() {
-    let etcd = Etcd::shared();
     let taken = std::net::TcpListener::bind((local(), 0)).unwrap();
     let address = taken.local_addr().unwrap().to_string();
     for program in ["load_balancer", "leader_routing"] {
-        let setup = Setup::new(etcd.endpoints(), &group("taken")).program(program);
+        let setup = Setup::shared(&group("taken")).program(program);
         let mut balancer = setup.listen(&address).start();
         let (status, took) = balancer.program.ended().await;
         assert!(
@@ -317,7 +316,7 @@ async fn a_process_that_takes_the_sockets_over_listens_on_them() {
     let mut keys = etcd.raw_client().await;
     let backend = super::world::Backend::start("b1").await;
     put(&mut keys, &group, &backend.entry(json!({})), None).await;
-    let setup = Setup::new(etcd.endpoints(), &group);
+    let setup = Setup::shared(&group);
     let mut old = setup.serving().await;
     let tested = Command::new(optimised("load_balancer"))
         .args(["--test", "--conf"])

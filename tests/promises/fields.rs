@@ -17,19 +17,12 @@ async fn two(name: &str, a: Value, b: Value) -> (Setup, etcd_client::Client, [Ba
     for (backend, more) in backends.iter().zip([a, b]) {
         put(&mut keys, &group, &backend.entry(more), None).await;
     }
-    (Setup::new(etcd.endpoints(), &group), keys, backends)
+    (Setup::shared(&group), keys, backends)
 }
 
-/// How many of so many GETs `a` answers, once both are known.
+/// How many of so many GETs `a` answers.
 async fn of_a(setup: &Setup, fields: &str, count: usize) -> usize {
     let balancer = setup.clone().with(fields).serving().await;
-    until("both are known", async || {
-        balancer.told().contains("nodes=2")
-            || balancer
-                .told()
-                .contains("nodes\u{1b}[0m\u{1b}[2m=\u{1b}[0m2")
-    })
-    .await;
     let counted = balancer.gets(count).await;
     let known = ["a", "b"].iter().filter_map(|id| counted.get(*id));
     assert_eq!(known.sum::<usize>(), count, "{counted:?}");
@@ -82,7 +75,7 @@ async fn adaptive_turns_away_from_what_fails_and_back() {
     let balancer = setup.with(fields).serving().await;
     until("it is left out", async || {
         let counted = balancer.gets(50).await;
-        counted.get("500").copied().unwrap_or(0) <= 2
+        counted.get("b").is_some_and(|b| *b >= 48)
     })
     .await;
     a.answers(200);
@@ -202,7 +195,7 @@ async fn entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once
          allowed_ports: [{}]\nlimits: {{ value_bytes: 2000, depth: 8, values: 32 }}",
         good.port
     );
-    let setup = Setup::new(etcd.endpoints(), &group);
+    let setup = Setup::shared(&group);
     let balancer = setup.clone().with(&fields).serving().await;
     balancer.until_served_by(&["good"]).await;
     // They are written again, and the good one too.
@@ -273,7 +266,7 @@ async fn tries_time_outs_and_the_default_port() {
     let good = Backend::start("good").await;
     put(&mut keys, &group, &entry("good", None, json!({})), None).await;
     let port = format!("default_port: {}\npolicy: round_robin", good.port);
-    let setup = Setup::new(etcd.endpoints(), &group).with(&port);
+    let setup = Setup::shared(&group).with(&port);
     setup.serving().await.until_served_by(&["good"]).await;
 
     // Nobody listens there.
@@ -375,7 +368,7 @@ async fn a_key_prefix_goes_before_every_key() {
         .await
         .unwrap();
     put(&mut keys, &group, &outside.entry(json!({})), None).await;
-    let setup = Setup::new(etcd.endpoints(), &group).etcd("key_prefix: 'apps/one/'");
+    let setup = Setup::shared(&group).etcd("key_prefix: 'apps/one/'");
     setup.serving().await.until_served_by(&["inside"]).await;
 }
 
@@ -405,7 +398,7 @@ async fn a_mass_expiry_does_not_empty_the_pool_while_requests_succeed() {
         put(&mut keys, &group, &backend.entry(json!({})), Some(lease)).await;
         backends.push(backend);
     }
-    let setup = Setup::new(etcd.endpoints(), &group).with("policy: round_robin");
+    let setup = Setup::shared(&group).with("policy: round_robin");
     let default = setup.serving().await;
     let short = setup
         .clone()

@@ -10,4 +10,5 @@ mod fields;
 mod logs;
 mod members;
 mod snapshot;
+mod table;
 mod world;

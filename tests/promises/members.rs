@@ -19,6 +19,8 @@ async fn a_worker_comes_back_whatever_took_its_lease_and_leaves_within_two_secon
     let mut keys = etcd.raw_client().await;
     let mut worker = worker(&etcd, &group, "w1");
     let (_, lease) = until_registered(&mut keys, &group, "w1", |_, _| true).await;
+    // One that has lasted shows that the store works.
+    tokio::time::sleep(Duration::from_secs(3)).await;
     let start = Instant::now();
     keys.lease_revoke(lease).await.unwrap();
     until_registered(&mut keys, &group, "w1", |_, now| now != lease).await;

@@ -13,6 +13,7 @@ use etcd_client::{Client, PutOptions};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+use super::common::etcd::Etcd;
 use super::common::load::{client, until_it_answers};
 use super::common::programs::{Program, optimised};
 use super::common::{DEADLINE, free_port, local};
@@ -71,10 +72,12 @@ pub struct Balancer {
 #[derive(Clone)]
 pub struct Setup {
     pub program: &'static str,
+    /// It is there for as long as this is.
+    pub etcd: Option<Arc<Etcd>>,
     pub endpoints: Vec<String>,
     pub group: String,
     /// Further fields of `cluster.etcd`, in a line.
-    pub etcd: String,
+    pub fields_of_etcd: String,
     /// Further lines of `cluster`.
     pub more: String,
     pub log: Log,
@@ -86,13 +89,23 @@ impl Setup {
     pub fn new(endpoints: Vec<String>, group: &str) -> Self {
         Self {
             program: "load_balancer",
+            etcd: None,
             endpoints,
             group: group.to_owned(),
-            etcd: String::new(),
+            fields_of_etcd: String::new(),
             more: String::new(),
             log: Log::File,
             listen: None,
             argument: None,
+        }
+    }
+
+    /// With the etcd that the tests share.
+    pub fn shared(group: &str) -> Self {
+        let etcd = Etcd::shared();
+        Self {
+            etcd: Some(etcd.clone()),
+            ..Self::new(etcd.endpoints(), group)
         }
     }
 
@@ -102,7 +115,7 @@ impl Setup {
     }
 
     pub fn etcd(mut self, fields: &str) -> Self {
-        self.etcd = format!(", {fields}");
+        self.fields_of_etcd = format!(", {fields}");
         self
     }
 
@@ -144,7 +157,7 @@ impl Setup {
              cluster:\n  etcd: {{ endpoints: {endpoints:?}{etcd} }}\n  group: {group}\n  listen: '{listen}'\n{more}",
             socket = scratch(&format!("{name}.sock")).display(),
             endpoints = self.endpoints,
-            etcd = self.etcd,
+            etcd = self.fields_of_etcd,
             group = self.group,
             more = self.more,
         );
