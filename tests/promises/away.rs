@@ -69,10 +69,10 @@ async fn silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried()
         let behind = format!("http://{}", link.address());
         [vec![behind], etcd.endpoints()].concat()
     };
-    let balancer = Setup::new(endpoints(&link), &group).serving().await;
+    let setup = |link: &Link| Setup::new(endpoints(link), &group).with("policy: round_robin");
+    let balancer = setup(&link).serving().await;
     let fields = "silence_timeout_ms: 500, request_timeout_ms: 500, connect_timeout_ms: 500";
-    let hasty = Setup::new(endpoints(&hasty_link), &group).etcd(fields);
-    let hasty = hasty.serving().await;
+    let hasty = setup(&hasty_link).etcd(fields).serving().await;
     for balancer in [&balancer, &hasty] {
         balancer.until_served_by(&["first"]).await;
     }

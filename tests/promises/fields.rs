@@ -121,7 +121,9 @@ async fn consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot() {
     let counted = hot.gets(20).await;
     assert_eq!(counted.len(), 1, "{counted:?}");
     let before = [a.requests(), b.requests()];
-    [&a, &b].map(|backend| backend.takes(Duration::from_millis(300)));
+    for backend in [&a, &b] {
+        backend.takes(Duration::from_millis(300));
+    }
     let mut at_once = tokio::task::JoinSet::new();
     for _ in 0..12 {
         at_once.spawn(client.get(&hot.url).send());

@@ -73,7 +73,7 @@ pub struct Balancer {
 pub struct Setup {
     pub program: &'static str,
     /// It is there for as long as this is.
-    pub etcd: Option<Arc<Etcd>>,
+    _etcd: Option<Arc<Etcd>>,
     pub endpoints: Vec<String>,
     pub group: String,
     /// Further fields of `cluster.etcd`, in a line.
@@ -89,7 +89,7 @@ impl Setup {
     pub fn new(endpoints: Vec<String>, group: &str) -> Self {
         Self {
             program: "load_balancer",
-            etcd: None,
+            _etcd: None,
             endpoints,
             group: group.to_owned(),
             fields_of_etcd: String::new(),
@@ -104,7 +104,7 @@ impl Setup {
     pub fn shared(group: &str) -> Self {
         let etcd = Etcd::shared();
         Self {
-            etcd: Some(etcd.clone()),
+            _etcd: Some(etcd.clone()),
             ..Self::new(etcd.endpoints(), group)
         }
     }
