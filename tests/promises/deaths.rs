@@ -190,6 +190,62 @@ async fn a_stock_load_balancer_whose_discovery_panics_goes_on() {
     assert_eq!(stock.backends().get_backend().len(), 3);
 }
 
+/// A subscriber of somebody's own that panics, as one does that reports on a full disk by `eprintln!`.
+#[derive(Clone, Default)]
+struct Panicky {
+    panics: Arc<AtomicBool>,
+    panicked: Arc<AtomicU32>,
+}
+
+impl tracing::Subscriber for Panicky {
+    fn enabled(&self, of: &tracing::Metadata<'_>) -> bool {
+        of.target().starts_with("pingora_etcd") && *of.level() <= tracing::Level::INFO
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        if self.panics.load(Ordering::SeqCst) {
+            self.panicked.fetch_add(1, Ordering::SeqCst);
+            panic!("the line cannot be written");
+        }
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// Everything runs on this thread, which has this subscriber.
+#[tokio::test]
+async fn a_subscriber_that_panics_for_a_while_ends_nothing() {
+    let log = Panicky::default();
+    let _guard = tracing::subscriber::set_default(log.clone());
+    let store = Fragile::default();
+    let group = group("deaths");
+    let discovery = store.discovery(&group);
+    let balancer = Balancer::builder().try_build().unwrap();
+    let service = Arc::new(BalancerService::new(discovery.clone(), balancer));
+    let _running = start(&service);
+    store.put(&group, "n1").await;
+    eventually("n1", || service.len() == 1).await;
+    log.panics.store(true, Ordering::SeqCst);
+    store.break_now();
+    store.put(&group, "n2").await;
+    // That it panicked cannot be said, nor that it begins again.
+    eventually("it panics", || log.panicked.load(Ordering::SeqCst) >= 3).await;
+    assert!(matches!(discovery.status(), DiscoveryStatus::Stale { .. }));
+    log.panics.store(false, Ordering::SeqCst);
+    eventually("n2", || service.len() == 2).await;
+    eventually("live", || discovery.status() == DiscoveryStatus::Live).await;
+}
+
 /// Panics now and then.
 struct Check(Arc<AtomicU32>);
 

@@ -66,18 +66,19 @@ pub struct Balancer {
     pub listen: String,
     log: PathBuf,
     pub conf: PathBuf,
+    _shared: Option<Arc<Etcd>>,
 }
 
 /// How one is started.
 #[derive(Clone)]
 pub struct Setup {
     pub program: &'static str,
-    /// It is there for as long as this is.
-    _etcd: Option<Arc<Etcd>>,
+    /// It is there for as long as this is, or what was started with it.
+    shared: Option<Arc<Etcd>>,
     pub endpoints: Vec<String>,
     pub group: String,
     /// Further fields of `cluster.etcd`, in a line.
-    pub fields_of_etcd: String,
+    pub fields_ofshared: String,
     /// Further lines of `cluster`.
     pub more: String,
     pub log: Log,
@@ -89,10 +90,10 @@ impl Setup {
     pub fn new(endpoints: Vec<String>, group: &str) -> Self {
         Self {
             program: "load_balancer",
-            _etcd: None,
+            shared: None,
             endpoints,
             group: group.to_owned(),
-            fields_of_etcd: String::new(),
+            fields_ofshared: String::new(),
             more: String::new(),
             log: Log::File,
             listen: None,
@@ -104,7 +105,7 @@ impl Setup {
     pub fn shared(group: &str) -> Self {
         let etcd = Etcd::shared();
         Self {
-            _etcd: Some(etcd.clone()),
+            shared: Some(etcd.clone()),
             ..Self::new(etcd.endpoints(), group)
         }
     }
@@ -170,6 +171,7 @@ impl Setup {
             listen,
             log,
             conf,
+            _shared: self.shared.clone(),
         }
     }
 
