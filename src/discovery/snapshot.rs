@@ -277,6 +277,10 @@ impl View {
                         }
                         continue;
                     }
+                    if self.nodes.get(id).is_none() {
+                        // There is nothing to keep, and it takes nobody's place.
+                        continue;
+                    }
                     StagedNode::Unchanged(incarnation(entry))
                 }
             };

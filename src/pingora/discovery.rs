@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 
 use super::selection::LiveWeights;
+use super::supervise::keep;
 use super::{COALESCE, PACE, READY_TIMEOUT, every_tick, follow, wait_ready};
 use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
@@ -118,19 +119,21 @@ impl ClusterBackends {
         }
         let (discovery, weights) = (self.discovery.clone(), self.weights.clone());
         *task = Some(Task(tokio::spawn(async move {
-            let mut nodes = discovery.watch_nodes();
-            let refreshing = async {
+            let refreshing = async || {
+                let mut nodes = discovery.watch_nodes();
                 while nodes.changed().await.is_ok() {
                     let start = Instant::now();
                     weights.refresh(&discovery);
                     tokio::time::sleep(COALESCE.max(start.elapsed() * PACE)).await;
                 }
+                "the discovery is gone"
             };
-            tokio::select! {
-                () = follow(&discovery) => {}
-                () = refreshing => {}
-                () = every_tick(|now| weights.tick(now)) => {}
-            }
+            let group = discovery.group_name();
+            tokio::join!(
+                keep(group, "discovery", || follow(&discovery)),
+                keep(group, "weights from metrics", refreshing),
+                keep(group, "weights", || every_tick(|now| weights.tick(now))),
+            );
         })));
     }
 }
