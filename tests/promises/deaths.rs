@@ -82,6 +82,10 @@ impl Store for Fragile {
         self.inner.revoke(lease).await
     }
 
+    async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
+        self.inner.keys_of(lease).await
+    }
+
     async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
         self.check();
         self.inner.txn(txn).await
