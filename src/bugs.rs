@@ -27,10 +27,12 @@ pub enum Bug {
     OrphanedKeysStay,
     OthersDeletedForTransfer,
     TransferWithoutCondition,
+    TransferById,
+    TransferToFormerLife,
+    LeaderById,
+    LeaderOutlivesRegistration,
     DrainingStaysCandidate,
     ShutdownWithoutBudget,
-    LeaderById,
-    TransferById,
 }
 
 #[cfg(any(test, feature = "test-util"))]
@@ -40,7 +42,7 @@ mod on_order {
 
     impl Bug {
         /// Every one.
-        pub const ALL: [Self; 24] = [
+        pub const ALL: [Self; 26] = [
             Self::DeadlineFromReceipt,
             Self::NoMargin,
             Self::FlagInsteadOfClock,
@@ -61,10 +63,12 @@ mod on_order {
             Self::OrphanedKeysStay,
             Self::OthersDeletedForTransfer,
             Self::TransferWithoutCondition,
+            Self::TransferById,
+            Self::TransferToFormerLife,
+            Self::LeaderById,
+            Self::LeaderOutlivesRegistration,
             Self::DrainingStaysCandidate,
             Self::ShutdownWithoutBudget,
-            Self::LeaderById,
-            Self::TransferById,
         ];
     }
 

@@ -45,11 +45,13 @@ pub use pick::{PickOptions, Upstream};
 #[cfg(feature = "pingora")]
 pub(crate) use {member::Member, table::Spread};
 
-pub(crate) use weight::is_base_weight;
 pub use weight::{Headroom, Load};
 pub use zone::Zones;
 
 /// How a backend is chosen.
+///
+/// A node whose static weight is 0 gets nothing, as one that drains, whatever the policy: it is not
+/// among the backends. If that is all of them, there is none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -314,8 +316,8 @@ impl Balancer {
     }
 
     /// Takes over the nodes of a group and what they report, and publishes the table that follows
-    /// from it. Requests in flight keep being counted across updates. Draining nodes are not in
-    /// the table. Costs time and memory in proportion to the number of nodes, off the request
+    /// from it. Requests in flight keep being counted across updates. Draining nodes, and those with
+    /// a static weight of 0, are not in the table. Costs time and memory in proportion to the number of nodes, off the request
     /// path.
     ///
     /// A node that is in no update any more is out; if it comes back, it starts slowly. But where
@@ -416,7 +418,8 @@ impl Balancer {
     }
 
     /// How many metrics have been refused since the start because they were no number, not
-    /// finite, or out of range. The last good one of that node stayed in use each time.
+    /// finite, negative, or too great for a count. The last good one of that node stayed in use
+    /// each time.
     pub fn refused_metrics(&self) -> u64 {
         self.weigher().refused()
     }

@@ -299,6 +299,20 @@ impl MemoryStore {
             .min_by_key(|(created, _)| *created)
     }
 
+    /// What has happened after this revision, as far back as history goes. Unlike every other look at
+    /// the store it does not let leases run out: what nobody has noticed has not happened.
+    pub fn events_after(&self, revision: Revision) -> Vec<WatchEvent> {
+        let state = self.lock();
+        if state.revision <= revision {
+            return Vec::new();
+        }
+        let start = state
+            .history
+            .partition_point(|change| change.event.revision() <= revision);
+        let after = state.history.range(start..);
+        after.map(|change| change.event.clone()).collect()
+    }
+
     /// Every entry, in the order of keys.
     pub fn entries(&self) -> Vec<Entry> {
         let mut state = self.lock();

@@ -102,6 +102,13 @@ fn refused(target: &str, reason: impl Into<String>) -> Result<(), ClusterError> 
     })
 }
 
+/// With each of these bugs leadership is handed to a candidacy, whoever has its id by now.
+const IGNORES_LIFE: [Bug; 3] = [
+    Bug::TransferWithoutCondition,
+    Bug::TransferById,
+    Bug::TransferToFormerLife,
+];
+
 /// Whether a registration and a candidacy are of one process: their lease is one.
 fn is_one_life(registration: &Entry, candidate: &Entry) -> bool {
     registration.lease.is_some() && registration.lease == candidate.lease
@@ -297,7 +304,7 @@ impl Part<'_> {
             return Ok(false);
         };
         let mut conditional = txn.clone();
-        if !bugs::has(Bug::TransferWithoutCondition) && !bugs::has(Bug::TransferById) {
+        if !IGNORES_LIFE.into_iter().any(bugs::has) {
             conditional = conditional.when(lives);
         }
         let handed = match self.store.txn(conditional).await {

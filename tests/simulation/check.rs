@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pingora_etcd::pingora::{LeaderRoute, LeaderUpstream};
 use pingora_etcd::store::{Clock, Entry, LeaseId, MemoryStore, Revision, Txn, Write};
-use pingora_etcd::{ClusterNode, Leadership};
+use pingora_etcd::{ClusterNode, Leadership, Node, ServiceDiscovery};
 use tokio::time::Instant;
 
-use super::net::Skewed;
+use super::history::{History, Moment, Term};
+use super::net::{Heard, Skewed};
 
 /// Looks at everything after each step of each process.
 #[derive(Debug)]
@@ -25,12 +27,15 @@ struct Inner {
     acknowledged: HashMap<LeaseId, (Duration, Duration)>,
     groups: BTreeMap<String, Tokens>,
     /// Who stood in line when a candidacy, by its key and its revision, was deleted.
-    lines: HashMap<(String, Revision), Vec<String>>,
+    lines: HashMap<(String, Revision), Vec<Candidate>>,
+    history: History,
+    readers: Vec<Observed>,
     rolled_back_to: Revision,
     violation: Option<String>,
     steps: u64,
     terms: u64,
     commits: u64,
+    claims: u64,
     calls: u64,
     /// Folds everything that happens, to compare two runs of a seed.
     trace: u64,
@@ -41,6 +46,28 @@ struct Watched {
     node: ClusterNode,
     clock: Arc<Skewed>,
     name: String,
+}
+
+/// Somebody in line.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    key: String,
+    id: String,
+    created: Revision,
+    /// It is of the process that is registered under its id.
+    is_current: bool,
+}
+
+/// A discovery, and what it was told.
+#[derive(Debug)]
+struct Observed {
+    discovery: ServiceDiscovery,
+    route: LeaderRoute,
+    heard: Heard,
+    group: &'static str,
+    place: String,
+    /// What it said, and had heard, when it was looked at last.
+    last: Option<(Option<(Arc<Node>, Revision)>, Moment)>,
 }
 
 /// The tokens of a group in the present history.
@@ -60,6 +87,7 @@ pub struct Looked {
     pub steps: u64,
     pub terms: u64,
     pub commits: u64,
+    pub claims: u64,
     pub trace: u64,
 }
 
@@ -103,6 +131,7 @@ impl Checker {
             steps: inner.steps,
             terms: inner.terms,
             commits: inner.commits,
+            claims: inner.claims,
             trace: inner.trace,
         }
     }
@@ -116,10 +145,84 @@ impl Checker {
         }
     }
 
+    pub fn add_reader(
+        &self,
+        discovery: &ServiceDiscovery,
+        heard: &Heard,
+        group: &'static str,
+        place: &str,
+    ) {
+        self.inner.lock().unwrap().readers.push(Observed {
+            route: LeaderRoute::new(discovery.clone(), 0),
+            discovery: discovery.clone(),
+            heard: heard.clone(),
+            group,
+            place: place.to_owned(),
+            last: None,
+        });
+    }
+
+    /// Nobody looks at it any more.
+    pub fn forget_reader(&self, heard: &Heard, group: &str) {
+        let mut inner = self.inner.lock().unwrap();
+        inner
+            .readers
+            .retain(|reader| reader.group != group || !Arc::ptr_eq(&reader.heard, heard));
+    }
+
+    /// Reads the store's history up to now: it is about to be forgotten.
+    pub fn read_history(&self) {
+        self.inner.lock().unwrap().history.read(&self.store);
+    }
+
+    /// When the store was at this revision of its present history.
+    pub fn moment(&self, revision: Revision) -> Moment {
+        self.inner.lock().unwrap().history.moment(revision)
+    }
+
+    /// A reader was told of a leader, at last: that has to have been one, at whatever time.
+    pub fn told(&self, group: &str, leader: &Leadership, place: &str) {
+        let mut inner = self.inner.lock().unwrap();
+        inner.history.read(&self.store);
+        let was = Term::said(leader).and_then(|term| {
+            let was = inner.history.was(group, Moment::default(), &term);
+            was.then_some(())
+                .ok_or_else(|| format!("{term:?} never led"))
+        });
+        drop(inner);
+        if let Err(text) = was {
+            self.violation(format!(
+                "on {place} a change tells of what never was: {text}"
+            ));
+        }
+    }
+
+    /// A request for the leader goes there.
+    pub fn routed(&self, group: &str, heard: &Heard, to: &LeaderUpstream, place: &str) {
+        let mut inner = self.inner.lock().unwrap();
+        inner.history.read(&self.store);
+        let since = heard.lock().unwrap().get(group).copied();
+        let mut led = inner.history.times(group, since.unwrap_or_default());
+        let was = led.any(|leader| {
+            leader
+                .as_ref()
+                .is_some_and(|leader| leader.addr == to.addr && leader.token == to.epoch)
+        });
+        drop(led);
+        drop(inner);
+        if !was {
+            self.violation(format!(
+                "on {place} a request goes to {} with token {}: there was no such leader",
+                to.addr, to.epoch
+            ));
+        }
+    }
+
     /// The store's history is another one from here on. Tokens up to `rolled_back_to` may come in
     /// either order: a place in line that others have seen end is there again.
     pub fn new_history(&self, rolled_back_to: Revision) {
         let mut inner = self.inner.lock().unwrap();
+        inner.history.begin_anew(&self.store);
         for tokens in inner.groups.values_mut() {
             let seen = std::mem::take(&mut tokens.seen);
             tokens.of_before.push(seen);
@@ -149,24 +252,38 @@ impl Checker {
     }
 
     /// The candidates of the group that one of these entries stands in line of.
-    pub fn line_of(&self, entries: &[Entry]) -> Vec<String> {
+    pub fn line_of(&self, entries: &[Entry]) -> Vec<Candidate> {
         let candidacy = entries
             .iter()
             .find(|entry| entry.key.starts_with("election/"));
         let Some((prefix, _)) = candidacy.and_then(|entry| entry.key.rsplit_once('/')) else {
             return Vec::new();
         };
+        let registry = prefix.replacen("election/", "registry/", 1);
         let prefix = format!("{prefix}/");
-        self.store
+        let mut line: Vec<_> = self
+            .store
             .entries()
             .into_iter()
             .filter(|entry| entry.key.starts_with(&prefix))
-            .map(|entry| String::from_utf8_lossy(&entry.value).into_owned())
-            .collect()
+            .map(|entry| {
+                let id = String::from_utf8_lossy(&entry.value).into_owned();
+                let registered = self.store.entry(&format!("{registry}/{id}"));
+                Candidate {
+                    is_current: registered
+                        .is_some_and(|it| it.lease.is_some() && it.lease == entry.lease),
+                    key: entry.key,
+                    id,
+                    created: entry.create_revision,
+                }
+            })
+            .collect();
+        line.sort_by_key(|candidate| candidate.created);
+        line
     }
 
     /// A candidacy was deleted; this was the line then.
-    pub fn left_the_line(&self, txn: &Txn, before: &[Entry], line: Vec<String>) {
+    pub fn left_the_line(&self, txn: &Txn, before: &[Entry], line: Vec<Candidate>) {
         for write in &txn.writes {
             let Write::Delete { key } = write else {
                 continue;
@@ -182,20 +299,26 @@ impl Checker {
         }
     }
 
-    /// Leadership of this term was handed to `target`: that has to have been there.
+    /// Leadership of this term was handed to `target`: that has to have been the next one, and the
+    /// process that is known under this id.
     pub fn handed_over(&self, term: &Leadership, target: &str) {
-        let was_there = {
+        let text = {
             let inner = self.inner.lock().unwrap();
             let line = inner.lines.get(&(term.key.to_string(), term.epoch));
-            line.map(|line| line.iter().any(|id| id == target))
-        };
-        match was_there {
-            Some(true) => {}
-            Some(false) => {
-                self.violation(format!("{target} was given leadership after it had left"))
+            let next = line.map(|line| line.iter().find(|candidate| candidate.key != *term.key));
+            let is_there =
+                line.is_some_and(|line| line.iter().any(|candidate| candidate.id == target));
+            match next {
+                None => format!("leadership was not handed to {target}"),
+                _ if !is_there => format!("{target} was given leadership after it had left"),
+                Some(Some(next)) if next.id == target && next.is_current => return,
+                Some(Some(next)) if next.id == target => {
+                    format!("leadership was handed to a former life of {target}")
+                }
+                Some(next) => format!("leadership for {target} was handed to {next:?}"),
             }
-            None => self.violation(format!("leadership was not handed to {target}")),
-        }
+        };
+        self.violation(text);
     }
 
     /// A transaction was carried out.
@@ -232,6 +355,10 @@ impl Checker {
     pub fn step(&self) {
         let mut inner = self.inner.lock().unwrap();
         inner.steps += 1;
+        if let Err(text) = inner.check_readers(&self.store) {
+            drop(inner);
+            return self.violation(text);
+        }
         let mut leaders: Vec<(usize, String, Revision, LeaseId)> = Vec::new();
         for (index, watched) in inner.nodes.iter().enumerate() {
             if !watched.node.is_leader() {
@@ -268,6 +395,71 @@ impl Inner {
     fn deadline(&self, lease: LeaseId) -> Duration {
         let (sent, ttl) = self.acknowledged.get(&lease).copied().unwrap_or_default();
         sent + ttl - Duration::from_millis(500).max(ttl / 10).min(ttl)
+    }
+
+    /// What each reader says of the leader was so at some instant: not later than now, and not
+    /// before the last event that it was given.
+    fn check_readers(&mut self, store: &MemoryStore) -> Result<(), String> {
+        self.history.read(store);
+        let Self {
+            readers,
+            history,
+            claims,
+            ..
+        } = self;
+        for reader in readers {
+            let Some(since) = reader.heard.lock().unwrap().get(reader.group).copied() else {
+                continue;
+            };
+            let says = reader.discovery.leadership();
+            let now = says.as_ref().map(|says| (&says.node, says.epoch));
+            let is_as_before = reader.last.as_ref().is_some_and(|(last, heard)| {
+                let same = match (last, now) {
+                    (Some(last), Some(now)) => Arc::ptr_eq(&last.0, now.0) && last.1 == now.1,
+                    (last, now) => last.is_none() && now.is_none(),
+                };
+                same && *heard == since
+            });
+            // What was so then is so: the time that it may have been so in has only grown.
+            if is_as_before {
+                continue;
+            }
+            let (group, place) = (reader.group, &reader.place);
+            let told = |text: &str| format!("the discovery on {place} says of {group}: {text}");
+            match &says {
+                Some(says) => {
+                    let term = Term::said(says).map_err(|text| told(&text))?;
+                    if !history.was(group, since, &term) {
+                        let led: Vec<_> = history.times(group, since).collect();
+                        return Err(told(&format!("{term:?} leads, but since then {led:?}")));
+                    }
+                    let to = reader.route.leader();
+                    let to = to.as_ref().map(|to| (to.addr, &to.node.id, to.epoch));
+                    if to != Some((term.addr, &term.id, term.token)) {
+                        return Err(told(&format!("{term:?} leads, but requests go to {to:?}")));
+                    }
+                }
+                None => {
+                    let nodes = reader.discovery.nodes();
+                    let led = |leader: &Option<Term>| {
+                        leader
+                            .as_ref()
+                            .is_some_and(|leader| !nodes.is_suspect(&leader.id))
+                    };
+                    if history.times(group, since).all(led) {
+                        let led: Vec<_> = history.times(group, since).collect();
+                        return Err(told(&format!("nobody leads, but since then {led:?}")));
+                    }
+                }
+            }
+            let says = says.map(|says| (says.node, says.epoch));
+            let token = |says: &Option<(Arc<Node>, Revision)>| says.as_ref().map(|says| says.1);
+            let last = reader.last.replace((says, since));
+            let before = last.and_then(|(says, _)| token(&says));
+            let after = reader.last.as_ref().and_then(|(says, _)| token(says));
+            *claims += u64::from(before != after);
+        }
+        Ok(())
     }
 
     fn check_leader(

@@ -9,6 +9,7 @@
 //! One seed fixes everything: the world, its faults, every delay and every jitter.
 
 mod check;
+mod history;
 mod net;
 mod process;
 mod world;
@@ -48,6 +49,7 @@ struct Summary {
     steps: u64,
     terms: u64,
     commits: u64,
+    claims: u64,
     failed: Option<(u64, String)>,
 }
 
@@ -82,7 +84,7 @@ fn main() -> ExitCode {
     let took = start.elapsed();
     println!(
         "simulation: seeds {} to {}, {:.0} seeds per second, {:.1} simulated hours in {:.1} s; \
-         {} steps looked at, {} terms, {} fenced writes",
+         {} steps looked at, {} terms, {} fenced writes, {} times a reader named another leader",
         arguments.first,
         arguments.first + summary.seeds - 1,
         summary.seeds as f64 / took.as_secs_f64(),
@@ -91,6 +93,7 @@ fn main() -> ExitCode {
         summary.steps,
         summary.terms,
         summary.commits,
+        summary.claims,
     );
     match summary.failed {
         None => ExitCode::SUCCESS,
@@ -112,6 +115,7 @@ fn run_all(first: u64, count: u64, bug: Option<Bug>) -> Summary {
         steps: 0,
         terms: 0,
         commits: 0,
+        claims: 0,
         failed: None,
     });
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -131,6 +135,7 @@ fn run_all(first: u64, count: u64, bug: Option<Bug>) -> Summary {
                     summary.steps += outcome.looked.steps;
                     summary.terms += outcome.looked.terms;
                     summary.commits += outcome.looked.commits;
+                    summary.claims += outcome.looked.claims;
                     if let Some(text) = outcome.violation {
                         // The least one, so that what is printed does not depend on threads.
                         if summary.failed.as_ref().is_none_or(|failed| seed < failed.0) {

@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::check::Checker;
+use super::history::Moment;
 use super::process::{Process, spawn};
 
 /// How long a call waits for its answer.
@@ -144,6 +145,9 @@ impl Net {
     }
 }
 
+/// Up to when the discovery of each group has been told what happened.
+pub type Heard = Arc<Mutex<BTreeMap<String, Moment>>>;
+
 /// The store as one incarnation of a client sees it.
 #[derive(Debug, Clone)]
 pub struct Client {
@@ -158,6 +162,7 @@ pub struct Client {
     leases: Arc<Mutex<HashSet<LeaseId>>>,
     /// The groups that somebody is a member of through it, and since which revision.
     groups: Arc<Mutex<BTreeMap<&'static str, Revision>>>,
+    pub heard: Heard,
 }
 
 /// That a group has a running member.
@@ -189,6 +194,7 @@ impl Client {
             generosity,
             leases: Arc::default(),
             groups: Arc::default(),
+            heard: Arc::default(),
         }
     }
 
@@ -392,15 +398,34 @@ impl Store for Client {
     }
 
     async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
+        // A discovery lists the candidates last, as they were when it listed the nodes.
+        let group = match keys {
+            Selector::Prefix(prefix) if at.is_some() => prefix.strip_prefix("election/"),
+            _ => None,
+        };
+        let group = group.map(|group| group.trim_end_matches('/').to_owned());
         let keys = keys.clone();
-        self.call("list", PATIENCE, move |client| async move {
-            client.store.list(&keys, at).await
-        })
-        .await
+        let (listing, moment) = self
+            .call("list", PATIENCE, move |client| async move {
+                let listing = client.store.list(&keys, at).await?;
+                let moment = client.checker.moment(listing.revision);
+                Ok((listing, moment))
+            })
+            .await?;
+        if let Some(group) = group {
+            self.heard.lock().unwrap().insert(group, moment);
+        }
+        Ok(listing)
     }
 
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
         let connection = self.net.connection();
+        // Nobody but a discovery watches all nodes.
+        let registry = ranges.iter().find_map(|range| match &range.keys {
+            Selector::Prefix(prefix) => prefix.strip_prefix("registry/"),
+            Selector::Key(_) => None,
+        });
+        let group = registry.map(|group| group.trim_end_matches('/').to_owned());
         let inner = self
             .call("watch", PATIENCE, move |client| async move {
                 client.store.watch(ranges).await
@@ -412,6 +437,8 @@ impl Store for Client {
             told: inner.position().to_vec(),
             inner,
             on_the_way: None,
+            client: self.clone(),
+            group,
         }))
     }
 }
@@ -442,8 +469,11 @@ struct Watching {
     connection: u64,
     inner: Box<dyn Watcher>,
     /// Events that have been sent, when they arrive, and how far they tell.
-    on_the_way: Option<(Instant, Vec<WatchEvent>, Vec<WatchRange>)>,
+    on_the_way: Option<(Instant, Vec<WatchEvent>, Vec<WatchRange>, Moment)>,
     told: Vec<WatchRange>,
+    client: Client,
+    /// Of the discovery that watches.
+    group: Option<String>,
 }
 
 #[async_trait]
@@ -473,8 +503,11 @@ impl Watcher for Watching {
                     biased;
                     () = changed => {}
                     () = sleep_until(*due) => {
-                        if let Some((_, events, told)) = self.on_the_way.take() {
+                        if let Some((_, events, told, moment)) = self.on_the_way.take() {
                             self.told = told;
+                            if let Some(group) = &self.group {
+                                self.client.heard.lock().unwrap().insert(group.clone(), moment);
+                            }
                             return Ok(events);
                         }
                     }
@@ -487,7 +520,10 @@ impl Watcher for Watching {
                 events = self.inner.next() => {
                     let due = Instant::now() + self.net.delay();
                     let told = self.inner.position().to_vec();
-                    self.on_the_way = Some((due, events?, told));
+                    let events = events?;
+                    let newest = events.iter().map(WatchEvent::revision).max();
+                    let moment = self.client.checker.moment(newest.unwrap_or(0));
+                    self.on_the_way = Some((due, events, told, moment));
                 }
             }
         }

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use pingora_etcd::pingora::LeaderRoute;
 use pingora_etcd::store::{Fault, MemoryStore, Store, Txn};
 use pingora_etcd::{
     Change, Cluster, ClusterNode, ClusterNodeBuilder, EtcdOptions, MetricsCollector, Node,
@@ -18,7 +20,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use super::check::{Checker, work};
-use super::net::{Client, Net, Presence, Skewed};
+use super::net::{Client, Heard, Net, Presence, Skewed};
 
 /// A machine with a process: one network, one clock, and a switch that stops it.
 #[derive(Debug)]
@@ -98,6 +100,8 @@ pub struct Common {
     pub generosity: Duration,
     /// Outages of the store that are not over.
     outages: Arc<AtomicUsize>,
+    /// How many nodes have been started: each life of a process is reached somewhere else.
+    lives: Arc<AtomicU32>,
 }
 
 impl Common {
@@ -109,6 +113,7 @@ impl Common {
             ttl,
             generosity,
             outages: Arc::default(),
+            lives: Arc::default(),
         }
     }
 
@@ -134,6 +139,13 @@ impl Common {
     pub fn clear_up(&self) {
         self.outages.store(0, Ordering::Relaxed);
         self.store.set_fault(None);
+    }
+
+    fn new_address(&self) -> IpAddr {
+        let life = self.lives.fetch_add(1, Ordering::Relaxed) + 1;
+        IpAddr::V4(Ipv4Addr::from_bits(
+            Ipv4Addr::new(10, 0, 0, 0).to_bits() + life,
+        ))
     }
 
     pub fn client(&self, process: &Arc<Process>) -> Client {
@@ -201,7 +213,7 @@ impl Member {
         priority: u16,
         metrics: bool,
     ) -> Self {
-        let ip = "10.0.0.1".parse().expect("an address");
+        let ip = common.new_address();
         let own = || common.client(process);
         let client = Arc::new(sharing.map_or_else(own, |sharing| sharing.client.clone()));
         let presence = client.enter(group);
@@ -212,6 +224,7 @@ impl Member {
                 .ttl(common.ttl),
         };
         let builder = builder
+            .port(8080)
             .priority(priority)
             .takeover_after(Duration::from_secs(2));
         let builder = if metrics {
@@ -288,9 +301,12 @@ pub struct Reader {
     pub discovery: ServiceDiscovery,
     pub group: &'static str,
     pub folded: Arc<Mutex<Folded>>,
+    checker: Arc<Checker>,
+    heard: Heard,
     stop: Option<oneshot::Sender<()>>,
     running: JoinHandle<()>,
     folding: JoinHandle<()>,
+    routing: JoinHandle<()>,
 }
 
 impl Reader {
@@ -300,12 +316,17 @@ impl Reader {
         sharing: Option<&Sharing>,
         group: &'static str,
     ) -> Self {
+        let own = || common.client(process);
+        let client = sharing.map_or_else(own, |sharing| sharing.client.clone());
+        let heard = client.heard.clone();
         let builder = match sharing {
             Some(sharing) => sharing.cluster.discovery(group),
             None => ServiceDiscovery::builder(EtcdOptions::memory("simulation"), group)
-                .store(Arc::new(common.client(process))),
+                .store(Arc::new(client)),
         };
         let discovery = builder.try_build().expect("a valid discovery");
+        let checker = &common.checker;
+        checker.add_reader(&discovery, &heard, group, &process.name);
         let (stop, stopped) = oneshot::channel();
         let run = discovery.clone();
         let running = spawn(process, &common.checker, async move {
@@ -317,15 +338,31 @@ impl Reader {
             ended.expect("a run that was started once");
         });
         let folded = Arc::<Mutex<Folded>>::default();
-        let (fold, checker) = (folded.clone(), common.checker.clone());
+        let (fold, checker, place) = (folded.clone(), common.checker.clone(), process.name.clone());
         let mut changes = discovery.changes();
         let folding = spawn(process, &common.checker, async move {
             loop {
                 let change = changes.next().await;
+                if let Change::Leader(Some(leader)) = &change {
+                    checker.told(group, leader, &place);
+                }
                 let mut folded = fold.lock().unwrap();
                 folded.apply(change);
                 if let Some(stranger) = folded.nodes.keys().find(|id| !is_of(id, group)) {
                     checker.violation(format!("{stranger} is seen in group {group}"));
+                }
+            }
+        });
+        // Sends to whoever leads.
+        let route = LeaderRoute::new(discovery.clone(), 0);
+        let (checker, hears, place) = (common.checker.clone(), heard.clone(), process.name.clone());
+        let routing = spawn(process, &common.checker, async move {
+            let mut known = None;
+            loop {
+                let patience = Duration::from_secs(10);
+                if let Some(to) = route.wait_for_other_than(known, patience).await {
+                    checker.routed(group, &hears, &to, &place);
+                    known = Some(to.epoch);
                 }
             }
         });
@@ -334,6 +371,9 @@ impl Reader {
             discovery,
             group,
             folded,
+            checker: common.checker.clone(),
+            heard,
+            routing,
             stop: Some(stop),
             running,
             folding,
@@ -341,12 +381,15 @@ impl Reader {
     }
 
     pub fn crash(self) {
+        self.checker.forget_reader(&self.heard, self.group);
         self.running.abort();
         self.folding.abort();
+        self.routing.abort();
     }
 
     pub fn stop(mut self) -> JoinHandle<()> {
         self.folding.abort();
+        self.routing.abort();
         drop(self.stop.take());
         self.running
     }

@@ -3,11 +3,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use pingora_etcd::store::Backup;
-use pingora_etcd::{ClusterError, DiscoveryStatus, HealthStatus, Node, NodeState, SessionState};
+use pingora_etcd::{
+    ClusterError, ClusterNode, DiscoveryStatus, HealthStatus, Node, NodeState, SessionState,
+};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -186,7 +189,7 @@ impl World {
     /// One thing happens.
     async fn befall(&mut self) -> Result<(), String> {
         let lasts = self.while_();
-        let what = self.plan.u8(0..25);
+        let what = self.plan.u8(0..32);
         self.common.checker.note(&format!("{what} {lasts:?}"));
         match what {
             0..=5 => {
@@ -236,6 +239,7 @@ impl World {
             19 => self.common.store.extend_leases(),
             20 | 21 => {
                 let revision = self.common.store.revision();
+                self.common.checker.read_history();
                 self.common.store.compact(revision);
                 // Whoever is disconnected then has missed something.
                 let process = self.process();
@@ -247,7 +251,10 @@ impl World {
             }
             22 => self.backups.push(self.common.store.backup()),
             23 => self.crash_a_process(),
-            _ => self.restore(),
+            24 => self.restore(),
+            25..=27 => drop(self.restart(true, lasts)),
+            28 => drop(self.restart(false, lasts)),
+            _ => self.transfer_to_a_restarted_one(lasts),
         }
         match self.common.checker.violated() {
             Some(text) => Err(text),
@@ -353,6 +360,54 @@ impl World {
         self.start(&process, None, group, &id);
     }
 
+    /// A process is started under the id of one that has crashed, or that is only cut off: both long
+    /// before the lease of the former one runs out. Answers with whose.
+    fn restart(&mut self, leader: bool, lasts: Duration) -> Option<(&'static str, String)> {
+        if Instant::now() < self.no_starts_until {
+            return None;
+        }
+        let is_meant = |member: &Member| member.node.is_leader() == leader;
+        let meant: Vec<_> = (0..self.members.len())
+            .filter(|index| is_meant(&self.members[*index]))
+            .collect();
+        let index = self.plan.choice(meant)?;
+        let member = &self.members[index];
+        let (process, group, id) = (member.process.clone(), member.group, member.id.clone());
+        if self.plan.bool() {
+            self.members.swap_remove(index).crash();
+            let cluster = self.clusters.get(&process.name).cloned();
+            self.start(&process, cluster.as_ref(), group, &id);
+        } else {
+            let other = self.process();
+            if Arc::ptr_eq(&other, &process) {
+                return None;
+            }
+            let silent = Weather {
+                silent: true,
+                ..Weather::default()
+            };
+            self.weather_for(process, silent, lasts);
+            self.start(&other, None, group, &id);
+        }
+        Some((group, id))
+    }
+
+    fn transfer_to_a_restarted_one(&mut self, lasts: Duration) {
+        let Some((group, id)) = self.restart(false, lasts) else {
+            return;
+        };
+        let leader = self
+            .members
+            .iter()
+            .find(|member| member.group == group && member.node.is_leader());
+        if let Some(leader) = leader {
+            let (node, drains) = (leader.node.clone(), leader.drains.clone());
+            // It registers meanwhile, or has.
+            let wait = Duration::from_millis(self.plan.u64(0..200));
+            self.give(node, drains, 4, id, wait);
+        }
+    }
+
     fn command(&mut self) {
         if self.members.is_empty() {
             return;
@@ -375,7 +430,6 @@ impl World {
         let index = leader.filter(|_| what > 1).unwrap_or(index);
         let node = self.members[index].node.clone();
         let drains = self.members[index].drains.clone();
-        let checker = self.common.checker.clone();
         if what == 7 {
             // The target leaves at about the same time.
             let leaves = self
@@ -390,6 +444,19 @@ impl World {
             }
         }
         let wait = Duration::from_millis(self.plan.u64(0..8));
+        self.give(node, drains, what, target, wait);
+    }
+
+    /// Gives a node a command, after a moment.
+    fn give(
+        &mut self,
+        node: ClusterNode,
+        drains: Arc<AtomicBool>,
+        what: u8,
+        target: String,
+        wait: Duration,
+    ) {
+        let checker = self.common.checker.clone();
         self.commands.push(tokio::spawn(async move {
             sleep(wait).await;
             let term = node.leadership();
@@ -449,6 +516,7 @@ impl World {
         self.no_starts_until = Instant::now() + lasts + lease.mul_f64(1.1);
         let outage = self.common.outage(lasts, move |common| {
             let bump = (!new_cluster).then_some(1_000_000);
+            common.checker.read_history();
             common.store.restore(&backup, bump);
             let before = if new_cluster {
                 0
