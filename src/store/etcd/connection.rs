@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::breaker::Breaker;
-use super::security::{Fingerprint, Token, connect_as, perhaps_https};
+use super::security::{Fingerprint, Token, connect_as, perhaps_https, status_of};
 use super::watcher::WatchStreams;
 use super::{EtcdStore, bounded};
 use crate::error::ClusterError;
@@ -208,8 +208,8 @@ impl EtcdStore {
         let (connect, files, user) = self.secured(endpoint, connect).await?;
         let connecting = async {
             let (mut client, token) = connect_as(endpoint, connect, user).await?;
-            let status = client.status().await?;
-            Ok((client, token, status.version().to_owned(), status.leader()))
+            let member = status_of(&mut client).await?;
+            Ok((client, token, member))
         };
         let dialed = bounded("connect", endpoint, options.connect_timeout, connecting)
             .await
@@ -223,8 +223,8 @@ impl EtcdStore {
             Some(_) => error,
             None => perhaps_https(endpoint, error),
         });
-        let (client, token, version, leader) = dialed?;
-        if leader == 0 && quorum {
+        let (client, token, member) = dialed?;
+        if !member.has_leader && quorum {
             return Err(ClusterError::Unavailable {
                 endpoint: endpoint.to_owned(),
                 operation: "connect",
@@ -233,7 +233,7 @@ impl EtcdStore {
         }
         Ok(Dialed {
             client,
-            version,
+            version: member.version,
             files,
             token,
         })
@@ -326,7 +326,7 @@ mod tests {
     #[test]
     fn versions_that_tell_progress() {
         assert!(
-            ["3.5.13", "3.5.30", "3.6.0", "4.0.0"]
+            ["3.5.13", "3.5.28+", "3.5.30", "3.6.0", "4.0.0"]
                 .iter()
                 .all(|version| tells_progress(version))
         );
@@ -342,7 +342,14 @@ mod tests {
         for version in ["3.4.30", "3.5.1", "3.5.22", "3.6.0", "3.6.4", "nonsense"] {
             assert!(has_lease_bug(version), "{version}");
         }
-        for version in ["3.5.23", "3.5.30", "3.6.5", "3.7.0-rc.1", "4.0.0"] {
+        for version in [
+            "3.5.23",
+            "3.5.28+",
+            "3.5.30",
+            "3.6.5",
+            "3.7.0-rc.1",
+            "4.0.0",
+        ] {
             assert!(!has_lease_bug(version), "{version}");
         }
     }

@@ -35,7 +35,7 @@ use super::{
 use crate::error::ClusterError;
 use connection::{Connection, Link};
 use keeper::EtcdKeeper;
-use security::{refusal, tls_failure, words_of};
+use security::{LastPassword, refusal, tls_failure, words_of};
 use watcher::EtcdWatcher;
 
 /// How many bytes a page of a list is to have. How many entries that are is told by those before.
@@ -64,6 +64,7 @@ struct Shared {
     entry_bytes: Mutex<HashMap<String, usize>>,
     /// There is a user, and authentication is not enabled, as has been told.
     has_no_token: AtomicBool,
+    password: Mutex<LastPassword>,
 }
 
 impl EtcdStore {
@@ -86,6 +87,7 @@ impl EtcdStore {
                 dialing: tokio::sync::Mutex::new(()),
                 entry_bytes: Mutex::default(),
                 has_no_token: AtomicBool::new(false),
+                password: Mutex::default(),
             }),
         }
     }
