@@ -89,6 +89,7 @@ pub(super) async fn connect_as(
 pub(super) struct Member {
     pub(super) version: String,
     pub(super) has_leader: bool,
+    pub(super) is_learner: bool,
 }
 
 /// Asks a member for its status. From 3.5.28 and 3.6.0 on there are versions that tell it to root
@@ -99,6 +100,7 @@ pub(super) async fn status_of(client: &mut Client) -> Result<Member, etcd_client
         Ok(status) => Ok(Member {
             version: status.version().to_owned(),
             has_leader: status.leader() != 0,
+            is_learner: status.is_learner(),
         }),
         Err(etcd_client::Error::GRpcStatus(status))
             if [DENIED, NOT_FOUND]
@@ -108,6 +110,7 @@ pub(super) async fn status_of(client: &mut Client) -> Result<Member, etcd_client
             Ok(Member {
                 version: "3.5.28+".to_owned(),
                 has_leader: true,
+                is_learner: false,
             })
         }
         Err(error) => Err(error),
