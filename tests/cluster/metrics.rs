@@ -161,7 +161,8 @@ fn nested(levels: usize) -> NodeMetadata {
 #[tokio::test]
 async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
     type Counted = fn(RefusedSamples) -> u64;
-    let monsters: [(&str, fn() -> NodeMetadata, Counted); 6] = [
+    type Made = fn() -> NodeMetadata;
+    let monsters: [(&str, Made, Counted); 6] = [
         (
             "70-kB",
             || json!({ "a": "x".repeat(70_000) }),

@@ -412,6 +412,12 @@ fn metadatas() -> (Vec<Value>, Vec<Value>) {
 /// Values of nodes; the node of a small one is `id(index)`.
 pub(crate) fn nodes() -> Corpus {
     let (small, big) = metadatas();
+    let weight = |index: usize| match index % 15 {
+        3 => json!(0),
+        6 => json!(-5),
+        9 => json!("0"),
+        _ => json!(0.5 + index as f64),
+    };
     let full = |index: usize, metadata: &Value| {
         let mut node = json!({ "id": id(index), "ip": format!("10.0.0.{}", index % IDS + 1) });
         // Each part of them is there in some.
@@ -420,7 +426,7 @@ pub(crate) fn nodes() -> Corpus {
             ("port", json!(8080 + index), 2),
             ("zone", json!(["a", "b", "zone \u{e9}"][index % 3]), 2),
             ("tags", json!(["canary", "x"]), 3),
-            ("weight", json!(0.5 + index as f64), 3),
+            ("weight", weight(index), 3),
             ("state", json!("draining"), 7),
             ("priority", json!(index), 4),
             ("leaving", json!(true), 11),
@@ -471,6 +477,9 @@ pub(crate) fn nodes() -> Corpus {
             "\"tags\":",
             "\"state\":",
             "\"serving\"",
+            "\"DRAINING\"",
+            "\"0.0.0.0\"",
+            "null",
             "\"leaving\":true",
             "\"id\":\"n1\"",
             " ",
