@@ -29,10 +29,10 @@ const ROUNDS: usize = 3;
 /// is far below one cell owns one cell or none.
 ///
 /// A backend visits all cells in an order of its own, a permutation as in Maglev (D. E. Eisenbud and
-/// others, NSDI 2016), and the time of its k-th cell is the mean of the k-th least of as many
-/// exponential times as there are cells (A. Rényi, "On the theory of order statistics", 1953). Its cells
-/// can be visited from the first on, so that only those of all backends' times that may win are ever
-/// looked at: about `cells * (1 + ln backends)` instead of `cells * backends`.
+/// others, NSDI 2016), and the time of its k-th cell is about the mean of the k-th least of as many
+/// exponential times as there are cells (A. Rényi, "On the theory of order statistics", 1953). So cells
+/// can be visited in the order of time, and those visits that cannot win are left out: there are about
+/// `cells * (1 + ln backends)` instead of `cells * backends`.
 ///
 /// Memory: 512 KiB and 56 bytes a backend. While it is built, 1 MiB more; and 512 KiB once in a
 /// process.
@@ -272,7 +272,8 @@ mod tests {
 
     #[test]
     fn times_are_the_order_statistics_of_exponential_ones() {
-        for rank in (0..CELLS).step_by(1_000) {
+        // At the very end means are no quantiles.
+        for rank in (0..CELLS * 9 / 10).step_by(1_000) {
             let exact = -(-(rank as f64) / CELLS as f64).ln_1p();
             let lag = f64::from(LAGS[rank]);
             assert!((lag - exact).abs() < 1e-3, "{rank}: {lag} for {exact}");

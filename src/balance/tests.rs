@@ -494,16 +494,15 @@ fn nothing_is_published_while_nothing_changes() {
             rig.update();
             assert!(!is_new(&rig), "{policy:?}: metrics");
         }
-        let node = |rig: &Rig| Node::clone(&rig.nodes["n3"]);
-        let steps: [&dyn Fn(&Rig) -> Option<Node>; 5] = [
-            &|rig| Some(node(rig).with_weight(401.0)),
-            &|rig| Some(node(rig).with_state(NodeState::Draining)),
-            &|rig| Some(node(rig).with_state(NodeState::Serving)),
-            &|rig| Some(node(rig).with_incarnation(7)),
-            &|_| None,
+        let steps: [fn(Node) -> Option<Node>; 5] = [
+            |node| Some(node.with_weight(401.0)),
+            |node| Some(node.with_state(NodeState::Draining)),
+            |node| Some(node.with_state(NodeState::Serving)),
+            |node| Some(node.with_incarnation(7)),
+            |_| None,
         ];
         for (step, next) in steps.into_iter().enumerate() {
-            match next(&rig) {
+            match next(Node::clone(&rig.nodes["n3"])) {
                 Some(node) => rig.nodes.insert("n3".to_owned(), Arc::new(node)),
                 None => rig.nodes.remove("n3"),
             };

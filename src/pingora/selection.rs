@@ -22,6 +22,9 @@ const MIN_WEIGHT: f64 = 1e-6;
 /// A backend's identity in Pingora is its address and weight, and what is in `ext` never counts
 /// as a change. So the weight of every backend here is 1, and what changes lives behind this
 /// handle: an update of metrics or weights leaves the backend's health and enablement alone.
+/// Pingora's own selections see that 1, and so treat all alike, `Consistent` too: for weights have
+/// [`MetricsWeighted`], or a [`BalancerService`](super::BalancerService) with
+/// [`Policy::Consistent`](crate::balance::Policy::Consistent).
 #[derive(Debug, Clone)]
 pub struct BackendNode {
     slot: Arc<Slot>,
