@@ -78,7 +78,7 @@ pub struct Setup {
     pub endpoints: Vec<String>,
     pub group: String,
     /// Further fields of `cluster.etcd`, in a line.
-    pub fields_ofshared: String,
+    pub fields_of_etcd: String,
     /// Further lines of `cluster`.
     pub more: String,
     pub log: Log,
@@ -93,7 +93,7 @@ impl Setup {
             shared: None,
             endpoints,
             group: group.to_owned(),
-            fields_ofshared: String::new(),
+            fields_of_etcd: String::new(),
             more: String::new(),
             log: Log::File,
             listen: None,
