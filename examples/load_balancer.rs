@@ -126,7 +126,9 @@ impl BackgroundService for Workers {
             });
         }
         while let Some(ended) = workers.join_next().await {
-            if let Err(error) = ended {
+            if let Err(error) = ended
+                && error.is_panic()
+            {
                 ends(&error);
             }
         }
