@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     match build(&Arguments::parse().conf) {
         Ok(server) => server.run_forever(),
         Err(error) => {
-            eprintln!("leader_routing: {error}");
+            log::complain(format_args!("leader_routing: {error}"));
             ExitCode::FAILURE
         }
     }

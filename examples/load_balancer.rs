@@ -53,11 +53,11 @@ fn main() -> ExitCode {
     match build(&arguments) {
         Ok(server) if !arguments.test => server.run_forever(),
         Ok(_) => {
-            println!("{}: ok", arguments.conf);
+            log::say(format_args!("{}: ok", arguments.conf));
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("load_balancer: {error}");
+            log::complain(format_args!("load_balancer: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -67,6 +67,7 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
     let (config, server_conf) = config::load(&arguments.conf)?;
     let options = Opt {
         upgrade: arguments.upgrade,
+        test: arguments.test,
         ..Opt::default()
     };
     let mut server = Server::new_with_opt_and_conf(options, server_conf);
@@ -79,11 +80,6 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
         server.add_service(background_service("demo workers", workers));
     }
     if !arguments.test {
-        if !arguments.upgrade {
-            // Pingora would try for half a minute, and panic then.
-            std::net::TcpListener::bind(&config.listen)
-                .map_err(|error| format!("cannot listen on {}: {error}", config.listen))?;
-        }
         server.bootstrap();
         if arguments.demo > 0 {
             explain(&config, arguments.demo);
@@ -104,7 +100,7 @@ impl BackgroundService for Workers {
         let mut workers = JoinSet::new();
         let cluster = match Cluster::connect(&self.config.etcd) {
             Ok(cluster) => cluster,
-            Err(error) => return tracing::error!(%error, "no workers"),
+            Err(error) => ends(&error),
         };
         for index in 0..self.count {
             let port = FIRST_DEMO_PORT + index;
@@ -129,14 +125,25 @@ impl BackgroundService for Workers {
                 }
             });
         }
-        while workers.join_next().await.is_some() {}
+        while let Some(ended) = workers.join_next().await {
+            if let Err(error) = ended {
+                ends(&error);
+            }
+        }
     }
+}
+
+/// A worker that panicked, or none at all: the demonstration would go on without, and nobody would
+/// know why.
+fn ends(reason: &dyn std::fmt::Display) -> ! {
+    log::complain(format_args!("load_balancer: workers: {reason}"));
+    std::process::exit(1);
 }
 
 fn explain(config: &ClusterConfig, count: u16) {
     let listen = &config.listen;
     let (first, last) = (FIRST_DEMO_PORT, FIRST_DEMO_PORT + count - 1);
-    println!(
+    log::say(format_args!(
         "\
 load balancer on http://{listen}, {count} workers on ports {first} to {last}, group {group}
 
@@ -152,5 +159,5 @@ Try, in another terminal:
 Ctrl-C ends it.
 ",
         group = config.group,
-    );
+    ));
 }

@@ -100,7 +100,7 @@ async fn main() -> ExitCode {
     let cluster = match cluster.try_build() {
         Ok(cluster) => cluster,
         Err(error) => {
-            eprintln!("worker: {error}");
+            log::complain(format_args!("worker: {error}"));
             return ExitCode::FAILURE;
         }
     };
@@ -133,7 +133,7 @@ async fn main() -> ExitCode {
     let ended = tokio::select! {
         ended = run_worker(options, first) => ended,
         () = impatient => {
-            eprintln!("worker: ended at once; its lease will run out");
+            log::complain("worker: ended at once; its lease will run out");
             return ExitCode::FAILURE;
         }
     };
@@ -142,7 +142,7 @@ async fn main() -> ExitCode {
         // At once: no destructor, no flushing, as a crash would.
         Ok(Ended::Crashed) => std::process::abort(),
         Err(error) => {
-            eprintln!("worker: {error}");
+            log::complain(format_args!("worker: {error}"));
             ExitCode::FAILURE
         }
     }

@@ -70,6 +70,15 @@ pub enum ClusterError {
         /// What the last one failed with.
         last: String,
     },
+    /// What a call tells was not taken soon enough, so it was ended: others share its connection. Go
+    /// on with another one from where this one has come to.
+    #[error("{operation} was ended because it was not read: it was {behind} messages behind")]
+    TooSlow {
+        /// What was ended.
+        operation: &'static str,
+        /// How many messages are kept for it.
+        behind: usize,
+    },
     /// The store did not answer in time. Whether a write took effect is unknown: read before you
     /// claim.
     #[error("etcd at {endpoint} did not answer {operation} within {after:?}")]
@@ -213,6 +222,7 @@ impl ClusterError {
             Self::Unavailable { .. }
                 | Self::Timeout { .. }
                 | Self::Exhausted { .. }
+                | Self::TooSlow { .. }
                 | Self::CircuitOpen { .. }
         )
     }

@@ -17,10 +17,7 @@
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::store::LeaseId;
-
-/// Longest node id or group accepted, in bytes. etcd has no limit of its own below its request
-/// size; a name past this one is a mistake.
-const MAX_NAME: usize = 512;
+use crate::validate;
 
 /// The keys of one group.
 #[derive(Debug, Clone)]
@@ -178,17 +175,35 @@ pub(crate) fn with_slash(prefix: &str) -> String {
     }
 }
 
-fn check_name(field: &str, name: &str) -> Result<(), ClusterError> {
-    let reason = if name.is_empty() {
-        "must not be empty".to_owned()
-    } else if name.len() > MAX_NAME {
-        format!("is {} bytes long, at most {MAX_NAME} allowed", name.len())
-    } else if name.chars().any(char::is_control) {
-        format!("{name:?} contains a control character")
-    } else {
+/// Whether readers take every key that a node of this id writes.
+pub(crate) fn check_keys(prefix: &str, group: &str, node_id: &str) -> Result<(), ClusterError> {
+    let keys = GroupKeys::new(prefix, group);
+    // All three kinds of keys begin equally long.
+    let registration = keys.registration(node_id).len();
+    let longest = registration.max(keys.candidacy(LeaseId(i64::MAX)).len());
+    let most = validate::KEY_BYTES;
+    if longest <= most {
         return Ok(());
-    };
-    Err(ClusterError::config(field, reason))
+    }
+    let (prefix, group, id) = (prefix.len(), group.len(), node_id.len());
+    let lengths = [("key_prefix", prefix), ("group", group), ("node_id", id)];
+    let (field, _) = lengths
+        .into_iter()
+        .max_by_key(|(_, length)| *length)
+        .unwrap_or(lengths[0]);
+    Err(ClusterError::config(
+        field,
+        format!(
+            "makes a key of {longest} bytes, at most {most} allowed: key_prefix has {prefix}, group {group}, node_id {id}"
+        ),
+    ))
+}
+
+fn check_name(field: &str, name: &str) -> Result<(), ClusterError> {
+    if name.is_empty() {
+        return Err(ClusterError::config(field, "must not be empty"));
+    }
+    validate::name(name).map_err(|reason| ClusterError::config(field, reason))
 }
 
 #[cfg(test)]
@@ -228,5 +243,29 @@ mod tests {
             assert!(error.contains("group"), "{error}");
         }
         check_group("team/app").unwrap();
+    }
+
+    #[test]
+    fn a_key_that_no_reader_takes_is_refused_by_name() {
+        let long = "x".repeat(500);
+        for (prefix, group, id, field) in [
+            (format!("{long}{long}/"), "g", "n", "key_prefix"),
+            (
+                String::new(),
+                &*"x".repeat(512),
+                &*"x".repeat(512),
+                "node_id",
+            ),
+            // Short as they are: the lease is part of a key too.
+            (format!("{long}/"), &*long, "n", "key_prefix"),
+        ] {
+            let error = check_keys(&prefix, group, id).unwrap_err().to_string();
+            let named = error.contains(&format!("invalid {field}: ")) && error.contains("1024");
+            assert!(named, "{error}");
+        }
+        check_keys("", &long, &long).unwrap();
+        let most = 1_024 - "registry//".len() - 500;
+        check_keys("", &long, &"x".repeat(most)).unwrap();
+        check_keys("", &long, &"x".repeat(most + 1)).unwrap_err();
     }
 }

@@ -227,6 +227,7 @@ mod signal;
 pub mod store;
 #[cfg(test)]
 mod testing;
+mod validate;
 mod worker;
 
 pub use cluster::{Cluster, ClusterBuilder};
@@ -244,7 +245,7 @@ pub use metrics::{
 };
 pub use node::{HealthStatus, Metadata, Node, NodeMetadata, NodeState, metadata_keys};
 pub use store::{Credentials, EtcdOptions, Password, TlsOptions};
-pub use worker::{ClusterNode, ClusterNodeBuilder, Leadership, SessionState};
+pub use worker::{ClusterNode, ClusterNodeBuilder, Leadership, RefusedSamples, SessionState};
 
 /// The worker's types, under the name that `photon-etcd-cluster` has for them.
 pub mod cluster_node {

@@ -21,7 +21,8 @@ const MAX_COUNT: f64 = 1e9;
 /// Read are `cpu_utilization` (or, if it is above 0, `application_utilization`, which the format
 /// says comes first), `mem_utilization`, `named_metrics.queue_depth`, `named_metrics.in_flight`
 /// and `named_metrics.sampled_at`, in the text and the JSON form. Everything else is left alone.
-/// A value that is no number, not finite or out of its range is left out alone, and counted.
+/// CPU and memory above 1 count as 1: full is full. A value that is no number, not finite, negative
+/// or too great for a count is left out alone, and counted.
 ///
 /// ```
 /// use pingora_etcd::LoadReport;
@@ -38,7 +39,7 @@ const MAX_COUNT: f64 = 1e9;
 pub struct LoadReport {
     /// CPU in use: 0 is none, 1 is all of it; more counts as 1.
     pub cpu: Option<f64>,
-    /// Memory in use, 0 to 1.
+    /// Memory in use, 0 to 1; more counts as 1.
     pub memory: Option<f64>,
     /// Requests waiting, 0 or more.
     pub queue: Option<f64>,
@@ -77,15 +78,13 @@ impl LoadReport {
     pub fn from_metadata(metadata: &NodeMetadata) -> Self {
         use metadata_keys::{CPU_USAGE_PERCENT, MEMORY_USAGE_PERCENT, QUEUE_DEPTH};
         let mut report = Self::default();
-        let mut take = |key, most, unit| {
-            let value = metadata.get(key).filter(|value| !value.is_null())?;
-            report
-                .checked(value.as_f64(), most)
-                .map(|value| value / unit)
+        let found = |key| metadata.get(key).filter(|value| !value.is_null());
+        let mut part = |key| {
+            let percent = found(key)?.as_f64();
+            report.checked_part(percent.map(|percent| percent / 100.0))
         };
-        let cpu = take(CPU_USAGE_PERCENT, 100.0, 100.0);
-        let memory = take(MEMORY_USAGE_PERCENT, 100.0, 100.0);
-        let queue = take(QUEUE_DEPTH, MAX_COUNT, 1.0);
+        let (cpu, memory) = (part(CPU_USAGE_PERCENT), part(MEMORY_USAGE_PERCENT));
+        let queue = found(QUEUE_DEPTH).and_then(|depth| report.checked(depth.as_f64(), MAX_COUNT));
         Self {
             cpu,
             memory,
@@ -143,12 +142,9 @@ impl LoadReport {
 
     fn take(&mut self, name: &str, value: Option<f64>, application: &mut Option<f64>) {
         match name {
-            // The format lets CPU exceed 1; full is full.
-            "cpu_utilization" => self.cpu = self.checked(value, MAX_COUNT).map(|cpu| cpu.min(1.0)),
-            "application_utilization" => {
-                *application = self.checked(value, MAX_COUNT).map(|cpu| cpu.min(1.0));
-            }
-            "mem_utilization" => self.memory = self.checked(value, 1.0),
+            "cpu_utilization" => self.cpu = self.checked_part(value),
+            "application_utilization" => *application = self.checked_part(value),
+            "mem_utilization" => self.memory = self.checked_part(value),
             _ => {
                 if let Some(name) = name.strip_prefix("named_metrics.") {
                     self.take_named(name, value);
@@ -175,6 +171,12 @@ impl LoadReport {
         value
     }
 
+    fn checked_part(&mut self, value: Option<f64>) -> Option<f64> {
+        let value = value.and_then(fraction);
+        self.refused += u32::from(value.is_none());
+        value
+    }
+
     /// The same without what is out of range: whoever puts one together by hand may be wrong.
     pub(crate) fn sane(&self) -> Self {
         let mut sane = Self {
@@ -182,11 +184,12 @@ impl LoadReport {
             sampled_at: self.sampled_at,
             ..Self::default()
         };
+        let mut part = |value: Option<f64>| value.and_then(|value| sane.checked_part(Some(value)));
+        let (cpu, memory) = (part(self.cpu), part(self.memory));
         let mut check = |value: Option<f64>, most| {
             let value = value?;
             sane.checked(Some(value), most)
         };
-        let (cpu, memory) = (check(self.cpu, 1.0), check(self.memory, 1.0));
         let (queue, in_flight) = (
             check(self.queue, MAX_COUNT),
             check(self.in_flight, MAX_COUNT),
@@ -204,6 +207,12 @@ impl LoadReport {
     pub(crate) fn has_load(&self) -> bool {
         self.cpu.is_some() || self.memory.is_some() || self.queue.is_some()
     }
+}
+
+/// A part in use. There are formats, and ways of counting cores, in which it exceeds 1: full is full.
+/// `None` if it is no part of anything.
+pub(crate) fn fraction(value: f64) -> Option<f64> {
+    (value.is_finite() && value >= 0.0).then(|| value.min(1.0))
 }
 
 /// The header's value, in the text form.
@@ -260,7 +269,7 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused_alone() {
-        let text = "TEXT cpu_utilization=NaN,mem_utilization=1.5,named_metrics.queue_depth=-1,\
+        let text = "TEXT cpu_utilization=NaN,mem_utilization=-0.5,named_metrics.queue_depth=-1,\
                     named_metrics.in_flight=3,nonsense";
         let report = LoadReport::parse(text).unwrap();
         let expected = LoadReport {
@@ -269,10 +278,6 @@ mod tests {
             ..LoadReport::new()
         };
         assert_eq!(report, expected);
-        assert_eq!(
-            LoadReport::parse("TEXT cpu_utilization=1.7").unwrap().cpu,
-            Some(1.0)
-        );
         for (value, error) in [
             ("cpu_utilization=1".as_bytes(), LoadReportError::Format),
             (b"TEXT \xff", LoadReportError::Format),
@@ -284,6 +289,27 @@ mod tests {
             LoadReport::parse("JSON [1]"),
             Err(LoadReportError::Json(_))
         ));
+    }
+
+    #[test]
+    fn more_than_all_is_all() {
+        let parsed = [
+            "TEXT cpu_utilization=1.7,mem_utilization=1.2",
+            "TEXT application_utilization=4e9,mem_utilization=1",
+            r#"JSON {"cpu_utilization": 1.001, "mem_utilization": 1e300}"#,
+        ]
+        .map(|text| LoadReport::parse(text).unwrap());
+        let metadata = json!({"cpu_usage_percent": 130, "memory_usage_percent": 101.5});
+        let by_hand = LoadReport {
+            cpu: Some(1.3),
+            memory: Some(7.0),
+            ..LoadReport::new()
+        };
+        let others = [LoadReport::from_metadata(&metadata), by_hand.sane()];
+        for report in parsed.into_iter().chain(others) {
+            let told = (report.cpu, report.memory, report.refused);
+            assert_eq!(told, (Some(1.0), Some(1.0), 0), "{report:?}");
+        }
     }
 
     #[test]

@@ -8,9 +8,12 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::node::NodeMetadata;
+use crate::validate;
 
 /// The metadata of a [`Node`](crate::Node). Dereferences to the [`NodeMetadata`] (a
 /// `serde_json::Value`) that the node published, so that it is read like one.
+///
+/// A value nested deeper than 100 levels, which nobody could read, is `null` here.
 ///
 /// It is kept as text, and turned into a value when it is first read as one; that value is kept
 /// from then on. A value of four metrics takes 770 bytes, its text 130, and a balancer needs no
@@ -191,7 +194,12 @@ impl From<NodeMetadata> for Metadata {
         Self {
             text: match value {
                 NodeMetadata::Null => Box::default(),
-                other => other.to_string().into(),
+                // Writing it, and dropping it, would take stack without bound.
+                value if validate::is_deeper(&value, validate::MOST_DEPTH) => {
+                    validate::take_apart(value);
+                    Box::default()
+                }
+                value => value.to_string().into(),
             },
             value: OnceLock::new(),
         }
@@ -280,6 +288,20 @@ mod tests {
             assert_eq!(value.as_f64(), text.parse().ok());
             assert_eq!(*Metadata::from(value.clone()), value);
         }
+    }
+
+    #[test]
+    fn what_is_too_deep_to_be_read_is_nothing() {
+        let nested = |levels| (0..levels).fold(json!(1), |inner, _| json!([inner]));
+        let metadata = Metadata::from(nested(100));
+        assert_eq!(*metadata, nested(100));
+        serde_json::to_string(&metadata).unwrap();
+        for levels in [101, 130] {
+            assert!(Metadata::from(nested(levels)).is_null(), "{levels}");
+        }
+        // In a list made by hand: the macro would take it apart by recursion.
+        let abyss = (0..200_000).fold(Value::Null, |inner, _| Value::Array(vec![inner]));
+        assert!(Metadata::from(abyss).is_null());
     }
 
     fn value() -> impl Strategy<Value = Value> {

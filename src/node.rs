@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU64;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use crate::metadata::Metadata;
 use crate::store::{LeaseId, Revision};
@@ -15,9 +15,9 @@ pub type NodeMetadata = serde_json::Value;
 
 /// The standard keys of [`NodeMetadata`]. Others are kept and passed on untouched.
 pub mod metadata_keys {
-    /// CPU usage in percent of the whole machine, 0 to 100 (`f64`).
+    /// CPU usage in percent of the whole machine, 0 to 100 (`f64`). More counts as 100.
     pub const CPU_USAGE_PERCENT: &str = "cpu_usage_percent";
-    /// Memory in use in percent, 0 to 100 (`f64`).
+    /// Memory in use in percent, 0 to 100 (`f64`). More counts as 100.
     pub const MEMORY_USAGE_PERCENT: &str = "memory_usage_percent";
     /// Memory available without swapping, in bytes (`u64`).
     pub const MEMORY_AVAILABLE_BYTES: &str = "memory_available_bytes";
@@ -32,16 +32,21 @@ pub mod metadata_keys {
 }
 
 /// Whether a node takes new requests.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum NodeState {
-    /// Is about to leave: finishes what it has, takes nothing new.
+    /// Is about to leave: finishes what it has, takes nothing new. Read in upper and lower case.
     Draining,
     /// Takes requests. Also what a state unknown to this version is read as.
     #[default]
-    #[serde(other)]
     Serving,
+}
+
+impl<'de> Deserialize<'de> for NodeState {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(fields::State)
+    }
 }
 
 impl NodeState {
@@ -54,41 +59,81 @@ impl NodeState {
 ///
 /// Two nodes are equal when `id` and `ip` are, whatever they report at the moment; compare the
 /// fields for more.
+///
+/// In the JSON `null` is the same as nothing for each field but `id` and `ip`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Node {
     /// Unique within the group; the last segment of its key.
+    #[serde(deserialize_with = "fields::id")]
     pub id: String,
-    /// Where it is reached.
+    /// Where it is reached. A [`ServiceDiscovery`](crate::ServiceDiscovery) skips an entry whose
+    /// address nobody can connect to: unspecified, multicast, broadcast, or link-local (IPv6).
+    #[serde(deserialize_with = "fields::ip")]
     pub ip: IpAddr,
-    /// When it last wrote this entry, by its own clock: Unix time in milliseconds.
-    #[serde(default)]
+    /// When it last wrote this entry, by its own clock: Unix time in milliseconds. A fraction is
+    /// cut off; what is before 1970 is 0.
+    #[serde(default, deserialize_with = "fields::last_seen")]
     pub last_seen: u64,
     /// What it reports about itself.
-    #[serde(default, skip_serializing_if = "Metadata::is_null")]
+    #[serde(
+        default,
+        deserialize_with = "fields::metadata",
+        skip_serializing_if = "Metadata::is_null"
+    )]
     pub metadata: Metadata,
-    /// The port it serves on; `None` leaves it to the reader's default.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The port it serves on; `None` leaves it to the reader's default. A discovery skips an entry
+    /// with port 0.
+    #[serde(
+        default,
+        deserialize_with = "fields::port",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub port: Option<u16>,
     /// Where it runs: availability zone, rack, data centre.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "fields::zone",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub zone: Option<String>,
     /// Free labels.
-    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    #[serde(
+        default,
+        deserialize_with = "fields::tags",
+        skip_serializing_if = "BTreeSet::is_empty"
+    )]
     pub tags: BTreeSet<String>,
-    /// Its static share of traffic relative to others, 0.000001 to 1,000,000; `None`, or anything
-    /// else, means 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Its static share of traffic relative to others. 0: no traffic. Else 0.000001 to 1,000,000;
+    /// what is beyond counts as the nearest of these. `None` counts as 1, and so does a negative
+    /// number and what was no number at all (`NaN` here), which a discovery counts and logs.
+    #[serde(
+        default,
+        deserialize_with = "fields::weight",
+        skip_serializing_if = "fields::is_no_number"
+    )]
     pub weight: Option<f64>,
     /// Whether it takes new requests.
-    #[serde(default, skip_serializing_if = "NodeState::is_serving")]
+    #[serde(
+        default,
+        deserialize_with = "fields::state",
+        skip_serializing_if = "NodeState::is_serving"
+    )]
     pub state: NodeState,
     /// Its priority as a leader: one with a higher priority takes over. `None` for a node that
     /// knows nothing of priorities (`photon-etcd-cluster`): it counts as 0, and makes way for
     /// nobody.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "fields::priority",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub priority: Option<u16>,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[serde(
+        default,
+        deserialize_with = "fields::leaving",
+        skip_serializing_if = "std::ops::Not::not"
+    )]
     leaving: bool,
     #[serde(default, with = "run_text", skip_serializing_if = "Option::is_none")]
     run: Option<NonZeroU64>,
@@ -182,7 +227,7 @@ impl Node {
         self
     }
 
-    /// Sets its static weight.
+    /// Sets its static weight; 0 is no traffic.
     #[must_use]
     pub fn with_weight(mut self, weight: f64) -> Self {
         self.weight = Some(weight);
@@ -291,6 +336,23 @@ impl Node {
         self.leaving = true;
     }
 
+    /// As it is written.
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        // Only a map with keys that are no strings could fail, or metadata too deep to be read: there
+        // are neither.
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// With all that is written at one time or another, so that its JSON is as long as it ever
+    /// gets with these metadata.
+    pub(crate) fn at_its_longest(mut self) -> Self {
+        self.last_seen = u64::MAX;
+        self.state = NodeState::Draining;
+        self.leaving = true;
+        self.run = Some(NonZeroU64::MAX);
+        self
+    }
+
     /// A number from the metadata; `None` where it is absent or no number.
     pub fn metric(&self, key: &str) -> Option<f64> {
         self.metadata.number(key)
@@ -305,9 +367,121 @@ impl Node {
             || self.port != other.port
             || self.zone != other.zone
             || self.tags != other.tags
-            || self.weight != other.weight
+            // `NaN` is as good as another.
+            || self.weight.map(f64::to_bits) != other.weight.map(f64::to_bits)
             || self.state != other.state
             || self.priority != other.priority
+    }
+}
+
+/// How the fields of an entry are read: `null` is absence, and an error says which field it is.
+mod fields {
+    use std::collections::BTreeSet;
+    use std::fmt;
+    use std::net::IpAddr;
+
+    use serde::de::{Deserialize, Deserializer, Error, Visitor};
+
+    use super::NodeState;
+    use crate::metadata::{Found, Metadata};
+
+    fn named<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+        field: &str,
+        deserializer: D,
+    ) -> Result<T, D::Error> {
+        T::deserialize(deserializer)
+            .map_err(|error| D::Error::custom(format_args!("{field}: {error}")))
+    }
+
+    macro_rules! fields {
+        ($($name:ident: $type:ty),*) => {$(
+            pub(super) fn $name<'de, D: Deserializer<'de>>(
+                deserializer: D,
+            ) -> Result<$type, D::Error> {
+                named(stringify!($name), deserializer)
+            }
+        )*};
+    }
+
+    macro_rules! or_default {
+        ($($name:ident: $type:ty),*) => {$(
+            pub(super) fn $name<'de, D: Deserializer<'de>>(
+                deserializer: D,
+            ) -> Result<$type, D::Error> {
+                let value: Option<$type> = named(stringify!($name), deserializer)?;
+                Ok(value.unwrap_or_default())
+            }
+        )*};
+    }
+
+    fields!(id: String, ip: IpAddr, metadata: Metadata, port: Option<u16>, zone: Option<String>);
+    fields!(priority: Option<u16>);
+    or_default!(tags: BTreeSet<String>, state: NodeState, leaving: bool);
+
+    pub(super) fn last_seen<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        let millis: Option<Millis> = named("last_seen", deserializer)?;
+        Ok(millis.map_or(0, |millis| millis.0))
+    }
+
+    /// What is no number is no reason to refuse the rest: `NaN`.
+    pub(super) fn weight<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<f64>, D::Error> {
+        Ok(match named("weight", deserializer)? {
+            Found::Absent => None,
+            Found::Number(weight) => Some(weight),
+            Found::Other => Some(f64::NAN),
+        })
+    }
+
+    pub(super) fn is_no_number(weight: &Option<f64>) -> bool {
+        weight.is_none_or(|weight| !weight.is_finite())
+    }
+
+    /// As others write a time: in whole milliseconds, or with a fraction.
+    struct Millis(u64);
+
+    impl<'de> Deserialize<'de> for Millis {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            deserializer.deserialize_any(Time)
+        }
+    }
+
+    struct Time;
+
+    impl Visitor<'_> for Time {
+        type Value = Millis;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a time in milliseconds")
+        }
+        fn visit_u64<E>(self, millis: u64) -> Result<Millis, E> {
+            Ok(Millis(millis))
+        }
+        fn visit_i64<E>(self, millis: i64) -> Result<Millis, E> {
+            Ok(Millis(u64::try_from(millis).unwrap_or(0)))
+        }
+        fn visit_f64<E>(self, millis: f64) -> Result<Millis, E> {
+            // Saturates: below 0 it is 0.
+            Ok(Millis(millis as u64))
+        }
+    }
+
+    pub(super) struct State;
+
+    impl Visitor<'_> for State {
+        type Value = NodeState;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a text such as draining")
+        }
+        fn visit_str<E>(self, state: &str) -> Result<NodeState, E> {
+            Ok(if state.eq_ignore_ascii_case("draining") {
+                NodeState::Draining
+            } else {
+                NodeState::Serving
+            })
+        }
     }
 }
 
@@ -409,5 +583,46 @@ mod tests {
         let node: Node =
             serde_json::from_str(r#"{"id":"n","ip":"::1","state":"warming"}"#).unwrap();
         assert!(node.is_serving());
+    }
+
+    #[test]
+    fn null_is_absence() {
+        let node: Node = serde_json::from_str(
+            r#"{"id":"n","ip":"::1","last_seen":null,"metadata":null,"port":null,"zone":null,
+                "tags":null,"weight":null,"state":null,"priority":null,"leaving":null}"#,
+        )
+        .unwrap();
+        assert!(!node.differs(&Node::new("n", "::1".parse().unwrap())));
+        assert!(node.last_seen == 0 && !node.is_leaving());
+    }
+
+    #[test]
+    fn values_as_people_write_them() {
+        let read = |field: &str| {
+            let text = format!(r#"{{"id":"n","ip":"::1",{field}}}"#);
+            serde_json::from_str::<Node>(&text).unwrap()
+        };
+        for (time, millis) in [
+            ("1700000000000.75", 1_700_000_000_000),
+            ("-3", 0),
+            ("-0.5", 0),
+            ("1e300", u64::MAX),
+        ] {
+            let node = read(&format!(r#""last_seen":{time}"#));
+            assert_eq!(node.last_seen, millis, "{time}");
+        }
+        for state in ["draining", "DRAINING", "Draining"] {
+            assert!(!read(&format!(r#""state":"{state}""#)).is_serving());
+        }
+        for (weight, counts) in [("0", Some(0.0)), ("-5", Some(-5.0)), ("null", None)] {
+            assert_eq!(read(&format!(r#""weight":{weight}"#)).weight, counts);
+        }
+        for weight in [r#""0""#, "[0]", "{}", "true"] {
+            let node = read(&format!(r#""weight":{weight}"#));
+            assert!(node.weight.is_some_and(f64::is_nan), "{weight}");
+            assert!(!node.differs(&node), "{weight}");
+            let text = serde_json::to_string(&node).unwrap();
+            assert!(!text.contains("weight"), "{text}");
+        }
     }
 }

@@ -19,6 +19,8 @@ use serde::Deserialize;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use crate::log;
+
 /// How long a request takes on an idle worker.
 const SERVICE_TIME: Duration = Duration::from_millis(2);
 
@@ -169,7 +171,8 @@ pub async fn run_worker(
         .route("/crash", post(crash))
         .fallback(serve)
         .with_state(shared);
-    println!("{} serves on {}", options.id, listener.local_addr()?);
+    let address = listener.local_addr()?;
+    log::say(format_args!("{} serves on {address}", options.id));
 
     let mut left = end.subscribe();
     let serving = axum::serve(listener, app).with_graceful_shutdown(async move {

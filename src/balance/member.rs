@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 
 use super::adaptive::Adaptive;
+#[cfg(feature = "pingora")]
+use super::weight::base_weight;
 use crate::load_report::LoadReport;
 use crate::node::Node;
 
@@ -171,7 +173,7 @@ pub(super) struct Live {
     reported: AtomicU64,
     /// The bits of an `f64`.
     weight: AtomicU64,
-    /// Its weight, wherever it is: what its own counts compare with.
+    /// Its weight, wherever it is: what its own counts compare with. Above 0.
     capacity: AtomicF32,
     /// The part of its weight that it is drawn with: less than 1 for one that fails.
     gate: AtomicF32,
@@ -198,7 +200,7 @@ impl Live {
         self.node.load_full()
     }
 
-    /// Above 0, whatever the node reports.
+    /// Above 0, whatever the node reports, unless its static weight is 0.
     pub(super) fn weight(&self) -> f64 {
         f64::from_bits(self.weight.load(Ordering::Relaxed))
     }
@@ -349,9 +351,11 @@ impl Member {
         self.live.node.store(node);
     }
 
+    /// Whether it is to be sent anything.
     #[cfg(feature = "pingora")]
     pub(crate) fn is_serving(&self) -> bool {
-        self.live.node.load().is_serving()
+        let node = self.live.node.load();
+        node.is_serving() && base_weight(&node) > 0.0
     }
 
     pub(crate) fn weight(&self) -> f64 {
@@ -371,7 +375,10 @@ impl Member {
     pub(super) fn set_weight(&self, capacity: f64, part: f64, gate: f32) {
         let weight = (capacity * part).to_bits();
         self.live.weight.store(weight, Ordering::Relaxed);
-        self.live.capacity.set(capacity as f32);
+        // One that is to get no more still works on what it has: by what it could take before.
+        if capacity > 0.0 {
+            self.live.capacity.set(capacity as f32);
+        }
         self.live.gate.set(gate);
     }
 

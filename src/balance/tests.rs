@@ -102,6 +102,110 @@ fn draining_nodes_are_not_picked_and_unknown_load_is_no_reason_not_to() {
     }
 }
 
+/// As in every other balancer, and as for a node that drains.
+#[test]
+fn a_weight_of_zero_is_no_traffic() {
+    let weighted = |index: u16, weight: f64| {
+        let node = Node::clone(&node(index, 50.0)).with_weight(weight);
+        Arc::new(node)
+    };
+    for policy in POLICIES {
+        let balancer = balancer(policy, &[weighted(0, 1.0), weighted(1, 1.0)]);
+        let hits = |requests: u32| {
+            let mut counts = [0_u32; 2];
+            let mut random = rng();
+            for key in 0..requests {
+                let options = PickOptions {
+                    key: &key.to_le_bytes(),
+                    ..PickOptions::default()
+                };
+                let upstream = balancer.pick_by(options, &mut random).unwrap();
+                counts[usize::from(upstream.addr().port() - 1000)] += 1;
+            }
+            counts
+        };
+        assert!(hits(400).iter().all(|count| *count > 50), "{policy:?}");
+        let held = balancer.pick().unwrap();
+        // While it has requests in flight and reports of them.
+        balancer.update(&[weighted(0, 0.0), weighted(1, 1.0)]);
+        let report = LoadReport {
+            in_flight: Some(3.0),
+            ..LoadReport::default()
+        };
+        held.report(&report, Instant::now());
+        balancer.tick(Instant::now());
+        assert_eq!(hits(400)[0], 0, "{policy:?}");
+        assert_eq!((balancer.len(), balancer.backends().len()), (1, 1));
+        // Not even where all others have been tried.
+        let tried = PickOptions {
+            exclude: &["10.0.0.1:1001".parse().unwrap()],
+            ..PickOptions::default()
+        };
+        assert!(balancer.pick_with(tried).is_none(), "{policy:?}");
+        balancer.update(&[weighted(0, 0.0), weighted(1, 0.0)]);
+        assert!(
+            balancer.pick().is_none() && balancer.is_empty(),
+            "{policy:?}"
+        );
+        // And back: one by one, as discovery tells it.
+        let change = Change::Updated {
+            old: weighted(0, 0.0),
+            new: weighted(0, 3.0),
+        };
+        balancer.apply(&change, Instant::now());
+        balancer.publish(Instant::now());
+        assert_eq!(hits(400), [400, 0], "{policy:?}");
+    }
+}
+
+#[test]
+fn weights_that_are_none_count_as_one_and_great_ones_as_the_greatest() {
+    for (weight, share) in [(-5.0, 0.5), (f64::NAN, 0.5), (1e9, 1.0), (1e-9, 0.0)] {
+        let odd = Arc::new(Node::clone(&node(0, 50.0)).with_weight(weight));
+        let balancer = balancer(Policy::Random, &[odd, node(1, 50.0)]);
+        let mut random = rng();
+        let hits = (0..2_000).filter(|_| {
+            let picked = balancer.pick_by(PickOptions::default(), &mut random);
+            picked.unwrap().addr().port() == 1000
+        });
+        let hits = hits.count() as f64 / 2_000.0;
+        assert!((hits - share).abs() < 0.05, "{weight}: {hits}");
+        assert_eq!(balancer.len(), 2);
+    }
+}
+
+/// What a backend says of itself counts, though it is more than all.
+#[test]
+fn one_that_is_more_than_full_gets_no_more_than_one_that_is_full() {
+    for policy in [Policy::Headroom, Policy::Adaptive] {
+        let balancer = balancer(policy, &[node(0, 20.0), node(1, 60.0)]);
+        let at = Instant::now();
+        // Both have something to do: what an idle one reports is not from here.
+        let _held: Vec<_> = (0..40).map(|_| balancer.pick().unwrap()).collect();
+        let reported = |cpu: f64, last_seen: u64| {
+            let nodes = [(0, cpu), (1, 60.0)].map(|(index, cpu)| {
+                let mut node = Node::clone(&node(index, cpu));
+                node.last_seen = last_seen;
+                Arc::new(node)
+            });
+            balancer.update_at(&nodes, at);
+            let weights: BTreeMap<_, _> = balancer
+                .backends()
+                .iter()
+                .map(|backend| (backend.addr.port(), backend.weight))
+                .collect();
+            weights[&1000] / weights[&1001]
+        };
+        assert!(reported(20.0, 1) > 1.0, "{policy:?}");
+        let mut ratio = f64::INFINITY;
+        for last_seen in 2..20 {
+            ratio = reported(130.0, last_seen);
+        }
+        assert!(ratio < 0.8, "{policy:?}: {ratio}");
+        assert_eq!(balancer.refused_metrics(), 0);
+    }
+}
+
 #[test]
 fn in_flight_is_counted_across_updates_and_ends_with_the_registration() {
     let balancer = balancer(Policy::Headroom, &nodes(1));
@@ -317,6 +421,101 @@ fn consistent_moves_only_what_it_must() {
 }
 
 #[test]
+fn consistent_follows_weights_whatever_their_unit() {
+    for unit in [1e-6, 1.0, 100.0, 1e5] {
+        let weighted = [(0, unit), (1, 10.0 * unit)]
+            .map(|(index, weight)| Arc::new(Node::clone(&bare(index)).with_weight(weight)));
+        let balancer = balancer(Policy::Consistent, &weighted);
+        let light = (0..20_000_u32).filter(|key| {
+            let options = PickOptions {
+                key: &key.to_le_bytes(),
+                ..PickOptions::default()
+            };
+            balancer.pick_with(options).unwrap().addr().port() == 1000
+        });
+        let share = light.count() as f64 / 20_000.0;
+        assert!((share - 1.0 / 11.0).abs() < 0.01, "{unit}: {share}");
+    }
+}
+
+#[test]
+fn consistent_finds_those_that_own_next_to_nothing() {
+    let weighted = [(0, 1e6), (1, 1e-6), (2, 1e-6)]
+        .map(|(index, weight)| Arc::new(Node::clone(&bare(index)).with_weight(weight)));
+    let balancer = balancer(Policy::Consistent, &weighted);
+    let heavy = weighted[0].addr(80);
+    let pick = |key: u32| {
+        let options = PickOptions {
+            key: &key.to_le_bytes(),
+            exclude: &[heavy],
+            ..PickOptions::default()
+        };
+        balancer.pick_with(options).unwrap().addr()
+    };
+    let mut counts: BTreeMap<SocketAddr, u32> = BTreeMap::new();
+    for key in 0..1_000 {
+        let addr = pick(key);
+        assert_eq!(pick(key), addr, "a key stays");
+        *counts.entry(addr).or_default() += 1;
+    }
+    assert_eq!(counts.len(), 2);
+    assert!(
+        counts.values().all(|count| *count > 400),
+        "each by weight: {counts:?}"
+    );
+}
+
+/// Not the ring, nor any other table of a policy that metrics play no part in.
+#[test]
+fn nothing_is_published_while_nothing_changes() {
+    for policy in [Policy::RoundRobin, Policy::Random, Policy::Consistent] {
+        let mut rig = Rig::new(Balancer::builder().policy(policy));
+        for index in 0..4 {
+            let node = Node::clone(&bare(index)).with_weight(100.0 * f64::from(index + 1));
+            rig.nodes.insert(node.id.clone(), Arc::new(node));
+        }
+        rig.update();
+        let mut published = rig.balancer.table.load_full();
+        let mut is_new = |rig: &Rig| {
+            let before = std::mem::replace(&mut published, rig.balancer.table.load_full());
+            !Arc::ptr_eq(&before, &published)
+        };
+        for round in 1..5 {
+            rig.traffic(100, |index| index == 1);
+            rig.seconds(1);
+            assert!(!is_new(&rig), "{policy:?}: a tick");
+            let old = rig.nodes["n0"].clone();
+            let mut new = Node::clone(&old).with_metadata(json!({"cpu_usage_percent": 90}));
+            new.last_seen = round;
+            let new = Arc::new(new);
+            rig.nodes.insert("n0".to_owned(), new.clone());
+            rig.balancer.apply(&Change::Updated { old, new }, rig.now);
+            rig.balancer.publish(rig.now);
+            rig.update();
+            assert!(!is_new(&rig), "{policy:?}: metrics");
+        }
+        let node = |rig: &Rig| Node::clone(&rig.nodes["n3"]);
+        let steps: [&dyn Fn(&Rig) -> Option<Node>; 5] = [
+            &|rig| Some(node(rig).with_weight(401.0)),
+            &|rig| Some(node(rig).with_state(NodeState::Draining)),
+            &|rig| Some(node(rig).with_state(NodeState::Serving)),
+            &|rig| Some(node(rig).with_incarnation(7)),
+            &|_| None,
+        ];
+        for (step, next) in steps.into_iter().enumerate() {
+            match next(&rig) {
+                Some(node) => rig.nodes.insert("n3".to_owned(), Arc::new(node)),
+                None => rig.nodes.remove("n3"),
+            };
+            rig.update();
+            assert!(is_new(&rig), "{policy:?}: change {step}");
+            rig.seconds(1);
+            assert!(!is_new(&rig), "{policy:?}: after change {step}");
+        }
+    }
+}
+
+#[test]
 fn bad_settings_are_named() {
     for (builder, field) in [
         (Balancer::builder().default_port(0), "default_port"),
@@ -342,13 +541,13 @@ proptest! {
             Arc::new(node)
         }).collect();
         let balancer = balancer(POLICIES[policy], &nodes);
-        let any = loads.iter().any(|(_, _, draining)| !draining);
+        let any = loads.iter().any(|(_, weight, draining)| !draining && *weight != 0.0);
         let mut held = Vec::new();
         for _ in 0..30 {
             let picked = balancer.pick();
             prop_assert_eq!(picked.is_some(), any);
             if let Some(picked) = picked {
-                prop_assert!(picked.node().is_serving());
+                prop_assert!(picked.node().is_serving() && picked.node().weight != Some(0.0));
                 held.push(picked);
             }
         }
@@ -785,7 +984,8 @@ fn a_report_that_was_put_together_wrongly_harms_nobody() {
         let counts = rig.traffic(300, |_| false);
         assert_eq!(counts.len(), 3, "{value}: {counts:?}");
     }
-    assert_eq!(rig.balancer.refused_metrics(), 12);
+    // A CPU of 1e300 is a full one.
+    assert_eq!(rig.balancer.refused_metrics(), 11);
     assert!(rig.balancer.backends().iter().all(|b| b.weight.is_finite()));
 }
 
@@ -1032,7 +1232,8 @@ proptest! {
                     }
                 }
                 Step::Pick => {
-                    let serves = rig.nodes.values().any(|node| node.is_serving());
+                    let serves = rig.nodes.values()
+                        .any(|node| node.is_serving() && node.weight != Some(0.0));
                     let options = PickOptions { now: Some(rig.now), ..PickOptions::default() };
                     let rng = &mut rig.rng;
                     let picked = rig.balancer.pick_by(options, || rng.u64(..));

@@ -36,7 +36,7 @@ const MOST_REMEMBERED: usize = 10_000;
 
 /// How long requests in flight count that were reported.
 const REPORTS_COUNT: Duration = Duration::from_secs(5);
-/// A weight stays above 0.
+/// A weight above 0 stays above 0.
 const MIN_SPILL: f64 = 1e-6;
 
 /// What weights follow from.
@@ -218,7 +218,7 @@ impl Known {
     }
 
     fn counts(&self) -> bool {
-        !self.shadowed && self.node.is_serving()
+        !self.shadowed && self.node.is_serving() && self.base > 0.0
     }
 }
 
@@ -731,10 +731,10 @@ impl Weigher {
         seen.map(|known| &known.member)
     }
 
-    /// Every address once, without draining nodes.
-    pub(super) fn serving(&self) -> Vec<Arc<Member>> {
+    /// Every address once, without nodes that are to get nothing.
+    pub(super) fn serving(&self) -> impl Iterator<Item = &Arc<Member>> + Clone {
         let serving = self.known.iter().filter(|known| known.counts());
-        serving.map(|known| known.member.clone()).collect()
+        serving.map(|known| &known.member)
     }
 
     /// Metrics refused so far.

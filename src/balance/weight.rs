@@ -3,25 +3,17 @@
 use serde::Deserialize;
 
 use crate::error::ClusterError;
-use crate::load_report::LoadReport;
+use crate::load_report::{self, LoadReport};
 use crate::metadata::Found;
 use crate::node::{Node, metadata_keys};
+use crate::validate;
 
-/// The range of static weights, wide enough for any fleet and narrow enough to calculate with.
-const BASE_WEIGHTS: std::ops::RangeInclusive<f64> = 1e-6..=1e6;
 /// A queue deeper than this is no queue but a wrong number.
 const MAX_QUEUE_DEPTH: f64 = 1e9;
 
-/// Whether a static weight can be used.
-pub(crate) fn is_base_weight(weight: f64) -> bool {
-    BASE_WEIGHTS.contains(&weight)
-}
-
-/// A node's static weight; 1 where it has none or a senseless one.
+/// A node's static weight: 0 for one that is to get nothing, 1 where it has none or a senseless one.
 pub(super) fn base_weight(node: &Node) -> f64 {
-    node.weight
-        .filter(|weight| is_base_weight(*weight))
-        .unwrap_or(1.0)
+    validate::weight(node.weight)
 }
 
 /// The metrics that count for routing, each checked on its own: `None` where the latest report does
@@ -49,27 +41,34 @@ impl Load {
         }
     }
 
-    /// Takes over from the node's metadata what can be believed. A field that is there, but is no
-    /// finite number in its range, is refused alone: the last good one stays. Answers how many
-    /// were refused.
+    /// Takes over from the node's metadata what can be believed. CPU or memory above all of it is
+    /// all of it. A field that is there, but is no number or out of range otherwise, is refused
+    /// alone: the last good one stays. Answers how many were refused.
     pub(super) fn observe(&mut self, node: &Node) -> u32 {
         use metadata_keys::{CPU_USAGE_PERCENT, MEMORY_USAGE_PERCENT, QUEUE_DEPTH};
         let mut refused = 0;
         let [cpu, memory, queue] =
             (node.metadata).find([CPU_USAGE_PERCENT, MEMORY_USAGE_PERCENT, QUEUE_DEPTH]);
-        for (field, found, most, scale) in [
-            (&mut self.cpu, cpu, 100.0, 100.0),
-            (&mut self.memory, memory, 100.0, 100.0),
-            (&mut self.queue, queue, MAX_QUEUE_DEPTH, 1.0),
-        ] {
-            match found {
-                Found::Absent => *field = None,
-                Found::Number(value) if (0.0..=most).contains(&value) => {
-                    *field = Some(value / scale);
+        let fraction = |percent: f64| load_report::fraction(percent / 100.0);
+        let queue_depth =
+            |depth: f64| Some(depth).filter(|_| (0.0..=MAX_QUEUE_DEPTH).contains(&depth));
+        let mut take = |field: &mut Option<f64>, found, read: &dyn Fn(f64) -> Option<f64>| {
+            let value = match found {
+                Found::Absent => {
+                    *field = None;
+                    return;
                 }
-                Found::Number(_) | Found::Other => refused += 1,
+                Found::Number(value) => read(value),
+                Found::Other => None,
+            };
+            match value {
+                Some(_) => *field = value,
+                None => refused += 1,
             }
-        }
+        };
+        take(&mut self.cpu, cpu, &fraction);
+        take(&mut self.memory, memory, &fraction);
+        take(&mut self.queue, queue, &queue_depth);
         refused
     }
 }
@@ -205,7 +204,7 @@ mod tests {
         let mut load = Load::default();
         let good = json!({"cpu_usage_percent": 40, "memory_usage_percent": 50.5, "queue_depth": 3});
         assert_eq!(load.observe(&node(good)), 0);
-        for bad in [json!(-1), json!(101), json!("40"), json!(1e300), json!([])] {
+        for bad in [json!(-1), json!("40"), json!(-1e300), json!([])] {
             let report = json!({"cpu_usage_percent": bad, "queue_depth": 7});
             assert_eq!(load.observe(&node(report)), 1);
             assert_eq!(load.cpu, Some(0.4));
@@ -218,6 +217,19 @@ mod tests {
         for nothing in [json!(null), json!("text"), json!({"queue_depth": null})] {
             assert_eq!(load.observe(&node(nothing)), 0);
             assert_eq!(load, Load::default());
+        }
+    }
+
+    #[test]
+    fn more_than_all_is_all() {
+        for percent in [100.0, 100.1, 130.0, 1e300] {
+            let mut load = Load::default();
+            load.observe(&node(
+                json!({"cpu_usage_percent": 20, "memory_usage_percent": 20}),
+            ));
+            let full = json!({"cpu_usage_percent": percent, "memory_usage_percent": percent});
+            assert_eq!(load.observe(&node(full)), 0, "{percent}");
+            assert_eq!((load.cpu, load.memory), (Some(1.0), Some(1.0)), "{percent}");
         }
     }
 
@@ -270,7 +282,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever anybody reports, a weight is positive, finite and at most the static one.
+        /// Whatever anybody reports, a weight is finite, at most the static one, and above 0 where
+        /// that is.
         #[test]
         fn weights_are_sane(
             cpu in any::<f64>(), memory in any::<f64>(), queue in any::<f64>(), base in any::<f64>(),
@@ -281,7 +294,8 @@ mod tests {
             load.observe(&node);
             let base = base_weight(&node);
             let weight = Headroom::default().weight(base, &load, &load);
-            prop_assert!(weight > 0.0 && weight <= base && weight.is_finite());
+            prop_assert!((weight > 0.0) == (base > 0.0));
+            prop_assert!(weight >= 0.0 && weight <= base && weight.is_finite());
         }
 
         /// More load never means more weight.

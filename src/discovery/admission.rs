@@ -10,6 +10,7 @@ use serde::Deserialize;
 use crate::error::{ClusterError, in_range};
 use crate::node::Node;
 use crate::store::Entry;
+use crate::validate::{self, Bounds};
 
 /// The nodes that a discovery is about, by zone and tags: the others are not in its view, and
 /// cost it nothing but being read. It is looked at with every write of a node: one that changes its
@@ -67,6 +68,9 @@ impl Filter {
 
 /// How much one entry may take, and all of them, so that whoever may write to the store cannot
 /// exhaust its readers. An entry beyond a limit is skipped, counted, and logged once.
+///
+/// A [`ClusterNode`](crate::ClusterNode) writes nothing beyond the defaults. Narrower limits refuse
+/// what it may write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
@@ -87,11 +91,16 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
+        let Bounds {
+            bytes,
+            depth,
+            values,
+        } = Bounds::default();
         Self {
-            key_bytes: 1_024,
-            value_bytes: 65_536,
-            depth: 32,
-            values: 1_024,
+            key_bytes: validate::KEY_BYTES,
+            value_bytes: bytes,
+            depth,
+            values,
             nodes: 1_000_000,
         }
     }
@@ -107,7 +116,7 @@ impl Limits {
         for (name, value, range) in [
             ("key_bytes", self.key_bytes, 64..=65_536),
             ("value_bytes", self.value_bytes, 256..=10_485_760),
-            ("depth", self.depth, 2..=100),
+            ("depth", self.depth, 2..=validate::MOST_DEPTH),
             ("values", self.values, 16..=1_000_000),
             ("nodes", self.nodes, 1..=10_000_000),
         ] {
@@ -119,21 +128,14 @@ impl Limits {
     /// Answers what is too much about an entry. Reads it once, and builds nothing.
     pub(crate) fn check(&self, entry: &Entry) -> Result<(), String> {
         self.check_key(&entry.key)?;
-        let length = entry.value.len();
-        if length > self.value_bytes {
-            let most = self.value_bytes;
-            return Err(format!("it is {length} bytes long, at most {most} allowed"));
-        }
-        let shape = Shape::of(&entry.value);
-        if shape.depth > self.depth {
-            let (depth, most) = (shape.depth, self.depth);
-            return Err(format!("it is {depth} levels deep, at most {most} allowed"));
-        }
-        if shape.values > self.values {
-            let (values, most) = (shape.values, self.values);
-            return Err(format!("it has {values} values, at most {most} allowed"));
-        }
-        Ok(())
+        let bounds = Bounds {
+            bytes: self.value_bytes,
+            depth: self.depth,
+            values: self.values,
+        };
+        bounds
+            .check(&entry.value)
+            .map_err(|excess| excess.to_string())
     }
 
     pub(crate) fn check_key(&self, key: &str) -> Result<(), String> {
@@ -147,48 +149,6 @@ impl Limits {
     }
 }
 
-/// How big JSON is when it has been parsed: known before it is.
-#[derive(Debug, Default, PartialEq)]
-struct Shape {
-    depth: usize,
-    /// At least as many as there are.
-    values: usize,
-}
-
-impl Shape {
-    fn of(json: &[u8]) -> Self {
-        let mut shape = Self {
-            depth: 0,
-            values: 1,
-        };
-        let (mut depth, mut in_text, mut escaped) = (0_usize, false, false);
-        for byte in json {
-            if in_text {
-                match byte {
-                    _ if escaped => escaped = false,
-                    b'\\' => escaped = true,
-                    b'"' => in_text = false,
-                    _ => {}
-                }
-                continue;
-            }
-            match byte {
-                b'"' => in_text = true,
-                b'{' | b'[' => {
-                    depth += 1;
-                    shape.depth = shape.depth.max(depth);
-                    // The first in it; each other one has a comma before it.
-                    shape.values += 1;
-                }
-                b'}' | b']' => depth = depth.saturating_sub(1),
-                b',' => shape.values += 1,
-                _ => {}
-            }
-        }
-        shape
-    }
-}
-
 /// Why an entry is not in the view.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Refusal {
@@ -196,7 +156,7 @@ pub(crate) enum Refusal {
     Malformed(String),
     /// It is more than the limits allow.
     TooLarge(String),
-    /// It points where it must not.
+    /// It points where it must not, or where nobody is.
     NotAllowed(String),
     /// It is fine, but not what the reader wants.
     Unwanted,
@@ -253,6 +213,12 @@ impl Admission {
     }
 
     fn check_address(&self, node: &Node) -> Result<(), Refusal> {
+        validate::address(node.ip)
+            .map_err(|reason| Refusal::NotAllowed(format!("its address {reason}")))?;
+        if node.port == Some(0) {
+            let reason = "its port is 0, which nobody can connect to".to_owned();
+            return Err(Refusal::NotAllowed(reason));
+        }
         // An IPv4 address in IPv6 clothes is reached as what it is.
         let ip: IpAddr = node.ip.to_canonical();
         let in_network = |network: &IpNet| network.contains(&ip);
@@ -261,7 +227,7 @@ impl Admission {
             return Err(Refusal::NotAllowed(reason));
         }
         // Without a port it is reached at the reader's own default.
-        if let Some(port) = node.port.filter(|port| *port != 0)
+        if let Some(port) = node.port
             && !self.ports.is_empty()
             && !self.ports.iter().any(|range| range.contains(&port))
         {
@@ -314,7 +280,6 @@ pub(crate) fn shortened(text: &str) -> &str {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use serde_json::Value;
 
     fn entry(value: &str) -> Entry {
         Entry {
@@ -347,7 +312,7 @@ mod tests {
             ("::ffff:169.254.169.254", "8080", false),
             ("10.1.2.3", "22", false),
             ("10.1.2.3", "9101", false),
-            ("10.1.2.3", "0", true),
+            ("10.1.2.3", "0", false),
             ("10.1.2.3", "null", true),
         ] {
             let value = format!(r#"{{"id":"n","ip":"{ip}","port":{port}}}"#);
@@ -411,33 +376,57 @@ mod tests {
         assert!(error.to_string().contains("limits.depth"), "{error}");
     }
 
-    fn count(value: &Value) -> (usize, usize) {
-        let inner: Vec<_> = match value {
-            Value::Array(values) => values.iter().map(count).collect(),
-            Value::Object(fields) => fields.values().map(count).collect(),
-            _ => return (0, 1),
-        };
-        let depth = inner.iter().map(|inner| inner.0).max().unwrap_or(0);
-        (
-            depth + 1,
-            1 + inner.iter().map(|inner| inner.1).sum::<usize>(),
-        )
+    #[test]
+    fn what_is_no_backend_is_refused_by_name() {
+        let admission = Admission::default();
+        for (ip, port, named) in [
+            ("0.0.0.0", "80", "0.0.0.0"),
+            ("::", "80", "::"),
+            ("::ffff:0.0.0.0", "80", "unspecified"),
+            ("224.0.0.1", "80", "multicast"),
+            ("ff02::1", "80", "multicast"),
+            ("255.255.255.255", "80", "broadcast"),
+            ("fe80::1", "80", "link-local"),
+            ("10.0.0.1", "0", "port is 0"),
+        ] {
+            let value = format!(r#"{{"id":"n","ip":"{ip}","port":{port}}}"#);
+            let Err(Refusal::NotAllowed(reason)) = admission.admit("n", &entry(&value)) else {
+                panic!("{value} is taken in");
+            };
+            assert!(reason.contains(named), "{reason}");
+            let node: Node = serde_json::from_str(&value).unwrap();
+            assert!(admission.readmit(&node).is_err(), "{value} in a file");
+        }
+    }
+
+    #[test]
+    fn a_field_that_cannot_be_read_is_named() {
+        for (field, value) in [
+            ("port", r#""80""#),
+            ("port", "70000"),
+            ("zone", "7"),
+            ("tags", r#""blue""#),
+            ("state", "1"),
+            ("priority", "-1"),
+            ("last_seen", r#""now""#),
+            ("leaving", "1"),
+            ("ip", r#""10.0.0.300""#),
+        ] {
+            let ip = if field == "ip" {
+                ""
+            } else {
+                r#""ip":"10.0.0.1","#
+            };
+            let value = format!(r#"{{"id":"n",{ip}"{field}":{value}}}"#);
+            let Err(Refusal::Malformed(reason)) = Admission::default().admit("n", &entry(&value))
+            else {
+                panic!("{value} is taken in");
+            };
+            assert!(reason.starts_with(&format!("{field}: ")), "{reason}");
+        }
     }
 
     proptest! {
-        /// What is counted is what a parser would build, or a little more.
-        #[test]
-        fn shape(depth in 0_usize..6, width in 0_usize..6, text in ".*") {
-            let mut value = Value::from(text);
-            for _ in 0..depth {
-                value = Value::Array(vec![value; width]);
-            }
-            let shape = Shape::of(value.to_string().as_bytes());
-            let (depth, values) = count(&value);
-            prop_assert_eq!(shape.depth, depth);
-            prop_assert!(shape.values >= values);
-        }
-
         /// Whatever is stored, it is taken in or refused with a reason.
         #[test]
         fn any_bytes(value in prop::collection::vec(any::<u8>(), 0..200)) {

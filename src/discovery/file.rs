@@ -356,8 +356,11 @@ pub(crate) struct Saver {
     file: SnapshotFile,
     about: About,
     job: Option<JoinHandle<Result<(), ClusterError>>>,
+    /// Since when the first write is due. A time that lies in the past by the time that it is compared
+    /// with another: a deadline made up anew for each comparison would never have come.
+    created: Instant,
     last: Option<Instant>,
-    /// Something has changed since.
+    /// Something has changed since, or the last write has failed.
     dirty: bool,
     failing: bool,
 }
@@ -368,6 +371,7 @@ impl Saver {
             file,
             about,
             job: None,
+            created: Instant::now(),
             last: None,
             dirty: false,
             failing: false,
@@ -385,7 +389,7 @@ impl Saver {
         }
         let interval = Duration::from_millis(self.file.interval_ms);
         Some(match self.last {
-            None => Instant::now(),
+            None => self.created,
             Some(last) if self.dirty => last + interval,
             // Its age is that of what was last heard, which is now.
             Some(last) => last + interval.max(Duration::from_millis(self.file.max_age_ms / 4)),
@@ -421,12 +425,22 @@ impl Saver {
                 info!(%path, "the snapshot is written again");
             }
             Ok(Ok(())) => debug!(%path, "snapshot written"),
-            Ok(Err(error)) if !std::mem::replace(&mut self.failing, true) => {
-                warn!(%error, "the snapshot cannot be written; it will be tried again");
+            Ok(Err(error)) => self.failed(&error),
+            Err(error) if error.is_panic() => {
+                self.failed(&self.file.error("the task that writes it panicked"));
             }
-            Ok(Err(error)) => debug!(%error, "the snapshot cannot be written yet"),
             // The runtime ends.
             Err(_) => {}
+        }
+    }
+
+    /// What could not be written is as due as a change.
+    fn failed(&mut self, error: &ClusterError) {
+        self.dirty = true;
+        if std::mem::replace(&mut self.failing, true) {
+            debug!(%error, "the snapshot cannot be written yet");
+        } else {
+            warn!(%error, "the snapshot cannot be written; it will be tried again");
         }
     }
 
@@ -527,6 +541,46 @@ mod tests {
             let error = file.validate("snapshot").unwrap_err().to_string();
             assert!(error.contains(named), "{error}");
         }
+    }
+
+    fn saver(path: &Path) -> Saver {
+        Saver::new(SnapshotFile::new(path), About::default())
+    }
+
+    /// On a real clock, where two looks at it are never the same.
+    #[tokio::test]
+    async fn the_first_write_is_due_at_once_and_the_next_one_after_the_interval() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut saver = saver(&directory.path().join("nodes"));
+        let now = Instant::now();
+        assert!(saver.due().unwrap() <= now);
+        assert_eq!(saver.due(), saver.due(), "it does not move");
+        saver.start(&Nodes::default(), 1, SystemTime::now());
+        assert_eq!(saver.due(), None, "one at a time");
+        saver.done().await;
+        saver.changed();
+        assert!(saver.due().unwrap() >= now + Duration::from_secs(10));
+        assert!(saver.due().unwrap() <= Instant::now() + Duration::from_secs(10));
+    }
+
+    #[tokio::test]
+    async fn a_write_that_fails_or_panics_is_tried_again_after_the_interval() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("gone").join("nodes");
+        let mut saver = saver(&path);
+        let soon = || Instant::now() + Duration::from_secs(11);
+        saver.start(&Nodes::default(), 1, SystemTime::now());
+        saver.done().await;
+        assert!(saver.failing && saver.due().unwrap() < soon());
+        saver.failing = false;
+        saver.dirty = false;
+        saver.job = Some(tokio::task::spawn_blocking(|| panic!("told to")));
+        saver.done().await;
+        assert!(saver.failing && saver.due().unwrap() < soon());
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        saver.start(&Nodes::default(), 1, SystemTime::now());
+        saver.done().await;
+        assert!(!saver.failing && path.exists());
     }
 
     proptest! {

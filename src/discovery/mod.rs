@@ -11,6 +11,7 @@ mod suspects;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod told;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -462,7 +463,7 @@ impl ServiceDiscovery {
     }
 
     /// How many entries have been skipped since the start, for whatever reason. Each such key is
-    /// logged once.
+    /// logged once for each reason.
     pub fn skipped_entries(&self) -> u64 {
         self.skipped().total()
     }

@@ -10,22 +10,17 @@ use std::time::Duration;
 use rpds::RedBlackTreeSetSync;
 use tokio::time::Instant;
 use tracing::{info, warn};
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::admission::{Admission, Refusal, shortened};
 use super::event::Change;
 use super::suspects::{SelfPreservation, Suspects, Verdict};
+use super::told::Told;
 use crate::bugs::{self, Bug};
 use crate::keys::GroupKeys;
 use crate::node::Node;
 use crate::store::{Entry, LeaseId, Revision, WatchEvent};
+use crate::validate;
 use crate::worker::Leadership;
-
-/// Keys that are remembered because their value is refused. Beyond that they are only counted: the
-/// memory and the log are not for whoever writes nonsense to fill.
-const MOST_REFUSED: usize = 10_000;
-/// Longest id of a candidate, in bytes.
-const LONGEST_ID: usize = 512;
 
 /// The nodes of a group at one revision. Immutable; two versions share what did not change, so a
 /// new one costs what changed and keeping an old one costs little.
@@ -117,7 +112,8 @@ impl fmt::Debug for Nodes {
     }
 }
 
-/// How many entries were not taken in since the start, and why. Each key is logged once.
+/// How many entries were not taken in since the start, and why. Each key is logged once for each
+/// reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Skipped {
@@ -125,14 +121,25 @@ pub struct Skipped {
     pub malformed: u64,
     /// They were more than the [`Limits`](super::Limits) allow.
     pub too_large: u64,
-    /// They pointed to an address or a port that is not allowed.
+    /// They pointed to an address or a port that is not allowed, or that nobody can connect to:
+    /// unspecified, multicast, broadcast, link-local (IPv6), port 0.
     pub not_allowed: u64,
+    /// Not among the skipped: entries that were taken in, but whose `weight` is none (negative, or
+    /// no number) and counts as 1.
+    pub weights: u64,
 }
 
 impl Skipped {
-    /// All of them.
+    /// All that were skipped.
     pub fn total(&self) -> u64 {
         self.malformed + self.too_large + self.not_allowed
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.malformed += other.malformed;
+        self.too_large += other.too_large;
+        self.not_allowed += other.not_allowed;
+        self.weights += other.weights;
     }
 }
 
@@ -151,9 +158,8 @@ pub(crate) struct View {
     suspects: Suspects,
     /// The key that was written last, and when, unless it is gone.
     witness: Option<(String, Revision)>,
-    /// Keys whose value was refused once, as hashes, for a key may be as long as the store allows: those
-    /// have been told in the log.
-    refused: HashSet<u64>,
+    /// What the log has been told of values that cannot be used.
+    refused: Told,
     skipped: Skipped,
 }
 
@@ -171,7 +177,7 @@ pub(crate) struct Staged {
     candidates: Vec<Entry>,
     /// In the view that is being served, and still registered, but not for it any more.
     unwanted: Vec<String>,
-    refused: HashSet<u64>,
+    refused: Told,
     skipped: Skipped,
     witness: Option<(String, Revision)>,
 }
@@ -194,7 +200,7 @@ impl View {
             leader: None,
             suspects: Suspects::new(preserve),
             witness: None,
-            refused: HashSet::new(),
+            refused: Told::default(),
             skipped: Skipped::default(),
         }
     }
@@ -231,7 +237,7 @@ impl View {
         self.skipped
     }
 
-    /// How many candidates, places and refused keys are remembered.
+    /// How many candidates, places and lines of the log are remembered.
     #[cfg(feature = "test-util")]
     pub(crate) fn sizes(&self) -> [usize; 3] {
         [self.queue.len(), self.places.len(), self.refused.len()]
@@ -251,6 +257,10 @@ impl View {
             }
             let node = match self.admission.admit(id, entry) {
                 Ok(node) => {
+                    if let Some(fault) = validate::weight_fault(node.weight) {
+                        staged.skipped.weights += 1;
+                        self.tell_fault(&mut staged.refused, entry, &fault);
+                    }
                     let node = registered(node, entry);
                     // What has not changed is shared with the view that is being served.
                     let same = self.nodes.get(id).filter(|old| is_same(old, &node));
@@ -265,6 +275,10 @@ impl View {
                         if self.nodes.get(id).is_some() {
                             staged.unwanted.push(id.to_owned());
                         }
+                        continue;
+                    }
+                    if self.nodes.get(id).is_none() {
+                        // There is nothing to keep, and it takes nobody's place.
                         continue;
                     }
                     StagedNode::Unchanged(incarnation(entry))
@@ -322,9 +336,7 @@ impl View {
             more = more.saturating_sub(usize::from(node.is_serving()));
         }
         self.remember(staged.refused);
-        self.skipped.malformed += staged.skipped.malformed;
-        self.skipped.too_large += staged.skipped.too_large;
-        self.skipped.not_allowed += staged.skipped.not_allowed;
+        self.skipped.add(&staged.skipped);
         for (id, node) in staged.nodes {
             match node {
                 StagedNode::New(node) => {
@@ -436,9 +448,8 @@ impl View {
     }
 
     /// What has been told in the log is not told again.
-    pub(crate) fn remember(&mut self, refused: HashSet<u64>) {
-        let room = MOST_REFUSED.saturating_sub(self.refused.len());
-        self.refused.extend(refused.into_iter().take(room));
+    pub(crate) fn remember(&mut self, told: Told) {
+        self.refused.extend(told);
     }
 
     /// A node is not registered any more; `more` others are missing too.
@@ -494,12 +505,18 @@ impl View {
         };
         match admitted {
             Ok(node) => {
+                if let Some(fault) = validate::weight_fault(node.weight) {
+                    self.skipped.weights += 1;
+                    let mut told = Told::default();
+                    self.tell_fault(&mut told, entry, &fault);
+                    self.remember(told);
+                }
                 self.take_in(Arc::new(registered(node, entry)), changes);
             }
             Err(Refusal::Unwanted) => self.drop_now(id, changes),
             Err(refusal) => {
                 let stays = count(&mut self.skipped, &refusal);
-                let mut told = HashSet::new();
+                let mut told = Told::default();
                 self.tell_refusal(&mut told, entry, refusal.reason());
                 self.remember(told);
                 if stays {
@@ -570,15 +587,20 @@ impl View {
         format!("there are {most} nodes already, and no more are allowed")
     }
 
-    /// Once for each key, and for no more than so many: the log is not for others to fill.
-    fn tell_refusal(&self, told: &mut HashSet<u64>, entry: &Entry, reason: &str) {
-        let key = hash(&entry.key);
-        let is_new = !self.refused.contains(&key) && !told.contains(&key);
-        if is_new && self.refused.len() + told.len() < MOST_REFUSED {
-            told.insert(key);
+    /// Once for each key and reason: who corrects a mistake into another one has to hear of it.
+    fn tell_refusal(&self, told: &mut Told, entry: &Entry, reason: &str) {
+        if told.tell(&self.refused, &entry.key, reason) {
             // A parser's reason may repeat the value.
             let (key, revision) = (shortened(&entry.key), entry.mod_revision);
             warn!(key, revision, reason = shortened(reason), "entry skipped");
+        }
+    }
+
+    /// The same for an entry that is good but for something that has a default.
+    fn tell_fault(&self, told: &mut Told, entry: &Entry, reason: &str) {
+        if told.tell(&self.refused, &entry.key, reason) {
+            let (key, revision) = (shortened(&entry.key), entry.mod_revision);
+            warn!(key, revision, reason, "entry taken in but for a field");
         }
     }
 
@@ -610,7 +632,7 @@ impl View {
             return Err(Refusal::Unwanted);
         }
         let limits = &self.admission.limits;
-        if entry.value.len() > LONGEST_ID {
+        if entry.value.len() > validate::NAME_BYTES {
             return Err(Refusal::TooLarge("its id is too long".to_owned()));
         }
         limits.check_key(&entry.key).map_err(Refusal::TooLarge)?;
@@ -691,7 +713,7 @@ impl View {
 }
 
 impl Staged {
-    pub(crate) fn take_refused(&mut self) -> HashSet<u64> {
+    pub(crate) fn take_refused(&mut self) -> Told {
         std::mem::take(&mut self.refused)
     }
 
@@ -717,11 +739,6 @@ fn count(skipped: &mut Skipped, refusal: &Refusal) -> bool {
     !matches!(refusal, Refusal::NotAllowed(_) | Refusal::Unwanted)
 }
 
-/// Two keys of one hash cost a line in the log.
-fn hash(key: &str) -> u64 {
-    xxh3_64(key.as_bytes())
-}
-
 fn is_same(old: &Node, new: &Node) -> bool {
     // Saying goodbye may take no longer than a millisecond.
     let stays = old.is_leaving() == new.is_leaving();
@@ -742,6 +759,7 @@ fn registered(node: Node, entry: &Entry) -> Node {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::discovery::told::MOST_LINES;
     use crate::discovery::{Filter, Limits};
     use proptest::prelude::*;
 
@@ -1194,6 +1212,56 @@ mod tests {
     }
 
     #[test]
+    fn who_is_no_backend_any_more_is_gone_and_a_weight_that_is_none_is_counted() {
+        let mut view = view();
+        let put = |fields: &str, revision| {
+            let value = format!(r#"{{"id":"n",{fields}}}"#);
+            put(registration("n", &value, revision, 1))
+        };
+        let now = Instant::now();
+        view.apply(&[put(r#""ip":"10.0.0.1""#, 2)], now);
+        let changes = view.apply(&[put(r#""ip":"0.0.0.0""#, 3)], now);
+        assert_eq!(told(&changes), ["node n left"], "not kept where it was");
+        view.apply(&[put(r#""ip":"10.0.0.1","port":0"#, 4)], now);
+        assert_eq!((view.nodes().len(), view.skipped().not_allowed), (0, 2));
+        // A weight that is none does not keep out what else the entry says, such as draining.
+        for (weight, revision) in [("-5", 5), (r#""0""#, 6), ("[]", 7)] {
+            let fields =
+                format!(r#""ip":"10.0.0.{revision}","weight":{weight},"state":"DRAINING""#);
+            view.apply(&[put(&fields, revision)], now);
+            let node = view.nodes().get("n").unwrap();
+            assert_eq!(node.ip, std::net::IpAddr::from([10, 0, 0, revision as u8]));
+            assert!(!node.is_serving());
+        }
+        assert_eq!((view.skipped().weights, view.skipped().total()), (3, 2));
+        let entry = registration("n", r#"{"id":"n","ip":"10.0.0.1","weight":-1}"#, 8, 1);
+        reset(&mut view, &[entry], &[], 9);
+        assert_eq!((view.skipped().weights, view.nodes().len()), (4, 1));
+    }
+
+    #[test]
+    fn each_reason_of_a_key_is_told_once() {
+        let mut view = view();
+        let now = Instant::now();
+        let mut lines = Vec::new();
+        for (fields, revision) in [
+            (r#""port":"80""#, 2),
+            (r#""port":"8080","last_seen":12345"#, 3),
+            (r#""port":80"#, 4),
+            (r#""zone":80"#, 5),
+            (r#""port":"80""#, 6),
+            (r#""port":80000"#, 7),
+        ] {
+            let value = format!(r#"{{"id":"n","ip":"10.0.0.1",{fields}}}"#);
+            view.apply(&[put(registration("n", &value, revision, 1))], now);
+            lines.push(view.refused.len());
+        }
+        // A text is a text, whatever is in it; the same mistake again is known.
+        assert_eq!(lines, [1, 1, 1, 2, 2, 3]);
+        assert_eq!(view.skipped().malformed, 5);
+    }
+
+    #[test]
     fn few_refused_keys_are_remembered() {
         let mut view = view();
         for at in 0..20_000 {
@@ -1201,11 +1269,11 @@ mod tests {
             view.apply(&[put(registration(&key, "{}", at, 1))], Instant::now());
         }
         assert_eq!(view.skipped().too_large, 20_000);
-        assert_eq!(view.refused.len(), MOST_REFUSED);
+        assert_eq!(view.refused.len(), MOST_LINES);
         let key = keys().registration(&format!("5-{}", "k".repeat(2_000)));
         view.apply(&[delete(key, 20_001)], Instant::now());
         // Else one who comes and goes would fill the log.
-        assert_eq!(view.refused.len(), MOST_REFUSED);
+        assert_eq!(view.refused.len(), MOST_LINES);
     }
 
     #[test]

@@ -120,7 +120,7 @@ impl<'s> Follower<'s> {
                 // Not at the same instant as every other watcher.
                 Duration::from_millis(fastrand::u64(10..250))
             } else {
-                backoff.next_delay()
+                backoff.after(&error)
             };
             let group = &shared.group;
             if missed {

@@ -11,6 +11,7 @@ mod tower;
 use serde_json::Value;
 
 use crate::node::NodeMetadata;
+use crate::validate;
 
 pub use deadband::{Deadband, Tolerance};
 pub use reporter::{LoadReporter, RequestGuard};
@@ -40,6 +41,10 @@ pub use tower::{CountedBody, LoadReportFuture, LoadReportLayer, LoadReportServic
 pub trait MetricsCollector: Send + Sync {
     /// The metrics of this moment: a JSON object, with the keys of
     /// [`metadata_keys`](crate::metadata_keys) where they fit.
+    ///
+    /// Readers take an entry of 65,536 bytes, 32 levels and 1,024 values at most, all that the node
+    /// says of itself included. A sample that makes it more is not published: the last good one
+    /// stays, and [`ClusterNode::refused_samples`](crate::ClusterNode::refused_samples) counts it.
     fn collect(&self) -> NodeMetadata;
 
     /// Whether [`collect`](Self::collect) may take long or block. One that returns at once, such as
@@ -106,8 +111,14 @@ impl MetricsCollector for CompositeMetricsCollector {
     fn collect(&self) -> NodeMetadata {
         let mut merged = serde_json::Map::new();
         for collector in &self.collectors {
-            if let Value::Object(object) = collector.collect() {
-                merged.extend(object);
+            match collector.collect() {
+                Value::Object(object) => {
+                    let replaced = object
+                        .into_iter()
+                        .filter_map(|(key, value)| merged.insert(key, value));
+                    replaced.for_each(validate::take_apart);
+                }
+                other => validate::take_apart(other),
             }
         }
         if merged.is_empty() {

@@ -11,6 +11,10 @@ use tracing::{error, warn};
 
 use super::MetricsCollector;
 use crate::node::NodeMetadata;
+use crate::validate::{self, Bounds, Excess};
+
+/// What a collector said, or why no reader would take it.
+pub(crate) type Sample = Result<NodeMetadata, Excess>;
 
 /// A thread that collects when asked. Not one of the runtime's: a runtime waits for its blocking
 /// threads when it shuts down, and a collector may hang for ever.
@@ -22,7 +26,7 @@ pub(crate) struct Sampler {
 
 struct Thread {
     requests: Sender<()>,
-    samples: Receiver<Option<NodeMetadata>>,
+    samples: Receiver<Option<Sample>>,
     /// An answer is still to come.
     busy: bool,
 }
@@ -38,7 +42,7 @@ impl Sampler {
 
     /// The next sample, if it comes within that time. One that comes later is the answer to the
     /// next call, so that a slow collector is called once at a time.
-    pub(crate) async fn sample(&mut self, within: Duration) -> Option<NodeMetadata> {
+    pub(crate) async fn sample(&mut self, within: Duration) -> Option<Sample> {
         if !self.collector.may_block() {
             return collect(&*self.collector);
         }
@@ -73,12 +77,25 @@ impl Sampler {
     }
 }
 
-fn collect(collector: &dyn MetricsCollector) -> Option<NodeMetadata> {
-    let sample = catch_unwind(AssertUnwindSafe(|| collector.collect()));
-    if sample.is_err() {
-        error!("the metrics collector panicked; metrics stay as they are");
+fn collect(collector: &dyn MetricsCollector) -> Option<Sample> {
+    match catch_unwind(AssertUnwindSafe(|| collector.collect())) {
+        Ok(metadata) => Some(check(metadata)),
+        Err(_) => {
+            error!("the metrics collector panicked; metrics stay as they are");
+            None
+        }
     }
-    sample.ok()
+}
+
+/// Where it was made, so that nothing that is too deep goes any further.
+fn check(metadata: NodeMetadata) -> Sample {
+    match Bounds::default().check_value(&metadata) {
+        Ok(()) => Ok(metadata),
+        Err(excess) => {
+            validate::take_apart(metadata);
+            Err(excess)
+        }
+    }
 }
 
 fn spawn(collector: Arc<dyn MetricsCollector>) -> Option<Thread> {
@@ -127,7 +144,7 @@ mod tests {
         assert_eq!(sampler.sample(within).await, None);
         assert_eq!(
             sampler.sample(within).await,
-            Some(serde_json::json!({ "call": 1 }))
+            Some(Ok(serde_json::json!({ "call": 1 })))
         );
     }
 
@@ -151,6 +168,51 @@ mod tests {
         }
         open.send(()).unwrap();
         let sample = sampler.sample(Duration::from_secs(10)).await;
-        assert_eq!(sample, Some(serde_json::json!(0)), "called once in all");
+        assert_eq!(sample, Some(Ok(serde_json::json!(0))), "called once in all");
+    }
+
+    /// So deep that writing or dropping it level by level would end the process.
+    struct Abyss(bool);
+
+    impl MetricsCollector for Abyss {
+        fn collect(&self) -> NodeMetadata {
+            (0..200_000).fold(NodeMetadata::Null, |inner, _| {
+                NodeMetadata::Array(vec![inner])
+            })
+        }
+
+        fn may_block(&self) -> bool {
+            self.0
+        }
+    }
+
+    #[tokio::test]
+    async fn a_value_deeper_than_a_stack_harms_nobody() {
+        for may_block in [false, true] {
+            let mut sampler = Sampler::new(Arc::new(Abyss(may_block)));
+            for _ in 0..2 {
+                let sample = sampler.sample(Duration::from_secs(60)).await.unwrap();
+                assert_eq!(sample.unwrap_err().bound, validate::Bound::Depth);
+            }
+        }
+    }
+
+    #[test]
+    fn neither_does_one_among_several() {
+        struct Deep;
+
+        impl MetricsCollector for Deep {
+            fn collect(&self) -> NodeMetadata {
+                let mut fields = serde_json::Map::new();
+                fields.insert("deep".to_owned(), Abyss(true).collect());
+                NodeMetadata::Object(fields)
+            }
+        }
+
+        let both = crate::CompositeMetricsCollector::new()
+            .with_collector(Abyss(true))
+            .with_collector(Deep)
+            .with_collector(Deep);
+        assert!(collect(&both).unwrap().is_err());
     }
 }

@@ -1,3 +1,4 @@
+use std::convert::Infallible;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,11 +10,12 @@ use ::pingora::server::ShutdownWatch;
 use ::pingora::services::ServiceReadyNotifier;
 use ::pingora::services::background::BackgroundService;
 use async_trait::async_trait;
-use tokio::sync::Notify;
+use tokio::sync::watch;
 use tracing::error;
 
 use super::discovery::ClusterBackends;
 use super::selection::LiveWeights;
+use super::supervise::keep;
 use super::{COALESCE, PACE, READY_TIMEOUT, every_tick, follow, wait_ready};
 use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
@@ -108,34 +110,40 @@ where
         &self.discovery
     }
 
-    async fn keep_current(&self, ready: Option<ServiceReadyNotifier>, updated: &Notify) {
+    /// Returns why there will be no more.
+    async fn keep_current(
+        &self,
+        mut ready: Option<ServiceReadyNotifier>,
+        updated: &watch::Sender<bool>,
+    ) -> &'static str {
         let mut nodes = self.discovery.watch_nodes();
-        let mut ready = ready;
+        let mut is_first = true;
         wait_ready(&self.discovery, self.ready_timeout).await;
         loop {
             nodes.mark_unchanged();
             let start = Instant::now();
             let membership_changed = self.weights.refresh(&self.discovery);
-            if (membership_changed || ready.is_some()) && self.discovery.is_ready() {
+            if (membership_changed || is_first) && self.discovery.is_ready() {
                 match self.load_balancer.update().await {
-                    Ok(()) => updated.notify_one(),
+                    Ok(()) => drop(updated.send_replace(true)),
                     Err(error) => {
                         error!(group = self.discovery.group_name(), %error, "load balancer not updated");
                     }
                 }
             }
+            is_first = false;
             // Dropping it signals ready.
-            ready = None;
+            drop(ready.take());
             tokio::time::sleep(COALESCE.max(start.elapsed() * PACE)).await;
             if nodes.changed().await.is_err() {
-                return;
+                return "the discovery is gone";
             }
         }
     }
 
-    async fn check_health(&self, updated: &Notify) {
-        // Before that there is nobody to check.
-        updated.notified().await;
+    async fn check_health(&self, updated: &watch::Sender<bool>) -> Infallible {
+        // Before that there is nobody to check. The sender is there for as long as this is.
+        let _ = updated.subscribe().wait_for(|updated| *updated).await;
         loop {
             let backends = self.load_balancer.backends();
             backends.run_health_check(self.parallel_health_check).await;
@@ -146,14 +154,19 @@ where
         }
     }
 
-    async fn run(&self, ready: Option<ServiceReadyNotifier>) {
-        let updated = Notify::new();
-        tokio::select! {
-            () = follow(&self.discovery) => {}
-            () = self.keep_current(ready, &updated) => {}
-            () = self.check_health(&updated) => {}
-            () = every_tick(|now| self.weights.tick(now)) => {}
-        }
+    /// Each part is kept by itself: a health check that panics says nothing about the view.
+    async fn run(&self, mut ready: Option<ServiceReadyNotifier>) {
+        let updated = &watch::Sender::new(false);
+        let group = self.discovery.group_name();
+        tokio::join!(
+            keep(group, "discovery", || follow(&self.discovery)),
+            keep(group, "load balancer", || self
+                .keep_current(ready.take(), updated)),
+            keep(group, "health checks", || self.check_health(updated)),
+            keep(group, "weights", || every_tick(|now| self
+                .weights
+                .tick(now))),
+        );
     }
 }
 
@@ -228,7 +241,7 @@ impl BalancerService {
 
     /// Applies changes as they come, and publishes what they come to: the first at once, then as
     /// often as leaves nearly all of a core to others.
-    async fn feed(&self) {
+    async fn feed(&self) -> Infallible {
         let mut changes = self.discovery.changes();
         let mut due = tokio::time::Instant::now();
         let mut is_current = true;
@@ -250,12 +263,27 @@ impl BalancerService {
         }
     }
 
-    async fn signal_ready(&self, ready: ServiceReadyNotifier) {
-        wait_ready(&self.discovery, self.ready_timeout).await;
-        // The view may be newer than the table.
-        self.balancer.update(self.discovery.nodes().iter());
-        ready.notify_ready();
+    async fn signal_ready(&self, ready: Option<ServiceReadyNotifier>) -> Infallible {
+        if let Some(ready) = ready {
+            wait_ready(&self.discovery, self.ready_timeout).await;
+            // The view may be newer than the table.
+            self.balancer.update(self.discovery.nodes().iter());
+            ready.notify_ready();
+        }
         std::future::pending().await
+    }
+
+    async fn run(&self, mut ready: Option<ServiceReadyNotifier>) {
+        let group = self.discovery.group_name();
+        tokio::join!(
+            keep(group, "discovery", || follow(&self.discovery)),
+            // It starts with a whole view, whatever it had applied before.
+            keep(group, "balancer", || self.feed()),
+            keep(group, "weights", || every_tick(|now| self
+                .balancer
+                .tick(now))),
+            keep(group, "readiness", || self.signal_ready(ready.take())),
+        );
     }
 }
 
@@ -270,19 +298,10 @@ impl Deref for BalancerService {
 #[async_trait]
 impl BackgroundService for BalancerService {
     async fn start_with_ready_notifier(&self, _: ShutdownWatch, ready: ServiceReadyNotifier) {
-        tokio::select! {
-            () = follow(&self.discovery) => {}
-            () = self.feed() => {}
-            () = every_tick(|now| self.balancer.tick(now)) => {}
-            () = self.signal_ready(ready) => {}
-        }
+        self.run(Some(ready)).await;
     }
 
     async fn start(&self, _: ShutdownWatch) {
-        tokio::select! {
-            () = follow(&self.discovery) => {}
-            () = self.feed() => {}
-            () = every_tick(|now| self.balancer.tick(now)) => {}
-        }
+        self.run(None).await;
     }
 }

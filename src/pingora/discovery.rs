@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 
 use super::selection::LiveWeights;
+use super::supervise::keep;
 use super::{COALESCE, PACE, READY_TIMEOUT, every_tick, follow, wait_ready};
 use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
@@ -23,8 +24,8 @@ use crate::error::ClusterError;
 /// `update_frequency`, which has to be set; weights reach
 /// [`MetricsWeighted`](super::MetricsWeighted) at once.
 ///
-/// Each `discover` says of every backend whether it is enabled: draining nodes are not. That
-/// overrules what `set_enable` said before; to take a node out by hand, let it
+/// Each `discover` says of every backend whether it is enabled: draining nodes, and those with a
+/// static weight of 0, are not. That overrules what `set_enable` said before; to take a node out by hand, let it
 /// [`drain`](crate::ClusterNode::drain).
 ///
 /// ```
@@ -118,19 +119,21 @@ impl ClusterBackends {
         }
         let (discovery, weights) = (self.discovery.clone(), self.weights.clone());
         *task = Some(Task(tokio::spawn(async move {
-            let mut nodes = discovery.watch_nodes();
-            let refreshing = async {
+            let refreshing = async || {
+                let mut nodes = discovery.watch_nodes();
                 while nodes.changed().await.is_ok() {
                     let start = Instant::now();
                     weights.refresh(&discovery);
                     tokio::time::sleep(COALESCE.max(start.elapsed() * PACE)).await;
                 }
+                "the discovery is gone"
             };
-            tokio::select! {
-                () = follow(&discovery) => {}
-                () = refreshing => {}
-                () = every_tick(|now| weights.tick(now)) => {}
-            }
+            let group = discovery.group_name();
+            tokio::join!(
+                keep(group, "discovery", || follow(&discovery)),
+                keep(group, "weights from metrics", refreshing),
+                keep(group, "weights", || every_tick(|now| weights.tick(now))),
+            );
         })));
     }
 }

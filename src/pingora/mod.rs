@@ -13,6 +13,11 @@
 //! a proxy service that depends on it starts with backends; if etcd cannot be reached it signals
 //! ready anyway after a bounded wait (10 s by default), with an error in the log.
 //!
+//! Pingora does not look after the tasks of its services. So each part of a service here that ends or
+//! panics is started again, after 1 s to 30 s, with an error in the log; meanwhile
+//! [`status`](crate::ServiceDiscovery::status) says that the view is stale. Without its listener a
+//! server is of no use: [`ClusterProxy::add_to`] ends the process then.
+//!
 //! After SIGTERM Pingora keeps serving for `grace_period_seconds`. The services here keep
 //! following the group for as long, so that requests in that time still find live backends; they
 //! end with their runtime.
@@ -20,9 +25,12 @@
 mod balancer;
 mod discovery;
 mod leader;
+mod listening;
 mod proxy;
 mod selection;
+mod supervise;
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -78,7 +86,7 @@ async fn wait_ready(discovery: &ServiceDiscovery, at_most: Duration) -> bool {
 }
 
 /// Calls `tick` as often as weights want it.
-async fn every_tick(tick: impl Fn(Instant)) {
+async fn every_tick(tick: impl Fn(Instant)) -> Infallible {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -87,17 +95,15 @@ async fn every_tick(tick: impl Fn(Instant)) {
 }
 
 /// Runs a discovery until it is dropped, or sees to it that somebody does: of several services
-/// over one discovery one runs it, and another takes over should that end. Returns only if it
-/// cannot be run at all.
-async fn follow(discovery: &ServiceDiscovery) {
+/// over one discovery one runs it, and another takes over should that end. Returns why it cannot be
+/// run.
+async fn follow(discovery: &ServiceDiscovery) -> ClusterError {
     loop {
         match discovery.run_until(std::future::pending()).await {
-            Err(ClusterError::AlreadyRunning { .. }) => tokio::time::sleep(TAKE_OVER).await,
-            Err(error) => {
-                error!(group = discovery.group_name(), %error, "the group cannot be followed");
-                return;
+            Ok(()) | Err(ClusterError::AlreadyRunning { .. }) => {
+                tokio::time::sleep(TAKE_OVER).await;
             }
-            Ok(()) => return,
+            Err(error) => return error,
         }
     }
 }

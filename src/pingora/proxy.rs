@@ -16,6 +16,7 @@ use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, HeaderValue, StatusCode};
 use tracing::{debug, trace};
 
+use super::listening::{self, Listening};
 use super::{BalancerService, LeaderRoute, LeaderUpstream, http_peer};
 use crate::balance::{PickOptions, Upstream};
 use crate::config::{ClusterConfig, HashOn};
@@ -83,11 +84,16 @@ impl ClusterProxy {
 
     /// Adds a balancer and a proxy that waits for it to a Pingora server; `writes_to_leader` as
     /// [`leader_route`](Self::leader_route). Connects to nothing and listens to nothing before
-    /// the server runs.
+    /// the server runs, but looks whether it could listen, unless the server is to take sockets over
+    /// or only to be tested.
+    ///
+    /// Without its listener the process is of no use: should the address be taken by then, or the
+    /// listener end without being told to, it ends with status 1 and an error in the log, so
+    /// that whoever supervises it sees that. The balancer's parts are started again instead.
     ///
     /// # Errors
     ///
-    /// When `config` makes no sense.
+    /// When `config` makes no sense, or its address cannot be listened on.
     pub fn add_to(
         server: &mut Server,
         config: &ClusterConfig,
@@ -105,7 +111,13 @@ impl ClusterProxy {
         }
         let mut proxy: Service<HttpProxy<Self>> = http_proxy_service(&server.configuration, proxy);
         proxy.add_tcp(&config.listen);
+        let options = server.options.as_ref();
+        if !options.is_some_and(|options| options.upgrade || options.test) {
+            let free = listening::can_listen(&config.listen);
+            free.map_err(|reason| ClusterError::config("cluster.listen", reason))?;
+        }
         let balancer = server.add_service(balancer);
+        let proxy = Listening::new(proxy, &config.listen);
         server.add_service(proxy).add_dependency(balancer);
         Ok(task)
     }

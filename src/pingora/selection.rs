@@ -13,8 +13,8 @@ use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::node::Node;
 
-/// The weight of a backend that Pingora says has none. Above 0, so that it is picked when all
-/// others are down.
+/// The least weight of a backend that is to get anything, so that it is picked when all others are
+/// down.
 const MIN_WEIGHT: f64 = 1e-6;
 
 /// The node behind a [`Backend`], in its `ext`.
@@ -43,7 +43,8 @@ impl BackendNode {
         self.slot.load().node()
     }
 
-    /// Its share of traffic relative to the other backends', as it is now.
+    /// Its share of traffic relative to the other backends', as it is now. 0 for a node whose static
+    /// weight is 0: it is not enabled, and gets nothing.
     pub fn weight(&self) -> f64 {
         self.slot.load().share()
     }
@@ -200,7 +201,7 @@ impl LiveWeights {
             });
     }
 
-    /// The backends, and whether each serves or drains.
+    /// The backends, and whether each serves: not one that drains, or has a static weight of 0.
     pub fn backends(self: &Arc<Self>) -> Vec<(Backend, bool)> {
         let state = self.state();
         let backend = |(addr, (slot, serving)): (&SocketAddr, &(Arc<Slot>, bool))| {
@@ -245,7 +246,8 @@ impl LiveWeights {
 /// checks, and metrics every second.
 ///
 /// Backends that did not come from [`ClusterBackends`](super::ClusterBackends) have the weight
-/// that Pingora knows.
+/// that Pingora knows. A weight of 0, theirs or a node's static one, is no traffic: where all weights
+/// are 0, nothing is selected.
 pub struct MetricsWeighted {
     weighted: Arc<Weighted>,
 }
@@ -253,29 +255,50 @@ pub struct MetricsWeighted {
 #[derive(Debug)]
 struct Weighted {
     backends: Box<[Backend]>,
-    spread: ArcSwap<Spread>,
+    taking: ArcSwap<Taking>,
     turns: Turns,
-    /// Held from reading weights to publishing, so that what is published last was read last.
-    rebuilding: Mutex<()>,
+    /// What is published. Held from reading weights to publishing, so that what is published last
+    /// was read last.
+    weights: Mutex<Vec<f64>>,
+}
+
+/// Those that take traffic.
+#[derive(Debug, Default)]
+struct Taking {
+    /// Where they are among the backends.
+    places: Box<[usize]>,
+    spread: Spread,
 }
 
 impl Weighted {
+    /// 0 for one that is to get nothing.
     fn weight(backend: &Backend) -> f64 {
-        match BackendNode::of(backend) {
+        let weight = match BackendNode::of(backend) {
+            Some(node) => node.weight(),
+            None => backend.weight as f64,
+        };
+        if weight > 0.0 {
             // A share of nothing, in a zone that is too far, is still more than no backend at all.
-            Some(node) => node.weight().max(MIN_WEIGHT),
-            // Nothing at all would be a share of nothing.
-            None => (backend.weight as f64).max(MIN_WEIGHT),
+            weight.max(MIN_WEIGHT)
+        } else {
+            0.0
         }
     }
 
     fn rebuild(&self) {
-        let _rebuilding = self
-            .rebuilding
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let weights: Vec<f64> = self.backends.iter().map(Self::weight).collect();
-        self.spread.store(Arc::new(Spread::new(&weights)));
+        let mut published = self.weights.lock().unwrap_or_else(PoisonError::into_inner);
+        let weights = self.backends.iter().map(Self::weight);
+        if weights.clone().eq(published.iter().copied()) {
+            return;
+        }
+        *published = weights.collect();
+        let taking = published.iter().copied().enumerate();
+        let (places, weights): (Vec<_>, Vec<_>) =
+            taking.filter(|(_, weight)| *weight > 0.0).unzip();
+        self.taking.store(Arc::new(Taking {
+            spread: Spread::new(&weights),
+            places: places.into(),
+        }));
     }
 }
 
@@ -286,9 +309,9 @@ impl BackendSelection for MetricsWeighted {
     fn build(backends: &BTreeSet<Backend>) -> Self {
         let weighted = Arc::new(Weighted {
             backends: backends.iter().cloned().collect(),
-            spread: ArcSwap::from_pointee(Spread::default()),
+            taking: ArcSwap::from_pointee(Taking::default()),
             turns: Turns::new(),
-            rebuilding: Mutex::new(()),
+            weights: Mutex::new(Vec::new()),
         });
         // Known to the updater first, so that no change falls between the two.
         if let Some(node) = weighted.backends.iter().find_map(BackendNode::of) {
@@ -322,9 +345,12 @@ impl BackendIter for MetricsWeightedIter {
     fn next(&mut self) -> Option<&Backend> {
         let backends = &self.weighted.backends;
         let index = match self.first {
-            None if backends.is_empty() => return None,
             None => {
-                let index = self.weighted.spread.load().turn(self.weighted.turns.next());
+                let taking = self.weighted.taking.load();
+                if taking.places.is_empty() {
+                    return None;
+                }
+                let index = taking.places[taking.spread.turn(self.weighted.turns.next())];
                 self.first = Some(index);
                 index
             }
@@ -347,18 +373,19 @@ impl BackendIter for MetricsWeightedIter {
     }
 }
 
-/// All but `first`, in an order as if each had been drawn by weight from those left, best last:
+/// All but `first` that take traffic, in an order as if each had been drawn by weight from those left, best last:
 /// P. S. Efraimidis and P. G. Spirakis, "Weighted random sampling with a reservoir", Information
 /// Processing Letters 97(5), 2006.
 fn shuffled(weighted: &Weighted, first: usize) -> Vec<usize> {
     let key = |(index, backend)| {
+        let weight = Weighted::weight(backend);
         let uniform = 1.0 - fastrand::f64(); // above 0
-        (-uniform.ln() / Weighted::weight(backend), index)
+        (weight > 0.0).then(|| (-uniform.ln() / weight, index))
     };
     let others = weighted.backends.iter().enumerate();
     let mut keyed: Vec<(f64, usize)> = others
         .filter(|(index, _)| *index != first)
-        .map(key)
+        .filter_map(key)
         .collect();
     keyed.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
     keyed.into_iter().map(|(_, index)| index).collect()
@@ -461,6 +488,21 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_published_while_nothing_changes() {
+        let weights = LiveWeights::of(&Balancer::builder().policy(Policy::RoundRobin));
+        let heavy = |weight| Arc::new(Node::clone(&node(1, 50.0)).with_weight(weight));
+        refresh(&weights, &[heavy(3.0), node(2, 50.0)]);
+        let selection = selection(&weights);
+        let published = || selection.weighted.taking.load_full();
+        let before = published();
+        weights.tick(Instant::now());
+        refresh(&weights, &[heavy(3.0), node(2, 90.0)]);
+        assert!(Arc::ptr_eq(&before, &published()));
+        refresh(&weights, &[heavy(4.0), node(2, 90.0)]);
+        assert!(!Arc::ptr_eq(&before, &published()));
+    }
+
+    #[test]
     fn later_choices_never_repeat_and_come_to_an_end() {
         let weights = LiveWeights::of(&headroom());
         let nodes: Vec<_> = (1..=20).map(|port| node(port, f64::from(port))).collect();
@@ -481,7 +523,46 @@ mod tests {
         let zero =
             ["127.0.0.1:1", "127.0.0.1:2"].map(|addr| Backend::new_with_weight(addr, 0).unwrap());
         let selection = Arc::new(MetricsWeighted::build(&zero.into()));
-        assert!((share(&first_ports(&selection, 100), 1) - 0.5).abs() < 0.1);
+        assert!(selection.iter(b"").next().is_none());
+        let some = [("127.0.0.1:1", 0), ("127.0.0.1:2", 2)]
+            .map(|(addr, weight)| Backend::new_with_weight(addr, weight).unwrap());
+        let selection = Arc::new(MetricsWeighted::build(&some.into()));
+        assert_eq!(share(&first_ports(&selection, 100), 2), 1.0);
+    }
+
+    #[test]
+    fn a_weight_of_zero_is_no_traffic() {
+        for policy in [Policy::Adaptive, Policy::Headroom, Policy::RoundRobin] {
+            let weights = LiveWeights::of(&Balancer::builder().policy(policy));
+            let weighted = |port: u16, weight: f64| {
+                Arc::new(Node::clone(&node(port, 50.0)).with_weight(weight))
+            };
+            let enabled = || {
+                let serving = |(backend, serving): &(Backend, bool)| {
+                    let port = backend.addr.as_inet().unwrap().port();
+                    serving.then_some(port)
+                };
+                let mut ports: Vec<_> = weights.backends().iter().filter_map(serving).collect();
+                ports.sort_unstable();
+                ports
+            };
+            refresh(&weights, &[weighted(1, 1.0), weighted(2, 1.0)]);
+            let selection = selection(&weights);
+            assert_eq!(enabled(), [1, 2]);
+            assert!(
+                refresh(&weights, &[weighted(1, 0.0), weighted(2, 1.0)]),
+                "Pingora has to hear of it"
+            );
+            assert_eq!(enabled(), [2]);
+            assert_eq!(share(&first_ports(&selection, 200), 2), 1.0, "{policy:?}");
+            let mut iter = selection.iter(b"");
+            assert!(iter.next().is_some() && iter.next().is_none());
+            refresh(&weights, &[weighted(1, 0.0), weighted(2, 0.0)]);
+            assert!(selection.iter(b"").next().is_none(), "{policy:?}");
+            assert!(enabled().is_empty());
+            refresh(&weights, &[weighted(1, 1.0), weighted(2, 0.0)]);
+            assert_eq!(share(&first_ports(&selection, 200), 1), 1.0, "{policy:?}");
+        }
     }
 
     #[test]

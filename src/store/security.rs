@@ -222,7 +222,7 @@ impl TlsOptions {
 /// The user that etcd is asked as.
 ///
 /// The password is read at each authentication, so a file or variable that changes needs no
-/// restart. It appears in no log, no error and no `Debug`. Over `http://` it is sent in the open:
+/// restart; while it cannot be read, the last one is tried. It appears in no log, no error and no `Debug`. Over `http://` it is sent in the open:
 /// use TLS beside it.
 ///
 /// ```

@@ -10,6 +10,7 @@ use crate::keys;
 use crate::metrics::{Deadband, MetricsCollector, NoopMetricsCollector};
 use crate::node::Node;
 use crate::store::{EtcdOptions, Store};
+use crate::validate::{self, Bounds};
 
 const DEFAULT_TTL: i64 = 5;
 const MAX_TTL: i64 = 86_400;
@@ -52,6 +53,18 @@ pub(super) struct NodeConfig {
 }
 
 impl NodeConfig {
+    /// Whether readers take what it says of itself, with room for metrics. Names are short, so
+    /// that tags are all that can be too much.
+    fn check_entry(&self) -> Result<(), ClusterError> {
+        let json = self.node().at_its_longest().to_json();
+        let checked = Bounds::without_metadata().check(&json);
+        checked.map_err(|excess| {
+            let (count, half) = (self.tags.len(), "half of what readers take is for metrics");
+            let reason = format!("{count} are too much for the node's entry: {excess}, for {half}");
+            ClusterError::config("tags", reason)
+        })
+    }
+
     pub(super) fn node(&self) -> Node {
         let mut node = Node::new(&self.id, self.ip);
         node.port = self.port;
@@ -86,7 +99,10 @@ pub struct ClusterNodeBuilder {
 }
 
 impl ClusterNodeBuilder {
-    /// A node of this group, under this id (unique in the group, no slash), reached at this IP.
+    /// A node of this group, under this id (unique in the group, no slash), reached at this IP,
+    /// which must be one that others can connect to: not unspecified (`0.0.0.0`, `::`), multicast,
+    /// broadcast, or link-local (IPv6). Id and group have 512 bytes at most, and the key that they
+    /// and the key prefix make 1,024.
     pub fn new(
         etcd: impl Into<EtcdOptions>,
         node_id: impl Into<String>,
@@ -190,21 +206,23 @@ impl ClusterNodeBuilder {
         self
     }
 
-    /// Where it runs. Default: none.
+    /// Where it runs: 512 bytes at most, without control characters. Default: none.
     #[must_use]
     pub fn zone(mut self, zone: impl Into<String>) -> Self {
         self.zone = Some(zone.into());
         self
     }
 
-    /// Free labels. Default: none.
+    /// Free labels, each of 512 bytes at most and without control characters; with all of them the
+    /// node's entry may have 32,768 bytes and 512 values, half of what readers take. Default:
+    /// none.
     #[must_use]
     pub fn tags<T: Into<String>>(mut self, tags: impl IntoIterator<Item = T>) -> Self {
         self.tags = tags.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Its static share of traffic relative to others: 0.000001 to 1,000,000.
+    /// Its static share of traffic relative to others: 0 for none, or 0.000001 to 1,000,000.
     /// Default: 1.
     #[must_use]
     pub fn weight(mut self, weight: f64) -> Self {
@@ -229,14 +247,18 @@ impl ClusterNodeBuilder {
     /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
     pub fn try_build(self) -> Result<ClusterNode, ClusterError> {
         self.validate()?;
-        Ok(self.finish(None))
+        let config = self.finish();
+        config.check_entry()?;
+        Ok(ClusterNode::from_config(config, None))
     }
 
     /// Builds the node; what [`try_build`](Self::try_build) would have refused is reported by
     /// `run`.
     pub fn build(self) -> ClusterNode {
         let invalid = self.validate().err();
-        self.finish(invalid)
+        let config = self.finish();
+        let invalid = invalid.or_else(|| config.check_entry().err());
+        ClusterNode::from_config(config, invalid)
     }
 
     fn validate(&self) -> Result<(), ClusterError> {
@@ -255,8 +277,7 @@ impl ClusterNodeBuilder {
         } else {
             self.etcd.check_key_prefix()?;
         }
-        keys::check_node_id(&self.id)?;
-        keys::check_group(&self.group)?;
+        self.validate_entry()?;
         let range = |field: &str, ok: bool, given: String, range: &str| {
             if ok {
                 Ok(())
@@ -286,17 +307,27 @@ impl ClusterNodeBuilder {
             "0 (never) to 86,400 s",
         )?;
         range("port", self.port != Some(0), "0".to_owned(), "1 to 65,535")?;
-        let weight = self.weight.unwrap_or(1.0);
-        range(
-            "weight",
-            crate::balance::is_base_weight(weight),
-            weight.to_string(),
-            "0.000001 to 1,000,000",
-        )
+        self.weight.map_or(Ok(()), validate::check_weight)
     }
 
-    fn finish(self, invalid: Option<ClusterError>) -> ClusterNode {
-        let config = NodeConfig {
+    /// Each field of the entry: what is written is what every reader takes.
+    fn validate_entry(&self) -> Result<(), ClusterError> {
+        keys::check_node_id(&self.id)?;
+        keys::check_group(&self.group)?;
+        keys::check_keys(&self.etcd.key_prefix, &self.group, &self.id)?;
+        validate::address(self.ip).map_err(|reason| ClusterError::config("node_ip", reason))?;
+        let names = self.zone.iter().map(|zone| ("zone", zone));
+        for (field, name) in names.chain(self.tags.iter().map(|tag| ("tags", tag))) {
+            validate::name(name).map_err(|reason| {
+                let of = if field == "tags" { "one of them " } else { "" };
+                ClusterError::config(field, format!("{of}{reason}"))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> NodeConfig {
+        NodeConfig {
             etcd: self.etcd,
             store: self.store,
             id: self.id,
@@ -314,8 +345,7 @@ impl ClusterNodeBuilder {
             zone: self.zone,
             tags: self.tags,
             weight: self.weight,
-        };
-        ClusterNode::from_config(config, invalid)
+        }
     }
 }
 
@@ -324,13 +354,60 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn builder() -> ClusterNodeBuilder {
+        let ip: IpAddr = "10.0.0.1".parse().unwrap();
+        ClusterNodeBuilder::new(EtcdOptions::memory(""), "n", ip, "g")
+    }
+
+    #[test]
+    fn what_no_reader_takes_is_refused_by_name_and_limit() {
+        let at = |ip: &str, id: &str, group: &str| {
+            let etcd = EtcdOptions::memory("").key_prefix("p/");
+            ClusterNodeBuilder::new(etcd, id, ip.parse().unwrap(), group)
+        };
+        let long = "x".repeat(512);
+        let labels =
+            |count: usize, length: usize| (0..count).map(move |at| format!("{at:0length$}"));
+        for (builder, field, limit) in [
+            (builder().zone("z".repeat(70_000)), "zone", "512"),
+            (builder().zone("a\nb"), "zone", "control"),
+            (builder().tags(["x".repeat(513)]), "tags", "512"),
+            (builder().tags(["a\tb"]), "tags", "control"),
+            (builder().tags(labels(2_000, 1_024)), "tags", "512"),
+            (builder().tags(labels(100, 500)), "tags", "32768"),
+            (builder().tags(labels(600, 4)), "tags", "512 allowed"),
+            (builder().weight(-5.0), "weight", "0 (no traffic)"),
+            (builder().weight(f64::NAN), "weight", "1,000,000"),
+            (builder().weight(1e9), "weight", "1,000,000"),
+            (at("0.0.0.0", "n", "g"), "node_ip", "unspecified"),
+            (at("::", "n", "g"), "node_ip", "unspecified"),
+            (at("::ffff:0.0.0.0", "n", "g"), "node_ip", "unspecified"),
+            (at("224.0.0.1", "n", "g"), "node_ip", "multicast"),
+            (at("255.255.255.255", "n", "g"), "node_ip", "broadcast"),
+            (at("fe80::1", "n", "g"), "node_ip", "link-local"),
+            (at("::1", &long, &long), "node_id", "1024"),
+        ] {
+            let error = builder.try_build().unwrap_err().to_string();
+            let named = error.contains(&format!("invalid {field}: ")) && error.contains(limit);
+            assert!(named && error.len() < 400, "{field}: {error}");
+        }
+        for builder in [
+            builder().weight(0.0),
+            builder().zone("\"".repeat(512)).tags(labels(60, 500)),
+            builder().tags(labels(480, 10)),
+            at("::1", &long, &"x".repeat(400)),
+        ] {
+            builder.try_build().unwrap();
+        }
+    }
+
     proptest! {
         #[test]
         fn an_entry_as_it_was_written_is_current(
             weight in 1e-6..1e6f64,
             priority: u16,
             port in proptest::option::of(1..=u16::MAX),
-            zone in proptest::option::of(".*"),
+            zone in proptest::option::of("\\PC{0,40}"),
         ) {
             let ip: IpAddr = "::1".parse().unwrap();
             let mut builder = ClusterNodeBuilder::new(EtcdOptions::memory(""), "n", ip, "g")

@@ -277,7 +277,7 @@ impl LeaseHolder {
                 None => match self.grant(store).await {
                     Ok(tenure) => tenure,
                     Err(error) => {
-                        let delay = driver.backoff.next_delay();
+                        let delay = driver.backoff.after(&error);
                         warn!(%error, ?delay, "no lease");
                         self.lost(error);
                         driver.not_before = Some(Instant::now() + delay);
@@ -294,7 +294,7 @@ impl LeaseHolder {
                 driver.backoff.reset();
                 Duration::from_millis(fastrand::u64(0..250))
             } else {
-                driver.backoff.next_delay()
+                driver.backoff.after(&error)
             };
             warn!(lease = %tenure.lease.id, %error, ?delay, "lease lost, will get another");
             let gone = matches!(error, ClusterError::LeaseNotFound { .. });

@@ -36,6 +36,8 @@ pub use builder::ClusterNodeBuilder;
 use builder::NodeConfig;
 pub(crate) use builder::check_ttl;
 pub(crate) use lease::LeaseHolder;
+use publisher::Refusals;
+pub use publisher::RefusedSamples;
 use run::Running;
 pub use session::SessionState;
 use session::Tenure;
@@ -146,6 +148,7 @@ struct Shared {
     /// The entry as it was last put together: what `leadership` answers with.
     entry: Mutex<Node>,
     reporter: LoadReporter,
+    refused: Refusals,
     past: Mutex<Past>,
     term: ArcSwapOption<Term>,
     /// Bumped whenever `term` changes.
@@ -239,6 +242,7 @@ impl ClusterNode {
                 health: watch::Sender::new(HealthStatus::Unknown),
                 state: watch::Sender::default(),
                 reporter: LoadReporter::new(),
+                refused: Refusals::default(),
                 past: Mutex::default(),
                 term: ArcSwapOption::empty(),
                 term_changed: watch::Sender::new(()),
@@ -254,6 +258,13 @@ impl ClusterNode {
     /// the reporter knows of requests in flight only.
     pub fn load_reporter(&self) -> LoadReporter {
         self.shared.reporter.clone()
+    }
+
+    /// How many samples of its collector were not published since it was built, because no reader
+    /// would have taken them. The node stays registered with the last good one, and each limit is
+    /// logged once.
+    pub fn refused_samples(&self) -> RefusedSamples {
+        self.shared.refused.so_far()
     }
 
     /// Its id.

@@ -162,8 +162,8 @@ impl Shared {
     /// Whether an entry says of this run what does not change while it lasts.
     pub(super) fn is_told_by(&self, entry: &[u8]) -> bool {
         // Its own entry goes through JSON too: a number may come out of it a little different.
-        let own = serde_json::to_vec(&self.entry().clone());
-        let own = own.and_then(|own| serde_json::from_slice::<Node>(&own));
+        let own = self.entry().clone().to_json();
+        let own = serde_json::from_slice::<Node>(&own);
         let (Ok(mut own), Ok(entry)) = (own, serde_json::from_slice::<Node>(entry)) else {
             return false;
         };
@@ -184,8 +184,7 @@ impl Shared {
             entry.state = NodeState::Draining;
         }
         change(&mut entry);
-        // Only a map with keys that are no strings could fail, and `Node` has none.
-        serde_json::to_vec(&entry).unwrap_or_default()
+        entry.to_json()
     }
 
     pub(super) fn set_draining(&self) {

@@ -603,7 +603,8 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
     joins_and_leaves().await;
     node.node.resign().await.unwrap();
     within("it can write", node.node.wait_for_leadership()).await;
-    // Those who have run all the time said it once; the others are new processes each time.
+    // Those who have run all the time said it once, or once more when they had been asked for their
+    // user meanwhile; the others are new processes each time.
     let by = |user: &str| {
         let user = format!("user=\"{user}\"");
         let text = logged.text();
@@ -611,9 +612,9 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
         let told = lines.filter(|line| line.contains(without) && line.contains(&user));
         told.count()
     };
-    assert_eq!(by("n1"), 1);
+    assert!((1..=2).contains(&by("n1")), "{}", by("n1"));
     // The discovery, and the store.
-    assert_eq!(by("balancer"), 2);
+    assert!((2..=4).contains(&by("balancer")), "{}", by("balancer"));
     assert!(!logged.text().contains(SECRET));
     node.stop().await;
     eventually("and leave", || discovery.nodes().is_empty()).await;
@@ -635,7 +636,9 @@ async fn a_file_that_is_missing_for_a_while_ends_nobody() {
     let discovery = ServiceDiscovery::builder(from_file("balancer"), &group)
         .try_build()
         .unwrap();
-    let node = builder(&from_file("n1"), &group, "n1").try_build().unwrap();
+    // The newest etcd renews no lease without a token: the gap must be shorter than that lasts.
+    let node = builder(&from_file("n1"), &group, "n1").ttl(LONG);
+    let node = node.try_build().unwrap();
     let cluster = Cluster::connect(from_file("balancer")).unwrap();
     let shared = cluster.discovery(&group).try_build().unwrap();
     std::fs::remove_file(&file).unwrap();
@@ -666,9 +669,16 @@ async fn a_file_that_is_missing_for_a_while_ends_nobody() {
     within("it leads", running.node.wait_for_leadership()).await;
     within("it is seen", discovery.wait_for_nodes(1)).await;
 
-    // Rotated while they run, with a gap. etcd forgets the tokens of before at once.
+    // Gone while they run, and so are their tokens: each change of a user's roles takes them. The
+    // password is what it was.
     std::fs::remove_file(&file).unwrap();
     let mut root = guarded.root.clone();
+    root.role_add("more").await.unwrap();
+    root.user_grant_role("n1", "more").await.unwrap();
+    running.node.resign().await.unwrap();
+    within("it leads again", running.node.wait_for_leadership()).await;
+
+    // Rotated with a gap.
     for user in ["balancer", "n1"] {
         root.user_change_password(user, "another").await.unwrap();
     }

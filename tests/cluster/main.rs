@@ -16,6 +16,7 @@ mod faults;
 mod metrics;
 mod resilience;
 mod sharing;
+mod slow;
 #[cfg(feature = "tls")]
 mod tls;
 

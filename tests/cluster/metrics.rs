@@ -1,7 +1,10 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
-use pingora_etcd::{ClusterEvent, MetricsCollector, NodeMetadata, metadata_keys};
+use pingora_etcd::{
+    ClusterEvent, HealthStatus, MetricsCollector, Node, NodeMetadata, RefusedSamples, metadata_keys,
+};
 use serde_json::json;
 
 use super::common::etcd::Etcd;
@@ -133,4 +136,145 @@ async fn a_collector_that_hangs_or_panics_harms_nobody() {
         let took = running.stop().await;
         assert!(took < std::time::Duration::from_secs(2), "{took:?}");
     }
+}
+
+/// Good until it is told otherwise: then what no reader would take.
+struct Monster(Arc<AtomicBool>, fn() -> NodeMetadata);
+
+impl MetricsCollector for Monster {
+    fn collect(&self) -> NodeMetadata {
+        if self.0.load(Ordering::SeqCst) {
+            (self.1)()
+        } else {
+            json!({ metadata_keys::QUEUE_DEPTH: 7 })
+        }
+    }
+}
+
+fn nested(levels: usize) -> NodeMetadata {
+    // Not with `json!`, which would take it apart by recursion.
+    (0..levels).fold(NodeMetadata::Null, |inner, _| {
+        NodeMetadata::Array(vec![inner])
+    })
+}
+
+#[tokio::test]
+async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
+    type Counted = fn(RefusedSamples) -> u64;
+    let monsters: [(&str, fn() -> NodeMetadata, Counted); 6] = [
+        (
+            "70-kB",
+            || json!({ "a": "x".repeat(70_000) }),
+            |r| r.too_long,
+        ),
+        // Alone it is just small enough: with the rest of the entry it is not.
+        (
+            "65-kB",
+            || json!({ "a": "x".repeat(65_500) }),
+            |r| r.too_long,
+        ),
+        (
+            "2-MB",
+            || json!({ "a": "x".repeat(2 << 20) }),
+            |r| r.too_long,
+        ),
+        (
+            "1100-numbers",
+            || json!({ "a": vec![1; 1_100] }),
+            |r| r.too_many_values,
+        ),
+        ("130-levels", || nested(130), |r| r.too_deep),
+        ("100000-levels", || nested(100_000), |r| r.too_deep),
+    ];
+    let etcd = Etcd::shared();
+    let group = group("monsters");
+    let discovery = ready(&etcd.options(), &group).await;
+    let (is_monster, always) = (Arc::default(), Arc::new(AtomicBool::new(true)));
+    let start = |id: String, when: &Arc<AtomicBool>, monster| {
+        let node = builder(&etcd.options(), &group, &id)
+            .metrics_collector(Monster(when.clone(), monster))
+            .metrics_update_interval(1);
+        Running::new(node.try_build().unwrap())
+    };
+    let (mut late, mut early) = (Vec::new(), Vec::new());
+    for (name, monster, _) in monsters {
+        late.push(start(name.to_owned(), &is_monster, monster));
+        early.push(start(format!("always-{name}"), &always, monster));
+    }
+    let at = |node: &Running| discovery.nodes().get(node.node.id()).cloned();
+    let is_good = |node: &Node| node.metric(metadata_keys::QUEUE_DEPTH) == Some(7.0);
+    eventually("all are there, with what was good", || {
+        late.iter()
+            .all(|node| at(node).is_some_and(|node| is_good(&node)))
+            && early.iter().all(|node| at(node).is_some())
+    })
+    .await;
+    is_monster.store(true, Ordering::SeqCst);
+    eventually("each has been refused twice", || {
+        late.iter()
+            .chain(&early)
+            .zip(monsters.iter().cycle())
+            .all(|(node, (_, _, counted))| {
+                let refused = node.node.refused_samples();
+                counted(refused) >= 2 && counted(refused) == refused.total()
+            })
+    })
+    .await;
+    // For longer than the TTL.
+    super::common::throughout("all stay as they were", Duration::from_secs(3), || {
+        late.iter()
+            .all(|node| at(node).is_some_and(|node| is_good(&node)))
+            && early.iter().all(|node| at(node).is_some())
+            && late
+                .iter()
+                .chain(&early)
+                .all(|node| node.node.current_health() == HealthStatus::Healthy)
+            && discovery.leader().is_some()
+    })
+    .await;
+    for node in &late {
+        within("it drains", node.node.drain()).await.unwrap();
+        eventually("that is seen", || {
+            at(node).is_some_and(|node| !node.is_serving() && is_good(&node))
+        })
+        .await;
+    }
+    let mut events = discovery.subscribe();
+    for node in late.into_iter().chain(early) {
+        let id = node.node.id().to_owned();
+        let took = node.stop().await;
+        assert!(took < Duration::from_secs(1), "{id}: {took:?}");
+        loop {
+            let event = within("it leaves", events.recv()).await.unwrap();
+            if let ClusterEvent::NodeLeft(node) = event
+                && node.id == id
+            {
+                // It had said goodbye, with a write that was taken.
+                assert!(node.is_leaving(), "{id}");
+                break;
+            }
+        }
+    }
+    assert_eq!(discovery.skipped().total(), 0);
+}
+
+#[tokio::test]
+async fn a_node_of_weight_zero_is_a_member_without_traffic() {
+    let etcd = Etcd::shared();
+    let group = group("zero");
+    let running = Running::new(
+        builder(&etcd.options(), &group, "n1")
+            .weight(0.0)
+            .try_build()
+            .unwrap(),
+    );
+    let discovery = ready(&etcd.options(), &group).await;
+    within("it is there", discovery.wait_for_nodes(1)).await;
+    within("it leads", discovery.wait_for_leader()).await;
+    let balancer = pingora_etcd::balance::Balancer::builder()
+        .try_build()
+        .unwrap();
+    balancer.update(discovery.nodes().iter());
+    assert!(balancer.pick().is_none());
+    running.stop().await;
 }

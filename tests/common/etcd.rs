@@ -10,7 +10,6 @@ use std::sync::{Arc, LazyLock, Mutex, Once, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use pingora_etcd::EtcdOptions;
-use pingora_etcd::store::{EtcdStore, Selector, Store};
 use testcontainers::core::{IntoContainerPort, Mount, WaitFor};
 use testcontainers::runners::AsyncRunner;
 use testcontainers::{ContainerAsync, GenericImage, ImageExt};
@@ -339,13 +338,22 @@ impl Etcd {
             }
             return;
         }
-        let store = EtcdStore::new(self.options()).unwrap();
-        block_on(async {
+        // Not through the store, which does not dial as often.
+        let endpoints = self.endpoints.clone();
+        block_on(async move {
             let start = Instant::now();
-            let any = Selector::Key("any".to_owned());
-            while let Err(error) = store.list(&any, None).await {
-                let waited = start.elapsed();
-                assert!(waited < super::DEADLINE, "etcd does not serve: {error}");
+            loop {
+                let read = async {
+                    let mut client = etcd_client::Client::connect(&endpoints, None).await?;
+                    client.get("any", None).await
+                };
+                match tokio::time::timeout(Duration::from_secs(1), read).await {
+                    Ok(Ok(_)) => return,
+                    answer => assert!(
+                        start.elapsed() < super::DEADLINE,
+                        "etcd does not serve: {answer:?}"
+                    ),
+                }
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         });

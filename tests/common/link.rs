@@ -1,16 +1,18 @@
-//! A TCP proxy in front of etcd that counts connections and can go silent: it then passes nothing
-//! and closes nothing, as a network does that drops packets.
+//! A TCP proxy in front of etcd that counts connections, can be slow, and can go silent: it then
+//! passes nothing and closes nothing, as a network does that drops packets.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use pingora_etcd::EtcdOptions;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until};
 
 pub struct Link {
     address: SocketAddr,
@@ -18,6 +20,7 @@ pub struct Link {
     /// Each open connection holds one more.
     open: Arc<()>,
     silent: watch::Sender<bool>,
+    delay: watch::Sender<Duration>,
     cut: Arc<tokio::sync::Notify>,
     _accepting: JoinSet<()>,
 }
@@ -36,7 +39,9 @@ impl Link {
         let open = Arc::new(());
         let to_hold = open.clone();
         let silent = watch::Sender::new(false);
+        let delay = watch::Sender::new(Duration::ZERO);
         let (counter, state) = (connections.clone(), silent.subscribe());
+        let delayed = delay.subscribe();
         let cut = Arc::new(tokio::sync::Notify::new());
         let to_cut = cut.clone();
         let mut accepting = JoinSet::new();
@@ -53,7 +58,7 @@ impl Link {
                 let Ok((near, _)) = near else { continue };
                 counter.fetch_add(1, Ordering::Relaxed);
                 let held = to_hold.clone();
-                let passed = pass(near, target.clone(), state.clone());
+                let passed = pass(near, target.clone(), state.clone(), delayed.clone());
                 passing.spawn(async move {
                     passed.await;
                     drop(held);
@@ -65,6 +70,7 @@ impl Link {
             connections,
             open,
             silent,
+            delay,
             cut,
             _accepting: accepting,
         }
@@ -94,17 +100,30 @@ impl Link {
         self.cut.notify_one();
     }
 
+    /// Holds everything back for so long from now on, in each direction, and does not limit how much
+    /// is on its way. A connection is made as if its handshake took as long, too.
+    pub fn set_delay(&self, each_way: Duration) {
+        self.delay.send_replace(each_way);
+    }
+
     /// Passes nothing from now on, or passes again what has been held back.
     pub fn set_silent(&self, silent: bool) {
         self.silent.send_replace(silent);
     }
 }
 
-async fn pass(near: TcpStream, target: String, mut silent: watch::Receiver<bool>) {
+async fn pass(
+    near: TcpStream,
+    target: String,
+    mut silent: watch::Receiver<bool>,
+    delay: watch::Receiver<Duration>,
+) {
     // A connection made during silence is accepted by the kernel and then hears nothing.
     if silent.wait_for(|silent| !silent).await.is_err() {
         return;
     }
+    let handshake = *delay.borrow() * 2;
+    sleep(handshake).await;
     let Ok(far) = TcpStream::connect(target).await else {
         return;
     };
@@ -115,29 +134,59 @@ async fn pass(near: TcpStream, target: String, mut silent: watch::Receiver<bool>
     let (near_in, near_out) = near.into_split();
     let (far_in, far_out) = far.into_split();
     tokio::join!(
-        pump(near_in, far_out, silent.clone()),
-        pump(far_in, near_out, silent)
+        pump(near_in, far_out, silent.clone(), delay.clone()),
+        pump(far_in, near_out, silent, delay)
     );
 }
 
 async fn pump(
+    from: impl AsyncReadExt + Unpin,
+    to: impl AsyncWriteExt + Unpin,
+    silent: watch::Receiver<bool>,
+    delay: watch::Receiver<Duration>,
+) {
+    // Bounded only so that a test cannot fill the memory.
+    let (queue, due) = mpsc::channel(64 * 1024);
+    tokio::join!(take(from, queue, delay), deliver(due, to, silent));
+}
+
+async fn take(
     mut from: impl AsyncReadExt + Unpin,
-    mut to: impl AsyncWriteExt + Unpin,
-    mut silent: watch::Receiver<bool>,
+    queue: mpsc::Sender<(Instant, Vec<u8>)>,
+    delay: watch::Receiver<Duration>,
 ) {
     let mut buffer = vec![0; 16 * 1024];
     loop {
-        let read = match from.read(&mut buffer).await {
-            Ok(0) => break,
+        let read = tokio::select! {
+            read = from.read(&mut buffer) => read,
+            // The other side is gone.
+            () = queue.closed() => return,
+        };
+        let read = match read {
+            Ok(0) => return,
             Ok(read) => read,
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            Err(_) => break,
+            Err(_) => return,
         };
+        let due = Instant::now() + *delay.borrow();
+        if queue.send((due, buffer[..read].to_vec())).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn deliver(
+    mut due: mpsc::Receiver<(Instant, Vec<u8>)>,
+    mut to: impl AsyncWriteExt + Unpin,
+    mut silent: watch::Receiver<bool>,
+) {
+    while let Some((at, bytes)) = due.recv().await {
+        sleep_until(at).await;
         if silent.wait_for(|silent| !silent).await.is_err() {
             return;
         }
-        if to.write_all(&buffer[..read]).await.is_err() {
-            break;
+        if to.write_all(&bytes).await.is_err() {
+            return;
         }
     }
     if silent.wait_for(|silent| !silent).await.is_ok() {

@@ -5,6 +5,8 @@
 pub mod certificates;
 pub mod etcd;
 pub mod link;
+pub mod load;
+pub mod programs;
 
 use std::collections::BTreeSet;
 use std::future::Future;

@@ -207,12 +207,14 @@ impl World {
             let key = format!("registry/g/{id}");
             assert!(self.written.contains(&key), "nobody wrote {key:?}");
             suspects += usize::from(nodes.is_suspect(id));
+            let is_nowhere = node.ip.is_unspecified() || node.ip.is_multicast();
+            assert!(!is_nowhere && node.port != Some(0), "{id:?} is nowhere");
             if self.is_strict {
                 let is_allowed = match node.ip.to_canonical() {
                     IpAddr::V4(ip) => ip.octets()[0] == 10,
                     IpAddr::V6(ip) => ip.octets()[0] == 0xfd,
                 };
-                let port = node.port.filter(|port| *port != 0);
+                let port = node.port;
                 let is_allowed =
                     is_allowed && port.is_none_or(|port| (8080..=8100).contains(&port));
                 assert!(is_allowed, "{id:?} is at {}:{port:?}", node.ip);
@@ -239,11 +241,13 @@ impl World {
 
     fn pick(&self, rng: &mut Rng) {
         let backends = self.balancer.backends();
-        // Of several at one address the one that wrote last counts, and it may be draining.
+        // Of several at one address the one that wrote last counts, and it may be draining, or
+        // have a weight of 0.
+        let takes_traffic = |node: &Node| node.is_serving() && node.weight != Some(0.0);
         let (mut serving, mut draining) = (BTreeSet::new(), BTreeSet::new());
         for node in self.told.values() {
             let at = node.addr(80);
-            (if node.is_serving() {
+            (if takes_traffic(node) {
                 &mut serving
             } else {
                 &mut draining
@@ -275,7 +279,7 @@ impl World {
             Some(upstream) => {
                 let node = upstream.node();
                 let told = &self.told[&node.id];
-                assert!(Arc::ptr_eq(told, &node) && told.is_serving());
+                assert!(Arc::ptr_eq(told, &node) && takes_traffic(told));
                 assert_eq!(upstream.addr(), told.addr(80));
                 match rng.u8(..3) {
                     0 => upstream.succeeded(Duration::from_micros(rng.u64(..))),

@@ -23,6 +23,7 @@ use pingora_etcd::{
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
+use common::load::{Load, client, load, until_it_answers};
 use common::{free_port, local};
 
 /// A Pingora server on a thread of its own, stopped when this is dropped.
@@ -229,91 +230,4 @@ fn cluster_config(etcd: &EtcdOptions, group: &str, more: &str) -> ClusterConfig 
         "cluster:\n  etcd: {{ endpoints: ['{endpoints}'] }}\n  group: {group}\n  listen: '{listen}'\n{more}"
     );
     ClusterConfig::from_yaml(&yaml, "test").unwrap()
-}
-
-/// A client that keeps no connection to a server that is gone.
-fn client() -> reqwest::Client {
-    reqwest::Client::builder()
-        .timeout(Duration::from_secs(20))
-        .build()
-        .unwrap()
-}
-
-/// `count` GETs, so many at a time. Answers with what failed.
-async fn load(url: &str, count: u64, at_a_time: usize) -> Vec<String> {
-    let load = Load::start(url, at_a_time);
-    common::eventually("so many GETs", || load.sent() >= count).await;
-    load.stop().await
-}
-
-/// GETs without end, so many at a time.
-struct Load {
-    sent: Arc<AtomicU64>,
-    stop: watch::Sender<bool>,
-    clients: JoinSet<Vec<String>>,
-}
-
-impl Load {
-    fn start(url: &str, at_a_time: usize) -> Self {
-        let sent = Arc::new(AtomicU64::new(0));
-        let stop = watch::Sender::new(false);
-        let mut clients = JoinSet::new();
-        for _ in 0..at_a_time {
-            let (sent, stopped) = (sent.clone(), stop.subscribe());
-            let (url, client) = (url.to_owned(), client());
-            clients.spawn(async move {
-                let mut failed = Vec::new();
-                while !*stopped.borrow() {
-                    sent.fetch_add(1, Ordering::Relaxed);
-                    match client.get(&url).send().await {
-                        Ok(response) if response.status().is_success() => {
-                            drop(response.bytes().await);
-                        }
-                        Ok(response) => {
-                            let status = response.status();
-                            failed.push(format!("{status}: {:?}", response.text().await));
-                        }
-                        Err(error) => failed.push(format!("{error:?}")),
-                    }
-                }
-                failed
-            });
-        }
-        Self {
-            sent,
-            stop,
-            clients,
-        }
-    }
-
-    fn sent(&self) -> u64 {
-        self.sent.load(Ordering::Relaxed)
-    }
-
-    /// Waits until so many more have been sent: the load goes on.
-    async fn goes_on(&self, more: u64) {
-        let until = self.sent() + more;
-        common::eventually("the load goes on", || self.sent() >= until).await;
-    }
-
-    /// Answers with what failed.
-    async fn stop(self) -> Vec<String> {
-        self.stop.send_replace(true);
-        self.clients
-            .join_all()
-            .await
-            .into_iter()
-            .flatten()
-            .collect()
-    }
-}
-
-/// Waits until something answers there, with any status.
-async fn until_it_answers(url: &str) {
-    let client = client();
-    let start = std::time::Instant::now();
-    while let Err(error) = client.get(url).send().await {
-        assert!(start.elapsed() < common::DEADLINE, "{url}: {error}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
 }

@@ -1,125 +1,14 @@
 //! The example programs, as processes.
 
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::common::etcd::{Etcd, send_signal};
+use super::common::etcd::Etcd;
+use super::common::programs::{Program, adapted, binary, config_file, until_nodes_answer, worker};
 use super::common::{DEADLINE, free_port, group, local};
 use super::{Load, client, until_it_answers};
-
-/// A program that is killed when this is dropped.
-struct Program {
-    child: Child,
-}
-
-impl Program {
-    fn start(name: &str, arguments: &[&str]) -> Self {
-        Self::start_with(name, arguments, &[])
-    }
-
-    fn start_with(name: &str, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
-        let child = Command::new(binary(name))
-            .args(arguments)
-            .envs(variables.iter().copied())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap_or_else(|error| panic!("example {name}: {error}; build the examples first"));
-        Self { child }
-    }
-
-    fn signal(&self, signal: &str) {
-        send_signal(self.child.id(), signal);
-    }
-
-    /// How it ended, and how long that took.
-    async fn ended(&mut self) -> (ExitStatus, Duration) {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return (status, start.elapsed());
-            }
-            assert!(start.elapsed() < DEADLINE, "the program does not end");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Beside the test binary, in `target/*/examples`.
-fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let target = test.parent().and_then(Path::parent).unwrap();
-    target.join("examples").join(name)
-}
-
-fn config_file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("config")
-        .join(name)
-}
-
-/// A shipped configuration file with other endpoints, group and port.
-fn adapted(name: &str, etcd: &str, group: &str) -> (PathBuf, String) {
-    let text = std::fs::read_to_string(config_file(name)).unwrap();
-    let listen = format!("{}:{}", local(), free_port());
-    let mut adapted = String::new();
-    for line in text.lines() {
-        let value = match line.split_once(':') {
-            Some(("      - http" | "      - memory", _)) => format!("      - {etcd}"),
-            Some(("  group", _)) => format!("  group: {group}"),
-            Some(("  listen", _)) => format!("  listen: \"{listen}\""),
-            _ => line.to_owned(),
-        };
-        adapted.push_str(&value);
-        adapted.push('\n');
-    }
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{group}-{name}"));
-    std::fs::write(&file, adapted).unwrap();
-    (file, format!("http://{listen}"))
-}
-
-struct Worker {
-    program: Program,
-    url: String,
-}
-
-fn worker(etcd: &str, group: &str, id: &str) -> Worker {
-    let listen = format!("{}:{}", local(), free_port());
-    let arguments = [
-        "--etcd", etcd, "--group", group, "--id", id, "--listen", &listen,
-    ];
-    Worker {
-        program: Program::start(
-            "worker",
-            &[&arguments[..], &["--ttl", "2", "--zone", "z"]].concat(),
-        ),
-        url: format!("http://{listen}"),
-    }
-}
-
-/// Waits until so many nodes answer through the proxy.
-async fn until_nodes_answer(url: &str, count: usize) {
-    let client = client();
-    let mut nodes = std::collections::HashSet::new();
-    let start = Instant::now();
-    while nodes.len() < count {
-        assert!(start.elapsed() < DEADLINE, "only {nodes:?}");
-        if let Ok(response) = client.get(url).send().await
-            && let Some(node) = response.headers().get("x-upstream-node")
-        {
-            nodes.insert(node.clone());
-        }
-    }
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_and_a_load_balancer_as_the_readme_runs_them() {

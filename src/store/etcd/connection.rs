@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions};
 use tokio::sync::watch;
@@ -9,25 +10,58 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::breaker::Breaker;
-use super::security::{Fingerprint, Token, connect_as, perhaps_https};
+use super::dialling::{Dialler, Pace};
+use super::round_trips::{LONGEST, RoundTrips};
+use super::security::{Fingerprint, Token, connect_as, perhaps_https, status_of};
 use super::watcher::WatchStreams;
 use super::{EtcdStore, bounded};
 use crate::error::ClusterError;
 use crate::store::Circuit;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Link {
+    /// In the order in which they are tried.
+    pub(super) endpoints: Vec<Arc<str>>,
     pub(super) connection: Option<Connection>,
     /// Dropped with the connection: ends the streams on it that have not noticed yet.
     open: Option<watch::Sender<()>>,
     /// Counts connections, so that a failure is only held against the one it happened on.
     pub(super) generation: u64,
     /// The endpoint to try next.
-    next: usize,
+    pub(super) next: usize,
+    /// The task that makes a connection, while there is none.
+    pub(super) dialler: Option<Dialler>,
+    /// How many there have been.
+    pub(super) diallers: u64,
+    pub(super) pace: Pace,
+    /// Requests in a row that were not answered in time on the connection before.
+    missed: u32,
     warned_about_version: bool,
     pub(super) breaker: Breaker,
     /// Endpoints that refuse TLS or the user, told once each until they do not.
     refusing: BTreeMap<String, ClusterError>,
+}
+
+impl Link {
+    pub(super) fn new(endpoints: &[String]) -> Self {
+        Self {
+            endpoints: endpoints
+                .iter()
+                .map(|endpoint| Arc::from(&**endpoint))
+                .collect(),
+            connection: None,
+            open: None,
+            generation: 0,
+            next: 0,
+            dialler: None,
+            diallers: 0,
+            pace: Pace::default(),
+            missed: 0,
+            warned_about_version: false,
+            breaker: Breaker::default(),
+            refusing: BTreeMap::new(),
+        }
+    }
 }
 
 /// The operation that is always tried: a lease that is not renewed in time is lost, and there are no
@@ -40,6 +74,7 @@ pub(super) struct Dialed {
     version: String,
     files: Fingerprint,
     token: Token,
+    round_trip: Duration,
 }
 
 #[derive(Clone)]
@@ -50,6 +85,7 @@ pub(super) struct Connection {
     /// The one stream that every watch on this connection shares.
     pub(super) watches: WatchStreams,
     pub(super) token: Token,
+    pub(super) round_trips: RoundTrips,
 }
 
 impl std::fmt::Debug for Connection {
@@ -64,65 +100,29 @@ impl EtcdStore {
         &self,
         operation: &'static str,
     ) -> Result<Connection, ClusterError> {
-        if let Some(connection) = self.admit(operation)? {
-            return Ok(connection);
-        }
-        let _dialing = self.shared.dialing.lock().await;
-        let probe = {
-            let mut link = self.link();
-            // Somebody else may have been faster.
-            if let Some(connection) = &link.connection {
-                return Ok(connection.clone());
-            }
-            match operation {
-                RENEW => false,
-                _ => link.breaker.admit(operation, Instant::now())?,
-            }
-        };
-        // A caller with little patience gives up in the middle: then the next one may try.
-        let _probe = probe.then(|| Probe(self));
-        let endpoints = &self.shared.options.endpoints;
-        let mut last = None;
-        for _ in 0..endpoints.len() {
-            // Moved on before the try: a caller with little patience gives up in the middle of it,
-            // and the next one must not get stuck at the same silent endpoint.
-            let index = {
+        // Lost again before it could be used: once more.
+        for _ in 0..2 {
+            let waiting = {
                 let mut link = self.link();
-                let index = link.next % endpoints.len();
-                link.next = (index + 1) % endpoints.len();
-                index
-            };
-            let endpoint = &endpoints[index];
-            match self.dial(endpoint, true).await {
-                Ok(dialed) => return Ok(self.connected(dialed, index, endpoint)),
-                Err(error) => {
-                    self.tell_refusal(endpoint, &error);
-                    // One that says what to mend is not hidden by one that is only silent.
-                    if !last.as_ref().is_some_and(is_refusal) || is_refusal(&error) {
-                        last = Some(error);
-                    }
+                if let Some(connection) = &link.connection {
+                    return Ok(connection.clone());
                 }
-            }
+                // The one that is let through waits for a round of dialling, which tells the breaker.
+                if operation != RENEW {
+                    link.breaker.admit(operation, Instant::now())?;
+                }
+                self.dialling(&mut link)
+            };
+            self.dialled(waiting).await?;
         }
-        let error = last.unwrap_or_else(|| ClusterError::config("endpoints", "must not be empty"));
-        self.count_failure(&mut self.link(), &error);
-        Err(error)
+        Err(ClusterError::Unavailable {
+            endpoint: self.endpoints().join(","),
+            operation,
+            reason: "connections break as soon as they are made".to_owned(),
+        })
     }
 
-    /// Answers at once where calls are not tried.
-    fn admit(&self, operation: &'static str) -> Result<Option<Connection>, ClusterError> {
-        let mut link = self.link();
-        if let Some(connection) = &link.connection {
-            return Ok(Some(connection.clone()));
-        }
-        if operation != RENEW && link.breaker.admit(operation, Instant::now())? {
-            // It is this one's to try, once it is its turn.
-            link.breaker.abandoned();
-        }
-        Ok(None)
-    }
-
-    fn count_failure(&self, link: &mut Link, error: &ClusterError) {
+    pub(super) fn count_failure(&self, link: &mut Link, error: &ClusterError) {
         let options = &self.shared.options;
         let was = link.breaker.circuit();
         let (threshold, pause) = (options.breaker_failures, options.breaker_pause);
@@ -133,7 +133,7 @@ impl EtcdStore {
     }
 
     /// Once, not at each try: until it changes.
-    fn tell_refusal(&self, endpoint: &str, error: &ClusterError) {
+    pub(super) fn tell_refusal(&self, endpoint: &str, error: &ClusterError) {
         debug!(endpoint, %error, "cannot connect to etcd");
         if !is_refusal(error) {
             return;
@@ -145,26 +145,29 @@ impl EtcdStore {
         }
     }
 
-    pub(super) fn connected(&self, dialed: Dialed, index: usize, endpoint: &str) -> Connection {
+    pub(super) fn connected(&self, dialed: Dialed, endpoint: &str) {
         let Dialed {
             client,
             version,
             files,
             token,
+            round_trip,
         } = dialed;
         info!(endpoint, version, "connected to etcd");
         self.tell_token(endpoint, !token.is_missing());
         let (open, is_open) = watch::channel(());
         let endpoint: Arc<str> = Arc::from(endpoint);
         let options = &self.shared.options;
+        let mut link = self.link();
+        let round_trips = RoundTrips::new(round_trip, link.missed);
         let watches = WatchStreams::new(
             &client,
             endpoint.clone(),
             tells_progress(&version),
             options,
+            round_trips.clone(),
             is_open,
         );
-        let mut link = self.link();
         link.breaker.connected();
         link.refusing.remove(&*endpoint);
         if !link.warned_about_version && has_lease_bug(&version) {
@@ -177,41 +180,70 @@ impl EtcdStore {
             );
         }
         link.generation += 1;
-        link.next = index;
+        link.next = self.position(&link, &endpoint);
         let connection = Connection {
             client,
             endpoint,
             generation: link.generation,
             watches,
             token,
+            round_trips,
         };
         #[cfg(feature = "tls")]
         super::renewal::FileWatch::start(self, &connection, files, open.subscribe());
         #[cfg(not(feature = "tls"))]
         let _ = files;
         link.open = Some(open);
-        link.connection = Some(connection.clone());
-        connection
+        link.connection = Some(connection);
+    }
+
+    /// The endpoints to try.
+    pub(super) fn endpoints(&self) -> Vec<Arc<str>> {
+        self.link().endpoints.clone()
+    }
+
+    fn position(&self, link: &Link, endpoint: &str) -> usize {
+        let mut endpoints = link.endpoints.iter();
+        endpoints
+            .position(|other| **other == *endpoint)
+            .unwrap_or(0)
     }
 
     /// Connects to one endpoint and makes sure that it answers: connecting alone succeeds even
     /// where nobody listens. Without `quorum` a member that sees no leader will do, for what it can
-    /// answer by itself.
-    pub(super) async fn dial(&self, endpoint: &str, quorum: bool) -> Result<Dialed, ClusterError> {
+    /// answer by itself. All of it takes `within` at most.
+    pub(super) async fn dial(
+        &self,
+        endpoint: &str,
+        quorum: bool,
+        within: Duration,
+    ) -> Result<Dialed, ClusterError> {
         let options = &self.shared.options;
         let connect = ConnectOptions::default()
-            .with_connect_timeout(options.connect_timeout)
+            .with_connect_timeout(within)
             // A member that has lost its leader says so, instead of staying silent.
             .with_require_leader(quorum)
             .with_tcp_keepalive(options.keep_alive_interval)
-            .with_keep_alive(options.keep_alive_interval, options.request_timeout);
+            // Silence is judged by what is measured, later. This only ends what nobody uses.
+            .with_keep_alive(
+                options.keep_alive_interval,
+                LONGEST.max(options.request_timeout),
+            );
         let (connect, files, user) = self.secured(endpoint, connect).await?;
+        // What the status takes: a connection is made by the first request on it.
+        let steps = match (&options.credentials, endpoint.starts_with("https://")) {
+            (Some(_), _) => 1,
+            (None, false) => 2,
+            (None, true) => 3,
+        };
         let connecting = async {
             let (mut client, token) = connect_as(endpoint, connect, user).await?;
-            let status = client.status().await?;
-            Ok((client, token, status.version().to_owned(), status.leader()))
+            let asked = Instant::now();
+            let member = status_of(&mut client).await?;
+            let round_trip = asked.elapsed() / steps;
+            Ok((client, token, member, round_trip))
         };
-        let dialed = bounded("connect", endpoint, options.connect_timeout, connecting)
+        let dialed = bounded("connect", endpoint, within, connecting)
             .await
             .map_err(|error| self.about_access(error, String::new));
         #[cfg(feature = "tls")]
@@ -223,19 +255,26 @@ impl EtcdStore {
             Some(_) => error,
             None => perhaps_https(endpoint, error),
         });
-        let (client, token, version, leader) = dialed?;
-        if leader == 0 && quorum {
+        let (client, token, member, round_trip) = dialed?;
+        let unfit = match (member.has_leader, member.is_learner) {
+            // It would refuse everything else. Asked again at each dial, for it may be promoted.
+            (_, true) => Some("this member is a learner"),
+            (false, false) => Some("this member sees no leader"),
+            _ => None,
+        };
+        if let Some(reason) = unfit.filter(|_| quorum) {
             return Err(ClusterError::Unavailable {
                 endpoint: endpoint.to_owned(),
                 operation: "connect",
-                reason: "this member sees no leader".to_owned(),
+                reason: reason.to_owned(),
             });
         }
         Ok(Dialed {
             client,
-            version,
+            version: member.version,
             files,
             token,
+            round_trip,
         })
     }
 
@@ -261,8 +300,14 @@ impl EtcdStore {
                 let (endpoint, open) = (current.endpoint.clone(), open.subscribe());
                 let tells_progress = current.watches.tells_progress;
                 let options = &self.shared.options;
-                current.watches =
-                    WatchStreams::new(&current.client, endpoint, tells_progress, options, open);
+                current.watches = WatchStreams::new(
+                    &current.client,
+                    endpoint,
+                    tells_progress,
+                    options,
+                    current.round_trips.clone(),
+                    open,
+                );
             }
             connection.watches = current.watches.clone();
         }
@@ -275,25 +320,18 @@ impl EtcdStore {
         let mut link = self.link();
         if link.connection.is_some() && link.generation == failed {
             self.count_failure(&mut link, error);
-            link.connection = None;
+            if let Some(connection) = link.connection.take() {
+                link.missed = connection.round_trips.missed();
+            }
             link.open = None;
-            link.next = (link.next + 1) % self.shared.options.endpoints.len();
+            link.next = (link.next + 1) % link.endpoints.len();
         }
     }
 }
 
 /// Whether somebody has to mend something.
-fn is_refusal(error: &ClusterError) -> bool {
+pub(super) fn is_refusal(error: &ClusterError) -> bool {
     matches!(error, ClusterError::Tls { .. } | ClusterError::Auth { .. })
-}
-
-/// The one call that is let through while the breaker is open.
-struct Probe<'s>(&'s EtcdStore);
-
-impl Drop for Probe<'_> {
-    fn drop(&mut self) {
-        self.0.link().breaker.abandoned();
-    }
 }
 
 fn parse(version: &str) -> (u32, u32, u32) {
@@ -326,7 +364,7 @@ mod tests {
     #[test]
     fn versions_that_tell_progress() {
         assert!(
-            ["3.5.13", "3.5.30", "3.6.0", "4.0.0"]
+            ["3.5.13", "3.5.28+", "3.5.30", "3.6.0", "4.0.0"]
                 .iter()
                 .all(|version| tells_progress(version))
         );
@@ -342,7 +380,14 @@ mod tests {
         for version in ["3.4.30", "3.5.1", "3.5.22", "3.6.0", "3.6.4", "nonsense"] {
             assert!(has_lease_bug(version), "{version}");
         }
-        for version in ["3.5.23", "3.5.30", "3.6.5", "3.7.0-rc.1", "4.0.0"] {
+        for version in [
+            "3.5.23",
+            "3.5.28+",
+            "3.5.30",
+            "3.6.5",
+            "3.7.0-rc.1",
+            "4.0.0",
+        ] {
             assert!(!has_lease_bug(version), "{version}");
         }
     }

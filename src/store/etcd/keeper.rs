@@ -1,19 +1,28 @@
 //! Renews one lease over a stream of its own.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use etcd_client::{LeaseKeepAliveStream, LeaseKeeper as EtcdLeaseKeeper};
+use tokio::time::Instant;
 
 use super::connection::RENEW;
+use super::round_trips::RoundTrips;
 use super::{EtcdStore, about_lease, explain};
 use crate::error::ClusterError;
 use crate::store::{Lease, LeaseKeeper};
+
+/// Renewals on one stream whose answers are waited for.
+const MOST_UNANSWERED: usize = 16;
 
 pub(super) struct EtcdKeeper {
     store: EtcdStore,
     lease: Lease,
     stream: Option<KeepAliveStream>,
+    /// One whose connection has been given up because it was late, until there is another
+    /// connection: it may be slow, not dead.
+    late: Option<KeepAliveStream>,
     /// The connection that the renewal in progress is on, and which token it had.
     used: Option<(u64, u64)>,
 }
@@ -22,6 +31,43 @@ struct KeepAliveStream {
     requests: EtcdLeaseKeeper,
     replies: LeaseKeepAliveStream,
     endpoint: std::sync::Arc<str>,
+    round_trips: RoundTrips,
+    /// When those were sent that are not answered yet. Answers come in their order.
+    unanswered: VecDeque<Instant>,
+}
+
+/// The time to live that was answered, and when the renewal was sent that it is the answer to.
+struct Renewed {
+    ttl: i64,
+    sent: Instant,
+}
+
+impl KeepAliveStream {
+    fn explain(&self, error: &etcd_client::Error, after: Duration) -> ClusterError {
+        explain(RENEW, &self.endpoint, after, error)
+    }
+
+    async fn reply(&mut self, after: Duration) -> Result<Renewed, ClusterError> {
+        match self.replies.message().await {
+            Ok(Some(reply)) => {
+                let sent = self.unanswered.pop_front().unwrap_or_else(Instant::now);
+                if self.unanswered.is_empty() {
+                    // Those before it may have come long before they were looked at.
+                    self.round_trips.answered(sent);
+                }
+                Ok(Renewed {
+                    ttl: reply.ttl(),
+                    sent,
+                })
+            }
+            Ok(None) => Err(ClusterError::Unavailable {
+                endpoint: self.endpoint.to_string(),
+                operation: RENEW,
+                reason: "the stream has ended".to_owned(),
+            }),
+            Err(error) => Err(self.explain(&error, after)),
+        }
+    }
 }
 
 impl EtcdKeeper {
@@ -30,12 +76,13 @@ impl EtcdKeeper {
             store,
             lease,
             stream: None,
+            late: None,
             used: None,
         }
     }
 
     /// With a new token and a new stream, if the token is refused.
-    async fn renew_with_token(&mut self) -> Result<i64, ClusterError> {
+    async fn renew_with_token(&mut self) -> Result<Renewed, ClusterError> {
         let error = match self.renew_on_stream().await {
             Err(error) if self.store.may_renew(&error) => error,
             result => return result,
@@ -48,43 +95,68 @@ impl EtcdKeeper {
         self.renew_on_stream().await
     }
 
-    async fn renew_on_stream(&mut self) -> Result<i64, ClusterError> {
-        const OPERATION: &str = RENEW;
+    async fn renew_on_stream(&mut self) -> Result<Renewed, ClusterError> {
         let after = self.store.timeout();
         // One on a connection that has been replaced is not used any more.
         if self.used.map(|(generation, _)| generation) != Some(self.store.link().generation) {
             self.stream = None;
         }
-        match &mut self.stream {
-            None => {
-                self.used = None;
-                let connection = self.store.connection(OPERATION).await?;
-                self.used = Some((connection.generation, connection.token.version()));
-                let mut client = connection.client;
-                // Sends the first renewal and waits for its reply.
-                let opened = client.lease_keep_alive(self.lease.id.0).await;
-                let (requests, replies) = opened
-                    .map_err(|error| explain(OPERATION, &connection.endpoint, after, &error))?;
-                self.stream = Some(KeepAliveStream {
-                    requests,
-                    replies,
-                    endpoint: connection.endpoint,
-                });
-                Ok(i64::try_from(self.lease.ttl.as_secs()).unwrap_or(i64::MAX))
+        if let Some(stream) = &mut self.stream {
+            stream.unanswered.push_back(Instant::now());
+            if let Err(error) = stream.requests.keep_alive().await {
+                return Err(stream.explain(&error, after));
             }
-            Some(stream) => {
-                let failed = |error| explain(OPERATION, &stream.endpoint, after, &error);
-                stream.requests.keep_alive().await.map_err(failed)?;
-                match stream.replies.message().await {
-                    Ok(Some(reply)) => Ok(reply.ttl()),
-                    Ok(None) => Err(ClusterError::Unavailable {
-                        endpoint: stream.endpoint.to_string(),
-                        operation: OPERATION,
-                        reason: "the stream has ended".to_owned(),
-                    }),
-                    Err(error) => Err(failed(error)),
+            loop {
+                let renewed = stream.reply(after).await?;
+                // One that its caller gave up may have left its answer behind.
+                if stream.unanswered.is_empty() {
+                    return Ok(renewed);
                 }
             }
+        }
+        self.used = None;
+        let connection = self.store.connection(RENEW).await?;
+        self.used = Some((connection.generation, connection.token.version()));
+        let mut client = connection.client;
+        let sent = Instant::now();
+        // Sends the first renewal and waits for its reply.
+        let opened = client.lease_keep_alive(self.lease.id.0).await;
+        let (requests, replies) =
+            opened.map_err(|error| explain(RENEW, &connection.endpoint, after, &error))?;
+        connection.round_trips.answered(sent);
+        self.stream = Some(KeepAliveStream {
+            requests,
+            replies,
+            endpoint: connection.endpoint,
+            round_trips: connection.round_trips,
+            unanswered: VecDeque::new(),
+        });
+        Ok(Renewed {
+            ttl: i64::try_from(self.lease.ttl.as_secs()).unwrap_or(i64::MAX),
+            sent,
+        })
+    }
+
+    /// How long to wait for an answer: longer where they were measured to take longer.
+    fn patience(&self, within: Duration) -> Duration {
+        let link = self.store.link();
+        let connection = link.connection.as_ref();
+        connection.map_or(within, |connection| connection.round_trips.patience(within))
+    }
+}
+
+/// The answer to an earlier renewal, on a connection that has been given up since.
+async fn late_reply(
+    late: &mut Option<KeepAliveStream>,
+    after: Duration,
+) -> Result<Renewed, ClusterError> {
+    loop {
+        let Some(stream) = late.as_mut().filter(|late| !late.unanswered.is_empty()) else {
+            return std::future::pending().await;
+        };
+        match stream.reply(after).await {
+            Err(error) if error.blames_connection() => *late = None,
+            result => return result,
         }
     }
 }
@@ -93,23 +165,52 @@ impl EtcdKeeper {
 impl LeaseKeeper for EtcdKeeper {
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
         let lease = self.lease.id;
-        let renewal = tokio::time::timeout(within, self.renew_with_token()).await;
+        let asked = Instant::now();
+        let within = self.patience(within);
+        let mut late = self.late.take();
+        if let Some(late) = &mut late
+            && self.store.link().connection.is_none()
+            && late.unanswered.len() < MOST_UNANSWERED
+        {
+            // Until there is another connection this one is as good as any.
+            let queued = tokio::time::timeout(Duration::ZERO, late.requests.keep_alive()).await;
+            if matches!(queued, Ok(Ok(()))) {
+                late.unanswered.push_back(asked);
+            }
+        }
+        let renewal = tokio::time::timeout(within, async {
+            tokio::select! {
+                biased;
+                renewed = self.renew_with_token() => renewed,
+                renewed = late_reply(&mut late, within) => renewed,
+            }
+        })
+        .await;
         let error = match renewal {
-            Ok(Ok(ttl)) if ttl > 0 => {
+            Ok(Ok(Renewed { ttl, sent })) if ttl > 0 => {
+                if self.stream.is_none() {
+                    self.late = late;
+                }
                 self.store.link().breaker.succeeded();
-                return Ok(Duration::from_secs(ttl.unsigned_abs()));
+                // The caller counts from when it asked, and this may be the answer to an earlier one.
+                let ttl = Duration::from_secs(ttl.unsigned_abs());
+                return Ok(ttl.saturating_sub(asked.saturating_duration_since(sent)));
             }
             // Not an error for etcd: the lease has ended.
             Ok(Ok(_)) => return Err(ClusterError::LeaseNotFound { lease }),
             Ok(Err(error)) => error,
             Err(_) => ClusterError::Timeout {
-                endpoint: self.store.shared.options.named(),
+                endpoint: self.store.endpoints().join(","),
                 operation: RENEW,
                 after: within,
             },
         };
-        // A late reply must never be taken for the answer to the next renewal.
-        self.stream = None;
+        // Not used for another renewal, but what it answers yet is the answer to one.
+        let stream = self.stream.take();
+        self.late = match &error {
+            ClusterError::Timeout { .. } => stream.or(late),
+            _ => late,
+        };
         if let Some((generation, _)) = self.used
             && error.blames_connection()
         {

@@ -1,17 +1,21 @@
 //! The store over etcd, and the only folder that names `etcd-client`.
 //!
 //! One connection at a time, to one endpoint, made by the first call that needs it: the channel
-//! belongs to the runtime that makes it. A call that finds the connection dead or silent discards
-//! it, and the next call goes to the next endpoint. Streams (one for all watches, one for each
+//! belongs to the runtime that makes it. It is made in a task of its own, so that nobody waits for
+//! somebody else's call to be polled. A call that finds the connection dead or silent discards it, and
+//! the next call goes to the next endpoint; how long something may be silent is told by what is
+//! measured. Streams (one for all watches, one for each
 //! lease) end with their connection; whoever holds one opens it again.
 
 mod breaker;
 mod connection;
 #[cfg(feature = "tls")]
 mod diagnosis;
+mod dialling;
 mod keeper;
 #[cfg(feature = "tls")]
 mod renewal;
+mod round_trips;
 mod security;
 mod watcher;
 
@@ -27,6 +31,8 @@ use etcd_client::{
     LeaseTimeToLiveOptions, PutOptions, ResponseHeader, SortOrder, SortTarget, TxnOp,
     TxnOpResponse,
 };
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::{
     Condition, Entry, EtcdOptions, Lease, LeaseId, LeaseKeeper, Listing, Page, Revision, Selector,
@@ -35,7 +41,7 @@ use super::{
 use crate::error::ClusterError;
 use connection::{Connection, Link};
 use keeper::EtcdKeeper;
-use security::{refusal, tls_failure, words_of};
+use security::{LastPassword, refusal, tls_failure, words_of};
 use watcher::EtcdWatcher;
 
 /// How many bytes a page of a list is to have. How many entries that are is told by those before.
@@ -52,18 +58,27 @@ const LARGEST_RESPONSE: usize = 64 << 20;
 #[derive(Debug, Clone)]
 pub struct EtcdStore {
     shared: Arc<Shared>,
+    /// None where it is the background's own: that ends with the last handle.
+    _handle: Option<Arc<Handle>>,
+}
+
+/// Ends `Shared::closed` when it is dropped.
+#[derive(Debug)]
+struct Handle {
+    _open: watch::Sender<()>,
 }
 
 #[derive(Debug)]
 struct Shared {
     options: EtcdOptions,
     link: Mutex<Link>,
-    /// Held while connecting, so that many callers make one connection.
-    dialing: tokio::sync::Mutex<()>,
+    /// Ends with the last handle.
+    closed: watch::Receiver<()>,
     /// What an entry takes under a prefix, as of the last page.
     entry_bytes: Mutex<HashMap<String, usize>>,
     /// There is a user, and authentication is not enabled, as has been told.
     has_no_token: AtomicBool,
+    password: Mutex<LastPassword>,
 }
 
 impl EtcdStore {
@@ -79,14 +94,26 @@ impl EtcdStore {
 
     /// With options that have been judged.
     pub(crate) fn with(options: EtcdOptions) -> Self {
+        let (open, closed) = watch::channel(());
+        let link = Link::new(&options.endpoints);
         Self {
             shared: Arc::new(Shared {
                 options,
-                link: Mutex::new(Link::default()),
-                dialing: tokio::sync::Mutex::new(()),
+                link: Mutex::new(link),
+                closed,
                 entry_bytes: Mutex::default(),
                 has_no_token: AtomicBool::new(false),
+                password: Mutex::default(),
             }),
+            _handle: Some(Arc::new(Handle { _open: open })),
+        }
+    }
+
+    /// The same store for a task of its own, which is not to keep it open.
+    fn in_background(&self) -> Self {
+        Self {
+            shared: self.shared.clone(),
+            _handle: None,
         }
     }
 
@@ -95,7 +122,8 @@ impl EtcdStore {
         connection: &Connection,
         ranges: &[WatchRange],
     ) -> Result<EtcdWatcher, ClusterError> {
-        let after = self.timeout();
+        let sent = Instant::now();
+        let after = connection.round_trips.request_timeout(self.timeout());
         let opening = EtcdWatcher::open(self, connection, ranges.to_vec());
         let opened = tokio::time::timeout(after, opening).await;
         let opened = opened.unwrap_or_else(|_| {
@@ -105,16 +133,29 @@ impl EtcdStore {
                 after,
             })
         });
-        if let Err(error) = &opened
-            && error.blames_connection()
-        {
-            self.discard(connection.generation, error);
+        if let Err(error) = &opened {
+            self.blame(connection, sent, error);
         }
         opened
     }
 
+    /// For the answer of an etcd that is fast.
     fn timeout(&self) -> Duration {
         self.shared.options.request_timeout
+    }
+
+    /// Gives the connection up for a request that failed on it, if it is to blame.
+    fn blame(&self, connection: &Connection, sent: Instant, error: &ClusterError) {
+        if !error.blames_connection() {
+            return;
+        }
+        let is_late = matches!(error, ClusterError::Timeout { .. });
+        if is_late && !connection.round_trips.request_missed(sent) {
+            // It is alive, and slow: another connection would be as slow.
+            self.count_failure(&mut self.link(), error);
+        } else {
+            self.discard(connection.generation, error);
+        }
     }
 
     fn link(&self) -> MutexGuard<'_, Link> {
@@ -156,16 +197,16 @@ impl EtcdStore {
     where
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
-        let result = bounded(
-            operation,
-            &connection.endpoint,
-            self.timeout(),
-            request(connection.client),
-        )
-        .await;
+        let sent = Instant::now();
+        let after = connection.round_trips.request_timeout(self.timeout());
+        let answer = request(connection.client.clone());
+        let result = bounded(operation, &connection.endpoint, after, answer).await;
         match &result {
-            Err(error) if error.blames_connection() => self.discard(connection.generation, error),
-            _ => self.link().breaker.succeeded(),
+            Err(error) if error.blames_connection() => self.blame(&connection, sent, error),
+            _ => {
+                connection.round_trips.request_answered(sent);
+                self.link().breaker.succeeded();
+            }
         }
         result.map_err(|error| self.about_access(error, String::new))
     }
@@ -224,7 +265,9 @@ impl EtcdStore {
         endpoint: &str,
         keys: &Selector,
     ) -> Result<Listing, ClusterError> {
-        let client = self.dial(endpoint, false).await?.client;
+        self.paced().await;
+        let within = self.shared.options.connect_timeout;
+        let client = self.dial(endpoint, false, within).await?.client;
         let (mut start, end) = range(keys);
         let mut listing: Option<Listing> = None;
         loop {
@@ -307,6 +350,10 @@ fn explain(
             let words = status.message();
             if let Some(refused) = refusal(operation, endpoint, words) {
                 return refused;
+            }
+            // A refusal from 3.6 on, by its code; but another member does not refuse.
+            if words.contains("rpc not supported for learner") {
+                return unavailable(words.to_owned());
             }
             match status.code() as i32 {
                 DEADLINE_EXCEEDED => ClusterError::Timeout {
@@ -500,8 +547,8 @@ impl Store for EtcdStore {
 
     async fn list_stale(&self, keys: &Selector) -> Result<Listing, ClusterError> {
         let mut last = None;
-        for endpoint in &self.shared.options.endpoints {
-            match self.list_of_member(endpoint, keys).await {
+        for endpoint in self.endpoints() {
+            match self.list_of_member(&endpoint, keys).await {
                 Ok(listing) => return Ok(listing),
                 Err(error) => last = Some(error),
             }

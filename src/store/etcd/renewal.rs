@@ -8,6 +8,7 @@ use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::connection::Connection;
+use super::round_trips::LONGEST;
 use super::security::Fingerprint;
 use super::{EtcdStore, Shared};
 use crate::error::ClusterError;
@@ -95,9 +96,12 @@ impl FileWatch {
         let Some(shared) = self.store.upgrade() else {
             return false;
         };
-        match (EtcdStore { shared })
-            .replace(self.connection.0, &endpoint)
-            .await
+        match (EtcdStore {
+            shared,
+            _handle: None,
+        })
+        .replace(self.connection.0, &endpoint)
+        .await
         {
             Ok(()) => {
                 info!(
@@ -119,15 +123,14 @@ impl EtcdStore {
     /// Puts a new connection to the same endpoint in the place of this one. It is made first, so
     /// that nothing is lost if it cannot be.
     async fn replace(&self, generation: u64, endpoint: &str) -> Result<(), ClusterError> {
-        let _dialing = self.shared.dialing.lock().await;
-        if self.link().generation != generation {
-            return Ok(());
-        }
-        let endpoints = &self.shared.options.endpoints;
-        let index = endpoints.iter().position(|other| other == endpoint);
-        let dialed = self.dial(endpoint, true).await?;
-        if self.link().generation == generation {
-            self.connected(dialed, index.unwrap_or(0), endpoint);
+        let within = LONGEST.max(self.shared.options.connect_timeout);
+        let dialed = self.dial(endpoint, true, within).await?;
+        let is_in_use = {
+            let link = self.link();
+            link.connection.is_some() && link.generation == generation
+        };
+        if is_in_use {
+            self.connected(dialed, endpoint);
         }
         Ok(())
     }

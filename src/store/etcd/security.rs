@@ -1,8 +1,8 @@
 //! TLS and the user of a connection: made with what the files say now, kept current while it is
 //! open, and told in clear words when it fails.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions};
@@ -11,6 +11,7 @@ use tracing::{debug, info, warn};
 use super::connection::Connection;
 use super::{EtcdStore, bounded};
 use crate::error::ClusterError;
+use crate::store::Password;
 
 /// What etcd says of a token that it does not know any more: it has expired, or its user has
 /// changed.
@@ -19,6 +20,10 @@ const INVALID_TOKEN: &str = "invalid auth token";
 /// where it passes its inner error on.
 const OLD_REVISION: &str = "revision of auth store is old";
 const OLD_REVISION_INSIDE: &str = "revision in header is old";
+/// What it says where no role allows something.
+const DENIED: &str = "permission denied";
+/// What it says of the name in a client certificate that is none of its users.
+const NOT_FOUND: &str = "user name not found";
 /// What it says of a request without a token, where it wants one.
 const NO_USER: &str = "user name is empty";
 /// What it says of a user and a password, where it wants none.
@@ -80,6 +85,38 @@ pub(super) async fn connect_as(
     Ok((client, token))
 }
 
+/// What a member says of itself.
+pub(super) struct Member {
+    pub(super) version: String,
+    pub(super) has_leader: bool,
+    pub(super) is_learner: bool,
+}
+
+/// Asks a member for its status. From 3.5.28 and 3.6.0 on there are versions that tell it to root
+/// alone (etcd-io/etcd#21663): then nothing is known but that it has answered, and that it has a leader,
+/// for a client that requires one is told so first.
+pub(super) async fn status_of(client: &mut Client) -> Result<Member, etcd_client::Error> {
+    match client.status().await {
+        Ok(status) => Ok(Member {
+            version: status.version().to_owned(),
+            has_leader: status.leader() != 0,
+            is_learner: status.is_learner(),
+        }),
+        Err(etcd_client::Error::GRpcStatus(status))
+            if [DENIED, NOT_FOUND]
+                .iter()
+                .any(|words| status.message().contains(words)) =>
+        {
+            Ok(Member {
+                version: "3.5.28+".to_owned(),
+                has_leader: true,
+                is_learner: false,
+            })
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// Gets a token, and answers whether there is one: false where authentication is not enabled.
 async fn authenticate(client: &mut Client, user: User) -> Result<bool, etcd_client::Error> {
     match client.update_user(Some(user)).await {
@@ -88,6 +125,14 @@ async fn authenticate(client: &mut Client, user: User) -> Result<bool, etcd_clie
         }
         result => result.map(|()| true),
     }
+}
+
+/// A password as it was last read.
+#[derive(Debug, Default)]
+pub(super) struct LastPassword {
+    password: Option<Password>,
+    /// That it cannot be read any more.
+    is_told: bool,
 }
 
 /// The certificate files that a connection was made with.
@@ -152,16 +197,35 @@ impl EtcdStore {
         Ok((connect.with_tls(tls), Some(fingerprint)))
     }
 
-    /// The password of now.
+    /// The password of now, or the last one if that cannot be read.
     async fn password(&self, endpoint: &str) -> Result<String, ClusterError> {
         let Some(credentials) = self.shared.options.credentials.clone() else {
             return Ok(String::new());
         };
         let password = blocking(endpoint, move || credentials.password.read()).await?;
-        password.map_err(|error| ClusterError::Auth {
-            endpoint: endpoint.to_owned(),
-            reason: error.to_string(),
-        })
+        let last = self.shared.password.lock();
+        let mut last = last.unwrap_or_else(PoisonError::into_inner);
+        match (password, &last.password) {
+            (Ok(password), _) => {
+                *last = LastPassword {
+                    password: Some(Password::Text(password.clone())),
+                    is_told: false,
+                };
+                Ok(password)
+            }
+            // It is being replaced, perhaps: the one of before may still be right.
+            (Err(error), Some(Password::Text(before))) => {
+                let before = before.clone();
+                if !std::mem::replace(&mut last.is_told, true) {
+                    warn!(endpoint, %error, "the password cannot be read, the last one is tried until it can");
+                }
+                Ok(before)
+            }
+            (Err(error), _) => Err(ClusterError::Auth {
+                endpoint: endpoint.to_owned(),
+                reason: error.to_string(),
+            }),
+        }
     }
 
     /// Whether a new token would help.
@@ -343,7 +407,7 @@ pub(super) fn refusal(
     words: &str,
 ) -> Option<ClusterError> {
     let endpoint = endpoint.to_owned();
-    if words.contains("permission denied") {
+    if words.contains(DENIED) {
         return Some(ClusterError::PermissionDenied {
             endpoint,
             operation,
@@ -351,7 +415,9 @@ pub(super) fn refusal(
             keys: String::new(),
         });
     }
-    let reason = if words.contains("invalid user ID or password") {
+    let reason = if words.contains(NOT_FOUND) {
+        "it knows no such user".to_owned()
+    } else if words.contains("invalid user ID or password") {
         "wrong user or password".to_owned()
     } else if words.contains(NOT_ENABLED) {
         NOT_ENABLED_THERE.to_owned()

@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::debug;
 
 use super::connection::Connection;
+use super::round_trips::RoundTrips;
 use super::security::refusal;
 use super::{EtcdOptions, EtcdStore, LARGEST_RESPONSE, entry, explain, prefix_end};
 use crate::error::ClusterError;
@@ -42,9 +43,17 @@ enum Command {
     Open {
         id: i64,
         range: WatchRange,
-        told: mpsc::Sender<Told>,
+        reader: Reader,
     },
     Close(i64),
+}
+
+/// Who is told what a watch tells.
+#[derive(Clone)]
+struct Reader {
+    told: mpsc::Sender<Told>,
+    /// Set before the channel is closed because it was full.
+    is_behind: Arc<AtomicBool>,
 }
 
 /// A handle to the stream that all watches of a connection share.
@@ -64,11 +73,12 @@ impl WatchStreams {
         endpoint: Arc<str>,
         tells_progress: bool,
         options: &EtcdOptions,
+        round_trips: RoundTrips,
         open: watch::Receiver<()>,
     ) -> Self {
         let (commands, inbox) = mpsc::unbounded_channel();
-        // 0 would let the server choose.
-        let next_id = Arc::new(AtomicI64::new(1));
+        // 0 would let the server choose. None that a proxy would choose by itself, counting from there.
+        let next_id = Arc::new(AtomicI64::new(fastrand::i64(1 << 32..1 << 48)));
         let dispatcher = Dispatcher {
             client: client
                 .watch_client()
@@ -78,12 +88,16 @@ impl WatchStreams {
             patience: options.silence_timeout,
             asks_for_progress: options.asks_for_progress,
             tells_progress,
+            round_trips,
             stream: None,
             next_id: next_id.clone(),
+            numbering: Numbering::Unknown,
+            queued: VecDeque::new(),
             pending: VecDeque::new(),
             requests: 0,
             unanswered: VecDeque::new(),
             watches: HashMap::new(),
+            numbers: HashMap::new(),
             silence: Silence::new(),
         };
         tokio::spawn(dispatcher.run(inbox, open));
@@ -117,7 +131,9 @@ impl WatchStreams {
 struct Watched {
     /// What its reader calls it.
     id: i64,
-    told: mpsc::Sender<Told>,
+    reader: Reader,
+    /// What the server calls it, once it has said so.
+    number: Option<i64>,
     /// With how far it has been told.
     range: WatchRange,
     /// The one that it takes the place of, once it is there.
@@ -167,15 +183,34 @@ impl Silence {
         self.asked = Asked::Nothing;
     }
 
-    /// When to do something about it. All is over within nine tenths of `patience`; but each
-    /// question has its time from when it was asked, whatever this process was doing before.
-    fn due(&self, patience: Duration) -> Instant {
+    /// When to do something about it. All is over within nine tenths of `patience`, unless answers
+    /// take longer by what was measured; but each question has its time from when it was asked,
+    /// whatever this process was doing before.
+    fn due(&self, patience: Duration, round_trips: &RoundTrips) -> Instant {
         match self.asked {
             Asked::Nothing => self.heard + patience.mul_f64(0.4),
-            Asked::Progress if self.is_answered => self.asked_at + patience / 2,
-            Asked::Progress | Asked::Watches => self.asked_at + patience / 4,
+            _ => self.asked_at + self.time_to_answer(patience, round_trips),
         }
     }
+
+    fn time_to_answer(&self, patience: Duration, round_trips: &RoundTrips) -> Duration {
+        round_trips.patience(match self.asked {
+            Asked::Nothing => patience / 2,
+            Asked::Progress if self.is_answered => patience / 2,
+            Asked::Progress | Asked::Watches => patience / 4,
+        })
+    }
+}
+
+/// Whose ids the server calls watches by. etcd takes those that are asked for; its `grpc-proxy`
+/// counts by itself, and confirms watches in any order.
+#[derive(Clone, Copy, PartialEq)]
+enum Numbering {
+    /// Nothing is confirmed yet.
+    Unknown,
+    Ours,
+    /// Then one watch is asked for at a time, so that it is clear which one is confirmed.
+    Theirs,
 }
 
 /// What the dispatcher acts on.
@@ -195,15 +230,21 @@ struct Dispatcher {
     asks_for_progress: bool,
     /// Whether a watch can be gone on with from the revision in an answer to a progress request.
     tells_progress: bool,
+    round_trips: RoundTrips,
     stream: Option<(WatchRequestSender, WatchResponseStream)>,
     next_id: Arc<AtomicI64>,
-    /// Asked for, not yet confirmed, in this order.
-    pending: VecDeque<i64>,
-    /// Progress requests sent, and of those not answered the numbers.
+    numbering: Numbering,
+    /// To be asked for, when it is clear what their confirmation will be.
+    queued: VecDeque<i64>,
+    /// Asked for, not yet confirmed, in this order, and when.
+    pending: VecDeque<(i64, Instant)>,
+    /// Progress requests sent, and of those not answered the numbers, and when.
     requests: u64,
-    unanswered: VecDeque<u64>,
-    /// By their id on the server.
+    unanswered: VecDeque<(u64, Instant)>,
+    /// By the id that was asked for.
     watches: HashMap<i64, Watched>,
+    /// That id, by the server's.
+    numbers: HashMap<i64, i64>,
     silence: Silence,
 }
 
@@ -219,23 +260,24 @@ impl Dispatcher {
             error = self.serve(&mut inbox) => error,
         };
         inbox.close();
-        let mut told: Vec<_> = self.watches.drain().map(|(_, watch)| watch.told).collect();
+        let watches = self.watches.drain();
+        let mut readers: Vec<_> = watches.map(|(_, watch)| watch.reader).collect();
         // Those that nobody has looked at yet are told as well.
         while let Some(command) = inbox.recv().await {
-            if let Command::Open { told: to, .. } = command {
-                told.push(to);
+            if let Command::Open { reader, .. } = command {
+                readers.push(reader);
             }
         }
-        debug!(endpoint = &*self.endpoint, %error, watches = told.len(), "watch stream ends");
-        for told in told {
+        debug!(endpoint = &*self.endpoint, %error, watches = readers.len(), "watch stream ends");
+        for reader in readers {
             // One that is full ends all the same, when its sender goes.
-            let _ = told.try_send(Told::End(error.clone()));
+            let _ = reader.told.try_send(Told::End(error.clone()));
         }
     }
 
     async fn serve(&mut self, inbox: &mut mpsc::UnboundedReceiver<Command>) -> ClusterError {
         loop {
-            let due = self.silence.due(self.patience);
+            let due = self.silence.due(self.patience, &self.round_trips);
             let is_watching = self.stream.is_some() && !self.watches.is_empty();
             let message = async {
                 match &mut self.stream {
@@ -258,16 +300,21 @@ impl Dispatcher {
             };
             // Requests wait for room on the connection, which a silent one does not make.
             let time = match (&next, self.silence.asked) {
-                (Next::Silence, Asked::Nothing) => self.patience / 2,
-                (Next::Silence, Asked::Progress) if !self.silence.is_answered => self.patience / 4,
-                (Next::Silence, Asked::Progress | Asked::Watches) => Duration::ZERO,
-                (Next::Command(_) | Next::Response(_), _) => self.patience,
+                (Next::Silence, Asked::Progress) if self.silence.is_answered => Duration::ZERO,
+                (Next::Silence, Asked::Watches) => Duration::ZERO,
+                (Next::Silence, Asked::Nothing | Asked::Progress) => self
+                    .silence
+                    .time_to_answer(self.patience, &self.round_trips),
+                (Next::Command(_) | Next::Response(_), _) => {
+                    self.round_trips.patience(self.patience)
+                }
             };
             let act = async {
                 match next {
                     Next::Command(command) => self.obey(command).await,
                     Next::Response(response) => {
                         self.silence.heard();
+                        self.round_trips.heard();
                         self.pass_on(response).await
                     }
                     Next::Silence => match self.silence.asked {
@@ -309,7 +356,7 @@ impl Dispatcher {
             return Ok(());
         };
         self.requests += 1;
-        self.unanswered.push_back(self.requests);
+        self.unanswered.push_back((self.requests, Instant::now()));
         // A server that answers does so in time. The oldest number is the safe one, see there.
         self.unanswered.truncate(MOST_UNANSWERED);
         requests.request_progress().await
@@ -327,9 +374,9 @@ impl Dispatcher {
         for (_, watch) in &unknown {
             let error =
                 self.unavailable("the server is silent, and it is not known what was missed");
-            let _ = watch.told.try_send(Told::End(error));
+            let _ = watch.reader.told.try_send(Told::End(error));
         }
-        self.cancel(unknown.into_iter().map(|(at, _)| at).collect())
+        self.cancel(unknown.into_iter().map(|(_, watch)| watch))
             .await?;
         let replaced: Vec<_> = self
             .watches
@@ -340,13 +387,14 @@ impl Dispatcher {
             .watches
             .iter()
             .filter(|(at, watch)| watch.replaces.is_none() && !replaced.contains(at))
-            .map(|(at, watch)| (*at, watch.id, watch.told.clone(), watch.range.clone()))
+            .map(|(at, watch)| (*at, watch.id, watch.reader.clone(), watch.range.clone()))
             .collect();
-        for (at, id, told, range) in again {
+        for (at, id, reader, range) in again {
             let new = self.next_id.fetch_add(1, Ordering::Relaxed);
             let watch = Watched {
                 id,
-                told,
+                reader,
+                number: None,
                 range,
                 replaces: Some(at),
                 confirmed: None,
@@ -358,10 +406,11 @@ impl Dispatcher {
 
     async fn obey(&mut self, command: Command) -> Result<(), etcd_client::Error> {
         match command {
-            Command::Open { id, range, told } => {
+            Command::Open { id, range, reader } => {
                 let watch = Watched {
                     id,
-                    told,
+                    reader,
+                    number: None,
                     range,
                     replaces: None,
                     confirmed: None,
@@ -374,89 +423,152 @@ impl Dispatcher {
             }
             Command::Close(id) => {
                 let of_it = self.watches.extract_if(|_, watch| watch.id == id);
-                let closed = of_it.map(|(at, _)| at).collect();
+                let closed: Vec<_> = of_it.map(|(_, watch)| watch).collect();
                 self.cancel(closed).await
             }
         }
     }
 
     async fn open(&mut self, at: i64, watch: Watched) -> Result<(), etcd_client::Error> {
-        let mut options = WatchOptions::new()
-            .with_start_revision(watch.range.from)
-            .with_watch_id(at)
-            .with_progress_notify();
-        let key = watch.range.keys.as_str().to_owned();
-        if let Selector::Prefix(prefix) = &watch.range.keys {
-            options = options.with_range(prefix_end(prefix));
-        }
         self.watches.insert(at, watch);
-        self.pending.push_back(at);
-        match &mut self.stream {
-            None => {
-                let opened = self.client.watch(key, Some(options)).await?;
-                self.stream = Some(opened.split());
-                self.silence.heard();
+        self.queued.push_back(at);
+        self.ask_for_queued().await
+    }
+
+    /// Asks for the watches that it is the turn of.
+    async fn ask_for_queued(&mut self) -> Result<(), etcd_client::Error> {
+        while self.numbering == Numbering::Ours || self.pending.is_empty() {
+            let Some(at) = self.queued.pop_front() else {
+                break;
+            };
+            // Closed meanwhile, perhaps.
+            let Some(watch) = self.watches.get(&at) else {
+                continue;
+            };
+            let mut options = WatchOptions::new()
+                .with_start_revision(watch.range.from)
+                .with_watch_id(at)
+                .with_progress_notify();
+            let key = watch.range.keys.as_str().to_owned();
+            if let Selector::Prefix(prefix) = &watch.range.keys {
+                options = options.with_range(prefix_end(prefix));
             }
-            Some((requests, _)) => requests.watch(key, Some(options)).await?,
+            self.pending.push_back((at, Instant::now()));
+            match &mut self.stream {
+                None => {
+                    let opened = self.client.watch(key, Some(options)).await?;
+                    self.stream = Some(opened.split());
+                    self.silence.heard();
+                }
+                Some((requests, _)) => requests.watch(key, Some(options)).await?,
+            }
         }
         Ok(())
     }
 
-    async fn cancel(&mut self, watches: Vec<i64>) -> Result<(), etcd_client::Error> {
-        if let Some((requests, _)) = &mut self.stream {
-            for at in watches {
-                requests.cancel(at).await?;
-            }
+    /// Cancels watches that have been taken out. One that is not confirmed yet is cancelled when it is.
+    async fn cancel(
+        &mut self,
+        watches: impl IntoIterator<Item = Watched>,
+    ) -> Result<(), etcd_client::Error> {
+        for number in watches.into_iter().filter_map(|watch| watch.number) {
+            self.numbers.remove(&number);
+            self.cancel_number(number).await?;
         }
         Ok(())
+    }
+
+    async fn cancel_number(&mut self, number: i64) -> Result<(), etcd_client::Error> {
+        match &mut self.stream {
+            Some((requests, _)) => requests.cancel(number).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Which watch is confirmed, or refused: that is answered with -1 for its id.
+    fn confirmed(&mut self, number: i64) -> Option<i64> {
+        let by_id = self.pending.iter().position(|(at, _)| *at == number);
+        let index = match by_id.filter(|_| self.numbering != Numbering::Theirs) {
+            Some(index) => index,
+            // Answers come in the order of the requests, or there is one only.
+            None => 0,
+        };
+        let (at, sent) = self.pending.remove(index)?;
+        self.round_trips.answered(sent);
+        if self.numbering == Numbering::Unknown && number >= 0 {
+            self.numbering = if at == number {
+                Numbering::Ours
+            } else {
+                debug!(
+                    endpoint = &*self.endpoint,
+                    "the server numbers watches by itself"
+                );
+                Numbering::Theirs
+            };
+        }
+        Some(at)
     }
 
     async fn pass_on(&mut self, response: WatchResponse) -> Result<(), etcd_client::Error> {
-        let mut at = response.watch_id();
-        if response.created() {
-            // A watch that is refused is answered with -1 for its id; answers come in the order
-            // of the requests.
-            match self.pending.iter().position(|pending| *pending == at) {
-                Some(index) => drop(self.pending.remove(index)),
-                None => at = self.pending.pop_front().unwrap_or(at),
+        let number = response.watch_id();
+        let ended = response.canceled();
+        let at = if response.created() {
+            let Some(at) = self.confirmed(number) else {
+                return Ok(());
+            };
+            if !ended {
+                self.numbers.insert(number, at);
             }
-        } else if at == -1 && !response.canceled() {
+            self.ask_for_queued().await?;
+            at
+        } else if number == -1 && !ended {
             self.pass_on_progress(&response);
             return Ok(());
-        }
+        } else {
+            match self.numbers.get(&number) {
+                Some(at) => *at,
+                None => return Ok(()),
+            }
+        };
         let Some(watch) = self.watches.get_mut(&at) else {
+            // Closed while it was being opened.
+            if !ended && self.numbers.remove(&number).is_some() {
+                self.cancel_number(number).await?;
+            }
             return Ok(());
         };
         if let Some(last) = response.events().last().and_then(|event| event.kv()) {
             watch.range.from = watch.range.from.max(last.mod_revision() + 1);
         }
-        let ended = response.canceled();
         if response.created() {
             watch.confirmed = Some(self.requests);
+            watch.number = (!ended).then_some(number);
         }
         if response.created()
             && let Some(replaced) = watch.replaces.take()
             && !ended
         {
             // Its reader never knows.
-            self.watches.remove(&replaced);
-            return self.cancel(vec![replaced]).await;
+            let replaced = self.watches.remove(&replaced);
+            return self.cancel(replaced).await;
         }
-        let (id, told) = (watch.id, watch.told.clone());
+        let (id, reader) = (watch.id, watch.reader.clone());
         let full = matches!(
-            told.try_send(Told::Response(id, response)),
+            reader.told.try_send(Told::Response(id, response)),
             Err(mpsc::error::TrySendError::Full(_))
         );
         if ended {
             self.watches.remove(&at);
+            self.numbers.remove(&number);
         }
         if full {
             // Every range of the same watcher ends with this one: it has missed something, and is
             // told so by the end of its channel.
+            reader.is_behind.store(true, Ordering::Release);
             let of_it = self
                 .watches
-                .extract_if(|_, other| other.told.same_channel(&told));
-            let ended = of_it.map(|(at, _)| at).collect();
+                .extract_if(|_, other| other.reader.told.same_channel(&reader.told));
+            let ended: Vec<_> = of_it.map(|(_, watch)| watch).collect();
             self.cancel(ended).await?;
         }
         Ok(())
@@ -467,7 +579,11 @@ impl Dispatcher {
     fn pass_on_progress(&mut self, response: &WatchResponse) {
         self.silence.is_answered = true;
         let revision = response.header().map_or(0, |header| header.revision());
-        let Some(request) = self.unanswered.pop_front().filter(|_| self.tells_progress) else {
+        let answered = self.unanswered.pop_front();
+        if let Some((_, sent)) = answered {
+            self.round_trips.answered(sent);
+        }
+        let Some((request, _)) = answered.filter(|_| self.tells_progress) else {
             return;
         };
         let known = self
@@ -477,7 +593,10 @@ impl Dispatcher {
         for watch in known {
             watch.range.from = watch.range.from.max(revision + 1);
             // One that has no room for it learns how far it is from what it has.
-            let _ = watch.told.try_send(Told::Progress(watch.id, revision));
+            let _ = watch
+                .reader
+                .told
+                .try_send(Told::Progress(watch.id, revision));
         }
     }
 }
@@ -488,6 +607,8 @@ pub(super) struct EtcdWatcher {
     generation: u64,
     streams: WatchStreams,
     told: mpsc::Receiver<Told>,
+    /// Whether it was ended because it was not read.
+    is_behind: Arc<AtomicBool>,
     /// What is watched, and how far each range has been told.
     ranges: Vec<WatchRange>,
     /// Which range a watch id belongs to.
@@ -515,6 +636,10 @@ impl EtcdWatcher {
         }
         let streams = connection.watches.clone();
         let (told_to, told) = mpsc::channel(BEHIND);
+        let reader = Reader {
+            told: told_to,
+            is_behind: Arc::default(),
+        };
         // Kept by the watcher from here on: if this future is dropped, the watches are closed.
         let mut watcher = Self {
             store: store.clone(),
@@ -522,6 +647,7 @@ impl EtcdWatcher {
             generation: connection.generation,
             streams,
             told,
+            is_behind: reader.is_behind.clone(),
             ids: HashMap::with_capacity(ranges.len()),
             ranges,
             early: VecDeque::new(),
@@ -532,10 +658,10 @@ impl EtcdWatcher {
             watcher.streams.send(Command::Open {
                 id,
                 range: range.clone(),
-                told: told_to.clone(),
+                reader: reader.clone(),
             });
         }
-        drop(told_to);
+        drop(reader);
         let mut pending = watcher.ranges.len();
         while pending > 0 {
             match watcher.told().await {
@@ -552,10 +678,18 @@ impl EtcdWatcher {
 
     async fn told(&mut self) -> Told {
         self.told.recv().await.unwrap_or_else(|| {
-            Told::End(ClusterError::Unavailable {
-                endpoint: self.endpoint.to_string(),
-                operation: "watch",
-                reason: "the stream has ended, or this watch was too slow for it".to_owned(),
+            Told::End(if self.is_behind.load(Ordering::Acquire) {
+                // The connection is not to blame, and others use it.
+                ClusterError::TooSlow {
+                    operation: "watch",
+                    behind: BEHIND,
+                }
+            } else {
+                ClusterError::Unavailable {
+                    endpoint: self.endpoint.to_string(),
+                    operation: "watch",
+                    reason: "the stream has ended".to_owned(),
+                }
             })
         })
     }

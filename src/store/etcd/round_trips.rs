@@ -1,0 +1,169 @@
+//! How long answers take on a connection, and how long to wait for one because of it.
+//!
+//! The time-outs of the options are for an etcd that answers in milliseconds. One that is far away,
+//! starved or defragmenting answers later, and is not dead: what was measured stretches them. The
+//! estimate is RFC 6298's: a mean and a mean deviation that follow each answer.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// No answer is waited for longer than this, unless an option asks for more.
+pub(super) const LONGEST: Duration = Duration::from_secs(30);
+/// How often in a row a request may be overdue on a connection that is heard otherwise: the member
+/// may be cut off from the others and answer only what it can by itself.
+const OVERDUE_IN_A_ROW: u32 = 2;
+/// Time-outs double with each request that was not answered in time, up to so often.
+const MOST_DOUBLINGS: u32 = 4;
+
+/// Of one connection. Clones share it.
+#[derive(Debug, Clone)]
+pub(super) struct RoundTrips(Arc<Mutex<Estimate>>);
+
+#[derive(Debug)]
+struct Estimate {
+    /// In seconds, as the next.
+    mean: f64,
+    deviation: f64,
+    /// When anything came last.
+    heard: Instant,
+    /// Requests in a row that were not answered in time.
+    missed: u32,
+}
+
+impl RoundTrips {
+    /// As of the first answer. `missed`: what was not answered in time on the connection before.
+    pub(super) fn new(first: Duration, missed: u32) -> Self {
+        let first = first.as_secs_f64();
+        Self(Arc::new(Mutex::new(Estimate {
+            mean: first,
+            deviation: first / 2.0,
+            heard: Instant::now(),
+            missed,
+        })))
+    }
+
+    fn estimate(&self) -> MutexGuard<'_, Estimate> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something came, of which it is not known when it was asked for.
+    pub(super) fn heard(&self) {
+        self.estimate().heard = Instant::now();
+    }
+
+    /// What was sent then has been answered.
+    pub(super) fn answered(&self, sent: Instant) {
+        self.add(sent.elapsed());
+    }
+
+    fn add(&self, took: Duration) {
+        let mut estimate = self.estimate();
+        let took = took.as_secs_f64();
+        let off = (estimate.mean - took).abs();
+        estimate.deviation += (off - estimate.deviation) / 4.0;
+        estimate.mean += (took - estimate.mean) / 8.0;
+        estimate.heard = Instant::now();
+    }
+
+    /// A request was answered: those after it are waited for as usual.
+    pub(super) fn request_answered(&self, sent: Instant) {
+        self.answered(sent);
+        self.estimate().missed = 0;
+    }
+
+    /// A request that was sent then was not answered in time. Answers whether the connection is to be
+    /// given up for it: not where other things were heard meanwhile, but for how often.
+    pub(super) fn request_missed(&self, sent: Instant) -> bool {
+        let mut estimate = self.estimate();
+        estimate.missed = estimate.missed.saturating_add(1);
+        estimate.heard < sent || estimate.missed >= OVERDUE_IN_A_ROW
+    }
+
+    /// Requests in a row that were not answered in time.
+    pub(super) fn missed(&self) -> u32 {
+        self.estimate().missed
+    }
+
+    /// An answer takes less than this.
+    pub(super) fn overdue(&self) -> Duration {
+        let estimate = self.estimate();
+        let overdue = estimate.mean + (4.0 * estimate.deviation).max(estimate.mean / 4.0);
+        Duration::from_secs_f64(overdue.min(LONGEST.as_secs_f64()))
+    }
+
+    /// How long to wait for something that takes `usual` where answers are fast.
+    pub(super) fn patience(&self, usual: Duration) -> Duration {
+        usual.max(self.overdue())
+    }
+
+    /// How long to wait for the answer to a request, which may be work as well.
+    pub(super) fn request_timeout(&self, usual: Duration) -> Duration {
+        let doublings = self.missed().min(MOST_DOUBLINGS);
+        let stretched = usual.max(self.overdue() * 2) * 2u32.pow(doublings);
+        stretched.min(usual.max(LONGEST))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn fast_answers_leave_the_options_as_they_are() {
+        let trips = RoundTrips::new(ms(1), 0);
+        for _ in 0..100 {
+            trips.add(ms(2));
+        }
+        assert_eq!(trips.patience(ms(500)), ms(500));
+        assert_eq!(trips.request_timeout(ms(3000)), ms(3000));
+        // A pause of the server now and then is forgotten again.
+        trips.add(ms(2900));
+        assert!(trips.patience(ms(2500)) > ms(2500));
+        for _ in 0..4 {
+            trips.add(ms(2));
+        }
+        assert_eq!(trips.patience(ms(2500)), ms(2500));
+    }
+
+    #[test]
+    fn slow_answers_are_waited_for() {
+        let trips = RoundTrips::new(ms(4000), 0);
+        assert!(trips.overdue() >= ms(12_000));
+        for _ in 0..20 {
+            trips.add(ms(4000));
+        }
+        let overdue = trips.overdue();
+        assert!((ms(5000)..ms(5500)).contains(&overdue), "{overdue:?}");
+        assert!(trips.request_timeout(ms(3000)) >= ms(10_000));
+        let slower = RoundTrips::new(ms(60_000), 0);
+        assert_eq!(slower.request_timeout(ms(3000)), LONGEST);
+        assert_eq!(slower.request_timeout(ms(45_000)), ms(45_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_is_heard_is_kept_once() {
+        let trips = RoundTrips::new(ms(1), 0);
+        let sent = Instant::now();
+        tokio::time::advance(ms(3000)).await;
+        assert!(trips.request_missed(sent), "nothing was heard");
+        trips.request_answered(Instant::now());
+        let sent = Instant::now();
+        tokio::time::advance(ms(1000)).await;
+        trips.heard();
+        tokio::time::advance(ms(2000)).await;
+        assert!(!trips.request_missed(sent), "it is slow");
+        assert_eq!(trips.request_timeout(ms(3000)), ms(6000));
+        let sent = Instant::now();
+        tokio::time::advance(ms(1000)).await;
+        trips.heard();
+        assert!(trips.request_missed(sent), "it answers only other things");
+        trips.request_answered(Instant::now());
+        assert_eq!(trips.request_timeout(ms(3000)), ms(3000));
+    }
+}

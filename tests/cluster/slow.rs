@@ -1,0 +1,336 @@
+//! An etcd that is far away, or busy, is late and not dead; one that was away is found again soon;
+//! and nobody waits for a call that nobody polls.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use pingora_etcd::store::{EtcdStore, Selector, Store, WatchRange};
+use pingora_etcd::{ClusterError, DiscoveryStatus, EtcdOptions};
+
+use super::common::etcd::Etcd;
+use super::common::link::Link;
+use super::common::{eventually, free_port, group, local, throughout, within};
+use super::{Running, builder, watch_group};
+
+/// For what takes many slow round trips.
+const SLOW_DEADLINE: Duration = Duration::from_secs(50);
+
+async fn soon(what: &str, time: Duration, mut state: impl FnMut() -> bool) -> Duration {
+    let start = Instant::now();
+    while !state() {
+        assert!(start.elapsed() < time, "not within {time:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    start.elapsed()
+}
+
+async fn put(etcd: &Etcd, group: &str, id: &str) {
+    let value = format!(r#"{{"id":"{id}","ip":"10.0.0.1","port":8080}}"#);
+    let mut client = etcd.raw_client().await;
+    let key = format!("registry/{group}/{id}");
+    client.put(key, value, None).await.unwrap();
+}
+
+async fn changes_are_late_not_lost(each_way: Duration) {
+    let etcd = Etcd::shared();
+    let group = group("far");
+    let (reading, working) = (
+        Link::to(etcd.address()).await,
+        Link::to(etcd.address()).await,
+    );
+    for link in [&reading, &working] {
+        link.set_delay(each_way);
+    }
+    let start = Instant::now();
+    let discovery = watch_group(&reading.options(), &group);
+    let node = builder(&working.options(), &group, "w").ttl(10);
+    let node = Running::new(node.try_build().unwrap());
+    let took = soon("it is ready", SLOW_DEADLINE, || discovery.is_ready()).await;
+    println!("{each_way:?}: ready after {took:?}");
+    // A connection and two lists, in round trips: with as much again to spare.
+    assert!(took < each_way * 2 * 8 + Duration::from_secs(2), "{took:?}");
+    soon("it leads", SLOW_DEADLINE, || node.node.is_leader()).await;
+    println!("{each_way:?}: leads after {:?}", start.elapsed());
+    let led_since = Instant::now();
+    let lease = node.node.leadership().unwrap().epoch;
+    for index in 0..8 {
+        put(&etcd, &group, &format!("n{index}")).await;
+    }
+    let took = soon("all changes are seen", SLOW_DEADLINE, || {
+        discovery.nodes().len() == 9
+    })
+    .await;
+    println!("{each_way:?}: 8 of 8 seen after {took:?}");
+    let rest = Duration::from_secs(30).saturating_sub(led_since.elapsed());
+    throughout("it leads and is live", rest, || node.node.is_leader()).await;
+    assert_eq!(node.node.leadership().unwrap().epoch, lease);
+    assert_eq!(discovery.status(), DiscoveryStatus::Live);
+    println!(
+        "{each_way:?}: {} and {} connections in {:?}",
+        reading.connections(),
+        working.connections(),
+        start.elapsed()
+    );
+    assert!(reading.connections() <= 4 && working.connections() <= 4);
+    // Not to wait for its goodbye.
+    node.crash();
+}
+
+#[tokio::test]
+async fn with_800_ms_each_way_changes_are_late_and_a_lease_is_kept() {
+    changes_are_late_not_lost(Duration::from_millis(800)).await;
+}
+
+#[tokio::test]
+async fn with_2_s_each_way_changes_are_late_and_a_lease_is_kept() {
+    changes_are_late_not_lost(Duration::from_secs(2)).await;
+}
+
+#[tokio::test]
+async fn a_link_that_becomes_slow_does_not_cost_the_lease() {
+    let etcd = Etcd::shared();
+    let group = group("slows");
+    let link = Link::to(etcd.address()).await;
+    let node = builder(&link.options(), &group, "w").ttl(10);
+    let node = Running::new(node.try_build().unwrap());
+    within("it leads", node.node.wait_for_leadership()).await;
+    let discovery = watch_group(&link.options(), &group);
+    within("ready", discovery.wait_ready()).await;
+    let epoch = node.node.leadership().unwrap().epoch;
+    link.set_delay(Duration::from_secs(2));
+    throughout("it leads", Duration::from_secs(30), || {
+        node.node
+            .leadership()
+            .is_some_and(|term| term.epoch == epoch)
+    })
+    .await;
+    put(&etcd, &group, "n").await;
+    soon("it is seen", SLOW_DEADLINE, || discovery.nodes().len() == 2).await;
+    println!("{} connections", link.connections());
+    assert!(link.connections() <= 10);
+    node.crash();
+}
+
+#[tokio::test]
+async fn an_etcd_that_stalls_for_three_seconds_is_not_left() {
+    let etcd = Etcd::own();
+    let group = group("stalls");
+    let link = Link::to(etcd.address()).await;
+    let discovery = watch_group(&link.options(), &group);
+    within("ready", discovery.wait_ready()).await;
+    let node = builder(&link.options(), &group, "w").ttl(10);
+    let node = Running::new(node.try_build().unwrap());
+    within("it leads", node.node.wait_for_leadership()).await;
+    within("seen", discovery.wait_for_nodes(1)).await;
+    let before = link.connections();
+    etcd.pause();
+    throughout("it is patient", Duration::from_secs(3), || {
+        node.node.is_leader()
+    })
+    .await;
+    etcd.resume();
+    throughout("it is patient", Duration::from_secs(3), || {
+        node.node.is_leader()
+    })
+    .await;
+    assert!(link.connections() <= before + 1, "{}", link.connections());
+    eventually("live", || discovery.status() == DiscoveryStatus::Live).await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn after_an_outage_all_are_back_within_five_seconds_without_hammering() {
+    let etcd = Etcd::own();
+    let group = group("away");
+    let link = Link::to(etcd.address()).await;
+    let discovery = watch_group(&link.options(), &group);
+    within("ready", discovery.wait_ready()).await;
+    let node = builder(&etcd.options(), &group, "w").ttl(5);
+    let node = Running::new(node.try_build().unwrap());
+    within("it leads", node.node.wait_for_leadership()).await;
+    within("seen", discovery.wait_for_nodes(1)).await;
+    etcd.stop();
+    let (before, start) = (link.connections(), Instant::now());
+    // As long as it takes for an exponential backoff to become long.
+    throughout("away", Duration::from_secs(25), || {
+        discovery.status() != DiscoveryStatus::Live || start.elapsed() < Duration::from_secs(1)
+    })
+    .await;
+    let dials = link.connections() - before;
+    println!("{dials} dials in {:?}", start.elapsed());
+    // The transport may notice by one of its own that its connection is gone.
+    assert!(dials >= 8 && dials <= 27, "{dials}");
+    etcd.start();
+    let back = Instant::now();
+    soon("it is live", Duration::from_secs(5), || {
+        discovery.status() == DiscoveryStatus::Live
+    })
+    .await;
+    println!("live after {:?}", back.elapsed());
+    soon("the worker leads", Duration::from_secs(5), || {
+        node.node.is_leader()
+    })
+    .await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_that_is_not_polled_holds_nobody_up() {
+    let etcd = Etcd::shared();
+    let (silent, good) = (
+        Link::to(etcd.address()).await,
+        Link::to(etcd.address()).await,
+    );
+    silent.set_silent(true);
+    let endpoints = [silent.address(), good.address()].map(|address| format!("http://{address}"));
+    let options = EtcdOptions::new(endpoints).connect_timeout(Duration::from_millis(300));
+    let store = EtcdStore::new(options).unwrap();
+    let any = Selector::Key("any".to_owned());
+    // Begun, polled once, and kept.
+    let mut begun = pin!(store.list(&any, None));
+    let mut context = Context::from_waker(Waker::noop());
+    assert!(begun.as_mut().poll(&mut context).is_pending());
+    let start = Instant::now();
+    store.list(&any, None).await.unwrap();
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        start.elapsed()
+    );
+    let mut begun = pin!(async {
+        let answered = begun.await;
+        answered.map(drop)
+    });
+    assert!(matches!(
+        within("it is answered, too", &mut begun).await,
+        Ok(())
+    ));
+    // The same on a runtime that nobody drives any more.
+    let idle = tokio::task::spawn_blocking({
+        let store = EtcdStore::new(
+            EtcdOptions::new([format!("http://{}", silent.address())])
+                .connect_timeout(Duration::from_millis(300)),
+        )
+        .unwrap();
+        move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            let given_up = runtime.block_on(async {
+                let any = Selector::Key("any".to_owned());
+                tokio::time::timeout(Duration::from_millis(50), store.list(&any, None)).await
+            });
+            assert!(given_up.is_err());
+            (runtime, store)
+        }
+    });
+    let (runtime, store) = idle.await.unwrap();
+    silent.set_silent(false);
+    let answered = async {
+        while store.list(&any, None).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    within("another runtime connects", answered).await;
+    runtime.shutdown_background();
+}
+
+#[tokio::test]
+async fn dialling_ends_with_the_last_handle() {
+    let etcd = Etcd::shared();
+    let link = Link::to(etcd.address()).await;
+    link.set_silent(true);
+    let store = EtcdStore::new(link.options()).unwrap();
+    let any = Selector::Key("any".to_owned());
+    let clone = store.clone();
+    let given_up = tokio::time::timeout(Duration::from_millis(100), clone.list(&any, None)).await;
+    assert!(given_up.is_err());
+    drop((store, clone));
+    let before = link.connections();
+    assert_eq!(before, 1);
+    link.set_silent(false);
+    eventually("its connection is closed", || link.open() == 0).await;
+    throughout("nobody dials", Duration::from_secs(2), || {
+        link.connections() == before
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_watch_that_is_not_read_is_ended_and_costs_nobody_the_connection() {
+    let etcd = Etcd::shared();
+    let prefix = format!("{}/", group("unread"));
+    let link = Link::to(etcd.address()).await;
+    let store = Arc::new(EtcdStore::new(link.options()).unwrap());
+    let ranges = || {
+        vec![WatchRange {
+            keys: Selector::Prefix(prefix.clone()),
+            from: 0,
+        }]
+    };
+    let mut unread = store.watch(ranges()).await.unwrap();
+    let mut read = store.watch(ranges()).await.unwrap();
+    let writing = {
+        let (etcd, prefix) = (etcd.clone(), prefix.clone());
+        tokio::spawn(async move {
+            let mut client = etcd.raw_client().await;
+            for index in 0..3_000 {
+                client
+                    .put(format!("{prefix}k"), index.to_string(), None)
+                    .await
+                    .unwrap();
+            }
+        })
+    };
+    let mut seen = 0;
+    while seen < 3_000 {
+        seen += within("a change", read.next()).await.unwrap().len();
+    }
+    writing.await.unwrap();
+    let ended = async {
+        let mut told = 0;
+        loop {
+            match unread.next().await {
+                Ok(events) => told += events.len(),
+                Err(error) => return (told, error),
+            }
+        }
+    };
+    let (told, error) = within("the other one is ended", ended).await;
+    assert!(matches!(error, ClusterError::TooSlow { .. }), "{error}");
+    assert!(told < 3_000, "{told}");
+    // It goes on from there, and nobody has lost the connection.
+    let mut resumed = store.watch(unread.position().to_vec()).await.unwrap();
+    drop(unread);
+    while seen < 6_000 - told {
+        seen += within("a change", resumed.next()).await.unwrap().len();
+    }
+    let mut client = etcd.raw_client().await;
+    client
+        .put(format!("{prefix}k"), "last", None)
+        .await
+        .unwrap();
+    assert_eq!(within("a change", read.next()).await.unwrap().len(), 1);
+    assert_eq!(link.connections(), 1);
+}
+
+#[tokio::test]
+async fn a_name_with_a_bad_address_first_is_reached_by_the_other() {
+    // Where `localhost` has two addresses the one that nobody listens on may come first.
+    let etcd = Etcd::shared();
+    let port = etcd.address().rsplit_once(':').unwrap().1.to_owned();
+    let resolved: Vec<_> = tokio::net::lookup_host(format!("localhost:{port}"))
+        .await
+        .unwrap()
+        .collect();
+    println!("localhost: {resolved:?}");
+    let store = EtcdStore::new(EtcdOptions::new([format!("http://localhost:{port}")])).unwrap();
+    let any = Selector::Key("any".to_owned());
+    within("an answer", store.list(&any, None)).await.unwrap();
+    let _ = (free_port(), local());
+    assert!(matches!(Poll::Ready(()), Poll::Ready(())));
+}

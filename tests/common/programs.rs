@@ -1,0 +1,181 @@
+//! The example programs, as processes.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::etcd::send_signal;
+use super::load::client;
+use super::{DEADLINE, free_port, local};
+
+/// A program that is killed when this is dropped.
+pub struct Program {
+    pub child: Child,
+}
+
+impl Program {
+    pub fn start(name: &str, arguments: &[&str]) -> Self {
+        Self::start_with(name, arguments, &[])
+    }
+
+    pub fn start_with(name: &str, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(binary(name));
+        command
+            .args(arguments)
+            .envs(variables.iter().copied())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Self::spawn(&mut command)
+    }
+
+    pub fn spawn(command: &mut Command) -> Self {
+        let name = command.get_program().to_owned();
+        let child = command.spawn();
+        let child = child.unwrap_or_else(|error| {
+            panic!("{}: {error}; build the examples first", name.display())
+        });
+        Self { child }
+    }
+
+    /// Whether it has not ended.
+    pub fn lives(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    pub fn signal(&self, signal: &str) {
+        send_signal(self.child.id(), signal);
+    }
+
+    /// How it ended, and how long that took.
+    pub async fn ended(&mut self) -> (ExitStatus, Duration) {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return (status, start.elapsed());
+            }
+            assert!(start.elapsed() < DEADLINE, "the program does not end");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Beside the test binary, in `target/*/examples`.
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let target = test.parent().and_then(Path::parent).unwrap();
+    target.join("examples").join(name)
+}
+
+/// The same, optimised, as people run it: built by `cargo build --profile bench --all-features
+/// --examples`. Where there is none, or it is older than the sources, the one beside the test binary,
+/// which is said.
+pub fn optimised(name: &str) -> PathBuf {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    let debug = binary(name);
+    let target = debug.ancestors().nth(3).unwrap_or(Path::new(""));
+    let optimised = target.join("release").join("examples").join(name);
+    let built = |file: &Path| std::fs::metadata(file).and_then(|about| about.modified());
+    match built(&optimised) {
+        Ok(built) if built >= newest_source() => optimised,
+        other => {
+            SAID.call_once(|| {
+                let why = if other.is_ok() {
+                    "is out of date"
+                } else {
+                    "is not there"
+                };
+                let _ = std::io::Write::write_fmt(
+                    &mut std::io::stderr(),
+                    format_args!(
+                        "{} {why}: trying the unoptimised programs\n",
+                        optimised.display()
+                    ),
+                );
+            });
+            debug
+        }
+    }
+}
+
+/// When the sources of the programs were changed last.
+fn newest_source() -> SystemTime {
+    fn newest(path: &Path) -> SystemTime {
+        let of_file = std::fs::metadata(path).and_then(|about| about.modified());
+        let files = std::fs::read_dir(path).into_iter().flatten().flatten();
+        let of_file = of_file.ok().filter(|_| !path.is_dir());
+        files
+            .map(|entry| newest(&entry.path()))
+            .chain(of_file)
+            .max()
+            .unwrap_or(SystemTime::UNIX_EPOCH)
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    newest(&root.join("src")).max(newest(&root.join("examples")))
+}
+
+pub fn config_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("config")
+        .join(name)
+}
+
+/// A shipped configuration file with other endpoints, group and port.
+pub fn adapted(name: &str, etcd: &str, group: &str) -> (PathBuf, String) {
+    let text = std::fs::read_to_string(config_file(name)).unwrap();
+    let listen = format!("{}:{}", local(), free_port());
+    let mut adapted = String::new();
+    for line in text.lines() {
+        let value = match line.split_once(':') {
+            Some(("      - http" | "      - memory", _)) => format!("      - {etcd}"),
+            Some(("  group", _)) => format!("  group: {group}"),
+            Some(("  listen", _)) => format!("  listen: \"{listen}\""),
+            _ => line.to_owned(),
+        };
+        adapted.push_str(&value);
+        adapted.push('\n');
+    }
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{group}-{name}"));
+    std::fs::write(&file, adapted).unwrap();
+    (file, format!("http://{listen}"))
+}
+
+pub struct Worker {
+    pub program: Program,
+    pub url: String,
+}
+
+pub fn worker(etcd: &str, group: &str, id: &str) -> Worker {
+    let listen = format!("{}:{}", local(), free_port());
+    let arguments = [
+        "--etcd", etcd, "--group", group, "--id", id, "--listen", &listen,
+    ];
+    Worker {
+        program: Program::start(
+            "worker",
+            &[&arguments[..], &["--ttl", "2", "--zone", "z"]].concat(),
+        ),
+        url: format!("http://{listen}"),
+    }
+}
+
+/// Waits until so many nodes answer through the proxy.
+pub async fn until_nodes_answer(url: &str, count: usize) {
+    let client = client();
+    let mut nodes = std::collections::HashSet::new();
+    let start = Instant::now();
+    while nodes.len() < count {
+        assert!(start.elapsed() < DEADLINE, "only {nodes:?}");
+        if let Ok(response) = client.get(url).send().await
+            && let Some(node) = response.headers().get("x-upstream-node")
+        {
+            nodes.insert(node.clone());
+        }
+    }
+}

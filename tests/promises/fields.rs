@@ -1,0 +1,426 @@
+//! Each field of the YAML file does what it says there.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::common::etcd::Etcd;
+use super::common::load::client;
+use super::common::{free_port, group, local};
+use super::world::{Backend, Setup, delete, entry, put, until};
+
+/// A group with two backends, which are registered with these fields, and without a lease.
+async fn two(name: &str, a: Value, b: Value) -> (Setup, etcd_client::Client, [Backend; 2]) {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let mut keys = etcd.raw_client().await;
+    let backends = [Backend::start("a").await, Backend::start("b").await];
+    for (backend, more) in backends.iter().zip([a, b]) {
+        put(&mut keys, &group, &backend.entry(more), None).await;
+    }
+    (Setup::shared(&group), keys, backends)
+}
+
+/// How many of so many GETs `a` answers.
+async fn of_a(setup: &Setup, fields: &str, count: usize) -> usize {
+    let balancer = setup.clone().with(fields).serving().await;
+    let counted = balancer.gets(count).await;
+    let known = ["a", "b"].iter().filter_map(|id| counted.get(*id));
+    assert_eq!(known.sum::<usize>(), count, "{counted:?}");
+    counted.get("a").copied().unwrap_or(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn round_robin_random_and_candidates_keep_to_static_weights() {
+    let weight = |weight: u32| json!({ "weight": weight });
+    let (setup, _, _backends) = two("weights", weight(1), weight(3)).await;
+    let turns = of_a(&setup, "policy: round_robin", 80).await;
+    assert!((19..=21).contains(&turns), "{turns} of 80");
+    let chance = of_a(&setup, "policy: random", 400).await;
+    assert!((60..=140).contains(&chance), "{chance} of 400");
+    // Of one that is drawn there is nothing to choose.
+    let drawn = of_a(&setup, "policy: headroom\ncandidates: 1", 400).await;
+    assert!((60..=140).contains(&drawn), "{drawn} of 400");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn headroom_follows_what_is_reported() {
+    let cpu = |percent: u32| json!({ "metadata": { "cpu_usage_percent": percent } });
+    let (setup, mut keys, [a, b]) = two("headroom", cpu(100), cpu(0)).await;
+    let fields = "policy: headroom\nheadroom: { cpu: 1, memory: 0, queue: 0, floor: 0.05 }";
+    let loaded = of_a(&setup, fields, 100).await;
+    assert!(loaded < 20, "{loaded} of 100");
+    // Without a weight for CPU it does not matter.
+    let alike = of_a(
+        &setup,
+        "policy: headroom\nheadroom: { cpu: 0, memory: 1 }",
+        100,
+    )
+    .await;
+    assert!((25..=75).contains(&alike), "{alike} of 100");
+    let balancer = setup.clone().with(fields).serving().await;
+    put(&mut keys, &setup.group, &a.entry(cpu(0)), None).await;
+    put(&mut keys, &setup.group, &b.entry(cpu(100)), None).await;
+    until("a change is followed", async || {
+        let counted = balancer.gets(50).await;
+        counted.get("a").is_some_and(|a| *a > 40)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn adaptive_turns_away_from_what_fails_and_back() {
+    let (setup, _, [a, _b]) = two("adaptive", json!({}), json!({})).await;
+    a.answers(500);
+    let fields = "policy: adaptive\nadaptive: { slow_start_ms: 0, success_gain: 0.2 }";
+    let balancer = setup.with(fields).serving().await;
+    until("it is left out", async || {
+        let counted = balancer.gets(50).await;
+        counted.get("b").is_some_and(|b| *b >= 48)
+    })
+    .await;
+    a.answers(200);
+    until("it is back", async || {
+        let counted = balancer.gets(50).await;
+        counted.get("a").is_some_and(|a| *a >= 10)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot() {
+    let (setup, _, [a, b]) = two("consistent", json!({}), json!({})).await;
+    let setup = setup.with("policy: consistent");
+    let header = setup.clone().with("hash_on: header:x-key").serving().await;
+    let mut used = std::collections::BTreeSet::new();
+    for key in 0..24 {
+        let counted = header
+            .gets_with(3, |_, request| request.header("x-key", key.to_string()))
+            .await;
+        assert_eq!(counted.len(), 1, "key {key}: {counted:?}");
+        used.extend(counted.into_keys());
+    }
+    assert!(used.iter().eq(["a", "b"]), "{used:?}");
+
+    let uri = setup.clone().with("hash_on: uri").serving().await;
+    let client = client();
+    let mut used = std::collections::BTreeSet::new();
+    for path in 0..24 {
+        let get = async || {
+            let answer = client.get(format!("{}/{path}", uri.url)).send().await;
+            answer.unwrap().headers()["x-upstream-node"].clone()
+        };
+        let first = get().await;
+        assert_eq!(get().await, first, "{path}");
+        used.insert(first.to_str().unwrap().to_owned());
+    }
+    assert!(used.iter().eq(["a", "b"]), "{used:?}");
+
+    // One client is one key, until its backend has more than its share.
+    let bounds = "hash_on: client_ip\nconsistent: { balance_factor: 1.01, slack: 1 }";
+    let hot = setup.with(bounds).serving().await;
+    let counted = hot.gets(20).await;
+    assert_eq!(counted.len(), 1, "{counted:?}");
+    let before = [a.requests(), b.requests()];
+    for backend in [&a, &b] {
+        backend.takes(Duration::from_millis(300));
+    }
+    let mut at_once = tokio::task::JoinSet::new();
+    for _ in 0..12 {
+        at_once.spawn(client.get(&hot.url).send());
+    }
+    at_once.join_all().await;
+    assert!(a.requests() > before[0] && b.requests() > before[1]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_own_zone_comes_first() {
+    let zone = |zone: &str| json!({ "zone": zone });
+    let (setup, _, _backends) = two("zone", zone("x"), zone("y")).await;
+    // How fast a busy machine answers must not matter.
+    let own = of_a(&setup, "zone: x\nzones: { stretch_limit: 100 }", 100).await;
+    assert!(own >= 90, "{own} of 100");
+    let beside = of_a(&setup, "zone_of: b\nzones: { stretch_limit: 100 }", 100).await;
+    assert!(beside <= 10, "{beside} of 100");
+    let spilled = of_a(
+        &setup,
+        "zone: x\nzones: { least_spill: 1, stretch_limit: 100 }",
+        100,
+    )
+    .await;
+    assert!((25..=75).contains(&spilled), "{spilled} of 100");
+    let none = of_a(&setup, "zone: null", 100).await;
+    assert!((25..=75).contains(&none), "{none} of 100");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once() {
+    let (etcd, group) = (Etcd::shared(), group("entries"));
+    let mut keys = etcd.raw_client().await;
+    let [good, other] = [Backend::start("good").await, Backend::start("other").await];
+    let wanted = json!({ "zone": "x", "tags": ["web", "new"] });
+    put(&mut keys, &group, &good.entry(wanted.clone()), None).await;
+    // All of them would answer.
+    let with = |id: &str, field: &str, value: Value| {
+        let mut fields = wanted.clone();
+        fields[field] = value;
+        let mut entry = entry(id, Some(good.port), fields);
+        if field == "port" {
+            entry[field] = json!(other.port);
+        }
+        entry
+    };
+    let nested = (0..12).fold(json!(1), |inner, _| json!([inner]));
+    let skipped = [
+        with("network", "ip", json!("127.0.0.2")),
+        with("port", "port", json!(other.port)),
+        with("large", "metadata", json!("x".repeat(4000))),
+        with("deep", "metadata", json!({ "x": nested })),
+        with("many", "metadata", json!({ "x": vec![1; 40] })),
+    ];
+    let filtered = [
+        with("zone", "zone", json!("y")),
+        with("tag", "tags", json!(["new"])),
+    ];
+    for entry in skipped.iter().chain(&filtered) {
+        put(&mut keys, &group, entry, None).await;
+    }
+    for (id, text) in [
+        ("broken", "{"),
+        ("mismatch", "{\"id\":\"n\",\"ip\":\"127.0.0.1\"}"),
+    ] {
+        keys.put(format!("registry/{group}/{id}"), text, None)
+            .await
+            .unwrap();
+    }
+    let fields = format!(
+        "policy: round_robin\nfilter: {{ zones: [x], tags: [web] }}\nallowed_networks: [127.0.0.1]\n\
+         allowed_ports: [{}]\nlimits: {{ value_bytes: 2000, depth: 8, values: 32 }}",
+        good.port
+    );
+    let setup = Setup::shared(&group);
+    let balancer = setup.clone().with(&fields).serving().await;
+    balancer.until_served_by(&["good"]).await;
+    // They are written again, and the good one too.
+    for entry in &skipped {
+        put(&mut keys, &group, entry, None).await;
+    }
+    put(
+        &mut keys,
+        &group,
+        &good.entry(json!({ "zone": "x", "tags": ["web"] })),
+        None,
+    )
+    .await;
+    balancer.until_served_by(&["good"]).await;
+    assert_eq!(balancer.gets(40).await.len(), 1);
+    assert_eq!(other.requests(), 0);
+    let told = balancer.told();
+    for id in [
+        "network", "port", "large", "deep", "many", "broken", "mismatch",
+    ] {
+        let key = format!("registry/{group}/{id}");
+        assert_eq!(told.matches(&key).count(), 1, "{id}: {told}");
+    }
+    drop(balancer);
+
+    // So many nodes at most, and keys so long at most.
+    let long = entry(&"long".repeat(30), Some(good.port), json!({}));
+    put(&mut keys, &group, &long, None).await;
+    let fields = format!(
+        "policy: round_robin\nfilter: {{ zones: [x] }}\nlimits: {{ nodes: 1, key_bytes: {} }}",
+        64 + group.len()
+    );
+    let balancer = setup.with(&fields).serving().await;
+    until("one node", async || {
+        !balancer.gets(1).await.contains_key("503")
+    })
+    .await;
+    assert_eq!(balancer.gets(20).await.len(), 1);
+    assert!(balancer.told().contains("longlong"), "{}", balancer.told());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn load_reports_are_taken_and_not_passed_on_if_that_is_asked_for() {
+    let (setup, _, [a, b]) = two("reports", json!({}), json!({})).await;
+    a.reports_cpu(100);
+    b.reports_cpu(40);
+    let client = client();
+    for (fields, is_passed) in [("load_reports: true", false), ("load_reports: false", true)] {
+        let balancer = setup.clone().with(fields).serving().await;
+        until("a backend", async || balancer.get().await != "503").await;
+        let answer = client.get(&balancer.url).send().await.unwrap();
+        let header = answer.headers().contains_key("endpoint-load-metrics");
+        assert_eq!(header, is_passed, "{fields}");
+    }
+    let fields = "load_reports: true\npolicy: headroom\nheadroom: { cpu: 1, memory: 0, queue: 0 }";
+    let balancer = setup.with(fields).serving().await;
+    until("weights follow", async || {
+        let counted = balancer.gets(50).await;
+        counted.get("b").is_some_and(|b| *b > 40)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tries_time_outs_and_the_default_port() {
+    let (etcd, group) = (Etcd::shared(), group("tries"));
+    let mut keys = etcd.raw_client().await;
+    let good = Backend::start("good").await;
+    put(&mut keys, &group, &entry("good", None, json!({})), None).await;
+    let port = format!("default_port: {}\npolicy: round_robin", good.port);
+    let setup = Setup::shared(&group).with(&port);
+    setup.serving().await.until_served_by(&["good"]).await;
+
+    // Nobody listens there.
+    put(
+        &mut keys,
+        &group,
+        &entry("dead", Some(free_port()), json!({})),
+        None,
+    )
+    .await;
+    let retrying = setup.clone().serving().await;
+    until("both are known", async || {
+        retrying.told().contains("group loaded")
+    })
+    .await;
+    let counted = retrying.gets(20).await;
+    assert_eq!(counted.get("good"), Some(&20), "{counted:?}");
+    let once = setup.clone().with("retries: 0").serving().await;
+    let counted = once.gets(20).await;
+    assert!(counted.len() > 1, "{counted:?}");
+    delete(&mut keys, &group, "dead").await;
+
+    // One that takes too long, and one that does not accept.
+    good.takes(Duration::from_secs(5));
+    let fields = "retries: 0\nupstream_read_timeout_ms: 200\nupstream_connect_timeout_ms: 300";
+    let hasty = setup.with(fields).serving().await;
+    let start = Instant::now();
+    assert_eq!(hasty.get().await, "504");
+    let took = start.elapsed();
+    assert!(
+        took >= Duration::from_millis(190) && took < Duration::from_secs(2),
+        "{took:?}"
+    );
+    let (full, _held) = full_listener().await;
+    put(
+        &mut keys,
+        &group,
+        &entry("good", Some(full), json!({})),
+        None,
+    )
+    .await;
+    let start = Instant::now();
+    until("it is tried there", async || {
+        let start = Instant::now();
+        let answer = hasty.get().await;
+        answer == "504" && start.elapsed() >= Duration::from_millis(290)
+    })
+    .await;
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+/// A port where connections are neither accepted nor refused: as many as have room are waiting.
+async fn full_listener() -> (u16, impl Sized) {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind((local(), 0).into()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut held = Vec::new();
+    let connect = || tokio::net::TcpStream::connect((local(), port));
+    while let Ok(stream) = tokio::time::timeout(Duration::from_millis(300), connect()).await {
+        held.push(stream);
+    }
+    (port, (listener, held))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn updates_of_the_view_keep_their_distance() {
+    let (setup, mut keys, [a, b]) = two("interval", json!({}), json!({})).await;
+    let group = setup.group.clone();
+    delete(&mut keys, &group, "b").await;
+    let fields =
+        "policy: round_robin\npublish_interval_ms: 2000\nself_preservation: { enabled: false }";
+    let balancer = setup.with(fields).serving().await;
+    balancer.until_served_by(&["a"]).await;
+    put(&mut keys, &group, &b.entry(json!({})), None).await;
+    balancer.until_served_by(&["a", "b"]).await;
+    // The one before was just published.
+    let start = Instant::now();
+    delete(&mut keys, &group, "a").await;
+    balancer.until_served_by(&["b"]).await;
+    let took = start.elapsed();
+    assert!(
+        took > Duration::from_millis(1000) && took < Duration::from_secs(5),
+        "{took:?}"
+    );
+    assert!(a.requests() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_prefix_goes_before_every_key() {
+    let (etcd, group) = (Etcd::shared(), group("prefix"));
+    let mut keys = etcd.raw_client().await;
+    let [inside, outside] = [
+        Backend::start("inside").await,
+        Backend::start("outside").await,
+    ];
+    let key = format!("apps/one/registry/{group}/inside");
+    keys.put(key, inside.entry(json!({})).to_string(), None)
+        .await
+        .unwrap();
+    put(&mut keys, &group, &outside.entry(json!({})), None).await;
+    let setup = Setup::shared(&group).etcd("key_prefix: 'apps/one/'");
+    setup.serving().await.until_served_by(&["inside"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_waits_for_a_leader_for_as_long_as_is_set() {
+    let (setup, _, _backends) = two("leader-wait", json!({}), json!({})).await;
+    let setup = setup.program("leader_routing");
+    for (fields, least, most) in [("leader_wait_ms: 300", 300, 1500), ("", 2000, 3500)] {
+        let routing = setup.clone().with(fields).serving().await;
+        let start = Instant::now();
+        let answer = client().post(&routing.url).send().await.unwrap();
+        let took = start.elapsed().as_millis();
+        assert_eq!(answer.status(), 503);
+        assert!(answer.headers().contains_key("retry-after"));
+        assert!((least..most).contains(&took), "{took} ms");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mass_expiry_does_not_empty_the_pool_while_requests_succeed() {
+    let (etcd, group) = (Etcd::shared(), group("mass"));
+    let mut keys = etcd.raw_client().await;
+    let lease = keys.lease_grant(600, None).await.unwrap().id();
+    let mut backends = Vec::new();
+    for id in ["n1", "n2", "n3", "n4"] {
+        let backend = Backend::start(id).await;
+        put(&mut keys, &group, &backend.entry(json!({})), Some(lease)).await;
+        backends.push(backend);
+    }
+    let setup = Setup::shared(&group).with("policy: round_robin");
+    let default = setup.serving().await;
+    let short = setup
+        .clone()
+        .with("self_preservation: { hold_ms: 2000, within_ms: 10000 }");
+    let short = short.serving().await;
+    let off = setup
+        .with("self_preservation: { enabled: false }")
+        .serving()
+        .await;
+    for balancer in [&default, &short, &off] {
+        balancer.until_served_by(&["n1", "n2", "n3", "n4"]).await;
+    }
+    let start = Instant::now();
+    keys.lease_revoke(lease).await.unwrap();
+    let took = until("they are gone", async || off.get().await == "503").await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert_eq!(short.gets(40).await.len(), 4);
+    until("they are let go", async || short.get().await == "503").await;
+    let held = start.elapsed();
+    assert!((1900..6000).contains(&held.as_millis()), "{held:?}");
+    assert_eq!(default.gets(40).await.len(), 4);
+    assert!(default.told().contains("vanished"), "{}", default.told());
+}

@@ -1,0 +1,81 @@
+//! The file that serves a start without etcd.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::common::etcd::Etcd;
+use super::common::{eventually, group};
+use super::world::{Backend, Setup, delete, entry, put, scratch};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd() {
+    let (etcd, group) = (Etcd::own(), group("snapshot"));
+    let mut keys = etcd.raw_client().await;
+    let [first, last] = [Backend::start("first").await, Backend::start("last").await];
+    put(&mut keys, &group, &first.entry(json!({})), None).await;
+    let file = scratch(&format!("{group}.nodes"));
+    let snapshot = format!(
+        "snapshot: {{ file: '{}', interval_ms: 100 }}\nready_timeout_ms: 300\n\
+         self_preservation: {{ enabled: false }}",
+        file.display()
+    );
+    let setup = Setup::new(etcd.endpoints(), &group).with(&snapshot);
+    let mut balancer = setup.serving().await;
+    let took = eventually("a snapshot", || file.exists()).await;
+    assert!(took < Duration::from_secs(1), "{took:?} after the start");
+
+    // Changes go on, and it keeps up with them.
+    let start = Instant::now();
+    for change in 0..40 {
+        let id = format!("n{}", change % 5);
+        put(
+            &mut keys,
+            &group,
+            &entry(&id, Some(1), json!({"tags": [change.to_string()]})),
+            None,
+        )
+        .await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(start.elapsed() > Duration::from_secs(2));
+    for node in 0..5 {
+        delete(&mut keys, &group, &format!("n{node}")).await;
+    }
+    put(&mut keys, &group, &last.entry(json!({})), None).await;
+    let holds = |id: &str| {
+        let text = std::fs::read_to_string(&file).unwrap();
+        text.contains(&format!("\"id\":\"{id}\""))
+    };
+    let took = eventually("the last change in the file", || {
+        holds("last") && !holds("n0")
+    })
+    .await;
+    assert!(took < Duration::from_secs(1), "{took:?} after the change");
+
+    // It waits for the next one without working.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let (before, start) = (balancer.cpu(), Instant::now());
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let used = (balancer.cpu() - before).div_f64(start.elapsed().as_secs_f64());
+    assert!(
+        used < Duration::from_millis(10),
+        "{used:?} of a core a second"
+    );
+
+    balancer.program.signal("TERM");
+    balancer.program.ended().await;
+    etcd.stop();
+    let balancer = setup.serving().await;
+    balancer.until_served_by(&["first", "last"]).await;
+    drop(balancer);
+    // A file never tells of a leader.
+    let routing = setup
+        .clone()
+        .program("leader_routing")
+        .with("leader_wait_ms: 100");
+    let routing = routing.serving().await;
+    routing.until_served_by(&["first", "last"]).await;
+    assert_eq!(routing.post().await, "503");
+    let _ = std::fs::remove_file(file);
+}

@@ -1,0 +1,431 @@
+//! Promise by promise: who shows it. What the README's section says sentence by sentence, what other parts
+//! of it say of running programs, and each field of the YAML file.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// A promise, as the README begins it, and the tests that show it: `crate::module::test`.
+const PROMISES: &[(&str, &[&str])] = &[
+    // "What it promises".
+    (
+        "At most one leader.",
+        &[
+            "promises::members::a_leader_that_stood_still_does_not_lead_when_it_goes_on",
+            "cluster::election::twenty_nodes_come_and_go_with_always_a_valid_leader",
+        ],
+    ),
+    (
+        "Leadership ends at a local deadline",
+        &[
+            "promises::members::a_leader_that_stood_still_does_not_lead_when_it_goes_on",
+            "cluster::faults::a_leader_cut_off_gives_up_before_another_is_elected",
+        ],
+    ),
+    (
+        "Every term has a token greater than all before it.",
+        &[
+            "promises::members::a_leader_that_stood_still_does_not_lead_when_it_goes_on",
+            "proxy::programs::leader_routing_as_the_readme_runs_it",
+        ],
+    ),
+    (
+        "The deadline trusts the clock's rate",
+        &["cluster::election::a_write_with_the_guard_of_an_ended_term_is_not_carried_out"],
+    ),
+    (
+        "A worker comes back, whatever took its lease",
+        &[
+            "promises::members::a_worker_comes_back_whatever_took_its_lease_and_leaves_within_two_seconds",
+        ],
+    ),
+    (
+        "Its shutdown takes at most 2 s, and never removes the entry of a process that took its id over.",
+        &[
+            "promises::members::a_worker_comes_back_whatever_took_its_lease_and_leaves_within_two_seconds",
+            "promises::members::a_worker_that_leaves_does_not_remove_who_took_its_id_over",
+        ],
+    ),
+    (
+        "A balancer keeps its last view while etcd is away, resumes after, and lists again when history was compacted.",
+        &[
+            "promises::away::the_last_view_is_served_resumed_and_listed_again_after_a_compaction",
+            "promises::logs::a_log_that_cannot_be_written_costs_nothing_but_its_lines",
+            "promises::deaths::a_balancer_whose_discovery_panics_says_that_it_is_stale_and_goes_on",
+            "proxy::outage::an_outage_of_etcd_and_a_mass_expiry_cost_no_request",
+        ],
+    ),
+    (
+        "A connection that goes silent is noticed within 5 s, and the next endpoint is tried.",
+        &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
+    ),
+    (
+        "It starts without etcd, if it has a snapshot file",
+        &[
+            "promises::snapshot::the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd",
+        ],
+    ),
+    (
+        "A mass expiry does not empty the pool.",
+        &[
+            "promises::fields::a_mass_expiry_does_not_empty_the_pool_while_requests_succeed",
+            "proxy::outage::an_outage_of_etcd_and_a_mass_expiry_cost_no_request",
+        ],
+    ),
+    (
+        "When more than 30 % of the nodes (and at least three) vanish within 10 s",
+        &["promises::fields::a_mass_expiry_does_not_empty_the_pool_while_requests_succeed"],
+    ),
+    (
+        "An update of metrics touches neither health nor enablement of a backend.",
+        &["proxy::drop_in::a_down_backend_stays_down_when_its_weight_changes"],
+    ),
+    (
+        "One bad entry harms nobody: it is skipped, counted and logged once.",
+        &[
+            "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
+            "cluster::discovery::bad_entries_are_skipped_and_the_others_are_served",
+        ],
+    ),
+    (
+        "So is one that is too large, or points to an address or port that is not allowed.",
+        &[
+            "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
+        ],
+    ),
+    // Elsewhere in the README.
+    (
+        "The example `worker` does so on SIGTERM.",
+        &["proxy::programs::a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves"],
+    ),
+    (
+        "While there is no leader a write waits up to 2 s and then gets 503 with `retry-after`.",
+        &[
+            "promises::fields::a_write_waits_for_a_leader_for_as_long_as_is_set",
+            "proxy::programs::leader_routing_as_the_readme_runs_it",
+        ],
+    ),
+    (
+        "a field that does not exist is an error that names it and its line",
+        &["proxy::programs::wrong_configurations_are_explained"],
+    ),
+    (
+        "A backend that fails loses its traffic within a few dozen requests",
+        &[
+            "promises::fields::adaptive_turns_away_from_what_fails_and_back",
+            "proxy::learning::a_backend_that_answers_5xx_loses_its_traffic_and_gets_it_back",
+        ],
+    ),
+    (
+        "A node that drains is not picked.",
+        &["proxy::programs::a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves"],
+    ),
+    (
+        "backends in the same zone come first",
+        &["promises::fields::the_own_zone_comes_first"],
+    ),
+    (
+        "w1 leaves, no request fails",
+        &["proxy::programs::workers_and_a_load_balancer_as_the_readme_runs_them"],
+    ),
+];
+
+/// A field under `cluster`, or `cluster.etcd`, and the tests in which it makes a difference.
+const FIELDS: &[(&str, &[&str])] = &[
+    (
+        "etcd.endpoints",
+        &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
+    ),
+    (
+        "etcd.key_prefix",
+        &["promises::fields::a_key_prefix_goes_before_every_key"],
+    ),
+    (
+        "etcd.connect_timeout_ms",
+        &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
+    ),
+    (
+        "etcd.request_timeout_ms",
+        &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
+    ),
+    (
+        "etcd.keep_alive_interval_ms",
+        &["cluster::faults::a_candidate_cut_off_for_longer_than_the_ttl_is_registered_again"],
+    ),
+    (
+        "etcd.silence_timeout_ms",
+        &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
+    ),
+    (
+        "etcd.serializable_fallback",
+        &[
+            "cluster::resilience::without_a_quorum_one_member_gives_what_it_has_if_that_is_asked_for",
+        ],
+    ),
+    (
+        "etcd.breaker_failures",
+        &[
+            "promises::away::without_etcd_it_answers_after_the_time_to_be_ready_and_asks_now_and_then",
+        ],
+    ),
+    (
+        "etcd.breaker_pause_ms",
+        &[
+            "cluster::resilience::after_failures_calls_fail_at_once_and_one_finds_out_when_it_is_over",
+        ],
+    ),
+    (
+        "etcd.tls",
+        &["proxy::programs::workers_and_a_load_balancer_over_tls_with_users"],
+    ),
+    (
+        "etcd.user",
+        &["proxy::programs::workers_and_a_load_balancer_over_tls_with_users"],
+    ),
+    (
+        "etcd.password",
+        &["cluster::auth::roles_that_allow_no_more_than_is_needed"],
+    ),
+    (
+        "etcd.password_file",
+        &["proxy::programs::workers_and_a_load_balancer_over_tls_with_users"],
+    ),
+    (
+        "etcd.password_env",
+        &["proxy::programs::workers_and_a_load_balancer_over_tls_with_users"],
+    ),
+    (
+        "group",
+        &["proxy::programs::workers_and_a_load_balancer_as_the_readme_runs_them"],
+    ),
+    (
+        "listen",
+        &[
+            "promises::deaths::a_port_that_is_taken_is_an_error_and_an_exit",
+            "promises::deaths::a_port_that_is_taken_later_is_an_error_and_an_exit_too",
+            "promises::deaths::a_process_that_takes_the_sockets_over_listens_on_them",
+        ],
+    ),
+    (
+        "filter",
+        &[
+            "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
+        ],
+    ),
+    (
+        "allowed_networks",
+        &[
+            "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
+        ],
+    ),
+    (
+        "allowed_ports",
+        &[
+            "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
+        ],
+    ),
+    (
+        "limits",
+        &[
+            "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
+        ],
+    ),
+    (
+        "self_preservation",
+        &["promises::fields::a_mass_expiry_does_not_empty_the_pool_while_requests_succeed"],
+    ),
+    (
+        "snapshot",
+        &[
+            "promises::snapshot::the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd",
+        ],
+    ),
+    (
+        "publish_interval_ms",
+        &["promises::fields::updates_of_the_view_keep_their_distance"],
+    ),
+    (
+        "policy",
+        &[
+            "promises::fields::round_robin_random_and_candidates_keep_to_static_weights",
+            "promises::fields::headroom_follows_what_is_reported",
+            "promises::fields::adaptive_turns_away_from_what_fails_and_back",
+            "promises::fields::consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot",
+        ],
+    ),
+    (
+        "candidates",
+        &["promises::fields::round_robin_random_and_candidates_keep_to_static_weights"],
+    ),
+    (
+        "adaptive",
+        &["promises::fields::adaptive_turns_away_from_what_fails_and_back"],
+    ),
+    (
+        "headroom",
+        &["promises::fields::headroom_follows_what_is_reported"],
+    ),
+    (
+        "hash_on",
+        &["promises::fields::consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot"],
+    ),
+    (
+        "consistent",
+        &["promises::fields::consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot"],
+    ),
+    ("zone", &["promises::fields::the_own_zone_comes_first"]),
+    ("zone_of", &["promises::fields::the_own_zone_comes_first"]),
+    ("zones", &["promises::fields::the_own_zone_comes_first"]),
+    (
+        "load_reports",
+        &["promises::fields::load_reports_are_taken_and_not_passed_on_if_that_is_asked_for"],
+    ),
+    (
+        "default_port",
+        &["promises::fields::tries_time_outs_and_the_default_port"],
+    ),
+    (
+        "retries",
+        &["promises::fields::tries_time_outs_and_the_default_port"],
+    ),
+    (
+        "upstream_connect_timeout_ms",
+        &["promises::fields::tries_time_outs_and_the_default_port"],
+    ),
+    (
+        "upstream_read_timeout_ms",
+        &["promises::fields::tries_time_outs_and_the_default_port"],
+    ),
+    (
+        "ready_timeout_ms",
+        &[
+            "promises::away::without_etcd_it_answers_after_the_time_to_be_ready_and_asks_now_and_then",
+        ],
+    ),
+    (
+        "leader_wait_ms",
+        &["promises::fields::a_write_waits_for_a_leader_for_as_long_as_is_set"],
+    ),
+];
+
+fn read(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Without line breaks and stress.
+fn flat(text: &str) -> String {
+    let words: Vec<_> = text.split_whitespace().collect();
+    words.join(" ").replace("**", "")
+}
+
+/// The sentences of the README's section, point by point.
+fn promised() -> Vec<String> {
+    let readme = read("README.md");
+    let (_, section) = readme
+        .split_once("## What it promises\n")
+        .expect("the section");
+    let mut points: Vec<String> = Vec::new();
+    for line in section.lines() {
+        if let Some(point) = line.strip_prefix("- ") {
+            points.push(point.to_owned());
+        } else if let Some(more) = line.strip_prefix("  ") {
+            points
+                .last_mut()
+                .expect("a point")
+                .push_str(&format!(" {more}"));
+        } else if !points.is_empty() && !line.is_empty() {
+            break;
+        }
+    }
+    let sentences = points.iter().flat_map(|point| {
+        let point = flat(point);
+        let ends = point.match_indices(". ").map(|(at, _)| at + 1);
+        let cuts: Vec<_> = ends.chain([point.len()]).collect();
+        let mut from = 0;
+        let sentences = cuts.into_iter().map(move |to| {
+            let sentence = point[from..to].trim().to_owned();
+            from = to;
+            sentence
+        });
+        sentences.collect::<Vec<_>>()
+    });
+    sentences.collect()
+}
+
+#[test]
+fn every_promise_of_the_readme_is_in_the_table_and_the_other_way_round() {
+    let promised = promised();
+    assert!(promised.len() > 10, "{promised:?}");
+    for sentence in &promised {
+        let is_shown = PROMISES.iter().any(|(text, _)| sentence.starts_with(text));
+        assert!(is_shown, "no test is named for: {sentence}");
+    }
+    let readme = flat(&read("README.md"));
+    for (text, _) in PROMISES {
+        assert!(readme.contains(text), "the README does not say: {text}");
+    }
+}
+
+#[test]
+fn every_field_of_the_yaml_file_is_in_the_table_and_the_other_way_round() {
+    let yaml = read("config/load_balancer.yaml");
+    let (_, cluster) = yaml.split_once("\ncluster:\n").expect("the section");
+    let mut fields = BTreeSet::new();
+    let mut is_etcd = false;
+    for line in cluster.lines() {
+        let indent = line.len() - line.trim_start().len();
+        let Some((name, _)) = line.trim_start().split_once(':') else {
+            continue;
+        };
+        if name.starts_with(['#', '-']) {
+            continue;
+        }
+        match indent {
+            2 => {
+                is_etcd = name == "etcd";
+                if !is_etcd {
+                    fields.insert(name.to_owned());
+                }
+            }
+            4 if is_etcd => drop(fields.insert(format!("etcd.{name}"))),
+            _ => {}
+        }
+    }
+    let shown: BTreeSet<_> = FIELDS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    assert_eq!(fields, shown);
+    // And every policy there is, in the tests that are named for it.
+    let (_, tests) = FIELDS.iter().find(|(name, _)| *name == "policy").unwrap();
+    let tests = tests.join(" ");
+    for policy in [
+        "adaptive",
+        "headroom",
+        "round_robin",
+        "random",
+        "consistent",
+    ] {
+        assert!(yaml.contains(&format!("  #   {policy} ")), "{policy}");
+        assert!(tests.contains(policy), "{policy}");
+    }
+}
+
+#[test]
+fn every_test_that_the_table_names_is_there() {
+    for (promise, tests) in PROMISES.iter().chain(FIELDS) {
+        assert!(!tests.is_empty(), "{promise}");
+        for test in *tests {
+            let parts: Vec<_> = test.split("::").collect();
+            let [krate, module, name] = parts[..] else {
+                panic!("{test} is no crate::module::test");
+            };
+            let source = read(&format!("tests/{krate}/{module}.rs"));
+            let main = read(&format!("tests/{krate}/main.rs"));
+            assert!(main.contains(&format!("mod {module};")), "{test}");
+            let before = source.split_once(&format!("fn {name}()"));
+            let (before, _) = before.unwrap_or_else(|| panic!("{test} does not exist"));
+            let attributes: Vec<_> = before.lines().rev().take(4).collect();
+            let has = |words: &str| attributes.iter().any(|line| line.contains(words));
+            assert!(has("#[test]") || has("#[tokio::test"), "{test} is no test");
+            assert!(!has("#[ignore"), "{test} is not run");
+        }
+    }
+}

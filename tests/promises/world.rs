@@ -1,0 +1,448 @@
+//! Programs, backends and keys for the tests here.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use etcd_client::{Client, PutOptions};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use super::common::etcd::Etcd;
+use super::common::load::{client, until_it_answers};
+use super::common::programs::{Program, optimised};
+use super::common::{DEADLINE, free_port, local};
+
+/// A file of this test run.
+pub fn scratch(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// Where a program's log goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Log {
+    File,
+    /// A device without room.
+    Full,
+    /// A pipe whose reader has ended.
+    Closed,
+    /// A pipe whose reader does not read.
+    Stuck,
+}
+
+fn start(mut command: Command, log: Log, file: &Path) -> Program {
+    let everything = "trace";
+    match log {
+        Log::File => {
+            let file = File::options().create(true).append(true).open(file);
+            command.stdout(Stdio::null()).stderr(file.unwrap())
+        }
+        Log::Full => {
+            let full = || File::options().write(true).open("/dev/full").unwrap();
+            let command = command.env("RUST_LOG", everything);
+            command.stdout(full()).stderr(full())
+        }
+        Log::Closed | Log::Stuck => {
+            let command = command.env("RUST_LOG", everything);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped())
+        }
+    };
+    let mut program = Program::spawn(&mut command);
+    if log == Log::Closed {
+        drop((program.child.stdout.take(), program.child.stderr.take()));
+    }
+    program
+}
+
+/// `load_balancer`, or another that routes.
+pub struct Balancer {
+    pub program: Program,
+    pub url: String,
+    pub listen: String,
+    log: PathBuf,
+    pub conf: PathBuf,
+    _shared: Option<Arc<Etcd>>,
+}
+
+/// How one is started.
+#[derive(Clone)]
+pub struct Setup {
+    pub program: &'static str,
+    /// It is there for as long as this is, or what was started with it.
+    shared: Option<Arc<Etcd>>,
+    pub endpoints: Vec<String>,
+    pub group: String,
+    /// Further fields of `cluster.etcd`, in a line.
+    pub fields_of_etcd: String,
+    /// Further lines of `cluster`.
+    pub more: String,
+    pub log: Log,
+    pub listen: Option<String>,
+    pub argument: Option<&'static str>,
+}
+
+impl Setup {
+    pub fn new(endpoints: Vec<String>, group: &str) -> Self {
+        Self {
+            program: "load_balancer",
+            shared: None,
+            endpoints,
+            group: group.to_owned(),
+            fields_of_etcd: String::new(),
+            more: String::new(),
+            log: Log::File,
+            listen: None,
+            argument: None,
+        }
+    }
+
+    /// With the etcd that the tests share.
+    pub fn shared(group: &str) -> Self {
+        let etcd = Etcd::shared();
+        Self {
+            shared: Some(etcd.clone()),
+            ..Self::new(etcd.endpoints(), group)
+        }
+    }
+
+    pub fn program(mut self, program: &'static str) -> Self {
+        self.program = program;
+        self
+    }
+
+    pub fn etcd(mut self, fields: &str) -> Self {
+        self.fields_of_etcd = format!(", {fields}");
+        self
+    }
+
+    /// A field of `cluster`, or several lines of them.
+    pub fn with(mut self, lines: &str) -> Self {
+        for line in lines.lines() {
+            self.more.push_str(&format!("  {line}\n"));
+        }
+        self
+    }
+
+    pub fn log(mut self, log: Log) -> Self {
+        self.log = log;
+        self
+    }
+
+    pub fn listen(mut self, address: &str) -> Self {
+        self.listen = Some(address.to_owned());
+        self
+    }
+
+    pub fn argument(mut self, argument: &'static str) -> Self {
+        self.argument = Some(argument);
+        self
+    }
+
+    /// Starts it, whether it comes to answer or not.
+    pub fn start(&self) -> Balancer {
+        let listen = self.listen.clone();
+        let listen = listen.unwrap_or_else(|| format!("{}:{}", local(), free_port()));
+        let name = format!("{}-{}", self.group, listen.replace(':', "-"));
+        let (conf, log) = (
+            scratch(&format!("{name}.yaml")),
+            scratch(&format!("{name}.log")),
+        );
+        let text = format!(
+            "version: 1\nthreads: 1\nupgrade_sock: {socket}\n\
+             grace_period_seconds: 0\ngraceful_shutdown_timeout_seconds: 1\n\
+             cluster:\n  etcd: {{ endpoints: {endpoints:?}{etcd} }}\n  group: {group}\n  listen: '{listen}'\n{more}",
+            socket = scratch(&format!("{name}.sock")).display(),
+            endpoints = self.endpoints,
+            etcd = self.fields_of_etcd,
+            group = self.group,
+            more = self.more,
+        );
+        std::fs::write(&conf, text).unwrap();
+        let mut command = Command::new(optimised(self.program));
+        command.arg("--conf").arg(&conf).args(self.argument);
+        Balancer {
+            program: start(command, self.log, &log),
+            url: format!("http://{listen}"),
+            listen,
+            log,
+            conf,
+            _shared: self.shared.clone(),
+        }
+    }
+
+    /// Starts it and waits until it answers.
+    pub async fn serving(&self) -> Balancer {
+        let balancer = self.start();
+        until_it_answers(&balancer.url).await;
+        balancer
+    }
+}
+
+impl Balancer {
+    pub fn told(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The next answer of a GET: which node, or the status where none.
+    pub async fn get(&self) -> String {
+        answer(client().get(&self.url)).await
+    }
+
+    pub async fn post(&self) -> String {
+        answer(client().post(&self.url)).await
+    }
+
+    /// So many GETs, by who answered.
+    pub async fn gets(&self, count: usize) -> BTreeMap<String, usize> {
+        self.gets_with(count, |_, request| request).await
+    }
+
+    /// The same, each prepared.
+    pub async fn gets_with(
+        &self,
+        count: usize,
+        prepare: impl Fn(usize, reqwest::RequestBuilder) -> reqwest::RequestBuilder,
+    ) -> BTreeMap<String, usize> {
+        let (client, mut counted) = (client(), BTreeMap::new());
+        for index in 0..count {
+            let request = prepare(index, client.get(&self.url));
+            *counted.entry(answer(request).await).or_default() += 1;
+        }
+        counted
+    }
+
+    /// Waits until GETs are answered by these, and by no others.
+    pub async fn until_served_by(&self, nodes: &[&str]) -> Duration {
+        let start = Instant::now();
+        loop {
+            let counted = self.gets(8 * nodes.len()).await;
+            if counted.keys().eq(nodes) {
+                return start.elapsed();
+            }
+            assert!(
+                start.elapsed() < DEADLINE,
+                "{counted:?} instead of {nodes:?}:\n{}",
+                self.told()
+            );
+        }
+    }
+
+    /// CPU time that all its threads have used.
+    pub fn cpu(&self) -> Duration {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.program.child.id()));
+        let used = threads.unwrap().flatten().filter_map(|thread| {
+            let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+            text.split(' ').next()?.parse::<u64>().ok()
+        });
+        Duration::from_nanos(used.sum())
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}:\n{}", self.url, self.told());
+        }
+        let _ = std::fs::remove_file(&self.log);
+        let _ = std::fs::remove_file(&self.conf);
+    }
+}
+
+async fn answer(request: reqwest::RequestBuilder) -> String {
+    match request.send().await {
+        Err(error) => format!("{error:?}"),
+        Ok(response) => match response.headers().get("x-upstream-node") {
+            Some(node) if response.status().is_success() => node.to_str().unwrap().to_owned(),
+            _ => response.status().as_u16().to_string(),
+        },
+    }
+}
+
+/// The example `worker`.
+pub struct Worker {
+    pub program: Program,
+    pub url: String,
+    pub port: u16,
+    log: PathBuf,
+}
+
+impl Worker {
+    pub fn start(endpoint: &str, group: &str, id: &str, more: &[&str], log: Log) -> Self {
+        let port = free_port();
+        let listen = format!("{}:{port}", local());
+        let file = scratch(&format!("{group}-{id}-{port}.log"));
+        let mut command = Command::new(optimised("worker"));
+        command
+            .args(["--etcd", endpoint, "--group", group, "--id", id])
+            .args(["--listen", &listen, "--ttl", "2"])
+            .args(more);
+        Self {
+            program: start(command, log, &file),
+            url: format!("http://{listen}"),
+            port,
+            log: file,
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let told = std::fs::read_to_string(&self.log).unwrap_or_default();
+            eprintln!("{}:\n{told}", self.url);
+        }
+        let _ = std::fs::remove_file(&self.log);
+    }
+}
+
+/// An HTTP server of this test.
+pub struct Backend {
+    pub id: String,
+    pub port: u16,
+    shared: Arc<Shared>,
+    _serving: JoinSet<()>,
+}
+
+#[derive(Default)]
+struct Shared {
+    requests: AtomicU64,
+    /// How long an answer takes, in milliseconds.
+    delay: AtomicU64,
+    /// What it says in `endpoint-load-metrics`: CPU, in percent.
+    reported: AtomicU64,
+    status: AtomicU64,
+}
+
+impl Backend {
+    pub async fn start(id: &str) -> Self {
+        let shared = Arc::new(Shared::default());
+        shared.status.store(200, Ordering::Relaxed);
+        let own = shared.clone();
+        let serve = async move |_: HeaderMap| {
+            own.requests.fetch_add(1, Ordering::Relaxed);
+            let delay = own.delay.load(Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+            let mut headers = HeaderMap::new();
+            let reported = own.reported.load(Ordering::Relaxed);
+            if reported > 0 {
+                let report = format!("TEXT cpu_utilization={}", reported as f64 / 100.0);
+                let report = HeaderValue::try_from(report).unwrap();
+                headers.insert("endpoint-load-metrics", report);
+            }
+            let status = u16::try_from(own.status.load(Ordering::Relaxed)).unwrap();
+            (StatusCode::from_u16(status).unwrap(), headers)
+        };
+        let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut serving = JoinSet::new();
+        let app = axum::Router::new().fallback(serve);
+        serving.spawn(async move { axum::serve(listener, app).await.unwrap() });
+        Self {
+            id: id.to_owned(),
+            port,
+            shared,
+            _serving: serving,
+        }
+    }
+
+    pub fn requests(&self) -> u64 {
+        self.shared.requests.load(Ordering::Relaxed)
+    }
+
+    pub fn takes(&self, delay: Duration) {
+        let delay = u64::try_from(delay.as_millis()).unwrap();
+        self.shared.delay.store(delay, Ordering::Relaxed);
+    }
+
+    pub fn reports_cpu(&self, percent: u64) {
+        self.shared.reported.store(percent, Ordering::Relaxed);
+    }
+
+    pub fn answers(&self, status: u64) {
+        self.shared.status.store(status, Ordering::Relaxed);
+    }
+
+    /// As an entry of the registry, with more fields.
+    pub fn entry(&self, more: Value) -> Value {
+        entry(&self.id, Some(self.port), more)
+    }
+}
+
+/// An entry of the registry, written now.
+pub fn entry(id: &str, port: Option<u16>, more: Value) -> Value {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let now = u64::try_from(now.as_millis()).unwrap();
+    let mut entry = json!({ "id": id, "ip": "127.0.0.1", "last_seen": now });
+    let fields = entry.as_object_mut().unwrap();
+    if let Some(port) = port {
+        fields.insert("port".to_owned(), json!(port));
+    }
+    if let Value::Object(more) = more {
+        fields.extend(more);
+    }
+    entry
+}
+
+/// Puts an entry where a worker would, under a lease or without.
+pub async fn put(etcd: &mut Client, group: &str, entry: &Value, lease: Option<i64>) {
+    let id = entry["id"].as_str().unwrap();
+    let options = lease.map(|lease| PutOptions::new().with_lease(lease));
+    let key = format!("registry/{group}/{id}");
+    etcd.put(key, entry.to_string(), options).await.unwrap();
+}
+
+pub async fn delete(etcd: &mut Client, group: &str, id: &str) {
+    let key = format!("registry/{group}/{id}");
+    etcd.delete(key, None).await.unwrap();
+}
+
+/// The entry of a node and its lease, as they are in etcd now.
+pub async fn registered(etcd: &mut Client, group: &str, id: &str) -> Option<(Value, i64)> {
+    let answer = etcd
+        .get(format!("registry/{group}/{id}"), None)
+        .await
+        .ok()?;
+    let entry = answer.kvs().first()?;
+    Some((serde_json::from_slice(entry.value()).ok()?, entry.lease()))
+}
+
+/// Waits for a registration that this holds for.
+pub async fn until_registered(
+    etcd: &mut Client,
+    group: &str,
+    id: &str,
+    holds: impl Fn(&Value, i64) -> bool,
+) -> (Value, i64) {
+    let start = Instant::now();
+    loop {
+        let found = registered(etcd, group, id).await;
+        if let Some((entry, lease)) = &found
+            && holds(entry, *lease)
+        {
+            return (entry.clone(), *lease);
+        }
+        assert!(
+            start.elapsed() < DEADLINE,
+            "{id} is not registered so: {found:?}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Waits until something that has to be asked for holds.
+pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) -> Duration {
+    let start = Instant::now();
+    while !holds().await {
+        assert!(
+            start.elapsed() < DEADLINE,
+            "not within {DEADLINE:?}: {what}"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    start.elapsed()
+}
