@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use pingora_etcd::ClusterError;
+use pingora_etcd::{ClusterError, SessionState};
 use tokio::time::sleep;
 
 use super::etcd_cluster::answered;
@@ -28,14 +28,22 @@ pub enum Fault {
     Namespace,
     /// No fault: what must not look like one.
     HandOver,
+    Drain,
+    RestartLeader,
+    StartBeside,
+    RestartTarget,
     /// On a single member, from here on.
     Restart,
     NoSpace,
     Restore,
 }
 
-pub const ON_THREE: [Fault; 13] = [
+pub const ON_THREE: [Fault; 17] = [
     Fault::HandOver,
+    Fault::Drain,
+    Fault::RestartLeader,
+    Fault::StartBeside,
+    Fault::RestartTarget,
     Fault::KillFollower,
     Fault::KillLeader,
     Fault::KillTwo,
@@ -122,6 +130,10 @@ impl Fault {
             Self::CrashWhileStopped => "crash it, stop etcd's",
             Self::Namespace => "drop packets (netns)",
             Self::HandOver => "hand leadership over",
+            Self::Drain => "drain a worker",
+            Self::RestartLeader => "restart the leader",
+            Self::StartBeside => "two under one id",
+            Self::RestartTarget => "hand over to a restarted",
             Self::Restart => "restart a single etcd",
             Self::NoSpace => "etcd's disk is full",
             Self::Restore => "restore older data",
@@ -175,6 +187,10 @@ impl Fault {
             }
             Self::Namespace => netns::drop_packets(world, found).await,
             Self::HandOver => hand_over(world, found).await,
+            Self::Drain => drain(world, found).await,
+            Self::RestartLeader => restart_leader(world, found).await,
+            Self::StartBeside => start_beside(world, found).await,
+            Self::RestartTarget => restart_target(world, found).await,
             Self::Restart => single::restart(world, found).await,
             Self::NoSpace => single::no_space(world, found).await,
             Self::Restore => single::restore(world, found).await,
@@ -237,6 +253,177 @@ async fn hand_over(world: &mut World, found: &mut Found) {
         found.failures.push(format!(
             "{longest:.1?} without a leader, more than {WITHOUT:?}"
         ));
+    }
+}
+
+/// As before a new version: it says that it drains, is stopped when nobody sends to it any more, and
+/// starts again. Half the time it leads.
+async fn drain(world: &mut World, found: &mut Found) {
+    /// Without a request, under load: then no balancer picks it.
+    const IDLE: Duration = Duration::from_millis(500);
+    let leads = !world.long || world.rng.bool();
+    let worker = match leads {
+        true => world.leading_worker().await,
+        false => world.other_worker().await,
+    };
+    let id = world.fleet.workers[worker].id.clone();
+    let Some(node) = world.fleet.workers[worker].node() else {
+        return;
+    };
+    if let Err(error) = node.drain().await {
+        found.failures.push(format!("{id} cannot drain: {error}"));
+        return;
+    }
+    if node.is_leader() || node.session_state() != SessionState::Draining {
+        let state = node.session_state();
+        found.failures.push(format!("{id} drains, and is {state}"));
+    }
+    let start = Instant::now();
+    let (mut requests, mut since) = (world.fleet.workers[worker].requests(), Instant::now());
+    while since.elapsed() < IDLE {
+        let now = world.fleet.workers[worker].requests();
+        if now != requests {
+            (requests, since) = (now, Instant::now());
+        }
+        if start.elapsed() > GONE {
+            found
+                .failures
+                .push(format!("{id} drains, and is sent requests"));
+            return;
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+    found.note(format!(
+        "the last request after {:.1?}",
+        start.elapsed() - since.elapsed()
+    ));
+    for watching in &world.fleet.watching {
+        let nodes = watching.discovery.nodes();
+        match nodes.get(&id) {
+            Some(node) if !node.is_serving() => {}
+            Some(_) => found
+                .failures
+                .push(format!("{id} drains, and is seen to serve")),
+            None => found.failures.push(format!("{id} drains, and is not seen")),
+        }
+    }
+    world.fleet.workers[worker].stop().await;
+    world.fleet.changed();
+    found.gone(world.fleet.until_gone(&id, GONE).await);
+    world.fleet.workers[worker].start().await;
+    world.fleet.changed();
+}
+
+/// As a supervisor does it: long before the lease of the former life runs out. That readers do not
+/// take one for the other is seen by the monitor.
+async fn restart_leader(world: &mut World, found: &mut Found) {
+    let worker = world.leading_worker().await;
+    let before = term_of(world, worker);
+    world.fleet.workers[worker].crash();
+    let start = Instant::now();
+    world.fleet.workers[worker].start().await;
+    world.fleet.changed();
+    let next = world.leading_worker().await;
+    found.note(format!(
+        "{} leads after {:.1?}",
+        world.fleet.workers[next].id,
+        start.elapsed()
+    ));
+    let after = term_of(world, next);
+    if after <= before {
+        found
+            .failures
+            .push(format!("token {after:?} after {before:?}"));
+    }
+}
+
+fn term_of(world: &World, worker: usize) -> Option<i64> {
+    let node = world.fleet.workers[worker].node()?;
+    Some(node.leadership()?.epoch)
+}
+
+/// The leader is cut off, and a second process is started under its id. When the first is heard
+/// again it has to see that it is not the one any more.
+async fn start_beside(world: &mut World, found: &mut Found) {
+    let worker = world.leading_worker().await;
+    let start = Instant::now();
+    world.fleet.start_beside(worker).await;
+    let lasts = world.longer_than_ttl();
+    sleep(lasts.saturating_sub(start.elapsed())).await;
+    let id = world.fleet.workers[worker].id.clone();
+    let former = &world.fleet.former[0];
+    if former.leads() {
+        found
+            .failures
+            .push(format!("{id} leads {lasts:?} after it was cut off"));
+    }
+    former.set_silent(false);
+    let heard = Instant::now();
+    while !former.is_superseded() {
+        if heard.elapsed() > GONE {
+            found
+                .failures
+                .push(format!("{id} does not see that it was replaced"));
+            break;
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+    let quiet = Instant::now();
+    while quiet.elapsed() < Duration::from_secs(1) {
+        if former.leads() {
+            found
+                .failures
+                .push(format!("{id} leads, but another has its id"));
+            break;
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+    world.fleet.former.clear();
+    world.fleet.changed();
+}
+
+/// A worker is restarted and is to lead at once: the process that lives, although the candidacy of
+/// its former life is still there, ahead of it.
+async fn restart_target(world: &mut World, found: &mut Found) {
+    let target = world.other_worker().await;
+    world.fleet.workers[target].crash();
+    world.fleet.workers[target].start().await;
+    world.fleet.changed();
+    let start = Instant::now();
+    loop {
+        let leader = world.leading_worker().await;
+        let workers = &world.fleet.workers;
+        let (Some(from), Some(to)) = (workers[leader].node(), workers[target].node()) else {
+            return;
+        };
+        match from.transfer_to(to.id()).await {
+            Ok(()) => {
+                let handed = Instant::now();
+                while !to.is_leader() && handed.elapsed() < GONE {
+                    sleep(Duration::from_millis(1)).await;
+                }
+                let (took, after) = (handed.elapsed(), handed - start);
+                found.note(format!(
+                    "handed over after {after:.1?}, leads after {took:.1?}"
+                ));
+                // Of a lease that nobody renews leadership comes with its end only.
+                if took > Duration::from_secs(1) {
+                    let failure = format!("{} leads {took:.1?} after the transfer", to.id());
+                    found.failures.push(failure);
+                }
+                return;
+            }
+            // Not in line yet; or behind the former life, which makes way for nobody while its
+            // lease lasts.
+            Err(ClusterError::TransferRefused { .. } | ClusterError::NotLeader { .. })
+                if start.elapsed() < GONE => {}
+            Err(error) => {
+                let failure = format!("{} to {}: {error}", from.id(), to.id());
+                found.failures.push(failure);
+                return;
+            }
+        }
+        sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -3,12 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use pingora_etcd::{
-    ClusterError, ClusterNode, ClusterNodeBuilder, DiscoveryStatus, EtcdOptions, HealthStatus,
-    MetricsCollector, NodeMetadata, ServiceDiscovery, metadata_keys,
+    Cluster as Sharing, ClusterError, ClusterNode, ClusterNodeBuilder, DiscoveryStatus,
+    EtcdOptions, HealthStatus, MetricsCollector, NodeMetadata, ServiceDiscovery, metadata_keys,
 };
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -22,6 +23,11 @@ use super::measure::Monitor;
 /// In seconds.
 pub const TTL: u64 = 3;
 const SERVICE: Duration = Duration::from_millis(1);
+/// So many workers are in a second group too, on one connection and one lease, and have priorities
+/// there.
+const SHARING: usize = 6;
+/// How long one of them has to be a candidate before it takes over.
+const TAKEOVER_AFTER: Duration = Duration::from_millis(500);
 
 /// Metrics that always changed, so that every worker writes at every interval, and are always low,
 /// so that the balancer has no reason to spare any.
@@ -73,22 +79,33 @@ impl Links {
 pub struct Worker {
     pub id: String,
     group: String,
+    /// The other group that it is in, and its priority there.
+    second: Option<(String, u16)>,
     pub links: Links,
     running: Option<Running>,
 }
 
-struct Running {
+/// A node and its run.
+struct Run {
     node: ClusterNode,
-    /// In front of the HTTP server. Dropping it closes what a crash would close.
-    front: Link,
-    server: JoinHandle<()>,
     task: JoinHandle<Result<(), ClusterError>>,
     stop: Option<oneshot::Sender<()>>,
 }
 
+struct Running {
+    /// In the group of all, and in the second one.
+    runs: Vec<Run>,
+    requests: Arc<AtomicU64>,
+    /// In front of the HTTP server. Dropping it closes what a crash would close.
+    front: Link,
+    server: JoinHandle<()>,
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
-        self.task.abort();
+        for run in &self.runs {
+            run.task.abort();
+        }
         self.server.abort();
     }
 }
@@ -99,8 +116,10 @@ impl Worker {
         let listener = listener.unwrap_or_else(|error| panic!("no port for a worker: {error}"));
         let behind = listener.local_addr();
         let behind = behind.unwrap_or_else(|error| panic!("no address of a worker: {error}"));
-        let id = self.id.clone();
-        let app = Router::new().fallback(|| async {
+        let (id, requests) = (self.id.clone(), Arc::new(AtomicU64::new(0)));
+        let counted = requests.clone();
+        let app = Router::new().fallback(|| async move {
+            counted.fetch_add(1, Ordering::Relaxed);
             tokio::time::sleep(SERVICE).await;
             id
         });
@@ -110,23 +129,60 @@ impl Worker {
             }
         });
         let front = Link::to(behind.to_string()).await;
-        let node = ClusterNodeBuilder::new(self.links.options(), &self.id, local(), &self.group)
-            .ttl(TTL as i64)
-            .port(front.address().port())
-            .metrics_collector(Restless)
-            .metrics_update_interval(1)
-            .try_build()
-            .unwrap_or_else(|error| panic!("worker {}: {error}", self.id));
-        let (stop, stopped) = oneshot::channel::<()>();
-        let runs = node.clone();
-        let task = tokio::spawn(async move { runs.run_until(async { _ = stopped.await }).await });
+        let (options, id) = (self.links.options(), self.id.as_str());
+        let builders = match &self.second {
+            None => {
+                vec![ClusterNodeBuilder::new(options, id, local(), &self.group).ttl(TTL as i64)]
+            }
+            Some((second, priority)) => {
+                let sharing = Sharing::builder(options).ttl(TTL as i64).try_build();
+                let sharing = sharing.unwrap_or_else(|error| panic!("worker {id}: {error}"));
+                vec![
+                    sharing.node(id, local(), &self.group),
+                    sharing
+                        .node(id, local(), second)
+                        .priority(*priority)
+                        .takeover_after(TAKEOVER_AFTER),
+                ]
+            }
+        };
+        let start = |builder: ClusterNodeBuilder| {
+            let node = builder
+                .port(front.address().port())
+                .metrics_collector(Restless)
+                .metrics_update_interval(1)
+                .try_build()
+                .unwrap_or_else(|error| panic!("worker {id}: {error}"));
+            let (stop, stopped) = oneshot::channel::<()>();
+            let runs = node.clone();
+            Run {
+                node,
+                task: tokio::spawn(
+                    async move { runs.run_until(async { _ = stopped.await }).await },
+                ),
+                stop: Some(stop),
+            }
+        };
+        let runs = builders.into_iter().map(start).collect();
         self.running = Some(Running {
-            node,
+            runs,
+            requests,
             front,
             server,
-            task,
-            stop: Some(stop),
         });
+    }
+
+    /// It is cut off, and another process is started under its id, on its own connections. Answers
+    /// with the former one: nobody knows that it goes on.
+    pub async fn start_beside(&mut self, etcd: &[String], index: usize) -> Former {
+        self.links.set_silent(true);
+        let links = std::mem::replace(&mut self.links, Links::to(etcd, index).await);
+        let former = Former {
+            links,
+            running: self.running.take(),
+        };
+        self.start().await;
+        former
     }
 
     /// As `kill -9` would end it: its connections close, its lease stays.
@@ -139,15 +195,31 @@ impl Worker {
         let Some(mut running) = self.running.take() else {
             return;
         };
-        drop(running.stop.take());
-        match tokio::time::timeout(DEADLINE, &mut running.task).await {
-            Ok(Ok(Ok(()))) => {}
-            other => panic!("worker {} does not leave: {other:?}", self.id),
+        for run in &mut running.runs {
+            drop(run.stop.take());
+        }
+        for run in &mut running.runs {
+            match tokio::time::timeout(DEADLINE, &mut run.task).await {
+                Ok(Ok(Ok(()))) => {}
+                other => panic!("worker {} does not leave: {other:?}", self.id),
+            }
         }
     }
 
+    /// In the group of all.
     pub fn node(&self) -> Option<&ClusterNode> {
-        Some(&self.running.as_ref()?.node)
+        Some(&self.running.as_ref()?.runs.first()?.node)
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = &ClusterNode> {
+        let runs = self.running.iter().flat_map(|running| &running.runs);
+        runs.map(|run| &run.node)
+    }
+
+    /// How many requests this process has been sent.
+    pub fn requests(&self) -> u64 {
+        let running = self.running.as_ref();
+        running.map_or(0, |running| running.requests.load(Ordering::Relaxed))
     }
 
     pub fn is_leader(&self) -> bool {
@@ -159,10 +231,52 @@ impl Worker {
     }
 }
 
+/// A process that goes on while another one has its id.
+pub struct Former {
+    links: Links,
+    running: Option<Running>,
+}
+
+impl Former {
+    pub fn set_silent(&self, silent: bool) {
+        self.links.set_silent(silent);
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = &ClusterNode> {
+        let runs = self.running.iter().flat_map(|running| &running.runs);
+        runs.map(|run| &run.node)
+    }
+
+    pub fn leads(&self) -> bool {
+        self.nodes().any(ClusterNode::is_leader)
+    }
+
+    /// Each of its nodes has heard of the other process.
+    pub fn is_superseded(&self) -> bool {
+        let mut nodes = self.nodes();
+        nodes.all(|node| node.current_health() == HealthStatus::Unhealthy)
+    }
+}
+
 pub struct Watching {
     pub links: Links,
     pub discovery: ServiceDiscovery,
     task: JoinHandle<Result<(), ClusterError>>,
+}
+
+impl Watching {
+    async fn start(etcd: &[String], index: usize, group: &str) -> Self {
+        let links = Links::to(etcd, index).await;
+        let discovery = ServiceDiscovery::builder(links.options(), group)
+            .try_build()
+            .unwrap_or_else(|error| panic!("discovery {index} of {group}: {error}"));
+        let runs = discovery.clone();
+        Self {
+            links,
+            discovery,
+            task: tokio::spawn(async move { runs.run(None).await }),
+        }
+    }
 }
 
 impl Drop for Watching {
@@ -175,6 +289,12 @@ pub struct Fleet {
     pub group: String,
     pub workers: Vec<Worker>,
     pub watching: Vec<Watching>,
+    /// The group that only some are in, and who watches it.
+    second: String,
+    watches_second: Vec<Watching>,
+    /// Processes that go on under an id that is another's.
+    pub former: Vec<Former>,
+    etcd: Vec<String>,
     /// Workers of other processes that have to be there too, with their ports.
     pub others: BTreeMap<String, u16>,
     monitor: Arc<Monitor>,
@@ -191,32 +311,32 @@ impl Fleet {
             group: group("chaos"),
             workers: Vec::new(),
             watching: Vec::new(),
+            second: group("chaos-second"),
+            watches_second: Vec::new(),
+            former: Vec::new(),
+            etcd: etcd.to_vec(),
             others: BTreeMap::new(),
             monitor: monitor.clone(),
         };
         for index in 0..discoveries {
-            let links = Links::to(etcd, index).await;
-            let discovery = ServiceDiscovery::builder(links.options(), &fleet.group)
-                .try_build()
-                .unwrap_or_else(|error| panic!("discovery {index}: {error}"));
-            let runs = discovery.clone();
-            fleet.watching.push(Watching {
-                links,
-                discovery,
-                task: tokio::spawn(async move { runs.run(None).await }),
-            });
+            let watching = Watching::start(etcd, index, &fleet.group).await;
+            fleet.watching.push(watching);
         }
+        let watching = Watching::start(etcd, 0, &fleet.second).await;
+        fleet.watches_second.push(watching);
         for index in 0..workers {
             let mut worker = Worker {
                 id: format!("w{index}"),
                 group: fleet.group.clone(),
+                second: (index < SHARING).then(|| (fleet.second.clone(), index as u16 / 2)),
                 links: Links::to(etcd, index).await,
                 running: None,
             };
             worker.start().await;
             fleet.workers.push(worker);
         }
-        let discoveries = fleet.watching.iter().map(|w| w.discovery.clone());
+        let discoveries = fleet.watching.iter().chain(&fleet.watches_second);
+        let discoveries = discoveries.map(|watching| watching.discovery.clone());
         monitor.watch_discoveries(discoveries.collect());
         fleet.changed();
         fleet
@@ -224,8 +344,19 @@ impl Fleet {
 
     /// Workers have been started or ended: tells the monitor.
     pub fn changed(&self) {
-        let nodes = self.workers.iter().filter_map(Worker::node);
-        self.monitor.watch_nodes(nodes.cloned().collect());
+        let nodes = self.workers.iter().flat_map(Worker::nodes);
+        let nodes = nodes.chain(self.former.iter().flat_map(Former::nodes));
+        let in_all = |node: &&ClusterNode| node.group_name() == self.group;
+        let (nodes, second) = nodes.partition::<Vec<_>, _>(in_all);
+        let cloned = |nodes: Vec<&ClusterNode>| nodes.into_iter().cloned().collect();
+        self.monitor.watch_nodes(cloned(nodes), cloned(second));
+    }
+
+    /// Cuts a worker off and starts another process under its id.
+    pub async fn start_beside(&mut self, worker: usize) {
+        let former = self.workers[worker].start_beside(&self.etcd, worker).await;
+        self.former.push(former);
+        self.changed();
     }
 
     pub fn leader(&self) -> Option<usize> {
@@ -281,80 +412,113 @@ impl Fleet {
     /// What is not as it has to be when all is well. Compared with what etcd has now, so that a
     /// view that is merely old does not pass.
     pub async fn wrong(&self, cluster: &Cluster) -> Vec<String> {
-        let mut wrong = Vec::new();
-        let registry = format!("registry/{}/", self.group);
-        let election = format!("election/{}/", self.group);
-        let (nodes, mut candidates) =
-            match (cluster.list(&registry).await, cluster.list(&election).await) {
-                (Ok(nodes), Ok(candidates)) => (nodes, candidates),
-                (Err(error), _) | (_, Err(error)) => return vec![error],
-            };
-        // By id, the lease and the port.
-        let mut stored = BTreeMap::new();
-        for entry in &nodes {
-            let id = entry.key_str().unwrap_or("?").trim_start_matches(&registry);
-            let value: serde_json::Value =
-                serde_json::from_slice(entry.value()).unwrap_or_default();
-            let port = value["port"].as_u64().unwrap_or(0) as u16;
-            stored.insert(id.to_owned(), (entry.lease(), port));
-        }
+        let in_all: Vec<_> = self.workers.iter().filter_map(Worker::node).collect();
         let expected = self.expected();
-        differences(
-            "etcd",
-            stored.iter().map(|(id, (_, port))| (id, *port)),
-            &expected,
-            &mut wrong,
-        );
+        let all = (self.group.as_str(), &self.watching[..]);
+        let mut wrong = wrong_in(cluster, all, &expected, &in_all).await;
 
-        candidates.sort_by_key(|entry| entry.create_revision());
-        if candidates.len() != expected.len() {
-            wrong.push(format!("etcd: {} candidates", candidates.len()));
-        }
-        let token = candidates
-            .first()
-            .map_or(0, |entry| entry.create_revision());
-        let first = candidates.first().and_then(|entry| entry.value_str().ok());
-
-        for (index, watching) in self.watching.iter().enumerate() {
-            let (name, discovery) = (format!("discovery {index}"), &watching.discovery);
-            if discovery.status() != DiscoveryStatus::Live {
-                wrong.push(format!("{name}: {:?}", discovery.status()));
-            }
-            let nodes = discovery.nodes();
-            let ports = nodes.iter().map(|node| (&node.id, node.port.unwrap_or(0)));
-            differences(&name, ports, &expected, &mut wrong);
-            for node in nodes.iter() {
-                let lease = stored.get(&node.id).map(|(lease, _)| *lease);
-                if lease.is_some_and(|lease| lease != node.incarnation()) {
-                    wrong.push(format!("{name}: {} of an old lease", node.id));
-                }
-            }
-            let term = discovery.leadership();
-            if term.as_ref().map(|term| term.epoch) != Some(token) {
-                wrong.push(format!(
-                    "{name}: leader {:?}, in etcd {first:?} with {token}",
-                    term.map(|term| (term.node.id.clone(), term.epoch))
-                ));
-            }
-        }
-
-        let mut leaders = Vec::new();
-        for worker in &self.workers {
-            let Some(node) = worker.node() else { continue };
-            if node.current_health() != HealthStatus::Healthy {
-                wrong.push(format!("{}: {:?}", worker.id, node.current_health()));
-            }
-            if let Some(term) = node.leadership() {
-                leaders.push((worker.id.as_str(), term.epoch));
-            }
-        }
-        if leaders.len() != 1 || leaders[0].1 != token || Some(leaders[0].0) != first {
+        let sharing = self.workers.iter().filter(|worker| worker.second.is_some());
+        let expected: BTreeMap<_, _> = sharing
+            .clone()
+            .filter_map(|worker| Some((worker.id.clone(), worker.port()?)))
+            .collect();
+        let nodes: Vec<_> = sharing.clone().filter_map(|it| it.nodes().nth(1)).collect();
+        let second = (self.second.as_str(), &self.watches_second[..]);
+        wrong.extend(wrong_in(cluster, second, &expected, &nodes).await);
+        let priority = |worker: &Worker| worker.second.as_ref().map(|second| second.1);
+        let running = sharing.filter(|worker| worker.running.is_some());
+        let highest = running.clone().map(priority).max();
+        let leads = |worker: &&Worker| worker.nodes().nth(1).is_some_and(ClusterNode::is_leader);
+        if let Some(leader) = running.clone().find(leads)
+            && Some(priority(leader)) != highest
+        {
             wrong.push(format!(
-                "leaders {leaders:?}, in etcd {first:?} with {token}"
+                "{} leads with priority {:?}, and {highest:?} is the highest",
+                leader.id,
+                priority(leader)
             ));
         }
         wrong
     }
+}
+
+/// The same of one group: who watches it, who is to be there, and the workers' own nodes.
+async fn wrong_in(
+    cluster: &Cluster,
+    (group, watching): (&str, &[Watching]),
+    expected: &BTreeMap<String, u16>,
+    workers: &[&ClusterNode],
+) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let registry = format!("registry/{group}/");
+    let election = format!("election/{group}/");
+    let (nodes, mut candidates) =
+        match (cluster.list(&registry).await, cluster.list(&election).await) {
+            (Ok(nodes), Ok(candidates)) => (nodes, candidates),
+            (Err(error), _) | (_, Err(error)) => return vec![error],
+        };
+    // By id, the lease and the port.
+    let mut stored = BTreeMap::new();
+    for entry in &nodes {
+        let id = entry.key_str().unwrap_or("?").trim_start_matches(&registry);
+        let value: serde_json::Value = serde_json::from_slice(entry.value()).unwrap_or_default();
+        let port = value["port"].as_u64().unwrap_or(0) as u16;
+        stored.insert(id.to_owned(), (entry.lease(), port));
+    }
+    differences(
+        "etcd",
+        stored.iter().map(|(id, (_, port))| (id, *port)),
+        expected,
+        &mut wrong,
+    );
+
+    candidates.sort_by_key(|entry| entry.create_revision());
+    if candidates.len() != expected.len() {
+        wrong.push(format!("etcd: {} candidates", candidates.len()));
+    }
+    let token = candidates
+        .first()
+        .map_or(0, |entry| entry.create_revision());
+    let first = candidates.first().and_then(|entry| entry.value_str().ok());
+
+    for (index, watching) in watching.iter().enumerate() {
+        let (name, discovery) = (format!("discovery {index} of {group}"), &watching.discovery);
+        if discovery.status() != DiscoveryStatus::Live {
+            wrong.push(format!("{name}: {:?}", discovery.status()));
+        }
+        let nodes = discovery.nodes();
+        let ports = nodes.iter().map(|node| (&node.id, node.port.unwrap_or(0)));
+        differences(&name, ports, expected, &mut wrong);
+        for node in nodes.iter() {
+            let lease = stored.get(&node.id).map(|(lease, _)| *lease);
+            if lease.is_some_and(|lease| lease != node.incarnation()) {
+                wrong.push(format!("{name}: {} of an old lease", node.id));
+            }
+        }
+        let term = discovery.leadership();
+        if term.as_ref().map(|term| term.epoch) != Some(token) {
+            wrong.push(format!(
+                "{name}: leader {:?}, in etcd {first:?} with {token}",
+                term.map(|term| (term.node.id.clone(), term.epoch))
+            ));
+        }
+    }
+
+    let mut leaders = Vec::new();
+    for node in workers {
+        if node.current_health() != HealthStatus::Healthy {
+            wrong.push(format!("{}: {:?}", node.id(), node.current_health()));
+        }
+        if let Some(term) = node.leadership() {
+            leaders.push((node.id(), term.epoch));
+        }
+    }
+    if leaders.len() != 1 || leaders[0].1 != token || Some(leaders[0].0) != first {
+        wrong.push(format!(
+            "leaders of {group} {leaders:?}, in etcd {first:?} with {token}"
+        ));
+    }
+    wrong
 }
 
 fn differences<'a>(

@@ -1,11 +1,14 @@
 //! Who leads by their own account, looked at every two milliseconds by a thread of its own, so
 //! that a busy runtime hides nothing.
 
+use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use pingora_etcd::pingora::LeaderRoute;
 use pingora_etcd::{ClusterNode, ServiceDiscovery};
 
 const EVERY: Duration = Duration::from_millis(2);
@@ -21,6 +24,8 @@ pub struct Stats {
     pub no_leader: Duration,
     /// Fencing tokens that were less than one before: which and where.
     pub tokens_back: Vec<String>,
+    /// What readers said of a leader that is of two lives of a process.
+    pub mixed: Vec<String>,
     /// Terms that began.
     pub terms: usize,
     /// The longest time between two looks: what the machine hid.
@@ -30,7 +35,11 @@ pub struct Stats {
 #[derive(Default)]
 struct State {
     nodes: Vec<ClusterNode>,
+    /// Those in the second group.
+    second: Vec<ClusterNode>,
     discoveries: Vec<ServiceDiscovery>,
+    /// Where the leader of each term was, for any reader.
+    terms: HashMap<(String, i64), (String, SocketAddr)>,
     stats: Stats,
     /// The greatest token by a worker's own account, and by each discovery's.
     token: i64,
@@ -66,8 +75,9 @@ impl Monitor {
     }
 
     /// These are the workers now.
-    pub fn watch_nodes(&self, nodes: Vec<ClusterNode>) {
-        lock(&self.state).nodes = nodes;
+    pub fn watch_nodes(&self, nodes: Vec<ClusterNode>, second: Vec<ClusterNode>) {
+        let mut state = lock(&self.state);
+        (state.nodes, state.second) = (nodes, second);
     }
 
     pub fn watch_discoveries(&self, discoveries: Vec<ServiceDiscovery>) {
@@ -83,6 +93,7 @@ impl Monitor {
         state.may_go_back = may;
         state.token = 0;
         state.seen.fill(0);
+        state.terms.clear();
     }
 
     /// What was measured since the last time.
@@ -109,14 +120,64 @@ impl Drop for Monitor {
 
 impl State {
     fn leaders(&self) -> Vec<(usize, i64)> {
-        let nodes = self.nodes.iter().enumerate();
-        nodes
-            .filter(|(_, node)| node.is_leader())
-            .filter_map(|(index, node)| Some((index, node.leadership()?.epoch)))
-            .collect()
+        leaders_of(&self.nodes)
+    }
+
+    /// What a reader says of the leader is of one life of one process.
+    fn look_at_readers(&mut self) {
+        for (index, discovery) in self.discoveries.iter().enumerate() {
+            // Where requests for the leader go.
+            let route = LeaderRoute::new(discovery.clone(), 0);
+            if let Some(to) = route.leader() {
+                let term = (discovery.group_name().to_owned(), to.epoch);
+                let is = (to.node.id.clone(), to.addr);
+                let was = self.terms.entry(term).or_insert_with(|| is.clone());
+                if *was != is && !self.may_go_back {
+                    self.stats.mixed.push(format!(
+                        "discovery {index}: {is:?} leads with token {}, which was of {was:?}",
+                        to.epoch
+                    ));
+                    *was = is;
+                }
+            }
+            let Some(term) = discovery.leadership() else {
+                continue;
+            };
+            let lease = term.key.rsplit('/').next().unwrap_or_default();
+            if format!("{:x}", term.node.incarnation()) != lease {
+                let (id, of) = (&term.node.id, term.node.incarnation());
+                self.stats.mixed.push(format!(
+                    "discovery {index}: {id} of lease {of:x} leads, by the key of lease {lease}"
+                ));
+            }
+        }
+    }
+
+    /// Answers with two that lead the second group, at two glances.
+    fn two_in_second(&self) -> Option<String> {
+        let leaders = leaders_of(&self.second);
+        if leaders.len() < 2 {
+            return None;
+        }
+        let again = leaders_of(&self.second);
+        let both: Vec<_> = leaders
+            .iter()
+            .filter(|leader| again.contains(leader))
+            .collect();
+        (both.len() > 1).then(|| {
+            let names = both
+                .iter()
+                .map(|(index, token)| format!("{} (token {token})", self.second[*index].id()));
+            names.collect::<Vec<_>>().join(", ")
+        })
     }
 
     fn look(&mut self) {
+        self.look_at_readers();
+        if let Some(names) = self.two_in_second() {
+            self.stats.two_leaders = self.stats.two_leaders.max(EVERY);
+            self.stats.two_were.get_or_insert(names);
+        }
         let mut leaders = self.leaders();
         if leaders.len() > 1 {
             // One may have handed over to another between two glances of this thread. Only who
@@ -181,6 +242,14 @@ impl State {
             *seen = token;
         }
     }
+}
+
+fn leaders_of(nodes: &[ClusterNode]) -> Vec<(usize, i64)> {
+    let nodes = nodes.iter().enumerate();
+    nodes
+        .filter(|(_, node)| node.is_leader())
+        .filter_map(|(index, node)| Some((index, node.leadership()?.epoch)))
+        .collect()
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {

@@ -104,6 +104,7 @@ impl Report {
             failures.extend(wrong.iter().take(20).cloned());
         }
         failures.extend(stats.tokens_back.iter().take(5).cloned());
+        failures.extend(stats.mixed.iter().take(5).cloned());
         // What follows at once from etcd ending leases that were being renewed is etcd's.
         let revoked = row.found.revoked;
         let mut of_etcd = Vec::new();

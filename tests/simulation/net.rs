@@ -163,6 +163,8 @@ pub struct Client {
     /// The groups that somebody is a member of through it, and since which revision.
     groups: Arc<Mutex<BTreeMap<&'static str, Revision>>>,
     pub heard: Heard,
+    /// Of which cluster the nodes of each group were listed last.
+    listed: Arc<Mutex<BTreeMap<String, u64>>>,
 }
 
 /// That a group has a running member.
@@ -195,6 +197,7 @@ impl Client {
             leases: Arc::default(),
             groups: Arc::default(),
             heard: Arc::default(),
+            listed: Arc::default(),
         }
     }
 
@@ -398,12 +401,14 @@ impl Store for Client {
     }
 
     async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
-        // A discovery lists the candidates last, as they were when it listed the nodes.
-        let group = match keys {
-            Selector::Prefix(prefix) if at.is_some() => prefix.strip_prefix("election/"),
-            _ => None,
+        let of = |kind: &str| match keys {
+            Selector::Prefix(prefix) => prefix
+                .strip_prefix(kind)
+                .map(|group| group.trim_end_matches('/').to_owned()),
+            Selector::Key(_) => None,
         };
-        let group = group.map(|group| group.trim_end_matches('/').to_owned());
+        // A discovery lists the candidates last, as they were when it listed the nodes.
+        let (nodes, candidates) = (of("registry/"), of("election/").filter(|_| at.is_some()));
         let keys = keys.clone();
         let (listing, moment) = self
             .call("list", PATIENCE, move |client| async move {
@@ -412,9 +417,17 @@ impl Store for Client {
                 Ok((listing, moment))
             })
             .await?;
-        if let Some(group) = group {
+        let mut listed = self.listed.lock().unwrap();
+        if let Some(group) = nodes {
+            listed.insert(group, listing.cluster_id);
+        }
+        // Those of another cluster than the nodes' say nothing: it lists both again.
+        if let Some(group) = candidates
+            && listed.get(&group) == Some(&listing.cluster_id)
+        {
             self.heard.lock().unwrap().insert(group, moment);
         }
+        drop(listed);
         Ok(listing)
     }
 

@@ -427,7 +427,7 @@ impl World {
             .members
             .iter()
             .position(|member| member.group == group && member.node.is_leader());
-        let index = leader.filter(|_| what > 1).unwrap_or(index);
+        let index = leader.filter(|_| what > 0).unwrap_or(index);
         let node = self.members[index].node.clone();
         let drains = self.members[index].drains.clone();
         if what == 7 {
@@ -442,6 +442,15 @@ impl World {
                 let stopping = self.stop_in_time(member);
                 self.leaving.push(stopping);
             }
+        }
+        if what == 1 {
+            // What it asks of the store comes long after it has given up on it.
+            let process = self.members[index].process.clone();
+            let late = Weather {
+                stragglers: 0.5,
+                ..Weather::default()
+            };
+            self.weather_for(process, late, Duration::from_millis(100));
         }
         let wait = Duration::from_millis(self.plan.u64(0..8));
         self.give(node, drains, what, target, wait);
