@@ -80,7 +80,7 @@ const PROMISES: &[(&str, &[&str])] = &[
         &["proxy::drop_in::a_down_backend_stays_down_when_its_weight_changes"],
     ),
     (
-        "One bad entry harms nobody: it is skipped, counted and logged once.",
+        "One bad entry harms nobody: it is skipped, counted and logged once for each reason.",
         &[
             "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
             "cluster::discovery::bad_entries_are_skipped_and_the_others_are_served",
