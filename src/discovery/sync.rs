@@ -341,7 +341,6 @@ impl<'s> Follower<'s> {
         self.is_heard();
         let changes = self.view.reset(staged, revision, Instant::now());
         let (nodes, suspects) = (self.view.nodes().len(), self.view.nodes().suspects());
-        info!(group = %self.shared.group, revision, nodes, suspects, "group loaded");
         if let Some(on_disk) = self.on_disk.take().filter(|on_disk| *on_disk != cluster_id) {
             warn!(group = %self.shared.group, cluster_id, on_disk, "the snapshot was of another etcd cluster");
         }
@@ -351,6 +350,8 @@ impl<'s> Follower<'s> {
         self.publish(changes, true);
         self.shared.went_live(was_borrowed);
         self.shared.went_ready();
+        // Said when it is done: whatever becomes of a log, the view is there.
+        info!(group = %self.shared.group, revision, nodes, suspects, "group loaded");
         let from = revision + 1;
         let ranges = self.selectors().map(|keys| WatchRange { keys, from });
         Ok((cluster_id, ranges.into()))

@@ -80,6 +80,30 @@ const PROMISES: &[(&str, &[&str])] = &[
         &["proxy::drop_in::a_down_backend_stays_down_when_its_weight_changes"],
     ),
     (
+        "A log that cannot be written costs its lines only",
+        &["promises::logs::a_log_that_cannot_be_written_costs_nothing_but_its_lines"],
+    ),
+    (
+        "In a program of your own, see to it that the subscriber neither panics nor waits",
+        &["promises::deaths::a_subscriber_that_panics_for_a_while_ends_nothing"],
+    ),
+    (
+        "Nothing keeps serving a frozen view in silence.",
+        &["promises::deaths::a_balancer_whose_discovery_panics_says_that_it_is_stale_and_goes_on"],
+    ),
+    (
+        "What ends or panics in the services for Pingora is started again",
+        &[
+            "promises::deaths::a_balancer_whose_discovery_panics_says_that_it_is_stale_and_goes_on",
+            "promises::deaths::a_live_load_balancer_whose_discovery_panics_goes_on",
+            "promises::deaths::a_stock_load_balancer_whose_discovery_panics_goes_on",
+            "promises::deaths::health_checks_that_panic_go_on_and_the_view_too",
+            "promises::deaths::a_run_that_panics_is_over_for_its_handles_and_can_be_run_again",
+            "promises::deaths::a_port_that_is_taken_is_an_error_and_an_exit",
+            "promises::deaths::a_port_that_is_taken_later_is_an_error_and_an_exit_too",
+        ],
+    ),
+    (
         "One bad entry harms nobody: it is skipped, counted and logged once for each reason.",
         &[
             "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
