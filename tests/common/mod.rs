@@ -5,6 +5,7 @@
 pub mod certificates;
 pub mod etcd;
 pub mod link;
+pub mod scripted;
 
 use std::collections::BTreeSet;
 use std::future::Future;

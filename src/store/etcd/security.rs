@@ -139,17 +139,28 @@ impl EtcdStore {
             // Another one since, with a token of its own.
             return Ok(connection);
         }
-        let renewals = connection.token.0.clone();
-        let mut outcome = renewals.outcome.lock().await;
-        if connection.token.version() == version {
-            let renewed = self.authenticate(&connection).await;
-            *outcome = renewed.err();
-            renewals.count.fetch_add(1, Ordering::Release);
-        }
-        match &*outcome {
-            None => Ok(connection),
-            Some(error) => Err(error.clone()),
-        }
+        // In a task of its own, for a caller that is not polled must not hold the others up.
+        let store = self.in_background();
+        let renewal = tokio::spawn(async move {
+            let renewals = connection.token.0.clone();
+            let mut outcome = renewals.outcome.lock().await;
+            if connection.token.version() == version {
+                let renewed = store.authenticate(&connection).await;
+                *outcome = renewed.err();
+                renewals.count.fetch_add(1, Ordering::Release);
+            }
+            match &*outcome {
+                None => Ok(connection),
+                Some(error) => Err(error.clone()),
+            }
+        });
+        renewal.await.unwrap_or_else(|error| {
+            Err(ClusterError::Unavailable {
+                endpoint: self.endpoints().join(","),
+                operation: "authenticate",
+                reason: error.to_string(),
+            })
+        })
     }
 
     async fn authenticate(&self, connection: &Connection) -> Result<(), ClusterError> {
