@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo test test-docker simulate fuzz real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
+.PHONY: help deps demo test promises test-docker simulate fuzz real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -13,11 +13,12 @@ demo: deps ## a load balancer on 127.0.0.1:6188 and three nodes, until Ctrl-C
 	@exec cargo run --example load_balancer -- --conf config/demo.yaml --demo 3
 
 # The integration tests start the example binaries, which `cargo test` alone does
-# not build. ETCD_IMAGE (name:tag, through testcontainers) takes the place of an etcd
+# not build; those of the promises to users start them optimised, as users do. ETCD_IMAGE (name:tag, through testcontainers) takes the place of an etcd
 # process. ETCD_ENDPOINTS (a running etcd) does so only for the tests that do not
 # stop theirs, so a binary is needed beside it.
 test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS is set
 	cargo build --all-features --examples
+	cargo build --profile bench --all-features --examples
 	@set -e; \
 	if [ -n "$$ETCD_IMAGE" ]; then \
 		unset ETCD_BIN; \
@@ -39,6 +40,10 @@ SIMULATION = cargo test --profile bench --all-features --test simulation --
 SEEDS ?= 2000
 FIRST ?= 1
 BUG ?=
+promises: deps ## what the README promises, tried on the optimised programs; part of test
+	cargo build --profile bench --all-features --examples
+	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test promises
+
 simulate: deps ## simulate coordination under faults: SEEDS=n FIRST=s, BUG=name; part of test
 	$(SIMULATION) --seeds $(SEEDS) --first $(FIRST) $(if $(BUG),--bug $(BUG))
 

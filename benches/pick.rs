@@ -19,7 +19,7 @@ use pingora::services::background::BackgroundService;
 use pingora_etcd::balance::{Balancer, BalancerBuilder, PickOptions, Policy, TICK};
 use pingora_etcd::pingora::{ClusterBackends, MetricsWeighted};
 use pingora_etcd::store::{MemoryStore, Store, Txn};
-use pingora_etcd::{EtcdOptions, Node, ServiceDiscovery};
+use pingora_etcd::{Change, EtcdOptions, Node, ServiceDiscovery};
 
 #[global_allocator]
 static ALLOCATIONS: AllocProfiler = AllocProfiler::system();
@@ -249,6 +249,47 @@ fn tick(bencher: Bencher, count: usize) {
         now += TICK;
         balancer.tick(now);
     });
+}
+
+/// One node has left or joined, and the table with its ring is built.
+#[divan::bench(args = FLEETS)]
+fn consistent_rebuild(bencher: Bencher, count: usize) {
+    let (balancer, nodes) = consistent(count);
+    let mut is_there = true;
+    bencher.counter(ItemsCount::new(1_usize)).bench_local(|| {
+        let last = nodes[count - 1].clone();
+        let change = if is_there {
+            Change::Left(last)
+        } else {
+            Change::Joined(last)
+        };
+        is_there = !is_there;
+        let now = Instant::now();
+        balancer.apply(&change, now);
+        balancer.publish(now);
+    });
+}
+
+/// A tick when nothing has changed.
+#[divan::bench(args = FLEETS)]
+fn consistent_tick(bencher: Bencher, count: usize) {
+    let (balancer, _) = consistent(count);
+    let mut now = Instant::now();
+    bencher.counter(ItemsCount::new(1_usize)).bench_local(|| {
+        now += TICK;
+        balancer.tick(now);
+    });
+}
+
+/// Of backends with a weight of 100 each.
+fn consistent(count: usize) -> (Balancer, Vec<Arc<Node>>) {
+    let builder = Balancer::builder().policy(Policy::Consistent);
+    let balancer = builder.try_build().unwrap();
+    let nodes: Vec<_> = (0..count)
+        .map(|index| Arc::new(node(index).with_weight(100.0)))
+        .collect();
+    balancer.update(&nodes);
+    (balancer, nodes)
 }
 
 #[divan::bench(args = SIZES, threads = THREADS)]

@@ -20,7 +20,7 @@ const REDRAWS: usize = 4;
 
 /// One pick in 256 goes by weight alone: too few to be seen in the 99th percentile.
 const EXPLORE: u64 = 255;
-/// So many points of the ring are looked at for an owner with room, once one is found that is well.
+/// So many cells of the ring are looked at for an owner that is well and has room.
 const RING_STEPS: usize = 256;
 /// How often any backend at all is looked at, whatever its weight, when none of those drawn works.
 const BLIND_DRAWS: usize = 16;
@@ -224,23 +224,24 @@ impl Balancer {
         let is_well = |index: usize| {
             !self.signals.gated() || self.signals.chance(table.slots[index].member.success()) > lot
         };
-        let (mut first, mut full) = (None, None);
-        for (step, index) in table.ring.owners(options.key).enumerate() {
-            if table.is_excluded(index, options.exclude) {
-                continue;
-            }
-            first.get_or_insert(index);
-            if is_well(index) {
+        let is_left = |index: usize| !table.is_excluded(index, options.exclude);
+        let (ring, key) = (&table.ring, options.key);
+        let mut full = None;
+        for index in ring.owners(key).take(RING_STEPS) {
+            if is_left(index) && is_well(index) {
                 if has_room(index) {
                     return Some(index);
                 }
                 full.get_or_insert(index);
             }
-            if full.is_some() && step > RING_STEPS {
-                break;
-            }
         }
-        full.or(first)
+        // Those that are left, or well, have next to no cells. All of them are asked then.
+        full.or_else(|| {
+            let is_fit = |index: usize| is_left(index) && is_well(index);
+            ring.owner_among(key, |index| is_fit(index) && has_room(index))
+                .or_else(|| ring.owner_among(key, is_fit))
+        })
+        .or_else(|| ring.owner_among(key, is_left))
     }
 }
 

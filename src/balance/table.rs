@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
-
 use super::Policy;
 use super::member::{Counter, Member};
+use super::ring::Ring;
 
 /// A backend as a pick sees it.
 #[derive(Debug)]
@@ -34,6 +33,8 @@ pub(super) struct Table {
     /// Whether all weights are equal.
     pub(super) uniform: bool,
     pub(super) spread: Spread,
+    /// What it was built of, where that seldom changes.
+    shares: Box<[f64]>,
 }
 
 impl Table {
@@ -54,9 +55,15 @@ impl Table {
             ..Self::default()
         };
         match policy {
-            Policy::Consistent => table.ring = Ring::new(&members, &shares),
+            Policy::Consistent => {
+                let addrs = members.iter().map(|member| member.addr());
+                table.ring = Ring::new(addrs.zip(shares.iter().copied()));
+            }
             Policy::RoundRobin => table.spread = Spread::new(&shares),
             _ => {}
+        }
+        if policy.is_static() {
+            table.shares = shares.into();
         }
         table.slots = members
             .into_iter()
@@ -68,6 +75,14 @@ impl Table {
             })
             .collect();
         table
+    }
+
+    /// Whether a table of these would be the same, under a policy whose shares seldom change.
+    pub(super) fn is_of<'a>(&self, members: impl Iterator<Item = &'a Arc<Member>>) -> bool {
+        let built = self.slots.iter().zip(&self.shares);
+        built
+            .map(|(slot, share)| (Arc::as_ptr(&slot.member), *share))
+            .eq(members.map(|member| (Arc::as_ptr(member), member.share())))
     }
 }
 
@@ -196,51 +211,6 @@ impl Spread {
     /// "On the distribution mod 1 of the sequence nα", 1958).
     pub(crate) fn turn(&self, turn: u64) -> usize {
         self.at(turn.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-    }
-}
-
-/// Points per unit of weight on the hash ring. With so many, ten equal backends get between three
-/// quarters and four thirds of an equal share.
-const RING_POINTS: f64 = 160.0;
-/// No backend has more points than this, however great its weight: those of 100 equal ones.
-const RING_MOST: f64 = 16_000.0;
-
-/// Consistent hashing: backends own points on a ring of hashes, and a key goes to the owner of
-/// the next point. A backend that comes or goes moves only the keys it gets or had: how many points
-/// one has depends on nobody else. Twelve bytes a point.
-#[derive(Debug, Default)]
-pub(super) struct Ring {
-    /// Sorted hashes.
-    points: Box<[u64]>,
-    owners: Box<[u32]>,
-}
-
-impl Ring {
-    fn new(members: &[Arc<Member>], weights: &[f64]) -> Self {
-        let mut points = Vec::new();
-        for (index, (member, weight)) in members.iter().zip(weights).enumerate() {
-            let share = (weight * RING_POINTS).clamp(1.0, RING_MOST).round() as u64;
-            // By address, not by id: what is kept for a key is kept in a process.
-            let name = member.addr().to_string();
-            for point in 0..share {
-                let hash = xxh3_64_with_seed(name.as_bytes(), point);
-                points.push((hash, index as u32));
-            }
-        }
-        points.sort_unstable();
-        let (points, owners): (Vec<_>, Vec<_>) = points.into_iter().unzip();
-        Self {
-            points: points.into(),
-            owners: owners.into(),
-        }
-    }
-
-    /// Backends in the order in which they are responsible for `key`; each may come repeatedly.
-    pub(super) fn owners(&self, key: &[u8]) -> impl Iterator<Item = usize> {
-        let hash = xxh3_64_with_seed(key, 0);
-        let start = self.points.partition_point(|point| *point < hash);
-        let (before, after) = self.owners.split_at(start);
-        after.iter().chain(before).map(|owner| *owner as usize)
     }
 }
 

@@ -421,6 +421,101 @@ fn consistent_moves_only_what_it_must() {
 }
 
 #[test]
+fn consistent_follows_weights_whatever_their_unit() {
+    for unit in [1e-6, 1.0, 100.0, 1e5] {
+        let weighted = [(0, unit), (1, 10.0 * unit)]
+            .map(|(index, weight)| Arc::new(Node::clone(&bare(index)).with_weight(weight)));
+        let balancer = balancer(Policy::Consistent, &weighted);
+        let light = (0..20_000_u32).filter(|key| {
+            let options = PickOptions {
+                key: &key.to_le_bytes(),
+                ..PickOptions::default()
+            };
+            balancer.pick_with(options).unwrap().addr().port() == 1000
+        });
+        let share = light.count() as f64 / 20_000.0;
+        assert!((share - 1.0 / 11.0).abs() < 0.01, "{unit}: {share}");
+    }
+}
+
+#[test]
+fn consistent_finds_those_that_own_next_to_nothing() {
+    let weighted = [(0, 1e6), (1, 1e-6), (2, 1e-6)]
+        .map(|(index, weight)| Arc::new(Node::clone(&bare(index)).with_weight(weight)));
+    let balancer = balancer(Policy::Consistent, &weighted);
+    let heavy = weighted[0].addr(80);
+    let pick = |key: u32| {
+        let options = PickOptions {
+            key: &key.to_le_bytes(),
+            exclude: &[heavy],
+            ..PickOptions::default()
+        };
+        balancer.pick_with(options).unwrap().addr()
+    };
+    let mut counts: BTreeMap<SocketAddr, u32> = BTreeMap::new();
+    for key in 0..1_000 {
+        let addr = pick(key);
+        assert_eq!(pick(key), addr, "a key stays");
+        *counts.entry(addr).or_default() += 1;
+    }
+    assert_eq!(counts.len(), 2);
+    assert!(
+        counts.values().all(|count| *count > 400),
+        "each by weight: {counts:?}"
+    );
+}
+
+/// Not the ring, nor any other table of a policy that metrics play no part in.
+#[test]
+fn nothing_is_published_while_nothing_changes() {
+    for policy in [Policy::RoundRobin, Policy::Random, Policy::Consistent] {
+        let mut rig = Rig::new(Balancer::builder().policy(policy));
+        for index in 0..4 {
+            let node = Node::clone(&bare(index)).with_weight(100.0 * f64::from(index + 1));
+            rig.nodes.insert(node.id.clone(), Arc::new(node));
+        }
+        rig.update();
+        let mut published = rig.balancer.table.load_full();
+        let mut is_new = |rig: &Rig| {
+            let before = std::mem::replace(&mut published, rig.balancer.table.load_full());
+            !Arc::ptr_eq(&before, &published)
+        };
+        for round in 1..5 {
+            rig.traffic(100, |index| index == 1);
+            rig.seconds(1);
+            assert!(!is_new(&rig), "{policy:?}: a tick");
+            let old = rig.nodes["n0"].clone();
+            let mut new = Node::clone(&old).with_metadata(json!({"cpu_usage_percent": 90}));
+            new.last_seen = round;
+            let new = Arc::new(new);
+            rig.nodes.insert("n0".to_owned(), new.clone());
+            rig.balancer.apply(&Change::Updated { old, new }, rig.now);
+            rig.balancer.publish(rig.now);
+            rig.update();
+            assert!(!is_new(&rig), "{policy:?}: metrics");
+        }
+        let node = |rig: &Rig| Node::clone(&rig.nodes["n3"]);
+        let steps: [&dyn Fn(&Rig) -> Option<Node>; 5] = [
+            &|rig| Some(node(rig).with_weight(401.0)),
+            &|rig| Some(node(rig).with_state(NodeState::Draining)),
+            &|rig| Some(node(rig).with_state(NodeState::Serving)),
+            &|rig| Some(node(rig).with_incarnation(7)),
+            &|_| None,
+        ];
+        for (step, next) in steps.into_iter().enumerate() {
+            match next(&rig) {
+                Some(node) => rig.nodes.insert("n3".to_owned(), Arc::new(node)),
+                None => rig.nodes.remove("n3"),
+            };
+            rig.update();
+            assert!(is_new(&rig), "{policy:?}: change {step}");
+            rig.seconds(1);
+            assert!(!is_new(&rig), "{policy:?}: after change {step}");
+        }
+    }
+}
+
+#[test]
 fn bad_settings_are_named() {
     for (builder, field) in [
         (Balancer::builder().default_port(0), "default_port"),

@@ -732,9 +732,9 @@ impl Weigher {
     }
 
     /// Every address once, without nodes that are to get nothing.
-    pub(super) fn serving(&self) -> Vec<Arc<Member>> {
+    pub(super) fn serving(&self) -> impl Iterator<Item = &Arc<Member>> + Clone {
         let serving = self.known.iter().filter(|known| known.counts());
-        serving.map(|known| known.member.clone()).collect()
+        serving.map(|known| &known.member)
     }
 
     /// Metrics refused so far.

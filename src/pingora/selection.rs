@@ -257,8 +257,9 @@ struct Weighted {
     backends: Box<[Backend]>,
     taking: ArcSwap<Taking>,
     turns: Turns,
-    /// Held from reading weights to publishing, so that what is published last was read last.
-    rebuilding: Mutex<()>,
+    /// What is published. Held from reading weights to publishing, so that what is published last
+    /// was read last.
+    weights: Mutex<Vec<f64>>,
 }
 
 /// Those that take traffic.
@@ -285,13 +286,15 @@ impl Weighted {
     }
 
     fn rebuild(&self) {
-        let _rebuilding = self
-            .rebuilding
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let weights = self.backends.iter().map(Self::weight).enumerate();
+        let mut published = self.weights.lock().unwrap_or_else(PoisonError::into_inner);
+        let weights = self.backends.iter().map(Self::weight);
+        if weights.clone().eq(published.iter().copied()) {
+            return;
+        }
+        *published = weights.collect();
+        let taking = published.iter().copied().enumerate();
         let (places, weights): (Vec<_>, Vec<_>) =
-            weights.filter(|(_, weight)| *weight > 0.0).unzip();
+            taking.filter(|(_, weight)| *weight > 0.0).unzip();
         self.taking.store(Arc::new(Taking {
             spread: Spread::new(&weights),
             places: places.into(),
@@ -308,7 +311,7 @@ impl BackendSelection for MetricsWeighted {
             backends: backends.iter().cloned().collect(),
             taking: ArcSwap::from_pointee(Taking::default()),
             turns: Turns::new(),
-            rebuilding: Mutex::new(()),
+            weights: Mutex::new(Vec::new()),
         });
         // Known to the updater first, so that no change falls between the two.
         if let Some(node) = weighted.backends.iter().find_map(BackendNode::of) {
@@ -482,6 +485,21 @@ mod tests {
             longest <= Some(4),
             "5,1,1 in blocks gives five: {longest:?}"
         );
+    }
+
+    #[test]
+    fn nothing_is_published_while_nothing_changes() {
+        let weights = LiveWeights::of(&Balancer::builder().policy(Policy::RoundRobin));
+        let heavy = |weight| Arc::new(Node::clone(&node(1, 50.0)).with_weight(weight));
+        refresh(&weights, &[heavy(3.0), node(2, 50.0)]);
+        let selection = selection(&weights);
+        let published = || selection.weighted.taking.load_full();
+        let before = published();
+        weights.tick(Instant::now());
+        refresh(&weights, &[heavy(3.0), node(2, 90.0)]);
+        assert!(Arc::ptr_eq(&before, &published()));
+        refresh(&weights, &[heavy(4.0), node(2, 90.0)]);
+        assert!(!Arc::ptr_eq(&before, &published()));
     }
 
     #[test]

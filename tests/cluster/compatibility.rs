@@ -70,8 +70,9 @@ async fn what_is_written_is_what_the_predecessor_reads() {
     let entry = &entry.kvs()[0];
     let value: serde_json::Value = serde_json::from_slice(entry.value()).unwrap();
     let fields: Vec<_> = value.as_object().unwrap().keys().collect();
-    // Our one field more is ignored there, and tells our nodes from its own.
-    assert_eq!(fields, ["id", "ip", "last_seen", "priority"]);
+    // Our two fields more are ignored there. One tells our nodes from its own, the other one run of a
+    // process from the next.
+    assert_eq!(fields, ["id", "ip", "last_seen", "priority", "run"]);
     let candidacy = format!("election/{group}/{:x}", entry.lease());
     let candidate = client.get(candidacy, None).await.unwrap();
     assert_eq!(candidate.kvs()[0].value(), b"n1");

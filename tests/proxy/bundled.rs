@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pingora_etcd::EtcdOptions;
 use pingora_etcd::pingora::{BalancerService, ClusterProxy};
+use pingora_etcd::{ClusterNodeBuilder, EtcdOptions};
 
 use super::common::etcd::Etcd;
 use super::common::{eventually, free_port, group, local};
@@ -81,6 +81,80 @@ async fn requests_are_spread_by_weight_and_a_metrics_change_shifts_them() {
     let after = shares(&backends);
     assert!(after[0] < 0.1, "{after:?}");
     assert!(after[1] > after[2] && after[2] > after[0], "{after:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_weight_of_zero_gets_no_request_whatever_the_policy() {
+    let etcd = Etcd::shared();
+    let (some, none) = (group("zero-some"), group("zero-none"));
+    let weighted = |weight: f64| move |builder: ClusterNodeBuilder| builder.weight(weight);
+    let mut backends = Vec::new();
+    for (group, id, weight) in [
+        (&some, "zero", 0.0),
+        (&some, "one", 1.0),
+        (&none, "zero", 0.0),
+    ] {
+        backends.push(Backend::start_with(&etcd.options(), group, id, weighted(weight)).await);
+    }
+    for policy in [
+        "adaptive",
+        "headroom",
+        "round_robin",
+        "random",
+        "consistent",
+    ] {
+        let more = format!("  policy: {policy}\n");
+        let proxy = proxy(&etcd.options(), &some, false, &more).await;
+        proxy.until_it_has(1).await;
+        shares(&backends);
+        let failed = load(&proxy.url, 200, 8).await;
+        assert_eq!(failed, Vec::<String>::new(), "{policy}");
+        assert_eq!(shares(&backends), [0.0, 1.0, 0.0], "{policy}");
+    }
+    // As where all of them drain.
+    let proxy = proxy(&etcd.options(), &none, false, "").await;
+    let response = client().get(&proxy.url).send().await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert_eq!(backends[2].take_requests(), 0);
+}
+
+/// An address that is everybody's own would make the balancer its own backend.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_cannot_be_a_backend_is_none() {
+    let etcd = Etcd::shared();
+    let group = group("nowhere");
+    let proxy = proxy(&etcd.options(), &group, false, "").await;
+    let listen: std::net::SocketAddr = proxy.url[7..proxy.url.len() - 1].parse().unwrap();
+    let mut raw = etcd.raw_client().await;
+    let entries = [
+        ("self", "0.0.0.0", listen.port()),
+        ("self-6", "::", listen.port()),
+        ("mapped", "::ffff:0.0.0.0", listen.port()),
+        ("many", "224.0.0.1", 80),
+        ("all", "255.255.255.255", 80),
+        ("link", "fe80::1", 80),
+        ("no-port", "127.0.0.1", 0),
+    ];
+    for (id, ip, port) in entries {
+        let value = format!(r#"{{"id":"{id}","ip":"{ip}","port":{port}}}"#);
+        let key = format!("registry/{group}/{id}");
+        raw.put(key, value, None).await.unwrap();
+    }
+    // Written last, so that the others have been looked at when it is there.
+    let alive = Backend::start(&etcd.options(), &group, "alive").await;
+    eventually("the one that is a backend is there", || {
+        let backends = proxy.balancer.backends();
+        backends.iter().any(|backend| backend.node.id == alive.id)
+    })
+    .await;
+    let backends = proxy.balancer.backends();
+    assert_eq!(backends.len(), 1, "{backends:?}");
+    assert_eq!(load(&proxy.url, 50, 4).await, Vec::<String>::new());
+    for (id, _, _) in entries {
+        raw.delete(format!("registry/{group}/{id}"), None)
+            .await
+            .unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
