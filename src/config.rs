@@ -135,6 +135,9 @@ pub struct EtcdConfig {
     /// See [`EtcdOptions::key_prefix`].
     #[serde(default)]
     pub key_prefix: String,
+    /// See [`EtcdOptions::sync_endpoints`].
+    #[serde(default)]
+    pub sync_endpoints: bool,
     /// See [`EtcdOptions::connect_timeout`].
     #[serde(default = "default_etcd_connect")]
     pub connect_timeout_ms: u64,
@@ -465,6 +468,7 @@ impl From<&EtcdConfig> for EtcdOptions {
         }
         options
             .key_prefix(config.key_prefix.clone())
+            .sync_endpoints(config.sync_endpoints)
             .connect_timeout(Duration::from_millis(config.connect_timeout_ms))
             .request_timeout(Duration::from_millis(config.request_timeout_ms))
             .keep_alive_interval(Duration::from_millis(config.keep_alive_interval_ms))

@@ -35,16 +35,26 @@ pub struct EtcdOptions {
     /// `prod/registry/workers/n1`. Without a slash at its end it is given one. No control
     /// characters, no spaces around it, no double slash, 512 bytes at most. Default: empty.
     pub key_prefix: String,
-    /// How long to wait for a connection to one endpoint. Default: 2 s. Range: 10 ms to 60 s.
+    /// Whether the endpoints follow the cluster's member list: the client URLs of its members, but of
+    /// learners, are read after each connection and then every minute. Those of `endpoints` are
+    /// tried when those fail. Every member has to be reachable by the URLs that it advertises. Default:
+    /// false.
+    pub sync_endpoints: bool,
+    /// How long to wait for a connection to one endpoint until the next one is tried. One that is slow
+    /// is not given up for that: it may come about meanwhile, up to 30 s later. Default: 2 s. Range:
+    /// 10 ms to 60 s.
     pub connect_timeout: Duration,
-    /// How long to wait for the answer to one request. Default: 3 s. Range: 10 ms to 60 s.
+    /// How long to wait for the answer to one request. Where answers are measured to take longer
+    /// than half of this, the wait is longer, too: twice what an answer takes at most, up to 30 s.
+    /// Default: 3 s. Range: 10 ms to 60 s.
     pub request_timeout: Duration,
     /// How often an open connection is probed by an HTTP/2 ping, which has to be answered within
-    /// `request_timeout`. Default: 10 s. At least 10 s, because etcd closes the connection of a
+    /// 30 s, or `request_timeout` if that is longer. Silence is noticed before that otherwise. Default: 10 s. At least 10 s, because etcd closes the connection of a
     /// client that pings more often than every 5 s.
     pub keep_alive_interval: Duration,
     /// How long a watch may hear nothing at all until its connection is given up for another one. A
-    /// quiet server is asked to say something well before that. Default: 5 s. Range: 500 ms to 5
+    /// quiet server is asked to say something well before that, and given longer where its answers
+    /// are measured to take longer than a quarter of this. Default: 5 s. Range: 500 ms to 5
     /// minutes.
     pub silence_timeout: Duration,
     /// Whether a discovery that has no view yet takes what any one member has of the registrations,
@@ -75,6 +85,7 @@ impl fmt::Debug for EtcdOptions {
         f.debug_struct("EtcdOptions")
             .field("endpoints", &endpoints)
             .field("key_prefix", &self.key_prefix)
+            .field("sync_endpoints", &self.sync_endpoints)
             .field("connect_timeout", &self.connect_timeout)
             .field("request_timeout", &self.request_timeout)
             .field("keep_alive_interval", &self.keep_alive_interval)
@@ -95,6 +106,7 @@ impl EtcdOptions {
         Self {
             endpoints: endpoints.into_iter().map(Into::into).collect(),
             key_prefix: String::new(),
+            sync_endpoints: false,
             connect_timeout: Duration::from_secs(2),
             request_timeout: Duration::from_secs(3),
             keep_alive_interval: Duration::from_secs(10),
@@ -126,6 +138,13 @@ impl EtcdOptions {
     #[must_use]
     pub fn key_prefix(mut self, prefix: impl Into<String>) -> Self {
         self.key_prefix = prefix.into();
+        self
+    }
+
+    /// Sets [`sync_endpoints`](Self::sync_endpoints).
+    #[must_use]
+    pub fn sync_endpoints(mut self, sync: bool) -> Self {
+        self.sync_endpoints = sync;
         self
     }
 
@@ -303,6 +322,19 @@ pub(crate) fn redacted(endpoint: &str) -> String {
     }
 }
 
+/// Whether a member's own URL can be used beside these options.
+pub(crate) fn is_usable(options: &EtcdOptions, url: &str) -> bool {
+    let is_secure = |endpoint: &str| {
+        endpoint.starts_with("https://") || (options.tls.is_some() && !endpoint.contains("://"))
+    };
+    let wanted = options.endpoints.iter().any(|endpoint| is_secure(endpoint));
+    let host = url.rsplit("//").next().unwrap_or_default();
+    // As configured by somebody who takes it for every address.
+    let is_anywhere = host.starts_with("0.0.0.0:") || host.starts_with("[::]:");
+    let is_checked = check_endpoint(url, usize::MAX, options.tls.is_some()).is_ok();
+    is_secure(url) == wanted && !is_anywhere && is_checked && !url.starts_with(MEMORY)
+}
+
 fn check_endpoint(endpoint: &str, count: usize, tls: bool) -> Result<(), ClusterError> {
     let invalid = |reason: &str| {
         Err(ClusterError::InvalidEndpoint {
@@ -453,6 +485,29 @@ mod tests {
         ] {
             EtcdOptions::new([endpoint]).validate().unwrap();
         }
+    }
+
+    #[test]
+    fn members_are_reached_as_the_endpoints_are() {
+        let plain = EtcdOptions::new(["host:2379"]);
+        assert!(is_usable(&plain, "http://10.0.0.1:2379"));
+        for url in [
+            "https://10.0.0.1:2379",
+            "http://0.0.0.0:2379",
+            "http://[::]:2379",
+            "http://10.0.0.1",
+            "unix://socket:1",
+            "memory://x",
+            "",
+        ] {
+            assert!(!is_usable(&plain, url), "{url}");
+        }
+        let secure = EtcdOptions::new(["https://host:2379"]);
+        assert!(!is_usable(&secure, "http://10.0.0.1:2379"));
+        assert_eq!(
+            is_usable(&secure, "https://10.0.0.1:2379"),
+            cfg!(feature = "tls")
+        );
     }
 
     #[test]

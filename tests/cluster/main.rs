@@ -13,6 +13,7 @@ mod compatibility;
 mod discovery;
 mod election;
 mod faults;
+mod members;
 mod metrics;
 mod resilience;
 mod sharing;

@@ -7,6 +7,7 @@ pub mod etcd;
 pub mod link;
 pub mod load;
 pub mod programs;
+pub mod scripted;
 
 use std::collections::BTreeSet;
 use std::future::Future;

@@ -14,7 +14,7 @@ use super::dialling::{Dialler, Pace};
 use super::round_trips::{LONGEST, RoundTrips};
 use super::security::{Fingerprint, Token, connect_as, perhaps_https, status_of};
 use super::watcher::WatchStreams;
-use super::{EtcdStore, bounded};
+use super::{EtcdStore, bounded, members};
 use crate::error::ClusterError;
 use crate::store::Circuit;
 
@@ -193,6 +193,7 @@ impl EtcdStore {
         super::renewal::FileWatch::start(self, &connection, files, open.subscribe());
         #[cfg(not(feature = "tls"))]
         let _ = files;
+        members::follow(self, &connection, open.subscribe());
         link.open = Some(open);
         link.connection = Some(connection);
     }
@@ -202,10 +203,10 @@ impl EtcdStore {
         self.link().endpoints.clone()
     }
 
-    fn position(&self, link: &Link, endpoint: &str) -> usize {
+    pub(super) fn position(&self, link: &Link, endpoint: &str) -> usize {
         let mut endpoints = link.endpoints.iter();
         endpoints
-            .position(|other| **other == *endpoint)
+            .position(|other| members::is_same(other, endpoint))
             .unwrap_or(0)
     }
 

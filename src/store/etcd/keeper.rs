@@ -1,6 +1,8 @@
 //! Renews one lease over a stream of its own.
 
 use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -27,9 +29,18 @@ pub(super) struct EtcdKeeper {
     used: Option<(u64, u64)>,
 }
 
+type Opened = Result<(EtcdLeaseKeeper, LeaseKeepAliveStream), etcd_client::Error>;
+
+enum State {
+    /// With the first renewal, whose reply opens it.
+    Opening(Pin<Box<dyn Future<Output = Opened> + Send>>),
+    Open(EtcdLeaseKeeper, LeaseKeepAliveStream),
+}
+
 struct KeepAliveStream {
-    requests: EtcdLeaseKeeper,
-    replies: LeaseKeepAliveStream,
+    state: State,
+    /// What the lease is granted for: the reply that opens a stream is not passed on.
+    ttl: i64,
     endpoint: std::sync::Arc<str>,
     round_trips: RoundTrips,
     /// When those were sent that are not answered yet. Answers come in their order.
@@ -47,18 +58,43 @@ impl KeepAliveStream {
         explain(RENEW, &self.endpoint, after, error)
     }
 
+    /// Sends one more renewal, where it can be.
+    async fn send(&mut self) -> Result<(), etcd_client::Error> {
+        let sent = Instant::now();
+        if let State::Open(requests, _) = &mut self.state {
+            requests.keep_alive().await?;
+            self.unanswered.push_back(sent);
+        }
+        Ok(())
+    }
+
+    /// Dropping the future loses nothing.
     async fn reply(&mut self, after: Duration) -> Result<Renewed, ClusterError> {
-        match self.replies.message().await {
-            Ok(Some(reply)) => {
+        let ttl = match &mut self.state {
+            State::Opening(opening) => match opening.await {
+                Ok((requests, replies)) => {
+                    self.state = State::Open(requests, replies);
+                    Ok(Some(self.ttl))
+                }
+                Err(error) => {
+                    // Not to be asked again.
+                    self.state = State::Opening(Box::pin(std::future::pending()));
+                    Err(error)
+                }
+            },
+            State::Open(_, replies) => replies
+                .message()
+                .await
+                .map(|reply| reply.map(|reply| reply.ttl())),
+        };
+        match ttl {
+            Ok(Some(ttl)) => {
                 let sent = self.unanswered.pop_front().unwrap_or_else(Instant::now);
                 if self.unanswered.is_empty() {
                     // Those before it may have come long before they were looked at.
                     self.round_trips.answered(sent);
                 }
-                Ok(Renewed {
-                    ttl: reply.ttl(),
-                    sent,
-                })
+                Ok(Renewed { ttl, sent })
             }
             Ok(None) => Err(ClusterError::Unavailable {
                 endpoint: self.endpoint.to_string(),
@@ -101,40 +137,35 @@ impl EtcdKeeper {
         if self.used.map(|(generation, _)| generation) != Some(self.store.link().generation) {
             self.stream = None;
         }
-        if let Some(stream) = &mut self.stream {
-            stream.unanswered.push_back(Instant::now());
-            if let Err(error) = stream.requests.keep_alive().await {
-                return Err(stream.explain(&error, after));
-            }
-            loop {
-                let renewed = stream.reply(after).await?;
-                // One that its caller gave up may have left its answer behind.
-                if stream.unanswered.is_empty() {
-                    return Ok(renewed);
+        let stream = match &mut self.stream {
+            Some(stream) => {
+                if let Err(error) = stream.send().await {
+                    return Err(stream.explain(&error, after));
                 }
+                stream
+            }
+            none => {
+                self.used = None;
+                let connection = self.store.connection(RENEW).await?;
+                self.used = Some((connection.generation, connection.token.version()));
+                let (mut client, lease) = (connection.client, self.lease.id.0);
+                let opening = async move { client.lease_keep_alive(lease).await };
+                none.insert(KeepAliveStream {
+                    state: State::Opening(Box::pin(opening)),
+                    ttl: i64::try_from(self.lease.ttl.as_secs()).unwrap_or(i64::MAX),
+                    endpoint: connection.endpoint,
+                    round_trips: connection.round_trips,
+                    unanswered: VecDeque::from([Instant::now()]),
+                })
+            }
+        };
+        loop {
+            let renewed = stream.reply(after).await?;
+            // One that its caller gave up may have left its answer behind.
+            if stream.unanswered.is_empty() {
+                return Ok(renewed);
             }
         }
-        self.used = None;
-        let connection = self.store.connection(RENEW).await?;
-        self.used = Some((connection.generation, connection.token.version()));
-        let mut client = connection.client;
-        let sent = Instant::now();
-        // Sends the first renewal and waits for its reply.
-        let opened = client.lease_keep_alive(self.lease.id.0).await;
-        let (requests, replies) =
-            opened.map_err(|error| explain(RENEW, &connection.endpoint, after, &error))?;
-        connection.round_trips.answered(sent);
-        self.stream = Some(KeepAliveStream {
-            requests,
-            replies,
-            endpoint: connection.endpoint,
-            round_trips: connection.round_trips,
-            unanswered: VecDeque::new(),
-        });
-        Ok(Renewed {
-            ttl: i64::try_from(self.lease.ttl.as_secs()).unwrap_or(i64::MAX),
-            sent,
-        })
     }
 
     /// How long to wait for an answer: longer where they were measured to take longer.
@@ -173,10 +204,8 @@ impl LeaseKeeper for EtcdKeeper {
             && late.unanswered.len() < MOST_UNANSWERED
         {
             // Until there is another connection this one is as good as any.
-            let queued = tokio::time::timeout(Duration::ZERO, late.requests.keep_alive()).await;
-            if matches!(queued, Ok(Ok(()))) {
-                late.unanswered.push_back(asked);
-            }
+            // It has room, or there are many already.
+            let _ = tokio::time::timeout(Duration::ZERO, late.send()).await;
         }
         let renewal = tokio::time::timeout(within, async {
             tokio::select! {

@@ -13,6 +13,7 @@ mod connection;
 mod diagnosis;
 mod dialling;
 mod keeper;
+mod members;
 #[cfg(feature = "tls")]
 mod renewal;
 mod round_trips;
@@ -111,8 +112,12 @@ impl EtcdStore {
 
     /// The same store for a task of its own, which is not to keep it open.
     fn in_background(&self) -> Self {
+        Self::background(self.shared.clone())
+    }
+
+    fn background(shared: Arc<Shared>) -> Self {
         Self {
-            shared: self.shared.clone(),
+            shared,
             _handle: None,
         }
     }

@@ -96,12 +96,9 @@ impl FileWatch {
         let Some(shared) = self.store.upgrade() else {
             return false;
         };
-        match (EtcdStore {
-            shared,
-            _handle: None,
-        })
-        .replace(self.connection.0, &endpoint)
-        .await
+        match EtcdStore::background(shared)
+            .replace(self.connection.0, &endpoint)
+            .await
         {
             Ok(()) => {
                 info!(

@@ -260,20 +260,31 @@ impl EtcdStore {
             // Another one since, with a token of its own.
             return Ok(connection);
         }
-        let renewals = connection.token.0.clone();
-        let mut outcome = renewals.outcome.lock().await;
-        if connection.token.version() == version {
-            let renewed = self.authenticate(&connection).await;
-            *outcome = renewed.err();
-            renewals.count.fetch_add(1, Ordering::Release);
-        }
-        let error = outcome.clone();
-        drop(outcome);
-        match error {
-            // Perhaps with another stream for watches than a moment ago.
-            None => self.connection("authenticate").await,
-            Some(error) => Err(error),
-        }
+        // In a task of its own, for a caller that is not polled must not hold the others up.
+        let store = self.in_background();
+        let renewal = tokio::spawn(async move {
+            let renewals = connection.token.0.clone();
+            let mut outcome = renewals.outcome.lock().await;
+            if connection.token.version() == version {
+                let renewed = store.authenticate(&connection).await;
+                *outcome = renewed.err();
+                renewals.count.fetch_add(1, Ordering::Release);
+            }
+            let error = outcome.clone();
+            drop(outcome);
+            match error {
+                // Perhaps with another stream for watches than a moment ago.
+                None => store.connection("authenticate").await,
+                Some(error) => Err(error),
+            }
+        });
+        renewal.await.unwrap_or_else(|error| {
+            Err(ClusterError::Unavailable {
+                endpoint: self.endpoints().join(","),
+                operation: "authenticate",
+                reason: error.to_string(),
+            })
+        })
     }
 
     async fn authenticate(&self, connection: &Connection) -> Result<(), ClusterError> {

@@ -1,0 +1,505 @@
+//! Members that cannot be used, proxies that number watches by themselves, and what a server does
+//! in what order.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use etcd_client::{Client, MemberAddOptions};
+use pingora_etcd::store::{EtcdStore, Selector, Store, WatchEvent, WatchRange};
+use pingora_etcd::{DiscoveryStatus, EtcdOptions};
+
+use super::common::etcd::{Etcd, Process, binary};
+use super::common::scripted::{
+    Answer, Message, Scripted, WatchRequest, created, header, progress, put, status,
+};
+use super::common::{eventually, free_port, group, local, throughout, within};
+use super::{Running, builder, ready};
+
+/// gRPC's.
+const UNAVAILABLE: u8 = 14;
+const FAILED_PRECONDITION: u8 = 9;
+const UNIMPLEMENTED: u8 = 12;
+
+fn range(key: &str, from: i64) -> WatchRange {
+    WatchRange {
+        keys: Selector::Key(key.to_owned()),
+        from,
+    }
+}
+
+/// A healthy member, as far as it is scripted.
+fn healthy(call: &str) -> Answer {
+    match call {
+        "Status" => Answer::Message(status("3.5.30", false)),
+        "Range" => Answer::Message(Message::new().message(1, &header(1))),
+        _ => Answer::Refused(UNIMPLEMENTED, "not scripted"),
+    }
+}
+
+#[tokio::test]
+async fn a_learner_is_left_for_the_next_endpoint() {
+    let etcd = Etcd::shared();
+    for code in [FAILED_PRECONDITION, UNAVAILABLE] {
+        for says_so in [true, false] {
+            let group = group("learner");
+            let learner = Scripted::start(move |call| match call {
+                "Status" => Answer::Message(status("3.6.0", says_so)),
+                _ => Answer::Refused(code, "etcdserver: rpc not supported for learner"),
+            })
+            .await;
+            let options = EtcdOptions::new([learner.endpoint(), etcd.endpoints()[0].clone()]);
+            let start = Instant::now();
+            let node = Running::start(&options, &group, "n1").await;
+            let discovery = ready(&options, &group).await;
+            within("it is seen", discovery.wait_for_nodes(1)).await;
+            println!(
+                "{code}, says so {says_so}: {:?}, {:?}",
+                start.elapsed(),
+                learner.calls()
+            );
+            let after = start.elapsed();
+            assert!(after < Duration::from_secs(5), "{after:?}");
+            assert_eq!(
+                discovery.store_status().endpoint.as_ref(),
+                Some(&etcd.endpoints()[0])
+            );
+            if says_so {
+                assert!(learner.calls().iter().all(|call| call == "Status"));
+            }
+            node.stop().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_answer_about_progress_is_not_for_watches_confirmed_after_it_was_asked_for() {
+    let mut server = Scripted::start(healthy).await;
+    let options = server
+        .options()
+        .silence_timeout(Duration::from_millis(2000));
+    let store = EtcdStore::new(options).unwrap();
+    let (opened, mut watches) = tokio::join!(store.watch(vec![range("a", 2)]), async {
+        let mut watches = server.watches().await;
+        let id = watches.next_create().await;
+        watches.answer(created(id, 1));
+        watches
+    });
+    let mut first = opened.unwrap();
+    let of_first = tokio::spawn(async move {
+        let events = first.next().await.unwrap();
+        (events, first)
+    });
+    // It is quiet, and asked how far it is. Before it answers another watch is opened.
+    while watches.next().await != WatchRequest::Progress {}
+    let (opened, id) = tokio::join!(store.watch(vec![range("b", 2)]), async {
+        let id = watches.next_create().await;
+        watches.answer(created(id, 1));
+        id
+    });
+    let mut second = opened.unwrap();
+    watches.answer(progress(50));
+    // Which the second watch had not been told of then.
+    watches.answer(put(id, "b", 40));
+    let events = within("the change", second.next()).await.unwrap();
+    assert!(matches!(&events[..], [WatchEvent::Put(entry)] if entry.mod_revision == 40));
+    assert_eq!(second.position()[0].from, 41);
+    // Asked again it has, and both have.
+    while watches.next().await != WatchRequest::Progress {}
+    watches.answer(progress(60));
+    watches.answer(put(id, "b", 61));
+    within("the change", second.next()).await.unwrap();
+    assert_eq!(second.position()[0].from, 62);
+    of_first.abort();
+}
+
+#[tokio::test]
+async fn a_silent_watch_is_replaced_and_tells_each_change_once() {
+    let mut server = Scripted::start(healthy).await;
+    let options = server.options().silence_timeout(Duration::from_millis(800));
+    let store = EtcdStore::new(options).unwrap();
+    let (opened, (mut watches, old)) = tokio::join!(store.watch(vec![range("a", 2)]), async {
+        let mut watches = server.watches().await;
+        let id = watches.next_create().await;
+        watches.answer(created(id, 1));
+        (watches, id)
+    });
+    let mut watcher = opened.unwrap();
+    watches.answer(put(old, "a", 5));
+    assert_eq!(within("a change", watcher.next()).await.unwrap().len(), 1);
+    let told = tokio::spawn(async move {
+        let mut told = Vec::new();
+        while told.len() < 2 {
+            let events = watcher.next().await.unwrap();
+            told.extend(events.iter().map(WatchEvent::revision));
+        }
+        told
+    });
+    // No answer about progress: a watch from where this one has come to takes its place.
+    let new = loop {
+        match watches.next().await {
+            WatchRequest::Create { from, id, .. } => {
+                assert_eq!(from, 6);
+                break id as i64;
+            }
+            request => assert_eq!(request, WatchRequest::Progress),
+        }
+    };
+    // Both tell of a change; the old one late, too.
+    watches.answer(put(old, "a", 6));
+    watches.answer(created(new, 6));
+    watches.answer(put(new, "a", 6));
+    watches.answer(put(old, "a", 6));
+    watches.answer(put(new, "a", 7));
+    while watches.next().await != WatchRequest::Cancel(old as u64) {}
+    assert_eq!(within("both changes", told).await.unwrap(), [6, 7]);
+}
+
+#[tokio::test]
+async fn a_server_that_numbers_watches_by_itself_is_asked_for_one_at_a_time() {
+    let mut server = Scripted::start(healthy).await;
+    let store = EtcdStore::new(server.options()).unwrap();
+    let ranges = vec![range("a", 2), range("b", 2), range("c", 2)];
+    let (opened, mut watches) = tokio::join!(store.watch(ranges), async {
+        let mut watches = server.watches().await;
+        for number in [7, 3, 5] {
+            watches.next_create().await;
+            // Nothing else is asked for until this one is there.
+            throughout("it waits", Duration::from_millis(50), || {
+                watches.try_next().is_none()
+            })
+            .await;
+            watches.answer(created(number, 1));
+        }
+        watches
+    });
+    let mut watcher = opened.unwrap();
+    for (number, key, revision) in [(3, "b", 2), (5, "c", 3), (7, "a", 4)] {
+        watches.answer(put(number, key, revision));
+        let events = within("a change", watcher.next()).await.unwrap();
+        assert!(
+            matches!(&events[..], [WatchEvent::Put(entry)] if entry.key == key),
+            "{events:?}"
+        );
+    }
+    let from: Vec<_> = watcher.position().iter().map(|range| range.from).collect();
+    assert_eq!(from, [5, 3, 4]);
+    drop(watcher);
+    let mut cancelled = Vec::new();
+    while cancelled.len() < 3 {
+        if let WatchRequest::Cancel(number) = watches.next().await {
+            cancelled.push(number);
+        }
+    }
+    cancelled.sort_unstable();
+    assert_eq!(cancelled, [3, 5, 7]);
+}
+
+async fn put_node(client: &mut Client, group: &str, id: &str) {
+    let value = format!(r#"{{"id":"{id}","ip":"10.0.0.1","port":8080}}"#);
+    let key = format!("registry/{group}/{id}");
+    client.put(key, value, None).await.unwrap();
+}
+
+struct Proxy {
+    port: u16,
+    target: String,
+    process: Option<Process>,
+}
+
+impl Proxy {
+    fn start(&mut self) {
+        let address = format!("{}:{}", local(), self.port);
+        let mut command = Command::new(binary().unwrap());
+        command.args([
+            "grpc-proxy",
+            "start",
+            &format!("--endpoints={}", self.target),
+            &format!("--listen-addr={address}"),
+            &format!("--advertise-client-url={address}"),
+        ]);
+        let files = format!("{}/proxy-{}", env!("CARGO_TARGET_TMPDIR"), self.port);
+        std::fs::create_dir_all(&files).unwrap();
+        command.arg(format!("--data-dir={files}"));
+        self.process = Some(Process::spawn(&command, files.as_ref()));
+    }
+
+    fn stop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.end(false);
+        }
+    }
+
+    fn options(&self) -> EtcdOptions {
+        EtcdOptions::new([format!("http://{}:{}", local(), self.port)])
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+#[tokio::test]
+async fn through_etcds_grpc_proxy_changes_are_seen_as_soon_as_without() {
+    if binary().is_none() {
+        println!("needs an etcd binary; left out because ETCD_IMAGE is set");
+        return;
+    }
+    let etcd = Etcd::own();
+    let group = group("proxied");
+    let mut client = etcd.raw_client().await;
+    let mut proxy = Proxy {
+        port: free_port(),
+        target: etcd.address(),
+        process: None,
+    };
+    proxy.start();
+    let options = proxy.options();
+    let first = builder(&options, &group, "w1").ttl(3);
+    let first = Running::new(first.try_build().unwrap());
+    within("it leads", first.node.wait_for_leadership()).await;
+    let discovery = ready(&options, &group).await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+    let mut slowest = Duration::ZERO;
+    let mut count = 1;
+    let mut see = async |client: &mut Client, what: &str| {
+        let start = Instant::now();
+        put_node(client, &group, &format!("n{count}")).await;
+        count += 1;
+        within(what, discovery.wait_for_nodes(count)).await;
+        slowest = slowest.max(start.elapsed());
+    };
+    for _ in 0..20 {
+        see(&mut client, "a change").await;
+    }
+    // Longer than it takes to ask a quiet server, and to ask for the watches anew.
+    throughout("it is live", Duration::from_secs(7), || {
+        discovery.status() == DiscoveryStatus::Live
+    })
+    .await;
+    for _ in 0..5 {
+        see(&mut client, "a change after quiet").await;
+    }
+    println!("the slowest of 25 changes: {slowest:?}");
+    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+
+    // A leader that crashes.
+    let second = builder(&options, &group, "w2").ttl(3);
+    let second = Running::new(second.try_build().unwrap());
+    second.wait_until_healthy().await;
+    let crashed = Instant::now();
+    first.crash();
+    within("the next one leads", second.node.wait_for_leadership()).await;
+    println!("the next one leads after {:?}", crashed.elapsed());
+    assert!(crashed.elapsed() < Duration::from_secs(6));
+
+    // A restart, during which history moves on and is compacted.
+    proxy.stop();
+    eventually("it is stale", || {
+        discovery.status() != DiscoveryStatus::Live
+    })
+    .await;
+    client
+        .delete(format!("registry/{group}/n1"), None)
+        .await
+        .unwrap();
+    put_node(&mut client, &group, "late").await;
+    let revision = client
+        .get("any", None)
+        .await
+        .unwrap()
+        .header()
+        .unwrap()
+        .revision();
+    client.compact(revision, None).await.unwrap();
+    proxy.start();
+    let back = Instant::now();
+    eventually("all is seen", || {
+        let nodes = discovery.nodes();
+        discovery.status() == DiscoveryStatus::Live
+            && nodes.get("late").is_some()
+            && nodes.get("n1").is_none()
+    })
+    .await;
+    println!("all is seen {:?} after the proxy's restart", back.elapsed());
+    let mut slowest = Duration::ZERO;
+    for index in 0..5 {
+        let start = Instant::now();
+        put_node(&mut client, &group, &format!("after{index}")).await;
+        let id = format!("after{index}");
+        eventually("a change", || discovery.nodes().get(&id).is_some()).await;
+        slowest = slowest.max(start.elapsed());
+    }
+    println!("the slowest of 5 changes after it: {slowest:?}");
+    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    within("it leads still", second.node.wait_for_leadership()).await;
+    second.crash();
+}
+
+/// One member of a cluster that changes.
+struct Member {
+    name: String,
+    client: u16,
+    peer: u16,
+    process: Option<Process>,
+}
+
+impl Member {
+    fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            client: free_port(),
+            peer: free_port(),
+            process: None,
+        }
+    }
+
+    fn url(port: u16) -> String {
+        format!("http://{}:{port}", local())
+    }
+
+    fn launch(&mut self, cluster: &[(String, u16)]) {
+        let (client, peer) = (Self::url(self.client), Self::url(self.peer));
+        let all: Vec<_> = cluster
+            .iter()
+            .map(|(name, port)| format!("{name}={}", Self::url(*port)))
+            .collect();
+        let state = if cluster.len() == 1 {
+            "new"
+        } else {
+            "existing"
+        };
+        let data = format!("{}/member-{}", env!("CARGO_TARGET_TMPDIR"), self.client);
+        let mut command = Command::new(binary().unwrap());
+        let arguments = [
+            ["--name", &self.name],
+            ["--listen-client-urls", &client],
+            ["--advertise-client-urls", &client],
+            ["--listen-peer-urls", &peer],
+            ["--initial-advertise-peer-urls", &peer],
+            ["--initial-cluster", &all.join(",")],
+            ["--initial-cluster-state", state],
+            ["--log-level", "error"],
+            ["--data-dir", &data],
+        ];
+        command
+            .args(arguments.as_flattened())
+            .arg("--unsafe-no-fsync");
+        self.process = Some(Process::spawn(&command, data.as_ref()));
+    }
+
+    async fn connect(&self) -> Client {
+        Client::connect([Self::url(self.client)], None)
+            .await
+            .unwrap()
+    }
+
+    /// Until it answers what needs a quorum.
+    async fn serves(&self) {
+        let mut client = self.connect().await;
+        let answered = async {
+            loop {
+                let read = client.get("any", None);
+                if let Ok(Ok(_)) = tokio::time::timeout(Duration::from_secs(1), read).await {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        within("the member serves", answered).await;
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.end(false);
+        }
+    }
+}
+
+/// Tried again: a cluster that has changed a moment ago refuses.
+async fn change<T, E: std::fmt::Display>(
+    what: &str,
+    mut change: impl AsyncFnMut() -> Result<T, E>,
+) -> T {
+    let start = Instant::now();
+    loop {
+        match change().await {
+            Ok(done) => return done,
+            Err(error) => assert!(start.elapsed() < Duration::from_secs(20), "{what}: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test]
+async fn endpoints_follow_the_members_and_learners_are_left_out() {
+    if binary().is_none() {
+        println!("needs an etcd binary; left out because ETCD_IMAGE is set");
+        return;
+    }
+    let group = group("replaced");
+    let mut old = Member::new("m0");
+    let mut cluster = vec![(old.name.clone(), old.peer)];
+    old.launch(&cluster);
+    old.serves().await;
+    let (first, second) = (Member::url(old.client), Member::new("m1"));
+    let mut second = second;
+    // A learner first.
+    let mut client = old.connect().await;
+    let options = MemberAddOptions::new().with_is_learner();
+    let added = change("add", async || {
+        client
+            .member_add([Member::url(second.peer)], Some(options.clone()))
+            .await
+    })
+    .await;
+    let id = added.member().unwrap().id();
+    cluster.push((second.name.clone(), second.peer));
+    second.launch(&cluster);
+    let both = EtcdOptions::new([Member::url(second.client), first.clone()]);
+    let listens = Instant::now();
+    while std::net::TcpStream::connect((local(), second.client)).is_err() {
+        assert!(listens.elapsed() < Duration::from_secs(20));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let registered = Running::start(&both, &group, "beside-a-learner").await;
+    registered.stop().await;
+    // These know the old member only.
+    let (with, without) = (
+        EtcdOptions::new([first.clone()]).sync_endpoints(true),
+        EtcdOptions::new([first.clone()]),
+    );
+    change("promote", async || client.member_promote(id).await).await;
+    second.serves().await;
+    let node = Running::start(&with, &group, "follows").await;
+    let discovery = ready(&with, &group).await;
+    let stays = ready(&without, &group).await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("it is seen", stays.wait_for_nodes(1)).await;
+    // The old one goes.
+    let mut of_second = second.connect().await;
+    let member = client.member_list().await.unwrap();
+    let old_id = member
+        .members()
+        .iter()
+        .find(|member| member.id() != id)
+        .unwrap()
+        .id();
+    change("remove", async || of_second.member_remove(old_id).await).await;
+    drop(old.process.take().map(|process| process.end(false)));
+    second.serves().await;
+    eventually("it is live at the other member", || {
+        discovery.status() == DiscoveryStatus::Live
+            && discovery.store_status().endpoint == Some(Member::url(second.client))
+    })
+    .await;
+    put_node(&mut of_second, &group, "new").await;
+    within("it hears", discovery.wait_for_nodes(2)).await;
+    node.wait_until_healthy().await;
+    assert_ne!(stays.status(), DiscoveryStatus::Live);
+    node.stop().await;
+    eventually("it can leave", || discovery.nodes().len() == 1).await;
+}
