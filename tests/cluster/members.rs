@@ -445,8 +445,8 @@ async fn endpoints_follow_the_members_and_learners_are_left_out() {
     let mut cluster = vec![(old.name.clone(), old.peer)];
     old.launch(&cluster);
     old.serves().await;
-    let (first, second) = (Member::url(old.client), Member::new("m1"));
-    let mut second = second;
+    let first = Member::url(old.client);
+    let mut second = Member::new("m1");
     // A learner first.
     let mut client = old.connect().await;
     let options = MemberAddOptions::new().with_is_learner();
@@ -489,7 +489,9 @@ async fn endpoints_follow_the_members_and_learners_are_left_out() {
         .unwrap()
         .id();
     change("remove", async || of_second.member_remove(old_id).await).await;
-    drop(old.process.take().map(|process| process.end(false)));
+    if let Some(process) = old.process.take() {
+        process.end(false);
+    }
     second.serves().await;
     eventually("it is live at the other member", || {
         discovery.status() == DiscoveryStatus::Live

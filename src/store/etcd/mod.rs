@@ -356,6 +356,14 @@ fn explain(
             if let Some(refused) = refusal(operation, endpoint, words) {
                 return refused;
             }
+            // By their words first: `etcd grpc-proxy` passes some of them on with another code, and
+            // versions differ.
+            if words.contains("required revision has been compacted") {
+                return ClusterError::Compacted { oldest: 0 };
+            }
+            if words.contains("requested lease not found") {
+                return ClusterError::LeaseNotFound { lease: LeaseId(0) };
+            }
             // A refusal from 3.6 on, by its code; but another member does not refuse.
             if words.contains("rpc not supported for learner") {
                 return unavailable(words.to_owned());
@@ -371,12 +379,6 @@ fn explain(
                     operation,
                     reason: words.to_owned(),
                 },
-                NOT_FOUND if words.contains("lease not found") => {
-                    ClusterError::LeaseNotFound { lease: LeaseId(0) }
-                }
-                OUT_OF_RANGE if words.contains("has been compacted") => {
-                    ClusterError::Compacted { oldest: 0 }
-                }
                 // Said by our own side of the connection.
                 OUT_OF_RANGE if words.contains("length too large") => ClusterError::TooLarge {
                     endpoint: endpoint.to_owned(),
