@@ -173,7 +173,8 @@ impl Tenure {
         let margin = if bugs::has(Bug::NoMargin) {
             Duration::ZERO
         } else {
-            margin(ttl)
+            // Of the whole lease also where what is left of it is answered.
+            margin(ttl.max(self.lease.ttl))
         };
         // Never back: an answer with a shorter TTL does not undo a promise made.
         let deadline = from + ttl.saturating_sub(margin);

@@ -26,6 +26,8 @@ const DIAL_EVERY: Duration = Duration::from_secs(1);
 const AT_A_TIME: usize = 2;
 /// What a round may take longer than its parts.
 const SLACK: Duration = Duration::from_secs(1);
+/// By how much the time from one dial to the next is lengthened at most, at random.
+const JITTER: f64 = 0.25;
 
 /// When the next dial may be.
 #[derive(Debug, Default)]
@@ -36,11 +38,13 @@ impl Pace {
     pub(super) fn take(&mut self, burst: usize, now: Instant) -> Result<(), Instant> {
         let burst = u32::try_from(burst.saturating_sub(1)).unwrap_or(u32::MAX);
         let spent = self.0.unwrap_or(now);
-        let earliest = spent.checked_sub(DIAL_EVERY.saturating_mul(burst));
+        // However long those before have been made by chance.
+        let longest = DIAL_EVERY.mul_f64(1.0 + JITTER);
+        let earliest = spent.checked_sub(longest.saturating_mul(burst));
         match earliest {
             Some(earliest) if earliest > now => Err(earliest),
             _ => {
-                let every = DIAL_EVERY.mul_f64(1.0 + 0.25 * fastrand::f64());
+                let every = DIAL_EVERY.mul_f64(1.0 + JITTER * fastrand::f64());
                 self.0 = Some(spent.max(now) + every);
                 Ok(())
             }
