@@ -78,7 +78,7 @@ impl RoundTrips {
     pub(super) fn request_missed(&self, sent: Instant) -> bool {
         let mut estimate = self.estimate();
         estimate.missed = estimate.missed.saturating_add(1);
-        estimate.heard < sent || estimate.missed >= OVERDUE_IN_A_ROW
+        estimate.heard <= sent || estimate.missed >= OVERDUE_IN_A_ROW
     }
 
     /// Requests in a row that were not answered in time.
