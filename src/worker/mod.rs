@@ -279,7 +279,8 @@ impl ClusterNode {
 
     /// Registers, campaigns and publishes until `shutdown` resolves; then gives up leadership, removes
     /// its own keys, and returns. A lost connection or lease is never a reason to return: it
-    /// registers again, for ever, after 1 s to 30 s.
+    /// registers again, for ever, after 0.5 s to 2 s while
+    /// etcd is away, and up to 30 s where it refuses.
     ///
     /// Returns within 2 s of `shutdown`, even if the store is silent; the lease then ends by
     /// itself. Its lease is renewed by a task of its own, so that it lives on while this future has to

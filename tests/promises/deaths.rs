@@ -150,7 +150,7 @@ async fn survives(
         }
         store.put(group, id).await;
         if put > 0 {
-            let said = status.wait_for(|status| matches!(status, DiscoveryStatus::Stale { .. }));
+            let said = status.wait_for(|status| matches!(status, DiscoveryStatus::Ended { .. }));
             drop(said.await.unwrap());
         }
         until(id, async || nodes().await == put + 1).await;
@@ -159,7 +159,7 @@ async fn survives(
 }
 
 #[tokio::test]
-async fn a_balancer_whose_discovery_panics_says_that_it_is_stale_and_goes_on() {
+async fn a_balancer_whose_discovery_panics_says_so_and_goes_on() {
     let store = Fragile::default();
     let discovery = store.discovery(&group("deaths"));
     let balancer = Balancer::builder().try_build().unwrap();
@@ -244,7 +244,7 @@ async fn a_subscriber_that_panics_for_a_while_ends_nothing() {
     store.put(&group, "n2").await;
     // That it panicked cannot be said, nor that it begins again.
     eventually("it panics", || log.panicked.load(Ordering::SeqCst) >= 3).await;
-    assert!(matches!(discovery.status(), DiscoveryStatus::Stale { .. }));
+    assert!(matches!(discovery.status(), DiscoveryStatus::Ended { .. }));
     log.panics.store(false, Ordering::SeqCst);
     eventually("n2", || service.len() == 2).await;
     eventually("live", || discovery.status() == DiscoveryStatus::Live).await;
@@ -302,7 +302,7 @@ async fn a_run_that_panics_is_over_for_its_handles_and_can_be_run_again() {
     store.put(&group, "other").await;
     assert!(tasks.join_next().await.unwrap().is_err());
     assert!(!discovery.is_running());
-    assert!(matches!(discovery.status(), DiscoveryStatus::Stale { .. }));
+    assert!(matches!(discovery.status(), DiscoveryStatus::Ended { .. }));
     let running = discovery.clone();
     tasks.spawn(async move { running.run_until(std::future::pending()).await });
     eventually("live again", || {

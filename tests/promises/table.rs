@@ -50,7 +50,7 @@ const PROMISES: &[(&str, &[&str])] = &[
         &[
             "promises::away::the_last_view_is_served_resumed_and_listed_again_after_a_compaction",
             "promises::logs::a_log_that_cannot_be_written_costs_nothing_but_its_lines",
-            "promises::deaths::a_balancer_whose_discovery_panics_says_that_it_is_stale_and_goes_on",
+            "promises::deaths::a_balancer_whose_discovery_panics_says_so_and_goes_on",
             "proxy::outage::an_outage_of_etcd_and_a_mass_expiry_cost_no_request",
         ],
     ),
@@ -89,12 +89,12 @@ const PROMISES: &[(&str, &[&str])] = &[
     ),
     (
         "Nothing keeps serving a frozen view in silence.",
-        &["promises::deaths::a_balancer_whose_discovery_panics_says_that_it_is_stale_and_goes_on"],
+        &["promises::deaths::a_balancer_whose_discovery_panics_says_so_and_goes_on"],
     ),
     (
         "What ends or panics in the services for Pingora is started again",
         &[
-            "promises::deaths::a_balancer_whose_discovery_panics_says_that_it_is_stale_and_goes_on",
+            "promises::deaths::a_balancer_whose_discovery_panics_says_so_and_goes_on",
             "promises::deaths::a_live_load_balancer_whose_discovery_panics_goes_on",
             "promises::deaths::a_stock_load_balancer_whose_discovery_panics_goes_on",
             "promises::deaths::health_checks_that_panic_go_on_and_the_view_too",

@@ -21,13 +21,12 @@ use crate::error::ClusterError;
 /// After each endpoint has been dialled at once there is one dial in so much time, lengthened by up
 /// to a quarter at random.
 const DIAL_EVERY: Duration = Duration::from_secs(1);
+const JITTER: f64 = 0.25;
 /// Dials of one endpoint at the same time: a patient one, and a fresh one, for what the patient one
 /// hangs on may be over.
 const AT_A_TIME: usize = 2;
 /// What a round may take longer than its parts.
 const SLACK: Duration = Duration::from_secs(1);
-/// By how much the time from one dial to the next is lengthened at most, at random.
-const JITTER: f64 = 0.25;
 
 /// When the next dial may be.
 #[derive(Debug, Default)]
@@ -138,7 +137,7 @@ impl EtcdStore {
     /// Waits for a round to end, but not much longer than one takes.
     pub(super) async fn dialled(&self, mut waiting: Waiting) -> Result<(), ClusterError> {
         let endpoints = self.endpoints();
-        let each = self.shared.options.connect_timeout + DIAL_EVERY.mul_f64(1.25);
+        let each = self.shared.options.connect_timeout + DIAL_EVERY.mul_f64(1.0 + JITTER);
         let count = u32::try_from(endpoints.len()).unwrap_or(u32::MAX);
         let after = each.saturating_mul(count).saturating_add(SLACK);
         match tokio::time::timeout(after, waiting.outcome.changed()).await {
@@ -385,7 +384,8 @@ mod tests {
             let earliest = DIAL_EVERY * count;
             let passed = now - start;
             assert!(
-                passed >= earliest && passed <= earliest.mul_f64(1.25) + DIAL_EVERY,
+                passed + DIAL_EVERY / 2 >= earliest
+                    && passed <= earliest.mul_f64(1.0 + JITTER) + DIAL_EVERY,
                 "{passed:?}"
             );
             pace.take(3, now).unwrap();

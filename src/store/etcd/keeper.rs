@@ -68,6 +68,13 @@ impl KeepAliveStream {
         Ok(())
     }
 
+    /// The same without waiting, for what may never be answered.
+    async fn send_if_there_is_room(&mut self) {
+        if self.unanswered.len() < MOST_UNANSWERED {
+            let _ = tokio::time::timeout(Duration::ZERO, self.send()).await;
+        }
+    }
+
     /// Dropping the future loses nothing.
     async fn reply(&mut self, after: Duration) -> Result<Renewed, ClusterError> {
         let ttl = match &mut self.state {
@@ -171,8 +178,12 @@ impl EtcdKeeper {
     /// How long to wait for an answer: longer where they were measured to take longer.
     fn patience(&self, within: Duration) -> Duration {
         let link = self.store.link();
-        let connection = link.connection.as_ref();
-        connection.map_or(within, |connection| connection.round_trips.patience(within))
+        let current = link.connection.as_ref();
+        let late = self.late.as_ref().map(|late| &late.round_trips);
+        match current.map(|current| &current.round_trips).or(late) {
+            Some(measured) => measured.patience(within),
+            None => within,
+        }
     }
 }
 
@@ -201,11 +212,9 @@ impl LeaseKeeper for EtcdKeeper {
         let mut late = self.late.take();
         if let Some(late) = &mut late
             && self.store.link().connection.is_none()
-            && late.unanswered.len() < MOST_UNANSWERED
         {
             // Until there is another connection this one is as good as any.
-            // It has room, or there are many already.
-            let _ = tokio::time::timeout(Duration::ZERO, late.send()).await;
+            late.send_if_there_is_room().await;
         }
         let renewal = tokio::time::timeout(within, async {
             tokio::select! {
@@ -240,6 +249,10 @@ impl LeaseKeeper for EtcdKeeper {
             ClusterError::Timeout { .. } => stream.or(late),
             _ => late,
         };
+        if let Some(late) = &mut self.late {
+            // At once: if it is slow, the lease may end before the next one is answered.
+            late.send_if_there_is_room().await;
+        }
         if let Some((generation, _)) = self.used
             && error.blames_connection()
         {
