@@ -10,6 +10,7 @@ use std::time::Duration;
 use rpds::RedBlackTreeSetSync;
 use tokio::time::Instant;
 use tracing::{info, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::admission::{Admission, Refusal, shortened};
 use super::event::Change;
@@ -157,10 +158,41 @@ pub(crate) struct View {
     leader: Option<Leadership>,
     suspects: Suspects,
     /// The key that was written last, and when, unless it is gone.
-    witness: Option<(String, Revision)>,
+    witness: Option<Witness>,
     /// What the log has been told of values that cannot be used.
     refused: Told,
     skipped: Skipped,
+}
+
+/// The key that was written last, which revision wrote it, and what. Key and revision alone are soon the
+/// same in another history: those who write at regular intervals write in the same order.
+pub(crate) struct Witness {
+    key: String,
+    written: Revision,
+    value: u64,
+}
+
+impl Witness {
+    fn of(entry: &Entry) -> Self {
+        Self {
+            key: entry.key.clone(),
+            written: entry.mod_revision,
+            value: xxh3_64(&entry.value),
+        }
+    }
+
+    pub(crate) fn key(&self) -> &str {
+        &self.key
+    }
+
+    pub(crate) fn written(&self) -> Revision {
+        self.written
+    }
+
+    /// Whether the store had this very entry.
+    pub(crate) fn is(&self, entry: &Entry) -> bool {
+        self.written == entry.mod_revision && self.value == xxh3_64(&entry.value)
+    }
 }
 
 /// Who stands in line, and the lease of that process. One whose key is under no lease never ends.
@@ -179,7 +211,7 @@ pub(crate) struct Staged {
     unwanted: Vec<String>,
     refused: Told,
     skipped: Skipped,
-    witness: Option<(String, Revision)>,
+    witness: Option<Witness>,
 }
 
 enum StagedNode {
@@ -226,9 +258,8 @@ impl View {
         self.leader.as_ref()
     }
 
-    /// What tells this history from another that has come as far: the key that was written last,
-    /// and the revision that wrote it.
-    pub(crate) fn witness(&self) -> Option<&(String, Revision)> {
+    /// What tells this history from another that has come as far.
+    pub(crate) fn witness(&self) -> Option<&Witness> {
         self.witness.as_ref()
     }
 
@@ -406,10 +437,10 @@ impl View {
             }
             match event {
                 WatchEvent::Put(entry) => {
-                    self.witness = Some((entry.key.clone(), entry.mod_revision));
+                    self.witness = Some(Witness::of(entry));
                 }
                 WatchEvent::Delete { key, .. } => {
-                    self.witness.take_if(|witness| witness.0 == *key);
+                    self.witness.take_if(|witness| witness.key == *key);
                 }
             }
             self.nodes.revision = self.nodes.revision.max(event.revision());
@@ -721,9 +752,9 @@ impl Staged {
         let newest = self
             .witness
             .as_ref()
-            .is_none_or(|(_, at)| entry.mod_revision >= *at);
+            .is_none_or(|witness| entry.mod_revision >= witness.written);
         if newest {
-            self.witness = Some((entry.key.clone(), entry.mod_revision));
+            self.witness = Some(Witness::of(entry));
         }
     }
 }

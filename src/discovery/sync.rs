@@ -290,16 +290,18 @@ impl<'s> Follower<'s> {
         if now.cluster_id != cluster_id || seen.iter().any(|range| range.from > now.revision + 1) {
             return Ok(false);
         }
-        let Some((key, written)) = self.view.witness() else {
+        let Some(witness) = self.view.witness() else {
             return Ok(true);
         };
-        let of_it = seen.iter().find(|range| range.keys.matches(key));
-        let Some(at) = of_it.map(|range| range.from - 1).filter(|at| at >= written) else {
+        let key = witness.key().to_owned();
+        let of_it = seen.iter().find(|range| range.keys.matches(&key));
+        let at = of_it.map(|range| range.from - 1);
+        let Some(at) = at.filter(|at| *at >= witness.written()) else {
             return Ok(true);
         };
-        let then = store.list(&Selector::Key(key.clone()), Some(at)).await?;
+        let then = store.list(&Selector::Key(key), Some(at)).await?;
         let entry = then.entries.first();
-        Ok(entry.is_some_and(|entry| entry.mod_revision == *written))
+        Ok(entry.is_some_and(|entry| witness.is(entry)))
     }
 
     /// Loads the group, or if that takes too long reads it from disk first.

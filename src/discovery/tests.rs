@@ -57,6 +57,34 @@ async fn a_store_whose_history_went_back_is_listed_again() {
     discovery.wait_for_nodes(2).await;
 }
 
+/// The same key at the same revision: whoever writes every second does so in the same order again.
+#[tokio::test(start_paused = true)]
+async fn a_history_that_has_come_as_far_with_the_same_key_is_another_one() {
+    let store = MemoryStore::new();
+    let (discovery, _task) = follow(&store).await;
+    put(&store, "a").await;
+    let backup = store.backup();
+    put(&store, "b").await;
+    discovery.wait_for_nodes(2).await;
+    store.set_fault(Some(Fault::Refuse));
+    until("it is stale", || {
+        discovery.status() != DiscoveryStatus::Live
+    })
+    .await;
+    store.put_back(&backup);
+    store.set_fault(None);
+    let moved = r#"{"id":"b","ip":"10.0.0.9"}"#;
+    let txn = Txn::new().put("registry/g/b".to_owned(), moved.into(), None);
+    store.txn(txn).await.unwrap();
+    until("the new state", || {
+        let nodes = discovery.nodes();
+        nodes
+            .get("b")
+            .is_some_and(|node| node.ip.to_string() == "10.0.0.9")
+    })
+    .await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn it_says_once_that_it_is_cut_off_and_keeps_the_view() {
     let store = MemoryStore::new();

@@ -242,6 +242,13 @@ impl MemoryStore {
         self.extend_leases();
     }
 
+    /// Puts a copy of the data back as if nothing had happened since: the cluster is the same, and
+    /// revisions are given out a second time.
+    pub fn put_back(&self, backup: &Backup) {
+        self.replace(backup.0.clone(), false);
+        self.extend_leases();
+    }
+
     /// Gives every lease its whole TTL anew, as etcd does when its leader changes.
     pub fn extend_leases(&self) {
         let now = Instant::now();

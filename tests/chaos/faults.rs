@@ -274,11 +274,19 @@ async fn drain(world: &mut World, found: &mut Found) {
         found.failures.push(format!("{id} cannot drain: {error}"));
         return;
     }
-    if node.is_leader() || node.session_state() != SessionState::Draining {
-        let state = node.session_state();
-        found.failures.push(format!("{id} drains, and is {state}"));
+    if node.is_leader() {
+        found.failures.push(format!("{id} drains, and leads"));
     }
     let start = Instant::now();
+    // It reads that the store has it.
+    while node.session_state() != SessionState::Draining {
+        if start.elapsed() > GONE {
+            let state = node.session_state();
+            found.failures.push(format!("{id} drains, and is {state}"));
+            return;
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
     let (mut requests, mut since) = (world.fleet.workers[worker].requests(), Instant::now());
     while since.elapsed() < IDLE {
         let now = world.fleet.workers[worker].requests();
