@@ -34,7 +34,7 @@ type Opened = Result<(EtcdLeaseKeeper, LeaseKeepAliveStream), etcd_client::Error
 enum State {
     /// With the first renewal, whose reply opens it.
     Opening(Pin<Box<dyn Future<Output = Opened> + Send>>),
-    Open(EtcdLeaseKeeper, LeaseKeepAliveStream),
+    Open(Box<(EtcdLeaseKeeper, LeaseKeepAliveStream)>),
 }
 
 struct KeepAliveStream {
@@ -61,8 +61,8 @@ impl KeepAliveStream {
     /// Sends one more renewal, where it can be.
     async fn send(&mut self) -> Result<(), etcd_client::Error> {
         let sent = Instant::now();
-        if let State::Open(requests, _) = &mut self.state {
-            requests.keep_alive().await?;
+        if let State::Open(open) = &mut self.state {
+            open.0.keep_alive().await?;
             self.unanswered.push_back(sent);
         }
         Ok(())
@@ -79,8 +79,8 @@ impl KeepAliveStream {
     async fn reply(&mut self, after: Duration) -> Result<Renewed, ClusterError> {
         let ttl = match &mut self.state {
             State::Opening(opening) => match opening.await {
-                Ok((requests, replies)) => {
-                    self.state = State::Open(requests, replies);
+                Ok(open) => {
+                    self.state = State::Open(Box::new(open));
                     Ok(Some(self.ttl))
                 }
                 Err(error) => {
@@ -89,7 +89,8 @@ impl KeepAliveStream {
                     Err(error)
                 }
             },
-            State::Open(_, replies) => replies
+            State::Open(open) => open
+                .1
                 .message()
                 .await
                 .map(|reply| reply.map(|reply| reply.ttl())),
