@@ -162,7 +162,7 @@ async fn after_an_outage_all_are_back_within_five_seconds_without_hammering() {
     let dials = link.connections() - before;
     println!("{dials} dials in {:?}", start.elapsed());
     // The transport may notice by one of its own that its connection is gone.
-    assert!(dials >= 8 && dials <= 27, "{dials}");
+    assert!((8..=27).contains(&dials), "{dials}");
     etcd.start();
     let back = Instant::now();
     soon("it is live", Duration::from_secs(5), || {

@@ -13,7 +13,7 @@ use super::connection::RENEW;
 use super::round_trips::RoundTrips;
 use super::{EtcdStore, about_lease, explain};
 use crate::error::ClusterError;
-use crate::store::{Lease, LeaseKeeper};
+use crate::store::{BootClock, Clock, Lease, LeaseKeeper};
 
 /// Renewals on one stream whose answers are waited for.
 const MOST_UNANSWERED: usize = 16;
@@ -34,7 +34,7 @@ type Opened = Result<(EtcdLeaseKeeper, LeaseKeepAliveStream), etcd_client::Error
 enum State {
     /// With the first renewal, whose reply opens it.
     Opening(Pin<Box<dyn Future<Output = Opened> + Send>>),
-    Open(EtcdLeaseKeeper, LeaseKeepAliveStream),
+    Open(Box<(EtcdLeaseKeeper, LeaseKeepAliveStream)>),
 }
 
 struct KeepAliveStream {
@@ -44,13 +44,30 @@ struct KeepAliveStream {
     endpoint: std::sync::Arc<str>,
     round_trips: RoundTrips,
     /// When those were sent that are not answered yet. Answers come in their order.
-    unanswered: VecDeque<Instant>,
+    unanswered: VecDeque<Sent>,
+}
+
+/// When a renewal was sent: for measuring, and on the clock that leases are counted by, which goes on
+/// while the machine is suspended.
+#[derive(Debug, Clone, Copy)]
+struct Sent {
+    at: Instant,
+    on_clock: Duration,
+}
+
+impl Sent {
+    fn now() -> Self {
+        Self {
+            at: Instant::now(),
+            on_clock: BootClock.now(),
+        }
+    }
 }
 
 /// The time to live that was answered, and when the renewal was sent that it is the answer to.
 struct Renewed {
     ttl: i64,
-    sent: Instant,
+    sent: Duration,
 }
 
 impl KeepAliveStream {
@@ -60,9 +77,9 @@ impl KeepAliveStream {
 
     /// Sends one more renewal, where it can be.
     async fn send(&mut self) -> Result<(), etcd_client::Error> {
-        let sent = Instant::now();
-        if let State::Open(requests, _) = &mut self.state {
-            requests.keep_alive().await?;
+        let sent = Sent::now();
+        if let State::Open(open) = &mut self.state {
+            open.0.keep_alive().await?;
             self.unanswered.push_back(sent);
         }
         Ok(())
@@ -79,8 +96,8 @@ impl KeepAliveStream {
     async fn reply(&mut self, after: Duration) -> Result<Renewed, ClusterError> {
         let ttl = match &mut self.state {
             State::Opening(opening) => match opening.await {
-                Ok((requests, replies)) => {
-                    self.state = State::Open(requests, replies);
+                Ok(open) => {
+                    self.state = State::Open(Box::new(open));
                     Ok(Some(self.ttl))
                 }
                 Err(error) => {
@@ -89,18 +106,21 @@ impl KeepAliveStream {
                     Err(error)
                 }
             },
-            State::Open(_, replies) => replies
+            State::Open(open) => open
+                .1
                 .message()
                 .await
                 .map(|reply| reply.map(|reply| reply.ttl())),
         };
         match ttl {
             Ok(Some(ttl)) => {
-                let sent = self.unanswered.pop_front().unwrap_or_else(Instant::now);
-                if self.unanswered.is_empty() {
+                // One that nobody asked for promises nothing: as if it had been sent long ago.
+                let sent = self.unanswered.pop_front();
+                if let Some(sent) = sent.filter(|_| self.unanswered.is_empty()) {
                     // Those before it may have come long before they were looked at.
-                    self.round_trips.answered(sent);
+                    self.round_trips.answered(sent.at);
                 }
+                let sent = sent.map_or(Duration::ZERO, |sent| sent.on_clock);
                 Ok(Renewed { ttl, sent })
             }
             Ok(None) => Err(ClusterError::Unavailable {
@@ -162,7 +182,7 @@ impl EtcdKeeper {
                     ttl: i64::try_from(self.lease.ttl.as_secs()).unwrap_or(i64::MAX),
                     endpoint: connection.endpoint,
                     round_trips: connection.round_trips,
-                    unanswered: VecDeque::from([Instant::now()]),
+                    unanswered: VecDeque::from([Sent::now()]),
                 })
             }
         };
@@ -207,7 +227,7 @@ async fn late_reply(
 impl LeaseKeeper for EtcdKeeper {
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
         let lease = self.lease.id;
-        let asked = Instant::now();
+        let asked = BootClock.now();
         let within = self.patience(within);
         let mut late = self.late.take();
         if let Some(late) = &mut late
@@ -232,7 +252,7 @@ impl LeaseKeeper for EtcdKeeper {
                 self.store.link().breaker.succeeded();
                 // The caller counts from when it asked, and this may be the answer to an earlier one.
                 let ttl = Duration::from_secs(ttl.unsigned_abs());
-                return Ok(ttl.saturating_sub(asked.saturating_duration_since(sent)));
+                return Ok(ttl.saturating_sub(asked.saturating_sub(sent)));
             }
             // Not an error for etcd: the lease has ended.
             Ok(Ok(_)) => return Err(ClusterError::LeaseNotFound { lease }),

@@ -488,9 +488,9 @@ impl Dispatcher {
     /// Which watch is confirmed, or refused: that is answered with -1 for its id.
     fn confirmed(&mut self, number: i64) -> Option<i64> {
         let by_id = self.pending.iter().position(|(at, _)| *at == number);
-        // Else answers come in the order of the requests, or there is one only.
-        let index = by_id.filter(|_| self.numbering != Numbering::Theirs);
-        let index = index.unwrap_or_default();
+        // Else answers come in the order of the requests, or there is one only: the first.
+        let by_id = by_id.filter(|_| self.numbering != Numbering::Theirs);
+        let index = by_id.unwrap_or_default();
         let (at, sent) = self.pending.remove(index)?;
         self.round_trips.answered(sent);
         if self.numbering == Numbering::Unknown && number >= 0 {
