@@ -70,6 +70,7 @@ struct View<'a> {
 
 /// Who is asking.
 struct Me<'a> {
+    id: &'a str,
     lease: LeaseId,
     candidacy: &'a str,
     priority: u16,
@@ -120,6 +121,13 @@ fn standing(view: &View<'_>, me: &Me<'_>) -> Standing {
     }
     if let Some(candidacy) = candidacy.filter(|created| *created == me.abandoned)
         && !bugs::has(Bug::AbandonedCandidacyLeads)
+    {
+        return Standing::Abandoned { candidacy };
+    }
+    // Of another node that has ended, under the lease that this one shares with others: readers would
+    // take that one for the candidate.
+    if let Some(candidacy) = candidacy
+        && own.is_some_and(|own| own.value != me.id.as_bytes())
     {
         return Standing::Abandoned { candidacy };
     }
@@ -476,6 +484,7 @@ impl Part<'_> {
             requests: &reading.requests,
         };
         let me = Me {
+            id: &self.shared.config.id,
             lease: self.lease(),
             candidacy: &self.candidacy,
             priority: self.shared.config.priority,
@@ -746,6 +755,7 @@ mod tests {
 
     fn me() -> Me<'static> {
         Me {
+            id: "n",
             lease: ME,
             candidacy: "e/7",
             priority: 0,
@@ -846,6 +856,12 @@ mod tests {
         assert_eq!(
             judge(Some(&registration), &candidacy, &resigned),
             Standing::Abandoned { candidacy: 6 }
+        );
+        let anothers = [entry("e/7", "other", 6, 7)];
+        assert_eq!(
+            judge(Some(&registration), &anothers, &me()),
+            Standing::Abandoned { candidacy: 6 },
+            "of a node that ended, under the lease that is shared"
         );
         let later = [entry("e/7", "n", 8, 7)];
         assert_eq!(
