@@ -71,7 +71,8 @@ pub(super) const RENEW: &str = "renew";
 /// A client that has been answered.
 pub(super) struct Dialed {
     pub(super) client: Client,
-    version: String,
+    /// None where it may not be known.
+    version: Option<String>,
     files: Fingerprint,
     round_trip: Duration,
 }
@@ -152,6 +153,7 @@ impl EtcdStore {
             round_trip,
         } = dialed;
         info!(endpoint, version, "connected to etcd");
+        let version = version.as_deref();
         let (open, is_open) = watch::channel(());
         let endpoint: Arc<str> = Arc::from(endpoint);
         let options = &self.shared.options;
@@ -160,14 +162,14 @@ impl EtcdStore {
         let watches = WatchStreams::new(
             &client,
             endpoint.clone(),
-            tells_progress(&version),
+            version.is_none_or(tells_progress),
             options,
             round_trips.clone(),
             is_open,
         );
         link.breaker.connected();
         link.refusing.remove(&*endpoint);
-        if !link.warned_about_version && has_lease_bug(&version) {
+        if !link.warned_about_version && version.is_some_and(has_lease_bug) {
             link.warned_about_version = true;
             warn!(
                 endpoint = &*endpoint,
@@ -237,7 +239,16 @@ impl EtcdStore {
         let connecting = async {
             let mut client = Client::connect([endpoint], Some(connect)).await?;
             let asked = Instant::now();
-            let status = client.status().await?;
+            let status = match client.status().await {
+                Ok(status) => Some(status),
+                // The newest versions keep it to root: so it answers, and is not an old one.
+                Err(etcd_client::Error::GRpcStatus(status))
+                    if status.message().contains("permission denied") =>
+                {
+                    None
+                }
+                Err(error) => return Err(error),
+            };
             let round_trip = asked.elapsed() / steps;
             Ok((client, status, round_trip))
         };
@@ -254,10 +265,10 @@ impl EtcdStore {
             None => perhaps_https(endpoint, error),
         });
         let (client, status, round_trip) = dialed?;
-        let unfit = match (status.leader(), status.is_learner()) {
+        let unfit = match &status {
             // It would refuse everything else. Asked again at each dial, for it may be promoted.
-            (_, true) => Some("this member is a learner"),
-            (0, false) => Some("this member sees no leader"),
+            Some(status) if status.is_learner() => Some("this member is a learner"),
+            Some(status) if status.leader() == 0 => Some("this member sees no leader"),
             _ => None,
         };
         if let Some(reason) = unfit.filter(|_| quorum) {
@@ -269,7 +280,7 @@ impl EtcdStore {
         }
         Ok(Dialed {
             client,
-            version: status.version().to_owned(),
+            version: status.map(|status| status.version().to_owned()),
             files,
             round_trip,
         })
