@@ -67,8 +67,11 @@ struct Observed {
     group: &'static str,
     place: String,
     /// What it said, and had heard, when it was looked at last.
-    last: Option<(Option<(Arc<Node>, Revision)>, Moment)>,
+    last: Option<(Option<Said>, Moment)>,
 }
+
+/// A leader and its token, as a reader names them.
+type Said = (Arc<Node>, Revision);
 
 /// The tokens of a group in the present history.
 #[derive(Debug, Default)]
@@ -453,7 +456,7 @@ impl Inner {
                 }
             }
             let says = says.map(|says| (says.node, says.epoch));
-            let token = |says: &Option<(Arc<Node>, Revision)>| says.as_ref().map(|says| says.1);
+            let token = |says: &Option<Said>| says.as_ref().map(|says| says.1);
             let last = reader.last.replace((says, since));
             let before = last.and_then(|(says, _)| token(&says));
             let after = reader.last.as_ref().and_then(|(says, _)| token(says));
