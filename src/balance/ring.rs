@@ -34,7 +34,7 @@ const ROUNDS: usize = 3;
 /// can be visited in the order of time, and those visits that cannot win are left out: there are about
 /// `cells * (1 + ln backends)` instead of `cells * backends`.
 ///
-/// Memory: 512 KiB and 56 bytes a backend. While it is built, 1 MiB more; and 512 KiB once in a
+/// Memory: 512 KiB and 48 bytes a backend. While it is built, 1 MiB more; and 512 KiB once in a
 /// process.
 #[derive(Debug, Default)]
 pub(super) struct Ring {
