@@ -290,9 +290,10 @@ pub trait Watcher: Send {
 /// Renews one lease, one renewal at a time.
 #[async_trait]
 pub trait LeaseKeeper: Send {
-    /// Renews the lease and waits for the answer, `within` at most. Answers with the time to live
-    /// that the lease has from now on. A caller that counts on the lease has to count from the
-    /// instant before this call.
+    /// Renews the lease and waits for the answer, `within` or, where answers were measured to take
+    /// longer, as long as those take. Answers with the time to live that the lease has, counted from
+    /// the instant before this call, from which a caller has to count: that is less than what was
+    /// granted if the answer is one to an earlier renewal.
     ///
     /// # Errors
     ///

@@ -180,6 +180,10 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
     ),
     (
+        "etcd.sync_endpoints",
+        &["cluster::members::endpoints_follow_the_members_and_learners_are_left_out"],
+    ),
+    (
         "etcd.serializable_fallback",
         &[
             "cluster::resilience::without_a_quorum_one_member_gives_what_it_has_if_that_is_asked_for",
