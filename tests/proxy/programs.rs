@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::common::etcd::Etcd;
 use super::common::programs::{Program, adapted, binary, config_file, until_nodes_answer, worker};
-use super::common::{DEADLINE, free_port, group, local};
+use super::common::{DEADLINE, group};
+#[cfg(feature = "tls")]
+use super::common::{free_port, local};
 use super::{Load, client, until_it_answers};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -128,6 +128,13 @@ impl Checker {
         self.inner.lock().unwrap().violation.clone()
     }
 
+    /// Lets go of everything, when it is over.
+    pub fn forget(&self) {
+        let inner = std::mem::take(&mut *self.inner.lock().unwrap());
+        // Not under the lock: what it has may ask for it.
+        drop(inner);
+    }
+
     pub fn looked(&self) -> Looked {
         let inner = self.inner.lock().unwrap();
         Looked {

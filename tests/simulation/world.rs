@@ -47,7 +47,7 @@ pub fn run(seed: u64) -> Outcome {
         .start_paused(true)
         .build()
         .expect("a runtime");
-    runtime.block_on(async {
+    let (outcome, checker) = runtime.block_on(async {
         let start = Instant::now();
         let mut world = World::new(seed);
         let checker = world.common.checker.clone();
@@ -55,12 +55,17 @@ pub fn run(seed: u64) -> Outcome {
         if let Err(text) = result {
             checker.violation(text);
         }
-        Outcome {
+        let outcome = Outcome {
             simulated: start.elapsed(),
             looked: checker.looked(),
             violation: checker.violated(),
-        }
-    })
+        };
+        (outcome, checker)
+    });
+    // It has the nodes, and they have it: else no world would ever be freed.
+    drop(runtime);
+    checker.forget();
+    outcome
 }
 
 struct World {
