@@ -29,7 +29,7 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 	set -x; \
 	cargo test --all-features --lib --bins --examples --tests; \
 	cargo test --all-features --doc; \
-	cargo test --no-default-features --lib --test cluster -- --skip tls:: --skip auth:: --skip resilience::; \
+	cargo test --no-default-features --lib --test cluster -- --skip tls:: --skip auth:: --skip resilience:: --skip slow:: --skip members:: --skip access::; \
 	$(SIMULATION) --seeds 4000; \
 	$(SIMULATION) --bugs; \
 	$(FUZZ) --inputs 300000; \
@@ -59,7 +59,7 @@ test-docker: deps ## the etcd tests against etcd in containers
 	image=$$(.ci/etcd-image); \
 	unset ETCD_BIN ETCD_ENDPOINTS; \
 	set -x; \
-	ETCD_IMAGE=$$image cargo test --all-features --test store_conformance --test cluster --test proxy
+	ETCD_IMAGE=$$image cargo test --all-features --test store_conformance --test cluster --test proxy -- --skip slow::
 
 real-load: deps ## worker and balancer processes under load, policy by policy; part of test
 	cargo build --all-features --examples

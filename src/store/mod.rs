@@ -299,6 +299,17 @@ pub trait LeaseKeeper: Send {
     ///
     /// [`LeaseNotFound`](ClusterError::LeaseNotFound) when it is gone, and every key with it.
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError>;
+
+    /// Waits for the answer to a renewal that was given up because it took too long: it renews the
+    /// lease all the same. For ever where there is none to wait for. Answers as
+    /// [`renew`](Self::renew) does; dropping the future loses nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`renew`](Self::renew).
+    async fn late(&mut self) -> Result<Duration, ClusterError> {
+        std::future::pending().await
+    }
 }
 
 /// What coordination needs of a store. See the [module](self) for what it has to mean.

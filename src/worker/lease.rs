@@ -357,13 +357,21 @@ impl LeaseHolder {
             } else {
                 period.mul_f64(1.0 + 0.5 * fastrand::f64())
             };
-            tokio::select! {
+            // What is answered counts from before it was asked for.
+            let mut sent = tenure.now();
+            let late = tokio::select! {
                 biased;
                 () = replaced(&mut changes, tenure) => return None,
-                () = sleep(pause) => {}
-            }
-            let sent = tenure.now();
-            let mut renewal = keeper.renew(period).await;
+                late = keeper.late(), if missed > 0 => Some(late),
+                () = sleep(pause) => None,
+            };
+            let mut renewal = match late {
+                Some(late) => late,
+                None => {
+                    sent = tenure.now();
+                    keeper.renew(period).await
+                }
+            };
             if bugs::has(Bug::LeaseGoneIgnored)
                 && let Err(ClusterError::LeaseNotFound { .. }) = renewal
             {

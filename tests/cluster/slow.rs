@@ -8,7 +8,7 @@ use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use pingora_etcd::store::{EtcdStore, Selector, Store, WatchRange};
-use pingora_etcd::{ClusterError, DiscoveryStatus, EtcdOptions};
+use pingora_etcd::{ClusterError, ClusterNode, DiscoveryStatus, EtcdOptions, SessionState};
 
 use super::common::etcd::Etcd;
 use super::common::link::Link;
@@ -32,6 +32,22 @@ async fn put(etcd: &Etcd, group: &str, id: &str) {
     let mut client = etcd.raw_client().await;
     let key = format!("registry/{group}/{id}");
     client.put(key, value, None).await.unwrap();
+}
+
+/// For so long the lease is never lost, and the term is that of the beginning. With answers that take
+/// 4 s a leader has a second to spare, which a busy machine may use up: then it leads nothing for a
+/// moment, and goes on in the same term.
+async fn keeps_its_lease(node: &ClusterNode, epoch: i64, time: Duration) {
+    throughout("its lease lives", time, || {
+        let state = node.session_state();
+        let lives = !matches!(state, SessionState::Lost | SessionState::BackingOff);
+        lives && node.leadership().is_none_or(|term| term.epoch == epoch)
+    })
+    .await;
+    soon("it leads", SLOW_DEADLINE, || {
+        node.leadership().is_some_and(|term| term.epoch == epoch)
+    })
+    .await;
 }
 
 async fn changes_are_late_not_lost(each_way: Duration) {
@@ -65,9 +81,11 @@ async fn changes_are_late_not_lost(each_way: Duration) {
     .await;
     println!("{each_way:?}: 8 of 8 seen after {took:?}");
     let rest = Duration::from_secs(30).saturating_sub(led_since.elapsed());
-    throughout("it leads and is live", rest, || node.node.is_leader()).await;
-    assert_eq!(node.node.leadership().unwrap().epoch, lease);
-    assert_eq!(discovery.status(), DiscoveryStatus::Live);
+    keeps_its_lease(&node.node, lease, rest).await;
+    soon("it is live", SLOW_DEADLINE, || {
+        discovery.status() == DiscoveryStatus::Live
+    })
+    .await;
     println!(
         "{each_way:?}: {} and {} connections in {:?}",
         reading.connections(),
@@ -101,12 +119,7 @@ async fn a_link_that_becomes_slow_does_not_cost_the_lease() {
     within("ready", discovery.wait_ready()).await;
     let epoch = node.node.leadership().unwrap().epoch;
     link.set_delay(Duration::from_secs(2));
-    throughout("it leads", Duration::from_secs(30), || {
-        node.node
-            .leadership()
-            .is_some_and(|term| term.epoch == epoch)
-    })
-    .await;
+    keeps_its_lease(&node.node, epoch, Duration::from_secs(30)).await;
     put(&etcd, &group, "n").await;
     soon("it is seen", SLOW_DEADLINE, || discovery.nodes().len() == 2).await;
     println!("{} connections", link.connections());

@@ -225,6 +225,19 @@ async fn late_reply(
 
 #[async_trait]
 impl LeaseKeeper for EtcdKeeper {
+    async fn late(&mut self) -> Result<Duration, ClusterError> {
+        let (lease, asked) = (self.lease.id, BootClock.now());
+        let after = self.store.timeout();
+        match late_reply(&mut self.late, after).await {
+            Ok(Renewed { ttl, sent }) if ttl > 0 => {
+                let ttl = Duration::from_secs(ttl.unsigned_abs());
+                Ok(ttl.saturating_sub(asked.saturating_sub(sent)))
+            }
+            Ok(_) => Err(ClusterError::LeaseNotFound { lease }),
+            Err(error) => about_lease(lease, Err(error)),
+        }
+    }
+
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
         let lease = self.lease.id;
         let asked = BootClock.now();
