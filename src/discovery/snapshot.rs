@@ -778,7 +778,9 @@ fn is_same(old: &Node, new: &Node) -> bool {
 }
 
 fn incarnation(entry: &Entry) -> i64 {
-    entry.lease.map_or(-entry.create_revision, |lease| lease.0)
+    // Never positive without a lease, whatever a store says.
+    let without = -entry.create_revision.saturating_abs();
+    entry.lease.map_or(without, |lease| lease.0)
 }
 
 /// What its key says of a node: which registration it is, and when it was written.

@@ -292,7 +292,8 @@ impl World {
 
     fn holds(&self, entry: &Entry) -> bool {
         let id = entry.key.rsplit('/').next().unwrap_or_default();
-        let incarnation = entry.lease.map_or(entry.create_revision, |lease| lease.0);
+        let without = -entry.create_revision.saturating_abs();
+        let incarnation = entry.lease.map_or(without, |lease| lease.0);
         // Deleted and written again with a broken value, it has another incarnation.
         self.told
             .get(id)
@@ -384,10 +385,13 @@ fn node(rng: &mut Rng, trace: &mut Trace) {
     }
 }
 
+/// When it queued, its id, and its lease.
+type Candidate = (i64, String, Option<LeaseId>);
+
 fn election(rng: &mut Rng, trace: &mut Trace) {
     let mut world = World::new(rng);
     // What the line has to be.
-    let mut line: BTreeMap<String, (i64, String)> = BTreeMap::new();
+    let mut line: BTreeMap<String, Candidate> = BTreeMap::new();
     for index in 0..rng.usize(..IDS) {
         let value = NODES.small[index].clone();
         let entry = world.entry(rng, format!("registry/g/{}", input::id(index)), value);
@@ -395,7 +399,7 @@ fn election(rng: &mut Rng, trace: &mut Trace) {
         world.tell(&changes, rng);
     }
     let limits = world.limits;
-    let join = |line: &mut BTreeMap<String, (i64, String)>, entry: &Entry| {
+    let join = |line: &mut BTreeMap<String, Candidate>, entry: &Entry| {
         let rest = entry.key.strip_prefix("election/g/");
         if rest.is_none_or(|rest| rest.is_empty() || rest.contains('/')) {
             return false;
@@ -406,7 +410,8 @@ fn election(rng: &mut Rng, trace: &mut Trace) {
         let Some(id) = id.ok().filter(|_| is_short && line.len() < limits.nodes) else {
             return false;
         };
-        line.insert(entry.key.clone(), (entry.create_revision, id));
+        let candidate = (entry.create_revision, id, entry.lease);
+        line.insert(entry.key.clone(), candidate);
         true
     };
     for _ in 0..16 {
@@ -429,7 +434,7 @@ fn election(rng: &mut Rng, trace: &mut Trace) {
                     let key = format!("registry/g/{}", node.id);
                     let value = serde_json::to_vec(&*node).unwrap();
                     let mut entry = world.entry(rng, key, value);
-                    entry.lease = Some(LeaseId(node.incarnation()));
+                    entry.lease = node.lease();
                     registrations.push(entry);
                 }
                 let revision = world.revision;
@@ -466,15 +471,17 @@ fn election(rng: &mut Rng, trace: &mut Trace) {
         assert_eq!(world.group.sizes().queue, line.len(), "the line is another");
         let first = line
             .iter()
-            .map(|(key, (epoch, id))| (*epoch, key, id))
+            .map(|(key, (epoch, id, lease))| (*epoch, key, id, lease))
             .min();
-        let first = first.filter(|(_, _, id)| {
+        let first = first.filter(|(_, _, id, lease)| {
             let nodes = world.group.nodes();
-            nodes.get(id).is_some() && !nodes.is_suspect(id)
+            // Of one life: one lease holds both keys.
+            let node = nodes.get(id).filter(|node| node.lease() == **lease);
+            node.is_some() && lease.is_some() && !nodes.is_suspect(id)
         });
         assert_eq!(
             world.leader,
-            first.map(|(epoch, _, id)| (id.clone(), epoch)),
+            first.map(|(epoch, _, id, _)| (id.clone(), epoch)),
             "another leads"
         );
     }
