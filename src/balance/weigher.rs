@@ -98,10 +98,8 @@ impl Parted {
         let Some(run) = known.node.run().filter(|_| !known.node.is_leaving()) else {
             return;
         };
-        if self.order.len() >= MOST_REMEMBERED
-            && let Some((_, oldest)) = self.order.pop_front()
-        {
-            self.by_run.remove(&oldest);
+        if self.order.len() >= MOST_REMEMBERED {
+            self.forget_oldest();
         }
         self.order.push_back((now, run));
         self.by_run.insert(run, (now, success, known));
@@ -112,19 +110,29 @@ impl Parted {
         self.forget(now);
         let run = node.run()?;
         let (_, success, known) = self.by_run.remove(&run)?;
+        let known = Some(known).filter(|known| known.is_of(node, addr))?;
         known.member.revive(success);
-        Some(known).filter(|known| known.is_of(node, addr))
+        Some(known)
     }
 
     fn forget(&mut self, now: Instant) {
-        while let Some((at, run)) = self.order.front() {
+        while let Some((at, _)) = self.order.front() {
             if now.saturating_duration_since(*at) < REMEMBERED_FOR {
                 return;
             }
-            if self.by_run.get(run).is_some_and(|(since, ..)| since == at) {
-                self.by_run.remove(run);
-            }
-            self.order.pop_front();
+            self.forget_oldest();
+        }
+    }
+
+    fn forget_oldest(&mut self) {
+        // It may have come back since, and gone again.
+        if let Some((at, run)) = self.order.pop_front()
+            && self
+                .by_run
+                .get(&run)
+                .is_some_and(|(since, ..)| *since == at)
+        {
+            self.by_run.remove(&run);
         }
     }
 }
@@ -522,6 +530,7 @@ impl Weigher {
 
     /// What time and requests bring, once a second.
     pub(crate) fn tick(&mut self, now: Instant) {
+        self.parted.forget(now);
         let passed = self
             .ticked
             .map_or(Duration::ZERO, |last| now.saturating_duration_since(last));

@@ -372,8 +372,8 @@ impl ServiceDiscovery {
 
     /// Follows the group until `shutdown` resolves. A lost connection is never a reason to
     /// return: the view stays as it was, and following resumes where it stopped, for ever, after
-    /// 0.5 s to 2 s while etcd is away, and up to 30 s where it refuses. Spawns no task, but for the reading and
-    /// writing of a snapshot file, so dropping the future stops everything.
+    /// 0.5 s to 2 s while etcd is away, and up to 30 s where it refuses. Dropping the future stops
+    /// following; the connection's own tasks end with the last handle that uses it.
     ///
     /// # Errors
     ///
@@ -660,6 +660,18 @@ impl<'a> Running<'a> {
                 what: format!("discovery of {}", shared.group),
             });
         }
+        // Somebody follows again, from a view that is as old as it is.
+        let has_view = *shared.ready.borrow();
+        shared.status.send_if_modified(|status| {
+            let DiscoveryStatus::Ended { since } = *status else {
+                return false;
+            };
+            *status = match has_view {
+                true => DiscoveryStatus::Stale { since },
+                false => DiscoveryStatus::Connecting,
+            };
+            true
+        });
         Ok(Self(shared))
     }
 }

@@ -495,7 +495,7 @@ impl View {
                 if before == 0 {
                     warn!(
                         nodes = self.nodes.len(),
-                        "many nodes have vanished at once without having said goodbye; they stay                          as suspects for a while"
+                        "many nodes have vanished at once without having said goodbye; they stay as suspects for a while"
                     );
                 }
                 self.suspect(&node.id);

@@ -434,9 +434,7 @@ impl<'s> Follower<'s> {
     /// before the quorum was lost is. Nobody leads.
     async fn borrow_view(&mut self, store: &dyn Store) {
         let shared = self.shared;
-        let status = *shared.status.borrow();
-        let had_own = matches!(status, DiscoveryStatus::Ended { .. }) && shared.has_view();
-        let has_own = had_own || matches!(status, DiscoveryStatus::Stale { .. });
+        let has_own = matches!(*shared.status.borrow(), DiscoveryStatus::Stale { .. });
         if has_own && !self.is_borrowed {
             return;
         }
@@ -547,12 +545,13 @@ impl Shared {
             DiscoveryStatus::Stale { .. } if was_borrowed => {
                 info!(group = %self.group, "connected");
             }
-            DiscoveryStatus::Stale { .. } | DiscoveryStatus::Ended { .. } => {
+            DiscoveryStatus::Stale { .. } => {
                 info!(group = %self.group, "reconnected");
                 let _ = self.events.send(ClusterEvent::Reconnected);
             }
             DiscoveryStatus::FromDisk { .. } => info!(group = %self.group, "connected"),
-            DiscoveryStatus::Connecting | DiscoveryStatus::Live => {}
+            DiscoveryStatus::Connecting | DiscoveryStatus::Live | DiscoveryStatus::Ended { .. } => {
+            }
         }
     }
 

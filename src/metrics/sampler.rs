@@ -43,7 +43,8 @@ impl Sampler {
     /// The next sample, if it comes within that time. One that comes later is the answer to the
     /// next call, so that a slow collector is called once at a time.
     pub(crate) async fn sample(&mut self, within: Duration) -> Option<Sample> {
-        if !self.collector.may_block() {
+        let may_block = catch_unwind(AssertUnwindSafe(|| self.collector.may_block()));
+        if !may_block.unwrap_or(true) {
             return collect(&*self.collector);
         }
         let thread = match &mut self.thread {

@@ -14,13 +14,16 @@ use super::supervise::{caught, say};
 pub(super) struct Listening<S> {
     service: S,
     address: String,
+    /// Another process has the address until it lets go of it: then it is waited for.
+    takes_over: bool,
 }
 
 impl<S: ServiceWithDependents> Listening<S> {
-    pub(super) fn new(service: S, address: &str) -> Self {
+    pub(super) fn new(service: S, address: &str, takes_over: bool) -> Self {
         Self {
             service,
             address: address.to_owned(),
+            takes_over,
         }
     }
 }
@@ -48,7 +51,7 @@ impl<S: ServiceWithDependents> ServiceWithDependents for Listening<S> {
             .is_some_and(|fds| fds.lock().get(&self.address).is_some());
         #[cfg(not(unix))]
         let is_given = false;
-        let free = if is_given {
+        let free = if is_given || self.takes_over {
             Ok(())
         } else {
             can_listen(&self.address)

@@ -15,7 +15,7 @@
 //!
 //! Pingora does not look after the tasks of its services. So each part of a service here that ends or
 //! panics is started again, after 1 s to 30 s, with an error in the log; meanwhile
-//! [`status`](crate::ServiceDiscovery::status) says that the view is stale. Without its listener a
+//! [`status`](crate::ServiceDiscovery::status) is `Ended`, and `Stale` when it follows again. Without its listener a
 //! server is of no use: [`ClusterProxy::add_to`] ends the process then.
 //!
 //! After SIGTERM Pingora keeps serving for `grace_period_seconds`. The services here keep

@@ -112,12 +112,13 @@ impl ClusterProxy {
         let mut proxy: Service<HttpProxy<Self>> = http_proxy_service(&server.configuration, proxy);
         proxy.add_tcp(&config.listen);
         let options = server.options.as_ref();
+        let takes_over = options.is_some_and(|options| options.upgrade);
         if !options.is_some_and(|options| options.upgrade || options.test) {
             let free = listening::can_listen(&config.listen);
             free.map_err(|reason| ClusterError::config("cluster.listen", reason))?;
         }
         let balancer = server.add_service(balancer);
-        let proxy = Listening::new(proxy, &config.listen);
+        let proxy = Listening::new(proxy, &config.listen, takes_over);
         server.add_service(proxy).add_dependency(balancer);
         Ok(task)
     }

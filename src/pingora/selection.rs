@@ -94,8 +94,8 @@ impl State {
     /// Answers whether addresses have come or gone, or started or stopped to drain.
     fn apply<'a>(&mut self, nodes: impl IntoIterator<Item = &'a Arc<Node>>, now: Instant) -> bool {
         let mut changed = false;
-        let mut before = std::mem::take(&mut self.slots);
         self.weigher.update(nodes, now);
+        let mut before = std::mem::take(&mut self.slots);
         for member in self.weigher.current().cloned() {
             let (addr, serving) = (member.addr(), member.is_serving());
             let slot = match before.remove(&addr) {

@@ -314,7 +314,7 @@ impl ClusterNodeBuilder {
     fn validate_entry(&self) -> Result<(), ClusterError> {
         keys::check_node_id(&self.id)?;
         keys::check_group(&self.group)?;
-        keys::check_keys(&self.etcd.key_prefix, &self.group, &self.id)?;
+        keys::check_keys(&self.etcd.prefix(), &self.group, &self.id)?;
         validate::address(self.ip).map_err(|reason| ClusterError::config("node_ip", reason))?;
         let names = self.zone.iter().map(|zone| ("zone", zone));
         for (field, name) in names.chain(self.tags.iter().map(|tag| ("tags", tag))) {

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -51,7 +52,9 @@ pub(crate) struct LeaseHolder {
     /// The task that keeps it has this.
     driver: tokio::sync::Mutex<Driver>,
     task: Mutex<Keeping>,
-    /// The task has ended.
+    /// The number of the last task that has ended. A lock would not do: a runtime that ends drops what
+    /// is spawned on it at once, while it is being started.
+    last_ended: AtomicU64,
     ended: Signal,
     users: Mutex<Users>,
     has_left: Notify,
@@ -142,6 +145,7 @@ impl LeaseHolder {
                 not_before: None,
             }),
             task: Mutex::default(),
+            last_ended: AtomicU64::new(0),
             ended: Signal::default(),
             users: Mutex::default(),
             has_left: Notify::new(),
@@ -228,17 +232,22 @@ impl LeaseHolder {
             self.start(store);
             ended.changed().await;
             // It may be another node's by now.
-            if self.keeping().task.is_none() {
+            if !self.is_kept(&self.keeping()) {
                 error!("the task that renews the lease has ended by itself, it is started again");
                 sleep(START_AGAIN).await;
             }
         }
     }
 
+    fn is_kept(&self, keeping: &Keeping) -> bool {
+        let has_ended = self.last_ended.load(Ordering::Acquire) == keeping.number;
+        keeping.task.is_some() && !has_ended
+    }
+
     /// Starts the task, unless there is one.
     fn start(self: &Arc<Self>, store: &Arc<dyn Store>) {
         let mut keeping = self.keeping();
-        if keeping.task.is_some() {
+        if self.is_kept(&keeping) {
             return;
         }
         keeping.number += 1;
@@ -485,11 +494,9 @@ struct Ending {
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        let mut keeping = self.holder.keeping();
-        if keeping.number == self.number {
-            keeping.task = None;
-        }
-        drop(keeping);
+        self.holder
+            .last_ended
+            .fetch_max(self.number, Ordering::AcqRel);
         self.holder.ended.update(|()| ());
     }
 }

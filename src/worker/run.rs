@@ -124,13 +124,18 @@ impl Drop for Running<'_> {
     fn drop(&mut self) {
         let shared = self.shared;
         *shared.commands() = None;
-        shared.end_term();
+        // Nothing is logged here: where a subscriber has panicked, a second panic would end the process,
+        // and all that follows would be left undone.
+        if shared.term.swap(None).is_some() {
+            shared.term_changed.send_replace(());
+        }
         if !self.has_left {
             // A lease of its own is not revoked: as after a crash, it runs out.
             let _ = self.lease.leave(&shared.config.group);
         }
         *shared.past() = Past::default();
-        shared.feed(Input::Close);
+        let closed = shared.state.borrow().after(Input::Close);
+        shared.state.send_replace(closed);
         shared.set_health(HealthStatus::Unknown);
         shared.life.end();
     }
@@ -235,19 +240,19 @@ impl Shared {
         {
             return;
         }
-        info!(group = %self.config.group, node = %self.config.id, epoch, "node leads");
         self.term.store(Some(Arc::new(Term {
             epoch,
             key: self.keys.candidacy(tenure.lease.id).into(),
             tenure: tenure.clone(),
         })));
         self.term_changed.send_replace(());
+        info!(group = %self.config.group, node = %self.config.id, epoch, "node leads");
     }
 
     pub(super) fn end_term(&self) {
         if let Some(term) = self.term.swap(None) {
-            info!(group = %self.config.group, node = %self.config.id, epoch = term.epoch, "node leads no longer");
             self.term_changed.send_replace(());
+            info!(group = %self.config.group, node = %self.config.id, epoch = term.epoch, "node leads no longer");
         }
     }
 

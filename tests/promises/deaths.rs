@@ -244,7 +244,7 @@ async fn a_subscriber_that_panics_for_a_while_ends_nothing() {
     store.put(&group, "n2").await;
     // That it panicked cannot be said, nor that it begins again.
     eventually("it panics", || log.panicked.load(Ordering::SeqCst) >= 3).await;
-    assert!(matches!(discovery.status(), DiscoveryStatus::Ended { .. }));
+    assert_ne!(discovery.status(), DiscoveryStatus::Live);
     log.panics.store(false, Ordering::SeqCst);
     eventually("n2", || service.len() == 2).await;
     eventually("live", || discovery.status() == DiscoveryStatus::Live).await;
