@@ -13,7 +13,7 @@ const BUILDER: ExponentialBuilder = ExponentialBuilder::new()
     .without_max_times()
     .with_jitter();
 
-/// While the store is away: in milliseconds. It does not grow, for what it spares the store is
+/// While the store is away, or has no room: in milliseconds. It does not grow, for what it spares the store is
 /// spared by the store's own dialling, which is paced whatever the number of callers.
 const AWAY: std::ops::Range<u64> = 500..2_000;
 
@@ -36,12 +36,10 @@ impl Backoff {
 
     /// After this failure. However long the store was away, it is noticed soon that it is back.
     pub(crate) fn after(&mut self, error: &ClusterError) -> Duration {
-        match error {
-            ClusterError::Unavailable { .. }
-            | ClusterError::Timeout { .. }
-            | ClusterError::CircuitOpen { .. } => Duration::from_millis(fastrand::u64(AWAY)),
-            _ => self.next_delay(),
+        if error.is_transient() {
+            return Duration::from_millis(fastrand::u64(AWAY));
         }
+        self.next_delay()
     }
 }
 
