@@ -241,6 +241,11 @@ impl Checker {
         inner.rolled_back_to = rolled_back_to;
     }
 
+    /// Which of the store's histories this is.
+    pub fn history(&self) -> u64 {
+        self.moment(0).history
+    }
+
     pub fn acknowledged(&self, lease: LeaseId, sent: Duration, ttl: Duration) {
         let mut inner = self.inner.lock().unwrap();
         inner.acknowledged.insert(lease, (sent, ttl));

@@ -9,7 +9,7 @@ use pingora_etcd::{Leadership, Node};
 /// An instant of the store: in which of its histories, and how far that had come.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Moment {
-    history: u64,
+    pub history: u64,
     revision: Revision,
 }
 

@@ -255,6 +255,7 @@ impl Client {
         let connection = self.net.connection();
         let (answer, answered) = oneshot::channel();
         let client = self.clone();
+        let history = self.checker.history();
         let lost = fastrand::f64() < weather.lost_requests;
         let lost_answer = fastrand::f64() < weather.lost_answers;
         let straggles = fastrand::f64() < weather.stragglers;
@@ -268,7 +269,10 @@ impl Client {
             }
             net.carry().await;
             let hung_up = net.connection() != connection;
-            if lost || (hung_up && !survives_hang_up) {
+            // Data is restored into a server that was started anew: what was sent to the one before
+            // it does not reach it, however late it is.
+            let has_another_server = client.checker.history() != history;
+            if lost || (hung_up && !survives_hang_up) || has_another_server {
                 return;
             }
             let result = request(client).await;
