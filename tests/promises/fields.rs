@@ -138,9 +138,9 @@ async fn the_own_zone_comes_first() {
     let (setup, _, _backends) = two("zone", zone("x"), zone("y")).await;
     // How fast a busy machine answers must not matter.
     let own = of_a(&setup, "zone: x\nzones: { stretch_limit: 100 }", 100).await;
-    assert!(own >= 90, "{own} of 100");
+    assert!(own >= 80, "{own} of 100");
     let beside = of_a(&setup, "zone_of: b\nzones: { stretch_limit: 100 }", 100).await;
-    assert!(beside <= 10, "{beside} of 100");
+    assert!(beside <= 20, "{beside} of 100");
     let spilled = of_a(
         &setup,
         "zone: x\nzones: { least_spill: 1, stretch_limit: 100 }",
