@@ -228,6 +228,7 @@ mod node;
 pub mod pingora;
 mod signal;
 pub mod store;
+mod supervise;
 #[cfg(test)]
 mod testing;
 mod validate;

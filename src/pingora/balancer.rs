@@ -14,8 +14,8 @@ use tokio::sync::watch;
 use tracing::error;
 
 use super::discovery::ClusterBackends;
+use super::keep::keep;
 use super::selection::LiveWeights;
-use super::supervise::keep;
 use super::{COALESCE, PACE, READY_TIMEOUT, every_tick, follow, wait_ready};
 use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;

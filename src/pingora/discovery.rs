@@ -10,8 +10,8 @@ use ::pingora::{Error, ErrorType, Result};
 use async_trait::async_trait;
 use tokio::task::JoinHandle;
 
+use super::keep::keep;
 use super::selection::LiveWeights;
-use super::supervise::keep;
 use super::{COALESCE, PACE, READY_TIMEOUT, every_tick, follow, wait_ready};
 use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;

@@ -5,7 +5,10 @@ use ::pingora::services::{ServiceReadyNotifier, ServiceWithDependents};
 use async_trait::async_trait;
 use tracing::error;
 
-use super::supervise::{caught, say};
+use crate::supervise::{caught, say};
+
+/// Within this the runtimes of a server have ended that was told to end at once.
+const ENDING: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// A service that listens, and without which the process is of no use: it ends with it.
 ///
@@ -66,7 +69,13 @@ impl<S: ServiceWithDependents> ServiceWithDependents for Listening<S> {
                     listeners_per_fd,
                     ready,
                 );
-                match caught(serving).await {
+                let ended = caught(serving).await;
+                if ended.is_ok() {
+                    // At Ctrl-C the runtimes end without a word, this one perhaps after that of the
+                    // tasks which accept.
+                    tokio::time::sleep(ENDING).await;
+                }
+                match ended {
                     // It was told to, or the server is gone.
                     Ok(()) if *shutdown.borrow() || shutdown.has_changed().is_err() => return,
                     Ok(()) => "nobody accepts connections any more".to_owned(),

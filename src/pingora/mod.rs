@@ -24,11 +24,11 @@
 
 mod balancer;
 mod discovery;
+mod keep;
 mod leader;
 mod listening;
 mod proxy;
 mod selection;
-mod supervise;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;

@@ -15,6 +15,7 @@ mod election;
 mod faults;
 mod members;
 mod metrics;
+mod panics;
 mod resilience;
 mod sharing;
 mod slow;

@@ -17,11 +17,11 @@ use super::common::{eventually, group, throughout, within};
 use super::{Running, leader_id, ready};
 
 /// An etcd that speaks TLS, and the files of both sides.
-struct Secure {
-    etcd: Etcd,
+pub(super) struct Secure {
+    pub(super) etcd: Etcd,
     server_files: Directory,
     files: Directory,
-    ca: Authority,
+    pub(super) ca: Authority,
 }
 
 const LOCAL: &[&str] = &["127.0.0.1", "localhost"];
@@ -54,7 +54,7 @@ impl Secure {
         }
     }
 
-    fn new(mutual: bool) -> Self {
+    pub(super) fn new(mutual: bool) -> Self {
         Self::with_server(mutual, |ca| ca.server(LOCAL))
     }
 

@@ -6,15 +6,19 @@ use std::time::Duration;
 use etcd_client::Client;
 use tokio::sync::watch;
 use tokio::time::timeout;
-use tracing::{debug, info};
+use tracing::{debug, error, info};
 
 use super::connection::Connection;
 use super::{EtcdStore, Shared, bounded};
+use crate::error::ClusterError;
 use crate::store::options::is_usable;
+use crate::supervise::{caught, say};
 
 /// How often members are asked for, beside after each connection. Lengthened by up to a quarter at
 /// random: many processes start together.
 const EVERY: Duration = Duration::from_secs(60);
+/// After a panic.
+const AGAIN_AFTER: Duration = Duration::from_secs(2);
 
 /// Asks for the members until the connection is given up. A task of the connection's own.
 pub(super) fn follow(store: &EtcdStore, connection: &Connection, mut open: watch::Receiver<()>) {
@@ -25,9 +29,21 @@ pub(super) fn follow(store: &EtcdStore, connection: &Connection, mut open: watch
     let shared = Arc::downgrade(&store.shared);
     let (client, endpoint) = (connection.client.clone(), connection.endpoint.clone());
     tokio::spawn(async move {
-        // Nothing is ever sent: an answer is the connection's end.
-        while ask(&shared, &client, &endpoint).await {
-            let pause = EVERY.mul_f64(1.0 + 0.25 * fastrand::f64());
+        loop {
+            let pause = match caught(ask(&shared, &client, &endpoint)).await {
+                Ok(true) => EVERY.mul_f64(1.0 + 0.25 * fastrand::f64()),
+                Ok(false) => return,
+                Err(panic) => {
+                    say(|| {
+                        error!(
+                            panic,
+                            "following the members of etcd has failed, it is tried again"
+                        )
+                    });
+                    AGAIN_AFTER
+                }
+            };
+            // Nothing is ever sent: an answer is the connection's end.
             if timeout(pause, open.changed()).await.is_ok() {
                 return;
             }
@@ -47,8 +63,14 @@ async fn ask(shared: &Weak<Shared>, client: &Client, endpoint: &str) -> bool {
     }) else {
         return false;
     };
-    let mut client = client.clone();
-    let members = match bounded("members", endpoint, after, client.member_list()).await {
+    let mut asking = client.clone();
+    let mut members = bounded("members", endpoint, after, asking.member_list()).await;
+    if let Err(error) = &members
+        && has_new_token(shared, error).await
+    {
+        members = bounded("members", endpoint, after, asking.member_list()).await;
+    }
+    let members = match members {
         Ok(members) => members,
         Err(error) => {
             // Whoever calls next finds out whether the connection is to blame.
@@ -69,6 +91,19 @@ async fn ask(shared: &Weak<Shared>, client: &Client, endpoint: &str) -> bool {
         .filter(|url| is_usable(&store.shared.options, url));
     store.use_members(&urls.collect::<Vec<_>>());
     true
+}
+
+/// Where the token was refused: whether there is another one now.
+async fn has_new_token(shared: &Weak<Shared>, error: &ClusterError) -> bool {
+    let Some(store) = shared.upgrade().map(EtcdStore::background) else {
+        return false;
+    };
+    let used = store.link().connection.clone();
+    let Some(used) = used.filter(|_| store.may_renew(error)) else {
+        return false;
+    };
+    let renewed = store.renew_token(used.generation, used.token.version());
+    renewed.await.is_ok()
 }
 
 impl EtcdStore {

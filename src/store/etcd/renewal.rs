@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::timeout;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::connection::Connection;
 use super::round_trips::LONGEST;
@@ -13,6 +13,7 @@ use super::security::Fingerprint;
 use super::{EtcdStore, Shared};
 use crate::error::ClusterError;
 use crate::store::TlsOptions;
+use crate::supervise::{caught, say};
 
 /// How often the files are looked at.
 const EVERY: Duration = Duration::from_secs(3);
@@ -53,7 +54,21 @@ impl FileWatch {
         };
         tokio::spawn(async move {
             // Nothing is ever sent: an answer is the connection's end.
-            while timeout(EVERY, open.changed()).await.is_err() && watch.look().await {}
+            while timeout(EVERY, open.changed()).await.is_err() {
+                match caught(watch.look()).await {
+                    Ok(true) => {}
+                    Ok(false) => return,
+                    Err(panic) => {
+                        watch.bad = None;
+                        say(|| {
+                            error!(
+                                panic,
+                                "looking for new certificate files has failed, it is tried again"
+                            )
+                        });
+                    }
+                }
+            }
         });
     }
 
@@ -121,6 +136,7 @@ impl EtcdStore {
     /// that nothing is lost if it cannot be.
     async fn replace(&self, generation: u64, endpoint: &str) -> Result<(), ClusterError> {
         let within = LONGEST.max(self.shared.options.connect_timeout);
+        self.paced().await;
         let dialed = self.dial(endpoint, true, within).await?;
         let is_in_use = {
             let link = self.link();
