@@ -13,8 +13,8 @@ const BUILDER: ExponentialBuilder = ExponentialBuilder::new()
     .without_max_times()
     .with_jitter();
 
-/// While the store is away, or has no room: in milliseconds. It does not grow, for what it spares the store is
-/// spared by the store's own dialling, which is paced whatever the number of callers.
+/// While the store is away, or has no room: in milliseconds. It does not grow, for what it spares the
+/// store is spared by the store's own dialling, which is paced whatever the number of callers.
 const AWAY: std::ops::Range<u64> = 500..2_000;
 
 /// Endless backoff with jitter: exponential where the store answers, short while it is away.

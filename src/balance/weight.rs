@@ -177,7 +177,8 @@ impl LoadSum {
         for (sum, value) in self.0.iter_mut().zip(load.values()) {
             if let Some(value) = value {
                 sum.0 -= value;
-                sum.1 -= 1;
+                // Not below none, also where a panic has interrupted this before.
+                sum.1 = sum.1.saturating_sub(1);
             }
         }
     }

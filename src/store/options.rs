@@ -26,10 +26,10 @@ const MEMORY: &str = "memory://";
 #[non_exhaustive]
 pub struct EtcdOptions {
     /// `http://host:port` or, with the feature `tls`, `https://host:port` of each member, tried in
-    /// turn; one connection is used at a time. Without a scheme it is `https` if `tls` is given,
-    /// and `http` if not. Or one `memory://name`: the embedded store of that name in this process,
-    /// which needs no server and keeps nothing. User and password do not belong here: see
-    /// `credentials`.
+    /// turn, at each address that its name has; one connection is used at a time. Without a scheme it
+    /// is `https` if `tls` is given, and `http` if not. Or one `memory://name`: the embedded store of
+    /// that name in this process, which needs no server and keeps nothing. User and password do not
+    /// belong here: see `credentials`.
     pub endpoints: Vec<String>,
     /// Goes before every key, to share an etcd with others, as `prod/` in
     /// `prod/registry/workers/n1`. Without a slash at its end it is given one. No control
@@ -48,9 +48,11 @@ pub struct EtcdOptions {
     /// than half of this, the wait is longer, too: twice what an answer takes at most, up to 30 s.
     /// Default: 3 s. Range: 10 ms to 60 s.
     pub request_timeout: Duration,
-    /// How often an open connection is probed by an HTTP/2 ping, which has to be answered within
-    /// 30 s, or `request_timeout` if that is longer. Silence is noticed before that otherwise. Default: 10 s. At least 10 s, because etcd closes the connection of a
-    /// client that pings more often than every 5 s.
+    /// After how long without anything heard a connection is probed by an HTTP/2 ping, which has to be
+    /// answered within 30 s, or `request_timeout` if that is longer. A discovery asks its watches
+    /// before that, see `silence_timeout`: this is for connections that nobody watches on.
+    /// Default: 10 s. At least 10 s, because etcd closes the connection of a client that pings more
+    /// often than every 5 s.
     pub keep_alive_interval: Duration,
     /// How long a watch may hear nothing at all until its connection is given up for another one. A
     /// quiet server is asked to say something well before that, and given longer where its answers

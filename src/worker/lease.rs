@@ -428,8 +428,10 @@ impl LeaseHolder {
 
     /// Removes what ended nodes have left behind under the lease that lives on.
     async fn tidy(&self, store: &dyn Store) -> Infallible {
+        let mut backoff = Backoff::new();
         loop {
             let tidy = self.users().tidy;
+            let until = tidy.map(|tidy| tidy.until);
             let due = async {
                 match tidy {
                     Some(tidy) => sleep_until(tidy.next).await,
@@ -455,18 +457,25 @@ impl LeaseHolder {
             let now = Instant::now();
             let mut users = self.users();
             users.forget_ended(now);
-            // Unless another node has left meanwhile.
-            let same = users.tidy.as_mut().filter(|tidy| tidy.next <= now);
+            // Unless another node has left meanwhile: that is seen to at once.
+            let same = users.tidy.as_mut().filter(|now| Some(now.until) == until);
             let Some(tidy) = same else {
                 continue;
             };
             match tidied {
-                Ok(()) if now < tidy.until => tidy.next = now + TIDY_EVERY,
-                Ok(()) => tidy.next = now + TIDY_THEN_EVERY,
+                Ok(()) => {
+                    backoff.reset();
+                    tidy.next = now
+                        + if now < tidy.until {
+                            TIDY_EVERY
+                        } else {
+                            TIDY_THEN_EVERY
+                        };
+                }
                 Err(error) => {
                     debug!(%error, "keys of ended nodes not removed yet");
                     // The time counts from when the store could be written.
-                    tidy.next = now + TIDY_EVERY / 5;
+                    tidy.next = now + backoff.after(&error);
                     tidy.until = now + TIDY_FOR;
                 }
             }

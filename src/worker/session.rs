@@ -27,7 +27,8 @@ use crate::store::{Clock, Lease};
 #[non_exhaustive]
 pub enum SessionState {
     /// It has no lease, and waits before it asks for one: for a connection, or after a failure,
-    /// 0.5 s to 2 s while the store is away, up to 30 s where it refuses. Goes to `Granted` when there is a lease.
+    /// 0.5 s to 2 s while the store is away, up to 30 s where it refuses. Goes to `Granted` when
+    /// there is a lease.
     BackingOff,
     /// It has a lease, and nothing is known of its keys: they are being read or written. Goes to
     /// `Registered`, `Active` or `Draining` by what is read, to `Doubtful` at the deadline, to

@@ -28,7 +28,7 @@ fn range(key: &str, from: i64) -> WatchRange {
 }
 
 /// A healthy member, as far as it is scripted.
-fn healthy(call: &str) -> Answer {
+pub(super) fn healthy(call: &str) -> Answer {
     match call {
         "Status" => Answer::Message(status("3.5.30", false)),
         "Range" => Answer::Message(Message::new().message(1, &header(1))),
@@ -152,6 +152,68 @@ async fn a_silent_watch_is_replaced_and_tells_each_change_once() {
     watches.answer(put(new, "a", 7));
     while watches.next().await != WatchRequest::Cancel(old as u64) {}
     assert_eq!(within("both changes", told).await.unwrap(), [6, 7]);
+}
+
+/// From 3.6.2 and 3.5.22 on a server does not say how far it is while a watch begins in the future, which
+/// it is while nothing is written: it has said so before, and is not dead.
+#[tokio::test]
+async fn a_server_that_does_not_say_any_more_how_far_it_is_is_not_left() {
+    let mut server = Scripted::start(healthy).await;
+    let patience = Duration::from_millis(800);
+    let options = server.options().silence_timeout(patience);
+    let store = EtcdStore::new(options).unwrap();
+    let (opened, (mut watches, old)) = tokio::join!(store.watch(vec![range("a", 2)]), async {
+        let mut watches = server.watches().await;
+        let id = watches.next_create().await;
+        watches.answer(created(id, 1));
+        (watches, id)
+    });
+    let mut watcher = opened.unwrap();
+    watches.answer(put(old, "a", 5));
+    assert_eq!(within("a change", watcher.next()).await.unwrap().len(), 1);
+    let (told, mut events) = tokio::sync::mpsc::unbounded_channel();
+    let reading = tokio::spawn(async move {
+        loop {
+            let next = watcher.next().await;
+            let ended = next.is_err();
+            if told.send((next, Instant::now())).is_err() || ended {
+                return;
+            }
+        }
+    });
+    while watches.next().await != WatchRequest::Progress {}
+    watches.answer(progress(5));
+    // From here on it says nothing about that, for several times the silence that is allowed.
+    let mut id = old;
+    for _ in 0..6 {
+        while watches.next().await != WatchRequest::Progress {}
+        id = watches.next_create().await;
+        watches.answer(created(id, 5));
+    }
+    watches.answer(put(id, "a", 6));
+    let (next, _) = within("a change", events.recv()).await.unwrap();
+    assert_eq!(next.unwrap().len(), 1);
+    let dials = || {
+        server
+            .calls()
+            .iter()
+            .filter(|call| *call == "Status")
+            .count()
+    };
+    assert_eq!(dials(), 1, "the connection is the first one");
+
+    // An answer at last: to which request is not known, nor how long it took. A silence after it is
+    // noticed as soon as ever.
+    while watches.next().await != WatchRequest::Progress {}
+    watches.answer(progress(6));
+    let silent = Instant::now();
+    let (next, at) = within("the silence is noticed", events.recv())
+        .await
+        .unwrap();
+    assert!(next.is_err());
+    let took = at - silent;
+    assert!(took < patience * 3, "{took:?}");
+    reading.abort();
 }
 
 #[tokio::test]

@@ -97,6 +97,16 @@ async fn changes_are_late_not_lost(each_way: Duration) {
     node.crash();
 }
 
+/// The edge of what was tried before, and what lies between.
+#[tokio::test]
+async fn with_400_to_1_400_ms_each_way_changes_are_late_and_a_lease_is_kept() {
+    let all = [400, 600, 1_000, 1_400]
+        .map(|each_way| tokio::spawn(changes_are_late_not_lost(Duration::from_millis(each_way))));
+    for one in all {
+        one.await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn with_800_ms_each_way_changes_are_late_and_a_lease_is_kept() {
     changes_are_late_not_lost(Duration::from_millis(800)).await;
@@ -332,16 +342,71 @@ async fn a_watch_that_is_not_read_is_ended_and_costs_nobody_the_connection() {
 }
 
 #[tokio::test]
-async fn a_name_with_a_bad_address_first_is_reached_by_the_other() {
-    // Where `localhost` has two addresses the one that nobody listens on may come first.
+async fn what_runs_on_a_connection_ends_with_the_last_handle() {
     let etcd = Etcd::shared();
-    let port = etcd.address().rsplit_once(':').unwrap().1.to_owned();
-    let resolved: Vec<_> = tokio::net::lookup_host(format!("localhost:{port}"))
-        .await
-        .unwrap()
-        .collect();
-    println!("localhost: {resolved:?}");
-    let store = EtcdStore::new(EtcdOptions::new([format!("http://localhost:{port}")])).unwrap();
+    let link = Link::to(etcd.address()).await;
+    // A task for the members, one for the watches, and a renewal.
+    let store = EtcdStore::new(link.options().sync_endpoints(true)).unwrap();
+    let ranges = vec![WatchRange {
+        keys: Selector::Key("any".to_owned()),
+        from: 0,
+    }];
+    let watcher = store.watch(ranges).await.unwrap();
+    let lease = store.grant(Duration::from_secs(60)).await.unwrap();
+    let mut keeper = store.keeper(lease);
+    keeper.renew(Duration::from_secs(3)).await.unwrap();
+    assert_eq!(link.open(), 1);
+    drop((store, keeper));
+    throughout("a watch holds it", Duration::from_millis(500), || {
+        link.open() == 1
+    })
+    .await;
+    drop(watcher);
+    eventually("it is closed", || link.open() == 0).await;
+    assert_eq!(link.connections(), 1);
+}
+
+/// A runtime that ends drops what it is given at once: also the task that connects, which tells so.
+#[test]
+fn a_call_on_a_runtime_that_ends_or_on_none_holds_nobody_up() {
+    let etcd = Etcd::shared();
+    let store = EtcdStore::new(etcd.options()).unwrap();
     let any = Selector::Key("any".to_owned());
-    within("an answer", store.list(&any, None)).await.unwrap();
+    // Polled while its runtime is shut down, as the last thing in it.
+    struct Last(EtcdStore, Selector);
+    impl Drop for Last {
+        fn drop(&mut self) {
+            let mut list = pin!(self.0.list(&self.1, None));
+            let mut context = Context::from_waker(Waker::noop());
+            let _ = list.as_mut().poll(&mut context);
+        }
+    }
+    let runtime = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let ending = runtime();
+    let last = Last(store.clone(), any.clone());
+    ending.spawn(async move {
+        let _last = last;
+        std::future::pending::<()>().await;
+    });
+    let (done, is_done) = std::sync::mpsc::channel();
+    let (other, of_other) = (store.clone(), any.clone());
+    std::thread::spawn(move || {
+        ending.shutdown_timeout(Duration::from_secs(5));
+        // Without any runtime it panics, as all that spawns does, and holds nothing.
+        let none = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let mut list = pin!(other.list(&of_other, None));
+            let mut context = Context::from_waker(Waker::noop());
+            let _ = list.as_mut().poll(&mut context);
+        }));
+        let _ = done.send(none.is_err());
+    });
+    let panicked = is_done.recv_timeout(Duration::from_secs(20));
+    assert!(panicked.expect("it does not hang"));
+    runtime().block_on(async { within("an answer", store.list(&any, None)).await.unwrap() });
 }

@@ -11,6 +11,7 @@ use tracing::{debug, info, warn};
 
 use super::breaker::Breaker;
 use super::dialling::{Dialler, Pace};
+use super::names::{Address, Names};
 use super::round_trips::{LONGEST, RoundTrips};
 use super::security::{Fingerprint, Token, connect_as, perhaps_https, status_of};
 use super::watcher::WatchStreams;
@@ -29,6 +30,7 @@ pub(super) struct Link {
     pub(super) generation: u64,
     /// The endpoint to try next.
     pub(super) next: usize,
+    pub(super) names: Names,
     /// The task that makes a connection, while there is none.
     pub(super) dialler: Option<Dialler>,
     /// How many there have been.
@@ -53,6 +55,7 @@ impl Link {
             open: None,
             generation: 0,
             next: 0,
+            names: Names::default(),
             dialler: None,
             diallers: 0,
             pace: Pace::default(),
@@ -61,6 +64,12 @@ impl Link {
             breaker: Breaker::default(),
             refusing: BTreeMap::new(),
         }
+    }
+
+    /// How many addresses the endpoints have, as far as it is known.
+    pub(super) fn addresses(&self, endpoints: &[Arc<str>]) -> usize {
+        self.names
+            .addresses(endpoints.iter().map(|endpoint| &**endpoint))
     }
 }
 
@@ -102,7 +111,7 @@ impl EtcdStore {
     ) -> Result<Connection, ClusterError> {
         // Lost again before it could be used: once more.
         for _ in 0..2 {
-            let waiting = {
+            let (waiting, started) = {
                 let mut link = self.link();
                 if let Some(connection) = &link.connection {
                     return Ok(connection.clone());
@@ -113,6 +122,9 @@ impl EtcdStore {
                 }
                 self.dialling(&mut link)
             };
+            if let Some(dialling) = started {
+                tokio::spawn(dialling.run());
+            }
             self.dialled(waiting).await?;
         }
         Err(ClusterError::Unavailable {
@@ -168,7 +180,6 @@ impl EtcdStore {
             round_trips.clone(),
             is_open,
         );
-        link.breaker.connected();
         link.refusing.remove(&*endpoint);
         if !link.warned_about_version && has_lease_bug(&version) {
             link.warned_about_version = true;
@@ -230,7 +241,13 @@ impl EtcdStore {
                 options.keep_alive_interval,
                 LONGEST.max(options.request_timeout),
             );
-        let (connect, files, user) = self.secured(endpoint, connect).await?;
+        let address = self.address_of(endpoint, within).await;
+        let name = address.as_ref().map(|address| &*address.name);
+        let secured = self.secured(endpoint, name, connect);
+        let (connect, files, user) = in_time("connect", endpoint, within, secured).await?;
+        let at = address
+            .as_ref()
+            .map_or(endpoint, |address| &*address.endpoint);
         // What the status takes: a connection is made by the first request on it.
         let steps = match (&options.credentials, endpoint.starts_with("https://")) {
             (Some(_), _) => 1,
@@ -238,7 +255,7 @@ impl EtcdStore {
             (None, true) => 3,
         };
         let connecting = async {
-            let (mut client, token) = connect_as(endpoint, connect, user).await?;
+            let (mut client, token) = connect_as(at, connect, user).await?;
             let asked = Instant::now();
             let member = status_of(&mut client).await?;
             let round_trip = asked.elapsed() / steps;
@@ -249,7 +266,7 @@ impl EtcdStore {
             .map_err(|error| self.about_access(error, String::new));
         #[cfg(feature = "tls")]
         let dialed = match dialed {
-            Err(error) => Err(self.diagnosed(endpoint, error).await),
+            Err(error) => Err(self.diagnosed(endpoint, at, name, error).await),
             dialed => dialed,
         };
         let dialed = dialed.map_err(|error| match &options.tls {
@@ -269,6 +286,9 @@ impl EtcdStore {
                 operation: "connect",
                 reason: reason.to_owned(),
             });
+        }
+        if let Some(Address { index, .. }) = address {
+            self.link().names.worked(endpoint, index);
         }
         Ok(Dialed {
             client,
@@ -323,11 +343,27 @@ impl EtcdStore {
             self.count_failure(&mut link, error);
             if let Some(connection) = link.connection.take() {
                 link.missed = connection.round_trips.missed();
+                link.names.failed(&connection.endpoint);
             }
             link.open = None;
             link.next = (link.next + 1) % link.endpoints.len();
         }
     }
+}
+
+/// What is no request, but may take as long: files on a disk that does not answer.
+pub(super) async fn in_time<T>(
+    operation: &'static str,
+    endpoint: &str,
+    after: Duration,
+    what: impl Future<Output = Result<T, ClusterError>>,
+) -> Result<T, ClusterError> {
+    let late = |_| ClusterError::Timeout {
+        endpoint: endpoint.to_owned(),
+        operation,
+        after,
+    };
+    tokio::time::timeout(after, what).await.map_err(late)?
 }
 
 /// Whether somebody has to mend something.

@@ -17,7 +17,14 @@ use crate::error::ClusterError;
 
 impl EtcdStore {
     /// The error of a connection that failed, or the alert that it hides.
-    pub(super) async fn diagnosed(&self, endpoint: &str, error: ClusterError) -> ClusterError {
+    /// `at`: the endpoint with the address that was dialled, and which `name` that is an address of.
+    pub(super) async fn diagnosed(
+        &self,
+        endpoint: &str,
+        at: &str,
+        name: Option<&str>,
+        error: ClusterError,
+    ) -> ClusterError {
         let ClusterError::Unavailable { reason, .. } = &error else {
             return error;
         };
@@ -30,11 +37,12 @@ impl EtcdStore {
             return perhaps_mutual(endpoint, error);
         }
         let timeout = self.shared.options.connect_timeout;
-        let address = endpoint.strip_prefix("https://").unwrap_or(endpoint);
+        let address = at.strip_prefix("https://").unwrap_or(at);
+        let server_name = tls.server_name.clone().or(name.map(str::to_owned));
         let address = address.trim_end_matches('/').to_owned();
         let heard = blocking(endpoint, move || {
             let config = tls.load().and_then(|files| tls.check(&files)).ok()?;
-            handshake(&address, tls.server_name.as_deref(), config, timeout).err()
+            handshake(&address, server_name.as_deref(), config, timeout).err()
         });
         // The look-up of a name has no time-out of its own.
         let Ok(Ok(Some(heard))) = tokio::time::timeout(timeout, heard).await else {

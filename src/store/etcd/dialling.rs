@@ -1,9 +1,9 @@
 //! Making a connection, in a task of its own: whoever needs one waits for it, and whoever stops
 //! waiting, or is not polled any more, holds nobody up.
 //!
-//! A round tries each endpoint in turn. One that stays silent for `connect_timeout` is not waited for
-//! any longer, but not given up either: it may be slow, with a round trip for each step. The first
-//! to answer wins, whichever it is.
+//! A round tries each endpoint in turn, and each address of its name. One that stays silent for
+//! `connect_timeout` is not waited for any longer, but not given up either: it may be slow, with a
+//! round trip for each step. The first to answer wins, whichever it is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,7 +73,7 @@ struct Attempt {
 }
 
 /// The task's own side.
-struct Dialling {
+pub(super) struct Dialling {
     store: EtcdStore,
     id: u64,
     again: Arc<Notify>,
@@ -95,8 +95,10 @@ struct Round {
 }
 
 impl EtcdStore {
-    /// Has a round to wait for: the one in progress, or a new one.
-    pub(super) fn dialling(&self, link: &mut Link) -> Waiting {
+    /// Has a round to wait for: the one in progress, or a new one; and the task that is to be started for
+    /// it, when `link` is not locked any more: a runtime that ends drops what it is given at once.
+    pub(super) fn dialling(&self, link: &mut Link) -> (Waiting, Option<Dialling>) {
+        let mut started = None;
         let dialler = match &mut link.dialler {
             Some(dialler) => dialler,
             none => {
@@ -104,15 +106,14 @@ impl EtcdStore {
                 let id = link.diallers;
                 let (outcome, outcomes) = watch::channel(None);
                 let again = Arc::new(Notify::new());
-                let dialling = Dialling {
+                started = Some(Dialling {
                     store: self.in_background(),
                     id,
                     again: again.clone(),
                     outcome,
                     attempts: JoinSet::new(),
                     in_flight: Vec::new(),
-                };
-                tokio::spawn(dialling.run());
+                });
                 none.insert(Dialler {
                     id,
                     is_trying: false,
@@ -128,19 +129,30 @@ impl EtcdStore {
         let mut outcome = dialler.outcome.clone();
         // Those of the rounds before do not count.
         outcome.mark_unchanged();
-        Waiting {
-            id: dialler.id,
-            outcome,
-        }
+        let id = dialler.id;
+        (Waiting { id, outcome }, started)
     }
 
     /// Waits for a round to end, but not much longer than one takes.
     pub(super) async fn dialled(&self, mut waiting: Waiting) -> Result<(), ClusterError> {
         let endpoints = self.endpoints();
         let each = self.shared.options.connect_timeout + DIAL_EVERY.mul_f64(1.0 + JITTER);
-        let count = u32::try_from(endpoints.len()).unwrap_or(u32::MAX);
-        let after = each.saturating_mul(count).saturating_add(SLACK);
-        match tokio::time::timeout(after, waiting.outcome.changed()).await {
+        let began = Instant::now();
+        let round = || {
+            let link = self.link();
+            let count = u32::try_from(link.addresses(&endpoints)).unwrap_or(u32::MAX);
+            each.saturating_mul(count).saturating_add(SLACK)
+        };
+        let mut after = round();
+        let changed = loop {
+            let changed = tokio::time::timeout_at(began + after, waiting.outcome.changed()).await;
+            // How many addresses there are may have turned out meanwhile.
+            match (changed, round()) {
+                (Err(_), longer) if longer > after => after = longer,
+                (changed, _) => break changed,
+            }
+        };
+        match changed {
             Ok(Ok(())) => match waiting.outcome.borrow().clone() {
                 None => Ok(()),
                 Some(error) => Err(error),
@@ -173,8 +185,11 @@ impl EtcdStore {
     /// Waits until one more dial may be made.
     pub(super) async fn paced(&self) {
         loop {
-            let burst = self.endpoints().len();
-            let taken = self.link().pace.take(burst, Instant::now());
+            let taken = {
+                let mut link = self.link();
+                let burst = link.addresses(&link.endpoints);
+                link.pace.take(burst, Instant::now())
+            };
             match taken {
                 Ok(()) => return,
                 Err(due) => sleep_until(due).await,
@@ -199,7 +214,7 @@ impl Drop for Dialling {
 }
 
 impl Dialling {
-    async fn run(mut self) {
+    pub(super) async fn run(mut self) {
         let mut closed = self.store.shared.closed.clone();
         tokio::select! {
             // Nothing is ever sent: this is the end of the last handle.
@@ -258,7 +273,8 @@ impl Dialling {
     fn step(&mut self, round: &mut Option<Round>) {
         let Some(current) = round else { return };
         let now = Instant::now();
-        if current.tried >= current.endpoints.len() {
+        let addresses = self.store.link().addresses(&current.endpoints);
+        if current.tried >= addresses {
             let error = self.error_of(current);
             *round = None;
             let mut link = self.store.link();
@@ -273,7 +289,7 @@ impl Dialling {
         }
         let taken = {
             let mut link = self.store.link();
-            link.pace.take(current.endpoints.len(), now).map(|()| {
+            link.pace.take(addresses, now).map(|()| {
                 let index = link.next % current.endpoints.len();
                 link.next = (index + 1) % current.endpoints.len();
                 current.endpoints[index].clone()
@@ -334,7 +350,11 @@ impl Dialling {
         {
             let mut link = self.store.link();
             match &link.dialler {
-                Some(dialler) if dialler.id == self.id => link.dialler = None,
+                Some(dialler) if dialler.id == self.id => {
+                    link.dialler = None;
+                    // Whatever becomes of this task now.
+                    link.breaker.connected();
+                }
                 // Somebody dials in its place.
                 _ => return,
             }

@@ -14,6 +14,7 @@ mod diagnosis;
 mod dialling;
 mod keeper;
 mod members;
+mod names;
 #[cfg(feature = "tls")]
 mod renewal;
 mod round_trips;
@@ -80,6 +81,8 @@ struct Shared {
     /// There is a user, and authentication is not enabled, as has been told.
     has_no_token: AtomicBool,
     password: Mutex<LastPassword>,
+    /// Held by whoever reads files.
+    reading: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl EtcdStore {
@@ -104,6 +107,7 @@ impl EtcdStore {
                 closed,
                 entry_bytes: Mutex::default(),
                 has_no_token: AtomicBool::new(false),
+                reading: Arc::default(),
                 password: Mutex::default(),
             }),
             _handle: Some(Arc::new(Handle { _open: open })),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use etcd_client::{Client, ConnectOptions};
 use tracing::{debug, info, warn};
 
-use super::connection::Connection;
+use super::connection::{Connection, in_time};
 use super::{EtcdStore, bounded};
 use crate::error::ClusterError;
 use crate::store::Password;
@@ -144,10 +144,11 @@ impl EtcdStore {
     pub(super) async fn secured(
         &self,
         endpoint: &str,
+        name: Option<&str>,
         connect: ConnectOptions,
     ) -> Result<(ConnectOptions, Fingerprint, Option<User>), ClusterError> {
         let options = &self.shared.options;
-        let (connect, fingerprint) = self.with_tls(endpoint, connect).await?;
+        let (connect, fingerprint) = self.with_tls(endpoint, name, connect).await?;
         let user = match &options.credentials {
             Some(credentials) => Some((credentials.user.clone(), self.password(endpoint).await?)),
             None => None,
@@ -159,6 +160,7 @@ impl EtcdStore {
     async fn with_tls(
         &self,
         _: &str,
+        _: Option<&str>,
         connect: ConnectOptions,
     ) -> Result<(ConnectOptions, Fingerprint), ClusterError> {
         Ok((connect, None))
@@ -168,6 +170,7 @@ impl EtcdStore {
     async fn with_tls(
         &self,
         endpoint: &str,
+        name: Option<&str>,
         connect: ConnectOptions,
     ) -> Result<(ConnectOptions, Fingerprint), ClusterError> {
         use etcd_client::{Certificate, Identity, TlsOptions};
@@ -176,8 +179,8 @@ impl EtcdStore {
             return Ok((connect, None));
         }
         let given = options.tls.clone().unwrap_or_default();
-        let server_name = given.server_name.clone();
-        let files = blocking(endpoint, move || given.load()).await?;
+        let server_name = given.server_name.clone().or(name.map(str::to_owned));
+        let files = self.read(endpoint, move || given.load()).await?;
         let files = files.map_err(|error| ClusterError::Tls {
             endpoint: endpoint.to_owned(),
             reason: error.to_string(),
@@ -202,7 +205,9 @@ impl EtcdStore {
         let Some(credentials) = self.shared.options.credentials.clone() else {
             return Ok(String::new());
         };
-        let password = blocking(endpoint, move || credentials.password.read()).await?;
+        let password = self
+            .read(endpoint, move || credentials.password.read())
+            .await?;
         let last = self.shared.password.lock();
         let mut last = last.unwrap_or_else(PoisonError::into_inner);
         match (password, &last.password) {
@@ -292,7 +297,8 @@ impl EtcdStore {
             return Ok(());
         };
         let endpoint = &connection.endpoint;
-        let password = self.password(endpoint).await?;
+        let reading = self.password(endpoint);
+        let password = in_time("authenticate", endpoint, self.timeout(), reading).await?;
         let user = (credentials.user.clone(), password);
         let mut client: Client = connection.client.clone();
         let renewal = authenticate(&mut client, user);
@@ -383,6 +389,22 @@ impl EtcdStore {
             }
             other => other,
         }
+    }
+}
+
+impl EtcdStore {
+    /// Reads files. One read after the other: on a disk that hangs not more than one of them does.
+    async fn read<T: Send + 'static>(
+        &self,
+        endpoint: &str,
+        read: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, ClusterError> {
+        let reading = self.shared.reading.clone().lock_owned().await;
+        blocking(endpoint, move || {
+            let _reading = reading;
+            read()
+        })
+        .await
     }
 }
 

@@ -149,8 +149,6 @@ struct Silence {
     asked: Asked,
     /// When that was.
     asked_at: Instant,
-    /// Whether the server has ever answered a progress request.
-    is_answered: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -169,7 +167,6 @@ impl Silence {
             heard: Instant::now(),
             asked: Asked::Nothing,
             asked_at: Instant::now(),
-            is_answered: false,
         }
     }
 
@@ -196,7 +193,6 @@ impl Silence {
     fn time_to_answer(&self, patience: Duration, round_trips: &RoundTrips) -> Duration {
         round_trips.patience(match self.asked {
             Asked::Nothing => patience / 2,
-            Asked::Progress if self.is_answered => patience / 2,
             Asked::Progress | Asked::Watches => patience / 4,
         })
     }
@@ -300,7 +296,6 @@ impl Dispatcher {
             };
             // Requests wait for room on the connection, which a silent one does not make.
             let time = match (&next, self.silence.asked) {
-                (Next::Silence, Asked::Progress) if self.silence.is_answered => Duration::ZERO,
                 (Next::Silence, Asked::Watches) => Duration::ZERO,
                 (Next::Silence, Asked::Nothing | Asked::Progress) => self
                     .silence
@@ -319,8 +314,8 @@ impl Dispatcher {
                     }
                     Next::Silence => match self.silence.asked {
                         Asked::Nothing => self.ask_for_progress().await,
-                        Asked::Progress if !self.silence.is_answered => self.ask_anew().await,
-                        Asked::Progress | Asked::Watches => std::future::pending().await,
+                        Asked::Progress => self.ask_anew().await,
+                        Asked::Watches => std::future::pending().await,
                     },
                 }
             };
@@ -357,27 +352,16 @@ impl Dispatcher {
         };
         self.requests += 1;
         self.unanswered.push_back((self.requests, Instant::now()));
-        // A server that answers does so in time. The oldest number is the safe one, see there.
+        // The oldest number is the safe one, see there.
         self.unanswered.truncate(MOST_UNANSWERED);
         requests.request_progress().await
     }
 
-    /// The server does not say how far it is. A watch from where the last one stopped is confirmed by
-    /// one that is alive, and tells whatever has been missed.
+    /// The server does not say how far it is: a proxy never does, and newer ones not while any watch on
+    /// the stream begins at a revision that is still to come (etcd-io/etcd#20229). A watch from where the
+    /// last one stopped is confirmed by one that is alive, and tells whatever has been missed.
     async fn ask_anew(&mut self) -> Result<(), etcd_client::Error> {
         self.silence.ask(Asked::Watches);
-        // Where a watch from now on began is not known: its reader has to read again.
-        let unknown = self
-            .watches
-            .extract_if(|_, watch| watch.range.from == 0)
-            .collect::<Vec<_>>();
-        for (_, watch) in &unknown {
-            let error =
-                self.unavailable("the server is silent, and it is not known what was missed");
-            let _ = watch.reader.told.try_send(Told::End(error));
-        }
-        self.cancel(unknown.into_iter().map(|(_, watch)| watch))
-            .await?;
         let replaced: Vec<_> = self
             .watches
             .values()
@@ -386,6 +370,8 @@ impl Dispatcher {
         let again: Vec<_> = self
             .watches
             .iter()
+            // One from now on that is not confirmed: where it begins is not known yet.
+            .filter(|(_, watch)| watch.range.from > 0)
             .filter(|(at, watch)| watch.replaces.is_none() && !replaced.contains(at))
             .map(|(at, watch)| (*at, watch.id, watch.reader.clone(), watch.range.clone()))
             .collect();
@@ -539,6 +525,7 @@ impl Dispatcher {
             watch.range.from = watch.range.from.max(last.mod_revision() + 1);
         }
         if response.created() {
+            watch.range.from = begins(&watch.range, &response);
             watch.confirmed = Some(self.requests);
             watch.number = (!ended).then_some(number);
         }
@@ -573,12 +560,12 @@ impl Dispatcher {
     }
 
     /// The answer to a progress request is for all watches that the server knew of when it was asked.
-    /// If one before it was never answered this one is taken for its answer: for fewer watches, then.
+    /// If one before it was never answered this one is taken for its answer: for fewer watches, then, and
+    /// how long it took is not known.
     fn pass_on_progress(&mut self, response: &WatchResponse) {
-        self.silence.is_answered = true;
         let revision = response.header().map_or(0, |header| header.revision());
         let answered = self.unanswered.pop_front();
-        if let Some((_, sent)) = answered {
+        if let Some((_, sent)) = answered.filter(|_| self.unanswered.is_empty()) {
             self.round_trips.answered(sent);
         }
         let Some((request, _)) = answered.filter(|_| self.tells_progress) else {
@@ -596,6 +583,15 @@ impl Dispatcher {
                 .told
                 .try_send(Told::Progress(watch.id, revision));
         }
+    }
+}
+
+/// The first revision that is told of a watch that was just confirmed: one from now on begins after what
+/// there is.
+fn begins(range: &WatchRange, confirmed: &WatchResponse) -> i64 {
+    match range.from {
+        0 => confirmed.header().map_or(0, |header| header.revision()) + 1,
+        from => from,
     }
 }
 
@@ -664,8 +660,12 @@ impl EtcdWatcher {
         while pending > 0 {
             match watcher.told().await {
                 Told::End(error) => return Err(error),
-                Told::Response(_, response) if response.created() => {
+                Told::Response(id, response) if response.created() => {
                     watcher.check(&response)?;
+                    let index = watcher.ids.get(&id);
+                    if let Some(range) = index.and_then(|index| watcher.ranges.get_mut(*index)) {
+                        range.from = begins(range, &response);
+                    }
                     pending -= 1;
                 }
                 told => watcher.early.push_back(told),
