@@ -40,7 +40,8 @@ pub fn say(line: impl std::fmt::Display) {
     write_what_fits(&io::stdout(), format!("{line}\n").as_bytes());
 }
 
-/// Standard error, which takes what it takes now. Never fails, never waits.
+/// Standard error, which takes what it takes now. Never fails, and never waits, unless another process
+/// fills the same pipe in the instant between looking and writing.
 struct Lossy;
 
 impl Write for Lossy {
@@ -73,6 +74,11 @@ fn has_room(output: &impl AsFd) -> bool {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    let ready = poll(&mut fds, Some(&at_once));
-    ready.is_ok_and(|ready| ready > 0) && fds[0].revents().contains(PollFlags::OUT)
+    loop {
+        match poll(&mut fds, Some(&at_once)) {
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(1..) => return fds[0].revents().contains(PollFlags::OUT),
+            Ok(0) | Err(_) => return false,
+        }
+    }
 }

@@ -93,7 +93,7 @@ pub struct Etcd {
 pub struct Setup {
     /// Whether it speaks TLS. Its certificate has to be among the arguments.
     pub https: bool,
-    /// Further arguments. `{files}` in them is where `files` is for it.
+    /// Further arguments. `{files}` in them is where `files` is for it, `{port}` the one it is reached at.
     pub arguments: Vec<String>,
     /// A directory with files for it.
     pub files: Option<PathBuf>,
@@ -104,9 +104,9 @@ impl Setup {
         if self.https { "https" } else { "http" }
     }
 
-    fn arguments(&self, files: &str) -> impl Iterator<Item = String> {
-        let arguments = self.arguments.iter();
-        arguments.map(move |argument| argument.replace("{files}", files))
+    fn arguments(&self, files: &str, port: u16) -> impl Iterator<Item = String> {
+        let (arguments, port) = (self.arguments.iter(), port.to_string());
+        arguments.map(move |argument| argument.replace("{files}", files).replace("{port}", &port))
     }
 }
 
@@ -200,7 +200,10 @@ impl Etcd {
                         format!("--listen-client-urls={scheme}://0.0.0.0:2379"),
                         format!("--advertise-client-urls={scheme}://0.0.0.0:2379"),
                     ];
-                    container.with_cmd(own.into_iter().chain(setup.arguments("/files")))
+                    container.with_cmd(
+                        own.into_iter()
+                            .chain(setup.arguments("/files", client_port)),
+                    )
                 };
                 let container = match &setup.files {
                     Some(files) => container
@@ -313,7 +316,7 @@ impl Etcd {
                     .arg("--data-dir")
                     .arg(data);
                 let files = setup.files.as_deref().unwrap_or(Path::new(""));
-                command.args(setup.arguments(&files.display().to_string()));
+                command.args(setup.arguments(&files.display().to_string(), *client_port));
                 *running.lock().unwrap() = Some(Process::spawn(&command, data));
             }
         }

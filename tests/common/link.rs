@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 pub struct Link {
     address: SocketAddr,
     connections: Arc<AtomicUsize>,
+    pings: Arc<AtomicUsize>,
     /// Each open connection holds one more.
     open: Arc<()>,
     silent: watch::Sender<bool>,
@@ -33,9 +34,16 @@ impl Link {
 
     /// In front of `target`, and reached at `ip`.
     pub async fn at(ip: IpAddr, target: String) -> Link {
-        let listener = TcpListener::bind((ip, 0)).await.unwrap();
+        Self::bound(&format!("{ip}:0"), target).await
+    }
+
+    /// In front of `target`, and reached at `address`.
+    pub async fn bound(address: &str, target: String) -> Link {
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let connections = Arc::new(AtomicUsize::new(0));
+        let pings = Arc::new(AtomicUsize::new(0));
+        let to_pings = pings.clone();
         let open = Arc::new(());
         let to_hold = open.clone();
         let silent = watch::Sender::new(false);
@@ -58,7 +66,13 @@ impl Link {
                 let Ok((near, _)) = near else { continue };
                 counter.fetch_add(1, Ordering::Relaxed);
                 let held = to_hold.clone();
-                let passed = pass(near, target.clone(), state.clone(), delayed.clone());
+                let passed = pass(
+                    near,
+                    target.clone(),
+                    state.clone(),
+                    delayed.clone(),
+                    to_pings.clone(),
+                );
                 passing.spawn(async move {
                     passed.await;
                     drop(held);
@@ -68,6 +82,7 @@ impl Link {
         Link {
             address,
             connections,
+            pings,
             open,
             silent,
             delay,
@@ -87,6 +102,11 @@ impl Link {
     /// Connections accepted so far.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
+    }
+
+    /// HTTP/2 pings that the client has sent, its answers to the server's not among them.
+    pub fn pings(&self) -> usize {
+        self.pings.load(Ordering::Relaxed)
     }
 
     /// Connections that neither side has closed.
@@ -117,6 +137,7 @@ async fn pass(
     target: String,
     mut silent: watch::Receiver<bool>,
     delay: watch::Receiver<Duration>,
+    pings: Arc<AtomicUsize>,
 ) {
     // A connection made during silence is accepted by the kernel and then hears nothing.
     if silent.wait_for(|silent| !silent).await.is_err() {
@@ -134,9 +155,61 @@ async fn pass(
     let (near_in, near_out) = near.into_split();
     let (far_in, far_out) = far.into_split();
     tokio::join!(
-        pump(near_in, far_out, silent.clone(), delay.clone()),
-        pump(far_in, near_out, silent, delay)
+        pump(
+            near_in,
+            far_out,
+            silent.clone(),
+            delay.clone(),
+            Some(Frames::new(pings))
+        ),
+        pump(far_in, near_out, silent, delay, None)
     );
+}
+
+/// Reads the HTTP/2 frames of a client.
+struct Frames {
+    /// Of the preface, or of a frame's content, still to come.
+    skip: usize,
+    head: Vec<u8>,
+    pings: Arc<AtomicUsize>,
+}
+
+impl Frames {
+    const PREFACE: usize = 24;
+    const HEAD: usize = 9;
+    const PING: u8 = 6;
+    const ACK: u8 = 1;
+
+    fn new(pings: Arc<AtomicUsize>) -> Self {
+        Self {
+            skip: Self::PREFACE,
+            head: Vec::new(),
+            pings,
+        }
+    }
+
+    fn read(&mut self, mut bytes: &[u8]) {
+        loop {
+            let skipped = self.skip.min(bytes.len());
+            self.skip -= skipped;
+            bytes = &bytes[skipped..];
+            if bytes.is_empty() {
+                return;
+            }
+            let (head, rest) = bytes.split_at(bytes.len().min(Self::HEAD - self.head.len()));
+            self.head.extend_from_slice(head);
+            bytes = rest;
+            if let [a, b, c, kind, flags, ..] = self.head[..]
+                && self.head.len() == Self::HEAD
+            {
+                self.skip = u32::from_be_bytes([0, a, b, c]) as usize;
+                self.head.clear();
+                if kind == Self::PING && flags & Self::ACK == 0 {
+                    self.pings.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    }
 }
 
 async fn pump(
@@ -144,16 +217,18 @@ async fn pump(
     to: impl AsyncWriteExt + Unpin,
     silent: watch::Receiver<bool>,
     delay: watch::Receiver<Duration>,
+    frames: Option<Frames>,
 ) {
     // Bounded only so that a test cannot fill the memory.
     let (queue, due) = mpsc::channel(64 * 1024);
-    tokio::join!(take(from, queue, delay), deliver(due, to, silent));
+    tokio::join!(take(from, queue, delay, frames), deliver(due, to, silent));
 }
 
 async fn take(
     mut from: impl AsyncReadExt + Unpin,
     queue: mpsc::Sender<(Instant, Vec<u8>)>,
     delay: watch::Receiver<Duration>,
+    mut frames: Option<Frames>,
 ) {
     let mut buffer = vec![0; 16 * 1024];
     loop {
@@ -168,6 +243,9 @@ async fn take(
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(_) => return,
         };
+        if let Some(frames) = &mut frames {
+            frames.read(&buffer[..read]);
+        }
         let due = Instant::now() + *delay.borrow();
         if queue.send((due, buffer[..read].to_vec())).await.is_err() {
             return;

@@ -42,6 +42,17 @@ impl Program {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// Whether nobody has read what it has written to standard error, and there is no room for more.
+    pub fn log_is_full(&self) -> bool {
+        let Some(log) = &self.child.stderr else {
+            return false;
+        };
+        let unread = rustix::io::ioctl_fionread(log).unwrap();
+        let size = rustix::pipe::fcntl_getpipe_size(log).unwrap();
+        // Pages that are not full count as full.
+        unread as usize * 2 > size
+    }
+
     pub fn signal(&self, signal: &str) {
         send_signal(self.child.id(), signal);
     }

@@ -18,6 +18,8 @@ pub enum Answer {
     Message(Message),
     /// A gRPC code, and words.
     Refused(u8, &'static str),
+    /// The connection lives, and nothing comes.
+    Nothing,
 }
 
 type Script = Arc<dyn Fn(&str) -> Answer + Send + Sync>;
@@ -215,7 +217,15 @@ impl Scripted {
     /// Answers each call, by its name, as the script says; but for watches, see
     /// [`watches`](Self::watches).
     pub async fn start(script: impl Fn(&str) -> Answer + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind((super::local(), 0)).await.unwrap();
+        Self::bound(&format!("{}:0", super::local()), script).await
+    }
+
+    /// The same at this address.
+    pub async fn bound(
+        address: &str,
+        script: impl Fn(&str) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (opened, watches) = mpsc::unbounded_channel();
         let calls = Arc::new(Mutex::new(Vec::new()));
@@ -279,7 +289,7 @@ async fn serve(
             if call == "Watch" {
                 watch(request, respond, opened).await;
             } else {
-                answer(respond, script(&call));
+                answer(respond, script(&call)).await;
             }
         });
     }
@@ -295,8 +305,9 @@ fn response(trailers: Option<(u8, &str)>) -> Response<()> {
     response.body(()).unwrap()
 }
 
-fn answer(mut respond: SendResponse<Bytes>, answer: Answer) {
+async fn answer(mut respond: SendResponse<Bytes>, answer: Answer) {
     match answer {
+        Answer::Nothing => std::future::pending().await,
         Answer::Refused(code, words) => {
             let _ = respond.send_response(response(Some((code, words))), true);
         }

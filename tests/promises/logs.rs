@@ -36,7 +36,21 @@ async fn a_log_that_cannot_be_written_costs_nothing_but_its_lines() {
         .await;
     }
 
+    for (log, _, worker, balancer, routing) in &cases {
+        for program in [&worker.program, &balancer.program, &routing.program] {
+            // Requests write lines, too.
+            let is_full = async || {
+                balancer.get().await;
+                routing.get().await;
+                program.log_is_full()
+            };
+            if *log == Log::Stuck {
+                until("the pipe is full", is_full).await;
+            }
+        }
+    }
     etcd.stop();
+    // How long it is away: everybody notices at once, for its connections are closed.
     tokio::time::sleep(Duration::from_secs(1)).await;
     etcd.start();
     let late = Backend::start("late").await;

@@ -7,7 +7,7 @@ use pingora_etcd::ServiceDiscovery;
 use super::common::etcd::Etcd;
 use super::common::load::client;
 use super::common::{eventually, group};
-use super::world::{Log, Worker, registered, until, until_registered};
+use super::world::{Log, Setup, Worker, registered, until, until_registered};
 
 fn worker(etcd: &Etcd, group: &str, id: &str) -> Worker {
     Worker::start(&etcd.endpoints()[0], group, id, &[], Log::File)
@@ -39,12 +39,10 @@ async fn a_worker_comes_back_whatever_took_its_lease_and_leaves_within_two_secon
     until_registered(&mut keys, &group, "w1", |_, _| true).await;
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(5) {
+        let entry = registered(&mut keys, &group, "w1").await;
+        assert!(entry.is_some(), "it is renewed");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert!(
-        registered(&mut keys, &group, "w1").await.is_some(),
-        "it is renewed"
-    );
 
     etcd.pause();
     worker.program.signal("TERM");
@@ -116,4 +114,46 @@ async fn a_leader_that_stood_still_does_not_lead_when_it_goes_on() {
     assert!(next > epoch, "{next} after {epoch}");
     assert!(leads(&second).await);
     assert!(!leads(&first).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_election_key_without_a_lease_is_named_once_and_nobody_leads_until_it_is_deleted() {
+    let (etcd, group) = (Etcd::shared(), group("by-hand"));
+    let mut keys = etcd.raw_client().await;
+    let key = format!("election/{group}/by-hand");
+    keys.put(key.clone(), "somebody", None).await.unwrap();
+    let workers = ["w1", "w2"].map(|id| worker(&etcd, &group, id));
+    let routing = Setup::shared(&group).program("leader_routing");
+    let routing = routing.with("leader_wait_ms: 300").serving().await;
+    routing.until_served_by(&["w1", "w2"]).await;
+    assert_eq!(routing.post().await, "503");
+    let says_so = |told: &str| {
+        let lines = told.lines().filter(|line| line.contains("has no lease"));
+        lines.filter(|line| line.contains(&key)).count()
+    };
+    let said = || {
+        let told = workers.iter().map(Worker::told);
+        let counts = told.chain([routing.told()]).map(|told| says_so(&told));
+        counts.collect::<Vec<_>>()
+    };
+    eventually("all say so", || said().iter().all(|count| *count > 0)).await;
+    // The line is read again when it changes, and whenever somebody comes or goes.
+    for id in ["w3", "w4"] {
+        let more = worker(&etcd, &group, id);
+        until_registered(&mut keys, &group, id, |_, _| true).await;
+        drop(more);
+        until("it is gone", async || {
+            registered(&mut keys, &group, id).await.is_none()
+        })
+        .await;
+    }
+    keys.put(key.clone(), "somebody else", None).await.unwrap();
+    routing.until_served_by(&["w1", "w2"]).await;
+    assert_eq!(routing.post().await, "503");
+    assert_eq!(said(), [1, 1, 1]);
+    keys.delete(key, None).await.unwrap();
+    until("somebody leads", async || {
+        ["w1", "w2"].contains(&&*routing.post().await)
+    })
+    .await;
 }

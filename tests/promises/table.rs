@@ -55,7 +55,7 @@ const PROMISES: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "A connection that goes silent is noticed within 5 s, and the next endpoint is tried.",
+        "A connection that goes silent is noticed within 5 s",
         &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
     ),
     (
@@ -116,7 +116,36 @@ const PROMISES: &[(&str, &[&str])] = &[
             "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
         ],
     ),
+    // "When etcd is away, slow, or hostile".
+    (
+        "Each of these is a field of the YAML file",
+        &[
+            "promises::table::every_field_of_the_yaml_file_is_in_the_table_and_the_other_way_round",
+            "proxy::programs::every_field_is_in_every_configuration_file",
+        ],
+    ),
+    (
+        "`discovery.status()` says how current the view is",
+        &[
+            "promises::deaths::a_run_that_panics_is_over_for_its_handles_and_can_be_run_again",
+            "cluster::resilience::a_start_without_etcd_is_served_from_the_snapshot",
+            "cluster::resilience::when_everything_is_gone_from_etcd_the_pool_is_not",
+            "cluster::resilience::a_silent_endpoint_is_left_for_the_next_one_which_is_remembered",
+            "cluster::discovery::bad_entries_are_skipped_and_the_others_are_served",
+        ],
+    ),
+    (
+        "With six nodes, leases of 2 s and steady traffic",
+        &["proxy::outage::an_outage_of_etcd_and_a_mass_expiry_cost_no_request"],
+    ),
     // Elsewhere in the README.
+    (
+        "An etcd that is slow is late, not dead.",
+        &[
+            "cluster::slow::with_400_to_1_400_ms_each_way_changes_are_late_and_a_lease_is_kept",
+            "cluster::slow::with_2_s_each_way_changes_are_late_and_a_lease_is_kept",
+        ],
+    ),
     (
         "The example `worker` does so on SIGTERM.",
         &["proxy::programs::a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves"],
@@ -165,15 +194,15 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     (
         "etcd.connect_timeout_ms",
-        &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
+        &["promises::store::an_endpoint_that_says_nothing_is_left_after_the_time_to_connect"],
     ),
     (
         "etcd.request_timeout_ms",
-        &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
+        &["promises::store::a_member_that_does_not_answer_is_left_after_the_time_for_a_request"],
     ),
     (
         "etcd.keep_alive_interval_ms",
-        &["cluster::faults::a_candidate_cut_off_for_longer_than_the_ttl_is_registered_again"],
+        &["promises::store::a_connection_on_which_nothing_is_heard_is_pinged_as_often_as_is_set"],
     ),
     (
         "etcd.silence_timeout_ms",
@@ -181,25 +210,21 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     (
         "etcd.sync_endpoints",
-        &["cluster::members::endpoints_follow_the_members_and_learners_are_left_out"],
+        &["promises::store::the_members_that_etcd_names_are_endpoints_too"],
     ),
     (
         "etcd.serializable_fallback",
         &[
-            "cluster::resilience::without_a_quorum_one_member_gives_what_it_has_if_that_is_asked_for",
+            "promises::store::without_a_quorum_it_starts_with_what_one_member_has_if_that_is_asked_for",
         ],
     ),
     (
         "etcd.breaker_failures",
-        &[
-            "promises::away::without_etcd_it_answers_after_the_time_to_be_ready_and_asks_now_and_then",
-        ],
+        &["promises::store::after_so_many_failures_etcd_is_asked_after_a_pause_only"],
     ),
     (
         "etcd.breaker_pause_ms",
-        &[
-            "cluster::resilience::after_failures_calls_fail_at_once_and_one_finds_out_when_it_is_over",
-        ],
+        &["promises::store::after_so_many_failures_etcd_is_asked_after_a_pause_only"],
     ),
     (
         "etcd.tls",
@@ -211,7 +236,7 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     (
         "etcd.password",
-        &["cluster::auth::roles_that_allow_no_more_than_is_needed"],
+        &["promises::store::a_password_in_the_file_is_the_users"],
     ),
     (
         "etcd.password_file",
@@ -346,12 +371,8 @@ fn flat(text: &str) -> String {
     words.join(" ").replace("**", "")
 }
 
-/// The sentences of the README's section, point by point.
-fn promised() -> Vec<String> {
-    let readme = read("README.md");
-    let (_, section) = readme
-        .split_once("## What it promises\n")
-        .expect("the section");
+/// The points of a list.
+fn points(section: &str) -> Vec<String> {
     let mut points: Vec<String> = Vec::new();
     for line in section.lines() {
         if let Some(point) = line.strip_prefix("- ") {
@@ -365,19 +386,44 @@ fn promised() -> Vec<String> {
             break;
         }
     }
-    let sentences = points.iter().flat_map(|point| {
-        let point = flat(point);
-        let ends = point.match_indices(". ").map(|(at, _)| at + 1);
-        let cuts: Vec<_> = ends.chain([point.len()]).collect();
-        let mut from = 0;
-        let sentences = cuts.into_iter().map(move |to| {
-            let sentence = point[from..to].trim().to_owned();
-            from = to;
-            sentence
-        });
-        sentences.collect::<Vec<_>>()
-    });
-    sentences.collect()
+    points
+}
+
+/// What is not an example.
+fn prose(section: &str) -> Vec<String> {
+    let parts = section.split("```").step_by(2);
+    let paragraphs = parts.flat_map(|part| part.split("\n\n"));
+    let texts = paragraphs.map(str::trim).filter(|text| !text.is_empty());
+    texts.map(str::to_owned).collect()
+}
+
+fn sentences(text: &str) -> Vec<String> {
+    let text = flat(text);
+    let ends = text.match_indices(". ").map(|(at, _)| at + 1);
+    let mut from = 0;
+    let cut = |to| {
+        let sentence = text[from..to].trim().to_owned();
+        from = to;
+        sentence
+    };
+    ends.chain([text.len()]).map(cut).collect()
+}
+
+/// What the README's two sections say, sentence by sentence.
+fn promised() -> Vec<String> {
+    let readme = read("README.md");
+    let section = |title: &str| {
+        let (_, section) = readme.split_once(&format!("## {title}\n")).expect(title);
+        let (section, _) = section.split_once("\n##").expect("what follows");
+        section
+    };
+    let points = points(section("What it promises"));
+    let texts = [
+        points,
+        prose(section("When etcd is away, slow, or hostile")),
+    ]
+    .concat();
+    texts.iter().flat_map(|text| sentences(text)).collect()
 }
 
 #[test]

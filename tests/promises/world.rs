@@ -69,6 +69,15 @@ pub struct Balancer {
     _shared: Option<Arc<Etcd>>,
 }
 
+/// Whether a program may be given an `/etc/hosts` of its own here, which takes the rights of root.
+pub fn may_have_own_names() -> bool {
+    let tried = Command::new("unshare")
+        .args(["--mount", "mount", "--bind", "/etc/hosts", "/etc/hosts"])
+        .stderr(Stdio::null())
+        .status();
+    tried.is_ok_and(|status| status.success())
+}
+
 /// How one is started.
 #[derive(Clone)]
 pub struct Setup {
@@ -84,6 +93,8 @@ pub struct Setup {
     pub log: Log,
     pub listen: Option<String>,
     pub argument: Option<&'static str>,
+    /// What it has in the place of `/etc/hosts`.
+    pub hosts: Option<PathBuf>,
 }
 
 impl Setup {
@@ -98,6 +109,7 @@ impl Setup {
             log: Log::File,
             listen: None,
             argument: None,
+            hosts: None,
         }
     }
 
@@ -143,6 +155,14 @@ impl Setup {
         self
     }
 
+    /// With these names. Only where [`may_have_own_names`].
+    pub fn hosts(mut self, lines: &str) -> Self {
+        let file = scratch(&format!("{}-{}.hosts", self.group, fastrand::u64(..)));
+        std::fs::write(&file, lines).unwrap();
+        self.hosts = Some(file);
+        self
+    }
+
     /// Starts it, whether it comes to answer or not.
     pub fn start(&self) -> Balancer {
         let listen = self.listen.clone();
@@ -163,7 +183,16 @@ impl Setup {
             more = self.more,
         );
         std::fs::write(&conf, text).unwrap();
-        let mut command = Command::new(optimised(self.program));
+        let mut command = match &self.hosts {
+            None => Command::new(optimised(self.program)),
+            Some(hosts) => {
+                let mut command = Command::new("unshare");
+                let script = r#"mount --bind "$0" /etc/hosts && exec "$@""#;
+                command.args(["--mount", "sh", "-c", script]).arg(hosts);
+                command.arg(optimised(self.program));
+                command
+            }
+        };
         command.arg("--conf").arg(&conf).args(self.argument);
         Balancer {
             program: start(command, self.log, &log),
@@ -288,13 +317,16 @@ impl Worker {
             log: file,
         }
     }
+
+    pub fn told(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let told = std::fs::read_to_string(&self.log).unwrap_or_default();
-            eprintln!("{}:\n{told}", self.url);
+            eprintln!("{}:\n{}", self.url, self.told());
         }
         let _ = std::fs::remove_file(&self.log);
     }

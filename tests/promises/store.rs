@@ -1,0 +1,306 @@
+//! The fields of `cluster.etcd`, as they are seen from outside: each beside the same balancer with
+//! another value.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::common::etcd::{Etcd, Setup as EtcdSetup, binary};
+use super::common::link::Link;
+use super::common::scripted::{Answer, Scripted, status};
+use super::common::{eventually, free_port, group, local};
+use super::etcd_cluster::Cluster;
+use super::world::{Backend, Balancer, Setup, may_have_own_names, put, until};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn behind(link: &Link) -> Vec<String> {
+    vec![format!("http://{}", link.address())]
+}
+
+/// How long each takes, from its start on, to be answered by `a`.
+async fn served_after(setups: [Setup; 2]) -> [Duration; 2] {
+    let [one, other] = setups.map(async |setup: Setup| {
+        let start = Instant::now();
+        let balancer = setup.with("ready_timeout_ms: 30000").start();
+        let served = async || balancer.get().await == "a";
+        until("it is served", served).await;
+        start.elapsed()
+    });
+    let (one, other) = tokio::join!(one, other);
+    [one, other]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_that_says_nothing_is_left_after_the_time_to_connect() {
+    let (etcd, group) = (Etcd::shared(), group("connect"));
+    let a = Backend::start("a").await;
+    put(
+        &mut etcd.raw_client().await,
+        &group,
+        &a.entry(json!({})),
+        None,
+    )
+    .await;
+    let link = Link::to(etcd.address()).await;
+    link.set_silent(true);
+    let setup =
+        |fields: &str| Setup::new([behind(&link), etcd.endpoints()].concat(), &group).etcd(fields);
+    let [hasty, patient] = served_after([
+        setup("connect_timeout_ms: 300"),
+        setup("connect_timeout_ms: 6000"),
+    ])
+    .await;
+    assert!(hasty >= Duration::from_millis(300), "{hasty:?}");
+    assert!(
+        hasty < 5 * SECOND && patient >= 6 * SECOND,
+        "{hasty:?}, {patient:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_does_not_answer_is_left_after_the_time_for_a_request() {
+    let (etcd, group) = (Etcd::shared(), group("request"));
+    let a = Backend::start("a").await;
+    put(
+        &mut etcd.raw_client().await,
+        &group,
+        &a.entry(json!({})),
+        None,
+    )
+    .await;
+    // It can be connected to.
+    let stuck = Scripted::start(|call| match call {
+        "Status" => Answer::Message(status("3.5.30", false)),
+        _ => Answer::Nothing,
+    })
+    .await;
+    let endpoints = [vec![stuck.endpoint()], etcd.endpoints()].concat();
+    let setup = |fields: &str| Setup::new(endpoints.clone(), &group).etcd(fields);
+    let [hasty, patient] = served_after([
+        setup("request_timeout_ms: 300"),
+        setup("request_timeout_ms: 6000"),
+    ])
+    .await;
+    assert!(hasty >= Duration::from_millis(300), "{hasty:?}");
+    assert!(
+        hasty < 5 * SECOND && patient >= 6 * SECOND,
+        "{hasty:?}, {patient:?}"
+    );
+}
+
+/// A port that takes connections and says nothing.
+struct Mute(#[allow(dead_code)] std::net::TcpListener);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_name_with_several_addresses_one_that_is_of_use_is_found() {
+    if !may_have_own_names() {
+        println!("left out: this takes the rights of root, for an /etc/hosts of a program's own");
+        return;
+    }
+    let (etcd, group) = (Etcd::shared(), group("names"));
+    let a = Backend::start("a").await;
+    put(
+        &mut etcd.raw_client().await,
+        &group,
+        &a.entry(json!({})),
+        None,
+    )
+    .await;
+    let address: std::net::SocketAddr = etcd.address().parse().unwrap();
+    let port = address.port();
+    // Sorted after the others.
+    let good = Link::bound(&format!("127.0.0.9:{port}"), etcd.address()).await;
+    let _mute = Mute(std::net::TcpListener::bind(("127.0.0.2", port)).unwrap());
+    let learner = Scripted::bound(&format!("127.0.0.3:{port}"), |call| match call {
+        "Status" => Answer::Message(status("3.5.30", true)),
+        _ => Answer::Refused(9, "etcdserver: rpc not supported for learner"),
+    })
+    .await;
+    for (what, bad) in [
+        ("one that nobody listens on", "127.0.0.4"),
+        ("one that says nothing", "127.0.0.2"),
+        ("a learner's", "127.0.0.3"),
+        ("all of them", "127.0.0.4 127.0.0.2 127.0.0.3"),
+    ] {
+        let bad = bad.split(' ');
+        let lines: String = bad
+            .chain(["127.0.0.9"])
+            .map(|address| format!("{address} etcd.test\n"))
+            .collect();
+        let endpoints = vec![format!("http://etcd.test:{port}")];
+        let setup = Setup::new(endpoints, &group).hosts(&lines);
+        let start = Instant::now();
+        let balancer = setup.with("ready_timeout_ms: 30000").start();
+        until(&format!("{what}: it is served"), async || {
+            balancer.get().await == "a"
+        })
+        .await;
+        println!("{what}: after {:?}", start.elapsed());
+        assert!(
+            start.elapsed() < 10 * SECOND,
+            "{what}: {:?}",
+            start.elapsed()
+        );
+    }
+    assert!(!learner.calls().is_empty() && good.connections() >= 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_on_which_nothing_is_heard_is_pinged_as_often_as_is_set() {
+    let (etcd, group) = (Etcd::shared(), group("pinged"));
+    let often = Link::to(etcd.address()).await;
+    let seldom = Link::to(etcd.address()).await;
+    let setup = |link: &Link, interval: u32| {
+        // Nor are its watches asked how far they are, which would be answered.
+        let fields = format!("silence_timeout_ms: 300000, keep_alive_interval_ms: {interval}");
+        Setup::new(behind(link), &group).etcd(&fields)
+    };
+    let _often = setup(&often, 10_000).serving().await;
+    let _seldom = setup(&seldom, 3_600_000).serving().await;
+    let start = Instant::now();
+    eventually("a second ping", || often.pings() >= 2).await;
+    assert!(start.elapsed() > 8 * SECOND, "{:?}", start.elapsed());
+    assert_eq!(seldom.pings(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_so_many_failures_etcd_is_asked_after_a_pause_only() {
+    let group = group("breaker");
+    let nowhere = vec![format!("http://{}:{}", local(), free_port())];
+    let setup = |fields: &str| Setup::new(nowhere.clone(), &group).etcd(fields).start();
+    let (once, often) = (
+        setup("breaker_failures: 1, breaker_pause_ms: 60000"),
+        setup("breaker_failures: 1000000"),
+    );
+    let says_so = |balancer: &Balancer| balancer.told().contains("again and again");
+    until("it says so", async || says_so(&once)).await;
+    until("the other tries on", async || {
+        often.told().matches("etcd").count() >= 6
+    })
+    .await;
+    assert!(!says_so(&often), "{}", often.told());
+
+    // A pause that is over soon, and one that is not.
+    let (etcd, group) = (Etcd::own(), super::common::group("breaker"));
+    let mut keys = etcd.raw_client().await;
+    let [a, b] = [Backend::start("a").await, Backend::start("b").await];
+    put(&mut keys, &group, &a.entry(json!({})), None).await;
+    let setup = |pause: u32| {
+        let fields = format!("breaker_failures: 1, breaker_pause_ms: {pause}");
+        Setup::new(etcd.endpoints(), &group).etcd(&fields)
+    };
+    let (short, long) = (setup(100).serving().await, setup(20_000).serving().await);
+    for balancer in [&short, &long] {
+        balancer.until_served_by(&["a"]).await;
+    }
+    etcd.stop();
+    for balancer in [&short, &long] {
+        until("it says so", async || says_so(balancer)).await;
+    }
+    let opened = Instant::now();
+    etcd.start();
+    put(&mut keys, &group, &b.entry(json!({})), None).await;
+    short.until_served_by(&["a", "b"]).await;
+    assert!(opened.elapsed() < 10 * SECOND, "{:?}", opened.elapsed());
+    assert!(!long.gets(8).await.contains_key("b"));
+    long.until_served_by(&["a", "b"]).await;
+    assert!(opened.elapsed() > 15 * SECOND, "{:?}", opened.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_members_that_etcd_names_are_endpoints_too() {
+    let group = group("members");
+    // Reached at another address than the one it names.
+    let etcd = Etcd::with(EtcdSetup {
+        arguments: vec!["--advertise-client-urls=http://localhost:{port}".to_owned()],
+        ..EtcdSetup::default()
+    });
+    let mut keys = etcd.raw_client().await;
+    let [a, b] = [Backend::start("a").await, Backend::start("b").await];
+    put(&mut keys, &group, &a.entry(json!({})), None).await;
+    let link = Link::to(etcd.address()).await;
+    let setup = |fields: &str| Setup::new(behind(&link), &group).etcd(fields);
+    let (follows, stays) = (
+        setup("sync_endpoints: true").serving().await,
+        setup("sync_endpoints: false").serving().await,
+    );
+    for balancer in [&follows, &stays] {
+        balancer.until_served_by(&["a"]).await;
+    }
+    until("it says so", async || {
+        follows.told().contains("follow the members")
+    })
+    .await;
+    link.set_silent(true);
+    put(&mut keys, &group, &b.entry(json!({})), None).await;
+    follows.until_served_by(&["a", "b"]).await;
+    assert!(!stays.gets(8).await.contains_key("b"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_quorum_it_starts_with_what_one_member_has_if_that_is_asked_for() {
+    let binary = binary().expect("this needs an etcd binary");
+    let group = group("quorum");
+    let mut cluster = Cluster::start(&binary, 3, None).await;
+    let a = Backend::start("a").await;
+    put(&mut cluster.client(0), &group, &a.entry(json!({})), None).await;
+    // Every member has it.
+    for index in 0..3 {
+        put(
+            &mut cluster.client(index),
+            "other",
+            &a.entry(json!({})),
+            None,
+        )
+        .await;
+    }
+    cluster.kill(1);
+    cluster.kill(2);
+    let addresses = cluster.addresses().into_iter();
+    let endpoints: Vec<_> = addresses
+        .map(|address| format!("http://{address}"))
+        .collect();
+    let setup = |fields: &str| {
+        let times = "connect_timeout_ms: 500, request_timeout_ms: 500";
+        let setup = Setup::new(endpoints.clone(), &group).etcd(&format!("{times}, {fields}"));
+        setup.with("ready_timeout_ms: 2000")
+    };
+    let (with, without) = (
+        setup("serializable_fallback: true").serving().await,
+        setup("serializable_fallback: false").serving().await,
+    );
+    with.until_served_by(&["a"]).await;
+    assert_eq!(without.get().await, "503");
+    cluster.launch(1);
+    without.until_served_by(&["a"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_password_in_the_file_is_the_users() {
+    let (etcd, group) = (Etcd::own(), group("password"));
+    let mut root = etcd.raw_client().await;
+    let a = Backend::start("a").await;
+    put(&mut root, &group, &a.entry(json!({})), None).await;
+    root.user_add("root", "secret-of-root", None).await.unwrap();
+    root.role_add("root").await.unwrap();
+    root.user_grant_role("root", "root").await.unwrap();
+    root.auth_enable().await.unwrap();
+    let setup = |password: &str| {
+        let fields = format!("user: root, password: {password}");
+        Setup::new(etcd.endpoints(), &group)
+            .etcd(&fields)
+            .with("ready_timeout_ms: 1000")
+    };
+    let (right, wrong) = (
+        setup("secret-of-root").serving().await,
+        setup("another-secret").serving().await,
+    );
+    right.until_served_by(&["a"]).await;
+    assert_eq!(wrong.get().await, "503");
+    until("it says why", async || wrong.told().contains("password")).await;
+    for balancer in [&right, &wrong] {
+        let told = balancer.told();
+        assert!(!told.contains("secret"), "{told}");
+    }
+}
