@@ -1,4 +1,5 @@
 .DEFAULT_GOAL := help
+export RUST_TEST_THREADS ?= 4
 .PHONY: help deps demo test promises test-docker simulate fuzz real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
@@ -13,9 +14,11 @@ demo: deps ## a load balancer on 127.0.0.1:6188 and three nodes, until Ctrl-C
 	@exec cargo run --example load_balancer -- --conf config/demo.yaml --demo 3
 
 # The integration tests start the example binaries, which `cargo test` alone does
-# not build; those of the promises to users start them optimised, as users do. ETCD_IMAGE (name:tag, through testcontainers) takes the place of an etcd
-# process. ETCD_ENDPOINTS (a running etcd) does so only for the tests that do not
-# stop theirs, so a binary is needed beside it.
+# not build; those of the promises to users start them optimised, as users do.
+# They wait more than they compute, so more of them run at once than there are cores.
+# ETCD_IMAGE (name:tag, through testcontainers) takes the place of an etcd process.
+# ETCD_ENDPOINTS (a running etcd) does so only for the tests that do not stop
+# theirs, so a binary is needed beside it.
 test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS is set
 	cargo build --all-features --examples
 	cargo build --profile bench --all-features --examples
@@ -65,10 +68,11 @@ real-load: deps ## worker and balancer processes under load, policy by policy; p
 	cargo build --all-features --examples
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test real_load
 
+# Optimised, as what is released: it judges how long things take, with 60 workers in one process.
 CHAOS_SECONDS ?= 600
 chaos: deps ## real faults on a real etcd cluster, for CHAOS_SECONDS=600; a short run is part of test
-	cargo build --all-features --examples
-	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test chaos -- --seconds $(CHAOS_SECONDS)
+	cargo build --profile bench --all-features --examples
+	ETCD_BIN=$$(.ci/install-etcd) cargo test --profile bench --all-features --test chaos -- --seconds $(CHAOS_SECONDS)
 
 OUTAGE_SECONDS ?= 300
 outage: deps ## etcd away for OUTAGE_SECONDS=300 under traffic; a short run is part of test
