@@ -1,6 +1,6 @@
 //! What must hold at every step, seen from outside: by the nodes' own account and by the store.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -182,7 +182,23 @@ impl Checker {
 
     /// Reads the store's history up to now: it is about to be forgotten.
     pub fn read_history(&self) {
-        self.inner.lock().unwrap().history.read(&self.store);
+        let mut inner = self.inner.lock().unwrap();
+        inner.history.read(&self.store);
+        // Whoever is first in line now may have been told so, and not have heard it yet.
+        let groups: BTreeSet<_> = self
+            .store
+            .entries()
+            .into_iter()
+            .filter_map(|entry| {
+                let rest = entry.key.strip_prefix("election/")?;
+                Some(rest.split('/').next()?.to_owned())
+            })
+            .collect();
+        for group in groups {
+            let first = self.store.oldest(&format!("election/{group}/"));
+            let tokens = inner.groups.entry(group).or_default();
+            tokens.of_before.extend(first.map(|(epoch, _)| epoch));
+        }
     }
 
     /// When the store was at this revision of its present history.

@@ -162,6 +162,8 @@ pub struct Client {
     leases: Arc<Mutex<HashSet<LeaseId>>>,
     /// The groups that somebody is a member of through it, and since which revision.
     groups: Arc<Mutex<BTreeMap<&'static str, Revision>>>,
+    /// Keys that a member wrote which has ended since, and when: nobody counts on them.
+    strays: Arc<Mutex<HashSet<(String, Revision)>>>,
     pub heard: Heard,
     /// Of which cluster the nodes of each group were listed last.
     listed: Arc<Mutex<BTreeMap<String, u64>>>,
@@ -196,6 +198,7 @@ impl Client {
             generosity,
             leases: Arc::default(),
             groups: Arc::default(),
+            strays: Arc::default(),
             heard: Arc::default(),
             listed: Arc::default(),
         }
@@ -220,11 +223,13 @@ impl Client {
             return;
         }
         let groups = self.groups.lock().unwrap();
+        let strays = self.strays.lock().unwrap();
         for entry in self.store.entries() {
             if entry.lease == Some(lease)
                 && let Some(group) = entry.key.split('/').nth(1)
                 // Not of one that was there before.
                 && groups.get(group).is_some_and(|since| entry.create_revision > *since)
+                && !strays.contains(&(entry.key.clone(), entry.create_revision))
             {
                 let text = format!("{} is revoked under a running member", entry.key);
                 return self.checker.violation(text);
@@ -299,6 +304,19 @@ impl Client {
                     operation,
                     after: patience,
                 })
+            }
+        }
+    }
+
+    /// What a run sent that has ended since, perhaps with another one in its place.
+    fn note_strays(&self, txn: &Txn, at: Revision, members: &BTreeMap<&'static str, Revision>) {
+        let now = self.groups.lock().unwrap();
+        for write in &txn.writes {
+            if let Write::Put { key, .. } = write
+                && let Some(group) = key.split('/').nth(1)
+                && members.get(group) != now.get(group)
+            {
+                self.strays.lock().unwrap().insert((key.clone(), at));
             }
         }
     }
@@ -383,6 +401,7 @@ impl Store for Client {
     }
 
     async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
+        let members = self.groups.lock().unwrap().clone();
         self.call("txn", PATIENCE, move |client| async move {
             let before: Vec<_> = txn
                 .writes
@@ -394,7 +413,8 @@ impl Store for Client {
                 .collect();
             let line = client.checker.line_of(&before);
             let result = client.store.txn(txn.clone()).await;
-            if let Ok(Some(_)) = result {
+            if let Ok(Some(revision)) = result {
+                client.note_strays(&txn, revision, &members);
                 client.check_writes(&txn, &before);
                 client.checker.left_the_line(&txn, &before, line);
                 client.checker.committed(&txn);
