@@ -1,5 +1,4 @@
 .DEFAULT_GOAL := help
-export RUST_TEST_THREADS ?= 4
 .PHONY: help deps demo test promises test-docker simulate fuzz real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
@@ -15,7 +14,6 @@ demo: deps ## a load balancer on 127.0.0.1:6188 and three nodes, until Ctrl-C
 
 # The integration tests start the example binaries, which `cargo test` alone does
 # not build; those of the promises to users start them optimised, as users do.
-# They wait more than they compute, so more of them run at once than there are cores.
 # ETCD_IMAGE (name:tag, through testcontainers) takes the place of an etcd process.
 # ETCD_ENDPOINTS (a running etcd) does so only for the tests that do not stop
 # theirs, so a binary is needed beside it.

@@ -422,16 +422,20 @@ impl Member {
     }
 
     fn launch(&mut self, cluster: &[(String, u16)]) {
-        let (client, peer) = (Self::url(self.client), Self::url(self.peer));
-        let all: Vec<_> = cluster
-            .iter()
-            .map(|(name, port)| format!("{name}={}", Self::url(*port)))
-            .collect();
         let state = if cluster.len() == 1 {
             "new"
         } else {
             "existing"
         };
+        self.launch_in(state, cluster);
+    }
+
+    fn launch_in(&mut self, state: &str, cluster: &[(String, u16)]) {
+        let (client, peer) = (Self::url(self.client), Self::url(self.peer));
+        let all: Vec<_> = cluster
+            .iter()
+            .map(|(name, port)| format!("{name}={}", Self::url(*port)))
+            .collect();
         let data = format!("{}/member-{}", env!("CARGO_TARGET_TMPDIR"), self.client);
         let mut command = Command::new(binary().unwrap());
         let arguments = [
@@ -566,4 +570,63 @@ async fn endpoints_follow_the_members_and_learners_are_left_out() {
     assert_ne!(stays.status(), DiscoveryStatus::Live);
     node.stop().await;
     eventually("it can leave", || discovery.nodes().len() == 1).await;
+}
+
+/// None of the endpoints that were configured is left in the end.
+#[tokio::test]
+async fn three_members_are_replaced_by_three_others_one_by_one() {
+    if binary().is_none() {
+        println!("needs an etcd binary; left out because ETCD_IMAGE is set");
+        return;
+    }
+    let group = group("replaced");
+    let mut members: Vec<_> = ["a", "b", "c", "d", "e", "f"].map(Member::new).into();
+    let mut cluster: Vec<_> = members[..3]
+        .iter()
+        .map(|member| (member.name.clone(), member.peer))
+        .collect();
+    for member in &mut members[..3] {
+        member.launch_in("new", &cluster);
+    }
+    for member in &members[..3] {
+        member.serves().await;
+    }
+    let endpoints = members[..3].iter().map(|member| Member::url(member.client));
+    let options = EtcdOptions::new(endpoints).sync_endpoints(true);
+    let node = Running::start(&options, &group, "follows").await;
+    let discovery = ready(&options, &group).await;
+    within("it is seen", discovery.wait_for_nodes(1)).await;
+    for old in 0..3 {
+        let (leaving, new) = (members[old].name.clone(), old + 3);
+        let mut client = members[new - 1].connect().await;
+        let peer = Member::url(members[new].peer);
+        change("add", async || {
+            client.member_add([peer.clone()], None).await
+        })
+        .await;
+        cluster.push((members[new].name.clone(), members[new].peer));
+        members[new].launch_in("existing", &cluster);
+        members[new].serves().await;
+        let listed = client.member_list().await.unwrap();
+        let mut listed = listed.members().iter();
+        let id = listed.find(|member| member.name() == leaving).unwrap().id();
+        change("remove", async || client.member_remove(id).await).await;
+        cluster.retain(|(name, _)| *name != leaving);
+        members[old].process.take().unwrap().end(false);
+        members[new].serves().await;
+        let others: Vec<_> = members[old + 1..=new]
+            .iter()
+            .map(|member| Some(Member::url(member.client)))
+            .collect();
+        eventually("it is live at one of those that are left", || {
+            discovery.status() == DiscoveryStatus::Live
+                && others.contains(&discovery.store_status().endpoint)
+        })
+        .await;
+        put_node(&mut client, &group, &format!("after-{leaving}")).await;
+        within("it hears", discovery.wait_for_nodes(old + 2)).await;
+    }
+    node.wait_until_healthy().await;
+    node.stop().await;
+    eventually("it can leave", || discovery.nodes().len() == 3).await;
 }
