@@ -10,7 +10,7 @@ use pingora_etcd::store::{EtcdStore, Selector, Store, WatchRange};
 use tracing::subscriber::DefaultGuard;
 
 use super::auth::{Guarded, balancer};
-use super::common::etcd::Etcd;
+use super::common::etcd::{Etcd, Setup};
 use super::common::scripted::{Scripted, created};
 use super::common::{eventually, group, within};
 use super::members::healthy;
@@ -143,12 +143,12 @@ async fn a_task_that_gets_a_token_is_replaced() {
 async fn a_task_that_follows_the_members_goes_on() {
     let (log, _guard) = Panicky::start("the endpoints follow the members");
     log.arm();
-    let etcd = Etcd::shared();
-    // Called otherwise than the member calls itself.
-    let address = etcd.address();
-    let (_, port) = address.rsplit_once(':').unwrap();
-    let endpoint = format!("http://localhost:{port}");
-    let options = EtcdOptions::new([endpoint]).sync_endpoints(true);
+    // It calls itself otherwise than it is called here.
+    let etcd = Etcd::with(Setup {
+        arguments: vec!["--advertise-client-urls=http://localhost:{port}".to_owned()],
+        ..Setup::default()
+    });
+    let options = etcd.options().sync_endpoints(true);
     let discovery = ready(&options, &group("panics")).await;
     eventually("it is said again", || log.seen() == 2).await;
     assert!(log.has_panicked() && discovery.is_running());
