@@ -79,6 +79,8 @@ struct Change {
 
 #[derive(Debug, Clone)]
 struct LeaseState {
+    /// The cluster that granted it.
+    cluster_id: u64,
     ttl: Duration,
     ends: Instant,
     keys: BTreeSet<String>,
@@ -535,6 +537,7 @@ impl Store for MemoryStore {
             state.last_lease += 1;
             let id = LeaseId(state.last_lease);
             let lease = LeaseState {
+                cluster_id: state.cluster_id,
                 ttl,
                 ends: Instant::now() + ttl,
                 keys: BTreeSet::new(),
@@ -604,9 +607,10 @@ impl LeaseKeeper for MemoryKeeper {
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
         let lease = self.lease;
         let renewal = self.store.serve("renew", |state| {
-            let state = state
-                .leases
-                .get_mut(&lease)
+            let cluster_id = state.cluster_id;
+            let held = state.leases.get_mut(&lease);
+            let state = held
+                .filter(|held| held.cluster_id == cluster_id)
                 .ok_or(ClusterError::LeaseNotFound { lease })?;
             state.ends = Instant::now() + state.ttl;
             Ok(state.ttl)
@@ -705,5 +709,32 @@ impl Watcher for MemoryWatcher {
 
     fn position(&self) -> &[WatchRange] {
         &self.ranges
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The leases of a snapshot are there in the cluster that it is restored into, for their whole TTL,
+    /// but those who hold them have to begin anew: what they were in the former one they are not here.
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_of_another_cluster_is_not_renewed() {
+        let store = MemoryStore::default();
+        let lease = store.grant(Duration::from_secs(5)).await.unwrap();
+        let mut keeper = store.keeper(lease);
+        let mut renew = async || keeper.renew(Duration::from_secs(1)).await;
+        assert_eq!(renew().await, Ok(lease.ttl));
+        let backup = store.backup();
+        // The same cluster, with a revision that goes on.
+        store.restore(&backup, Some(1_000));
+        assert_eq!(renew().await, Ok(lease.ttl));
+        store.restore(&backup, None);
+        let gone = ClusterError::LeaseNotFound { lease: lease.id };
+        assert_eq!(renew().await, Err(gone));
+        assert_eq!(store.leases(), [lease.id]);
+        let new = store.grant(Duration::from_secs(5)).await.unwrap();
+        let renewed = store.keeper(new).renew(Duration::from_secs(1)).await;
+        assert_eq!(renewed, Ok(new.ttl));
     }
 }

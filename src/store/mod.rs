@@ -297,7 +297,9 @@ pub trait LeaseKeeper: Send {
     ///
     /// # Errors
     ///
-    /// [`LeaseNotFound`](ClusterError::LeaseNotFound) when it is gone, and every key with it.
+    /// [`LeaseNotFound`](ClusterError::LeaseNotFound) when it is gone, and every key with it; also when
+    /// another cluster answers than the one that granted it, as after data was restored: a leader of the
+    /// former one must not go on for as long as it can renew in this one.
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError>;
 
     /// Waits for the answer to a renewal that was given up because it took too long: it renews the

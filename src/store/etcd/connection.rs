@@ -84,6 +84,7 @@ pub(super) struct Dialed {
     files: Fingerprint,
     token: Token,
     round_trip: Duration,
+    cluster: u64,
 }
 
 #[derive(Clone)]
@@ -95,6 +96,8 @@ pub(super) struct Connection {
     pub(super) watches: WatchStreams,
     pub(super) token: Token,
     pub(super) round_trips: RoundTrips,
+    /// The id of the cluster that it goes to; 0 if that is not known.
+    pub(super) cluster: u64,
 }
 
 impl std::fmt::Debug for Connection {
@@ -164,6 +167,7 @@ impl EtcdStore {
             files,
             token,
             round_trip,
+            cluster,
         } = dialed;
         info!(endpoint, version, "connected to etcd");
         self.tell_token(endpoint, !token.is_missing());
@@ -199,6 +203,7 @@ impl EtcdStore {
             watches,
             token,
             round_trips,
+            cluster,
         };
         #[cfg(feature = "tls")]
         super::renewal::FileWatch::start(self, &connection, files, open.subscribe());
@@ -296,6 +301,7 @@ impl EtcdStore {
             files,
             token,
             round_trip,
+            cluster: member.cluster,
         })
     }
 

@@ -21,6 +21,8 @@ const MOST_UNANSWERED: usize = 16;
 pub(super) struct EtcdKeeper {
     store: EtcdStore,
     lease: Lease,
+    /// The id of the cluster that granted it; 0 until that is known.
+    cluster: u64,
     stream: Option<KeepAliveStream>,
     /// One whose connection has been given up because it was late, until there is another
     /// connection: it may be slow, not dead.
@@ -42,6 +44,8 @@ struct KeepAliveStream {
     /// What the lease is granted for: the reply that opens a stream is not passed on.
     ttl: i64,
     endpoint: std::sync::Arc<str>,
+    /// Of the connection.
+    cluster: u64,
     round_trips: RoundTrips,
     /// When those were sent that are not answered yet. Answers come in their order.
     unanswered: VecDeque<Sent>,
@@ -68,6 +72,8 @@ impl Sent {
 struct Renewed {
     ttl: i64,
     sent: Duration,
+    /// The id of the cluster that answered; 0 if it did not say.
+    cluster: u64,
 }
 
 impl KeepAliveStream {
@@ -98,7 +104,7 @@ impl KeepAliveStream {
             State::Opening(opening) => match opening.await {
                 Ok(open) => {
                     self.state = State::Open(Box::new(open));
-                    Ok(Some(self.ttl))
+                    Ok(Some((self.ttl, self.cluster)))
                 }
                 Err(error) => {
                     // Not to be asked again.
@@ -106,14 +112,14 @@ impl KeepAliveStream {
                     Err(error)
                 }
             },
-            State::Open(open) => open
-                .1
-                .message()
-                .await
-                .map(|reply| reply.map(|reply| reply.ttl())),
+            State::Open(open) => open.1.message().await.map(|reply| {
+                let reply = reply?;
+                let cluster = reply.header().map_or(0, |header| header.cluster_id());
+                Some((reply.ttl(), cluster))
+            }),
         };
         match ttl {
-            Ok(Some(ttl)) => {
+            Ok(Some((ttl, cluster))) => {
                 // One that nobody asked for promises nothing: as if it had been sent long ago.
                 let sent = self.unanswered.pop_front();
                 if let Some(sent) = sent.filter(|_| self.unanswered.is_empty()) {
@@ -121,7 +127,7 @@ impl KeepAliveStream {
                     self.round_trips.answered(sent.at);
                 }
                 let sent = sent.map_or(Duration::ZERO, |sent| sent.on_clock);
-                Ok(Renewed { ttl, sent })
+                Ok(Renewed { ttl, sent, cluster })
             }
             Ok(None) => Err(ClusterError::Unavailable {
                 endpoint: self.endpoint.to_string(),
@@ -134,10 +140,11 @@ impl KeepAliveStream {
 }
 
 impl EtcdKeeper {
-    pub(super) fn new(store: EtcdStore, lease: Lease) -> Self {
+    pub(super) fn new(store: EtcdStore, lease: Lease, cluster: u64) -> Self {
         Self {
             store,
             lease,
+            cluster,
             stream: None,
             late: None,
             used: None,
@@ -174,6 +181,10 @@ impl EtcdKeeper {
             none => {
                 self.used = None;
                 let connection = self.store.connection(RENEW).await?;
+                if is_of_another(&mut self.cluster, connection.cluster) {
+                    let lease = self.lease.id;
+                    return Err(ClusterError::LeaseNotFound { lease });
+                }
                 self.used = Some((connection.generation, connection.token.version()));
                 let (mut client, lease) = (connection.client, self.lease.id.0);
                 let opening = async move { client.lease_keep_alive(lease).await };
@@ -181,6 +192,7 @@ impl EtcdKeeper {
                     state: State::Opening(Box::pin(opening)),
                     ttl: i64::try_from(self.lease.ttl.as_secs()).unwrap_or(i64::MAX),
                     endpoint: connection.endpoint,
+                    cluster: connection.cluster,
                     round_trips: connection.round_trips,
                     unanswered: VecDeque::from([Sent::now()]),
                 })
@@ -207,6 +219,16 @@ impl EtcdKeeper {
     }
 }
 
+/// Whether the cluster that answers is not the one that granted the lease. It has a lease of that number
+/// because the other one's data was restored into it: who counts on that lease, and on what it was to
+/// the others there, has to begin anew.
+fn is_of_another(granted_by: &mut u64, answers: u64) -> bool {
+    if *granted_by == 0 {
+        *granted_by = answers;
+    }
+    answers != 0 && answers != *granted_by
+}
+
 /// The answer to an earlier renewal, on a connection that has been given up since.
 async fn late_reply(
     late: &mut Option<KeepAliveStream>,
@@ -229,7 +251,10 @@ impl LeaseKeeper for EtcdKeeper {
         let (lease, asked) = (self.lease.id, BootClock.now());
         let after = self.store.timeout();
         match late_reply(&mut self.late, after).await {
-            Ok(Renewed { ttl, sent }) if ttl > 0 => {
+            Ok(renewed) if is_of_another(&mut self.cluster, renewed.cluster) => {
+                Err(ClusterError::LeaseNotFound { lease })
+            }
+            Ok(Renewed { ttl, sent, .. }) if ttl > 0 => {
                 let ttl = Duration::from_secs(ttl.unsigned_abs());
                 Ok(ttl.saturating_sub(asked.saturating_sub(sent)))
             }
@@ -258,7 +283,10 @@ impl LeaseKeeper for EtcdKeeper {
         })
         .await;
         let error = match renewal {
-            Ok(Ok(Renewed { ttl, sent })) if ttl > 0 => {
+            Ok(Ok(renewed)) if is_of_another(&mut self.cluster, renewed.cluster) => {
+                return Err(ClusterError::LeaseNotFound { lease });
+            }
+            Ok(Ok(Renewed { ttl, sent, .. })) if ttl > 0 => {
                 if self.stream.is_none() {
                     self.late = late;
                 }
@@ -292,5 +320,21 @@ impl LeaseKeeper for EtcdKeeper {
             self.store.discard(generation, &error);
         }
         about_lease(lease, Err(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_answers_is_the_one_that_granted_unless_it_says_otherwise() {
+        let mut known = 7;
+        assert!(!is_of_another(&mut known, 7) && !is_of_another(&mut known, 0));
+        assert!(is_of_another(&mut known, 8));
+        // Learned from the first that says so.
+        let mut unknown = 0;
+        assert!(!is_of_another(&mut unknown, 0) && !is_of_another(&mut unknown, 8));
+        assert!(is_of_another(&mut unknown, 7));
     }
 }

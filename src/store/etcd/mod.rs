@@ -21,7 +21,7 @@ mod round_trips;
 mod security;
 mod watcher;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -56,6 +56,9 @@ const PAGE_ENTRIES: usize = 2_000;
 /// is too little for what etcd may send at once.
 const LARGEST_RESPONSE: usize = 64 << 20;
 
+/// Leases whose cluster is remembered: a process has a few.
+const MOST_GRANTED: usize = 64;
+
 /// The client of an etcd cluster; tested with 3.5. Clones share one connection.
 #[derive(Debug, Clone)]
 pub struct EtcdStore {
@@ -81,6 +84,8 @@ struct Shared {
     /// There is a user, and authentication is not enabled, as has been told.
     has_no_token: AtomicBool,
     password: Mutex<LastPassword>,
+    /// The leases granted last, and the id of the cluster that did it.
+    granted: Mutex<VecDeque<(i64, u64)>>,
     /// Held by whoever reads files.
     reading: Arc<tokio::sync::Mutex<()>>,
 }
@@ -107,6 +112,7 @@ impl EtcdStore {
                 closed,
                 entry_bytes: Mutex::default(),
                 has_no_token: AtomicBool::new(false),
+                granted: Mutex::default(),
                 reading: Arc::default(),
                 password: Mutex::default(),
             }),
@@ -266,6 +272,26 @@ impl EtcdStore {
             },
             next,
         }
+    }
+
+    fn granted(&self, lease: i64, cluster: u64) {
+        let mut granted = self.leases_granted();
+        granted.truncate(MOST_GRANTED - 1);
+        granted.push_front((lease, cluster));
+    }
+
+    /// Which cluster granted a lease; 0 if that is not known any more.
+    fn cluster_of(&self, lease: i64) -> u64 {
+        let granted = self.leases_granted();
+        let mut granted = granted.iter();
+        granted
+            .find(|(id, _)| *id == lease)
+            .map_or(0, |(_, cluster)| *cluster)
+    }
+
+    fn leases_granted(&self) -> MutexGuard<'_, VecDeque<(i64, u64)>> {
+        let granted = self.shared.granted.lock();
+        granted.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// As one member has them, whatever the others say.
@@ -464,6 +490,8 @@ impl Store for EtcdStore {
                 client.lease_grant(seconds, None).await
             })
             .await?;
+        let cluster = granted.header().map_or(0, |header| header.cluster_id());
+        self.granted(granted.id(), cluster);
         Ok(Lease {
             id: LeaseId(granted.id()),
             ttl: Duration::from_secs(granted.ttl().unsigned_abs()),
@@ -471,7 +499,8 @@ impl Store for EtcdStore {
     }
 
     fn keeper(&self, lease: Lease) -> Box<dyn LeaseKeeper> {
-        Box::new(EtcdKeeper::new(self.clone(), lease))
+        let cluster = self.cluster_of(lease.id.0);
+        Box::new(EtcdKeeper::new(self.clone(), lease, cluster))
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {

@@ -90,6 +90,8 @@ pub(super) struct Member {
     pub(super) version: String,
     pub(super) has_leader: bool,
     pub(super) is_learner: bool,
+    /// Of its cluster; 0 where it did not say.
+    pub(super) cluster: u64,
 }
 
 /// Asks a member for its status. From 3.5.28 and 3.6.0 on there are versions that tell it to root
@@ -101,6 +103,7 @@ pub(super) async fn status_of(client: &mut Client) -> Result<Member, etcd_client
             version: status.version().to_owned(),
             has_leader: status.leader() != 0,
             is_learner: status.is_learner(),
+            cluster: status.header().map_or(0, |header| header.cluster_id()),
         }),
         Err(etcd_client::Error::GRpcStatus(status))
             if [DENIED, NOT_FOUND]
@@ -111,6 +114,7 @@ pub(super) async fn status_of(client: &mut Client) -> Result<Member, etcd_client
                 version: "3.5.28+".to_owned(),
                 has_leader: true,
                 is_learner: false,
+                cluster: 0,
             })
         }
         Err(error) => Err(error),
