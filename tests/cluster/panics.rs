@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use pingora_etcd::EtcdOptions;
 use pingora_etcd::store::{EtcdStore, Selector, Store, WatchRange};
 use tracing::subscriber::DefaultGuard;
 
@@ -191,7 +190,7 @@ async fn a_task_that_looks_for_new_certificates_goes_on() {
     use super::common::certificates::Directory;
     use super::common::link::Link;
     use super::tls::Secure;
-    use pingora_etcd::TlsOptions;
+    use pingora_etcd::{EtcdOptions, TlsOptions};
 
     let (log, _guard) = Panicky::start("connected to etcd");
     let secure = Secure::new(true);
