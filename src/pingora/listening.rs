@@ -70,7 +70,7 @@ impl<S: ServiceWithDependents> ServiceWithDependents for Listening<S> {
                     ready,
                 );
                 let ended = caught(serving).await;
-                if ended.is_ok() {
+                if ended.is_ok() && !*shutdown.borrow() {
                     // At Ctrl-C the runtimes end without a word, this one perhaps after that of the
                     // tasks which accept.
                     tokio::time::sleep(ENDING).await;

@@ -228,7 +228,8 @@ impl EtcdStore {
 
     /// Connects to one endpoint and makes sure that it answers: connecting alone succeeds even
     /// where nobody listens. Without `quorum` a member that sees no leader will do, for what it can
-    /// answer by itself. All of it takes `within` at most.
+    /// answer by itself. Each step takes `within` at most: to look
+    /// the name up, to read files, and to be answered.
     pub(super) async fn dial(
         &self,
         endpoint: &str,
@@ -292,7 +293,9 @@ impl EtcdStore {
                 reason: reason.to_owned(),
             });
         }
-        if let Some(Address { index, .. }) = address {
+        if let Some(Address { index, .. }) = address
+            && quorum
+        {
             self.link().names.worked(endpoint, index);
         }
         Ok(Dialed {

@@ -22,7 +22,7 @@ use crate::error::ClusterError;
 /// to a quarter at random.
 const DIAL_EVERY: Duration = Duration::from_secs(1);
 const JITTER: f64 = 0.25;
-/// Dials of one endpoint at the same time: a patient one, and a fresh one, for what the patient one
+/// Dials of one address at the same time: a patient one, and a fresh one, for what the patient one
 /// hangs on may be over.
 const AT_A_TIME: usize = 2;
 /// What a round may take longer than its parts.
@@ -308,7 +308,8 @@ impl Dialling {
 
     fn attempt(&mut self, endpoint: Arc<str>) {
         let of_it = |attempt: &&Attempt| attempt.endpoint == endpoint;
-        if self.in_flight.iter().filter(of_it).count() >= AT_A_TIME
+        let addresses = self.store.link().addresses(std::slice::from_ref(&endpoint));
+        if self.in_flight.iter().filter(of_it).count() >= AT_A_TIME * addresses
             && let Some(fresh) = self
                 .in_flight
                 .iter()

@@ -588,9 +588,14 @@ impl Store for EtcdStore {
     async fn list_stale(&self, keys: &Selector) -> Result<Listing, ClusterError> {
         let mut last = None;
         for endpoint in self.endpoints() {
-            match self.list_of_member(&endpoint, keys).await {
-                Ok(listing) => return Ok(listing),
-                Err(error) => last = Some(error),
+            // Each address of its name in turn: how many there are is known from the first dial on.
+            let mut tried = 0;
+            while tried < self.link().addresses(std::slice::from_ref(&endpoint)) {
+                tried += 1;
+                match self.list_of_member(&endpoint, keys).await {
+                    Ok(listing) => return Ok(listing),
+                    Err(error) => last = Some(error),
+                }
             }
         }
         Err(last.unwrap_or_else(|| ClusterError::config("endpoints", "must not be empty")))
