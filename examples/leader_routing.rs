@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use pingora::server::Server;
 use pingora_etcd::config;
-use pingora_etcd::pingora::ClusterProxy;
+use pingora_etcd::proxy::ClusterProxy;
 
 /// An HTTP proxy that sends writes to the leader and reads to any node.
 #[derive(Parser)]

@@ -22,7 +22,7 @@ use pingora::server::{Server, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
 use pingora_etcd::Cluster;
 use pingora_etcd::config::{self, ClusterConfig};
-use pingora_etcd::pingora::ClusterProxy;
+use pingora_etcd::proxy::ClusterProxy;
 use support::{WorkerOptions, run_worker};
 use tokio::task::JoinSet;
 

@@ -36,7 +36,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use pingora_etcd::{Cluster, Credentials, EtcdOptions, Password, TlsOptions};
+use pingora_etcd::{
+    Cluster, EtcdOptions,
+    store::{Credentials, Password, TlsOptions},
+};
 use support::{Ended, WorkerOptions, run_worker};
 
 /// A small HTTP server that registers in a group.

@@ -2,13 +2,12 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::discovery::ServiceDiscoveryBuilder;
 use crate::error::ClusterError;
-use crate::keys::GroupKeys;
 use crate::store::{EtcdOptions, LazyStore, Store};
-use crate::worker::{ClusterNodeBuilder, LeaseHolder, check_ttl};
+use crate::worker::{ClusterNodeBuilder, LeasePool, check_ttl};
 
 const DEFAULT_TTL: i64 = 5;
 
@@ -51,21 +50,15 @@ const DEFAULT_TTL: i64 = 5;
 /// ```
 #[derive(Clone)]
 pub struct Cluster {
-    shared: Arc<Shared>,
-}
-
-struct Shared {
     etcd: EtcdOptions,
-    ttl: i64,
-    store: Arc<LazyStore>,
-    leases: Mutex<Vec<Arc<LeaseHolder>>>,
+    pool: Arc<LeasePool>,
 }
 
 impl fmt::Debug for Cluster {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cluster")
-            .field("endpoints", &self.shared.etcd.named())
-            .field("ttl", &self.shared.ttl)
+            .field("endpoints", &self.etcd.named())
+            .field("ttl", &self.pool.ttl())
             .finish_non_exhaustive()
     }
 }
@@ -117,13 +110,10 @@ impl ClusterBuilder {
             self.etcd.check_key_prefix()?;
         }
         check_ttl(self.ttl)?;
+        let store = Arc::new(LazyStore::new(self.etcd.clone(), self.store));
         Ok(Cluster {
-            shared: Arc::new(Shared {
-                store: Arc::new(LazyStore::new(self.etcd.clone(), self.store)),
-                etcd: self.etcd,
-                ttl: self.ttl,
-                leases: Mutex::default(),
-            }),
+            pool: Arc::new(LeasePool::new(self.ttl, self.etcd.prefix(), store)),
+            etcd: self.etcd,
         })
     }
 }
@@ -151,39 +141,13 @@ impl Cluster {
         ip: IpAddr,
         group: impl Into<String>,
     ) -> ClusterNodeBuilder {
-        ClusterNodeBuilder::new(self.shared.etcd.clone(), id, ip, group)
-            .ttl(self.shared.ttl)
-            .cluster(self.clone())
+        ClusterNodeBuilder::new(self.etcd.clone(), id, ip, group)
+            .ttl(self.pool.ttl())
+            .pool(self.pool.clone())
     }
 
     /// A builder for a discovery that uses this cluster's connection.
     pub fn discovery(&self, group: impl Into<String>) -> ServiceDiscoveryBuilder {
-        ServiceDiscoveryBuilder::new(self.shared.etcd.clone(), group).lazy_store(self.lazy_store())
-    }
-
-    pub(crate) fn lazy_store(&self) -> &Arc<LazyStore> {
-        &self.shared.store
-    }
-
-    pub(crate) fn ttl(&self) -> i64 {
-        self.shared.ttl
-    }
-
-    /// The lease for a node of this group: the first one that no other of that group uses or has
-    /// used.
-    pub(crate) fn enter(&self, keys: &GroupKeys, group: &str, id: &str) -> Arc<LeaseHolder> {
-        let mut leases = self
-            .shared
-            .leases
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(free) = leases.iter().find(|lease| lease.enter(keys, group, id)) {
-            return free.clone();
-        }
-        let ttl = self.shared.ttl.unsigned_abs();
-        let lease = Arc::new(LeaseHolder::new(ttl, &self.shared.etcd.prefix()));
-        lease.enter(keys, group, id);
-        leases.push(lease.clone());
-        lease
+        ServiceDiscoveryBuilder::new(self.etcd.clone(), group).lazy_store(self.pool.store())
     }
 }

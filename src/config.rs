@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::balance::{
     Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, Headroom, Policy, Zones,
 };
-use crate::discovery::{Filter, Limits, SelfPreservation, ServiceDiscovery, SnapshotFile};
+use crate::discovery::{EntryLimits, NodeFilter, SelfPreservation, ServiceDiscovery, SnapshotFile};
 use crate::error::ClusterError;
 use crate::store::{Credentials, EtcdOptions, Password, TlsOptions};
 
@@ -45,7 +45,7 @@ pub struct ClusterConfig {
     pub group: String,
     /// Only nodes of these zones, with these tags. Default: all.
     #[serde(default)]
-    pub filter: Filter,
+    pub filter: NodeFilter,
     /// Only nodes whose address is in one of these networks: `10.0.0.0/8`, or a single address.
     /// Default: any.
     #[serde(default)]
@@ -55,7 +55,7 @@ pub struct ClusterConfig {
     pub allowed_ports: Vec<Port>,
     /// How much an entry may take, and all of them.
     #[serde(default)]
-    pub limits: Limits,
+    pub limits: EntryLimits,
     /// When nodes stay though their leases are gone.
     #[serde(default)]
     pub self_preservation: SelfPreservation,
@@ -96,7 +96,7 @@ pub struct ClusterConfig {
     #[serde(default)]
     pub hash_on: HashOn,
     /// Whether backends say in the response header `endpoint-load-metrics` how loaded they are
-    /// ([`LoadReport`](crate::LoadReport)). The header does not reach the client then.
+    /// ([`LoadReport`](crate::metrics::LoadReport)). The header does not reach the client then.
     /// Default: `false`, the header means nothing and is passed on.
     #[serde(default)]
     pub load_reports: bool,

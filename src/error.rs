@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use crate::store::{LeaseId, Revision};
+use crate::ids::{LeaseId, Revision};
 
 /// Every error of this crate. Each variant carries what its reader needs in order to act.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

@@ -16,7 +16,7 @@
 
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
-use crate::store::LeaseId;
+use crate::ids::LeaseId;
 use crate::validate;
 
 /// The keys of one group.

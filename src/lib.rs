@@ -162,7 +162,7 @@
 //!   there. `adaptive` needs neither to route around what is slow or fails.
 //! - **Longer leases.** Renewals go with a third of the TTL: at 100,000 nodes they alone are three cores at
 //!   5 s, one at 15 s.
-//! - **[Filters](Filter) do not help etcd**, only the balancer: etcd sends a group whole. Smaller groups do,
+//! - **[Filters](NodeFilter) do not help etcd**, only the balancer: etcd sends a group whole. Smaller groups do,
 //!   one for each service or zone, each with its own key range.
 //! - **`etcd grpc-proxy`** between balancers and etcd: it watches once for many that watch the same range. It
 //!   numbers watches by itself and answers no progress requests, so they are opened one at a time, and anew
@@ -218,6 +218,7 @@ mod cluster;
 pub mod config;
 pub mod discovery;
 pub mod error;
+mod ids;
 mod keys;
 mod lifecycle;
 mod load_report;
@@ -226,44 +227,47 @@ pub mod metrics;
 mod node;
 #[cfg(feature = "pingora")]
 pub mod pingora;
+#[cfg(feature = "pingora")]
+pub mod proxy;
 mod signal;
 pub mod store;
 mod supervise;
 #[cfg(test)]
 mod testing;
 mod validate;
-mod worker;
+mod view;
+pub mod worker;
 
 pub use cluster::{Cluster, ClusterBuilder};
-pub use discovery::{
-    Change, Changes, ClusterEvent, DiscoveryStatus, Filter, Limits, Nodes, SelfPreservation,
-    ServiceDiscovery, ServiceDiscoveryBuilder, Skipped, SnapshotFile,
-};
+pub use discovery::{ServiceDiscovery, ServiceDiscoveryBuilder};
 pub use error::ClusterError;
-pub use load_report::{LOAD_REPORT_HEADER, LoadReport, LoadReportError};
+pub use metadata::{Metadata, NodeMetadata, metadata_keys};
+pub use metrics::MetricsCollector;
 #[cfg(feature = "system-metrics")]
 pub use metrics::SystemMetricsCollector;
-pub use metrics::{
-    CompositeMetricsCollector, Deadband, LoadReporter, MetricsCollector, NoopMetricsCollector,
-    RequestGuard, Tolerance,
-};
-pub use node::{HealthStatus, Metadata, Node, NodeMetadata, NodeState, metadata_keys};
-pub use store::{Credentials, EtcdOptions, Password, TlsOptions};
-pub use worker::{ClusterNode, ClusterNodeBuilder, Leadership, RefusedSamples, SessionState};
+pub use node::{HealthStatus, Node, NodeState};
+pub use store::EtcdOptions;
+pub use view::{Change, ClusterEvent, Leadership, Nodes};
+pub use worker::{ClusterNode, ClusterNodeBuilder};
 
-/// The worker's types, under the name that `photon-etcd-cluster` has for them.
+// Names and modules of `photon-etcd-cluster`, for programs that come from there.
+#[doc(hidden)]
+pub use metrics::{CompositeMetricsCollector, NoopMetricsCollector};
+
+#[doc(hidden)]
 pub mod cluster_node {
     pub use crate::worker::{ClusterNode, ClusterNodeBuilder};
 }
 
-/// Events, under the name that `photon-etcd-cluster` has for them.
+#[doc(hidden)]
 pub mod event {
-    pub use crate::discovery::ClusterEvent;
+    pub use crate::view::ClusterEvent;
 }
 
-/// What is stored and shown, under the name that `photon-etcd-cluster` has for it.
+#[doc(hidden)]
 pub mod types {
-    pub use crate::node::{HealthStatus, Node, NodeMetadata, metadata_keys};
+    pub use crate::metadata::{NodeMetadata, metadata_keys};
+    pub use crate::node::{HealthStatus, Node};
 }
 
 /// The README's code is compiled with the doc tests.

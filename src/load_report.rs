@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use crate::node::{NodeMetadata, metadata_keys};
+use crate::metadata::{NodeMetadata, metadata_keys};
 
 /// The response header that carries a report.
 pub const LOAD_REPORT_HEADER: &str = "endpoint-load-metrics";
@@ -25,7 +25,7 @@ const MAX_COUNT: f64 = 1e9;
 /// or too great for a count is left out alone, and counted.
 ///
 /// ```
-/// use pingora_etcd::LoadReport;
+/// use pingora_etcd::metrics::LoadReport;
 /// let text = "TEXT cpu_utilization=0.3,mem_utilization=0.5,named_metrics.queue_depth=12";
 /// let report = LoadReport::parse(text).unwrap();
 /// assert_eq!(report.cpu, Some(0.3));

@@ -7,8 +7,29 @@ use std::sync::OnceLock;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::node::NodeMetadata;
 use crate::validate;
+
+/// Arbitrary JSON that a node publishes about itself, normally an object with the keys of
+/// [`metadata_keys`]. `Value::Null` where it publishes nothing.
+pub type NodeMetadata = serde_json::Value;
+
+/// The standard keys of [`NodeMetadata`]. Others are kept and passed on untouched.
+pub mod metadata_keys {
+    /// CPU usage in percent of the whole machine, 0 to 100 (`f64`). More counts as 100.
+    pub const CPU_USAGE_PERCENT: &str = "cpu_usage_percent";
+    /// Memory in use in percent, 0 to 100 (`f64`). More counts as 100.
+    pub const MEMORY_USAGE_PERCENT: &str = "memory_usage_percent";
+    /// Memory available without swapping, in bytes (`u64`).
+    pub const MEMORY_AVAILABLE_BYTES: &str = "memory_available_bytes";
+    /// Load average over one minute (`f64`, 0 or more).
+    pub const LOAD_AVG_1M: &str = "load_avg_1m";
+    /// Open connections (`u32`).
+    pub const ACTIVE_CONNECTIONS: &str = "active_connections";
+    /// Request throughput per second (`f64`).
+    pub const REQUESTS_PER_SECOND: &str = "requests_per_second";
+    /// Work waiting to be done (`u32`).
+    pub const QUEUE_DEPTH: &str = "queue_depth";
+}
 
 /// The metadata of a [`Node`](crate::Node). Dereferences to the [`NodeMetadata`] (a
 /// `serde_json::Value`) that the node published, so that it is read like one.

@@ -6,30 +6,8 @@ use std::num::NonZeroU64;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-pub use crate::metadata::Metadata;
-use crate::store::{LeaseId, Revision};
-
-/// Arbitrary JSON that a node publishes about itself, normally an object with the keys of
-/// [`metadata_keys`]. `Value::Null` where it publishes nothing.
-pub type NodeMetadata = serde_json::Value;
-
-/// The standard keys of [`NodeMetadata`]. Others are kept and passed on untouched.
-pub mod metadata_keys {
-    /// CPU usage in percent of the whole machine, 0 to 100 (`f64`). More counts as 100.
-    pub const CPU_USAGE_PERCENT: &str = "cpu_usage_percent";
-    /// Memory in use in percent, 0 to 100 (`f64`). More counts as 100.
-    pub const MEMORY_USAGE_PERCENT: &str = "memory_usage_percent";
-    /// Memory available without swapping, in bytes (`u64`).
-    pub const MEMORY_AVAILABLE_BYTES: &str = "memory_available_bytes";
-    /// Load average over one minute (`f64`, 0 or more).
-    pub const LOAD_AVG_1M: &str = "load_avg_1m";
-    /// Open connections (`u32`).
-    pub const ACTIVE_CONNECTIONS: &str = "active_connections";
-    /// Request throughput per second (`f64`).
-    pub const REQUESTS_PER_SECOND: &str = "requests_per_second";
-    /// Work waiting to be done (`u32`).
-    pub const QUEUE_DEPTH: &str = "queue_depth";
-}
+use crate::ids::{LeaseId, Revision};
+use crate::metadata::Metadata;
 
 /// Whether a node takes new requests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
@@ -74,7 +52,7 @@ pub struct Node {
     /// When it last wrote this entry, by its own clock: Unix time in milliseconds. A fraction is
     /// cut off; what is before 1970 is 0.
     #[serde(default, deserialize_with = "fields::last_seen")]
-    pub last_seen: u64,
+    pub last_seen: i64,
     /// What it reports about itself.
     #[serde(
         default,
@@ -346,7 +324,7 @@ impl Node {
     /// With all that is written at one time or another, so that its JSON is as long as it ever
     /// gets with these metadata.
     pub(crate) fn at_its_longest(mut self) -> Self {
-        self.last_seen = u64::MAX;
+        self.last_seen = i64::MAX;
         self.state = NodeState::Draining;
         self.leaving = true;
         self.run = Some(NonZeroU64::MAX);
@@ -418,7 +396,7 @@ mod fields {
     fields!(priority: Option<u16>);
     or_default!(tags: BTreeSet<String>, state: NodeState, leaving: bool);
 
-    pub(super) fn last_seen<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    pub(super) fn last_seen<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
         let millis: Option<Millis> = named("last_seen", deserializer)?;
         Ok(millis.map_or(0, |millis| millis.0))
     }
@@ -439,7 +417,7 @@ mod fields {
     }
 
     /// As others write a time: in whole milliseconds, or with a fraction.
-    struct Millis(u64);
+    struct Millis(i64);
 
     impl<'de> Deserialize<'de> for Millis {
         fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -456,14 +434,14 @@ mod fields {
             f.write_str("a time in milliseconds")
         }
         fn visit_u64<E>(self, millis: u64) -> Result<Millis, E> {
-            Ok(Millis(millis))
+            Ok(Millis(i64::try_from(millis).unwrap_or(i64::MAX)))
         }
         fn visit_i64<E>(self, millis: i64) -> Result<Millis, E> {
-            Ok(Millis(u64::try_from(millis).unwrap_or(0)))
+            Ok(Millis(millis.max(0)))
         }
         fn visit_f64<E>(self, millis: f64) -> Result<Millis, E> {
             // Saturates: below 0 it is 0.
-            Ok(Millis(millis as u64))
+            Ok(Millis((millis as i64).max(0)))
         }
     }
 
@@ -500,6 +478,7 @@ pub enum HealthStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metadata::metadata_keys;
 
     #[test]
     fn json_is_the_predecessors_while_nothing_is_added() {
@@ -606,7 +585,7 @@ mod tests {
             ("1700000000000.75", 1_700_000_000_000),
             ("-3", 0),
             ("-0.5", 0),
-            ("1e300", u64::MAX),
+            ("1e300", i64::MAX),
         ] {
             let node = read(&format!(r#""last_seen":{time}"#));
             assert_eq!(node.last_seen, millis, "{time}");

@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 use pingora::lb::selection::{BackendIter, BackendSelection};
 use pingora_etcd::balance::{Adaptive, Balancer, BalancerBuilder, PickOptions, Policy, Upstream};
 use pingora_etcd::pingora::{LiveWeights, MetricsWeighted};
-use pingora_etcd::{Deadband, LoadReport, Node};
+use pingora_etcd::{
+    Node,
+    metrics::{Deadband, LoadReport},
+};
 
 use crate::server::{Discipline, Server};
 use crate::world::{MEAN_WORK, Scenario, Seconds};
@@ -87,14 +90,14 @@ impl View {
         }
         self.written[server] = Some(now);
         let mut node = Node::clone(&self.nodes[server]).with_metadata(metadata);
-        node.last_seen = (now * 1e3) as u64 + 1;
+        node.last_seen = (now * 1e3) as i64 + 1;
         self.nodes[server] = Arc::new(node);
     }
 
     /// The same again, with a new time.
     pub fn repeat(&mut self, server: usize, now: Seconds) {
         let mut node = Node::clone(&self.nodes[server]);
-        node.last_seen = (now * 1e3) as u64 + 1;
+        node.last_seen = (now * 1e3) as i64 + 1;
         self.nodes[server] = Arc::new(node);
     }
 

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
-use pingora_etcd::LoadReport;
+use pingora_etcd::metrics::LoadReport;
 
 use crate::routers::{Outcome, Router, RouterKind, Ticket, View};
 use crate::server::{Discipline, Server};

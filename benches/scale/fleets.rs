@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use pingora_etcd::{Deadband, metadata_keys};
+use pingora_etcd::{metadata_keys, metrics::Deadband};
 
 use super::common::etcd::Etcd;
 

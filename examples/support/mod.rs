@@ -12,8 +12,8 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{post, put};
 use pingora_etcd::{
-    Cluster, ClusterError, ClusterNode, LOAD_REPORT_HEADER, LoadReporter, MetricsCollector,
-    NodeMetadata, metadata_keys,
+    Cluster, ClusterError, ClusterNode, MetricsCollector, NodeMetadata, metadata_keys,
+    metrics::{LOAD_REPORT_HEADER, LoadReporter},
 };
 use serde::Deserialize;
 use tokio::net::TcpListener;

@@ -31,9 +31,9 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use serde::Deserialize;
 
-use crate::discovery::Change;
 use crate::error::ClusterError;
 use crate::node::Node;
+use crate::view::Change;
 use adaptive::in_range;
 use member::Signals;
 use pick::Choice;

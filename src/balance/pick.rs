@@ -97,7 +97,7 @@ impl Upstream {
         self.live.report(report, now);
     }
 
-    /// The same with the value of a response's [`LOAD_REPORT_HEADER`](crate::LOAD_REPORT_HEADER).
+    /// The same with the value of a response's [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER).
     ///
     /// # Errors
     ///

@@ -182,7 +182,7 @@ fn one_that_is_more_than_full_gets_no_more_than_one_that_is_full() {
         let at = Instant::now();
         // Both have something to do: what an idle one reports is not from here.
         let _held: Vec<_> = (0..40).map(|_| balancer.pick().unwrap()).collect();
-        let reported = |cpu: f64, last_seen: u64| {
+        let reported = |cpu: f64, last_seen: i64| {
             let nodes = [(0, cpu), (1, 60.0)].map(|(index, cpu)| {
                 let mut node = Node::clone(&node(index, cpu));
                 node.last_seen = last_seen;
@@ -287,7 +287,7 @@ fn what_was_learned_of_a_process_outlives_its_lease() {
 #[test]
 fn the_store_orders_reports_and_not_the_clocks_of_their_writers() {
     let now = Instant::now();
-    let report = |index: u16, cpu: f64, clock: u64, revision: i64| {
+    let report = |index: u16, cpu: f64, clock: i64, revision: i64| {
         let mut node = Node::clone(&node(index, cpu)).with_revision(revision);
         node.last_seen = clock;
         Arc::new(node)
@@ -307,7 +307,7 @@ fn the_store_orders_reports_and_not_the_clocks_of_their_writers() {
     assert!(weights.iter().any(|weight| *weight < 0.6), "{weights:?}");
     // A dead registration whose clock was ahead does not keep the address it shares.
     let dead = Node::new("dead", "10.0.0.9".parse().unwrap());
-    let lives = |revision: i64, clock: u64| {
+    let lives = |revision: i64, clock: i64| {
         let mut node = Node::new("lives", "10.0.0.9".parse().unwrap()).with_revision(revision);
         node.last_seen = clock;
         Arc::new(node)
@@ -587,7 +587,7 @@ impl Rig {
     }
 
     /// A node reports that much CPU in use, in percent, at this rig's time.
-    fn report(&mut self, index: u16, cpu: f64, at: u64) {
+    fn report(&mut self, index: u16, cpu: f64, at: i64) {
         let mut node = Node::clone(&bare(index)).with_metadata(json!({"cpu_usage_percent": cpu}));
         node.last_seen = at;
         self.nodes.insert(node.id.clone(), Arc::new(node));
@@ -741,7 +741,7 @@ fn who_is_busier_than_the_others_gets_less() {
         for index in 0..4 {
             rig.burst();
             let cpu = if index == 0 { 90.0 } else { 50.0 };
-            rig.report(index, cpu, round * 5_000 + u64::from(index));
+            rig.report(index, cpu, round * 5_000 + i64::from(index));
         }
         rig.seconds(1);
     }
@@ -1146,7 +1146,7 @@ enum Step {
     Report {
         index: u16,
         metadata: serde_json::Value,
-        last_seen: u64,
+        last_seen: i64,
     },
     Respond {
         text: String,
@@ -1173,7 +1173,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (index.clone(), prop_oneof![Just(1.0), 0.001..1000.0_f64, any::<f64>()], prop::bool::weighted(0.2))
             .prop_map(|(index, weight, draining)| Step::Join { index, weight, draining }),
         1 => index.clone().prop_map(|index| Step::Leave { index }),
-        3 => (index, json_value(), 0..100_000_u64)
+        3 => (index, json_value(), 0..100_000_i64)
             .prop_map(|(index, metadata, last_seen)| Step::Report { index, metadata, last_seen }),
         2 => (number.clone(), number).prop_map(|(cpu, in_flight)| Step::Respond {
             text: format!("TEXT cpu_utilization={cpu},named_metrics.in_flight={in_flight}"),

@@ -5,7 +5,8 @@ use serde::Deserialize;
 use crate::error::ClusterError;
 use crate::load_report::{self, LoadReport};
 use crate::metadata::Found;
-use crate::node::{Node, metadata_keys};
+use crate::metadata::metadata_keys;
+use crate::node::Node;
 use crate::validate;
 
 /// A queue deeper than this is no queue but a wrong number.

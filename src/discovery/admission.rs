@@ -19,8 +19,8 @@ use crate::validate::{self, Bounds};
 /// A leader that does not match is not seen either.
 ///
 /// ```
-/// use pingora_etcd::{Filter, Node};
-/// let filter = Filter::new().zone("a").zone("b").tag("canary");
+/// use pingora_etcd::{Node, discovery::NodeFilter};
+/// let filter = NodeFilter::new().zone("a").zone("b").tag("canary");
 /// let node = Node::new("n", "10.0.0.1".parse().unwrap()).with_zone("b");
 /// assert!(!filter.matches(&node));
 /// assert!(filter.matches(&node.with_tags(["canary", "x"])));
@@ -28,14 +28,14 @@ use crate::validate::{self, Bounds};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
-pub struct Filter {
+pub struct NodeFilter {
     /// Nodes of any of these zones; empty: of every zone, and of none. Default: empty.
     pub zones: BTreeSet<String>,
     /// Nodes that have all of these tags. Default: empty.
     pub tags: BTreeSet<String>,
 }
 
-impl Filter {
+impl NodeFilter {
     /// Lets every node through.
     pub fn new() -> Self {
         Self::default()
@@ -74,7 +74,7 @@ impl Filter {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
-pub struct Limits {
+pub struct EntryLimits {
     /// Length of a key in bytes. Default: 1,024. Range: 64 to 65,536.
     pub key_bytes: usize,
     /// Length of a node's entry in bytes, metadata included. Default: 65,536. Range: 256 to
@@ -89,7 +89,7 @@ pub struct Limits {
     pub nodes: usize,
 }
 
-impl Default for Limits {
+impl Default for EntryLimits {
     fn default() -> Self {
         let Bounds {
             bytes,
@@ -106,7 +106,7 @@ impl Default for Limits {
     }
 }
 
-impl Limits {
+impl EntryLimits {
     /// Checks every field, which is named as under `field`.
     ///
     /// # Errors
@@ -174,8 +174,8 @@ impl Refusal {
 /// What a discovery takes in.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Admission {
-    pub(crate) filter: Filter,
-    pub(crate) limits: Limits,
+    pub(crate) filter: NodeFilter,
+    pub(crate) limits: EntryLimits,
     /// Empty: every address.
     pub(crate) networks: Vec<IpNet>,
     /// Empty: every port.
@@ -344,7 +344,7 @@ mod tests {
 
     #[test]
     fn too_much_is_refused_before_it_is_parsed() {
-        let limits = Limits {
+        let limits = EntryLimits {
             key_bytes: 64,
             value_bytes: 300,
             depth: 4,
@@ -367,9 +367,9 @@ mod tests {
         let mut key = entry("{}");
         key.key = "k".repeat(65);
         assert!(limits.check(&key).unwrap_err().contains("key"));
-        let error = Limits {
+        let error = EntryLimits {
             depth: 1,
-            ..Limits::default()
+            ..EntryLimits::default()
         }
         .validate("limits")
         .unwrap_err();

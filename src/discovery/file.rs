@@ -14,10 +14,10 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::snapshot::Nodes;
 use crate::error::{ClusterError, in_range};
 use crate::node::Node;
 use crate::store::Revision;
+use crate::view::Nodes;
 
 const FORMAT: &str = "pingora-etcd snapshot 1\n";
 const FORMAT_NAME: &str = "pingora-etcd snapshot ";

@@ -6,13 +6,13 @@ use tokio::time::Instant;
 
 use super::admission::{Admission, networks, ports};
 use super::file::{decode as decode_file, seal as seal_file};
-use super::snapshot::{Nodes, Skipped, Staged, View};
-use super::{Change, Filter, Limits, SelfPreservation};
+use super::snapshot::{RejectedEntries, Staged, View};
+use super::{EntryLimits, NodeFilter, SelfPreservation};
 use crate::error::ClusterError;
 use crate::keys::GroupKeys;
 use crate::node::Node;
 use crate::store::{Entry, Revision, WatchEvent};
-use crate::worker::Leadership;
+use crate::view::{Change, Leadership, Nodes};
 
 /// How much a [`Group`] remembers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,8 +39,8 @@ impl Group {
     ///
     /// Networks or ports that are none.
     pub fn new(
-        limits: Limits,
-        filter: Filter,
+        limits: EntryLimits,
+        filter: NodeFilter,
         allowed_networks: &[String],
         allowed_ports: &[String],
         preserve: SelfPreservation,
@@ -101,8 +101,8 @@ impl Group {
     }
 
     /// What was not taken in.
-    pub fn skipped(&self) -> Skipped {
-        self.view.skipped()
+    pub fn rejected_entries(&self) -> RejectedEntries {
+        self.view.rejected_entries()
     }
 
     /// How much it remembers.

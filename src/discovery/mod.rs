@@ -1,7 +1,6 @@
 //! A process that watches a group: its nodes, its leader, and what changes.
 
 mod admission;
-mod event;
 mod file;
 #[cfg(feature = "test-util")]
 #[doc(hidden)]
@@ -32,15 +31,14 @@ use crate::keys::{self, GroupKeys};
 use crate::lifecycle::Lifecycle;
 use crate::node::Node;
 use crate::store::{EtcdOptions, LazyStore, Store, StoreStatus};
-use crate::worker::Leadership;
+use crate::view::{Change, ClusterEvent, Leadership, Nodes};
 
 use admission::Admission;
 use sync::Follower;
 
-pub use admission::{Filter, Limits};
-pub use event::{Change, ClusterEvent};
+pub use admission::{EntryLimits, NodeFilter};
 pub use file::SnapshotFile;
-pub use snapshot::{Nodes, Skipped};
+pub use snapshot::RejectedEntries;
 pub use suspects::SelfPreservation;
 
 /// Events a slow subscriber may be behind before it misses some.
@@ -141,7 +139,7 @@ struct Shared {
     snapshot: Option<SnapshotFile>,
     publish_interval: Duration,
     serializable_fallback: bool,
-    skipped: Mutex<Skipped>,
+    skipped: Mutex<RejectedEntries>,
     events: broadcast::Sender<ClusterEvent>,
     changes: broadcast::Sender<Change>,
     /// Held while a view is published together with its changes, so that a reader who joins sees
@@ -167,8 +165,8 @@ pub struct ServiceDiscoveryBuilder {
     store: Option<Arc<dyn Store>>,
     /// A cluster's.
     lazy_store: Option<Arc<LazyStore>>,
-    filter: Filter,
-    limits: Limits,
+    filter: NodeFilter,
+    limits: EntryLimits,
     networks: Vec<String>,
     ports: Vec<String>,
     preserve: SelfPreservation,
@@ -184,8 +182,8 @@ impl ServiceDiscoveryBuilder {
             group: group_name.into(),
             store: None,
             lazy_store: None,
-            filter: Filter::default(),
-            limits: Limits::default(),
+            filter: NodeFilter::default(),
+            limits: EntryLimits::default(),
             networks: Vec::new(),
             ports: Vec::new(),
             preserve: SelfPreservation::default(),
@@ -196,14 +194,14 @@ impl ServiceDiscoveryBuilder {
 
     /// Only these nodes. Default: all.
     #[must_use]
-    pub fn filter(mut self, filter: Filter) -> Self {
+    pub fn filter(mut self, filter: NodeFilter) -> Self {
         self.filter = filter;
         self
     }
 
     /// Only nodes whose address is in one of these networks (`10.0.0.0/8`, `fd00::/8`, or a single
     /// address). Whoever can write to the store can point traffic anywhere: this says where it may
-    /// go. Others are skipped, counted ([`ServiceDiscovery::skipped`]), and logged once. Default:
+    /// go. Others are skipped, counted ([`ServiceDiscovery::rejected_entries`]), and logged once. Default:
     /// everywhere.
     #[must_use]
     pub fn allowed_networks<T: Into<String>>(
@@ -224,7 +222,7 @@ impl ServiceDiscoveryBuilder {
 
     /// How much an entry may take, and all of them.
     #[must_use]
-    pub fn limits(mut self, limits: Limits) -> Self {
+    pub fn limits(mut self, limits: EntryLimits) -> Self {
         self.limits = limits;
         self
     }
@@ -462,15 +460,10 @@ impl ServiceDiscovery {
         self.shared.status.subscribe()
     }
 
-    /// How many entries have been skipped since the start, for whatever reason. Each such key is
-    /// logged once for each reason.
-    pub fn skipped_entries(&self) -> u64 {
-        self.skipped().total()
-    }
-
-    /// The same by reason.
-    pub fn skipped(&self) -> Skipped {
-        *self.shared.lock_skipped()
+    /// How many entries have been rejected since the start, by reason. Each such key is logged once
+    /// for each reason.
+    pub fn rejected_entries(&self) -> RejectedEntries {
+        *self.shared.lock_rejected()
     }
 
     /// How it stands with the store: which endpoint is in use, and whether calls are tried at all.
@@ -695,7 +688,7 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_skipped(&self) -> MutexGuard<'_, Skipped> {
+    fn lock_rejected(&self) -> MutexGuard<'_, RejectedEntries> {
         self.skipped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

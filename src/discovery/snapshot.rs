@@ -1,19 +1,14 @@
 //! One immutable view of a group, and applying changes to it. No I/O, no clock.
 
-use std::borrow::Borrow;
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rpds::RedBlackTreeSetSync;
 use tokio::time::Instant;
 use tracing::{info, warn};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::admission::{Admission, Refusal, shortened};
-use super::event::Change;
 use super::suspects::{SelfPreservation, Suspects, Verdict};
 use super::told::Told;
 use crate::bugs::{self, Bug};
@@ -21,106 +16,16 @@ use crate::keys::GroupKeys;
 use crate::node::Node;
 use crate::store::{Entry, LeaseId, Revision, WatchEvent};
 use crate::validate;
-use crate::worker::Leadership;
-
-/// The nodes of a group at one revision. Immutable; two versions share what did not change, so a
-/// new one costs what changed and keeping an old one costs little.
-#[derive(Clone, Default)]
-pub struct Nodes {
-    nodes: RedBlackTreeSetSync<ById>,
-    suspects: RedBlackTreeSetSync<Arc<str>>,
-    revision: Revision,
-}
-
-/// A node in the order of ids.
-#[derive(Clone)]
-struct ById(Arc<Node>);
-
-impl Borrow<str> for ById {
-    fn borrow(&self) -> &str {
-        &self.0.id
-    }
-}
-
-impl PartialEq for ById {
-    fn eq(&self, other: &Self) -> bool {
-        self.0.id == other.0.id
-    }
-}
-
-impl Eq for ById {}
-
-impl PartialOrd for ById {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for ById {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.0.id.cmp(&other.0.id)
-    }
-}
-
-impl Nodes {
-    /// Every node, in the order of ids.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Arc<Node>> {
-        self.nodes.iter().map(|node| &node.0)
-    }
-
-    /// The node with this id.
-    pub fn get(&self, id: &str) -> Option<&Arc<Node>> {
-        self.nodes.get(id).map(|node| &node.0)
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.nodes.size()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.nodes.is_empty()
-    }
-
-    /// The store's revision of the last change that is in this view.
-    pub fn revision(&self) -> Revision {
-        self.revision
-    }
-
-    /// Whether this node's lease is gone, and it is here because too many vanished with it
-    /// ([`SelfPreservation`]).
-    pub fn is_suspect(&self, id: &str) -> bool {
-        self.suspects.contains(id)
-    }
-
-    /// How many are suspects.
-    pub fn suspects(&self) -> usize {
-        self.suspects.size()
-    }
-}
-
-impl fmt::Debug for Nodes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Nodes")
-            .field("revision", &self.revision)
-            .field(
-                "nodes",
-                &self.iter().map(|node| &node.id).collect::<Vec<_>>(),
-            )
-            .field("suspects", &self.suspects())
-            .finish()
-    }
-}
+use crate::view::{Change, Leadership, Nodes};
 
 /// How many entries were not taken in since the start, and why. Each key is logged once for each
 /// reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Skipped {
+pub struct RejectedEntries {
     /// They could not be parsed, or their id was not their key's.
     pub malformed: u64,
-    /// They were more than the [`Limits`](super::Limits) allow.
+    /// They were more than the [`EntryLimits`](super::EntryLimits) allow.
     pub too_large: u64,
     /// They pointed to an address or a port that is not allowed, or that nobody can connect to:
     /// unspecified, multicast, broadcast, link-local (IPv6), port 0.
@@ -130,7 +35,7 @@ pub struct Skipped {
     pub weights: u64,
 }
 
-impl Skipped {
+impl RejectedEntries {
     /// All that were skipped.
     pub fn total(&self) -> u64 {
         self.malformed + self.too_large + self.not_allowed
@@ -161,7 +66,7 @@ pub(crate) struct View {
     witness: Option<Witness>,
     /// What the log has been told of values that cannot be used.
     refused: Told,
-    skipped: Skipped,
+    skipped: RejectedEntries,
 }
 
 /// The key that was written last, which revision wrote it, and what. Key and revision alone are soon the
@@ -210,7 +115,7 @@ pub(crate) struct Staged {
     /// In the view that is being served, and still registered, but not for it any more.
     unwanted: Vec<String>,
     refused: Told,
-    skipped: Skipped,
+    skipped: RejectedEntries,
     witness: Option<Witness>,
 }
 
@@ -233,7 +138,7 @@ impl View {
             suspects: Suspects::new(preserve),
             witness: None,
             refused: Told::default(),
-            skipped: Skipped::default(),
+            skipped: RejectedEntries::default(),
         }
     }
 
@@ -242,11 +147,11 @@ impl View {
         &mut self,
         nodes: &Nodes,
         leader: Option<Arc<Leadership>>,
-        skipped: Skipped,
+        skipped: RejectedEntries,
     ) {
         self.skipped = skipped;
         self.nodes = nodes.clone();
-        self.nodes.suspects = RedBlackTreeSetSync::default();
+        self.nodes.clear_suspects();
         self.leader = leader.map(Arc::unwrap_or_clone);
     }
 
@@ -264,7 +169,7 @@ impl View {
     }
 
     /// Values seen that could not be used, since the start.
-    pub(crate) fn skipped(&self) -> Skipped {
+    pub(crate) fn rejected_entries(&self) -> RejectedEntries {
         self.skipped
     }
 
@@ -387,7 +292,7 @@ impl View {
             self.enqueue(entry);
         }
         self.witness = staged.witness;
-        self.nodes.revision = revision;
+        self.nodes.set_revision(revision);
         self.settle(&mut changes);
         changes
     }
@@ -409,7 +314,7 @@ impl View {
                 self.take_in(Arc::new(node), &mut changes);
             }
         }
-        self.nodes.revision = revision;
+        self.nodes.set_revision(revision);
         changes
     }
 
@@ -443,7 +348,8 @@ impl View {
                     self.witness.take_if(|witness| witness.key == *key);
                 }
             }
-            self.nodes.revision = self.nodes.revision.max(event.revision());
+            let newest = self.nodes.revision().max(event.revision());
+            self.nodes.set_revision(newest);
         }
         self.settle(&mut changes);
         changes
@@ -514,7 +420,7 @@ impl View {
                 });
                 for node in returned {
                     self.suspect(&node.id);
-                    self.nodes.nodes.insert_mut(ById(node.clone()));
+                    self.nodes.insert(node.clone());
                     if !untold.contains(&node.id) {
                         changes.push(Change::Joined(node));
                     }
@@ -524,7 +430,7 @@ impl View {
     }
 
     fn suspect(&mut self, id: &str) {
-        self.nodes.suspects.insert_mut(Arc::from(id));
+        self.nodes.mark_suspect(id);
     }
 
     fn insert(&mut self, id: &str, entry: &Entry, changes: &mut Vec<Change>) {
@@ -561,13 +467,13 @@ impl View {
 
     fn take_in(&mut self, node: Arc<Node>, changes: &mut Vec<Change>) {
         if self.suspects.returned(&node.id) {
-            self.nodes.suspects.remove_mut(&*node.id);
+            self.nodes.clear_suspect(&node.id);
             if self.suspects.len() == 0 {
                 info!("no node is a suspect any more");
             }
         }
         let old = self.nodes.get(&node.id).cloned();
-        self.nodes.nodes.insert_mut(ById(node.clone()));
+        self.nodes.insert(node.clone());
         changes.push(match old {
             Some(old) => Change::Updated { old, new: node },
             None => Change::Joined(node),
@@ -587,17 +493,17 @@ impl View {
     fn drop_now(&mut self, id: &str, changes: &mut Vec<Change>) {
         // Not one that has vanished, to come back should others follow.
         if self.suspects.returned(id) {
-            self.nodes.suspects.remove_mut(id);
+            self.nodes.clear_suspect(id);
         }
         self.remove(id, changes);
     }
 
     fn remove(&mut self, id: &str, changes: &mut Vec<Change>) {
-        if self.suspects.release(id) || self.nodes.suspects.contains(id) {
-            self.nodes.suspects.remove_mut(id);
+        if self.suspects.release(id) || self.nodes.is_suspect(id) {
+            self.nodes.clear_suspect(id);
         }
         if let Some(old) = self.nodes.get(id).cloned() {
-            self.nodes.nodes.remove_mut(id);
+            self.nodes.remove(id);
             changes.push(Change::Left(old));
         }
     }
@@ -760,7 +666,7 @@ impl Staged {
 }
 
 /// Counts a refusal. Answers whether the node stays as it was: unless it points elsewhere now.
-fn count(skipped: &mut Skipped, refusal: &Refusal) -> bool {
+fn count(skipped: &mut RejectedEntries, refusal: &Refusal) -> bool {
     match refusal {
         Refusal::Malformed(_) => skipped.malformed += 1,
         Refusal::TooLarge(_) => skipped.too_large += 1,
@@ -793,7 +699,7 @@ fn registered(node: Node, entry: &Entry) -> Node {
 mod tests {
     use super::*;
     use crate::discovery::told::MOST_LINES;
-    use crate::discovery::{Filter, Limits};
+    use crate::discovery::{EntryLimits, NodeFilter};
     use proptest::prelude::*;
 
     fn view() -> View {
@@ -933,7 +839,7 @@ mod tests {
             4,
         );
         assert_eq!(told(&changes), ["node a joined at 10.0.0.1"]);
-        assert_eq!(view.skipped().malformed, 2);
+        assert_eq!(view.rejected_entries().malformed, 2);
         // A bad update of a live registration changes nothing, one by another registration does.
         assert!(
             view.apply(&[put(registration("a", "?", 5, 3))], Instant::now())
@@ -941,7 +847,7 @@ mod tests {
         );
         let changes = view.apply(&[put(registration("a", "?", 6, 4))], Instant::now());
         assert_eq!(told(&changes), ["node a left"]);
-        assert_eq!(view.skipped().malformed, 4);
+        assert_eq!(view.rejected_entries().malformed, 4);
     }
 
     #[test]
@@ -1088,7 +994,7 @@ mod tests {
     #[test]
     fn who_is_registered_but_not_wanted_any_more_is_no_suspect() {
         let admission = Admission {
-            filter: Filter::new().tag("x"),
+            filter: NodeFilter::new().tag("x"),
             ..Admission::default()
         };
         let mut view = View::new(keys(), admission, SelfPreservation::default());
@@ -1153,7 +1059,7 @@ mod tests {
     #[test]
     fn a_filter_is_live() {
         let admission = Admission {
-            filter: Filter::new().zone("a").tag("x"),
+            filter: NodeFilter::new().zone("a").tag("x"),
             ..Admission::default()
         };
         let mut view = View::new(keys(), admission, SelfPreservation::off());
@@ -1172,8 +1078,8 @@ mod tests {
             ["node n left"]
         );
         assert_eq!(
-            view.skipped(),
-            Skipped::default(),
+            view.rejected_entries(),
+            RejectedEntries::default(),
             "that is no fault of theirs"
         );
     }
@@ -1182,9 +1088,9 @@ mod tests {
     fn strangers_and_giants_are_skipped_and_counted() {
         let admission = Admission {
             networks: vec!["10.0.0.0/8".parse().unwrap()],
-            limits: Limits {
+            limits: EntryLimits {
                 nodes: 3,
-                ..Limits::default()
+                ..EntryLimits::default()
             },
             ..Admission::default()
         };
@@ -1199,7 +1105,10 @@ mod tests {
         };
         let now = Instant::now();
         view.apply(&[at("a", "10.0.0.1", 2), at("b", "192.168.0.1", 3)], now);
-        assert_eq!((view.nodes().len(), view.skipped().not_allowed), (1, 1));
+        assert_eq!(
+            (view.nodes().len(), view.rejected_entries().not_allowed),
+            (1, 1)
+        );
         // One that moves out of the network is not kept where it was.
         assert_eq!(
             told(&view.apply(&[at("a", "192.168.0.1", 4)], now)),
@@ -1210,20 +1119,26 @@ mod tests {
             "x".repeat(70_000)
         );
         view.apply(&[put(registration("c", &large, 5, 1))], now);
-        assert_eq!((view.nodes().len(), view.skipped().too_large), (0, 1));
+        assert_eq!(
+            (view.nodes().len(), view.rejected_entries().too_large),
+            (0, 1)
+        );
         for id in ["d", "e", "f", "g"] {
             view.apply(&[at(id, "10.0.0.2", 6)], now);
         }
-        assert_eq!((view.nodes().len(), view.skipped().too_large), (3, 2));
-        assert_eq!(view.skipped().total(), 4);
+        assert_eq!(
+            (view.nodes().len(), view.rejected_entries().too_large),
+            (3, 2)
+        );
+        assert_eq!(view.rejected_entries().total(), 4);
     }
 
     /// What the store might do to three nodes' keys.
     #[test]
     fn candidates_that_are_none_take_no_place() {
-        let limits = Limits {
+        let limits = EntryLimits {
             nodes: 1,
-            ..Limits::default()
+            ..EntryLimits::default()
         };
         let admission = Admission {
             limits,
@@ -1241,7 +1156,13 @@ mod tests {
         assert_eq!(staged.candidates.len(), 1, "only what is used is kept");
         view.reset(staged, 6, Instant::now());
         assert_eq!(view.leader().unwrap().epoch, 5);
-        assert_eq!((view.skipped().too_large, view.skipped().malformed), (1, 1));
+        assert_eq!(
+            (
+                view.rejected_entries().too_large,
+                view.rejected_entries().malformed
+            ),
+            (1, 1)
+        );
     }
 
     #[test]
@@ -1256,7 +1177,10 @@ mod tests {
         let changes = view.apply(&[put(r#""ip":"0.0.0.0""#, 3)], now);
         assert_eq!(told(&changes), ["node n left"], "not kept where it was");
         view.apply(&[put(r#""ip":"10.0.0.1","port":0"#, 4)], now);
-        assert_eq!((view.nodes().len(), view.skipped().not_allowed), (0, 2));
+        assert_eq!(
+            (view.nodes().len(), view.rejected_entries().not_allowed),
+            (0, 2)
+        );
         // A weight that is none does not keep out what else the entry says, such as draining.
         for (weight, revision) in [("-5", 5), (r#""0""#, 6), ("[]", 7)] {
             let fields =
@@ -1266,10 +1190,19 @@ mod tests {
             assert_eq!(node.ip, std::net::IpAddr::from([10, 0, 0, revision as u8]));
             assert!(!node.is_serving());
         }
-        assert_eq!((view.skipped().weights, view.skipped().total()), (3, 2));
+        assert_eq!(
+            (
+                view.rejected_entries().weights,
+                view.rejected_entries().total()
+            ),
+            (3, 2)
+        );
         let entry = registration("n", r#"{"id":"n","ip":"10.0.0.1","weight":-1}"#, 8, 1);
         reset(&mut view, &[entry], &[], 9);
-        assert_eq!((view.skipped().weights, view.nodes().len()), (4, 1));
+        assert_eq!(
+            (view.rejected_entries().weights, view.nodes().len()),
+            (4, 1)
+        );
     }
 
     #[test]
@@ -1291,7 +1224,7 @@ mod tests {
         }
         // A text is a text, whatever is in it; the same mistake again is known.
         assert_eq!(lines, [1, 1, 1, 2, 2, 3]);
-        assert_eq!(view.skipped().malformed, 5);
+        assert_eq!(view.rejected_entries().malformed, 5);
     }
 
     #[test]
@@ -1301,7 +1234,7 @@ mod tests {
             let key = format!("{at}-{}", "k".repeat(2_000));
             view.apply(&[put(registration(&key, "{}", at, 1))], Instant::now());
         }
-        assert_eq!(view.skipped().too_large, 20_000);
+        assert_eq!(view.rejected_entries().too_large, 20_000);
         assert_eq!(view.refused.len(), MOST_LINES);
         let key = keys().registration(&format!("5-{}", "k".repeat(2_000)));
         view.apply(&[delete(key, 20_001)], Instant::now());
@@ -1311,9 +1244,9 @@ mod tests {
 
     #[test]
     fn suspects_do_not_exceed_the_limit() {
-        let limits = Limits {
+        let limits = EntryLimits {
             nodes: 4,
-            ..Limits::default()
+            ..EntryLimits::default()
         };
         let admission = || Admission {
             limits,
@@ -1363,7 +1296,7 @@ mod tests {
             let mut registered: BTreeMap<String, Entry> = BTreeMap::new();
             let mut queued: BTreeMap<String, Entry> = BTreeMap::new();
             let mut view = view();
-            let mut folded: BTreeMap<String, u64> = BTreeMap::new();
+            let mut folded: BTreeMap<String, i64> = BTreeMap::new();
             for (step, (who, what)) in history.into_iter().enumerate() {
                 let revision = step as Revision + 2;
                 let id = format!("n{who}");
@@ -1397,7 +1330,7 @@ mod tests {
                 prop_assert_eq!(&seen, &folded);
                 for entry in registered.values().filter(|entry| entry.value != b"nonsense") {
                     let id = keys().node_id(&entry.key).unwrap().to_owned();
-                    prop_assert_eq!(seen.get(&id), Some(&(entry.mod_revision as u64)));
+                    prop_assert_eq!(seen.get(&id), Some(&entry.mod_revision));
                 }
                 prop_assert!(seen.keys().all(|id| registered.contains_key(&keys().registration(id))));
                 let first = queued.values().min_by_key(|entry| entry.create_revision)

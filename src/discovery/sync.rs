@@ -7,7 +7,6 @@ use std::time::{Duration, SystemTime};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
-use super::event::{Change, ClusterEvent};
 use super::file::{About, Saver};
 use super::snapshot::{Staged, View};
 use super::{DiscoveryStatus, Shared};
@@ -15,6 +14,7 @@ use crate::backoff::Backoff;
 use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::store::{Revision, Selector, Store, WatchRange, Watcher};
+use crate::view::{Change, ClusterEvent};
 
 /// How often a failure of a store that answers may be followed by a try at once: most often one
 /// connection broke, or history moved on. When it goes on like that, the backoff takes over.
@@ -70,7 +70,7 @@ impl<'s> Follower<'s> {
         view.adopt(
             &shared.nodes.load_full(),
             shared.leadership.load_full(),
-            *shared.lock_skipped(),
+            *shared.lock_rejected(),
         );
         let saver = shared.snapshot.clone().map(|file| {
             let about = About {
@@ -489,7 +489,7 @@ impl<'s> Follower<'s> {
         let leader = leadership
             .as_ref()
             .map(|leadership| leadership.node.clone());
-        *shared.lock_skipped() = self.view.skipped();
+        *shared.lock_rejected() = self.view.rejected_entries();
         let suspects = shared.nodes.swap(nodes.clone()).suspects();
         let before = shared.leadership.swap(leadership.clone().map(Arc::new));
         if reset || !changes.is_empty() || suspects != nodes.suspects() {

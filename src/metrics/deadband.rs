@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use crate::error::ClusterError;
-use crate::node::{NodeMetadata, metadata_keys};
+use crate::metadata::{NodeMetadata, metadata_keys};
 
 /// How far a metric may be from what was last written without being written again: `absolute`, or
 /// `relative` of the written value, whichever is more.
@@ -56,7 +56,7 @@ impl Tolerance {
 /// changes at all, as is a key that comes or goes.
 ///
 /// ```
-/// use pingora_etcd::{Deadband, Tolerance};
+/// use pingora_etcd::metrics::{Deadband, Tolerance};
 /// let deadband = Deadband::default().with("temperature", Tolerance::absolute(0.5));
 /// let written = serde_json::json!({ "cpu_usage_percent": 40.0, "temperature": 20.0 });
 /// let moved = |cpu: f64, temperature: f64| {

@@ -10,9 +10,10 @@ mod tower;
 
 use serde_json::Value;
 
-use crate::node::NodeMetadata;
+use crate::metadata::NodeMetadata;
 use crate::validate;
 
+pub use crate::load_report::{LOAD_REPORT_HEADER, LoadReport, LoadReportError};
 pub use deadband::{Deadband, Tolerance};
 pub use reporter::{LoadReporter, RequestGuard};
 pub(crate) use sampler::Sampler;
@@ -80,7 +81,7 @@ impl MetricsCollector for NoopMetricsCollector {
 /// no object is left out.
 ///
 /// ```
-/// use pingora_etcd::{CompositeMetricsCollector, MetricsCollector, NodeMetadata};
+/// use pingora_etcd::{MetricsCollector, NodeMetadata, metrics::CompositeMetricsCollector};
 /// # struct Fixed(serde_json::Value);
 /// # impl MetricsCollector for Fixed { fn collect(&self) -> NodeMetadata { self.0.clone() } }
 /// let both = CompositeMetricsCollector::new()

@@ -6,10 +6,10 @@ use arc_swap::ArcSwap;
 use http::HeaderValue;
 
 use crate::load_report::LoadReport;
-use crate::node::NodeMetadata;
+use crate::metadata::NodeMetadata;
 
 /// Says in responses how loaded this process is: makes the value of the header
-/// [`LOAD_REPORT_HEADER`](crate::LOAD_REPORT_HEADER), from the metrics of a node and from a count
+/// [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER), from the metrics of a node and from a count
 /// of requests in flight. So balancers hear of the load with every answer, without a write to etcd.
 ///
 /// [`ClusterNode::load_reporter`](crate::ClusterNode::load_reporter) has one that knows what the
@@ -17,7 +17,7 @@ use crate::node::NodeMetadata;
 /// server has to do. Clones share the count.
 ///
 /// ```
-/// use pingora_etcd::{LoadReport, LoadReporter};
+/// use pingora_etcd::metrics::{LoadReport, LoadReporter};
 /// let reporter = LoadReporter::new();
 /// reporter.sampled(&serde_json::json!({ "cpu_usage_percent": 30.0 }));
 ///
@@ -99,7 +99,7 @@ impl LoadReporter {
         }
     }
 
-    /// The value of the header [`LOAD_REPORT_HEADER`](crate::LOAD_REPORT_HEADER). Costs an
+    /// The value of the header [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER). Costs an
     /// allocation and some hundred nanoseconds.
     pub fn header_value(&self) -> HeaderValue {
         // Digits and letters are always a header's value.

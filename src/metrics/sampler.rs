@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use tracing::{error, warn};
 
 use super::MetricsCollector;
-use crate::node::NodeMetadata;
+use crate::metadata::NodeMetadata;
 use crate::validate::{self, Bounds, Excess};
 
 /// What a collector said, or why no reader would take it.
@@ -210,7 +210,7 @@ mod tests {
             }
         }
 
-        let both = crate::CompositeMetricsCollector::new()
+        let both = crate::metrics::CompositeMetricsCollector::new()
             .with_collector(Abyss(true))
             .with_collector(Deep)
             .with_collector(Deep);

@@ -7,7 +7,7 @@ use sysinfo::{
 use tracing::warn;
 
 use super::MetricsCollector;
-use crate::node::{NodeMetadata, metadata_keys};
+use crate::metadata::{NodeMetadata, metadata_keys};
 
 /// CPU, memory and load of this machine (feature `system-metrics`).
 ///

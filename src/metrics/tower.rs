@@ -16,7 +16,7 @@ use crate::load_report::LOAD_REPORT_HEADER;
 ///
 /// ```
 /// use axum::{Router, routing::get};
-/// use pingora_etcd::LoadReporter;
+/// use pingora_etcd::metrics::LoadReporter;
 ///
 /// let reporter = LoadReporter::new(); // or node.load_reporter()
 /// let app: Router = Router::new()

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | a proxy with a `LoadBalancer` | [`ClusterBackends`] as its discovery, [`MetricsWeighted`] as its selection |
 //! | the same, and want changes at once instead of every `update_frequency` | [`LiveLoadBalancer`] |
-//! | nothing yet | [`ClusterProxy`]: a complete proxy, which the example `load_balancer` runs from a YAML file |
+//! | nothing yet | [`ClusterProxy`](crate::proxy::ClusterProxy): a complete proxy, which the example `load_balancer` runs from a YAML file |
 //! | a proxy to write | [`BalancerService`]: the pick that also counts requests in flight |
 //! | requests for the leader only | [`LeaderRoute`] |
 //!
@@ -16,7 +16,7 @@
 //! Pingora does not look after the tasks of its services. So each part of a service here that ends or
 //! panics is started again, after 1 s to 30 s, with an error in the log; meanwhile
 //! [`status`](crate::ServiceDiscovery::status) is `Ended`, and `Stale` when it follows again. Without its listener a
-//! server is of no use: [`ClusterProxy::add_to`] ends the process then.
+//! server is of no use: [`ClusterProxy::add_to`](crate::proxy::ClusterProxy::add_to) ends the process then.
 //!
 //! After SIGTERM Pingora keeps serving for `grace_period_seconds`. The services here keep
 //! following the group for as long, so that requests in that time still find live backends; they
@@ -26,8 +26,6 @@ mod balancer;
 mod discovery;
 mod keep;
 mod leader;
-mod listening;
-mod proxy;
 mod selection;
 
 use std::convert::Infallible;
@@ -47,7 +45,6 @@ use crate::node::Node;
 pub use balancer::{BalancerService, LiveLoadBalancer};
 pub use discovery::ClusterBackends;
 pub use leader::{LeaderRoute, LeaderUpstream};
-pub use proxy::{ClusterProxy, RequestContext};
 pub use selection::{BackendNode, LiveWeights, MetricsWeighted};
 
 /// How long a service waits for the first complete view before it signals ready without one.

@@ -25,6 +25,7 @@ use tokio::task::AbortHandle;
 
 use crate::error::ClusterError;
 
+pub use crate::ids::{LeaseId, Revision};
 pub use clock::{BootClock, Clock, TokioClock};
 pub use etcd::EtcdStore;
 #[cfg(any(test, feature = "test-util"))]
@@ -32,20 +33,6 @@ pub use memory::Backup;
 pub use memory::{Fault, MemoryStore};
 pub use options::EtcdOptions;
 pub use security::{Credentials, Password, TlsOptions};
-
-/// A point in the history of the whole store; grows by one with each transaction that changes
-/// something.
-pub type Revision = i64;
-
-/// Identifies a lease. Prints as lower-case hexadecimal, the form it has in election keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct LeaseId(pub i64);
-
-impl fmt::Display for LeaseId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:x}", self.0)
-    }
-}
 
 /// A lease as it was granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use crate::error::ClusterError;
 /// cannot be reached, are told once in the log and leave the old connection alone.
 ///
 /// ```
-/// use pingora_etcd::{EtcdOptions, TlsOptions};
+/// use pingora_etcd::{EtcdOptions, store::TlsOptions};
 /// let tls = TlsOptions::new()
 ///     .ca_file("/etc/etcd/ca.pem")
 ///     .identity("/etc/etcd/balancer.pem", "/etc/etcd/balancer.key");
@@ -226,7 +226,7 @@ impl TlsOptions {
 /// use TLS beside it.
 ///
 /// ```
-/// use pingora_etcd::{Credentials, EtcdOptions, Password};
+/// use pingora_etcd::{EtcdOptions, store::{Credentials, Password}};
 /// let credentials = Credentials::new("balancer", Password::Text("secret".to_owned()));
 /// let options = EtcdOptions::new(["http://10.0.0.1:2379"]).credentials(credentials);
 /// assert!(!format!("{options:?}").contains("secret"));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::ClusterNode;
-use crate::cluster::Cluster;
+use super::lease_pool::LeasePool;
 use crate::error::ClusterError;
 use crate::keys;
 use crate::metrics::{Deadband, MetricsCollector, NoopMetricsCollector};
@@ -45,7 +45,7 @@ pub(super) struct NodeConfig {
     pub(super) priority: u16,
     pub(super) takeover_after: Duration,
     /// Shares its connection and its lease.
-    pub(super) cluster: Option<Cluster>,
+    pub(super) pool: Option<Arc<LeasePool>>,
     port: Option<u16>,
     zone: Option<String>,
     tags: BTreeSet<String>,
@@ -91,7 +91,7 @@ pub struct ClusterNodeBuilder {
     max_age: Duration,
     priority: u16,
     takeover_after: Duration,
-    cluster: Option<Cluster>,
+    pool: Option<Arc<LeasePool>>,
     port: Option<u16>,
     zone: Option<String>,
     tags: BTreeSet<String>,
@@ -122,7 +122,7 @@ impl ClusterNodeBuilder {
             max_age: DEFAULT_MAX_AGE,
             priority: 0,
             takeover_after: DEFAULT_TAKEOVER_AFTER,
-            cluster: None,
+            pool: None,
             port: None,
             zone: None,
             tags: BTreeSet::new(),
@@ -192,10 +192,10 @@ impl ClusterNodeBuilder {
         self
     }
 
-    /// Shares a cluster's connection and lease; [`Cluster::node`] does this.
+    /// Shares the connection and the leases of a pool, as the nodes of a `Cluster` do.
     #[must_use]
-    pub(crate) fn cluster(mut self, cluster: Cluster) -> Self {
-        self.cluster = Some(cluster);
+    pub(crate) fn pool(mut self, pool: Arc<LeasePool>) -> Self {
+        self.pool = Some(pool);
         self
     }
 
@@ -262,13 +262,13 @@ impl ClusterNodeBuilder {
     }
 
     fn validate(&self) -> Result<(), ClusterError> {
-        if let Some(cluster) = &self.cluster {
+        if let Some(pool) = &self.pool {
             if self.store.is_some() {
                 let reason = "is the cluster's, for a node of a Cluster";
                 return Err(ClusterError::config("store", reason));
             }
-            if self.ttl != cluster.ttl() {
-                let (own, shared) = (self.ttl, cluster.ttl());
+            if self.ttl != pool.ttl() {
+                let (own, shared) = (self.ttl, pool.ttl());
                 let reason = format!("{own} s is not that of the Cluster, which is {shared} s");
                 return Err(ClusterError::config("ttl", reason));
             }
@@ -340,7 +340,7 @@ impl ClusterNodeBuilder {
             max_age: self.max_age,
             priority: self.priority,
             takeover_after: self.takeover_after,
-            cluster: self.cluster,
+            pool: self.pool,
             port: self.port,
             zone: self.zone,
             tags: self.tags,

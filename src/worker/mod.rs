@@ -5,6 +5,7 @@ mod builder;
 mod election;
 mod handover;
 mod lease;
+mod lease_pool;
 mod publisher;
 mod run;
 mod session;
@@ -29,13 +30,14 @@ use crate::keys::GroupKeys;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::LoadReporter;
 use crate::node::{HealthStatus, Node};
-use crate::store::{Condition, LazyStore, LeaseId, Revision};
+use crate::store::{LazyStore, LeaseId, Revision};
+use crate::view::Leadership;
 
 use access::Access;
 pub use builder::ClusterNodeBuilder;
 use builder::NodeConfig;
 pub(crate) use builder::check_ttl;
-pub(crate) use lease::LeaseHolder;
+pub(crate) use lease_pool::LeasePool;
 use publisher::Refusals;
 pub use publisher::RefusedSamples;
 use run::Running;
@@ -47,54 +49,6 @@ const OWN_LEASES: usize = 16;
 /// How long no request may have been in flight until a draining node counts as idle: balancers
 /// need a moment to hear of it.
 const IDLE_FOR: Duration = Duration::from_millis(500);
-
-/// A term of leadership, with what keeps a leader that was replaced from doing harm.
-///
-/// No leader can know that it still leads at the instant at which its work takes effect: the
-/// process may stop for a while between asking and acting. So whatever must not be done by two
-/// leaders has to be refused where it takes effect, by the [token](Self::epoch) or by the
-/// [guard](Self::guard). See "Fencing" in the crate guide.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Leadership {
-    /// Who leads. Its metadata is as of the moment of asking.
-    pub node: Arc<Node>,
-    /// The fencing token: the revision that created the leader's election key. Every later term
-    /// in the group has a greater one, so a system that remembers the greatest token it has seen
-    /// can refuse a leader that does not know yet that it was replaced.
-    pub epoch: Revision,
-    /// The leader's election key. It exists, created at `epoch`, for as long as the term lasts.
-    pub key: Arc<str>,
-}
-
-impl Leadership {
-    /// What a transaction of the etcd that holds the election has to be conditional on, so that
-    /// it is carried out in this term or not at all.
-    ///
-    /// ```no_run
-    /// # async fn example(node: pingora_etcd::ClusterNode, mut client: etcd_client::Client)
-    /// #     -> Result<(), Box<dyn std::error::Error>> {
-    /// use etcd_client::{Compare, CompareOp, Txn, TxnOp};
-    /// use pingora_etcd::store;
-    ///
-    /// # let Some(leadership) = node.leadership() else { return Ok(()) };
-    /// // With this crate's store:
-    /// let txn = store::Txn::new()
-    ///     .when(leadership.guard())
-    ///     .put("jobs/next", b"42".to_vec(), None);
-    /// // With a client of one's own:
-    /// let guard = Compare::create_revision(&*leadership.key, CompareOp::Equal, leadership.epoch);
-    /// let write = TxnOp::put("jobs/next", "42", None);
-    /// let done = client.txn(Txn::new().when([guard]).and_then([write])).await?;
-    /// if !done.succeeded() {
-    ///     println!("this term is over: somebody else leads");
-    /// }
-    /// # Ok(()) }
-    /// ```
-    pub fn guard(&self) -> Condition {
-        Condition::CreatedAt(self.key.to_string(), self.epoch)
-    }
-}
 
 /// A member of a group: registers under a lease, campaigns for leadership, publishes metrics.
 ///
@@ -225,8 +179,8 @@ impl ClusterNode {
     }
 
     fn from_config(config: NodeConfig, invalid: Option<ClusterError>) -> Self {
-        let store = match &config.cluster {
-            Some(cluster) => cluster.lazy_store().clone(),
+        let store = match &config.pool {
+            Some(pool) => pool.store().clone(),
             None => Arc::new(LazyStore::new(config.etcd.clone(), config.store.clone())),
         };
         Self {

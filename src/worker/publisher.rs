@@ -11,8 +11,8 @@ use tracing::{debug, warn};
 use super::Shared;
 use super::session::Tenure;
 use crate::error::ClusterError;
+use crate::metadata::{Metadata, NodeMetadata};
 use crate::metrics::Sampler;
-use crate::node::{Metadata, NodeMetadata};
 use crate::store::{Condition, Revision, Store, Txn};
 use crate::validate::{Bound, Bounds, Excess};
 

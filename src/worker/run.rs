@@ -43,8 +43,8 @@ impl<'a> Running<'a> {
         let (commands, inbox) = mpsc::channel(16);
         *shared.commands() = Some(commands);
         let config = &shared.config;
-        let lease = match &config.cluster {
-            Some(cluster) => cluster.enter(&shared.keys, &config.group, &config.id),
+        let lease = match &config.pool {
+            Some(pool) => pool.enter(&shared.keys, &config.group, &config.id),
             None => {
                 let own = LeaseHolder::new(config.ttl, &config.etcd.prefix());
                 own.enter(&shared.keys, &config.group, &config.id);
@@ -375,10 +375,10 @@ impl Shared {
     }
 }
 
-fn unix_millis() -> u64 {
+fn unix_millis() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| {
-            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+            i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
         })
 }

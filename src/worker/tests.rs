@@ -392,7 +392,7 @@ async fn while_the_store_is_slow_samples_are_dropped_not_queued_and_responses_ha
     // The reporter goes on with fresh samples all the while.
     let latest = samples.load(Ordering::Relaxed) - 1;
     let report = running.node.load_reporter().header_value();
-    let report = crate::LoadReport::parse(&report).unwrap();
+    let report = crate::metrics::LoadReport::parse(&report).unwrap();
     assert_eq!(report.cpu, Some(f64::from(latest * 3 % 100) / 100.0));
     assert!(latest >= 25, "{latest} samples");
     store.set_fault(None);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use pingora_etcd::{ClusterError, SessionState};
+use pingora_etcd::{ClusterError, worker::SessionState};
 use tokio::time::sleep;
 
 use super::etcd_cluster::answered;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use pingora_etcd::{
-    Cluster as Sharing, ClusterError, ClusterNode, ClusterNodeBuilder, DiscoveryStatus,
-    EtcdOptions, HealthStatus, MetricsCollector, NodeMetadata, ServiceDiscovery, metadata_keys,
+    Cluster as Sharing, ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, HealthStatus,
+    MetricsCollector, NodeMetadata, ServiceDiscovery, discovery::DiscoveryStatus, metadata_keys,
 };
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;

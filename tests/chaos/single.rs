@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use etcd_client::{AlarmAction, AlarmOptions, AlarmType, DeleteOptions};
+use etcd_client::{AlarmAction, AlarmOptions, AlarmType, CompactionOptions, DeleteOptions};
 use tokio::time::sleep;
 
 use super::common::DEADLINE;
@@ -102,7 +102,9 @@ async fn make_room(cluster: &Cluster) -> Result<(), String> {
     let all = DeleteOptions::new().with_prefix();
     answered("deleting", client.delete("fill/", Some(all))).await?;
     let revision = cluster.status(0).await?.revision;
-    answered("compaction", client.compact(revision, None)).await?;
+    // Defragmentation frees only what compaction has removed from the file by then.
+    let physical = CompactionOptions::new().with_physical();
+    answered("compaction", client.compact(revision, Some(physical))).await?;
     answered("defragmentation", client.defragment()).await?;
     // Until it takes writes: one that etcd judged when there was no room yet raises the alarm again.
     let start = Instant::now();

@@ -6,9 +6,11 @@ use std::time::Duration;
 use etcd_client::{Permission, PermissionType};
 use pingora_etcd::store::{EtcdStore, Selector, Store, WatchRange};
 use pingora_etcd::{
-    Change, Cluster, ClusterError, ClusterNodeBuilder, Credentials, DiscoveryStatus, EtcdOptions,
-    HealthStatus, MetricsCollector, NodeMetadata, Password, ServiceDiscovery, SnapshotFile,
+    Change, Cluster, ClusterError, ClusterNodeBuilder, EtcdOptions, HealthStatus, MetricsCollector,
+    NodeMetadata, ServiceDiscovery,
+    discovery::{DiscoveryStatus, SnapshotFile},
     metadata_keys,
+    store::{Credentials, Password},
 };
 
 use super::auth::{

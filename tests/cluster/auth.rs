@@ -8,7 +8,9 @@ use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
 use pingora_etcd::config::ClusterConfig;
 use pingora_etcd::store::{EtcdStore, Lease, LeaseId, Selector, Store, Txn, WatchRange};
 use pingora_etcd::{
-    ClusterError, Credentials, DiscoveryStatus, EtcdOptions, HealthStatus, Password,
+    ClusterError, EtcdOptions, HealthStatus,
+    discovery::DiscoveryStatus,
+    store::{Credentials, Password},
 };
 
 use super::common::certificates::Directory;

@@ -61,10 +61,10 @@ async fn bad_entries_are_skipped_and_the_others_are_served() {
     let node = Running::start(&etcd.options(), &group, "n1").await;
     let discovery = ready(&etcd.options(), &group).await;
     within("the good one", discovery.wait_for_nodes(1)).await;
-    assert_eq!(discovery.skipped_entries(), 3);
+    assert_eq!(discovery.rejected_entries().total(), 3);
     // The same while watching.
     client.put(key("late"), "[]", None).await.unwrap();
-    eventually("counted", || discovery.skipped_entries() == 4).await;
+    eventually("counted", || discovery.rejected_entries().total() == 4).await;
     assert_eq!(discovery.nodes().len(), 1);
     assert!(discovery.nodes().get("n1").unwrap().ip.is_loopback());
     // A bad one that becomes good is taken.

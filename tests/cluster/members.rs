@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use etcd_client::{Client, MemberAddOptions};
 use pingora_etcd::store::{EtcdStore, Selector, Store, WatchEvent, WatchRange};
-use pingora_etcd::{DiscoveryStatus, EtcdOptions};
+use pingora_etcd::{EtcdOptions, discovery::DiscoveryStatus};
 
 use super::common::etcd::{Etcd, Process, binary};
 use super::common::scripted::{

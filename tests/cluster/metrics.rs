@@ -3,7 +3,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use pingora_etcd::{
-    ClusterEvent, HealthStatus, MetricsCollector, Node, NodeMetadata, RefusedSamples, metadata_keys,
+    ClusterEvent, HealthStatus, MetricsCollector, Node, NodeMetadata, metadata_keys,
+    worker::RefusedSamples,
 };
 use serde_json::json;
 
@@ -256,7 +257,7 @@ async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
             }
         }
     }
-    assert_eq!(discovery.skipped().total(), 0);
+    assert_eq!(discovery.rejected_entries().total(), 0);
 }
 
 #[tokio::test]

@@ -190,7 +190,7 @@ async fn a_task_that_looks_for_new_certificates_goes_on() {
     use super::common::certificates::Directory;
     use super::common::link::Link;
     use super::tls::Secure;
-    use pingora_etcd::{EtcdOptions, TlsOptions};
+    use pingora_etcd::{EtcdOptions, store::TlsOptions};
 
     let (log, _guard) = Panicky::start("connected to etcd");
     let secure = Secure::new(true);

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant, SystemTime};
 use etcd_client::{Client, DeleteOptions, Txn, TxnOp};
 use pingora_etcd::store::{Circuit, EtcdStore, Selector, Store};
 use pingora_etcd::{
-    Change, ClusterError, ClusterEvent, DiscoveryStatus, EtcdOptions, Limits, SelfPreservation,
-    ServiceDiscovery, ServiceDiscoveryBuilder, SnapshotFile,
+    Change, ClusterError, ClusterEvent, EtcdOptions, ServiceDiscovery, ServiceDiscoveryBuilder,
+    discovery::{DiscoveryStatus, EntryLimits, SelfPreservation, SnapshotFile},
 };
 use tokio::task::JoinHandle;
 
@@ -478,7 +478,7 @@ async fn strangers_are_kept_out() {
         .put(format!("registry/{group}/outside"), outside, None)
         .await
         .unwrap();
-    let mut limits = Limits::default();
+    let mut limits = EntryLimits::default();
     limits.value_bytes = 1_000;
     let builder = ServiceDiscovery::builder(etcd.options(), &group)
         .allowed_networks(["10.0.0.0/8"])
@@ -488,7 +488,7 @@ async fn strangers_are_kept_out() {
     let discovery = &following.discovery;
     within("ready", discovery.wait_ready()).await;
     assert_eq!(discovery.nodes().len(), 1);
-    assert_eq!(discovery.skipped().not_allowed, 1);
+    assert_eq!(discovery.rejected_entries().not_allowed, 1);
     let giant = format!(
         r#"{{"id":"giant","ip":"10.0.0.1","metadata":"{}"}}"#,
         "x".repeat(1_000)
@@ -497,7 +497,10 @@ async fn strangers_are_kept_out() {
         .put(format!("registry/{group}/giant"), giant, None)
         .await
         .unwrap();
-    eventually("it is counted", || discovery.skipped().too_large == 1).await;
+    eventually("it is counted", || {
+        discovery.rejected_entries().too_large == 1
+    })
+    .await;
     assert_eq!(discovery.nodes().len(), 1);
     following.stop().await;
 }

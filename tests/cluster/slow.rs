@@ -8,7 +8,9 @@ use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use pingora_etcd::store::{EtcdStore, Selector, Store, WatchRange};
-use pingora_etcd::{ClusterError, ClusterNode, DiscoveryStatus, EtcdOptions, SessionState};
+use pingora_etcd::{
+    ClusterError, ClusterNode, EtcdOptions, discovery::DiscoveryStatus, worker::SessionState,
+};
 
 use super::common::etcd::Etcd;
 use super::common::link::Link;

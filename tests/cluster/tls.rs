@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use pingora_etcd::store::{EtcdStore, Selector, Store};
 use pingora_etcd::{
-    ClusterError, Credentials, DiscoveryStatus, EtcdOptions, HealthStatus, Password,
-    ServiceDiscovery, TlsOptions,
+    ClusterError, EtcdOptions, HealthStatus, ServiceDiscovery,
+    discovery::DiscoveryStatus,
+    store::{Credentials, Password, TlsOptions},
 };
 
 use super::auth::Captured;

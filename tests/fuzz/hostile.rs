@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use pingora_etcd::config::ClusterConfig;
 use pingora_etcd::discovery::fuzzing::Group;
+use pingora_etcd::discovery::{EntryLimits, NodeFilter, SelfPreservation};
 use pingora_etcd::store::{Entry, LeaseId, WatchEvent};
-use pingora_etcd::{Filter, Limits, SelfPreservation};
 
 use crate::{MEMORY, SLOWEST, worked};
 
@@ -22,9 +22,9 @@ pub(crate) fn all() {
     bombs();
 }
 
-fn group(limits: Limits) -> Group {
+fn group(limits: EntryLimits) -> Group {
     let preserve = SelfPreservation::default();
-    Group::new(limits, Filter::new(), &[], &[], preserve).unwrap()
+    Group::new(limits, NodeFilter::new(), &[], &[], preserve).unwrap()
 }
 
 fn entry(key: String, value: Vec<u8>, revision: i64) -> Entry {
@@ -49,11 +49,11 @@ fn measured<T>(call: impl FnOnce() -> T) -> (T, usize, usize) {
 /// Entries that are just allowed, of the kinds that grow most in memory.
 fn largest_entries() {
     const ENTRIES: usize = 200;
-    let Limits {
+    let EntryLimits {
         value_bytes,
         values,
         ..
-    } = Limits::default();
+    } = EntryLimits::default();
     let fill = |id: usize, head: &str, part: &dyn Fn(usize) -> String, tail: &str| {
         let mut text = format!(r#"{{"id":"h{id}","ip":"10.0.0.1",{head}"#);
         let mut count = 12;
@@ -153,7 +153,7 @@ fn largest_entries() {
     // What may be kept of one: its texts, and a few words for each value.
     let most = 2 * value_bytes + 256 * values + 4 * KIB;
     for (name, value) in kinds {
-        let mut group = group(Limits::default());
+        let mut group = group(EntryLimits::default());
         let mut longest = 0;
         let mut slowest = Duration::ZERO;
         let ((), left, _) = measured(|| {
@@ -170,7 +170,7 @@ fn largest_entries() {
             group.nodes().len(),
             ENTRIES,
             "{name}: {:?}",
-            group.skipped()
+            group.rejected_entries()
         );
         let ((), read, _) = measured(|| {
             for node in group.nodes().iter() {
@@ -189,7 +189,7 @@ fn largest_entries() {
 
 /// Candidates whose values are as long as etcd takes, in a listing.
 fn listed_giants() {
-    let mut group = group(Limits::default());
+    let mut group = group(EntryLimits::default());
     let page = |page: i64| {
         let entries = (0..4).map(move |at| {
             let revision = page * 4 + at + 1;
@@ -210,7 +210,7 @@ fn listed_giants() {
 
 /// Keys of which nothing can be made, longer than allowed.
 fn malformed_keys() {
-    let mut group = group(Limits::default());
+    let mut group = group(EntryLimits::default());
     let ((), left, _) = measured(|| {
         for at in 0..20_000_i64 {
             let key = format!("registry/g/{at}-{}", "k".repeat(8 * KIB));
@@ -224,12 +224,12 @@ fn malformed_keys() {
         left / KIB
     );
     assert!(sizes.refused <= 10_000 && left < 1_024 * KIB);
-    assert_eq!(group.skipped().total(), 20_000);
+    assert_eq!(group.rejected_entries().total(), 20_000);
 }
 
 /// Nodes that come and go, each under a name of its own, as fast as can be.
 fn flood() {
-    let mut limits = Limits::default();
+    let mut limits = EntryLimits::default();
     limits.nodes = 1_000;
     let mut group = group(limits);
     let mut most = 0;

@@ -10,7 +10,11 @@ use pingora_etcd::balance::{Balancer, PickOptions, Policy};
 use pingora_etcd::config::ClusterConfig;
 use pingora_etcd::discovery::fuzzing::{self, Group};
 use pingora_etcd::store::{Entry, LeaseId, WatchEvent};
-use pingora_etcd::{Change, Filter, Limits, LoadReport, Metadata, Node, SelfPreservation};
+use pingora_etcd::{
+    Change, Metadata, Node,
+    discovery::{EntryLimits, NodeFilter, SelfPreservation},
+    metrics::LoadReport,
+};
 use serde_json::Value;
 
 use crate::Trace;
@@ -77,7 +81,7 @@ static REPORTS: LazyLock<Corpus> = LazyLock::new(input::reports);
 /// A group with a reader of its changes and a balancer, which have to agree with its view.
 struct World {
     group: Group,
-    limits: Limits,
+    limits: EntryLimits,
     is_strict: bool,
     told: BTreeMap<String, Arc<Node>>,
     leader: Option<(String, i64)>,
@@ -91,7 +95,7 @@ struct World {
 
 impl World {
     fn new(rng: &mut Rng) -> Self {
-        let mut limits = Limits::default();
+        let mut limits = EntryLimits::default();
         limits.nodes = rng.usize(1..=24);
         if rng.u8(..6) == 0 {
             limits.key_bytes = 64;
@@ -101,7 +105,7 @@ impl World {
         }
         limits.validate("limits").unwrap();
         let is_strict = rng.u8(..5) == 0;
-        let (mut filter, mut networks, mut ports) = (Filter::new(), Vec::new(), Vec::new());
+        let (mut filter, mut networks, mut ports) = (NodeFilter::new(), Vec::new(), Vec::new());
         if is_strict {
             filter = filter.zone("a").zone("b");
             networks = vec!["10.0.0.0/8".to_owned(), "fd00::/8".to_owned()];
@@ -375,9 +379,9 @@ fn node(rng: &mut Rng, trace: &mut Trace) {
             _ => {
                 let entry = registration(&mut world, rng);
                 trace.input(&entry.value);
-                let before = world.group.skipped().total();
+                let before = world.group.rejected_entries().total();
                 let changes = world.group.apply(&[WatchEvent::Put(entry.clone())]);
-                let is_new = world.group.skipped().total() == before;
+                let is_new = world.group.rejected_entries().total() == before;
                 world.tell(&changes, rng);
                 trace.done(is_new && world.holds(&entry));
             }
@@ -490,7 +494,7 @@ fn election(rng: &mut Rng, trace: &mut Trace) {
 fn metadata(rng: &mut Rng, trace: &mut Trace) {
     let (_, mut bytes) = METADATA.next(rng);
     // More is refused before it is parsed.
-    bytes.truncate(Limits::default().value_bytes);
+    bytes.truncate(EntryLimits::default().value_bytes);
     trace.input(&bytes);
     let parsed = serde_json::from_slice::<Metadata>(&bytes);
     if let Ok(metadata) = &parsed {

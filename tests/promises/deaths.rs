@@ -19,7 +19,8 @@ use pingora_etcd::store::{
     WatchRange, Watcher,
 };
 use pingora_etcd::{
-    ClusterError, ClusterNode, ClusterNodeBuilder, DiscoveryStatus, HealthStatus, ServiceDiscovery,
+    ClusterError, ClusterNode, ClusterNodeBuilder, HealthStatus, ServiceDiscovery,
+    discovery::DiscoveryStatus,
 };
 use serde_json::json;
 use tokio::sync::watch;

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pingora_etcd::pingora::{BalancerService, ClusterProxy};
+use pingora_etcd::pingora::BalancerService;
+use pingora_etcd::proxy::ClusterProxy;
 use pingora_etcd::{ClusterNodeBuilder, EtcdOptions};
 
 use super::common::etcd::Etcd;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
-use pingora_etcd::LOAD_REPORT_HEADER;
 use pingora_etcd::balance::BackendStatus;
+use pingora_etcd::metrics::LOAD_REPORT_HEADER;
 
 use super::bundled::{Proxy, proxy};
 use super::common::etcd::Etcd;

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use pingora_etcd::DiscoveryStatus;
+use pingora_etcd::discovery::DiscoveryStatus;
 
 use super::bundled::proxy;
 use super::common::etcd::Etcd;

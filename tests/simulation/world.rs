@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use pingora_etcd::store::Backup;
 use pingora_etcd::{
-    ClusterError, ClusterNode, DiscoveryStatus, HealthStatus, Node, NodeState, SessionState,
+    ClusterError, ClusterNode, HealthStatus, Node, NodeState, discovery::DiscoveryStatus,
+    worker::SessionState,
 };
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};

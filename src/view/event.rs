@@ -1,11 +1,11 @@
+//! Events of a group in the form that `photon-etcd-cluster` has for them.
+
 use std::fmt;
 use std::sync::Arc;
 
-use super::snapshot::Nodes;
 use crate::node::Node;
-use crate::worker::Leadership;
 
-/// What happened in a group, as [`subscribe`](super::ServiceDiscovery::subscribe) tells it.
+/// What happened in a group, as [`subscribe`](crate::ServiceDiscovery::subscribe) tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ClusterEvent {
@@ -44,45 +44,5 @@ impl fmt::Display for ClusterEvent {
             Self::Disconnected => f.write_str("disconnected"),
             Self::Reconnected => f.write_str("reconnected"),
         }
-    }
-}
-
-/// A step from one state of a group to the next, as
-/// [`changes`](super::ServiceDiscovery::changes) tells it.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum Change {
-    /// Forget what you know: these are the nodes. The leader follows as the next change.
-    Reset(Arc<Nodes>),
-    /// A node has registered.
-    Joined(Arc<Node>),
-    /// A node has written its entry again.
-    Updated {
-        /// As it was.
-        old: Arc<Node>,
-        /// As it is.
-        new: Arc<Node>,
-    },
-    /// A node is gone.
-    Left(Arc<Node>),
-    /// Who leads now.
-    Leader(Option<Leadership>),
-}
-
-impl Change {
-    /// The event that tells of this change, if there is one.
-    pub(super) fn event(&self) -> Option<ClusterEvent> {
-        Some(match self {
-            Self::Reset(_) => return None,
-            Self::Joined(node) => ClusterEvent::NodeJoined(node.clone()),
-            Self::Updated { old, new } if new.differs(old) => ClusterEvent::NodeUpdated {
-                old: old.clone(),
-                new: new.clone(),
-            },
-            Self::Updated { .. } => return None,
-            Self::Left(node) => ClusterEvent::NodeLeft(node.clone()),
-            Self::Leader(Some(leadership)) => ClusterEvent::LeaderElected(leadership.node.clone()),
-            Self::Leader(None) => ClusterEvent::LeaderLost,
-        })
     }
 }

@@ -17,12 +17,12 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use tracing::{debug, trace};
 
 use super::listening::{self, Listening};
-use super::{BalancerService, LeaderRoute, LeaderUpstream, http_peer};
 use crate::balance::{PickOptions, Upstream};
 use crate::config::{ClusterConfig, HashOn};
 use crate::error::ClusterError;
 use crate::load_report::{BINARY_HEADER, LOAD_REPORT_HEADER};
 use crate::node::Node;
+use crate::pingora::{BalancerService, LeaderRoute, LeaderUpstream, http_peer};
 use crate::store::Revision;
 
 /// On every proxied response: the id of the node that answered.

@@ -1,0 +1,17 @@
+//! Numbers that the store gives: revisions and leases.
+
+use std::fmt;
+
+/// A point in the history of the whole store; grows by one with each transaction that changes
+/// something.
+pub type Revision = i64;
+
+/// Identifies a lease. Prints as lower-case hexadecimal, the form it has in election keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LeaseId(pub i64);
+
+impl fmt::Display for LeaseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0)
+    }
+}
