@@ -1045,7 +1045,7 @@ fn pressure_in_the_zone_spills() {
         ] {
             let (id, node) = zoned(index, zone);
             let mut node = Node::clone(&node).with_metadata(json!({"cpu_usage_percent": cpu}));
-            node.last_seen = round * 1_000;
+            node.last_seen = (round * 1_000).cast_signed();
             rig.nodes.insert(id, Arc::new(node));
         }
         rig.update();
