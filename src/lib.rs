@@ -232,6 +232,7 @@ pub mod proxy;
 mod signal;
 pub mod store;
 mod supervise;
+mod sync;
 #[cfg(test)]
 mod testing;
 mod validate;

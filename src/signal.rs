@@ -4,7 +4,9 @@
 //! one in the order in which they began to wait. So a simulation is the same each time it is run.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::sync::lock;
+use std::sync::{Mutex, MutexGuard};
 
 use tokio::sync::Notify;
 
@@ -17,7 +19,7 @@ pub(crate) struct Signal<T = ()> {
 
 impl<T> Signal<T> {
     fn value(&self) -> MutexGuard<'_, T> {
-        self.value.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.value)
     }
 
     /// Changes the value, and wakes everybody who waits.

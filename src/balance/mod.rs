@@ -25,7 +25,7 @@ mod zone;
 
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -33,6 +33,7 @@ use serde::Deserialize;
 
 use crate::error::ClusterError;
 use crate::node::Node;
+use crate::sync::lock;
 use crate::view::Change;
 use adaptive::in_range;
 use member::Signals;
@@ -409,7 +410,7 @@ impl Balancer {
     }
 
     fn weigher(&self) -> MutexGuard<'_, Weigher> {
-        self.weigher.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.weigher)
     }
 
     /// How many backends can be picked.

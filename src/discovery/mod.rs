@@ -17,7 +17,7 @@ use std::fmt;
 use std::future::Future;
 use std::ops::RangeInclusive;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
@@ -31,6 +31,7 @@ use crate::keys::{self, GroupKeys};
 use crate::lifecycle::Lifecycle;
 use crate::node::Node;
 use crate::store::{EtcdOptions, LazyStore, Store, StoreStatus};
+use crate::sync::lock;
 use crate::view::{Change, ClusterEvent, Leadership, Nodes};
 
 use admission::Admission;
@@ -683,13 +684,11 @@ impl Drop for Running<'_> {
 
 impl Shared {
     fn lock_publishing(&self) -> MutexGuard<'_, ()> {
-        self.publishing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.publishing)
     }
 
     fn lock_rejected(&self) -> MutexGuard<'_, RejectedEntries> {
-        self.skipped.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.skipped)
     }
 
     fn state_as_changes(&self) -> [Change; 2] {

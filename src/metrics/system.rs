@@ -1,4 +1,4 @@
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use sysinfo::{
@@ -8,6 +8,7 @@ use tracing::warn;
 
 use super::MetricsCollector;
 use crate::metadata::{NodeMetadata, metadata_keys};
+use crate::sync::lock;
 
 /// CPU, memory and load of this machine (feature `system-metrics`).
 ///
@@ -52,7 +53,7 @@ impl Default for SystemMetricsCollector {
 impl MetricsCollector for SystemMetricsCollector {
     fn collect(&self) -> NodeMetadata {
         let mut metrics = serde_json::Map::new();
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         let State { system, read } = &mut *state;
         if let Some(system) = system {
             if let Some(rest) = MINIMUM_CPU_UPDATE_INTERVAL.checked_sub(read.elapsed()) {

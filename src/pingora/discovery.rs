@@ -1,7 +1,7 @@
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{Hash, Hasher};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ::pingora::lb::Backend;
@@ -16,6 +16,7 @@ use super::{COALESCE, PACE, READY_TIMEOUT, every_tick, follow, wait_ready};
 use crate::balance::{Adaptive, Balancer, BalancerBuilder};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
+use crate::sync::lock;
 
 /// A group as the discovery of a stock Pingora `LoadBalancer`.
 ///
@@ -113,7 +114,7 @@ impl ClusterBackends {
         let Driver::Own(task) = &self.driver else {
             return;
         };
-        let mut task = task.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut task = lock(&task);
         if task.as_ref().is_some_and(|task| !task.0.is_finished()) {
             return;
         }

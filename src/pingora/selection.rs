@@ -1,7 +1,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
 
 use ::pingora::lb::Backend;
@@ -12,6 +12,7 @@ use crate::balance::{BalancerBuilder, Member, Spread, Weigher};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::node::Node;
+use crate::sync::lock;
 
 /// The least weight of a backend that is to get anything, so that it is picked when all others are
 /// down.
@@ -154,13 +155,11 @@ impl LiveWeights {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn selections(&self) -> MutexGuard<'_, Vec<Weak<Weighted>>> {
-        self.selections
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.selections)
     }
 
     /// Takes over what the nodes report, and rebuilds the selections in use. Answers whether
@@ -289,7 +288,7 @@ impl Weighted {
     }
 
     fn rebuild(&self) {
-        let mut published = self.weights.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut published = lock(&self.weights);
         let weights = self.backends.iter().map(Self::weight);
         if weights.clone().eq(published.iter().copied()) {
             return;

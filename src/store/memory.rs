@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Bound;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,6 +18,7 @@ use super::{
 };
 use crate::error::ClusterError;
 use crate::signal::Signal;
+use crate::sync::lock;
 
 /// How long a call waits while the store is silent.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -112,7 +113,7 @@ impl MemoryStore {
 
     /// The store of that name in this process, which lives as long as somebody holds it.
     pub fn named(name: &str) -> Self {
-        let mut named = NAMED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut named = lock(&NAMED);
         named.retain(|_, store| store.strong_count() > 0);
         if let Some(shared) = named.get(name).and_then(Weak::upgrade) {
             return Self { shared };
@@ -123,10 +124,7 @@ impl MemoryStore {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.shared
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared.state)
     }
 
     fn wake(&self) {

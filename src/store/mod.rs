@@ -17,13 +17,14 @@ mod security;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::task::AbortHandle;
 
 use crate::error::ClusterError;
+use crate::sync::lock;
 
 pub use crate::ids::{LeaseId, Revision};
 pub use clock::{BootClock, Clock, TokioClock};
@@ -399,7 +400,7 @@ impl LazyStore {
     }
 
     pub(crate) fn get(&self) -> Result<Arc<dyn Store>, ClusterError> {
-        let mut store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut store = lock(&self.store);
         if let Some(store) = &*store {
             return Ok(store.clone());
         }

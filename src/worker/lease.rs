@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -22,6 +22,7 @@ use crate::error::ClusterError;
 use crate::keys::{GroupKeys, Layout};
 use crate::signal::{Listener, Signal};
 use crate::store::{Condition, LeaseId, Selector, Store, Txn};
+use crate::sync::lock;
 
 /// Renewals missed in a row until its nodes are unhealthy.
 pub(super) const UNHEALTHY_AFTER: u32 = 3;
@@ -153,11 +154,11 @@ impl LeaseHolder {
     }
 
     fn users(&self) -> MutexGuard<'_, Users> {
-        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.users)
     }
 
     fn keeping(&self) -> MutexGuard<'_, Keeping> {
-        self.task.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.task)
     }
 
     /// Takes a node of `group` in; false if there is one of that group, or has been one lately under

@@ -1,10 +1,11 @@
 //! The leases of one process, shared by its nodes.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::lease::LeaseHolder;
 use crate::keys::GroupKeys;
 use crate::store::LazyStore;
+use crate::sync::lock;
 
 /// The connection and the leases that several nodes of one process share.
 ///
@@ -39,7 +40,7 @@ impl LeasePool {
     /// The lease for a node of this group: the first one that no other node of that group uses or
     /// has used.
     pub(crate) fn enter(&self, keys: &GroupKeys, group: &str, id: &str) -> Arc<LeaseHolder> {
-        let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut leases = lock(&self.leases);
         if let Some(free) = leases.iter().find(|lease| lease.enter(keys, group, id)) {
             return free.clone();
         }

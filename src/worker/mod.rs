@@ -17,7 +17,7 @@ use std::fmt;
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -31,6 +31,7 @@ use crate::lifecycle::Lifecycle;
 use crate::metrics::LoadReporter;
 use crate::node::{HealthStatus, Node};
 use crate::store::{LazyStore, LeaseId, Revision};
+use crate::sync::lock;
 use crate::view::Leadership;
 
 use access::Access;
@@ -492,19 +493,19 @@ impl Shared {
     }
 
     fn entry(&self) -> MutexGuard<'_, Node> {
-        self.entry.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.entry)
     }
 
     fn past(&self) -> MutexGuard<'_, Past> {
-        self.past.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.past)
     }
 
     fn access(&self) -> MutexGuard<'_, Access> {
-        self.access.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.access)
     }
 
     fn commands(&self) -> MutexGuard<'_, Option<mpsc::Sender<Command>>> {
-        self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.commands)
     }
 
     fn is_draining(&self) -> bool {

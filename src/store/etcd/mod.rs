@@ -41,6 +41,7 @@ use super::{
     Store, StoreStatus, Txn, WatchRange, Watcher, Write,
 };
 use crate::error::ClusterError;
+use crate::sync::lock;
 use connection::{Connection, Link};
 use keeper::EtcdKeeper;
 use security::{LastPassword, refusal, tls_failure, words_of};
@@ -174,10 +175,7 @@ impl EtcdStore {
     }
 
     fn link(&self) -> MutexGuard<'_, Link> {
-        self.shared
-            .link
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shared.link)
     }
 
     /// One bounded request on the current connection, which is discarded if it turns out dead. With

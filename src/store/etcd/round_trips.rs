@@ -4,7 +4,9 @@
 //! starved or defragmenting answers later, and is not dead: what was measured stretches them. The
 //! estimate is RFC 6298's: a mean and a mean deviation that follow each answer.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::sync::lock;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -45,7 +47,7 @@ impl RoundTrips {
     }
 
     fn estimate(&self) -> MutexGuard<'_, Estimate> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Something came, of which it is not known when it was asked for.
