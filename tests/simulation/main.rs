@@ -2,8 +2,6 @@
 //!
 //! ```text
 //! simulation [--seeds N] [--first S]     runs N seeds from S on, and says how to replay one that fails
-//! simulation --bugs [--seeds N]          puts each of the bugs in, and sees that a seed fails
-//! simulation --bug NAME [...]            puts one in
 //! ```
 //!
 //! One seed fixes everything: the world, its faults, every delay and every jitter.
@@ -21,7 +19,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use pingora_etcd::bugs::{self, Bug};
 use world::Outcome;
 
 #[derive(Parser)]
@@ -32,12 +29,6 @@ struct Arguments {
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     first: u64,
-    /// Puts this bug in: see the list that --bugs prints.
-    #[arg(long)]
-    bug: Option<String>,
-    /// Puts each bug in, one after another, until a seed finds it.
-    #[arg(long)]
-    bugs: bool,
     /// What a seed's log goes to: none, or standard error by RUST_LOG.
     #[arg(long)]
     log: bool,
@@ -62,25 +53,9 @@ fn main() -> ExitCode {
             .without_time()
             .init();
     }
-    catch_panics(arguments.bugs || arguments.bug.is_some());
-    if arguments.bugs {
-        return each_bug(&arguments);
-    }
-    let bug = match &arguments.bug {
-        None => None,
-        Some(name) => match Bug::ALL.iter().find(|bug| format!("{bug:?}") == *name) {
-            Some(bug) => Some(*bug),
-            None => {
-                eprintln!("there is no bug {name:?}: {:?}", Bug::ALL);
-                return ExitCode::from(2);
-            }
-        },
-    };
-    if bug.is_none() && !is_reproducible(arguments.first) {
-        return ExitCode::FAILURE;
-    }
+    catch_panics();
     let start = Instant::now();
-    let summary = run_all(arguments.first, arguments.seeds, bug);
+    let summary = run_all(arguments.first, arguments.seeds);
     let took = start.elapsed();
     println!(
         "simulation: seeds {} to {}, {:.0} seeds per second, {:.1} simulated hours in {:.1} s; \
@@ -96,18 +71,18 @@ fn main() -> ExitCode {
         summary.claims,
     );
     match summary.failed {
-        None => ExitCode::SUCCESS,
+        None if is_reproducible(arguments.first) => ExitCode::SUCCESS,
+        None => ExitCode::FAILURE,
         Some((seed, text)) => {
             println!("FAILED: seed {seed}: {text}");
-            let bug = bug.map_or(String::new(), |bug| format!(" BUG={bug:?}"));
-            println!("replay it with: make simulate SEEDS=1 FIRST={seed}{bug}");
+            println!("replay it with: make simulate SEEDS=1 FIRST={seed}");
             ExitCode::FAILURE
         }
     }
 }
 
 /// Runs seeds on every core until one fails.
-fn run_all(first: u64, count: u64, bug: Option<Bug>) -> Summary {
+fn run_all(first: u64, count: u64) -> Summary {
     let next = AtomicU64::new(first);
     let summary = Mutex::new(Summary {
         seeds: 0,
@@ -122,7 +97,6 @@ fn run_all(first: u64, count: u64, bug: Option<Bug>) -> Summary {
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                bugs::order(bug);
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     if seed >= first + count {
@@ -156,13 +130,11 @@ thread_local! {
     static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-fn catch_panics(quietly: bool) {
+fn catch_panics() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         PANIC.set(Some(panic.to_string()));
-        if !quietly {
-            usual(panic);
-        }
+        usual(panic);
     }));
 }
 
@@ -194,32 +166,4 @@ fn is_reproducible(first: u64) -> bool {
         }
     }
     true
-}
-
-fn each_bug(arguments: &Arguments) -> ExitCode {
-    let mut missed = 0;
-    for bug in Bug::ALL {
-        let start = Instant::now();
-        let summary = run_all(arguments.first, arguments.seeds, Some(bug));
-        let took = start.elapsed().as_secs_f64();
-        match summary.failed {
-            Some((seed, text)) => {
-                let text: String = text.chars().take(110).collect();
-                println!("caught by seed {seed:>4} in {took:>5.1} s: {bug:?}: {text}");
-            }
-            None => {
-                missed += 1;
-                println!(
-                    "NOT CAUGHT by {} seeds in {took:.1} s: {bug:?}",
-                    summary.seeds
-                );
-            }
-        }
-    }
-    if missed > 0 {
-        println!("FAILED: {missed} bugs were not caught");
-        return ExitCode::FAILURE;
-    }
-    println!("all {} bugs were caught", Bug::ALL.len());
-    ExitCode::SUCCESS
 }
