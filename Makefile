@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo test promises test-docker simulate fuzz real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
+.PHONY: help deps demo check test promises test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -11,6 +11,12 @@ deps: ## install what a build needs besides Rust (protoc, cmake)
 # ends it and it alone decides how.
 demo: deps ## a load balancer on 127.0.0.1:6188 and three nodes, until Ctrl-C
 	@exec cargo run --example load_balancer -- --conf config/demo.yaml --demo 3
+
+# What needs no etcd and no optimised build: an answer within two minutes of a small change.
+check: deps ## formatting, clippy, unit tests, the layout of the sources
+	cargo fmt --check
+	cargo clippy --all-targets --all-features -- -D warnings
+	cargo test --all-features --lib --test architecture
 
 # The integration tests start the example binaries, which `cargo test` alone does
 # not build; those of the promises to users start them optimised, as users do.
@@ -30,9 +36,9 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 	set -x; \
 	cargo test --all-features --lib --bins --examples --tests; \
 	cargo test --all-features --doc; \
-	cargo test --no-default-features --lib --test cluster -- --skip tls:: --skip auth:: --skip resilience:: --skip slow:: --skip members:: --skip access::; \
+	cargo test --no-default-features --lib; \
 	$(SIMULATION) --seeds 4000; \
-	$(SIMULATION) --bugs; \
+	$(MUTANTS); \
 	$(FUZZ) --inputs 300000; \
 	cargo bench --all-features --bench routing_quality -- --quick --first 500
 
@@ -40,13 +46,25 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 SIMULATION = cargo test --profile bench --all-features --test simulation --
 SEEDS ?= 2000
 FIRST ?= 1
-BUG ?=
 promises: deps ## what the README promises, tried on the optimised programs; part of test
 	cargo build --profile bench --all-features --examples
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test promises
 
-simulate: deps ## simulate coordination under faults: SEEDS=n FIRST=s, BUG=name; part of test
-	$(SIMULATION) --seeds $(SEEDS) --first $(FIRST) $(if $(BUG),--bug $(BUG))
+simulate: deps ## simulate coordination under faults: SEEDS=n FIRST=s; part of test
+	$(SIMULATION) --seeds $(SEEDS) --first $(FIRST)
+
+MUTANTS = cargo test --all-features --test mutants --
+BUG ?=
+mutants: deps ## the simulation has to catch each bug of tests/mutants, BUG=name one; part of test
+	$(MUTANTS) --seeds $(SEEDS) --first $(FIRST) $(if $(BUG),--only $(BUG))
+
+limits: ## print the longest files and functions, and how many crates a lean worker pulls
+	cargo test --all-features --test architecture -- --nocapture files_and_functions
+	@echo "crates of --no-default-features:" \
+	  $$(cargo tree --no-default-features --edges normal --prefix none | sed 's/ (.*//' | sort -u | wc -l)
+
+deny: ## licences, bans and sources of dependencies, where cargo-deny is installed
+	cargo deny check bans licenses sources
 
 FUZZ = cargo test --profile bench --all-features --test fuzz --
 INPUTS ?= 10000000
