@@ -169,27 +169,7 @@ impl Costs {
         put_all().await;
         let alone = cpu_of(pid, put_all()).await;
 
-        let mut streams = tokio::task::JoinSet::new();
-        let mut opened = Vec::new();
-        for _ in 0..WATCHERS {
-            let mut client = etcd.raw_client().await;
-            let (ready, open) = tokio::sync::oneshot::channel();
-            opened.push(open);
-            streams.spawn(async move {
-                let options = etcd_client::WatchOptions::new().with_prefix();
-                let watch = client.watch("registry/fleet/", Some(options)).await;
-                let mut stream = watch.expect("a watch");
-                let _ = ready.send(());
-                let mut seen = 0;
-                while seen < PUTS {
-                    let response = stream.message().await.expect("the watch stays open");
-                    seen += response.map_or(0, |response| response.events().len());
-                }
-            });
-        }
-        for open in opened {
-            open.await.expect("the watch is created");
-        }
+        let mut streams = open_watches(etcd).await;
         let watched = cpu_of(pid, async {
             put_all().await;
             while streams.join_next().await.is_some() {}
@@ -214,6 +194,32 @@ impl Costs {
             bytes,
         }
     }
+}
+
+/// Opens the watch streams; each task ends when it has received every put.
+async fn open_watches(etcd: &Etcd) -> tokio::task::JoinSet<()> {
+    let mut streams = tokio::task::JoinSet::new();
+    let mut opened = Vec::new();
+    for _ in 0..WATCHERS {
+        let mut client = etcd.raw_client().await;
+        let (ready, open) = tokio::sync::oneshot::channel();
+        opened.push(open);
+        streams.spawn(async move {
+            let options = etcd_client::WatchOptions::new().with_prefix();
+            let watch = client.watch("registry/fleet/", Some(options)).await;
+            let mut stream = watch.expect("a watch");
+            let _ = ready.send(());
+            let mut seen = 0;
+            while seen < PUTS {
+                let response = stream.message().await.expect("the watch stays open");
+                seen += response.map_or(0, |response| response.events().len());
+            }
+        });
+    }
+    for open in opened {
+        open.await.expect("the watch is created");
+    }
+    streams
 }
 
 /// The CPU time that a process uses during some work.

@@ -153,7 +153,7 @@ pub async fn run_worker(
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
     let node = builder.port(listener.local_addr()?.port()).try_build()?;
-    let (end, mut ended) = watch::channel(None);
+    let (end, _) = watch::channel(None);
     let reporter = node.load_reporter();
     reporter.counts_requests();
     let shared = Shared {
@@ -164,16 +164,33 @@ pub async fn run_worker(
         end: end.clone(),
         greatest_epoch: Arc::default(),
     };
-    let app = Router::new()
+    let address = listener.local_addr()?;
+    log::print(format_args!("{} serves on {address}", options.id));
+
+    let app = router(shared);
+    run_until_end(listener, app, &node, &end, options.grace, shutdown).await
+}
+
+fn router(shared: Shared) -> Router {
+    Router::new()
         .route("/load", put(set_load))
         .route("/slots", put(set_slots))
         .route("/stop", post(stop))
         .route("/crash", post(crash))
         .fallback(serve)
-        .with_state(shared);
-    let address = listener.local_addr()?;
-    log::print(format_args!("{} serves on {address}", options.id));
+        .with_state(shared)
+}
 
+/// Serves and runs the node until it has left, or until a crash.
+async fn run_until_end(
+    listener: TcpListener,
+    app: Router,
+    node: &ClusterNode,
+    end: &watch::Sender<Option<Ended>>,
+    grace: Duration,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<Ended, Box<dyn std::error::Error + Send + Sync>> {
+    let mut ended = end.subscribe();
     let mut left = end.subscribe();
     let serving = axum::serve(listener, app).with_graceful_shutdown(async move {
         // The wait fails when the worker has ended, which also stops the server.
@@ -185,8 +202,8 @@ pub async fn run_worker(
             _ = ended.wait_for(Option::is_some) => {}
         }
         // Still registered, and still serving the requests that balancers have already sent.
-        if !node.drain_until_idle(options.grace).await {
-            tracing::warn!(id = options.id, grace = ?options.grace, "leaving with requests in flight");
+        if !node.drain_until_idle(grace).await {
+            tracing::warn!(id = node.id(), grace = ?grace, "leaving with requests in flight");
         }
     });
     let mut crashed = end.subscribe();

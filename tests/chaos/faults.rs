@@ -268,8 +268,6 @@ async fn hand_over(world: &mut World, found: &mut Found) {
 /// As before an upgrade: the worker drains, is stopped when it receives no more requests, and is
 /// started again. In half of the cases it is the leader.
 async fn drain(world: &mut World, found: &mut Found) {
-    /// If a worker under load receives no request for this long, no balancer picks it any more.
-    const IDLE: Duration = Duration::from_millis(500);
     let leads = !world.long || world.rng.bool();
     let worker = match leads {
         true => world.leading_worker().await,
@@ -298,17 +296,34 @@ async fn drain(world: &mut World, found: &mut Found) {
         }
         sleep(Duration::from_millis(2)).await;
     }
-    let (mut requests, mut since) = (world.fleet.workers[worker].requests(), Instant::now());
+    if !wait_until_idle(world, worker, start, found).await {
+        return;
+    }
+    check_shown_as_draining(world, &id, found);
+    world.fleet.workers[worker].stop().await;
+    world.fleet.changed();
+    found.gone(world.fleet.until_gone(&id, EXPIRY_LIMIT).await);
+    world.fleet.workers[worker].start().await;
+    world.fleet.changed();
+}
+
+/// Waits until a draining worker receives no more requests; returns whether that happened in time.
+async fn wait_until_idle(world: &World, worker: usize, start: Instant, found: &mut Found) -> bool {
+    /// If a worker under load receives no request for this long, no balancer picks it any more.
+    const IDLE: Duration = Duration::from_millis(500);
+    let worker = &world.fleet.workers[worker];
+    let (mut requests, mut since) = (worker.requests(), Instant::now());
     while since.elapsed() < IDLE {
-        let now = world.fleet.workers[worker].requests();
+        let now = worker.requests();
         if now != requests {
             (requests, since) = (now, Instant::now());
         }
         if start.elapsed() > EXPIRY_LIMIT {
-            found
-                .failures
-                .push(format!("{id} is draining, but still receives requests"));
-            return;
+            found.failures.push(format!(
+                "{} is draining, but still receives requests",
+                worker.id
+            ));
+            return false;
         }
         sleep(Duration::from_millis(2)).await;
     }
@@ -316,9 +331,13 @@ async fn drain(world: &mut World, found: &mut Found) {
         "last request after {:.1?}",
         start.elapsed() - since.elapsed()
     ));
+    true
+}
+
+fn check_shown_as_draining(world: &World, id: &str, found: &mut Found) {
     for watching in &world.fleet.watching {
         let nodes = watching.discovery.nodes();
-        match nodes.get(&id) {
+        match nodes.get(id) {
             Some(node) if !node.is_serving() => {}
             Some(_) => found.failures.push(format!(
                 "{id} is draining, but a discovery shows it as serving"
@@ -328,11 +347,6 @@ async fn drain(world: &mut World, found: &mut Found) {
             )),
         }
     }
-    world.fleet.workers[worker].stop().await;
-    world.fleet.changed();
-    found.gone(world.fleet.until_gone(&id, EXPIRY_LIMIT).await);
-    world.fleet.workers[worker].start().await;
-    world.fleet.changed();
 }
 
 /// Restarts the leader as a supervisor does: long before the lease of the previous process expires.

@@ -488,19 +488,9 @@ async fn problems_in(
     let first = candidates.first().and_then(|entry| entry.value_str().ok());
 
     for (index, watching) in watching.iter().enumerate() {
-        let (name, discovery) = (format!("discovery {index} of {group}"), &watching.discovery);
-        if discovery.status() != DiscoveryStatus::Live {
-            problems.push(format!("{name}: {:?}", discovery.status()));
-        }
-        let nodes = discovery.nodes();
-        let ports = nodes.iter().map(|node| (&node.id, node.port.unwrap_or(0)));
-        differences(&name, ports, expected, &mut problems);
-        for node in nodes.iter() {
-            let lease = stored.get(&node.id).map(|(lease, _)| *lease);
-            if lease.is_some_and(|lease| lease != node.incarnation()) {
-                problems.push(format!("{name}: {} with an old lease", node.id));
-            }
-        }
+        let name = format!("discovery {index} of {group}");
+        let discovery = &watching.discovery;
+        differing_view(&name, discovery, expected, &stored, &mut problems);
         let term = discovery.leadership();
         if term.as_ref().map(|term| term.epoch) != Some(token) {
             problems.push(format!(
@@ -525,6 +515,28 @@ async fn problems_in(
         ));
     }
     problems
+}
+
+/// What a discovery shows that differs from etcd, except the leader.
+fn differing_view(
+    name: &str,
+    discovery: &ServiceDiscovery,
+    expected: &BTreeMap<String, u16>,
+    stored: &BTreeMap<String, (i64, u16)>,
+    problems: &mut Vec<String>,
+) {
+    if discovery.status() != DiscoveryStatus::Live {
+        problems.push(format!("{name}: {:?}", discovery.status()));
+    }
+    let nodes = discovery.nodes();
+    let ports = nodes.iter().map(|node| (&node.id, node.port.unwrap_or(0)));
+    differences(name, ports, expected, problems);
+    for node in nodes.iter() {
+        let lease = stored.get(&node.id).map(|(lease, _)| *lease);
+        if lease.is_some_and(|lease| lease != node.incarnation()) {
+            problems.push(format!("{name}: {} with an old lease", node.id));
+        }
+    }
 }
 
 fn differences<'a>(

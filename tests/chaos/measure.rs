@@ -216,6 +216,10 @@ impl State {
             self.none_since = None;
         }
 
+        self.check_tokens(leaders);
+    }
+
+    fn check_tokens(&mut self, leaders: Vec<(usize, i64)>) {
         // While two nodes lead, one of them has the smaller token, which is already reported.
         let one = leaders.len() == 1;
         for (index, token) in leaders {

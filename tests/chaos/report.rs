@@ -74,66 +74,9 @@ impl Report {
 
     pub fn row(&self, row: Row) {
         let name = row.fault.name();
-        let (stats, requests) = (&row.stats, &row.requests);
-        let healed = match &row.healed {
-            Ok(healed) => format!("well after {}", seconds(healed.after)),
-            Err(_) => "NOT WELL".to_owned(),
-        };
-        println!(
-            "{name}: {}, {healed}, {} of {} requests failed{}",
-            seconds(row.lasted),
-            requests.failed.len(),
-            requests.sent,
-            row.found
-                .notes
-                .iter()
-                .map(|note| format!("; {note}"))
-                .collect::<String>(),
-        );
-        if let Ok(healed) = &row.healed
-            && healed.after > SLOW
-        {
-            let some: Vec<_> = healed.last.iter().take(3).collect();
-            println!(
-                "  problems until then: {some:?} and {} more",
-                healed.last.len() - some.len()
-            );
-        }
-        let mut failures = row.found.failures.clone();
-        if let Err(problems) = &row.healed {
-            failures.extend(problems.iter().take(20).cloned());
-        }
-        failures.extend(stats.token_decreases.iter().take(5).cloned());
-        failures.extend(stats.mixed.iter().take(5).cloned());
-        // Direct consequences of etcd revoking leases that were being renewed are attributed to
-        // etcd.
+        print_result(&row);
+        let (failures, caused_by_etcd) = failures_of(&row);
         let revoked = row.found.revoked;
-        let mut caused_by_etcd = Vec::new();
-        if stats.two_leaders > Duration::ZERO {
-            let (time, who) = (
-                stats.two_leaders,
-                stats.two_leaders_names.as_deref().unwrap_or("?"),
-            );
-            let failure = format!("two leaders for {time:.1?}: {who}");
-            if revoked > 0 && time < REVOCATION_NOTICE {
-                caused_by_etcd.push(failure);
-            } else {
-                failures.push(failure);
-            }
-        }
-        let (empty, others): (Vec<_>, Vec<_>) = requests
-            .failed
-            .iter()
-            .partition(|reason| revoked > 0 && reason.contains(NO_BACKEND));
-        if !empty.is_empty() {
-            caused_by_etcd.push(format!("{} requests failed: {NO_BACKEND}", empty.len()));
-        }
-        let reasons: BTreeSet<_> = others.into_iter().take(20).collect();
-        failures.extend(
-            reasons
-                .into_iter()
-                .map(|reason| format!("a request failed: {reason}")),
-        );
         if revoked > 0 {
             println!(
                 "  etcd revoked {revoked} leases that were being renewed; consequences: {caused_by_etcd:?}"
@@ -258,6 +201,76 @@ impl Report {
         println!("\ntest result: FAILED. 0 passed; 1 failed; 0 ignored");
         ExitCode::FAILURE
     }
+}
+
+fn print_result(row: &Row) {
+    let name = row.fault.name();
+    let requests = &row.requests;
+    let healed = match &row.healed {
+        Ok(healed) => format!("well after {}", seconds(healed.after)),
+        Err(_) => "NOT WELL".to_owned(),
+    };
+    println!(
+        "{name}: {}, {healed}, {} of {} requests failed{}",
+        seconds(row.lasted),
+        requests.failed.len(),
+        requests.sent,
+        row.found
+            .notes
+            .iter()
+            .map(|note| format!("; {note}"))
+            .collect::<String>(),
+    );
+    if let Ok(healed) = &row.healed
+        && healed.after > SLOW
+    {
+        let some: Vec<_> = healed.last.iter().take(3).collect();
+        println!(
+            "  problems until then: {some:?} and {} more",
+            healed.last.len() - some.len()
+        );
+    }
+}
+
+/// The failures of the test, and those that are etcd's fault.
+fn failures_of(row: &Row) -> (Vec<String>, Vec<String>) {
+    let (stats, requests) = (&row.stats, &row.requests);
+    let mut failures = row.found.failures.clone();
+    if let Err(problems) = &row.healed {
+        failures.extend(problems.iter().take(20).cloned());
+    }
+    failures.extend(stats.token_decreases.iter().take(5).cloned());
+    failures.extend(stats.mixed.iter().take(5).cloned());
+    // Direct consequences of etcd revoking leases that were being renewed are attributed to
+    // etcd.
+    let revoked = row.found.revoked;
+    let mut caused_by_etcd = Vec::new();
+    if stats.two_leaders > Duration::ZERO {
+        let (time, who) = (
+            stats.two_leaders,
+            stats.two_leaders_names.as_deref().unwrap_or("?"),
+        );
+        let failure = format!("two leaders for {time:.1?}: {who}");
+        if revoked > 0 && time < REVOCATION_NOTICE {
+            caused_by_etcd.push(failure);
+        } else {
+            failures.push(failure);
+        }
+    }
+    let (empty, others): (Vec<_>, Vec<_>) = requests
+        .failed
+        .iter()
+        .partition(|reason| revoked > 0 && reason.contains(NO_BACKEND));
+    if !empty.is_empty() {
+        caused_by_etcd.push(format!("{} requests failed: {NO_BACKEND}", empty.len()));
+    }
+    let reasons: BTreeSet<_> = others.into_iter().take(20).collect();
+    failures.extend(
+        reasons
+            .into_iter()
+            .map(|reason| format!("a request failed: {reason}")),
+    );
+    (failures, caused_by_etcd)
 }
 
 fn line(name: &str, rows: &[&Row]) {

@@ -163,35 +163,38 @@ fn nested(levels: usize) -> NodeMetadata {
     })
 }
 
+type Counted = fn(RefusedSamples) -> u64;
+type Made = fn() -> NodeMetadata;
+
+/// Samples that are refused: their name, the sample, and the counter that must count them.
+const REFUSED: [(&str, Made, Counted); 6] = [
+    (
+        "70-kB",
+        || json!({ "a": "x".repeat(70_000) }),
+        |r| r.too_long,
+    ),
+    // Small enough by itself, but too large with the rest of the entry.
+    (
+        "65-kB",
+        || json!({ "a": "x".repeat(65_500) }),
+        |r| r.too_long,
+    ),
+    (
+        "2-MB",
+        || json!({ "a": "x".repeat(2 << 20) }),
+        |r| r.too_long,
+    ),
+    (
+        "1100-numbers",
+        || json!({ "a": vec![1; 1_100] }),
+        |r| r.too_many_values,
+    ),
+    ("130-levels", || nested(130), |r| r.too_deep),
+    ("100000-levels", || nested(100_000), |r| r.too_deep),
+];
+
 #[tokio::test]
 async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
-    type Counted = fn(RefusedSamples) -> u64;
-    type Made = fn() -> NodeMetadata;
-    let samples: [(&str, Made, Counted); 6] = [
-        (
-            "70-kB",
-            || json!({ "a": "x".repeat(70_000) }),
-            |r| r.too_long,
-        ),
-        // Small enough by itself, but too large with the rest of the entry.
-        (
-            "65-kB",
-            || json!({ "a": "x".repeat(65_500) }),
-            |r| r.too_long,
-        ),
-        (
-            "2-MB",
-            || json!({ "a": "x".repeat(2 << 20) }),
-            |r| r.too_long,
-        ),
-        (
-            "1100-numbers",
-            || json!({ "a": vec![1; 1_100] }),
-            |r| r.too_many_values,
-        ),
-        ("130-levels", || nested(130), |r| r.too_deep),
-        ("100000-levels", || nested(100_000), |r| r.too_deep),
-    ];
     let etcd = Etcd::shared();
     let group = group("samples");
     let discovery = ready(&etcd.options(), &group).await;
@@ -203,7 +206,7 @@ async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
         Running::new(node.try_build().unwrap())
     };
     let (mut late, mut early) = (Vec::new(), Vec::new());
-    for (name, sample, _) in samples {
+    for (name, sample, _) in REFUSED {
         late.push(start(name.to_owned(), &is_oversized, sample));
         early.push(start(format!("always-{name}"), &always, sample));
     }
@@ -222,7 +225,7 @@ async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
     eventually("each node has had two samples refused", || {
         late.iter()
             .chain(&early)
-            .zip(samples.iter().cycle())
+            .zip(REFUSED.iter().cycle())
             .all(|(node, (_, _, counted))| {
                 let refused = node.node.refused_samples();
                 counted(refused) >= 2 && counted(refused) == refused.total()

@@ -189,34 +189,7 @@ impl Etcd {
                     running: Mutex::new(None),
                 }
             }
-            Source::Image(image) => {
-                let (name, tag) = image.rsplit_once(':').unwrap_or((image, "latest"));
-                let container = GenericImage::new(name, tag)
-                    .with_wait_for(WaitFor::message_on_stderr("ready to serve client requests"))
-                    // A fixed port, so that the port stays the same after a restart.
-                    .with_mapped_port(client_port, 2379.tcp());
-                let container = if setup.arguments.is_empty() {
-                    container
-                } else {
-                    let own = [
-                        "--data-dir=/data".to_owned(),
-                        format!("--listen-client-urls={scheme}://0.0.0.0:2379"),
-                        format!("--advertise-client-urls={scheme}://0.0.0.0:2379"),
-                    ];
-                    container.with_cmd(
-                        own.into_iter()
-                            .chain(setup.arguments("/files", client_port)),
-                    )
-                };
-                let container = match &setup.files {
-                    Some(files) => container
-                        .with_mount(Mount::bind_mount(files.display().to_string(), "/files")),
-                    None => container,
-                };
-                let container = block_on(container.start())
-                    .unwrap_or_else(|error| panic!("cannot run image {image}: {error}"));
-                Server::Container(Some(Box::new(container)))
-            }
+            Source::Image(image) => Self::start_container(image, &setup, client_port),
         };
         let etcd = Etcd {
             endpoints,
@@ -229,6 +202,37 @@ impl Etcd {
             etcd.wait_until_it_serves();
         }
         etcd
+    }
+
+    fn start_container(image: &str, setup: &Setup, client_port: u16) -> Server {
+        let scheme = setup.scheme();
+        let (name, tag) = image.rsplit_once(':').unwrap_or((image, "latest"));
+        let container = GenericImage::new(name, tag)
+            .with_wait_for(WaitFor::message_on_stderr("ready to serve client requests"))
+            // A fixed port, so that the port stays the same after a restart.
+            .with_mapped_port(client_port, 2379.tcp());
+        let container = if setup.arguments.is_empty() {
+            container
+        } else {
+            let own = [
+                "--data-dir=/data".to_owned(),
+                format!("--listen-client-urls={scheme}://0.0.0.0:2379"),
+                format!("--advertise-client-urls={scheme}://0.0.0.0:2379"),
+            ];
+            container.with_cmd(
+                own.into_iter()
+                    .chain(setup.arguments("/files", client_port)),
+            )
+        };
+        let container = match &setup.files {
+            Some(files) => {
+                container.with_mount(Mount::bind_mount(files.display().to_string(), "/files"))
+            }
+            None => container,
+        };
+        let container = block_on(container.start())
+            .unwrap_or_else(|error| panic!("cannot run image {image}: {error}"));
+        Server::Container(Some(Box::new(container)))
     }
 
     pub fn endpoints(&self) -> Vec<String> {

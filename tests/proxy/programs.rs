@@ -9,7 +9,10 @@ use super::common::etcd::Etcd;
 use super::common::programs::{Program, adapted, binary, config_file, until_nodes_answer, worker};
 use super::common::{DEADLINE, group};
 #[cfg(feature = "tls")]
-use super::common::{free_port, local};
+use super::common::{
+    certificates::{Authority, Directory},
+    free_port, local,
+};
 use super::{Load, client, until_it_answers};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -320,17 +323,13 @@ async fn a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves() {
     following.abort();
 }
 
-/// The programs get TLS and users by their flags, environment variables and configuration fields.
+/// An etcd with TLS, whose users `w1`, `w2` and `balancer` have the rights they need for the group.
 #[cfg(feature = "tls")]
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn workers_and_a_load_balancer_over_tls_with_users() {
+async fn etcd_with_tls_and_users(ca: &Authority, server_files: &Directory, group: &str) -> Etcd {
     use etcd_client::{Certificate, Client, ConnectOptions, Permission, PermissionType};
 
-    use super::common::certificates::{Authority, Directory};
     use super::common::etcd::Setup;
 
-    let (server_files, files, group) = (Directory::new(), Directory::new(), group("secure"));
-    let ca = Authority::new("CA");
     server_files.write_pair("server", &ca.server(&["127.0.0.1"]));
     server_files.write("ca.pem", ca.pem());
     let etcd = Etcd::with(Setup {
@@ -369,6 +368,16 @@ async fn workers_and_a_load_balancer_over_tls_with_users() {
         root.user_grant_role(user, user).await.unwrap();
     }
     root.auth_enable().await.unwrap();
+    etcd
+}
+
+/// The programs get TLS and users by their flags, environment variables and configuration fields.
+#[cfg(feature = "tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_and_a_load_balancer_over_tls_with_users() {
+    let (server_files, files, group) = (Directory::new(), Directory::new(), group("secure"));
+    let ca = Authority::new("CA");
+    let etcd = etcd_with_tls_and_users(&ca, &server_files, &group).await;
 
     let ca_file = files.write("ca.pem", ca.pem());
     let (client_cert, client_key) = files.write_pair("client", &ca.client("client"));

@@ -122,7 +122,14 @@ async fn until_nodes_answer(client: &reqwest::Client, url: &str, count: usize) {
     }
 }
 
-async fn run(client: &reqwest::Client, etcd: &str, policy: &str) -> Figures {
+/// The processes of one run, with the URLs of the workers and of the balancers.
+struct Fleet {
+    workers: Vec<String>,
+    balancers: Vec<String>,
+    _programs: Vec<Program>,
+}
+
+async fn start_fleet(client: &reqwest::Client, etcd: &str, policy: &str) -> Fleet {
     let group = group("load");
     let mut programs = Vec::new();
     let mut workers = Vec::new();
@@ -159,6 +166,19 @@ async fn run(client: &reqwest::Client, etcd: &str, policy: &str) -> Figures {
         until_nodes_answer(client, &url, SLOTS.len()).await;
         balancers.push(url);
     }
+    Fleet {
+        workers,
+        balancers,
+        _programs: programs,
+    }
+}
+
+async fn run(client: &reqwest::Client, etcd: &str, policy: &str) -> Figures {
+    let Fleet {
+        workers,
+        balancers,
+        _programs,
+    } = start_fleet(client, etcd, policy).await;
     let slots = f64::from(SLOTS.iter().sum::<u32>()) - f64::from(SLOTS[0] - REDUCED_SLOTS) / 3.0;
     let rate = LOAD * slots / SERVICE_TIME.as_secs_f64();
     let start = Instant::now();

@@ -72,6 +72,52 @@ struct Observed {
     last: Option<(Option<ShownLeader>, Moment)>,
 }
 
+impl Observed {
+    /// Checks what the discovery shows, if `since` is the last event that was delivered to it.
+    fn check(
+        &self,
+        shown: Option<&Leadership>,
+        since: Moment,
+        history: &History,
+    ) -> Result<(), String> {
+        let (group, place) = (self.group, &self.place);
+        let violation = |text: &str| format!("the discovery on {place}, group {group}: {text}");
+        match shown {
+            Some(shown) => {
+                let term = Term::shown(shown).map_err(|text| violation(&text))?;
+                if !history.was(group, since, &term) {
+                    let led: Vec<_> = history.times(group, since).collect();
+                    return Err(violation(&format!(
+                        "it shows {term:?}, but the leaders since its last event were {led:?}"
+                    )));
+                }
+                let to = self.route.leader();
+                let to = to.as_ref().map(|to| (to.addr, &to.node.id, to.epoch));
+                if to != Some((term.addr, &term.id, term.token)) {
+                    return Err(violation(&format!(
+                        "it shows {term:?}, but requests are sent to {to:?}"
+                    )));
+                }
+            }
+            None => {
+                let nodes = self.discovery.nodes();
+                let led = |leader: &Option<Term>| {
+                    leader
+                        .as_ref()
+                        .is_some_and(|leader| !nodes.is_suspect(&leader.id))
+                };
+                if history.times(group, since).all(led) {
+                    let led: Vec<_> = history.times(group, since).collect();
+                    return Err(violation(&format!(
+                        "it shows no leader, but the leaders since its last event were {led:?}"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A leader and its token, as a reader shows them.
 type ShownLeader = (Arc<Node>, Revision);
 
@@ -468,40 +514,7 @@ impl Inner {
             if is_as_before {
                 continue;
             }
-            let (group, place) = (reader.group, &reader.place);
-            let violation = |text: &str| format!("the discovery on {place}, group {group}: {text}");
-            match &shown {
-                Some(shown) => {
-                    let term = Term::shown(shown).map_err(|text| violation(&text))?;
-                    if !history.was(group, since, &term) {
-                        let led: Vec<_> = history.times(group, since).collect();
-                        return Err(violation(&format!(
-                            "it shows {term:?}, but the leaders since its last event were {led:?}"
-                        )));
-                    }
-                    let to = reader.route.leader();
-                    let to = to.as_ref().map(|to| (to.addr, &to.node.id, to.epoch));
-                    if to != Some((term.addr, &term.id, term.token)) {
-                        return Err(violation(&format!(
-                            "it shows {term:?}, but requests are sent to {to:?}"
-                        )));
-                    }
-                }
-                None => {
-                    let nodes = reader.discovery.nodes();
-                    let led = |leader: &Option<Term>| {
-                        leader
-                            .as_ref()
-                            .is_some_and(|leader| !nodes.is_suspect(&leader.id))
-                    };
-                    if history.times(group, since).all(led) {
-                        let led: Vec<_> = history.times(group, since).collect();
-                        return Err(violation(&format!(
-                            "it shows no leader, but the leaders since its last event were {led:?}"
-                        )));
-                    }
-                }
-            }
+            reader.check(shown.as_ref(), since, history)?;
             let shown = shown.map(|shown| (shown.node, shown.epoch));
             let token = |shown: &Option<ShownLeader>| shown.as_ref().map(|shown| shown.1);
             let last = reader.last.replace((shown, since));

@@ -13,7 +13,7 @@ use pingora_etcd::pingora::LeaderRoute;
 use pingora_etcd::store::{Fault, MemoryStore, Store, Txn};
 use pingora_etcd::{
     Change, Cluster, ClusterNode, ClusterNodeBuilder, EtcdOptions, MetricsCollector, Node,
-    NodeMetadata, ServiceDiscovery, metadata_keys,
+    NodeMetadata, ServiceDiscovery, discovery::Changes, metadata_keys,
 };
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -248,18 +248,8 @@ impl Member {
                 .await;
             ended.expect("a run that was started once");
         });
-        // The leader's work: fenced writes, which must never come from two terms at once.
-        let leader = node.clone();
-        let working = spawn(process, &common.checker, async move {
-            loop {
-                sleep(Duration::from_millis(fastrand::u64(200..1500))).await;
-                if let Some(term) = leader.leadership() {
-                    let token = term.epoch.to_string().into_bytes();
-                    let write = Txn::new().when(term.guard()).put(work(group), token, None);
-                    let _ = client.txn(write).await;
-                }
-            }
-        });
+        let work = write_as_leader(node.clone(), client, group);
+        let working = spawn(process, &common.checker, work);
         Self {
             process: process.clone(),
             node,
@@ -286,6 +276,18 @@ impl Member {
         self.working.abort();
         drop(self.stop);
         self.running
+    }
+}
+
+/// The leader's work: fenced writes, which must never come from two terms at once.
+async fn write_as_leader(leader: ClusterNode, client: Arc<Client>, group: &'static str) {
+    loop {
+        sleep(Duration::from_millis(fastrand::u64(200..1500))).await;
+        if let Some(term) = leader.leadership() {
+            let token = term.epoch.to_string().into_bytes();
+            let write = Txn::new().when(term.guard()).put(work(group), token, None);
+            let _ = client.txn(write).await;
+        }
     }
 }
 
@@ -340,38 +342,22 @@ impl Reader {
             ended.expect("a run that was started once");
         });
         let folded = Arc::<Mutex<Folded>>::default();
-        let (fold, checker, place) = (folded.clone(), common.checker.clone(), process.name.clone());
-        let mut changes = discovery.changes();
-        let folding = spawn(process, &common.checker, async move {
-            loop {
-                let change = changes.next().await;
-                if let Change::Leader(Some(leader)) = &change {
-                    checker.check_change(group, leader, &place);
-                }
-                let mut folded = fold.lock().unwrap();
-                folded.apply(change);
-                if let Some(stranger) = folded.nodes.keys().find(|id| !is_of(id, group)) {
-                    checker.violation(format!("{stranger} is shown in group {group}"));
-                }
-            }
-        });
-        // Sends requests to the current leader.
-        let route = LeaderRoute::new(discovery.clone(), 0);
-        let (checker, delivered_to, place) = (
+        let fold = fold_changes(
+            discovery.changes(),
+            folded.clone(),
+            group,
             common.checker.clone(),
-            delivered.clone(),
             process.name.clone(),
         );
-        let routing = spawn(process, &common.checker, async move {
-            let mut known = None;
-            loop {
-                let limit = Duration::from_secs(10);
-                if let Some(to) = route.wait_for_other_than(known, limit).await {
-                    checker.check_route(group, &delivered_to, &to, &place);
-                    known = Some(to.epoch);
-                }
-            }
-        });
+        let folding = spawn(process, &common.checker, fold);
+        let send = send_to_leader(
+            LeaderRoute::new(discovery.clone(), 0),
+            delivered.clone(),
+            group,
+            common.checker.clone(),
+            process.name.clone(),
+        );
+        let routing = spawn(process, &common.checker, send);
         Self {
             process: process.clone(),
             discovery,
@@ -398,6 +384,45 @@ impl Reader {
         self.routing.abort();
         drop(self.stop.take());
         self.running
+    }
+}
+
+/// Folds the changes of a discovery, and checks the leaders and the ids that they report.
+async fn fold_changes(
+    mut changes: Changes,
+    fold: Arc<Mutex<Folded>>,
+    group: &'static str,
+    checker: Arc<Checker>,
+    place: String,
+) {
+    loop {
+        let change = changes.next().await;
+        if let Change::Leader(Some(leader)) = &change {
+            checker.check_change(group, leader, &place);
+        }
+        let mut folded = fold.lock().unwrap();
+        folded.apply(change);
+        if let Some(stranger) = folded.nodes.keys().find(|id| !is_of(id, group)) {
+            checker.violation(format!("{stranger} is shown in group {group}"));
+        }
+    }
+}
+
+/// Sends requests to the current leader.
+async fn send_to_leader(
+    route: LeaderRoute,
+    delivered: Delivered,
+    group: &'static str,
+    checker: Arc<Checker>,
+    place: String,
+) {
+    let mut known = None;
+    loop {
+        let limit = Duration::from_secs(10);
+        if let Some(to) = route.wait_for_other_than(known, limit).await {
+            checker.check_route(group, &delivered, &to, &place);
+            known = Some(to.epoch);
+        }
     }
 }
 

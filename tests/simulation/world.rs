@@ -244,18 +244,7 @@ impl World {
                 self.pending.push(outage);
             }
             19 => self.common.store.extend_leases(),
-            20 | 21 => {
-                let revision = self.common.store.revision();
-                self.common.checker.read_history();
-                self.common.store.compact(revision);
-                // A process that is disconnected now has missed events that are compacted.
-                let process = self.process();
-                let refused = NetFaults {
-                    refused: true,
-                    ..NetFaults::default()
-                };
-                self.set_faults_for(process, refused, Duration::from_millis(50));
-            }
+            20 | 21 => self.compact(),
             22 => self.backups.push(self.common.store.backup()),
             23 => self.crash_a_process(),
             24 => self.restore(),
@@ -267,6 +256,19 @@ impl World {
             Some(text) => Err(text),
             None => Ok(()),
         }
+    }
+
+    fn compact(&mut self) {
+        let revision = self.common.store.revision();
+        self.common.checker.read_history();
+        self.common.store.compact(revision);
+        // A process that is disconnected now has missed events that are compacted.
+        let process = self.process();
+        let refused = NetFaults {
+            refused: true,
+            ..NetFaults::default()
+        };
+        self.set_faults_for(process, refused, Duration::from_millis(50));
     }
 
     fn random_faults(&mut self) -> NetFaults {
