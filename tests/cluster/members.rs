@@ -374,7 +374,7 @@ async fn restarts_without_loss(
         .await;
         slowest = slowest.max(start.elapsed());
     }
-    println!("the slowest of 5 changes after it: {slowest:?}");
+    println!("the slowest of 5 changes after the restart: {slowest:?}");
     assert!(slowest < Duration::from_secs(1), "{slowest:?}");
 }
 
@@ -411,7 +411,7 @@ async fn through_etcds_grpc_proxy_changes_are_seen_as_soon_as_without() {
     for _ in 0..20 {
         see(&mut client, "the discovery shows the change").await;
     }
-    // Long enough for progress requests to a quiet server, and for creating the watches anew.
+    // Long enough for progress requests to a quiet server, and for creating the watches again.
     throughout("the discovery stays live", Duration::from_secs(7), || {
         discovery.status() == DiscoveryStatus::Live
     })
@@ -433,7 +433,7 @@ async fn through_etcds_grpc_proxy_changes_are_seen_as_soon_as_without() {
     let crashed = Instant::now();
     first.crash();
     within("w2 leads next", second.node.wait_for_leadership()).await;
-    println!("the next one leads after {:?}", crashed.elapsed());
+    println!("w2 leads after {:?}", crashed.elapsed());
     assert!(crashed.elapsed() < Duration::from_secs(6));
 
     restarts_without_loss(&mut proxy, &mut client, &group, &discovery).await;

@@ -177,7 +177,7 @@ async fn a_quiet_group_stays_live_whether_the_server_answers_progress_or_not() {
         })
         .await;
         assert_eq!(link.connections(), 1);
-        // Although the watches were created anew several times, no change is missed or reported
+        // Although the watches were created again several times, no change is missed or reported
         // twice.
         let mut changes = discovery.changes();
         put(&mut client, &group, "b").await;
@@ -385,7 +385,11 @@ async fn a_start_without_etcd_is_served_from_the_snapshot() {
     for id in ["a", "b", "c"] {
         put(&mut client, &group, id).await;
     }
-    within("all nodes", first.discovery.wait_for_nodes(4)).await;
+    within(
+        "the discovery shows all nodes",
+        first.discovery.wait_for_nodes(4),
+    )
+    .await;
     // The last change is written to the file when the run ends.
     first.stop().await;
     let written = std::fs::metadata(&file.path).unwrap();
@@ -488,8 +492,16 @@ async fn when_everything_is_gone_from_etcd_the_pool_is_not() {
         ServiceDiscovery::builder(etcd.options(), &group)
             .self_preservation(SelfPreservation::off()),
     );
-    within("all nodes", discovery.wait_for_nodes(10)).await;
-    within("all nodes", without.discovery.wait_for_nodes(10)).await;
+    within(
+        "the discovery shows all nodes",
+        discovery.wait_for_nodes(10),
+    )
+    .await;
+    within(
+        "the discovery shows all nodes",
+        without.discovery.wait_for_nodes(10),
+    )
+    .await;
     let prefix = DeleteOptions::new().with_prefix();
     client
         .delete(format!("registry/{group}/"), Some(prefix))
@@ -575,7 +587,7 @@ async fn without_a_quorum_one_member_gives_what_it_has_if_that_is_asked_for() {
     assert_eq!(before.nodes().len(), 2);
     let node = Running::start(&options, &group, "n1").await;
     within("the node leads", node.node.wait_for_leadership()).await;
-    within("all nodes", before.wait_for_nodes(3)).await;
+    within("the discovery shows all nodes", before.wait_for_nodes(3)).await;
     within("the discovery shows a leader", before.wait_for_leader()).await;
     cluster.kill(1);
     cluster.kill(2);

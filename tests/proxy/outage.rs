@@ -58,7 +58,7 @@ async fn an_outage_of_etcd_and_a_mass_expiry_cost_no_request() {
     })
     .await;
     println!(
-        "etcd was away for {:?}; all {BACKENDS} nodes were back {:?} later; {} requests so far, never fewer than {least} backends",
+        "etcd was down for {:?}; all {BACKENDS} nodes were registered again {:?} later; {} requests so far, never fewer than {least} backends",
         start.elapsed() - back.elapsed(),
         back.elapsed(),
         load.sent()
@@ -96,7 +96,7 @@ async fn an_outage_of_etcd_and_a_mass_expiry_cost_no_request() {
     .await;
     load.goes_on(500).await;
     println!(
-        "{BACKENDS} leases revoked: up to {most} suspects, all were back after {:?}, never fewer than {least} backends",
+        "{BACKENDS} leases revoked: up to {most} suspects, all registered again after {:?}, never fewer than {least} backends",
         start.elapsed()
     );
     // On a busy machine one or two leases may expire normally, which is too few for
