@@ -7,8 +7,8 @@ help: ## list the targets
 deps: ## install what a build needs besides Rust (protoc, cmake)
 	@.ci/install-build-tools
 
-# exec leaves one process between the terminal and the example, so that Ctrl-C
-# ends it and it alone decides how.
+# With exec, no shell stands between the terminal and the example, so that only the
+# example decides how it ends on Ctrl-C.
 demo: deps ## a load balancer on 127.0.0.1:6188 and three nodes, until Ctrl-C
 	@exec cargo run --example load_balancer -- --conf config/demo.yaml --demo 3
 
@@ -18,11 +18,11 @@ check: deps ## formatting, clippy, unit tests, the layout of the sources
 	cargo clippy --all-targets --all-features -- -D warnings
 	cargo test --all-features --lib --test architecture
 
-# The integration tests start the example binaries, which `cargo test` alone does
-# not build; those of the promises to users start them optimised, as users do.
-# ETCD_IMAGE (name:tag, through testcontainers) takes the place of an etcd process.
-# ETCD_ENDPOINTS (a running etcd) does so only for the tests that do not stop
-# theirs, so a binary is needed beside it.
+# The integration tests start the example binaries, which `cargo test` alone does not
+# build. The tests of the README's promises start optimised ones, as users do.
+# ETCD_IMAGE (name:tag, run through testcontainers) replaces the etcd process.
+# ETCD_ENDPOINTS (a running etcd) replaces it only for tests that do not stop etcd,
+# so a binary is needed as well.
 test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS is set
 	cargo build --all-features --examples
 	cargo build --profile bench --all-features --examples
@@ -42,11 +42,11 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 	$(FUZZ) --inputs 300000; \
 	cargo bench --all-features --bench routing_quality -- --quick --first 500
 
-# Optimised: so thousands of seeds take seconds.
+# Optimised, so that thousands of seeds take seconds.
 SIMULATION = cargo test --profile bench --all-features --test simulation --
 SEEDS ?= 2000
 FIRST ?= 1
-promises: deps ## what the README promises, tried on the optimised programs; part of test
+promises: deps ## test the README's promises on the optimised programs; part of test
 	cargo build --profile bench --all-features --examples
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test promises
 
@@ -69,10 +69,10 @@ deny: ## licences, bans and sources of dependencies, where cargo-deny is install
 FUZZ = cargo test --profile bench --all-features --test fuzz --
 INPUTS ?= 10000000
 TARGET ?=
-fuzz: deps ## broken nodes, files, YAML, reports: INPUTS=n FIRST=s, TARGET=name; part of test
+fuzz: deps ## feed broken nodes, files, YAML, reports: INPUTS=n FIRST=s, TARGET=name; part of test
 	$(FUZZ) --inputs $(INPUTS) --first $(FIRST) $(if $(TARGET),--target $(TARGET))
 
-test-docker: deps ## the etcd tests against etcd in containers
+test-docker: deps ## run the etcd tests against etcd in containers
 	cargo build --all-features --examples
 	@set -e; \
 	image=$$(.ci/etcd-image); \
@@ -80,22 +80,22 @@ test-docker: deps ## the etcd tests against etcd in containers
 	set -x; \
 	ETCD_IMAGE=$$image cargo test --all-features --test store_conformance --test cluster --test proxy -- --skip slow::
 
-real-load: deps ## worker and balancer processes under load, policy by policy; part of test
+real-load: deps ## compare the policies under load with real processes; part of test
 	cargo build --all-features --examples
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test real_load
 
-# Optimised, as what is released: it judges how long things take, with 60 workers in one process.
+# Optimised, like a release, because it judges how long things take, with 60 workers in one process.
 CHAOS_SECONDS ?= 600
-chaos: deps ## real faults on a real etcd cluster, for CHAOS_SECONDS=600; a short run is part of test
+chaos: deps ## inject faults into a real etcd cluster for CHAOS_SECONDS=600; a short run is part of test
 	cargo build --profile bench --all-features --examples
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --profile bench --all-features --test chaos -- --seconds $(CHAOS_SECONDS)
 
 OUTAGE_SECONDS ?= 300
-outage: deps ## etcd away for OUTAGE_SECONDS=300 under traffic; a short run is part of test
+outage: deps ## stop etcd for OUTAGE_SECONDS=300 under traffic; a short run is part of test
 	ETCD_BIN=$$(.ci/install-etcd) OUTAGE_SECONDS=$(OUTAGE_SECONDS) cargo test --all-features --test proxy outage -- --nocapture
 
-# Features change what is compiled, so each useful set is linted by itself.
-lint: deps ## formatting, clippy and rustdoc, without warnings
+# Features change what is compiled, so each useful set of features is linted separately.
+lint: deps ## check formatting, clippy and rustdoc, without warnings
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	cargo clippy --all-targets --no-default-features -- -D warnings
@@ -107,14 +107,14 @@ lint: deps ## formatting, clippy and rustdoc, without warnings
 bench: deps ## run the benchmarks that measure time
 	cargo bench --all-features --bench pick --bench propagation --bench scale
 
-bench-scale: deps ## what 100 to 100,000 nodes cost: memory, loading, each change; part of bench
+bench-scale: deps ## measure what 100 to 100,000 nodes cost: memory, loading, each change; part of bench
 	cargo bench --all-features --bench scale
 
-bench-fleets: deps ## what fleets of balancers cost etcd, by a simulation and a real etcd
+bench-fleets: deps ## estimate what fleets of balancers cost etcd, with a simulation and a real etcd
 	ETCD_BIN=$$(.ci/install-etcd) cargo bench --all-features --bench scale -- --fleets
 
 bench-routing: SEEDS = 3
-bench-routing: deps ## simulate routing: SEEDS=n seeds from FIRST=s on; a short run is part of test
+bench-routing: deps ## simulate routing: SEEDS=n seeds starting at FIRST=s; a short run is part of test
 	cargo bench --all-features --bench routing_quality -- --seeds $(SEEDS) --first $(FIRST)
 
 bench-build: deps ## compile the benchmarks without running them

@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     match build(&Arguments::parse().conf) {
         Ok(server) => server.run_forever(),
         Err(error) => {
-            log::complain(format_args!("leader_routing: {error}"));
+            log::print_error(format_args!("leader_routing: {error}"));
             ExitCode::FAILURE
         }
     }

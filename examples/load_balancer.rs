@@ -27,7 +27,7 @@ use support::{WorkerOptions, run_worker};
 use tokio::task::JoinSet;
 
 const FIRST_DEMO_PORT: u16 = 9001;
-/// What Pingora leaves a background service to end is more than this.
+/// Less than the time that Pingora gives a background service to end.
 const DEMO_GRACE: Duration = Duration::from_secs(10);
 
 /// A complete HTTP load balancer from one YAML file.
@@ -53,11 +53,11 @@ fn main() -> ExitCode {
     match build(&arguments) {
         Ok(server) if !arguments.test => server.run_forever(),
         Ok(_) => {
-            log::say(format_args!("{}: ok", arguments.conf));
+            log::print(format_args!("{}: ok", arguments.conf));
             ExitCode::SUCCESS
         }
         Err(error) => {
-            log::complain(format_args!("load_balancer: {error}"));
+            log::print_error(format_args!("load_balancer: {error}"));
             ExitCode::FAILURE
         }
     }
@@ -82,13 +82,13 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
     if !arguments.test {
         server.bootstrap();
         if arguments.demo > 0 {
-            explain(&config, arguments.demo);
+            print_suggestions(&config, arguments.demo);
         }
     }
     Ok(server)
 }
 
-/// Workers in this process.
+/// The demo workers in this process.
 struct Workers {
     config: ClusterConfig,
     count: u16,
@@ -100,7 +100,7 @@ impl BackgroundService for Workers {
         let mut workers = JoinSet::new();
         let cluster = match Cluster::connect(&self.config.etcd) {
             Ok(cluster) => cluster,
-            Err(error) => ends(&error),
+            Err(error) => exit_with(&error),
         };
         for index in 0..self.count {
             let port = FIRST_DEMO_PORT + index;
@@ -129,23 +129,23 @@ impl BackgroundService for Workers {
             if let Err(error) = ended
                 && error.is_panic()
             {
-                ends(&error);
+                exit_with(&error);
             }
         }
     }
 }
 
-/// A worker that panicked, or none at all: the demonstration would go on without, and nobody would
-/// know why.
-fn ends(reason: &dyn std::fmt::Display) -> ! {
-    log::complain(format_args!("load_balancer: workers: {reason}"));
+/// Ends the process when a worker has panicked or none can start, because the demo would otherwise
+/// continue without workers and without an explanation.
+fn exit_with(reason: &dyn std::fmt::Display) -> ! {
+    log::print_error(format_args!("load_balancer: workers: {reason}"));
     std::process::exit(1);
 }
 
-fn explain(config: &ClusterConfig, count: u16) {
+fn print_suggestions(config: &ClusterConfig, count: u16) {
     let listen = &config.listen;
     let (first, last) = (FIRST_DEMO_PORT, FIRST_DEMO_PORT + count - 1);
-    log::say(format_args!(
+    log::print(format_args!(
         "\
 load balancer on http://{listen}, {count} workers on ports {first} to {last}, group {group}
 
@@ -155,10 +155,10 @@ Try, in another terminal:
   for i in $(seq 1000); do curl -s http://{listen}/; done | sort | uniq -c
   curl -X PUT 'http://127.0.0.1:{first}/load?cpu=95&memory=40&queue=12'   # load worker-1, count again
   curl -X PUT 'http://127.0.0.1:{first}/load?cpu=0&memory=0&queue=0'
-  curl -X POST http://127.0.0.1:{last}/stop                        # it leaves: not one request fails
-  curl -X POST http://127.0.0.1:{first}/crash                       # it is retried, and gone after 5 s
+  curl -X POST http://127.0.0.1:{last}/stop                        # it leaves: no request fails
+  curl -X POST http://127.0.0.1:{first}/crash                       # requests are retried; it is gone after 5 s
 
-Ctrl-C ends it.
+Press Ctrl-C to end.
 ",
         group = config.group,
     ));

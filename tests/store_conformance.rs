@@ -1,4 +1,4 @@
-//! One suite for both stores, so that memory means what etcd means.
+//! One suite for both stores, so that the in-memory store behaves like etcd.
 
 mod common;
 
@@ -15,7 +15,7 @@ use pingora_etcd::store::{
 use common::etcd::Etcd;
 use common::{DEADLINE, group, within};
 
-/// A store with keys of this test's own.
+/// A store with keys that no other test uses.
 struct Subject {
     store: Arc<dyn Store>,
     prefix: String,
@@ -96,13 +96,13 @@ impl Subject {
 async fn events(watcher: &mut dyn Watcher, count: usize) -> Vec<WatchEvent> {
     let mut events = Vec::new();
     while events.len() < count {
-        events.extend(within("an event", watcher.next()).await.unwrap());
+        events.extend(within("an event arrives", watcher.next()).await.unwrap());
     }
     assert_eq!(events.len(), count, "{events:?}");
     events
 }
 
-fn told(events: &[WatchEvent]) -> Vec<(bool, Revision)> {
+fn kinds_and_revisions(events: &[WatchEvent]) -> Vec<(bool, Revision)> {
     events
         .iter()
         .map(|event| (matches!(event, WatchEvent::Put(_)), event.revision()))
@@ -117,7 +117,7 @@ async fn revisions_grow_by_one_per_transaction(subject: Subject) {
         .put(subject.key("c"), vec![], None);
     assert_eq!(subject.store.txn(both).await.unwrap(), Some(first + 2));
     assert_eq!(subject.delete("a").await, first + 3);
-    // What changes nothing takes no revision.
+    // A transaction that changes nothing takes no revision.
     assert_eq!(subject.delete("a").await, first + 3);
     let refused =
         Txn::new()
@@ -149,7 +149,7 @@ async fn leases_expire_and_take_their_keys_along(subject: Subject) {
     let last = subject.put("a", "", Some(lease.id)).await;
     subject.put("b", "", Some(lease.id)).await;
     subject.put("stays", "", None).await;
-    // A key moved to no lease, or to another, does not end with this one.
+    // A key that was moved to no lease is not deleted with this one.
     subject.put("moved", "", Some(lease.id)).await;
     subject.put("moved", "", None).await;
     let mut watcher = subject.watch(subject.all(), last + 5).await;
@@ -160,7 +160,11 @@ async fn leases_expire_and_take_their_keys_along(subject: Subject) {
         gone.iter()
             .all(|event| matches!(event, WatchEvent::Delete { .. }))
     );
-    assert_eq!(gone[0].revision(), gone[1].revision(), "in one revision");
+    assert_eq!(
+        gone[0].revision(),
+        gone[1].revision(),
+        "all keys of a lease must be deleted in one revision"
+    );
     assert_eq!(subject.names().await, ["moved", "stays"]);
 }
 
@@ -184,8 +188,8 @@ async fn a_revoked_lease(subject: Subject) {
     subject.store.revoke(lease.id).await.unwrap();
     assert!(subject.names().await.is_empty());
     let gone = ClusterError::LeaseNotFound { lease: lease.id };
-    // Before 3.5.23 etcd may answer a renewal of a lease that has just been revoked; then the
-    // lease is still gone for everything else.
+    // Before 3.5.23 etcd may accept a renewal of a lease that has just been revoked; for everything
+    // else the lease is gone.
     match keeper.renew(DEADLINE).await {
         Err(error) => assert_eq!(error, gone),
         Ok(_) => assert!(matches!(subject.backing, Backing::Etcd(_))),
@@ -250,7 +254,7 @@ async fn a_long_list_comes_whole_and_in_order(subject: Subject) {
 
 async fn watch_from_a_revision_tells_each_event_once_and_in_order(subject: Subject) {
     let start = subject.put("a", "0", None).await;
-    // Half of the history is there before the watch is, half comes while it runs.
+    // Half of the events are written before the watch begins, and half while it runs.
     for round in 1..50 {
         subject.put("a", &round.to_string(), None).await;
     }
@@ -288,15 +292,21 @@ async fn a_watch_goes_on_from_its_position(subject: Subject) {
     let third = subject.delete("a").await;
     let mut watcher = subject.store.watch(position).await.unwrap();
     let missed = events(&mut *watcher, 2).await;
-    assert_eq!(told(&missed), [(true, second), (false, third)]);
+    assert_eq!(
+        kinds_and_revisions(&missed),
+        [(true, second), (false, third)]
+    );
 }
 
 async fn a_watch_from_the_future_starts_there(subject: Subject) {
     let now = subject.put("a", "1", None).await;
     let mut watcher = subject.watch(subject.all(), now + 2).await;
     subject.put("a", "2", None).await;
-    let told_of = subject.put("a", "3", None).await;
-    assert_eq!(told(&events(&mut *watcher, 1).await), [(true, told_of)]);
+    let expected = subject.put("a", "3", None).await;
+    assert_eq!(
+        kinds_and_revisions(&events(&mut *watcher, 1).await),
+        [(true, expected)]
+    );
 }
 
 async fn several_ranges_in_one_watch(subject: Subject) {
@@ -326,12 +336,15 @@ async fn several_ranges_in_one_watch(subject: Subject) {
     assert_eq!(of("x/"), [0, 1]);
     assert_eq!(of("y/"), [1, 4]);
     assert_eq!(of("z"), [2]);
-    // Each range goes on by itself.
+    // Each range continues from its own position.
     let position = watcher.position().to_vec();
     drop(watcher);
     let last = subject.put("x/3", "", None).await;
     let mut watcher = subject.store.watch(position).await.unwrap();
-    assert_eq!(told(&self::events(&mut *watcher, 1).await), [(true, last)]);
+    assert_eq!(
+        kinds_and_revisions(&self::events(&mut *watcher, 1).await),
+        [(true, last)]
+    );
 }
 
 async fn compaction(subject: Subject) {
@@ -356,9 +369,12 @@ async fn compaction(subject: Subject) {
         panic!("{error:?}")
     };
     assert_eq!(oldest, third);
-    // From there on it goes.
+    // From the oldest revision on, watching works.
     let mut watcher = subject.watch(subject.all(), oldest).await;
-    assert_eq!(told(&events(&mut *watcher, 1).await), [(true, third)]);
+    assert_eq!(
+        kinds_and_revisions(&events(&mut *watcher, 1).await),
+        [(true, third)]
+    );
     let at = subject.store.list(&subject.all(), Some(third)).await;
     assert_eq!(at.unwrap().entries.len(), 1);
 }
@@ -383,7 +399,7 @@ async fn writes_only_under_the_stated_condition(subject: Subject) {
     let elsewhere = created_at(created - 1);
     assert_eq!(store.txn(delete(elsewhere)).await.unwrap(), None);
     assert_eq!(subject.entries().await[0].lease, Some(lease));
-    // All of several conditions have to hold.
+    // All conditions of a transaction must hold.
     let half = delete(held_by(lease)).when(created_at(created + 1));
     assert_eq!(store.txn(half).await.unwrap(), None);
     let whole = delete(held_by(lease)).when(created_at(created));
@@ -404,8 +420,8 @@ async fn a_watch_from_now_tells_what_comes(subject: Subject) {
     subject.put("a", "1", None).await;
     let mut watcher = subject.watch(subject.all(), 0).await;
     let next = subject.put("a", "2", None).await;
-    let told_first = events(&mut *watcher, 1).await;
-    assert_eq!(told(&told_first), [(true, next)]);
+    let first = events(&mut *watcher, 1).await;
+    assert_eq!(kinds_and_revisions(&first), [(true, next)]);
     assert_eq!(watcher.position()[0].from, next + 1);
 }
 
@@ -447,12 +463,12 @@ async fn many_watches_on_one_store_and_each_hears_its_own(subject: Subject) {
             let name = format!("w{index:02}/{round}");
             subject.put(&name, "", None).await;
         }
-        // Some are given up on the way; the others go on.
+        // Some watchers are dropped in each round; the others continue.
         let step = round + 2;
         let mut index = 0;
         for watcher in &mut watchers {
-            let told = events(&mut **watcher, 1).await;
-            assert!(told[0].key().ends_with(&format!("/{round}")));
+            let received = events(&mut **watcher, 1).await;
+            assert!(received[0].key().ends_with(&format!("/{round}")));
         }
         watchers.retain(|_| {
             index += 1;
@@ -461,7 +477,7 @@ async fn many_watches_on_one_store_and_each_hears_its_own(subject: Subject) {
         if round == 0 {
             assert_eq!(watchers.len(), COUNT / 2);
         }
-        // What is told next is told to those that are left.
+        // Later events are delivered to the remaining watchers.
         if round < 2 {
             let left: Vec<String> = watchers
                 .iter()
@@ -472,8 +488,8 @@ async fn many_watches_on_one_store_and_each_hears_its_own(subject: Subject) {
                 subject.put(&format!("{name}extra"), "", None).await;
             }
             for watcher in &mut watchers {
-                let told = events(&mut **watcher, 1).await;
-                assert!(told[0].key().ends_with("/extra"));
+                let received = events(&mut **watcher, 1).await;
+                assert!(received[0].key().ends_with("/extra"));
             }
         }
     }
@@ -499,7 +515,8 @@ macro_rules! conformance {
         }
     };
     (shared) => { Etcd::shared() };
-    // Where other tests' transactions would be in the way, or theirs suffer.
+    // A separate etcd where transactions of other tests would disturb the test, or the test would
+    // disturb them.
     (own) => { Arc::new(Etcd::own()) };
 }
 
@@ -534,7 +551,7 @@ async fn one_name_is_one_memory_store() {
     drop((one, same));
     assert!(
         MemoryStore::named("one").entries().is_empty(),
-        "nothing is kept"
+        "a store is dropped with its last handle"
     );
 }
 
@@ -567,7 +584,7 @@ async fn a_watch_that_is_too_slow_ends_as_a_whole_and_goes_on_from_its_position(
     };
     let ranges = vec![range("busy/"), range("quiet/")];
     let mut watcher = subject.store.watch(ranges).await.unwrap();
-    // Another one on the same stream, which is read.
+    // Another watch on the same stream, which is read.
     let mut other = subject
         .watch(Selector::Prefix(subject.key("busy/")), from)
         .await;
@@ -575,25 +592,31 @@ async fn a_watch_that_is_too_slow_ends_as_a_whole_and_goes_on_from_its_position(
         subject.put(&format!("busy/{index:04}"), "", None).await;
         events(&mut *other, 1).await;
     }
-    let mut heard = 0;
+    let mut received = 0;
     let error = loop {
         match within("an event or the end", watcher.next()).await {
-            Ok(events) => heard += events.len(),
+            Ok(events) => received += events.len(),
             Err(error) => break error,
         }
     };
     assert!(error.is_transient(), "{error}");
-    assert!(heard < COUNT, "it was too slow");
+    assert!(
+        received < COUNT,
+        "the watch must have ended before the last event"
+    );
     let mut watcher = subject
         .store
         .watch(watcher.position().to_vec())
         .await
         .unwrap();
-    while heard < COUNT {
-        heard += within("an event", watcher.next()).await.unwrap().len();
+    while received < COUNT {
+        received += within("an event arrives", watcher.next())
+            .await
+            .unwrap()
+            .len();
     }
     subject.put("quiet/last", "", None).await;
     let last = events(&mut *watcher, 1).await;
     assert_eq!(last[0].key(), subject.key("quiet/last"));
-    assert_eq!(heard, COUNT, "each once");
+    assert_eq!(received, COUNT, "each event must be delivered once");
 }

@@ -1,4 +1,4 @@
-//! A store that has a group of nodes and tells the changes that it is given.
+//! A store that serves a group of nodes and delivers the events that the benchmark passes to it.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,7 +12,7 @@ use pingora_etcd::store::{
 };
 use tokio::sync::{mpsc, oneshot};
 
-/// Entries of a page.
+/// The number of entries on a page.
 const PAGE: usize = 1_000;
 
 #[derive(Debug, Clone)]
@@ -20,18 +20,18 @@ pub struct Feed {
     nodes: usize,
     revision: Arc<AtomicI64>,
     watched: Arc<AtomicBool>,
-    told: Arc<Mutex<mpsc::UnboundedSender<Told>>>,
+    sender: Arc<Mutex<mpsc::UnboundedSender<FeedMessage>>>,
 }
 
 #[derive(Debug)]
-enum Told {
+enum FeedMessage {
     Event(WatchEvent),
-    /// Everything before it has been applied when this is asked for.
+    /// Acknowledges that everything sent before it has been applied.
     Done(oneshot::Sender<()>),
 }
 
 fn entry(index: usize, revision: Revision) -> Entry {
-    // What a worker of this crate writes with `SystemMetricsCollector`'s metrics.
+    // The entry that a worker of this crate writes with the metrics of `SystemMetricsCollector`.
     let value = format!(
         r#"{{"id":"worker-{index}","ip":"10.{}.{}.{}","last_seen":1732450000{:03},"metadata":{{"cpu_usage_percent":{}.5,"memory_usage_percent":{}.25,"memory_available_bytes":{},"queue_depth":{}}},"port":8080,"priority":0}}"#,
         index >> 16,
@@ -54,16 +54,16 @@ fn entry(index: usize, revision: Revision) -> Entry {
 
 impl Feed {
     pub fn new(nodes: usize) -> Self {
-        let (told, _) = mpsc::unbounded_channel();
+        let (sender, _) = mpsc::unbounded_channel();
         Self {
             nodes,
             revision: Arc::new(AtomicI64::new(nodes as Revision + 2)),
             watched: Arc::default(),
-            told: Arc::new(Mutex::new(told)),
+            sender: Arc::new(Mutex::new(sender)),
         }
     }
 
-    /// So many reports, of nodes at random.
+    /// Creates this many updates of random nodes.
     pub fn changes(&self, count: usize) -> Vec<WatchEvent> {
         (0..count)
             .map(|_| {
@@ -73,29 +73,33 @@ impl Feed {
             .collect()
     }
 
-    /// Whether somebody watches.
+    /// Whether a watcher is open.
     pub fn is_watched(&self) -> bool {
         self.watched.load(Ordering::Relaxed)
     }
 
-    /// Tells them one by one, and waits until each has been applied.
-    pub async fn tell(&self, events: Vec<WatchEvent>) {
+    /// Delivers the events one by one, and waits until all have been applied.
+    pub async fn deliver(&self, events: Vec<WatchEvent>) {
         let (done, wait) = oneshot::channel();
         {
-            let told = self.told.lock().expect("nobody panics");
+            let sender = self.sender.lock().expect("the lock is not poisoned");
             for event in events {
-                told.send(Told::Event(event)).expect("somebody watches");
+                sender
+                    .send(FeedMessage::Event(event))
+                    .expect("a watcher is open");
             }
-            told.send(Told::Done(done)).expect("somebody watches");
+            sender
+                .send(FeedMessage::Done(done))
+                .expect("a watcher is open");
         }
-        wait.await.expect("it is applied");
+        wait.await.expect("the events are applied");
     }
 
     fn refuse<T>(&self) -> Result<T, ClusterError> {
         Err(ClusterError::Rejected {
             endpoint: "feed".to_owned(),
             operation: "anything",
-            reason: "only for a discovery".to_owned(),
+            reason: "only a discovery is served".to_owned(),
         })
     }
 }
@@ -125,9 +129,9 @@ impl Store for Feed {
     async fn list(&self, keys: &Selector, _: Option<Revision>) -> Result<Listing, ClusterError> {
         let revision = self.revision.load(Ordering::Relaxed);
         let entries = match keys {
-            // In pages.
+            // Prefixes are listed in pages, by `list_page`.
             Selector::Prefix(_) => Vec::new(),
-            // What was written last, by which a discovery tells this history from another.
+            // The entry that was written last: a discovery uses it to recognise the history.
             Selector::Key(key) => {
                 let index = key.rsplit('-').next().and_then(|index| index.parse().ok());
                 index
@@ -143,7 +147,7 @@ impl Store for Feed {
         })
     }
 
-    /// A thousand at a time, as a real store would.
+    /// Returns a thousand entries per page, like a real store.
     async fn list_page(
         &self,
         keys: &Selector,
@@ -153,8 +157,8 @@ impl Store for Feed {
         let is_registry = matches!(keys, Selector::Prefix(prefix) if prefix == "registry/g/");
         let nodes = if is_registry { self.nodes } else { 0 };
         let first = start.map_or(0, |start| {
-            let start = String::from_utf8(start).expect("our own");
-            start.parse().expect("our own")
+            let start = String::from_utf8(start).expect("a page start of this store");
+            start.parse().expect("a page start of this store")
         });
         let end = nodes.min(first + PAGE);
         let revision = self.revision.load(Ordering::Relaxed);
@@ -169,8 +173,8 @@ impl Store for Feed {
     }
 
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
-        let (told, inbox) = mpsc::unbounded_channel();
-        *self.told.lock().expect("nobody panics") = told;
+        let (sender, inbox) = mpsc::unbounded_channel();
+        *self.sender.lock().expect("the lock is not poisoned") = sender;
         self.watched.store(true, Ordering::Relaxed);
         Ok(Box::new(FeedWatcher {
             ranges,
@@ -182,7 +186,7 @@ impl Store for Feed {
 
 struct FeedWatcher {
     ranges: Vec<WatchRange>,
-    inbox: mpsc::UnboundedReceiver<Told>,
+    inbox: mpsc::UnboundedReceiver<FeedMessage>,
     watched: Arc<AtomicBool>,
 }
 
@@ -197,11 +201,11 @@ impl Watcher for FeedWatcher {
     async fn next(&mut self) -> Result<Vec<WatchEvent>, ClusterError> {
         loop {
             match self.inbox.recv().await {
-                Some(Told::Event(event)) => {
+                Some(FeedMessage::Event(event)) => {
                     self.ranges[0].from = event.revision() + 1;
                     return Ok(vec![event]);
                 }
-                Some(Told::Done(done)) => drop(done.send(())),
+                Some(FeedMessage::Done(done)) => drop(done.send(())),
                 None => std::future::pending().await,
             }
         }

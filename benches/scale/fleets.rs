@@ -1,8 +1,8 @@
-//! What fleets of balancers cost etcd.
+//! Measures what fleets of balancers cost etcd.
 //!
-//! How much workers write is simulated: nodes that sample every few seconds, with and without a
-//! deadband. What a write and a watch event cost etcd is measured on a real one (found as the tests
-//! find theirs). Both together give the table.
+//! The number of writes by workers is simulated, for nodes that sample every few seconds, with and
+//! without a deadband. The cost of a write and of a watch event is measured on a real etcd, which
+//! is found in the same way as for the tests. The table combines both.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,20 +11,20 @@ use pingora_etcd::{metadata_keys, metrics::Deadband};
 
 use super::common::etcd::Etcd;
 
-/// How often nodes sample, in seconds.
-const EVERY: usize = 5;
-/// How old an entry gets before it is written in any case, in seconds.
+/// The sampling interval of the nodes, in seconds.
+const SAMPLE_INTERVAL: usize = 5;
+/// The age at which an entry is written in any case, in seconds.
 const MAX_AGE: usize = 30;
-/// Simulated nodes, and for how many seconds.
+/// The number of simulated nodes, and the simulated seconds.
 const NODES: usize = 1_000;
 const SECONDS: usize = 1_200;
 
-/// Puts of the measurement.
+/// The number of puts in the measurement.
 const PUTS: usize = 4_000;
-/// Watch streams of the measurement, each on a connection of its own.
+/// The number of watch streams in the measurement, each on its own connection.
 const WATCHERS: usize = 50;
 
-/// Nodes and balancers of the table.
+/// The numbers of nodes and balancers in the table.
 const GROUPS: [usize; 3] = [1_000, 10_000, 100_000];
 const BALANCERS: [usize; 3] = [10, 100, 1_000];
 
@@ -35,24 +35,21 @@ pub(crate) fn print() {
         ("with it, quiet nodes", writes(&Deadband::default(), false)),
     ];
     println!(
-        "{NODES} nodes that sample every {EVERY} s, {SECONDS} s simulated; writes a second, for each node:\n"
+        "{NODES} nodes that sample every {SAMPLE_INTERVAL} s, {SECONDS} s simulated; writes per second and node:\n"
     );
-    println!(
-        "{:<24}{:>10}{:>28}",
-        "", "mean", "busiest second, times that"
-    );
+    println!("{:<24}{:>10}{:>28}", "", "mean", "busiest second / mean");
     for (what, writes) in &written {
         println!("{what:<24}{:>10.4}{:>28.2}", writes.mean, writes.peak);
     }
     let etcd = Etcd::own();
     let Some(pid) = etcd.pid() else {
-        println!("\nWhat etcd pays is read from its process: set ETCD_BIN.");
+        println!("\nThe CPU time of etcd can only be read from a local process: set ETCD_BIN.");
         return;
     };
     let costs = Costs::measure(&etcd, pid);
     println!(
-        "\nmeasured on one etcd with {WATCHERS} watch streams, entries of {} bytes as an event: {:.0} us of CPU for a \
-         write, {:.1} us for an event, {:.0} us for a renewal\n",
+        "\nmeasured on one etcd with {WATCHERS} watch streams, events of {} bytes: {:.0} us of CPU per \
+         write, {:.1} us per event, {:.0} us per renewal\n",
         costs.bytes,
         costs.write * 1e6,
         costs.event * 1e6,
@@ -62,7 +59,7 @@ pub(crate) fn print() {
         "{:>8} {:>9} {:<22} {:>10} {:>11} {:>10} {:>12}",
         "nodes", "balancers", "metrics", "writes/s", "events/s", "MB/s", "etcd, cores"
     );
-    // A lease of 5 s is renewed every third of it.
+    // A lease of 5 s is renewed after every third of its TTL.
     let renewals = 3.0 / 5.0;
     for nodes in GROUPS {
         for balancers in BALANCERS {
@@ -85,32 +82,32 @@ pub(crate) fn print() {
         }
     }
     println!(
-        "\nRenewals are in the last column: {:.1} a second for each node. In responses: only joining, leaving and \
+        "\nThe last column includes renewals, {:.1} per second and node. With metrics in responses only joining, leaving and \
          draining are written.",
         renewals
     );
 }
 
 struct Writes {
-    /// A second, for each node.
+    /// Per second and node.
     mean: f64,
-    /// In the busiest second, as a multiple of it.
+    /// In the busiest second, as a multiple of the mean.
     peak: f64,
 }
 
-/// How often nodes write whose CPU wanders around a mean: by some points from sample to sample where
-/// they are `busy`, else by less than one.
+/// How often nodes write. Their CPU usage fluctuates around a mean: by several points from sample
+/// to sample if they are `busy`, otherwise by less than one.
 fn writes(deadband: &Deadband, busy: bool) -> Writes {
     let mut rng = fastrand::Rng::with_seed(7);
     let mut a_second = vec![0_u32; SECONDS];
     let noise = if busy { 6.0 } else { 0.5 };
     for _ in 0..NODES {
-        let mut time = EVERY as f64 * rng.f64();
+        let mut time = SAMPLE_INTERVAL as f64 * rng.f64();
         let mean = 20.0 + 60.0 * rng.f64();
         let mut cpu = mean;
         let mut written: Option<(serde_json::Value, f64)> = None;
         while time < SECONDS as f64 {
-            // First-order autoregressive, with a memory of about a minute.
+            // A first-order autoregressive process with a memory of about a minute.
             cpu = mean + 0.92 * (cpu - mean) + noise * (rng.f64() + rng.f64() - 1.0);
             let sample = serde_json::json!({
                 metadata_keys::CPU_USAGE_PERCENT: cpu.clamp(0.0, 100.0),
@@ -125,11 +122,11 @@ fn writes(deadband: &Deadband, busy: bool) -> Writes {
                 a_second[time as usize] += 1;
                 written = Some((sample, time));
             }
-            // As a worker does, so that they do not all write at the same time.
-            time += EVERY as f64 * (1.0 + 0.1 * rng.f64());
+            // With jitter, like a worker, so that the nodes do not all write at the same time.
+            time += SAMPLE_INTERVAL as f64 * (1.0 + 0.1 * rng.f64());
         }
     }
-    // Without the start, when everybody writes.
+    // Without the beginning, when every node writes.
     let settled = &a_second[2 * MAX_AGE..];
     let mean = settled.iter().sum::<u32>() as f64 / settled.len() as f64;
     let most = settled.iter().max().copied().unwrap_or(0);
@@ -139,12 +136,12 @@ fn writes(deadband: &Deadband, busy: bool) -> Writes {
     }
 }
 
-/// What etcd pays, in seconds of CPU.
+/// The costs of etcd, in seconds of CPU time.
 struct Costs {
     write: f64,
     event: f64,
     renewal: f64,
-    /// Of an event in a response.
+    /// The size of an event in a response.
     bytes: usize,
 }
 
@@ -158,7 +155,7 @@ impl Costs {
             )
         };
         let key = |index: usize| format!("registry/fleet/worker-{:05}", index % 1_000);
-        // Key, value, revisions and lease, and the frames around them.
+        // Key, value, revisions, lease, and the framing.
         let bytes = key(0).len() + value(0).len() + 40;
         let put_all = async || {
             let mut client = etcd.raw_client().await;
@@ -172,27 +169,7 @@ impl Costs {
         put_all().await;
         let alone = cpu_of(pid, put_all()).await;
 
-        let mut streams = tokio::task::JoinSet::new();
-        let mut opened = Vec::new();
-        for _ in 0..WATCHERS {
-            let mut client = etcd.raw_client().await;
-            let (told, open) = tokio::sync::oneshot::channel();
-            opened.push(open);
-            streams.spawn(async move {
-                let options = etcd_client::WatchOptions::new().with_prefix();
-                let watch = client.watch("registry/fleet/", Some(options)).await;
-                let mut stream = watch.expect("a watch");
-                let _ = told.send(());
-                let mut seen = 0;
-                while seen < PUTS {
-                    let response = stream.message().await.expect("it goes on");
-                    seen += response.map_or(0, |response| response.events().len());
-                }
-            });
-        }
-        for open in opened {
-            open.await.expect("it opens");
-        }
+        let mut streams = open_watches(etcd).await;
         let watched = cpu_of(pid, async {
             put_all().await;
             while streams.join_next().await.is_some() {}
@@ -204,8 +181,8 @@ impl Costs {
         let (mut keeper, mut replies) = client.lease_keep_alive(lease).await.expect("a keeper");
         let renewals = cpu_of(pid, async {
             for _ in 0..PUTS {
-                keeper.keep_alive().await.expect("it is sent");
-                replies.message().await.expect("it is answered");
+                keeper.keep_alive().await.expect("the renewal is sent");
+                replies.message().await.expect("the renewal succeeds");
             }
         })
         .await;
@@ -219,7 +196,33 @@ impl Costs {
     }
 }
 
-/// CPU time that a process uses while something is done.
+/// Opens the watch streams; each task ends when it has received every put.
+async fn open_watches(etcd: &Etcd) -> tokio::task::JoinSet<()> {
+    let mut streams = tokio::task::JoinSet::new();
+    let mut opened = Vec::new();
+    for _ in 0..WATCHERS {
+        let mut client = etcd.raw_client().await;
+        let (ready, open) = tokio::sync::oneshot::channel();
+        opened.push(open);
+        streams.spawn(async move {
+            let options = etcd_client::WatchOptions::new().with_prefix();
+            let watch = client.watch("registry/fleet/", Some(options)).await;
+            let mut stream = watch.expect("a watch");
+            let _ = ready.send(());
+            let mut seen = 0;
+            while seen < PUTS {
+                let response = stream.message().await.expect("the watch stays open");
+                seen += response.map_or(0, |response| response.events().len());
+            }
+        });
+    }
+    for open in opened {
+        open.await.expect("the watch is created");
+    }
+    streams
+}
+
+/// The CPU time that a process uses during some work.
 async fn cpu_of(pid: u32, work: impl Future<Output = ()>) -> Duration {
     let before = used(pid);
     let start = Instant::now();
@@ -231,8 +234,8 @@ async fn cpu_of(pid: u32, work: impl Future<Output = ()>) -> Duration {
 
 fn used(pid: u32) -> Duration {
     let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat"));
-    let stat = stat.expect("etcd runs");
-    // After the name, which may have blanks in it.
+    let stat = stat.expect("etcd is running");
+    // The fields after the process name, which may contain blanks.
     let fields: Vec<&str> = stat
         .rsplit(')')
         .next()

@@ -1,12 +1,13 @@
-//! What a group of 100 to 100,000 nodes costs: memory, loading, and each change to it.
+//! Measures what a group of 100 to 100,000 nodes costs: memory, loading, and each change.
 //!
 //! ```text
 //! cargo bench --bench scale              # the table, and whether its limits hold
 //! ETCD_BIN=/path/to/etcd cargo bench --bench scale -- --fleets  # what fleets of balancers cost etcd
 //! ```
 //!
-//! Every size runs in a process of its own, so that one's memory is not another's. The store is a
-//! stand-in that gives away prepared entries and events: what is measured is this crate.
+//! Every size runs in its own process, so that the measurements of memory do not affect each other.
+//! The store is a stand-in that serves prepared entries and events, so that only this crate is
+//! measured.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -24,21 +25,21 @@ use rustix::time::{ClockId, clock_gettime};
 use feed::Feed;
 
 const SIZES: [usize; 4] = [100, 1_000, 10_000, 100_000];
-/// Changes that each figure is the mean of.
+/// The number of changes over which each figure is averaged.
 const CHANGES: usize = 20_000;
-/// Tables that each figure is the mean of.
+/// The number of tables over which each figure is averaged.
 const TABLES: u32 = 20;
 
-/// At 10,000 nodes: CPU time of one change, and bytes in all.
+/// Limits at 10,000 nodes: CPU time of a change, and bytes in total.
 const MOST_CPU: Duration = Duration::from_micros(10);
 const MOST_BYTES: i64 = 13 << 20;
-/// At 100,000 nodes: times what a change costs at 10,000.
+/// The limit at 100,000 nodes: the cost of a change, as a multiple of the cost at 10,000.
 const MOST_GROWTH: f64 = 2.0;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     let given = |name: &str| arguments.iter().position(|argument| argument == name);
-    // `cargo test --benches` only wants to know that it starts.
+    // `cargo test --benches` only checks that the benchmark starts.
     if given("--test").is_some() {
         return ExitCode::SUCCESS;
     }
@@ -53,21 +54,21 @@ fn main() -> ExitCode {
     run_all()
 }
 
-/// What one process found out.
+/// The results of one process.
 #[derive(Clone, Copy)]
 struct Figures {
     nodes: usize,
     load: Duration,
-    /// In bytes: of the discovery, and of a balancer beside it.
+    /// In bytes: the discovery, and a balancer in addition.
     discovery: i64,
     balancer: i64,
-    /// CPU time of applying and publishing one change, each by itself.
+    /// The CPU time to apply and publish a single change.
     publish: Duration,
-    /// The same where a burst is published together.
+    /// The CPU time per change when a burst is published together.
     coalesced: Duration,
-    /// CPU time of one change in the balancer.
+    /// The CPU time of a change in the balancer.
     balance: Duration,
-    /// CPU time of a table.
+    /// The CPU time to build a table.
     table: Duration,
 }
 
@@ -119,7 +120,33 @@ impl Figures {
 }
 
 fn run_all() -> ExitCode {
-    println!("CPU time, but for the load; memory that the process grows by\n");
+    print_titles();
+    let mut figures = Vec::new();
+    for size in SIZES {
+        let child = Command::new(std::env::current_exe().expect("this program"))
+            .args(["--nodes", &size.to_string()])
+            .output()
+            .expect("this program starts");
+        let text = String::from_utf8_lossy(&child.stdout);
+        let Some(result) = text.lines().last().and_then(Figures::parse) else {
+            eprintln!("{size} nodes: {}", String::from_utf8_lossy(&child.stderr));
+            return ExitCode::FAILURE;
+        };
+        print_row(&result);
+        figures.push(result);
+    }
+    print_growth(&figures);
+    if limits_hold(&figures) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn print_titles() {
+    println!(
+        "CPU time, except for the load, which is elapsed time; memory is the growth of the process\n"
+    );
     println!(
         "{:>9} {:>10} {:>13} {:>13} {:>10} {:>10} {:>10} {:>10} {:>10}",
         "nodes",
@@ -132,87 +159,85 @@ fn run_all() -> ExitCode {
         "balancer",
         "table"
     );
-    let mut figures = Vec::new();
-    for size in SIZES {
-        let child = Command::new(std::env::current_exe().expect("this program"))
-            .args(["--nodes", &size.to_string()])
-            .output()
-            .expect("this program starts");
-        let text = String::from_utf8_lossy(&child.stdout);
-        let Some(found) = text.lines().last().and_then(Figures::parse) else {
-            eprintln!("{size} nodes: {}", String::from_utf8_lossy(&child.stderr));
-            return ExitCode::FAILURE;
-        };
-        let mib = |bytes: i64| bytes as f64 / f64::from(1 << 20);
-        println!(
-            "{:>9} {:>10.1?} {:>9.2} MiB {:>9.2} MiB {:>8} B {:>10.2?} {:>10.2?} {:>10.2?} {:>10.1?}",
-            found.nodes,
-            found.load,
-            mib(found.discovery),
-            mib(found.balancer),
-            (found.discovery + found.balancer) / found.nodes as i64,
-            found.publish,
-            found.coalesced,
-            found.balance,
-            found.table
-        );
-        figures.push(found);
-    }
-    let growth = |from: usize, to: usize, value: fn(&Figures) -> f64| {
-        let of = |size| {
-            figures
-                .iter()
-                .find(|figures| figures.nodes == size)
-                .map(value)
-        };
-        of(to)
-            .zip(of(from))
-            .map_or(f64::NAN, |(to, from)| to / from)
+}
+
+fn print_row(result: &Figures) {
+    let mib = |bytes: i64| bytes as f64 / f64::from(1 << 20);
+    println!(
+        "{:>9} {:>10.1?} {:>9.2} MiB {:>9.2} MiB {:>8} B {:>10.2?} {:>10.2?} {:>10.2?} {:>10.1?}",
+        result.nodes,
+        result.load,
+        mib(result.discovery),
+        mib(result.balancer),
+        (result.discovery + result.balancer) / result.nodes as i64,
+        result.publish,
+        result.coalesced,
+        result.balance,
+        result.table
+    );
+}
+
+/// The ratio of a value between two sizes.
+fn growth(figures: &[Figures], from: usize, to: usize, value: fn(&Figures) -> f64) -> f64 {
+    let of = |size| {
+        figures
+            .iter()
+            .find(|figures| figures.nodes == size)
+            .map(value)
     };
-    let cpu = |figures: &Figures| figures.publish.as_secs_f64();
+    of(to)
+        .zip(of(from))
+        .map_or(f64::NAN, |(to, from)| to / from)
+}
+
+fn publish_cost(figures: &Figures) -> f64 {
+    figures.publish.as_secs_f64()
+}
+
+fn print_growth(figures: &[Figures]) {
     let memory = |figures: &Figures| (figures.discovery + figures.balancer) as f64;
-    println!("\nten times the nodes, times the cost of a change, and times the memory:");
+    println!("\nten times as many nodes: factor of the cost of a change, and of the memory");
     for pair in SIZES.windows(2) {
         println!(
             "{:>9} to {:>7} {:>6.2} {:>6.2}",
             pair[0],
             pair[1],
-            growth(pair[0], pair[1], cpu),
-            growth(pair[0], pair[1], memory)
+            growth(figures, pair[0], pair[1], publish_cost),
+            growth(figures, pair[0], pair[1], memory)
         );
     }
+}
+
+/// Prints each limit and whether it holds; returns whether all of them do.
+fn limits_hold(figures: &[Figures]) -> bool {
     let Some(middle) = figures.iter().find(|figures| figures.nodes == 10_000) else {
-        return ExitCode::FAILURE;
+        return false;
     };
     let bytes = middle.discovery + middle.balancer;
-    let growth = growth(10_000, 100_000, cpu);
+    let growth = growth(figures, 10_000, 100_000, publish_cost);
     println!();
     let mut broken = 0;
     for (what, holds) in [
         (
             format!(
-                "a change at 10,000 nodes: {:.1?}, at most {MOST_CPU:?}",
+                "a change at 10,000 nodes: {:.1?}, limit {MOST_CPU:?}",
                 middle.publish
             ),
             middle.publish <= MOST_CPU,
         ),
         (
-            format!("at 100,000 nodes: {growth:.2} times that, at most {MOST_GROWTH}"),
+            format!("a change at 100,000 nodes: {growth:.2} times as much, limit {MOST_GROWTH}"),
             growth <= MOST_GROWTH,
         ),
         (
-            format!("10,000 nodes: {bytes} bytes, at most {MOST_BYTES}"),
+            format!("10,000 nodes: {bytes} bytes, limit {MOST_BYTES}"),
             bytes <= MOST_BYTES,
         ),
     ] {
         println!("{} {what}", if holds { "holds " } else { "BROKEN" });
         broken += u32::from(!holds);
     }
-    if broken == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    broken == 0
 }
 
 fn cpu() -> Duration {
@@ -220,14 +245,14 @@ fn cpu() -> Duration {
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
 
-/// Bytes of this process in memory.
+/// The resident memory of this process, in bytes.
 fn resident() -> i64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok());
     pages.unwrap_or(0_i64) * 4096
 }
 
-/// Runs a discovery over the feed until this is dropped.
+/// A discovery over the feed that runs until this is dropped.
 struct Following {
     discovery: ServiceDiscovery,
     task: tokio::task::JoinHandle<()>,
@@ -242,7 +267,7 @@ impl Following {
             .expect("a discovery");
         let running = discovery.clone();
         let task = tokio::spawn(async move {
-            running.run(None).await.expect("it runs");
+            running.run(None).await.expect("the discovery runs");
         });
         discovery.wait_ready().await;
         Self { discovery, task }
@@ -265,13 +290,13 @@ async fn measure(nodes: usize) -> Figures {
     let feed = Feed::new(nodes);
     let before = resident();
     let start = Instant::now();
-    // Publishes each change by itself.
+    // An interval of zero publishes each change by itself.
     let following = Following::start(&feed, Duration::ZERO).await;
     let load = start.elapsed();
     let discovery = resident() - before;
     until_watched(&feed).await;
 
-    // Fed as a background service does it, with no more memory than a service has.
+    // Fed like the background service feeds it, without additional memory.
     let before = resident();
     let balancer = Balancer::builder().try_build().expect("a balancer");
     let now = Instant::now();
@@ -282,17 +307,18 @@ async fn measure(nodes: usize) -> Figures {
     assert_eq!(balancer.len(), nodes);
 
     let mut changes = following.discovery.changes();
-    // Its first: the state of now.
+    // The first two changes are the current state: the nodes and the leader.
     for _ in 0..2 {
         changes.next().await;
     }
     let events = feed.changes(CHANGES);
     let mut publish = Duration::ZERO;
     let mut balance = Duration::ZERO;
-    // A few at a time, because whoever is a thousand behind is given everything anew.
+    // A few at a time, because a reader that is a thousand changes behind receives the complete
+    // state instead.
     for events in events.chunks(500) {
         let start = cpu();
-        feed.tell(events.to_vec()).await;
+        feed.deliver(events.to_vec()).await;
         publish += cpu() - start;
         let start = cpu();
         for _ in events {
@@ -312,7 +338,7 @@ async fn measure(nodes: usize) -> Figures {
     until_watched(&feed).await;
     let events = feed.changes(CHANGES);
     let start = cpu();
-    feed.tell(events).await;
+    feed.deliver(events).await;
     let coalesced = cpu() - start;
     following.stop().await;
 

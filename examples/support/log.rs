@@ -1,10 +1,9 @@
-//! Where log lines go, and what else a program says.
+//! Where log lines and other output of the examples go.
 //!
-//! To nowhere, where nobody takes them: a disk that is full, a pipe whose reader has ended, one whose
-//! reader does not read. A line that is lost is lost, and nothing else is: `println!` and `eprintln!`
-//! panic when they cannot write, which takes the task along that was about to say something, and so
-//! does the formatter of `tracing-subscriber` when it reports that it could not write. A pipe that is
-//! full would make the task wait, for ever perhaps.
+//! Output that nobody accepts is lost, and nothing else is affected: a full disk, a pipe whose
+//! reader has ended, or a pipe that nobody reads. `println!` and `eprintln!` panic when they cannot
+//! write, which ends the calling task, and so does the formatter of `tracing-subscriber` when it
+//! reports that it could not write. A full pipe would block the task, possibly indefinitely.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -12,39 +11,39 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// So much can be written to a pipe that has room at all.
+/// A pipe that has room at all accepts this many bytes without blocking.
 const CHUNK: usize = 4096;
 
-/// Log lines of this crate and its examples, and warnings of others, to standard error; `RUST_LOG`
-/// overrides.
+/// Writes log lines of this crate and its examples, and warnings of other crates, to standard
+/// error; `RUST_LOG` overrides the filter.
 pub fn init() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| "warn,pingora_etcd=info,load_balancer=info,worker=info".into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(|| Lossy)
-        // Otherwise it tells by `eprintln!` that a line could not be written.
+        .with_writer(|| NonBlocking)
+        // Otherwise the formatter reports write errors with `eprintln!`.
         .log_internal_errors(false)
         .init();
 }
 
-/// A line on standard error, if that can be written.
-#[allow(dead_code)] // not every program says something
-pub fn complain(line: impl std::fmt::Display) {
-    let _ = Lossy.write(format!("{line}\n").as_bytes());
+/// Writes a line to standard error, if it can be written.
+#[allow(dead_code)] // not every program uses it
+pub fn print_error(line: impl std::fmt::Display) {
+    let _ = NonBlocking.write(format!("{line}\n").as_bytes());
 }
 
-/// A line on standard output, if that can be written.
+/// Writes a line to standard output, if it can be written.
 #[allow(dead_code)]
-pub fn say(line: impl std::fmt::Display) {
+pub fn print(line: impl std::fmt::Display) {
     write_what_fits(&io::stdout(), format!("{line}\n").as_bytes());
 }
 
-/// Standard error, which takes what it takes now. Never fails, and never waits, unless another process
-/// fills the same pipe in the instant between looking and writing.
-struct Lossy;
+/// Standard error without blocking: writes what fits and drops the rest. It never fails, and only
+/// blocks if another process fills the same pipe between the check and the write.
+struct NonBlocking;
 
-impl Write for Lossy {
+impl Write for NonBlocking {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         write_what_fits(&io::stderr(), bytes);
         Ok(bytes.len())
@@ -56,7 +55,7 @@ impl Write for Lossy {
 }
 
 fn write_what_fits(output: &impl AsFd, mut bytes: &[u8]) {
-    // One at a time: the room that one has been told of is not another's.
+    // One writer at a time, because the room that was found must not be used by another thread.
     static WRITING: Mutex<()> = Mutex::new(());
     let _writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
     while !bytes.is_empty() && has_room(output) {

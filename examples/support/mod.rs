@@ -1,5 +1,5 @@
-//! A worker: a small HTTP server that is a member of a group. The example `worker` runs one in a
-//! process of its own, `load_balancer --demo` several in the balancer's.
+//! A worker: a small HTTP server that is a member of a group. The example `worker` runs one as a
+//! process, and `load_balancer --demo` runs several in its own process.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -29,35 +29,35 @@ mod slots;
 
 use slots::Slots;
 
-/// What a worker is started with.
+/// How a worker is started.
 pub struct WorkerOptions {
-    /// The connection, which others in the process may use too, and the TTL.
+    /// The connection, which other nodes of the process may share, and the TTL.
     pub cluster: Cluster,
     pub group: String,
     pub id: String,
     pub listen: SocketAddr,
-    /// Where others reach it; `None`: where it listens.
+    /// The address that others reach the worker at; `None`: the address it listens on.
     pub advertise: Option<IpAddr>,
     pub zone: Option<String>,
-    /// As a leader: a higher one takes over.
+    /// The priority as a candidate: a higher one takes leadership over.
     pub priority: u16,
-    /// How long requests in flight are waited for when it is told to stop.
+    /// How long to wait for requests in flight when the worker is stopped.
     pub grace: Duration,
-    /// How many requests it works on at a time, and for how long on average. `None`: any number,
-    /// for as long as the load that it is told to have makes it.
+    /// How many requests are processed at a time, and how long each takes on average. `None`: any
+    /// number, for as long as the load that was set makes them take.
     pub slots: Option<(u32, Duration)>,
 }
 
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// It left: nobody misses it.
+    /// It left: its registration was removed.
     Left,
-    /// It crashed: its lease has to run out.
+    /// It crashed: its registration remains until its lease expires.
     Crashed,
 }
 
-/// The load that `PUT /load` sets, and that the node reports.
+/// The load that `PUT /load` sets and that the node reports.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Load {
@@ -84,8 +84,8 @@ impl Load {
         Ok(())
     }
 
-    /// How long an answer takes under it: the mean response time of a single server whose
-    /// utilisation is the CPU usage, after everything in the queue.
+    /// How long a response takes: the mean response time of a single server whose utilisation is
+    /// the CPU usage, after everything in the queue.
     fn delay(&self) -> Duration {
         let idle = 1.0 - (self.cpu / 100.0).min(0.99);
         SERVICE_TIME.div_f64(idle) + SERVICE_TIME * self.queue
@@ -99,7 +99,7 @@ struct Shared {
     load: Arc<Mutex<Load>>,
     slots: Option<Arc<Slots>>,
     end: watch::Sender<Option<Ended>>,
-    /// The greatest fencing token seen: what makes a replaced leader's requests harmless.
+    /// The greatest fencing token seen, so that requests by a replaced leader can be refused.
     greatest_epoch: Arc<AtomicI64>,
 }
 
@@ -123,7 +123,7 @@ impl MetricsCollector for Reported {
     }
 }
 
-/// Serves and stays registered until `shutdown`, `POST /stop` or `POST /crash`.
+/// Serves requests and stays registered until `shutdown`, `POST /stop` or `POST /crash`.
 pub async fn run_worker(
     options: WorkerOptions,
     shutdown: impl Future<Output = ()> + Send,
@@ -132,7 +132,7 @@ pub async fn run_worker(
     if ip.is_unspecified() {
         return Err(Box::new(ClusterError::InvalidConfig {
             field: "advertise".to_owned(),
-            reason: format!("others cannot reach {ip}: say where they can"),
+            reason: format!("others cannot reach {ip}: set an address that they can reach"),
         }));
     }
     let load = Arc::new(Mutex::new(Load::default()));
@@ -148,12 +148,12 @@ pub async fn run_worker(
     if let Some(zone) = options.zone {
         builder = builder.zone(zone);
     }
-    // Listen first, register then: whoever hears of the node can reach it.
+    // Listens before it registers, so that everybody who sees the node can reach it.
     let listener = TcpListener::bind(options.listen)
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
     let node = builder.port(listener.local_addr()?.port()).try_build()?;
-    let (end, mut ended) = watch::channel(None);
+    let (end, _) = watch::channel(None);
     let reporter = node.load_reporter();
     reporter.counts_requests();
     let shared = Shared {
@@ -164,19 +164,36 @@ pub async fn run_worker(
         end: end.clone(),
         greatest_epoch: Arc::default(),
     };
-    let app = Router::new()
+    let address = listener.local_addr()?;
+    log::print(format_args!("{} serves on {address}", options.id));
+
+    let app = router(shared);
+    run_until_end(listener, app, &node, &end, options.grace, shutdown).await
+}
+
+fn router(shared: Shared) -> Router {
+    Router::new()
         .route("/load", put(set_load))
         .route("/slots", put(set_slots))
         .route("/stop", post(stop))
         .route("/crash", post(crash))
         .fallback(serve)
-        .with_state(shared);
-    let address = listener.local_addr()?;
-    log::say(format_args!("{} serves on {address}", options.id));
+        .with_state(shared)
+}
 
+/// Serves and runs the node until it has left, or until a crash.
+async fn run_until_end(
+    listener: TcpListener,
+    app: Router,
+    node: &ClusterNode,
+    end: &watch::Sender<Option<Ended>>,
+    grace: Duration,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<Ended, Box<dyn std::error::Error + Send + Sync>> {
+    let mut ended = end.subscribe();
     let mut left = end.subscribe();
     let serving = axum::serve(listener, app).with_graceful_shutdown(async move {
-        // Fails when the worker is gone, which ends the server too.
+        // The wait fails when the worker has ended, which also stops the server.
         let _ = left.wait_for(Option::is_some).await;
     });
     let membership = node.run_until(async {
@@ -184,16 +201,16 @@ pub async fn run_worker(
             () = shutdown => {}
             _ = ended.wait_for(Option::is_some) => {}
         }
-        // Still registered, and still serving what balancers have sent already.
-        if !node.drain_until_idle(options.grace).await {
-            tracing::warn!(id = options.id, grace = ?options.grace, "leaves with requests in flight");
+        // Still registered, and still serving the requests that balancers have already sent.
+        if !node.drain_until_idle(grace).await {
+            tracing::warn!(id = node.id(), grace = ?grace, "leaving with requests in flight");
         }
     });
     let mut crashed = end.subscribe();
     let living = async {
         let leaving = async {
             membership.await?;
-            // Deregistered: nobody sends anything new. What is under way is finished.
+            // Deregistered, so nobody sends new requests; those in flight are finished.
             end.send_if_modified(|end| end.is_none() && end.replace(Ended::Left).is_none());
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
         };
@@ -202,19 +219,19 @@ pub async fn run_worker(
         Ok(Ended::Left)
     };
     tokio::select! {
-        // First, so that nothing gets the chance to clean up.
+        // Checked first, so that nothing can clean up before a crash.
         biased;
         _ = crashed.wait_for(|end| *end == Some(Ended::Crashed)) => Ok(Ended::Crashed),
         result = living => result,
     }
 }
 
-/// Any other request: after as long as the load says, with the worker's name.
+/// Any other request: responds with the worker's id, after as long as the load requires.
 async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
     let epoch = headers.get("x-leader-epoch").map(HeaderValue::to_str);
     if let Some(epoch) = epoch {
         let Some(epoch) = epoch.ok().and_then(|epoch| epoch.parse().ok()) else {
-            return (StatusCode::BAD_REQUEST, "x-leader-epoch is no number\n").into_response();
+            return (StatusCode::BAD_REQUEST, "x-leader-epoch is not a number\n").into_response();
         };
         let own = shared.node.leadership().map_or(0, |term| term.epoch);
         let greatest = shared
@@ -222,7 +239,7 @@ async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
             .fetch_max(own.max(epoch), Ordering::AcqRel)
             .max(own);
         if epoch < greatest {
-            let reason = format!("token {epoch} is of an older term than {greatest}\n");
+            let reason = format!("token {epoch} is from an older term than {greatest}\n");
             return (StatusCode::CONFLICT, reason).into_response();
         }
     }
@@ -240,7 +257,7 @@ async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
     drop(request);
     let id = shared.node.id();
     let mut response = format!("{id}\n").into_response();
-    // With the feature `tower` a layer would do this, and count until the body is sent.
+    // With the feature `tower` its layer does this, and counts the request until the body is sent.
     let report = shared.reporter.header_value();
     response.headers_mut().insert(LOAD_REPORT_HEADER, report);
     if let Ok(id) = HeaderValue::from_bytes(id.as_bytes()) {
@@ -270,17 +287,17 @@ struct SlotCount {
     count: u32,
 }
 
-/// How many slots are left to it: the others are a neighbour's.
+/// Sets how many slots the worker may use; a simulated neighbour takes the others.
 async fn set_slots(
     State(shared): State<Shared>,
     slots: Result<Query<SlotCount>, axum::extract::rejection::QueryRejection>,
 ) -> Response {
     let bad = |reason: String| (StatusCode::BAD_REQUEST, reason).into_response();
-    let Some(slots_of_worker) = &shared.slots else {
+    let Some(worker_slots) = &shared.slots else {
         return bad("the worker was started without --slots\n".to_owned());
     };
     match slots {
-        Ok(Query(SlotCount { count })) => match slots_of_worker.leave(count) {
+        Ok(Query(SlotCount { count })) => match worker_slots.limit_to(count) {
             Ok(()) => format!("{count} slots\n").into_response(),
             Err(reason) => bad(format!("count: {reason}\n")),
         },

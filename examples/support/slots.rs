@@ -1,4 +1,5 @@
-//! A capacity that does not depend on the machine: so many requests at a time, each for so long.
+//! A capacity that does not depend on the machine: a number of concurrent requests, and a time that
+//! each of them takes.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,19 +9,19 @@ use tokio::sync::Semaphore;
 pub struct Slots {
     free: Semaphore,
     count: u32,
-    /// Mean; exponentially distributed.
+    /// The mean service time; service times are exponentially distributed.
     service: Duration,
     state: Mutex<State>,
 }
 
 struct State {
-    /// In use, by requests and by a neighbour.
+    /// The slots in use, by requests and by the neighbour.
     busy: u32,
     taken: u32,
-    /// Slots to give to the neighbour as soon as they are free.
+    /// The slots that the neighbour takes as soon as they are free.
     owed: u32,
     waiting: u32,
-    /// Slot seconds in use since it was last asked.
+    /// The slot seconds used since the usage was last read.
     used: f64,
     since: Instant,
     asked: Instant,
@@ -57,13 +58,13 @@ impl Slots {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a slot, and works.
+    /// Waits for a slot and holds it for a random service time.
     pub async fn serve(&self) {
         let waiting = Waiting::new(self);
         let Ok(permit) = self.free.acquire().await else {
             return;
         };
-        // Given back by `Working`, or kept for the neighbour.
+        // Returned by `Working`, or kept for the neighbour.
         permit.forget();
         drop(waiting);
         let _working = Working::new(self);
@@ -71,8 +72,8 @@ impl Slots {
         tokio::time::sleep(self.service.mul_f64(work)).await;
     }
 
-    /// A neighbour takes all slots but so many.
-    pub fn leave(&self, count: u32) -> Result<(), String> {
+    /// Lets a neighbour take all slots but this many.
+    pub fn limit_to(&self, count: u32) -> Result<(), String> {
         if !(1..=self.count).contains(&count) {
             return Err(format!("{count} is out of range, 1 to {}", self.count));
         }
@@ -101,7 +102,7 @@ impl Slots {
         Ok(())
     }
 
-    /// The part of all slots that was in use since the last call, 0 to 1.
+    /// The part of all slots that was in use since the last call, from 0 to 1.
     pub fn take_usage(&self) -> f64 {
         let mut state = self.state();
         state.account();
@@ -120,7 +121,7 @@ impl Slots {
     }
 }
 
-/// A request without a slot; counted out when it has one, or goes away.
+/// A request that waits for a slot, until it gets one or is dropped.
 struct Waiting<'a>(&'a Slots);
 
 impl<'a> Waiting<'a> {
@@ -136,7 +137,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// A request with a slot, which is free again when it is done, or goes away.
+/// A request that uses a slot, until it ends or is dropped.
 struct Working<'a>(&'a Slots);
 
 impl<'a> Working<'a> {
@@ -154,7 +155,7 @@ impl Drop for Working<'_> {
         let mut state = self.0.state();
         state.account();
         if state.owed > 0 {
-            // From here on it is the neighbour who uses it.
+            // From here on the neighbour uses this slot.
             state.owed -= 1;
             state.taken += 1;
         } else {

@@ -1,4 +1,5 @@
-//! An etcd cluster of processes, each of which can be killed, stopped and started again.
+//! An etcd cluster whose members are processes of this test: each can be killed, stopped (SIGSTOP)
+//! and started again.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,9 +11,9 @@ use etcd_client::{Client, ConnectOptions, GetOptions, KeyValue};
 use super::common::etcd::Process;
 use super::common::{free_port, local};
 
-/// For one answer of a member that should be able to give it.
-const ANSWER: Duration = Duration::from_secs(1);
-/// For a member to serve, or for the cluster to have a leader.
+/// How long to wait for one response of a member that is able to respond.
+const RESPONSE_LIMIT: Duration = Duration::from_secs(1);
+/// How long to wait until a member serves, or until the cluster has a leader.
 const START: Duration = Duration::from_secs(30);
 
 pub struct Member {
@@ -30,17 +31,17 @@ pub struct Cluster {
     pub members: Vec<Member>,
 }
 
-/// What one member says about itself.
+/// What a member reports about itself.
 pub struct Status {
     pub member: u64,
-    /// 0: it sees none.
+    /// 0 if the member knows of no leader.
     pub leader: u64,
     pub revision: i64,
     pub size: i64,
 }
 
 impl Cluster {
-    /// `quota`: of the database's size, in bytes.
+    /// `quota` limits the size of the database, in bytes.
     pub async fn start(binary: &Path, size: usize, quota: Option<u64>) -> Cluster {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let mut members = Vec::new();
@@ -51,8 +52,8 @@ impl Cluster {
                 std::process::id(),
                 COUNT.fetch_add(1, Ordering::Relaxed)
             );
-            let options = ConnectOptions::default().with_connect_timeout(ANSWER);
-            // Connects when it is first used, and again whenever it has to.
+            let options = ConnectOptions::default().with_connect_timeout(RESPONSE_LIMIT);
+            // The client connects at its first request, and reconnects by itself.
             let client = Client::connect([url(client_port)], Some(options))
                 .await
                 .unwrap_or_else(|error| panic!("a client of {}: {error}", url(client_port)));
@@ -95,7 +96,7 @@ impl Cluster {
         &self.members[index].data
     }
 
-    /// Starts a member, without waiting for it.
+    /// Starts a member, without waiting until it serves.
     pub fn launch(&mut self, index: usize) {
         let peers: Vec<_> = self
             .members
@@ -126,19 +127,19 @@ impl Cluster {
         self.members[index].running = Some(Process::spawn(&command, &member.data));
     }
 
-    /// `kill -9`; its data stays.
+    /// Kills a member with SIGKILL; its data is kept.
     pub fn kill(&mut self, index: usize) {
         let process = self.members[index].running.take();
         process.expect("the member to kill runs").end(true);
     }
 
-    /// Starts a killed member and waits until all serve.
+    /// Starts a killed member and waits until every member serves.
     pub async fn restart(&mut self, index: usize) {
         self.launch(index);
         self.wait_until_all_serve().await;
     }
 
-    /// SIGSTOP: it closes nothing and answers nothing.
+    /// Sends SIGSTOP: the member closes no connection and responds to nothing.
     pub fn pause(&mut self, index: usize) {
         self.signal(index, "STOP");
         self.members[index].paused = true;
@@ -167,12 +168,12 @@ impl Cluster {
         })
     }
 
-    /// The member that leads etcd, by its own account and another's.
+    /// The member that leads etcd, according to its own status.
     pub async fn leader(&self) -> usize {
         let start = Instant::now();
         loop {
             let mut seen = Vec::new();
-            for index in self.awake() {
+            for index in self.running() {
                 match self.status(index).await {
                     Ok(status) if status.leader == status.member => return index,
                     Ok(status) => seen.push(format!("member {index} sees {:x}", status.leader)),
@@ -184,35 +185,35 @@ impl Cluster {
         }
     }
 
-    fn awake(&self) -> impl Iterator<Item = usize> {
+    fn running(&self) -> impl Iterator<Item = usize> {
         let members = self.members.iter().enumerate();
         members
             .filter(|(_, member)| member.running.is_some() && !member.paused)
             .map(|(index, _)| index)
     }
 
-    /// Waits until every member that runs answers a read that a quorum agrees to.
+    /// Waits until every running member responds to a linearizable read.
     pub async fn wait_until_all_serve(&self) {
         let start = Instant::now();
-        for index in self.awake() {
+        for index in self.running() {
             let mut client = self.client(index);
-            while let Err(error) = answered("a read", client.get("any", None)).await {
+            while let Err(error) = answered("read", client.get("any", None)).await {
                 assert!(
                     start.elapsed() < START,
-                    "member {index} does not serve: {error}"
+                    "member {index} is not serving: {error}"
                 );
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
     }
 
-    /// What is stored under a prefix, as a quorum has it.
+    /// The keys under a prefix, by a linearizable read.
     pub async fn list(&self, prefix: &str) -> Result<Vec<KeyValue>, String> {
-        let mut last = "no member is awake".to_owned();
-        for index in self.awake() {
+        let mut last = "no member is running".to_owned();
+        for index in self.running() {
             let mut client = self.client(index);
             let options = GetOptions::new().with_prefix();
-            match answered("a list", client.get(prefix, Some(options))).await {
+            match answered("list", client.get(prefix, Some(options))).await {
                 Ok(mut listed) => return Ok(listed.take_kvs()),
                 Err(error) => last = format!("member {index}: {error}"),
             }
@@ -221,14 +222,14 @@ impl Cluster {
     }
 }
 
-/// Waits for an answer, but not for long.
+/// Waits for the response to a request, for at most `RESPONSE_LIMIT`.
 pub async fn answered<T>(
     what: &str,
     request: impl Future<Output = Result<T, etcd_client::Error>>,
 ) -> Result<T, String> {
-    match tokio::time::timeout(ANSWER, request).await {
+    match tokio::time::timeout(RESPONSE_LIMIT, request).await {
         Ok(result) => result.map_err(|error| format!("{what}: {error}")),
-        Err(_) => Err(format!("{what}: no answer within {ANSWER:?}")),
+        Err(_) => Err(format!("{what}: no response within {RESPONSE_LIMIT:?}")),
     }
 }
 

@@ -1,4 +1,5 @@
-//! What is done to the cluster of three members. Each fault is over when its function returns.
+//! The faults that are injected into the cluster of three members. Each fault has ended when its
+//! function returns.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -26,13 +27,13 @@ pub enum Fault {
     CrashLeader,
     CrashWhileStopped,
     Namespace,
-    /// No fault: what must not look like one.
+    /// From here on: not faults, but operations that must not disturb anybody.
     HandOver,
     Drain,
     RestartLeader,
     StartBeside,
     RestartTarget,
-    /// On a single member, from here on.
+    /// From here on: only for the cluster with a single member.
     Restart,
     NoSpace,
     Restore,
@@ -59,19 +60,21 @@ pub const ON_THREE: [Fault; 17] = [
 ];
 pub const ON_ONE: [Fault; 3] = [Fault::Restart, Fault::NoSpace, Fault::Restore];
 
-/// What a fault found while it lasted.
+/// What was found while a fault lasted.
 #[derive(Default)]
 pub struct Found {
-    /// From a crash, or from being cut off, to all discoveries without the node.
+    /// From a crash, or from the moment a worker was cut off, until no discovery has the node any
+    /// more.
     pub gone_after: Option<Duration>,
-    /// From the end of the fault until all was well, where the function saw to that itself.
+    /// From the end of the fault until everything was well, where the fault's function waited for
+    /// that itself.
     pub healed_after: Option<Duration>,
     pub notes: Vec<String>,
     pub failures: Vec<String>,
     pub skipped: Option<String>,
-    /// Leases that were being renewed when etcd's old leader went on.
+    /// The leases that were being renewed when etcd's replaced leader was resumed.
     renewed: BTreeMap<String, i64>,
-    /// How many of them etcd has revoked all the same.
+    /// How many of them etcd revoked nevertheless.
     pub revoked: usize,
 }
 
@@ -87,10 +90,11 @@ impl Found {
         self.notes.push(note.into());
     }
 
-    /// An etcd leader that was stopped and goes on may revoke every lease that has not been renewed
-    /// *with it*, although another member leads and renews them: etcd-io/etcd#15247, which is seen
-    /// in 3.5.16 all the same. Nobody can know of it before etcd tells.
-    pub async fn judge_etcd(&mut self, world: &World) {
+    /// Counts the leases that etcd revoked by mistake. An etcd leader that was stopped and is
+    /// resumed may revoke every lease that was not renewed *with it*, although another member leads
+    /// and renews them: etcd-io/etcd#15247, which also occurs in 3.5.16. A client cannot know of it
+    /// before etcd reports it.
+    pub async fn count_revoked_leases(&mut self, world: &World) {
         if self.renewed.is_empty() {
             return;
         }
@@ -106,13 +110,13 @@ impl Found {
     }
 }
 
-/// For a lease to run out and be seen to: the TTL, what etcd takes to elect, and what a discovery
-/// takes to find out that it listens to a member that says nothing (13 s).
-pub const GONE: Duration = Duration::from_secs(TTL + 20);
+/// How long the expiry of a lease may take until every discovery has seen it: the TTL, plus an
+/// election of etcd, plus the time after which a discovery notices that a member is silent (13 s).
+pub const EXPIRY_LIMIT: Duration = Duration::from_secs(TTL + 20);
 
-/// An old leader of etcd asks for 16 leases to be revoked, and for the next ones when its own time
-/// limit for that is over: 5 s and two election time-outs.
-const LATE: Duration = Duration::from_secs(8);
+/// How late etcd's replaced leader may still revoke leases: it revokes 16 at a time, and the next
+/// ones when its own time limit for a revocation is over (5 s and two election timeouts).
+const LATE_REVOCATIONS: Duration = Duration::from_secs(8);
 
 impl Fault {
     pub fn name(self) -> &'static str {
@@ -140,7 +144,7 @@ impl Fault {
         }
     }
 
-    /// Whether it is worth its time in a short run.
+    /// Whether the fault is short enough for a short run.
     pub fn is_quick(self) -> bool {
         self != Self::CrashWhileStopped
     }
@@ -183,7 +187,7 @@ impl Fault {
                 let worker = world.leading_worker().await;
                 world.cluster.pause(member);
                 crash(world, worker, found).await;
-                go_on(world, member, true, found).await;
+                resume_member(world, member, true, found).await;
             }
             Self::Namespace => netns::drop_packets(world, found).await,
             Self::HandOver => hand_over(world, found).await,
@@ -198,7 +202,8 @@ impl Fault {
     }
 }
 
-/// From the leader to any other worker, again and again, under load: those ahead of it make way.
+/// Transfers leadership from the leader to any other worker, repeatedly and under load. The
+/// candidates ahead of the target in the queue make way.
 async fn hand_over(world: &mut World, found: &mut Found) {
     const TIMES: u32 = 20;
     const WITHOUT: Duration = Duration::from_millis(100);
@@ -221,7 +226,8 @@ async fn hand_over(world: &mut World, found: &mut Found) {
                         is_over = true;
                         ended.get_or_insert_with(Instant::now);
                     }
-                    // It has made way just now, for the one before.
+                    // The target has just left the queue to make way in the transfer before this
+                    // one.
                     Err(ClusterError::TransferRefused { reason, .. })
                         if reason.contains("not a candidate") =>
                     {
@@ -239,28 +245,29 @@ async fn hand_over(world: &mut World, found: &mut Found) {
                 ended.get_or_insert_with(Instant::now);
             }
             if start.elapsed() > Duration::from_secs(10) {
-                found.failures.push(format!("{} does not lead", to.id()));
+                found
+                    .failures
+                    .push(format!("{} did not become leader within 10 s", to.id()));
                 return;
             }
         }
         longest = longest.max(ended.map_or(Duration::ZERO, |ended| ended.elapsed()));
     }
     found.note(format!(
-        "{TIMES} times, at most {longest:.1?} without a leader"
+        "{TIMES} transfers, at most {longest:.1?} without a leader"
     ));
-    // As the targets: a figure in the short form, for machines are noisy; a limit in the long one.
+    // As with the targets: only a long run enforces the limit, because the timings of a short run
+    // are too noisy.
     if longest > WITHOUT && world.long {
-        found.failures.push(format!(
-            "{longest:.1?} without a leader, more than {WITHOUT:?}"
-        ));
+        found
+            .failures
+            .push(format!("{longest:.1?} without a leader, limit {WITHOUT:?}"));
     }
 }
 
-/// As before a new version: it says that it drains, is stopped when nobody sends to it any more, and
-/// starts again. Half the time it leads.
+/// As before an upgrade: the worker drains, is stopped when it receives no more requests, and is
+/// started again. In half of the cases it is the leader.
 async fn drain(world: &mut World, found: &mut Found) {
-    /// Without a request, under load: then no balancer picks it.
-    const IDLE: Duration = Duration::from_millis(500);
     let leads = !world.long || world.rng.bool();
     let worker = match leads {
         true => world.leading_worker().await,
@@ -275,55 +282,75 @@ async fn drain(world: &mut World, found: &mut Found) {
         return;
     }
     if node.is_leader() {
-        found.failures.push(format!("{id} drains, and leads"));
+        found.failures.push(format!("{id} is draining, but leads"));
     }
     let start = Instant::now();
-    // It reads that the store has it.
+    // Until the worker has read its own state `Draining` back from the store.
     while node.session_state() != SessionState::Draining {
-        if start.elapsed() > GONE {
+        if start.elapsed() > EXPIRY_LIMIT {
             let state = node.session_state();
-            found.failures.push(format!("{id} drains, and is {state}"));
+            found.failures.push(format!(
+                "{id} is draining, but its session state is {state}"
+            ));
             return;
         }
         sleep(Duration::from_millis(2)).await;
     }
-    let (mut requests, mut since) = (world.fleet.workers[worker].requests(), Instant::now());
-    while since.elapsed() < IDLE {
-        let now = world.fleet.workers[worker].requests();
-        if now != requests {
-            (requests, since) = (now, Instant::now());
-        }
-        if start.elapsed() > GONE {
-            found
-                .failures
-                .push(format!("{id} drains, and is sent requests"));
-            return;
-        }
-        sleep(Duration::from_millis(2)).await;
+    if !wait_until_idle(world, worker, start, found).await {
+        return;
     }
-    found.note(format!(
-        "the last request after {:.1?}",
-        start.elapsed() - since.elapsed()
-    ));
-    for watching in &world.fleet.watching {
-        let nodes = watching.discovery.nodes();
-        match nodes.get(&id) {
-            Some(node) if !node.is_serving() => {}
-            Some(_) => found
-                .failures
-                .push(format!("{id} drains, and is seen to serve")),
-            None => found.failures.push(format!("{id} drains, and is not seen")),
-        }
-    }
+    check_shown_as_draining(world, &id, found);
     world.fleet.workers[worker].stop().await;
     world.fleet.changed();
-    found.gone(world.fleet.until_gone(&id, GONE).await);
+    found.gone(world.fleet.until_gone(&id, EXPIRY_LIMIT).await);
     world.fleet.workers[worker].start().await;
     world.fleet.changed();
 }
 
-/// As a supervisor does it: long before the lease of the former life runs out. That readers do not
-/// take one for the other is seen by the monitor.
+/// Waits until a draining worker receives no more requests; returns whether that happened in time.
+async fn wait_until_idle(world: &World, worker: usize, start: Instant, found: &mut Found) -> bool {
+    /// If a worker under load receives no request for this long, no balancer picks it any more.
+    const IDLE: Duration = Duration::from_millis(500);
+    let worker = &world.fleet.workers[worker];
+    let (mut requests, mut since) = (worker.requests(), Instant::now());
+    while since.elapsed() < IDLE {
+        let now = worker.requests();
+        if now != requests {
+            (requests, since) = (now, Instant::now());
+        }
+        if start.elapsed() > EXPIRY_LIMIT {
+            found.failures.push(format!(
+                "{} is draining, but still receives requests",
+                worker.id
+            ));
+            return false;
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+    found.note(format!(
+        "last request after {:.1?}",
+        start.elapsed() - since.elapsed()
+    ));
+    true
+}
+
+fn check_shown_as_draining(world: &World, id: &str, found: &mut Found) {
+    for watching in &world.fleet.watching {
+        let nodes = watching.discovery.nodes();
+        match nodes.get(id) {
+            Some(node) if !node.is_serving() => {}
+            Some(_) => found.failures.push(format!(
+                "{id} is draining, but a discovery shows it as serving"
+            )),
+            None => found.failures.push(format!(
+                "{id} is draining, but a discovery does not have it"
+            )),
+        }
+    }
+}
+
+/// Restarts the leader as a supervisor does: long before the lease of the previous process expires.
+/// The monitor checks that no reader confuses the two processes.
 async fn restart_leader(world: &mut World, found: &mut Found) {
     let worker = world.leading_worker().await;
     let before = term_of(world, worker);
@@ -341,7 +368,7 @@ async fn restart_leader(world: &mut World, found: &mut Found) {
     if after <= before {
         found
             .failures
-            .push(format!("token {after:?} after {before:?}"));
+            .push(format!("token {after:?} is not greater than {before:?}"));
     }
 }
 
@@ -350,8 +377,8 @@ fn term_of(world: &World, worker: usize) -> Option<i64> {
     Some(node.leadership()?.epoch)
 }
 
-/// The leader is cut off, and a second process is started under its id. When the first is heard
-/// again it has to see that it is not the one any more.
+/// Cuts the leader off and starts a second process under its id. When the first one is reachable
+/// again, it must notice that it was replaced.
 async fn start_beside(world: &mut World, found: &mut Found) {
     let worker = world.leading_worker().await;
     let start = Instant::now();
@@ -359,39 +386,39 @@ async fn start_beside(world: &mut World, found: &mut Found) {
     let lasts = world.longer_than_ttl();
     sleep(lasts.saturating_sub(start.elapsed())).await;
     let id = world.fleet.workers[worker].id.clone();
-    let former = &world.fleet.former[0];
-    if former.leads() {
+    let replaced = &world.fleet.replaced[0];
+    if replaced.leads() {
         found
             .failures
             .push(format!("{id} leads {lasts:?} after it was cut off"));
     }
-    former.set_silent(false);
+    replaced.set_silent(false);
     let heard = Instant::now();
-    while !former.is_superseded() {
-        if heard.elapsed() > GONE {
+    while !replaced.is_superseded() {
+        if heard.elapsed() > EXPIRY_LIMIT {
             found
                 .failures
-                .push(format!("{id} does not see that it was replaced"));
+                .push(format!("{id} does not notice that it was replaced"));
             break;
         }
         sleep(Duration::from_millis(2)).await;
     }
     let quiet = Instant::now();
     while quiet.elapsed() < Duration::from_secs(1) {
-        if former.leads() {
-            found
-                .failures
-                .push(format!("{id} leads, but another has its id"));
+        if replaced.leads() {
+            found.failures.push(format!(
+                "{id} leads, although another process has taken over its id"
+            ));
             break;
         }
         sleep(Duration::from_millis(2)).await;
     }
-    world.fleet.former.clear();
+    world.fleet.replaced.clear();
     world.fleet.changed();
 }
 
-/// A worker is restarted and is to lead at once: the process that lives, although the candidacy of
-/// its former life is still there, ahead of it.
+/// Restarts a worker and transfers leadership to it immediately. The transfer must reach the
+/// running process, although the candidacy of the previous one is still ahead of it in the queue.
 async fn restart_target(world: &mut World, found: &mut Found) {
     let target = world.other_worker().await;
     world.fleet.workers[target].crash();
@@ -407,24 +434,25 @@ async fn restart_target(world: &mut World, found: &mut Found) {
         match from.transfer_to(to.id()).await {
             Ok(()) => {
                 let handed = Instant::now();
-                while !to.is_leader() && handed.elapsed() < GONE {
+                while !to.is_leader() && handed.elapsed() < EXPIRY_LIMIT {
                     sleep(Duration::from_millis(1)).await;
                 }
                 let (took, after) = (handed.elapsed(), handed - start);
                 found.note(format!(
-                    "handed over after {after:.1?}, leads after {took:.1?}"
+                    "transferred after {after:.1?}, leads {took:.1?} later"
                 ));
-                // Of a lease that nobody renews leadership comes with its end only.
+                // A transfer to the candidacy of the previous process would take effect only when
+                // its lease expires.
                 if took > Duration::from_secs(1) {
                     let failure = format!("{} leads {took:.1?} after the transfer", to.id());
                     found.failures.push(failure);
                 }
                 return;
             }
-            // Not in line yet; or behind the former life, which makes way for nobody while its
-            // lease lasts.
+            // The target is not in the queue yet; or the candidacy of its previous process is ahead
+            // of it, and makes way for nobody until its lease expires.
             Err(ClusterError::TransferRefused { .. } | ClusterError::NotLeader { .. })
-                if start.elapsed() < GONE => {}
+                if start.elapsed() < EXPIRY_LIMIT => {}
             Err(error) => {
                 let failure = format!("{} to {}: {error}", from.id(), to.id());
                 found.failures.push(failure);
@@ -466,7 +494,8 @@ async fn kill_two(world: &mut World, found: &mut Found) {
     let deadline = Duration::from_secs(TTL);
     let lasts = world.longer_than_ttl();
     sleep(deadline).await;
-    // Nobody may renew anything, so by now everybody's local deadline has passed, until the end.
+    // No lease can be renewed, so every local deadline has passed by now, and it stays so until
+    // etcd is restarted.
     while start.elapsed() < lasts {
         if let Some(worker) = world.fleet.leader() {
             let id = &world.fleet.workers[worker].id;
@@ -486,15 +515,15 @@ async fn stop(world: &mut World, member: usize, led: bool, found: &mut Found) {
     world.cluster.pause(member);
     let lasts = world.longer_than_ttl();
     sleep(lasts).await;
-    go_on(world, member, led, found).await;
+    resume_member(world, member, led, found).await;
 }
 
-/// `led`: it was etcd's leader when it was stopped.
-async fn go_on(world: &mut World, member: usize, led: bool, found: &mut Found) {
+/// `led`: whether the member was etcd's leader when it was stopped.
+async fn resume_member(world: &mut World, member: usize, led: bool, found: &mut Found) {
     if led {
         match world.fleet.renewed_leases(&world.cluster).await {
             Ok(renewed) => found.renewed = renewed,
-            Err(error) => found.note(format!("leases before it goes on: {error}")),
+            Err(error) => found.note(format!("leases before the member is resumed: {error}")),
         }
     }
     world.cluster.resume(member);
@@ -505,10 +534,10 @@ async fn go_on(world: &mut World, member: usize, led: bool, found: &mut Found) {
     }
     match world.heal().await {
         Ok(healed) => found.healed_after = Some(healed.after),
-        Err(wrong) => found.failures.extend(wrong),
+        Err(problems) => found.failures.extend(problems),
     }
-    // What it does late is to be counted here, and not with the next fault.
-    sleep(LATE.saturating_sub(start.elapsed())).await;
+    // Late revocations must be counted here, and not with the next fault.
+    sleep(LATE_REVOCATIONS.saturating_sub(start.elapsed())).await;
 }
 
 async fn cut_off(world: &mut World, worker: usize, found: &mut Found) {
@@ -517,8 +546,8 @@ async fn cut_off(world: &mut World, worker: usize, found: &mut Found) {
     let led = world.fleet.workers[worker].is_leader();
     world.fleet.workers[worker].links.set_silent(true);
     if led {
-        // At the latest at its own deadline: the TTL less the margin after the last renewal,
-        // which was sent before now.
+        // The leader must stop at its own deadline at the latest: that is the TTL less the margin
+        // after the last renewal, which was sent before now.
         while world.fleet.workers[worker].is_leader() && start.elapsed() < lasts {
             sleep(Duration::from_millis(2)).await;
         }
@@ -526,11 +555,12 @@ async fn cut_off(world: &mut World, worker: usize, found: &mut Found) {
         found.note(format!("stopped leading after {ended:.2?}"));
         if ended > Duration::from_secs(TTL) {
             let id = &world.fleet.workers[worker].id;
-            let failure = format!("{id}, cut off, led for {ended:.2?}, longer than its TTL");
+            let failure =
+                format!("{id} still led {ended:.2?} after it was cut off, longer than its TTL");
             found.failures.push(failure);
         }
     }
-    let left = GONE.saturating_sub(start.elapsed());
+    let left = EXPIRY_LIMIT.saturating_sub(start.elapsed());
     let gone = world
         .fleet
         .until_gone(&world.fleet.workers[worker].id, left)
@@ -540,17 +570,18 @@ async fn cut_off(world: &mut World, worker: usize, found: &mut Found) {
     world.fleet.workers[worker].links.set_silent(false);
 }
 
-/// The worker crashes, is missed, and starts again.
+/// The worker crashes, disappears from every discovery, and is started again.
 pub async fn crash(world: &mut World, worker: usize, found: &mut Found) {
     world.fleet.workers[worker].crash();
     world.fleet.changed();
     let id = world.fleet.workers[worker].id.clone();
-    found.gone(world.fleet.until_gone(&id, GONE).await);
+    found.gone(world.fleet.until_gone(&id, EXPIRY_LIMIT).await);
     world.fleet.workers[worker].start().await;
     world.fleet.changed();
 }
 
-/// One discovery is away meanwhile, so that what it missed is compacted when it comes back.
+/// Meanwhile one discovery is cut off, so that the events it missed are compacted when it
+/// reconnects.
 async fn compaction(world: &mut World, found: &mut Found) {
     let result = async {
         let away = &world.fleet.watching[0];
@@ -563,9 +594,9 @@ async fn compaction(world: &mut World, found: &mut Found) {
             if revision > seen + 30 {
                 break revision;
             }
-            if start.elapsed() > GONE {
+            if start.elapsed() > EXPIRY_LIMIT {
                 return Err(format!(
-                    "etcd is at {revision} after {GONE:?}, as good as {seen}"
+                    "etcd is only at revision {revision} after {EXPIRY_LIMIT:?}, it was at {seen}"
                 ));
             }
             sleep(Duration::from_millis(10)).await;

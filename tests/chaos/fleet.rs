@@ -1,5 +1,5 @@
-//! Workers and discoveries of this process, each with connections of its own to etcd, and whether
-//! all of them agree with what etcd has.
+//! The workers and discoveries that run in this process, each with its own connections to etcd, and
+//! the check that all of them agree with what etcd stores.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,20 +20,20 @@ use super::common::{DEADLINE, group, local};
 use super::etcd_cluster::Cluster;
 use super::measure::Monitor;
 
-/// In seconds.
+/// The TTL of every lease, in seconds.
 pub const TTL: u64 = 3;
-const SERVICE: Duration = Duration::from_millis(1);
-/// So many workers are in a second group too, on one connection and one lease, and have priorities
-/// there.
+const SERVICE_TIME: Duration = Duration::from_millis(1);
+/// This many workers are in a second group as well, over one connection and one lease, and have
+/// priorities there.
 const SHARING: usize = 6;
-/// How long one of them has to be a candidate before it takes over.
+/// How long a worker of the second group has to be a candidate before it takes over.
 const TAKEOVER_AFTER: Duration = Duration::from_millis(500);
 
-/// Metrics that always changed, so that every worker writes at every interval, and are always low,
-/// so that the balancer has no reason to spare any.
-struct Restless;
+/// Metrics that change with every sample, so that every worker writes at every interval, and that
+/// stay low, so that the balancer has no reason to avoid any worker.
+struct ChangingMetrics;
 
-impl MetricsCollector for Restless {
+impl MetricsCollector for ChangingMetrics {
     fn collect(&self) -> NodeMetadata {
         serde_json::json!({
             metadata_keys::CPU_USAGE_PERCENT: fastrand::f64() * 20.0,
@@ -41,11 +41,12 @@ impl MetricsCollector for Restless {
     }
 }
 
-/// Links in front of every member, for one process.
+/// The links of one process: one in front of every member of etcd.
 pub struct Links(Vec<Link>);
 
 impl Links {
-    /// The first one to be used is another member's for each `index`.
+    /// The member that is used first depends on `index`, so that the processes are spread over the
+    /// members.
     async fn to(etcd: &[String], index: usize) -> Self {
         let mut links = Vec::new();
         for turn in 0..etcd.len() {
@@ -79,13 +80,13 @@ impl Links {
 pub struct Worker {
     pub id: String,
     group: String,
-    /// The other group that it is in, and its priority there.
+    /// The second group of this worker, and its priority there.
     second: Option<(String, u16)>,
     pub links: Links,
     running: Option<Running>,
 }
 
-/// A node and its run.
+/// A node and the task that runs it.
 struct Run {
     node: ClusterNode,
     task: JoinHandle<Result<(), ClusterError>>,
@@ -93,10 +94,11 @@ struct Run {
 }
 
 struct Running {
-    /// In the group of all, and in the second one.
+    /// The run in the common group first, then the one in the second group.
     runs: Vec<Run>,
     requests: Arc<AtomicU64>,
-    /// In front of the HTTP server. Dropping it closes what a crash would close.
+    /// The link in front of the HTTP server. Dropping it closes the connections that a crash would
+    /// close.
     front: Link,
     server: JoinHandle<()>,
 }
@@ -120,7 +122,7 @@ impl Worker {
         let counted = requests.clone();
         let app = Router::new().fallback(|| async move {
             counted.fetch_add(1, Ordering::Relaxed);
-            tokio::time::sleep(SERVICE).await;
+            tokio::time::sleep(SERVICE_TIME).await;
             id
         });
         let server = tokio::spawn(async move {
@@ -149,7 +151,7 @@ impl Worker {
         let start = |builder: ClusterNodeBuilder| {
             let node = builder
                 .port(front.address().port())
-                .metrics_collector(Restless)
+                .metrics_collector(ChangingMetrics)
                 .metrics_update_interval(1)
                 .try_build()
                 .unwrap_or_else(|error| panic!("worker {id}: {error}"));
@@ -172,25 +174,25 @@ impl Worker {
         });
     }
 
-    /// It is cut off, and another process is started under its id, on its own connections. Answers
-    /// with the former one: nobody knows that it goes on.
-    pub async fn start_beside(&mut self, etcd: &[String], index: usize) -> Former {
+    /// Cuts the worker off and starts another process under its id, with its own connections.
+    /// Returns the cut-off process, which keeps running without anybody's knowledge.
+    pub async fn start_beside(&mut self, etcd: &[String], index: usize) -> Replaced {
         self.links.set_silent(true);
         let links = std::mem::replace(&mut self.links, Links::to(etcd, index).await);
-        let former = Former {
+        let replaced = Replaced {
             links,
             running: self.running.take(),
         };
         self.start().await;
-        former
+        replaced
     }
 
-    /// As `kill -9` would end it: its connections close, its lease stays.
+    /// Ends the worker as `kill -9` would: its connections close, its lease remains.
     pub fn crash(&mut self) {
         self.running = None;
     }
 
-    /// Leaves, then ends.
+    /// Lets the worker leave, and waits until it has ended.
     pub async fn stop(&mut self) {
         let Some(mut running) = self.running.take() else {
             return;
@@ -201,12 +203,12 @@ impl Worker {
         for run in &mut running.runs {
             match tokio::time::timeout(DEADLINE, &mut run.task).await {
                 Ok(Ok(Ok(()))) => {}
-                other => panic!("worker {} does not leave: {other:?}", self.id),
+                other => panic!("worker {} did not leave: {other:?}", self.id),
             }
         }
     }
 
-    /// In the group of all.
+    /// The node in the common group.
     pub fn node(&self) -> Option<&ClusterNode> {
         Some(&self.running.as_ref()?.runs.first()?.node)
     }
@@ -216,7 +218,7 @@ impl Worker {
         runs.map(|run| &run.node)
     }
 
-    /// How many requests this process has been sent.
+    /// How many requests this process has received.
     pub fn requests(&self) -> u64 {
         let running = self.running.as_ref();
         running.map_or(0, |running| running.requests.load(Ordering::Relaxed))
@@ -231,13 +233,13 @@ impl Worker {
     }
 }
 
-/// A process that goes on while another one has its id.
-pub struct Former {
+/// A process that keeps running after another one was started under its id.
+pub struct Replaced {
     links: Links,
     running: Option<Running>,
 }
 
-impl Former {
+impl Replaced {
     pub fn set_silent(&self, silent: bool) {
         self.links.set_silent(silent);
     }
@@ -251,7 +253,7 @@ impl Former {
         self.nodes().any(ClusterNode::is_leader)
     }
 
-    /// Each of its nodes has heard of the other process.
+    /// Whether each of its nodes has noticed the other process.
     pub fn is_superseded(&self) -> bool {
         let mut nodes = self.nodes();
         nodes.all(|node| node.current_health() == HealthStatus::Unhealthy)
@@ -289,13 +291,13 @@ pub struct Fleet {
     pub group: String,
     pub workers: Vec<Worker>,
     pub watching: Vec<Watching>,
-    /// The group that only some are in, and who watches it.
+    /// The group that only some of the workers are in, and its discoveries.
     second: String,
     watches_second: Vec<Watching>,
-    /// Processes that go on under an id that is another's.
-    pub former: Vec<Former>,
+    /// Processes that keep running although another process has taken over their id.
+    pub replaced: Vec<Replaced>,
     etcd: Vec<String>,
-    /// Workers of other processes that have to be there too, with their ports.
+    /// Workers in other processes that every discovery must also have, with their ports.
     pub others: BTreeMap<String, u16>,
     monitor: Arc<Monitor>,
 }
@@ -313,7 +315,7 @@ impl Fleet {
             watching: Vec::new(),
             second: group("chaos-second"),
             watches_second: Vec::new(),
-            former: Vec::new(),
+            replaced: Vec::new(),
             etcd: etcd.to_vec(),
             others: BTreeMap::new(),
             monitor: monitor.clone(),
@@ -342,10 +344,10 @@ impl Fleet {
         fleet
     }
 
-    /// Workers have been started or ended: tells the monitor.
+    /// Reports to the monitor that workers were started or have ended.
     pub fn changed(&self) {
         let nodes = self.workers.iter().flat_map(Worker::nodes);
-        let nodes = nodes.chain(self.former.iter().flat_map(Former::nodes));
+        let nodes = nodes.chain(self.replaced.iter().flat_map(Replaced::nodes));
         let in_all = |node: &&ClusterNode| node.group_name() == self.group;
         let (nodes, second) = nodes.partition::<Vec<_>, _>(in_all);
         let cloned = |nodes: Vec<&ClusterNode>| nodes.into_iter().cloned().collect();
@@ -354,8 +356,8 @@ impl Fleet {
 
     /// Cuts a worker off and starts another process under its id.
     pub async fn start_beside(&mut self, worker: usize) {
-        let former = self.workers[worker].start_beside(&self.etcd, worker).await;
-        self.former.push(former);
+        let replaced = self.workers[worker].start_beside(&self.etcd, worker).await;
+        self.replaced.push(replaced);
         self.changed();
     }
 
@@ -363,7 +365,7 @@ impl Fleet {
         self.workers.iter().position(Worker::is_leader)
     }
 
-    /// The leases of the workers that are being renewed, by id, as etcd has them.
+    /// The leases of the healthy workers, by id, as stored in etcd.
     pub async fn renewed_leases(&self, cluster: &Cluster) -> Result<BTreeMap<String, i64>, String> {
         let registry = format!("registry/{}/", self.group);
         let entries = cluster.list(&registry).await?;
@@ -383,14 +385,14 @@ impl Fleet {
         Ok(leases.collect())
     }
 
-    /// Who has to be there, and on which port.
+    /// The nodes that every discovery must have, with their ports.
     pub fn expected(&self) -> BTreeMap<String, u16> {
         let workers = self.workers.iter();
         let running = workers.filter_map(|worker| Some((worker.id.clone(), worker.port()?)));
         running.chain(self.others.clone()).collect()
     }
 
-    /// Waits until no discovery has this node any more; how long that took.
+    /// Waits until no discovery has this node any more; returns how long that took.
     pub async fn until_gone(&self, id: &str, limit: Duration) -> Result<Duration, String> {
         let start = Instant::now();
         loop {
@@ -409,13 +411,13 @@ impl Fleet {
         }
     }
 
-    /// What is not as it has to be when all is well. Compared with what etcd has now, so that a
-    /// view that is merely old does not pass.
-    pub async fn wrong(&self, cluster: &Cluster) -> Vec<String> {
+    /// Everything that differs from the state in which all is well. It is compared with what etcd
+    /// stores now, so that a stale view does not pass.
+    pub async fn problems(&self, cluster: &Cluster) -> Vec<String> {
         let in_all: Vec<_> = self.workers.iter().filter_map(Worker::node).collect();
         let expected = self.expected();
         let all = (self.group.as_str(), &self.watching[..]);
-        let mut wrong = wrong_in(cluster, all, &expected, &in_all).await;
+        let mut problems = problems_in(cluster, all, &expected, &in_all).await;
 
         let sharing = self.workers.iter().filter(|worker| worker.second.is_some());
         let expected: BTreeMap<_, _> = sharing
@@ -424,7 +426,7 @@ impl Fleet {
             .collect();
         let nodes: Vec<_> = sharing.clone().filter_map(|it| it.nodes().nth(1)).collect();
         let second = (self.second.as_str(), &self.watches_second[..]);
-        wrong.extend(wrong_in(cluster, second, &expected, &nodes).await);
+        problems.extend(problems_in(cluster, second, &expected, &nodes).await);
         let priority = |worker: &Worker| worker.second.as_ref().map(|second| second.1);
         let running = sharing.filter(|worker| worker.running.is_some());
         let highest = running.clone().map(priority).max();
@@ -432,24 +434,24 @@ impl Fleet {
         if let Some(leader) = running.clone().find(leads)
             && Some(priority(leader)) != highest
         {
-            wrong.push(format!(
-                "{} leads with priority {:?}, and {highest:?} is the highest",
+            problems.push(format!(
+                "{} leads with priority {:?}, but the highest is {highest:?}",
                 leader.id,
                 priority(leader)
             ));
         }
-        wrong
+        problems
     }
 }
 
-/// The same of one group: who watches it, who is to be there, and the workers' own nodes.
-async fn wrong_in(
+/// The same for one group: its discoveries, the nodes it must have, and the workers' own nodes.
+async fn problems_in(
     cluster: &Cluster,
     (group, watching): (&str, &[Watching]),
     expected: &BTreeMap<String, u16>,
     workers: &[&ClusterNode],
 ) -> Vec<String> {
-    let mut wrong = Vec::new();
+    let mut problems = Vec::new();
     let registry = format!("registry/{group}/");
     let election = format!("election/{group}/");
     let (nodes, mut candidates) =
@@ -457,7 +459,7 @@ async fn wrong_in(
             (Ok(nodes), Ok(candidates)) => (nodes, candidates),
             (Err(error), _) | (_, Err(error)) => return vec![error],
         };
-    // By id, the lease and the port.
+    // The lease and the port of each node, by id.
     let mut stored = BTreeMap::new();
     for entry in &nodes {
         let id = entry.key_str().unwrap_or("?").trim_start_matches(&registry);
@@ -469,12 +471,16 @@ async fn wrong_in(
         "etcd",
         stored.iter().map(|(id, (_, port))| (id, *port)),
         expected,
-        &mut wrong,
+        &mut problems,
     );
 
     candidates.sort_by_key(|entry| entry.create_revision());
     if candidates.len() != expected.len() {
-        wrong.push(format!("etcd: {} candidates", candidates.len()));
+        problems.push(format!(
+            "etcd: {} candidates instead of {}",
+            candidates.len(),
+            expected.len()
+        ));
     }
     let token = candidates
         .first()
@@ -482,23 +488,13 @@ async fn wrong_in(
     let first = candidates.first().and_then(|entry| entry.value_str().ok());
 
     for (index, watching) in watching.iter().enumerate() {
-        let (name, discovery) = (format!("discovery {index} of {group}"), &watching.discovery);
-        if discovery.status() != DiscoveryStatus::Live {
-            wrong.push(format!("{name}: {:?}", discovery.status()));
-        }
-        let nodes = discovery.nodes();
-        let ports = nodes.iter().map(|node| (&node.id, node.port.unwrap_or(0)));
-        differences(&name, ports, expected, &mut wrong);
-        for node in nodes.iter() {
-            let lease = stored.get(&node.id).map(|(lease, _)| *lease);
-            if lease.is_some_and(|lease| lease != node.incarnation()) {
-                wrong.push(format!("{name}: {} of an old lease", node.id));
-            }
-        }
+        let name = format!("discovery {index} of {group}");
+        let discovery = &watching.discovery;
+        differing_view(&name, discovery, expected, &stored, &mut problems);
         let term = discovery.leadership();
         if term.as_ref().map(|term| term.epoch) != Some(token) {
-            wrong.push(format!(
-                "{name}: leader {:?}, in etcd {first:?} with {token}",
+            problems.push(format!(
+                "{name}: leader {:?}, but in etcd {first:?} with token {token}",
                 term.map(|term| (term.node.id.clone(), term.epoch))
             ));
         }
@@ -507,37 +503,59 @@ async fn wrong_in(
     let mut leaders = Vec::new();
     for node in workers {
         if node.current_health() != HealthStatus::Healthy {
-            wrong.push(format!("{}: {:?}", node.id(), node.current_health()));
+            problems.push(format!("{}: {:?}", node.id(), node.current_health()));
         }
         if let Some(term) = node.leadership() {
             leaders.push((node.id(), term.epoch));
         }
     }
     if leaders.len() != 1 || leaders[0].1 != token || Some(leaders[0].0) != first {
-        wrong.push(format!(
-            "leaders of {group} {leaders:?}, in etcd {first:?} with {token}"
+        problems.push(format!(
+            "leaders of {group}: {leaders:?}, but in etcd {first:?} with token {token}"
         ));
     }
-    wrong
+    problems
+}
+
+/// What a discovery shows that differs from etcd, except the leader.
+fn differing_view(
+    name: &str,
+    discovery: &ServiceDiscovery,
+    expected: &BTreeMap<String, u16>,
+    stored: &BTreeMap<String, (i64, u16)>,
+    problems: &mut Vec<String>,
+) {
+    if discovery.status() != DiscoveryStatus::Live {
+        problems.push(format!("{name}: {:?}", discovery.status()));
+    }
+    let nodes = discovery.nodes();
+    let ports = nodes.iter().map(|node| (&node.id, node.port.unwrap_or(0)));
+    differences(name, ports, expected, problems);
+    for node in nodes.iter() {
+        let lease = stored.get(&node.id).map(|(lease, _)| *lease);
+        if lease.is_some_and(|lease| lease != node.incarnation()) {
+            problems.push(format!("{name}: {} with an old lease", node.id));
+        }
+    }
 }
 
 fn differences<'a>(
     who: &str,
     has: impl Iterator<Item = (&'a String, u16)>,
     expected: &BTreeMap<String, u16>,
-    wrong: &mut Vec<String>,
+    problems: &mut Vec<String>,
 ) {
     let has: BTreeMap<_, _> = has.collect();
     for (id, port) in expected {
         match has.get(id) {
-            None => wrong.push(format!("{who}: lost {id}")),
+            None => problems.push(format!("{who}: lost {id}")),
             Some(other) if other != port => {
-                wrong.push(format!("{who}: {id} on port {other} instead of {port}"));
+                problems.push(format!("{who}: {id} on port {other} instead of {port}"));
             }
             Some(_) => {}
         }
     }
     for id in has.keys().filter(|id| !expected.contains_key(**id)) {
-        wrong.push(format!("{who}: phantom {id}"));
+        problems.push(format!("{who}: phantom {id}"));
     }
 }

@@ -1,5 +1,5 @@
-//! Real faults on a real etcd, with 30 workers, three discoveries and a balancer process under
-//! load, and what they do to leadership, to membership and to requests.
+//! Injects real faults into a real etcd, with 30 workers, three discoveries and a balancer process
+//! under load, and checks leadership, membership and requests.
 //!
 //! ```text
 //! make chaos                       # ten minutes, in random order
@@ -7,9 +7,9 @@
 //! cargo test --all-features --test chaos -- --seed 7 --only "kill two"
 //! ```
 //!
-//! Without arguments each fault is injected once. It fails when two lead at once, when nodes are
-//! lost or left over, when a request fails, when a fencing token goes back, or when it does not
-//! get well; of the figures under "targets", only with `--seconds` or `--targets`.
+//! Without arguments each fault is injected once. The test fails when two nodes lead at once, when
+//! nodes are lost or left over, when a request fails, when a fencing token decreases, or when the
+//! cluster does not recover. Missed targets fail it only with `--seconds` or `--targets`.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -36,18 +36,18 @@ use report::{Report, Row};
 use world::World;
 
 struct Arguments {
-    /// How long to inject faults; without it, each once.
+    /// How long to inject faults; `None`: each fault once.
     seconds: Option<u64>,
     seed: u64,
-    /// Only the faults whose name contains this.
+    /// Only the faults whose name contains this text.
     only: Option<String>,
-    /// The targets are to be met. `only_targets`: and nothing else is done.
+    /// `targets`: a missed target fails the run. `only_targets`: no faults are injected.
     targets: bool,
     only_targets: bool,
 }
 
 impl Arguments {
-    /// What a test harness is passed, such as `--nocapture` or a filter, says nothing here.
+    /// Ignores other arguments of a test harness, such as `--nocapture` or a filter.
     fn parse() -> Self {
         let given: Vec<_> = std::env::args().collect();
         let value = |name: &str| {
@@ -104,7 +104,7 @@ async fn main() -> ExitCode {
     let report = Report::new();
     if !arguments.only_targets {
         let mut rng = fastrand::Rng::with_seed(arguments.seed);
-        // Side by side, for they share nothing.
+        // Concurrently, because the two clusters share nothing.
         tokio::join!(
             inject(&ON_THREE, 3, None, &binary, &arguments, rng.fork(), &report),
             inject(
@@ -127,7 +127,7 @@ async fn main() -> ExitCode {
     report.end()
 }
 
-/// Injects these faults into an etcd of so many members.
+/// Injects these faults into an etcd cluster of this size.
 async fn inject(
     faults: &[Fault],
     members: usize,
@@ -146,34 +146,35 @@ async fn inject(
     let monitor = Arc::new(Monitor::start());
     let start = Instant::now();
     let mut world = World::start(binary, members, quota, &monitor, rng.fork(), long).await;
-    if let Err(wrong) = world.heal().await {
-        report.fail(format!("the start on {members} members: {wrong:?}"));
+    if let Err(problems) = world.heal().await {
+        report.fail(format!("start with {members} member(s): {problems:?}"));
         return;
     }
     println!(
-        "{members} member(s), {} workers: all is well after {:.1?}",
+        "{members} member(s), {} workers: all well after {:.1?}",
         world.fleet.workers.len(),
         start.elapsed()
     );
     monitor.take();
     world.traffic.take();
-    let over = || match arguments.seconds {
+    let is_over = || match arguments.seconds {
         Some(seconds) => start.elapsed() > Duration::from_secs(seconds),
         None => true,
     };
     let mut first = true;
-    while first || !over() {
+    while first || !is_over() {
         rng.shuffle(&mut faults);
         if !long {
-            // What etcd does long after this one would be taken for the next one's.
+            // Late effects of this fault in etcd would be attributed to the next fault.
             faults.sort_by_key(|fault| *fault == Fault::StopLeader);
         }
         for fault in &faults {
-            if !first && over() {
+            if !first && is_over() {
                 break;
             }
-            if !one(&mut world, *fault, report).await {
-                // Not well: what comes next would be measured on a cluster that is broken.
+            if !inject_one(&mut world, *fault, report).await {
+                // The cluster did not recover, so the results of further faults would be
+                // meaningless.
                 return;
             }
         }
@@ -181,8 +182,8 @@ async fn inject(
     }
 }
 
-/// Injects one fault and waits until all is well. Answers whether it is.
-async fn one(world: &mut World, fault: Fault, report: &Report) -> bool {
+/// Injects one fault and waits until all is well; returns whether it is.
+async fn inject_one(world: &mut World, fault: Fault, report: &Report) -> bool {
     let mut found = Found::default();
     let start = Instant::now();
     fault.inject(world, &mut found).await;
@@ -196,8 +197,8 @@ async fn one(world: &mut World, fault: Fault, report: &Report) -> bool {
         healed.after = after;
     }
     let well = healed.is_ok();
-    found.judge_etcd(world).await;
-    world.monitor.let_tokens_go_back(false);
+    found.count_revoked_leases(world).await;
+    world.monitor.allow_smaller_tokens(false);
     report.row(Row {
         fault,
         lasted,

@@ -1,5 +1,5 @@
-//! Who leads by their own account, looked at every two milliseconds by a thread of its own, so
-//! that a busy runtime hides nothing.
+//! Records which nodes report that they lead. A dedicated thread samples every two milliseconds, so
+//! that a busy runtime cannot hide anything.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -11,40 +11,40 @@ use std::time::{Duration, Instant};
 use pingora_etcd::pingora::LeaderRoute;
 use pingora_etcd::{ClusterNode, ServiceDiscovery};
 
-const EVERY: Duration = Duration::from_millis(2);
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Of the time since the last [`Monitor::take`].
+/// What was measured since the last [`Monitor::take`].
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
-    /// The longest time with two leaders or more.
+    /// The longest time with two or more leaders.
     pub two_leaders: Duration,
-    /// Who they were, the first time.
-    pub two_were: Option<String>,
+    /// The names of the leaders when this was first seen.
+    pub two_leaders_names: Option<String>,
     /// The longest time without a leader.
     pub no_leader: Duration,
-    /// Fencing tokens that were less than one before: which and where.
-    pub tokens_back: Vec<String>,
-    /// What readers said of a leader that is of two lives of a process.
+    /// Fencing tokens that were smaller than an earlier one, and where they were seen.
+    pub token_decreases: Vec<String>,
+    /// Leaders whose parts, as a reader saw them, belong to different processes with the same id.
     pub mixed: Vec<String>,
-    /// Terms that began.
+    /// How many terms began.
     pub terms: usize,
-    /// The longest time between two looks: what the machine hid.
+    /// The longest time between two samples, in which the monitor saw nothing.
     pub blind: Duration,
 }
 
 #[derive(Default)]
 struct State {
     nodes: Vec<ClusterNode>,
-    /// Those in the second group.
+    /// The nodes in the second group.
     second: Vec<ClusterNode>,
     discoveries: Vec<ServiceDiscovery>,
-    /// Where the leader of each term was, for any reader.
+    /// The id and address of the leader of each term, as the first reader saw them.
     terms: HashMap<(String, i64), (String, SocketAddr)>,
     stats: Stats,
-    /// The greatest token by a worker's own account, and by each discovery's.
+    /// The greatest token that a worker reported, and that each discovery showed.
     token: i64,
     seen: Vec<i64>,
-    may_go_back: bool,
+    may_decrease: bool,
     two_since: Option<Instant>,
     none_since: Option<Instant>,
     last: Option<Instant>,
@@ -63,8 +63,8 @@ impl Monitor {
         let (shared, stopped) = (state.clone(), stop.clone());
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                lock(&shared).look();
-                std::thread::sleep(EVERY);
+                lock(&shared).sample();
+                std::thread::sleep(SAMPLE_INTERVAL);
             }
         });
         Self {
@@ -74,7 +74,7 @@ impl Monitor {
         }
     }
 
-    /// These are the workers now.
+    /// Replaces the nodes that are monitored.
     pub fn watch_nodes(&self, nodes: Vec<ClusterNode>, second: Vec<ClusterNode>) {
         let mut state = lock(&self.state);
         (state.nodes, state.second) = (nodes, second);
@@ -86,21 +86,21 @@ impl Monitor {
         state.discoveries = discoveries;
     }
 
-    /// While the store goes back in time, its revisions do too. From the end of that on, tokens
-    /// have to grow from what they are then.
-    pub fn let_tokens_go_back(&self, may: bool) {
+    /// While an old copy of the store is restored, revisions and tokens may decrease. When that is
+    /// no longer allowed, tokens must increase from their value at that time.
+    pub fn allow_smaller_tokens(&self, may: bool) {
         let mut state = lock(&self.state);
-        state.may_go_back = may;
+        state.may_decrease = may;
         state.token = 0;
         state.seen.fill(0);
         state.terms.clear();
     }
 
-    /// What was measured since the last time.
+    /// Returns what was measured since the last call.
     pub fn take(&self) -> Stats {
         let mut state = lock(&self.state);
         let now = Instant::now();
-        // Something that lasts is counted on both sides.
+        // A period without a leader that has not ended is counted in both intervals.
         if let Some(since) = state.none_since {
             state.stats.no_leader = state.stats.no_leader.max(now - since);
         }
@@ -123,18 +123,18 @@ impl State {
         leaders_of(&self.nodes)
     }
 
-    /// What a reader says of the leader is of one life of one process.
-    fn look_at_readers(&mut self) {
+    /// Checks that what readers show of the leader belongs to a single process.
+    fn sample_readers(&mut self) {
         for (index, discovery) in self.discoveries.iter().enumerate() {
-            // Where requests for the leader go.
+            // The route that requests to the leader take.
             let route = LeaderRoute::new(discovery.clone(), 0);
             if let Some(to) = route.leader() {
                 let term = (discovery.group_name().to_owned(), to.epoch);
                 let is = (to.node.id.clone(), to.addr);
                 let was = self.terms.entry(term).or_insert_with(|| is.clone());
-                if *was != is && !self.may_go_back {
+                if *was != is && !self.may_decrease {
                     self.stats.mixed.push(format!(
-                        "discovery {index}: {is:?} leads with token {}, which was of {was:?}",
+                        "discovery {index}: {is:?} leads with token {}, which belonged to {was:?}",
                         to.epoch
                     ));
                     *was = is;
@@ -147,13 +147,13 @@ impl State {
             if format!("{:x}", term.node.incarnation()) != lease {
                 let (id, of) = (&term.node.id, term.node.incarnation());
                 self.stats.mixed.push(format!(
-                    "discovery {index}: {id} of lease {of:x} leads, by the key of lease {lease}"
+                    "discovery {index}: {id} with lease {of:x} leads, but its candidate key has lease {lease}"
                 ));
             }
         }
     }
 
-    /// Answers with two that lead the second group, at two glances.
+    /// Returns the names of two nodes that lead the second group in two consecutive samples.
     fn two_in_second(&self) -> Option<String> {
         let leaders = leaders_of(&self.second);
         if leaders.len() < 2 {
@@ -172,16 +172,16 @@ impl State {
         })
     }
 
-    fn look(&mut self) {
-        self.look_at_readers();
+    fn sample(&mut self) {
+        self.sample_readers();
         if let Some(names) = self.two_in_second() {
-            self.stats.two_leaders = self.stats.two_leaders.max(EVERY);
-            self.stats.two_were.get_or_insert(names);
+            self.stats.two_leaders = self.stats.two_leaders.max(SAMPLE_INTERVAL);
+            self.stats.two_leaders_names.get_or_insert(names);
         }
         let mut leaders = self.leaders();
         if leaders.len() > 1 {
-            // One may have handed over to another between two glances of this thread. Only who
-            // leads in the same term at the second look too led while the others did.
+            // Leadership may have been transferred between two reads of this sample. Only a node
+            // that leads in the same term in a second sample also led while the others did.
             let again = self.leaders();
             leaders.retain(|leader| again.contains(leader));
         }
@@ -192,16 +192,19 @@ impl State {
         if leaders.len() > 1 {
             let since = *self.two_since.get_or_insert(now);
             // A single sighting counts as one interval.
-            self.stats.two_leaders = self.stats.two_leaders.max((now - since).max(EVERY));
+            self.stats.two_leaders = self
+                .stats
+                .two_leaders
+                .max((now - since).max(SAMPLE_INTERVAL));
             let names = leaders
                 .iter()
                 .map(|(index, token)| format!("{} (token {token})", self.nodes[*index].id()));
             let names = names.collect::<Vec<_>>().join(", ");
             if since == now {
-                // Among the crate's own log lines (RUST_LOG), at its time.
+                // Logged with its time among the log lines of the crate (RUST_LOG).
                 tracing::error!(names, "two leaders");
             }
-            self.stats.two_were.get_or_insert(names);
+            self.stats.two_leaders_names.get_or_insert(names);
         } else {
             self.two_since = None;
         }
@@ -213,16 +216,20 @@ impl State {
             self.none_since = None;
         }
 
-        // While two lead, one of them has the lesser token: that is told already.
+        self.check_tokens(leaders);
+    }
+
+    fn check_tokens(&mut self, leaders: Vec<(usize, i64)>) {
+        // While two nodes lead, one of them has the smaller token, which is already reported.
         let one = leaders.len() == 1;
         for (index, token) in leaders {
             if !one {
                 self.token = self.token.max(token);
-            } else if token < self.token && !self.may_go_back {
+            } else if token < self.token && !self.may_decrease {
                 let name = self.nodes[index].id();
-                let back = format!("{name} leads with {token} after {}", self.token);
-                if self.stats.tokens_back.last() != Some(&back) {
-                    self.stats.tokens_back.push(back);
+                let back = format!("{name} leads with token {token} after {}", self.token);
+                if self.stats.token_decreases.last() != Some(&back) {
+                    self.stats.token_decreases.push(back);
                 }
             } else if token != self.token {
                 self.stats.terms += 1;
@@ -234,11 +241,12 @@ impl State {
                 continue;
             };
             let seen = &mut self.seen[index];
-            if token < *seen && !self.may_go_back {
-                let back = format!("discovery {index} shows {token} after {seen}");
-                self.stats.tokens_back.push(back);
+            if token < *seen && !self.may_decrease {
+                let back = format!("discovery {index} shows token {token} after {seen}");
+                self.stats.token_decreases.push(back);
             }
-            // Told once: from here on it counts anew.
+            // Each decrease is reported once: from here on, tokens are compared with the smaller
+            // one.
             *seen = token;
         }
     }

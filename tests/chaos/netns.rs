@@ -1,5 +1,5 @@
-//! A worker process in a network namespace of its own, whose packets are dropped. Needs root and
-//! `ip`; where that is not so, this fault is left out, and said so.
+//! Runs a worker process in its own network namespace and drops all its packets. This needs root
+//! and `ip`; without them the fault is skipped, and the report says so.
 
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -10,7 +10,7 @@ use tokio::time::sleep;
 
 use super::common::etcd::Process;
 use super::common::link::Link;
-use super::faults::{Found, GONE};
+use super::faults::{EXPIRY_LIMIT, Found};
 use super::fleet::TTL;
 use super::traffic::example;
 use super::world::World;
@@ -18,8 +18,8 @@ use super::world::World;
 const ID: &str = "netns";
 const PORT: u16 = 8080;
 
-/// A namespace and the pair of interfaces that joins it to this one. Removed when this process
-/// ends, however it does: by a shell whose standard input closes then.
+/// A network namespace and the pair of interfaces that connects it. A shell removes both when this
+/// process ends, for whatever reason, because its standard input is closed then.
 struct Namespace {
     name: String,
     outer: String,
@@ -31,7 +31,7 @@ struct Namespace {
 impl Namespace {
     fn create() -> Result<Self, String> {
         let id = std::process::id();
-        // 198.18.0.0/15 is for benchmarks, and routed nowhere.
+        // 198.18.0.0/15 is reserved for benchmarks and not routed anywhere.
         let [_, _, high, low] = id.to_be_bytes();
         let net = |host: u8| Ipv4Addr::new(198, 18, high, (low & 0xfc) + host);
         let mut namespace = Self {
@@ -67,21 +67,21 @@ impl Namespace {
         ip(&["-n", &name, "addr", "add", &inside, "dev", &inner])?;
         ip(&["-n", &name, "link", "set", &inner, "up"])?;
         ip(&["-n", &name, "link", "set", "lo", "up"])?;
-        // While the interface is down, nothing for the worker may take another way.
+        // While the interface is down, packets to the worker must not take another route.
         let inner_ip = namespace.inner_ip.to_string();
         ip(&["route", "add", "blackhole", &inner_ip, "metric", "9999"])?;
         ip(&["route", "add", &inner_ip, "dev", &outer, "metric", "1"])?;
         Ok(namespace)
     }
 
-    /// Every packet between the two is lost from here on.
+    /// From here on, every packet in either direction is lost.
     fn cut(&self) -> Result<(), String> {
         ip(&["link", "set", &self.outer, "down"])
     }
 
     fn mend(&self) -> Result<(), String> {
         ip(&["link", "set", &self.outer, "up"])?;
-        // It went with the interface.
+        // The kernel removed the route when the interface went down.
         let inner_ip = self.inner_ip.to_string();
         ip(&[
             "route",
@@ -105,21 +105,21 @@ impl Drop for Namespace {
 }
 
 fn ip(arguments: &[&str]) -> Result<(), String> {
-    let said = Command::new("ip").args(arguments).output();
-    let told = arguments.join(" ");
-    let said = said.map_err(|error| format!("ip {told}: {error}"))?;
-    if said.status.success() {
+    let output = Command::new("ip").args(arguments).output();
+    let line = arguments.join(" ");
+    let output = output.map_err(|error| format!("ip {line}: {error}"))?;
+    if output.status.success() {
         return Ok(());
     }
-    let reason = String::from_utf8_lossy(&said.stderr);
-    Err(format!("ip {told}: {}", reason.trim()))
+    let reason = String::from_utf8_lossy(&output.stderr);
+    Err(format!("ip {line}: {}", reason.trim()))
 }
 
 pub async fn drop_packets(world: &mut World, found: &mut Found) {
     let namespace = match Namespace::create() {
         Ok(namespace) => namespace,
         Err(reason) => {
-            println!("network namespaces: not allowed here, skipped ({reason})");
+            println!("network namespaces: not available, skipped ({reason})");
             found.skipped = Some(reason);
             return;
         }
@@ -148,16 +148,16 @@ pub async fn drop_packets(world: &mut World, found: &mut Found) {
     world.fleet.others.insert(ID.to_owned(), PORT);
     let result = async {
         let well = world.heal().await;
-        well.map_err(|wrong| format!("with a worker in a namespace: {wrong:?}"))?;
+        well.map_err(|problems| format!("with a worker in a namespace: {problems:?}"))?;
         let lasts = world.longer_than_ttl();
         let start = Instant::now();
         namespace.cut()?;
-        world.fleet.until_gone(ID, GONE).await?;
+        world.fleet.until_gone(ID, EXPIRY_LIMIT).await?;
         found.gone_after = Some(start.elapsed());
         sleep(lasts.saturating_sub(start.elapsed())).await;
         namespace.mend()?;
         let well = world.heal().await;
-        let healed = well.map_err(|wrong| format!("packets pass again: {wrong:?}"))?;
+        let healed = well.map_err(|problems| format!("after packets pass again: {problems:?}"))?;
         found.healed_after = Some(healed.after);
         Ok::<_, String>(())
     };

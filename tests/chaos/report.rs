@@ -1,4 +1,4 @@
-//! What was measured, as a table, as JSON lines, and as an exit code.
+//! Prints what was measured as a table, writes it as lines of JSON, and decides the exit code.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -13,13 +13,13 @@ use super::targets::Target;
 use super::traffic::Requests;
 use super::world::Healed;
 
-/// What takes longer to get well is explained.
+/// A recovery that takes longer is explained in the output.
 const SLOW: Duration = Duration::from_secs(2);
 
-/// For a worker to hear from etcd that its lease was revoked before its time.
-const NEWS: Duration = Duration::from_millis(500);
-/// What the balancer says when all leases of a group were.
-const EMPTY: &str = "no backend is registered";
+/// How long a worker may take to learn from etcd that its lease was revoked too early.
+const REVOCATION_NOTICE: Duration = Duration::from_millis(500);
+/// The balancer's error when every lease of a group was revoked.
+const NO_BACKEND: &str = "no backend is registered";
 
 pub struct Row {
     pub fault: Fault,
@@ -27,11 +27,11 @@ pub struct Row {
     pub found: Found,
     pub stats: Stats,
     pub requests: Requests,
-    /// Or what is wrong.
+    /// How the cluster recovered, or what is still problems.
     pub healed: Result<Healed, Vec<String>>,
 }
 
-/// Written to by several parts of a run at once.
+/// Collects results from several tasks at once.
 pub struct Report {
     seen: Mutex<Seen>,
     file: PathBuf,
@@ -48,7 +48,7 @@ impl Report {
     pub fn new() -> Self {
         let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let file = tmp.parent().unwrap_or(tmp).join("chaos.json");
-        // Lines of this run only. Whether it can be written shows at the first one.
+        // The file contains only this run. An error in writing it is reported with the first line.
         let _ = std::fs::remove_file(&file);
         Self {
             seen: Mutex::default(),
@@ -74,65 +74,12 @@ impl Report {
 
     pub fn row(&self, row: Row) {
         let name = row.fault.name();
-        let (stats, requests) = (&row.stats, &row.requests);
-        let healed = match &row.healed {
-            Ok(healed) => format!("well after {}", seconds(healed.after)),
-            Err(_) => "NOT WELL".to_owned(),
-        };
-        println!(
-            "{name}: {}, {healed}, {} of {} requests failed{}",
-            seconds(row.lasted),
-            requests.failed.len(),
-            requests.sent,
-            row.found
-                .notes
-                .iter()
-                .map(|note| format!("; {note}"))
-                .collect::<String>(),
-        );
-        if let Ok(healed) = &row.healed
-            && healed.after > SLOW
-        {
-            let some: Vec<_> = healed.last.iter().take(3).collect();
-            println!(
-                "  wrong until then: {some:?} and {} more",
-                healed.last.len() - some.len()
-            );
-        }
-        let mut failures = row.found.failures.clone();
-        if let Err(wrong) = &row.healed {
-            failures.extend(wrong.iter().take(20).cloned());
-        }
-        failures.extend(stats.tokens_back.iter().take(5).cloned());
-        failures.extend(stats.mixed.iter().take(5).cloned());
-        // What follows at once from etcd ending leases that were being renewed is etcd's.
+        print_result(&row);
+        let (failures, caused_by_etcd) = failures_of(&row);
         let revoked = row.found.revoked;
-        let mut of_etcd = Vec::new();
-        if stats.two_leaders > Duration::ZERO {
-            let (time, who) = (stats.two_leaders, stats.two_were.as_deref().unwrap_or("?"));
-            let failure = format!("two leaders for {time:.1?}: {who}");
-            if revoked > 0 && time < NEWS {
-                of_etcd.push(failure);
-            } else {
-                failures.push(failure);
-            }
-        }
-        let (empty, others): (Vec<_>, Vec<_>) = requests
-            .failed
-            .iter()
-            .partition(|reason| revoked > 0 && reason.contains(EMPTY));
-        if !empty.is_empty() {
-            of_etcd.push(format!("{} requests failed: {EMPTY}", empty.len()));
-        }
-        let reasons: BTreeSet<_> = others.into_iter().take(20).collect();
-        failures.extend(
-            reasons
-                .into_iter()
-                .map(|reason| format!("a request failed {reason}")),
-        );
         if revoked > 0 {
             println!(
-                "  etcd revoked {revoked} leases that were being renewed; of that: {of_etcd:?}"
+                "  etcd revoked {revoked} leases that were being renewed; consequences: {caused_by_etcd:?}"
             );
         }
         self.write(&row, &failures);
@@ -151,7 +98,7 @@ impl Report {
             "two_leaders_ms": ms(row.stats.two_leaders),
             "no_leader_ms": ms(row.stats.no_leader),
             "terms": row.stats.terms,
-            "tokens_back": row.stats.tokens_back.len(),
+            "tokens_back": row.stats.token_decreases.len(),
             "blind_ms": ms(row.stats.blind),
             "gone_after_ms": row.found.gone_after.map(ms),
             "healed_after_ms": healed.map(|healed| ms(healed.after)),
@@ -202,30 +149,30 @@ impl Report {
         }
         line("all", &seen.rows.iter().collect::<Vec<_>>());
         println!(
-            "the longest of each; 2 lead: two leaders by their own account; no lead: none; tokens: \
-             went back; gone in: from a\ncrash or cut to all discoveries without the node; healed: \
-             from the end of the fault; balancer: and every node answered"
+            "the longest of each; 2 lead: two nodes report that they lead; no lead: none does; tokens: \
+             decreased; gone in: from a\ncrash or cut until no discovery has the node; healed: \
+             from the end of the fault; balancer: until every node responded"
         );
         let blind = seen.rows.iter().map(|row| row.stats.blind).max();
         println!(
-            "longest time between two looks at who leads: {:.1?}",
+            "longest time between two samples of who leads: {:.1?}",
             blind.unwrap_or_default()
         );
         let revoked: usize = seen.rows.iter().map(|row| row.found.revoked).sum();
         if revoked > 0 {
             println!(
                 "etcd revoked {revoked} leases that were being renewed (etcd-io/etcd#15247): two \
-                 leaders for less than {NEWS:?},\nand requests without a backend right then, are \
+                 leaders for less than {REVOCATION_NOTICE:?},\nand requests without a backend right then, are \
                  counted above and are no failures of this test"
             );
         }
         for (fault, reason) in &seen.skipped {
-            println!("left out: {} ({reason})", fault.name());
+            println!("skipped: {} ({reason})", fault.name());
         }
-        println!("each fault as a line of JSON: {}", self.file.display());
+        println!("one line of JSON per fault: {}", self.file.display());
     }
 
-    /// `binding`: they have to be met.
+    /// `binding`: whether a missed target is a failure.
     pub fn targets(&self, targets: Vec<Target>, binding: bool) {
         for target in targets {
             let met = if target.met() { "ok" } else { "MISSED" };
@@ -236,7 +183,7 @@ impl Report {
                 target.detail
             );
             if binding && !target.met() {
-                self.fail(format!("{name}: {figure:.1} {unit}, more than {limit}"));
+                self.fail(format!("{name}: {figure:.1} {unit}, limit {limit}"));
             }
         }
     }
@@ -256,6 +203,76 @@ impl Report {
     }
 }
 
+fn print_result(row: &Row) {
+    let name = row.fault.name();
+    let requests = &row.requests;
+    let healed = match &row.healed {
+        Ok(healed) => format!("well after {}", seconds(healed.after)),
+        Err(_) => "NOT WELL".to_owned(),
+    };
+    println!(
+        "{name}: {}, {healed}, {} of {} requests failed{}",
+        seconds(row.lasted),
+        requests.failed.len(),
+        requests.sent,
+        row.found
+            .notes
+            .iter()
+            .map(|note| format!("; {note}"))
+            .collect::<String>(),
+    );
+    if let Ok(healed) = &row.healed
+        && healed.after > SLOW
+    {
+        let some: Vec<_> = healed.last.iter().take(3).collect();
+        println!(
+            "  problems until then: {some:?} and {} more",
+            healed.last.len() - some.len()
+        );
+    }
+}
+
+/// The failures of the test, and those that are etcd's fault.
+fn failures_of(row: &Row) -> (Vec<String>, Vec<String>) {
+    let (stats, requests) = (&row.stats, &row.requests);
+    let mut failures = row.found.failures.clone();
+    if let Err(problems) = &row.healed {
+        failures.extend(problems.iter().take(20).cloned());
+    }
+    failures.extend(stats.token_decreases.iter().take(5).cloned());
+    failures.extend(stats.mixed.iter().take(5).cloned());
+    // Direct consequences of etcd revoking leases that were being renewed are attributed to
+    // etcd.
+    let revoked = row.found.revoked;
+    let mut caused_by_etcd = Vec::new();
+    if stats.two_leaders > Duration::ZERO {
+        let (time, who) = (
+            stats.two_leaders,
+            stats.two_leaders_names.as_deref().unwrap_or("?"),
+        );
+        let failure = format!("two leaders for {time:.1?}: {who}");
+        if revoked > 0 && time < REVOCATION_NOTICE {
+            caused_by_etcd.push(failure);
+        } else {
+            failures.push(failure);
+        }
+    }
+    let (empty, others): (Vec<_>, Vec<_>) = requests
+        .failed
+        .iter()
+        .partition(|reason| revoked > 0 && reason.contains(NO_BACKEND));
+    if !empty.is_empty() {
+        caused_by_etcd.push(format!("{} requests failed: {NO_BACKEND}", empty.len()));
+    }
+    let reasons: BTreeSet<_> = others.into_iter().take(20).collect();
+    failures.extend(
+        reasons
+            .into_iter()
+            .map(|reason| format!("a request failed: {reason}")),
+    );
+    (failures, caused_by_etcd)
+}
+
 fn line(name: &str, rows: &[&Row]) {
     let longest = |time: &dyn Fn(&Row) -> Option<Duration>| {
         let most = rows.iter().filter_map(|row| time(row)).max();
@@ -267,7 +284,7 @@ fn line(name: &str, rows: &[&Row]) {
         rows.len(),
         longest(&|row| Some(row.stats.two_leaders)),
         longest(&|row| Some(row.stats.no_leader)),
-        sum(&|row| row.stats.tokens_back.len()),
+        sum(&|row| row.stats.token_decreases.len()),
         longest(&|row| row.found.gone_after),
         longest(&|row| Some(row.healed.as_ref().ok()?.after)),
         longest(&|row| Some(row.healed.as_ref().ok()?.balancer)),
@@ -279,11 +296,11 @@ fn line(name: &str, rows: &[&Row]) {
     );
 }
 
-/// How many nodes were lost, or left over, when the deadline to be well had passed.
+/// How many nodes were still lost, or left over, when the time to recover was over.
 fn count(row: &Row, what: &str) -> usize {
-    let wrong = row.healed.as_ref().err().into_iter().flatten();
-    wrong
-        .filter(|wrong| wrong.contains(&format!(": {what} ")))
+    let problems = row.healed.as_ref().err().into_iter().flatten();
+    problems
+        .filter(|problems| problems.contains(&format!(": {what} ")))
         .count()
 }
 

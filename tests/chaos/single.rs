@@ -1,4 +1,4 @@
-//! What is done to an etcd of a single member.
+//! The faults that are injected into an etcd of a single member.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,14 +9,14 @@ use tokio::time::sleep;
 
 use super::common::DEADLINE;
 use super::etcd_cluster::{Cluster, answered};
-use super::faults::{Found, GONE};
+use super::faults::{EXPIRY_LIMIT, Found};
 use super::world::World;
 
-/// Of etcd's database, in bytes.
+/// The limit of etcd's database, in bytes.
 pub const QUOTA: u64 = 16 << 20;
 const CHUNK: usize = 1 << 20;
 
-/// Killed and started with all that it had, after longer than the TTL.
+/// Kills etcd and starts it again with its data, after longer than the TTL.
 pub async fn restart(world: &mut World, _: &mut Found) {
     world.cluster.kill(0);
     let lasts = world.longer_than_ttl();
@@ -24,9 +24,10 @@ pub async fn restart(world: &mut World, _: &mut Found) {
     world.cluster.restart(0).await;
 }
 
-/// etcd refuses every write that takes space: metrics, registrations, leases. It still renews
-/// leases and deletes, so the workers must stay registered and the leader lead; and when it
-/// crashes the next one must lead, for that takes no write.
+/// Fills etcd's database, so that it refuses every write that takes space: metrics, registrations,
+/// leases. etcd still renews leases and deletes keys, so the workers must stay registered and the
+/// leader must keep leading; and when the leader crashes the next candidate must become leader,
+/// because that takes no write.
 pub async fn no_space(world: &mut World, found: &mut Found) {
     let filled = fill(&world.cluster).await;
     found.check(filled);
@@ -44,18 +45,18 @@ pub async fn no_space(world: &mut World, found: &mut Found) {
         sleep(Duration::from_millis(2)).await;
     }
     if lost {
-        found.note("the leader changed although it could renew");
+        found.note("the leader changed although its lease could be renewed");
     }
     let again = connections(world) - before;
     found.note(format!(
-        "{again} new connections of 30 workers in {lasts:.0?}"
+        "30 workers made {again} new connections in {lasts:.0?}"
     ));
     for watching in &world.fleet.watching {
         let seen = watching.discovery.nodes().len();
         if seen != world.fleet.workers.len() {
             found
                 .failures
-                .push(format!("with a full disk {seen} nodes are seen"));
+                .push(format!("with a full disk, a discovery has {seen} nodes"));
         }
     }
 
@@ -63,9 +64,12 @@ pub async fn no_space(world: &mut World, found: &mut Found) {
     world.fleet.workers[leader].crash();
     world.fleet.changed();
     let id = world.fleet.workers[leader].id.clone();
-    found.gone(world.fleet.until_gone(&id, GONE).await);
+    found.gone(world.fleet.until_gone(&id, EXPIRY_LIMIT).await);
     let next = world.leading_worker().await;
-    found.note(format!("then {} leads", world.fleet.workers[next].id));
+    found.note(format!(
+        "{} leads after the crash",
+        world.fleet.workers[next].id
+    ));
 
     let made_room = make_room(&world.cluster).await;
     found.check(made_room);
@@ -77,20 +81,21 @@ async fn fill(cluster: &Cluster) -> Result<(), String> {
     let mut client = cluster.client(0);
     let chunk = vec![b'x'; CHUNK];
     let start = Instant::now();
-    // Until it says so: what was deleted before has left room in the file, which is used up first.
+    // Until etcd refuses a write: deleted keys have left free pages in the file, which are used
+    // first.
     for index in 0.. {
         let key = format!("fill/{index}");
-        match answered("a write", client.put(key, chunk.clone(), None)).await {
+        match answered("write", client.put(key, chunk.clone(), None)).await {
             Ok(_) if start.elapsed() < DEADLINE => {}
             Ok(_) => {
                 let size = cluster.status(0).await?.size;
                 return Err(format!(
-                    "etcd takes more than its quota: {size} of {QUOTA} after {index} writes"
+                    "etcd exceeds its quota: {size} of {QUOTA} bytes after {index} writes"
                 ));
             }
             Err(error) if error.contains("space exceeded") => return Ok(()),
-            // The machine is busy with other tests.
-            Err(error) if error.contains("no answer") && start.elapsed() < DEADLINE => {}
+            // etcd may be slow because the machine is busy with other tests.
+            Err(error) if error.contains("no response") && start.elapsed() < DEADLINE => {}
             Err(error) => return Err(format!("filling etcd: {error}")),
         }
     }
@@ -102,27 +107,28 @@ async fn make_room(cluster: &Cluster) -> Result<(), String> {
     let all = DeleteOptions::new().with_prefix();
     answered("deleting", client.delete("fill/", Some(all))).await?;
     let revision = cluster.status(0).await?.revision;
-    // Defragmentation frees only what compaction has removed from the file by then.
+    // Defragmentation frees only what compaction has already removed from the file.
     let physical = CompactionOptions::new().with_physical();
     answered("compaction", client.compact(revision, Some(physical))).await?;
     answered("defragmentation", client.defragment()).await?;
-    // Until it takes writes: one that etcd judged when there was no room yet raises the alarm again.
+    // Until etcd accepts writes: a write that etcd judged before there was room raises the alarm
+    // again.
     let start = Instant::now();
     loop {
         let alarms = client.alarm(AlarmAction::Get, AlarmType::Nospace, None);
-        let alarms = answered("the alarms", alarms).await?;
+        let alarms = answered("alarms", alarms).await?;
         for alarm in alarms.alarms() {
             let mut member = AlarmOptions::new();
             member.with_member(alarm.member_id());
             let disarm = client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(member));
             answered("disarming", disarm).await?;
         }
-        // Longer than what was on its way then.
+        // Longer than writes that were in progress at that time.
         sleep(Duration::from_millis(300)).await;
-        match answered("a write", client.put("fill/again", "", None)).await {
+        match answered("write", client.put("fill/again", "", None)).await {
             Ok(_) => break,
             Err(error) if start.elapsed() > DEADLINE => {
-                return Err(format!("no room yet: {error}"));
+                return Err(format!("etcd still refuses writes: {error}"));
             }
             Err(_) => {}
         }
@@ -130,19 +136,19 @@ async fn make_room(cluster: &Cluster) -> Result<(), String> {
     Ok(())
 }
 
-/// A copy of the data is put back after the cluster has moved on: revisions and fencing tokens go
-/// back, leases that had ended are there again, and those of since are not.
+/// Restores a copy of the data after the cluster has moved on: revisions and fencing tokens
+/// decrease, leases that had ended exist again, and newer leases do not exist.
 pub async fn restore(world: &mut World, found: &mut Found) {
     let data = world.cluster.data(0).to_owned();
     let copy = data.with_extension("copy");
     world.cluster.kill(0);
     found.check(copy_all(&data, &copy));
     world.cluster.restart(0).await;
-    if let Err(wrong) = world.heal().await {
-        found.failures.extend(wrong);
+    if let Err(problems) = world.heal().await {
+        found.failures.extend(problems);
     }
 
-    // Moves on: another leader, one that left, one that is somewhere else.
+    // The cluster moves on: another leader, a worker that left, a worker on another port.
     let leader = world.leading_worker().await;
     if let Some(node) = world.fleet.workers[leader].node()
         && let Err(error) = node.resign().await
@@ -158,17 +164,17 @@ pub async fn restore(world: &mut World, found: &mut Found) {
     }
     world.fleet.workers[left].stop().await;
     world.fleet.changed();
-    if let Err(wrong) = world.heal().await {
-        found.failures.extend(wrong);
+    if let Err(problems) = world.heal().await {
+        found.failures.extend(problems);
     }
 
-    world.monitor.let_tokens_go_back(true);
+    world.monitor.allow_smaller_tokens(true);
     let newest = world.cluster.status(0).await;
     world.cluster.kill(0);
-    let put_back = std::fs::remove_dir_all(&data)
+    let restored = std::fs::remove_dir_all(&data)
         .map_err(|error| format!("removing {}: {error}", data.display()))
         .and_then(|()| copy_all(&copy, &data));
-    found.check(put_back);
+    found.check(restored);
     let start = Instant::now();
     world.cluster.restart(0).await;
     if let (Ok(newest), Ok(now)) = (newest, world.cluster.status(0).await) {
@@ -179,20 +185,20 @@ pub async fn restore(world: &mut World, found: &mut Found) {
         if now.revision >= newest.revision {
             found
                 .failures
-                .push("the restored etcd is not older".to_owned());
+                .push("the restored data is not older".to_owned());
         }
     }
-    // It left, but in the copy it is there, and its lease too.
+    // This worker left, but the copy still has its registration and its lease.
     let id = world.fleet.workers[left].id.clone();
     let back = Instant::now();
     while world.fleet.watching[0].discovery.nodes().get(&id).is_none() {
-        if back.elapsed() > GONE {
-            found.note(format!("{id} was never seen again"));
+        if back.elapsed() > EXPIRY_LIMIT {
+            found.note(format!("no discovery showed {id} again"));
             break;
         }
         sleep(Duration::from_millis(2)).await;
     }
-    let gone = world.fleet.until_gone(&id, GONE).await;
+    let gone = world.fleet.until_gone(&id, EXPIRY_LIMIT).await;
     found.gone(gone.map(|_| start.elapsed()));
     world.fleet.workers[left].start().await;
     world.fleet.changed();

@@ -1,4 +1,5 @@
-//! How fast the usual cases are, on a quiet etcd of one member.
+//! Measures how fast common operations are on a quiet etcd of one member, and compares them with
+//! limits.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use super::common::link::Link;
 use super::common::{DEADLINE, group, local};
 use super::etcd_cluster::Cluster;
 
-/// Something measured, with its limit.
+/// A measured figure with its limit.
 pub struct Target {
     pub name: String,
     pub figure: f64,
@@ -39,7 +40,7 @@ impl Target {
             figure: figure.as_secs_f64() * 1e3,
             unit: "ms",
             limit: limit.as_secs_f64() * 1e3,
-            detail: format!("{} times, {least:.1?} to {most:.1?}", all.len()),
+            detail: format!("{} runs, {least:.1?} to {most:.1?}", all.len()),
         }
     }
 }
@@ -78,7 +79,7 @@ impl Node {
         self
     }
 
-    /// Leaves. Answers how long that took.
+    /// Lets the node leave; returns how long that took.
     async fn stop(mut self) -> Duration {
         let start = Instant::now();
         drop(self.stop.take());
@@ -109,7 +110,7 @@ impl View {
         view
     }
 
-    /// Until it shows a leader of whom this is true.
+    /// Waits until the discovery shows a leader for whose id `is` holds.
     async fn until_leads(&self, what: &str, mut is: impl FnMut(&str) -> bool) {
         let mut leader = self.0.watch_leader();
         let leads = leader.wait_for(|leader| leader.as_ref().is_some_and(|node| is(&node.id)));
@@ -136,7 +137,7 @@ pub async fn measure(binary: &Path, long: bool) -> Vec<Target> {
     let options = options(&cluster);
     let mut targets = start_up(&options).await;
     targets.extend(hand_over(&options).await);
-    // These wait more than they do, so they wait together.
+    // These spend most of their time waiting, so they run concurrently.
     let (crashes, connections, shutdowns) = tokio::join!(
         crashes(&options, if long { 9 } else { 5 }),
         connections(&cluster),
@@ -151,7 +152,8 @@ fn options(cluster: &Cluster) -> EtcdOptions {
     EtcdOptions::new([format!("http://{}", cluster.addresses()[0])])
 }
 
-/// Groups of two, side by side: the leader crashes at some point between two renewals.
+/// Groups of two nodes, all at once: in each, the leader crashes at a random time between two
+/// renewals.
 async fn crashes(etcd: &EtcdOptions, count: usize) -> Vec<Target> {
     let mut runs = JoinSet::new();
     for ttl in [3, 5] {
@@ -166,7 +168,7 @@ async fn crashes(etcd: &EtcdOptions, count: usize) -> Vec<Target> {
                 sleep(Duration::from_millis(fastrand::u64(0..ttl as u64 * 400))).await;
                 let start = Instant::now();
                 drop(first);
-                view.until_leads("b leads after a's crash", |id| id == "b")
+                view.until_leads("b leads after the crash of a", |id| id == "b")
                     .await;
                 (ttl, start.elapsed())
             });
@@ -199,7 +201,7 @@ async fn hand_over(etcd: &EtcdOptions) -> Vec<Target> {
         resigned.push(start.elapsed());
         result.unwrap_or_else(|error| panic!("targets: resign: {error}"));
         std::mem::swap(&mut leads, &mut waits);
-        // Both are in the queue again.
+        // Until both are candidates again.
         queued(etcd, &group, 2).await;
     }
     for turn in 2..22 {
@@ -234,7 +236,7 @@ async fn hand_over(etcd: &EtcdOptions) -> Vec<Target> {
     ]
 }
 
-/// Waits until there are so many candidates.
+/// Waits until the group has this many candidates.
 async fn queued(etcd: &EtcdOptions, group: &str, count: i64) {
     let client = etcd_client::Client::connect(&etcd.endpoints, None).await;
     let mut client = client.unwrap_or_else(|error| panic!("targets: a client: {error}"));
@@ -257,7 +259,7 @@ async fn queued(etcd: &EtcdOptions, group: &str, count: i64) {
     }
 }
 
-/// From nothing, with a connection to make.
+/// From no connection to registered and elected.
 async fn start_up(etcd: &EtcdOptions) -> Vec<Target> {
     let mut times = Vec::new();
     for _ in 0..20 {
@@ -284,7 +286,7 @@ async fn connections(cluster: &Cluster) -> Target {
         .await;
     let view = View::start(&view_link.options(), &group).await;
     view.until_leads("a leads", |id| id == "a").await;
-    // Over some renewals.
+    // Long enough for several renewals.
     sleep(Duration::from_secs(2)).await;
     node.stop().await;
     let (node, view) = (node_link.connections(), view_link.connections());
@@ -297,7 +299,7 @@ async fn connections(cluster: &Cluster) -> Target {
     }
 }
 
-/// etcd stops answering; nodes are stopped at once, and after some renewals have failed.
+/// etcd is stopped (SIGSTOP); some nodes are stopped at once, others after renewals have failed.
 async fn shutdowns(cluster: &mut Cluster) -> Target {
     let etcd = &options(cluster);
     let group = group("shutdown");

@@ -1,4 +1,4 @@
-//! A real balancer as a process, and steady requests through it.
+//! A real balancer as a process, and requests through it at a steady rate.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -14,14 +14,14 @@ use super::common::etcd::Process;
 use super::common::link::Link;
 use super::common::{DEADLINE, free_port, local};
 
-/// Each with a kept-alive connection of its own.
+/// The number of clients, each with its own keep-alive connection.
 const CLIENTS: usize = 8;
-/// Between two requests of one client: 160 a second in all.
+/// The time between two requests of one client: 160 requests a second in all.
 const EVERY: Duration = Duration::from_millis(50);
-/// Longer than the balancer takes to try three backends that are silent.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The time limit of a request: longer than the balancer takes to try three silent backends.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
-/// The example `load_balancer`, with links of its own to etcd.
+/// The example `load_balancer`, with its own links to etcd.
 pub struct Balancer {
     links: Vec<Link>,
     process: Option<Process>,
@@ -39,7 +39,8 @@ impl Balancer {
             .map(|link| format!("'http://{}'", link.address()))
             .collect();
         let listen = format!("{}:{}", local(), free_port());
-        // A backend that is cut off in the middle of an answer is given up on after a second.
+        // The balancer gives up on a backend that is cut off in the middle of a response after a
+        // second.
         let text = format!(
             "version: 1\nthreads: 1\ncluster:\n  etcd: {{ endpoints: [{}] }}\n  group: {group}\n  \
              listen: '{listen}'\n  policy: adaptive\n  adaptive: {{ slow_start_ms: 1000 }}\n  \
@@ -59,17 +60,17 @@ impl Balancer {
         let client = client();
         let start = Instant::now();
         loop {
-            let answer = client.get(&balancer.url).send().await;
-            if answer
+            let response = client.get(&balancer.url).send().await;
+            if response
                 .as_ref()
-                .is_ok_and(|answer| answer.status().is_success())
+                .is_ok_and(|response| response.status().is_success())
             {
                 return balancer;
             }
             let log = files.with_extension("log");
             assert!(
                 start.elapsed() < DEADLINE,
-                "the balancer does not answer: {answer:?}; see {}",
+                "the balancer does not serve: {response:?}; see {}",
                 log.display()
             );
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -105,17 +106,17 @@ struct Seen {
 struct State {
     failed: Vec<String>,
     slowest: Duration,
-    /// When each node answered last.
+    /// When each node last responded.
     nodes: HashMap<String, Instant>,
 }
 
-/// Requests at a steady rate, until it is dropped.
+/// Sends requests at a steady rate until it is dropped.
 pub struct Traffic {
     seen: Arc<Seen>,
     _clients: JoinSet<()>,
 }
 
-/// Of the time since the last [`Traffic::take`].
+/// What was counted since the last [`Traffic::take`].
 #[derive(Clone, Debug, Default)]
 pub struct Requests {
     pub sent: u64,
@@ -154,16 +155,16 @@ impl Traffic {
         }
     }
 
-    /// Those of these nodes that have not answered since then.
+    /// The nodes that have not responded to any request sent after `since`.
     pub fn missing<'a>(
         &self,
         nodes: impl Iterator<Item = &'a String>,
         since: Instant,
     ) -> BTreeSet<&'a str> {
         let state = self.seen.state();
-        let answered = |id: &String| state.nodes.get(id).is_some_and(|last| *last > since);
+        let responded = |id: &String| state.nodes.get(id).is_some_and(|last| *last > since);
         nodes
-            .filter(|id| !answered(id))
+            .filter(|id| !responded(id))
             .map(String::as_str)
             .collect()
     }
@@ -205,22 +206,22 @@ impl Seen {
 }
 
 fn client() -> reqwest::Client {
-    let client = reqwest::Client::builder().timeout(PATIENCE).build();
+    let client = reqwest::Client::builder().timeout(REQUEST_LIMIT).build();
     client.unwrap_or_else(|error| panic!("an HTTP client: {error}"))
 }
 
-/// An error with what caused it.
+/// An error with the chain of its causes.
 fn chain(error: &dyn std::error::Error) -> String {
-    let mut told = error.to_string();
+    let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        told.push_str(&format!(": {cause}"));
+        text.push_str(&format!(": {cause}"));
         source = cause.source();
     }
-    told
+    text
 }
 
-/// Beside the test binary, in `target/*/examples`.
+/// The path of an example beside the test binary, in `target/*/examples`.
 pub fn example(name: &str) -> std::path::PathBuf {
     let test = std::env::current_exe().unwrap_or_else(|error| panic!("our own path: {error}"));
     let target = test.parent().and_then(Path::parent);

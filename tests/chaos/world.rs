@@ -1,4 +1,4 @@
-//! Everything that runs while faults are injected, and waiting until it is well again.
+//! Everything that runs while faults are injected, and waiting until all is well again.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::traffic::{Balancer, Traffic};
 
 const WORKERS: usize = 30;
 const DISCOVERIES: usize = 3;
-/// For all to be well after a fault.
+/// How long the recovery from a fault may take.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
 pub struct World {
@@ -21,17 +21,17 @@ pub struct World {
     pub traffic: Traffic,
     pub monitor: Arc<Monitor>,
     pub rng: fastrand::Rng,
-    /// The run is a long one: faults last for various times.
+    /// Whether this is a long run, in which faults have random durations.
     pub long: bool,
 }
 
-/// How it got well.
+/// How the cluster recovered.
 pub struct Healed {
-    /// Until the state was right, to stay so.
+    /// The time until the state became right and stayed so.
     pub after: Duration,
-    /// Until every worker had answered through the balancer since the end of the fault.
+    /// The time until every worker had responded through the balancer since the end of the fault.
     pub balancer: Duration,
-    /// What was wrong last.
+    /// The last problems before the recovery.
     pub last: Vec<String>,
 }
 
@@ -60,7 +60,7 @@ impl World {
         }
     }
 
-    /// How long this time's fault lasts: longer than the TTL.
+    /// How long the next fault lasts: longer than the TTL.
     pub fn longer_than_ttl(&mut self) -> Duration {
         let more = if self.long {
             self.rng.u64(500..6000)
@@ -70,7 +70,8 @@ impl World {
         Duration::from_secs(TTL) + Duration::from_millis(more)
     }
 
-    /// Waits until all is well and stays so for a while; answers what is wrong if it does not.
+    /// Waits until all is well and stays so for a while; returns the remaining problems if that
+    /// does not happen in time.
     pub async fn heal(&self) -> Result<Healed, Vec<String>> {
         let start = Instant::now();
         let quiet = Duration::from_millis(if self.long { TTL * 1000 + 1000 } else { 600 });
@@ -80,8 +81,8 @@ impl World {
         let mut last = Vec::new();
         loop {
             let asked = Instant::now();
-            let mut wrong = self.fleet.wrong(&self.cluster).await;
-            if wrong.is_empty() {
+            let mut problems = self.fleet.problems(&self.cluster).await;
+            if problems.is_empty() {
                 let since = *well_since.get_or_insert(asked);
                 if let (Some(balancer), true) = (balancer, since.elapsed() >= quiet) {
                     let after = since - start;
@@ -93,25 +94,25 @@ impl World {
                 }
             } else {
                 well_since = None;
-                last.clone_from(&wrong);
+                last.clone_from(&problems);
             }
             if balancer.is_none() {
                 let missing = self.traffic.missing(expected.keys(), start);
                 if missing.is_empty() {
                     balancer = Some(start.elapsed());
                 } else {
-                    wrong.push(format!("the balancer: no answer of {missing:?}"));
+                    problems.push(format!("the balancer: no response from {missing:?}"));
                 }
             }
             if start.elapsed() > LIMIT {
-                wrong.insert(0, format!("not well after {LIMIT:?}"));
-                return Err(wrong);
+                problems.insert(0, format!("not all well after {LIMIT:?}"));
+                return Err(problems);
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 
-    /// The index of the worker that leads, once there is one.
+    /// The index of the worker that leads; waits until there is one.
     pub async fn leading_worker(&self) -> usize {
         let start = Instant::now();
         loop {
@@ -123,14 +124,14 @@ impl World {
         }
     }
 
-    /// A worker that does not lead.
+    /// A random worker that does not lead.
     pub async fn other_worker(&mut self) -> usize {
         let leader = self.leading_worker().await;
         let turn = self.rng.usize(1..WORKERS);
         (leader + turn) % WORKERS
     }
 
-    /// A member of etcd other than this one.
+    /// A random member of etcd other than this one.
     pub fn other_member(&mut self, than: usize) -> usize {
         let size = self.cluster.size();
         (than + self.rng.usize(1..size)) % size

@@ -1,5 +1,6 @@
-//! Who may do what in a real etcd: every feature under every role that the README has, rights that
-//! come later, authentication that is switched on and off, and files that are missing for a while.
+//! Tests which rights each feature needs in a real etcd: every feature under every role of the
+//! README, rights that are granted later, authentication that is switched on and off, and
+//! credential files that are missing for a while.
 
 use std::time::Duration;
 
@@ -21,10 +22,10 @@ use super::common::etcd::{Etcd, Setup};
 use super::common::{eventually, group, local, throughout, within};
 use super::{Running, builder, leader_id, ready, watch_group};
 
-/// Longer than any test: what goes has been removed, and has not run out.
+/// A TTL longer than any test: a key that disappears was removed and has not expired.
 const LONG: i64 = 300;
 
-/// A right, for the group `workers` and the id `w1`.
+/// A right on a key, written for the group `workers` and the id `w1`.
 #[derive(Clone, Copy)]
 struct Right {
     kind: &'static str,
@@ -56,7 +57,7 @@ const WORKER: [Right; 3] = [
 const HANDOVER: Right = prefix(WRITE, "handover/workers/");
 
 impl Right {
-    /// For this node of this group instead.
+    /// The permission for this group and id instead.
     fn permission(self, group: &str, id: &str) -> Permission {
         let key = self.key.replace("workers", group).replace("w1", id);
         let kind = match self.kind {
@@ -78,7 +79,7 @@ impl Right {
     }
 }
 
-/// How the README makes the roles.
+/// The commands by which the README creates the roles.
 fn commands() -> String {
     let mut lines = Vec::new();
     for (role, rights) in [("balancer", &BALANCER[..]), ("w1", &WORKER[..])] {
@@ -124,7 +125,7 @@ impl Role {
     }
 }
 
-/// One role, in a group of its own.
+/// One role, in a group that only one case of the test uses.
 struct Setting<'a> {
     guarded: &'a Guarded,
     logged: &'a Captured,
@@ -133,7 +134,7 @@ struct Setting<'a> {
 }
 
 impl Setting<'_> {
-    /// The options of a user with this role, for a node of this id.
+    /// The options of a new user with this role, for a node with this id.
     async fn options(&self, id: &str) -> EtcdOptions {
         let user = format!("{}-{id}", self.group);
         let permissions = self.role.permissions(&self.group, id);
@@ -155,7 +156,7 @@ impl Setting<'_> {
         joined(Running::new(builder.try_build().unwrap())).await
     }
 
-    /// What somebody sees who may see everything.
+    /// A discovery that may read everything.
     async fn seen(&self) -> ServiceDiscovery {
         ready(&as_root(&self.guarded.etcd), &self.group).await
     }
@@ -167,13 +168,13 @@ fn as_root(etcd: &Etcd) -> EtcdOptions {
         .credentials(Credentials::new(ROOT.0, password))
 }
 
-/// Whether it is registered, or what it is told instead.
+/// The node once it is registered, or the error that it was refused with.
 async fn joined(running: Running) -> Result<Running, ClusterError> {
     let mut health = running.node.watch_health();
-    let is_told = |health: &HealthStatus| *health != HealthStatus::Unknown;
-    let told = within("it joins or is refused", health.wait_for(is_told)).await;
-    let told = *told.unwrap();
-    match told {
+    let is_known = |health: &HealthStatus| *health != HealthStatus::Unknown;
+    let known = within("it joins or is refused", health.wait_for(is_known)).await;
+    let known = *known.unwrap();
+    match known {
         HealthStatus::Healthy => Ok(running),
         _ => Err(running.node.resign().await.unwrap_err()),
     }
@@ -191,17 +192,17 @@ const WORKS: &str = "works";
 
 type Outcome = Result<&'static str, ClusterError>;
 
-async fn registers(of: Setting<'_>) -> Outcome {
+async fn registers(setting: Setting<'_>) -> Outcome {
     let busy =
         |builder: ClusterNodeBuilder| builder.metrics_collector(Busy).metrics_update_interval(1);
-    let node = of.node_with("n1", busy).await?;
-    let seen = of.seen().await;
-    within("it leads", node.node.wait_for_leadership()).await;
-    eventually("it is seen to lead", || {
+    let node = setting.node_with("n1", busy).await?;
+    let seen = setting.seen().await;
+    within("the node leads", node.node.wait_for_leadership()).await;
+    eventually("the discovery shows it as leader", || {
         leader_id(&seen).as_deref() == Some("n1")
     })
     .await;
-    eventually("its metrics are seen", || {
+    eventually("the discovery shows its metrics", || {
         let nodes = seen.nodes();
         let node = nodes.get("n1");
         node.and_then(|node| node.metric(metadata_keys::QUEUE_DEPTH)) == Some(7.0)
@@ -210,97 +211,115 @@ async fn registers(of: Setting<'_>) -> Outcome {
     Ok(WORKS)
 }
 
-async fn drains_and_leaves(of: Setting<'_>) -> Outcome {
-    let node = of.node("n1").await?;
-    let seen = of.seen().await;
-    within("it is seen", seen.wait_for_nodes(1)).await;
+async fn drains_and_leaves(setting: Setting<'_>) -> Outcome {
+    let node = setting.node("n1").await?;
+    let seen = setting.seen().await;
+    within("the discovery shows the node", seen.wait_for_nodes(1)).await;
     node.node.drain().await?;
-    eventually("it is seen to drain", || {
+    eventually("the discovery shows it draining", || {
         seen.nodes().iter().all(|node| !node.is_serving())
     })
     .await;
     node.stop().await;
-    eventually("it is gone", || seen.nodes().is_empty()).await;
+    eventually("the node is gone", || seen.nodes().is_empty()).await;
     Ok(WORKS)
 }
 
-async fn resigns(of: Setting<'_>) -> Outcome {
-    let first = of.node("n1").await?;
-    within("it leads", first.node.wait_for_leadership()).await;
-    let second = of.node("n2").await?;
+async fn resigns(setting: Setting<'_>) -> Outcome {
+    let first = setting.node("n1").await?;
+    within("the node leads", first.node.wait_for_leadership()).await;
+    let second = setting.node("n2").await?;
     first.node.resign().await?;
-    within("the next one leads", second.node.wait_for_leadership()).await;
+    within(
+        "the next candidate leads",
+        second.node.wait_for_leadership(),
+    )
+    .await;
     Ok(WORKS)
 }
 
-async fn transfers(of: Setting<'_>, queued: &[&str]) -> Outcome {
-    let first = of.node("n1").await?;
-    within("it leads", first.node.wait_for_leadership()).await;
+async fn transfers(setting: Setting<'_>, queued: &[&str]) -> Outcome {
+    let first = setting.node("n1").await?;
+    within("the node leads", first.node.wait_for_leadership()).await;
     let mut others = Vec::new();
     for id in queued {
-        others.push(of.node(id).await?);
+        others.push(setting.node(id).await?);
     }
     let target = others.last().unwrap();
     let epoch = first.node.leadership().unwrap().epoch;
     if let Err(error) = first.node.transfer_to(target.node.id()).await {
         let leadership = first.node.leadership().unwrap();
-        assert_eq!(leadership.epoch, epoch, "its term goes on");
+        assert_eq!(
+            leadership.epoch, epoch,
+            "the refused transfer does not end the term"
+        );
         return Err(error);
     }
     within("the target leads", target.node.wait_for_leadership()).await;
     Ok(WORKS)
 }
 
-async fn takes_over(of: Setting<'_>) -> Outcome {
-    let first = of.node("n1").await?;
-    within("it leads", first.node.wait_for_leadership()).await;
+async fn takes_over(setting: Setting<'_>) -> Outcome {
+    let first = setting.node("n1").await?;
+    within("the node leads", first.node.wait_for_leadership()).await;
     let high = |builder: ClusterNodeBuilder| {
         let soon = Duration::from_millis(200);
         builder.priority(7).takeover_after(soon)
     };
-    let second = of.node_with("n2", high).await?;
-    let is_told = || told(of.logged, &of.group, "n2", "a right is missing") > 0;
-    eventually("it leads, or says why it does not", || {
-        second.node.is_leader() || is_told()
+    let second = setting.node_with("n2", high).await?;
+    let is_logged = || times_logged(setting.logged, &setting.group, "n2", "a right is missing") > 0;
+    eventually("n2 leads, or logs why it does not", || {
+        second.node.is_leader() || is_logged()
     })
     .await;
     if second.node.is_leader() {
         return Ok(WORKS);
     }
-    throughout("it waits", Duration::from_secs(1), || {
+    throughout("n2 waits for its turn", Duration::from_secs(1), || {
         first.node.is_leader()
     })
     .await;
     assert_eq!(second.node.current_health(), HealthStatus::Healthy);
     first.stop().await;
-    within("it is its turn", second.node.wait_for_leadership()).await;
+    within(
+        "n2 leads when its turn comes",
+        second.node.wait_for_leadership(),
+    )
+    .await;
     Ok("waits for its turn")
 }
 
-async fn shares_a_lease(of: Setting<'_>) -> Outcome {
-    let etcd = of.options("n1").await;
-    let other = format!("{}-other", of.group);
-    let user = format!("{}-n1", of.group);
-    let mut root = of.guarded.root.clone();
-    for permission in of.role.permissions(&other, "n1") {
+async fn shares_a_lease(setting: Setting<'_>) -> Outcome {
+    let etcd = setting.options("n1").await;
+    let other = format!("{}-other", setting.group);
+    let user = format!("{}-n1", setting.group);
+    let mut root = setting.guarded.root.clone();
+    for permission in setting.role.permissions(&other, "n1") {
         root.role_grant_permission(&user, permission).await.unwrap();
     }
     let cluster = Cluster::builder(etcd).ttl(LONG).try_build().unwrap();
     let node = |group: &str| cluster.node("n1", local(), group).try_build().unwrap();
-    let stays = joined(Running::new(node(&of.group))).await?;
+    let stays = joined(Running::new(node(&setting.group))).await?;
     let goes = joined(Running::new(node(&other))).await?;
-    let seen = of.seen().await;
-    let seen_other = ready(&as_root(&of.guarded.etcd), &other).await;
-    within("it is seen", seen.wait_for_nodes(1)).await;
-    within("it is seen there", seen_other.wait_for_nodes(1)).await;
+    let seen = setting.seen().await;
+    let seen_other = ready(&as_root(&setting.guarded.etcd), &other).await;
+    within("the discovery shows the node", seen.wait_for_nodes(1)).await;
+    within(
+        "the other group shows the node",
+        seen_other.wait_for_nodes(1),
+    )
+    .await;
     goes.stop().await;
-    eventually("it is gone there", || seen_other.nodes().is_empty()).await;
+    eventually("the node has left the other group", || {
+        seen_other.nodes().is_empty()
+    })
+    .await;
     assert_eq!(stays.node.current_health(), HealthStatus::Healthy);
     assert_eq!(seen.nodes().len(), 1);
     Ok(WORKS)
 }
 
-/// Whether it is ready, or what it is told instead.
+/// The discovery once it is ready, or the error that it was refused with.
 async fn watches(etcd: &EtcdOptions, group: &str) -> Result<ServiceDiscovery, ClusterError> {
     let store = EtcdStore::new(etcd.clone())?;
     for prefix in ["registry", "election"] {
@@ -310,17 +329,17 @@ async fn watches(etcd: &EtcdOptions, group: &str) -> Result<ServiceDiscovery, Cl
     Ok(ready(etcd, group).await)
 }
 
-async fn discovers(of: Setting<'_>) -> Outcome {
-    let discovery = watches(&of.options("n1").await, &of.group).await?;
+async fn discovers(setting: Setting<'_>) -> Outcome {
+    let discovery = watches(&setting.options("n1").await, &setting.group).await?;
     let mut changes = discovery.changes();
-    let root = as_root(&of.guarded.etcd);
-    let node = Running::start(&root, &of.group, "other").await;
-    within("it is heard of", async {
+    let root = as_root(&setting.guarded.etcd);
+    let node = Running::start(&root, &setting.group, "other").await;
+    within("the discovery reports the new node", async {
         while !matches!(changes.next().await, Change::Joined(node) if node.id == "other") {}
     })
     .await;
-    let leadership = within("it leads", node.node.wait_for_leadership()).await;
-    eventually("it is seen to lead", || {
+    let leadership = within("the node leads", node.node.wait_for_leadership()).await;
+    eventually("the discovery shows it as leader", || {
         discovery
             .leadership()
             .is_some_and(|seen| seen.epoch == leadership.epoch)
@@ -329,13 +348,13 @@ async fn discovers(of: Setting<'_>) -> Outcome {
     Ok(WORKS)
 }
 
-async fn keeps_a_snapshot(of: Setting<'_>) -> Outcome {
-    let etcd = of.options("n1").await;
-    watches(&etcd, &of.group).await?;
-    let _node = Running::start(&as_root(&of.guarded.etcd), &of.group, "other").await;
+async fn keeps_a_snapshot(setting: Setting<'_>) -> Outcome {
+    let etcd = setting.options("n1").await;
+    watches(&etcd, &setting.group).await?;
+    let _node = Running::start(&as_root(&setting.guarded.etcd), &setting.group, "other").await;
     let files = Directory::new();
     let with_file = |etcd: EtcdOptions| {
-        ServiceDiscovery::builder(etcd, &of.group)
+        ServiceDiscovery::builder(etcd, &setting.group)
             .snapshot_file(SnapshotFile::new(files.file("nodes")))
             .try_build()
             .unwrap()
@@ -346,17 +365,17 @@ async fn keeps_a_snapshot(of: Setting<'_>) -> Outcome {
     Ok(WORKS)
 }
 
-/// Of one node.
+/// Runs the discovery until it has written a snapshot with one node.
 async fn write_snapshot(discovery: &ServiceDiscovery) {
     let seen = async {
-        within("it is seen", discovery.wait_for_nodes(1)).await;
+        within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     };
     discovery.run_until(seen).await.unwrap();
 }
 
 async fn read_snapshot(discovery: &ServiceDiscovery) {
     let from_disk = async {
-        eventually("it is read", || {
+        eventually("the snapshot is read", || {
             matches!(discovery.status(), DiscoveryStatus::FromDisk { .. })
         })
         .await;
@@ -365,9 +384,9 @@ async fn read_snapshot(discovery: &ServiceDiscovery) {
     assert_eq!(discovery.nodes().len(), 1);
 }
 
-async fn falls_back(of: Setting<'_>) -> Outcome {
-    let etcd = of.options("n1").await.serializable_fallback(true);
-    ServiceDiscovery::builder(etcd, &of.group).try_build()?;
+async fn falls_back(setting: Setting<'_>) -> Outcome {
+    let etcd = setting.options("n1").await.serializable_fallback(true);
+    ServiceDiscovery::builder(etcd, &setting.group).try_build()?;
     Ok(WORKS)
 }
 
@@ -384,44 +403,44 @@ const FEATURES: [&str; 10] = [
     "`serializable_fallback`",
 ];
 
-async fn outcome(feature: usize, of: Setting<'_>) -> Outcome {
+async fn outcome(feature: usize, setting: Setting<'_>) -> Outcome {
     match feature {
-        0 => registers(of).await,
-        1 => drains_and_leaves(of).await,
-        2 => resigns(of).await,
-        3 => transfers(of, &["n2"]).await,
-        4 => transfers(of, &["n2", "n3"]).await,
-        5 => takes_over(of).await,
-        6 => shares_a_lease(of).await,
-        7 => discovers(of).await,
-        8 => keeps_a_snapshot(of).await,
-        _ => falls_back(of).await,
+        0 => registers(setting).await,
+        1 => drains_and_leaves(setting).await,
+        2 => resigns(setting).await,
+        3 => transfers(setting, &["n2"]).await,
+        4 => transfers(setting, &["n2", "n3"]).await,
+        5 => takes_over(setting).await,
+        6 => shares_a_lease(setting).await,
+        7 => discovers(setting).await,
+        8 => keeps_a_snapshot(setting).await,
+        _ => falls_back(setting).await,
     }
 }
 
 fn cell(outcome: Outcome) -> String {
     match outcome {
-        Ok(told) => told.to_owned(),
+        Ok(text) => text.to_owned(),
         Err(ClusterError::PermissionDenied { .. }) => "refused: permission denied".to_owned(),
         Err(ClusterError::InvalidConfig { .. }) => "no, with a password".to_owned(),
         Err(other) => panic!("{other}"),
     }
 }
 
-/// How often a node has logged this.
-fn told(logged: &Captured, group: &str, node: &str, what: &str) -> usize {
+/// How many times a node has logged this.
+fn times_logged(logged: &Captured, group: &str, node: &str, what: &str) -> usize {
     let (group, node) = (format!("group={group} "), format!("node={node} "));
     let text = logged.text();
     let lines = text.lines();
-    let told =
+    let matching =
         lines.filter(|line| line.contains(what) && line.contains(&group) && line.contains(&node));
-    told.count()
+    matching.count()
 }
 
-/// The README's commands and its table are what this prints.
+/// The README must contain the commands and the table that this test prints.
 #[tokio::test]
 async fn every_feature_under_every_role_is_as_the_readme_says() {
-    // Everything of this test runs on this thread.
+    // The log is captured per thread; everything in this test runs on this one.
     let (logged, _logging) = Captured::start("pingora_etcd=info");
     let guarded = Guarded::new(&[]).await;
     let line = |cells: &[String]| format!("| {} |", cells.join(" | "));
@@ -431,13 +450,13 @@ async fn every_feature_under_every_role_is_as_the_readme_says() {
     for (index, feature) in FEATURES.iter().enumerate() {
         let mut cells = vec![(*feature).to_owned()];
         for (number, role) in ROLES.into_iter().enumerate() {
-            let of = Setting {
+            let setting = Setting {
                 guarded: &guarded,
                 logged: &logged,
                 role,
                 group: group(&format!("rights-{index}-{number}")),
             };
-            cells.push(cell(outcome(index, of).await));
+            cells.push(cell(outcome(index, setting).await));
         }
         table.push(line(&cells));
     }
@@ -475,10 +494,10 @@ async fn a_right_that_is_missing_is_named_once_and_one_that_is_granted_later_tak
             .unwrap()
     };
     let first = start("n1", 0).await;
-    let leadership = within("it leads", first.node.wait_for_leadership()).await;
+    let leadership = within("the node leads", first.node.wait_for_leadership()).await;
     let _second = start("n2", 0).await;
     let third = start("n3", 7).await;
-    let told = |what: &str| told(&logged, &group, "n3", what);
+    let times_logged = |what: &str| times_logged(&logged, &group, "n3", what);
 
     let transfer = async || {
         let error = first.node.transfer_to("n3").await.unwrap_err();
@@ -492,28 +511,43 @@ async fn a_right_that_is_missing_is_named_once_and_one_that_is_granted_later_tak
 
     let missing = |right: &str| format!("missing=\"{right}/{group}/\"");
     let (requests, nodes) = (missing("read handover"), missing("read registry"));
-    eventually("it is told", || told(&requests) == 1).await;
-    throughout("it waits for its turn", Duration::from_secs(1), || {
+    eventually("the missing right is logged", || {
+        times_logged(&requests) == 1
+    })
+    .await;
+    throughout("n3 waits for its turn", Duration::from_secs(1), || {
         first.node.is_leader()
     })
     .await;
     grant(write_prefix(format!("handover/{group}/"))).await;
-    eventually("it notices", || told("has been granted") == 1).await;
-    eventually("the next one is told", || told(&nodes) == 1).await;
-    // It compares five times a second.
-    throughout("it waits for its turn", Duration::from_secs(2), || {
-        first.node.is_leader()
+    eventually("the granted right is noticed", || {
+        times_logged("has been granted") == 1
     })
     .await;
+    eventually("the next missing right is logged", || {
+        times_logged(&nodes) == 1
+    })
+    .await;
+    // The candidate compares priorities five times a second, so it had many occasions.
+    throughout(
+        "n3 still waits for its turn",
+        Duration::from_secs(2),
+        || first.node.is_leader(),
+    )
+    .await;
     transfer().await;
-    // Told once each, and never an error that would have it wait without watching.
-    assert_eq!((told(&requests), told(&nodes)), (1, 1));
-    assert_eq!(told("cannot read or write"), 0);
+    // Each is logged once, and never as an error, after which it would wait without watching.
+    assert_eq!((times_logged(&requests), times_logged(&nodes)), (1, 1));
+    assert_eq!(times_logged("cannot read or write"), 0);
     assert_eq!(first.node.leadership(), Some(leadership));
     grant(read_prefix(format!("registry/{group}/"))).await;
-    within("it takes over", third.node.wait_for_leadership()).await;
+    within("n3 takes over", third.node.wait_for_leadership()).await;
     third.node.transfer_to("n1").await.unwrap();
-    within("and hands over", first.node.wait_for_leadership()).await;
+    within(
+        "n3 transfers leadership to n1",
+        first.node.wait_for_leadership(),
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -532,17 +566,21 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
     let etcd = guarded.etcd.options();
     let discovery = ready(&as_user(etcd.clone(), "balancer"), &group).await;
     let node = Running::start(&as_user(etcd.clone(), "n1"), &group, "n1").await;
-    let leadership = within("it leads", node.node.wait_for_leadership()).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
+    let leadership = within("the node leads", node.node.wait_for_leadership()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     let without = "authentication is not enabled there: going on without the user";
-    let told = |what: &str| {
+    let times_logged = |what: &str| {
         logged
             .text()
             .lines()
             .filter(|line| line.contains(what))
             .count()
     };
-    assert_eq!(told(without), 2, "one each");
+    assert_eq!(
+        times_logged(without),
+        2,
+        "once by the node, once by the discovery"
+    );
 
     let holds = || {
         discovery.nodes().get("n1").is_some()
@@ -552,12 +590,16 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
     };
     let joins_and_leaves = async || {
         let late = Running::start(&as_user(etcd.clone(), "n2"), &group, "n2").await;
-        within("who joins is seen", discovery.wait_for_nodes(2)).await;
+        within("the node that joins is shown", discovery.wait_for_nodes(2)).await;
         late.stop().await;
-        eventually("who leaves is seen", || discovery.nodes().len() == 1).await;
+        eventually("the node that leaves is not shown any more", || {
+            discovery.nodes().len() == 1
+        })
+        .await;
     };
     joins_and_leaves().await;
-    // A connection that is in use, and a stream that is younger than any doubt about its token.
+    // A store whose connection is in use, and a watch stream that is opened before etcd refuses any
+    // token.
     let store = EtcdStore::new(as_user(etcd.clone(), "balancer")).unwrap();
     let all = || WatchRange {
         keys: Selector::Prefix(format!("registry/{group}/")),
@@ -568,28 +610,45 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
     guarded.enable().await;
     let mut new = store.watch(vec![all()]).await.unwrap();
     store.list(&all().keys, None).await.unwrap();
-    throughout("enabled: nobody is lost", Duration::from_secs(5), holds).await;
+    throughout(
+        "authentication enabled: no node is lost",
+        Duration::from_secs(5),
+        holds,
+    )
+    .await;
     joins_and_leaves().await;
     for watch in [&mut old, &mut new] {
-        let events = within("an event", watch.next()).await.unwrap();
+        let events = within("an event arrives", watch.next()).await.unwrap();
         assert!(!events.is_empty());
     }
     let nobody = watch_group(&etcd, &group);
-    throughout("without a user", Duration::from_secs(1), || {
-        !nobody.is_ready() && holds()
-    })
+    throughout(
+        "a discovery without a user is refused",
+        Duration::from_secs(1),
+        || !nobody.is_ready() && holds(),
+    )
     .await;
 
     guarded.root.auth_disable().await.unwrap();
-    within("who was refused is let in", nobody.wait_ready()).await;
-    throughout("disabled: nobody is lost", Duration::from_secs(5), holds).await;
+    within("the refused discovery becomes ready", nobody.wait_ready()).await;
+    throughout(
+        "authentication disabled: no node is lost",
+        Duration::from_secs(5),
+        holds,
+    )
+    .await;
     joins_and_leaves().await;
 
     guarded.etcd.stop();
     guarded.etcd.start();
     let is_here = || discovery.nodes().get("n1").is_some();
-    // More than two TTLs.
-    throughout("restarted: nobody is lost", Duration::from_secs(5), is_here).await;
+    // Longer than two TTLs.
+    throughout(
+        "etcd restarted: no node is lost",
+        Duration::from_secs(5),
+        is_here,
+    )
+    .await;
     let is_well = || {
         is_here()
             && discovery.status() == DiscoveryStatus::Live
@@ -601,25 +660,30 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
 
     guarded.root = guarded.etcd.raw_client().await;
     guarded.enable().await;
-    throughout("enabled again", Duration::from_secs(5), is_well).await;
+    throughout(
+        "authentication enabled again",
+        Duration::from_secs(5),
+        is_well,
+    )
+    .await;
     joins_and_leaves().await;
     node.node.resign().await.unwrap();
-    within("it can write", node.node.wait_for_leadership()).await;
-    // Those who have run all the time said it once, or once more when they had been asked for their
-    // user meanwhile; the others are new processes each time.
+    within("the node can write again", node.node.wait_for_leadership()).await;
+    // A session that ran all the time logged it once, or a second time if etcd had asked for its
+    // user in between. The other sessions are new each time.
     let by = |user: &str| {
         let user = format!("user=\"{user}\"");
         let text = logged.text();
         let lines = text.lines();
-        let told = lines.filter(|line| line.contains(without) && line.contains(&user));
-        told.count()
+        let matching = lines.filter(|line| line.contains(without) && line.contains(&user));
+        matching.count()
     };
     assert!((1..=2).contains(&by("n1")), "{}", by("n1"));
-    // The discovery, and the store.
+    // Both the discovery and the store use this user.
     assert!((2..=4).contains(&by("balancer")), "{}", by("balancer"));
     assert!(!logged.text().contains(SECRET));
     node.stop().await;
-    eventually("and leave", || discovery.nodes().is_empty()).await;
+    eventually("the node can leave", || discovery.nodes().is_empty()).await;
 }
 
 #[tokio::test]
@@ -634,11 +698,11 @@ async fn a_file_that_is_missing_for_a_while_ends_nobody() {
         let credentials = Credentials::new(user, Password::File(file.clone()));
         guarded.etcd.options().credentials(credentials)
     };
-    // There at the start, and not when it is needed.
+    // The file exists at the start, but not when the password is needed.
     let discovery = ServiceDiscovery::builder(from_file("balancer"), &group)
         .try_build()
         .unwrap();
-    // The newest etcd renews no lease without a token: the gap must be shorter than that lasts.
+    // The newest etcd renews no lease without a token, so the gap must be shorter than the lease.
     let node = builder(&from_file("n1"), &group, "n1").ttl(LONG);
     let node = node.try_build().unwrap();
     let cluster = Cluster::connect(from_file("balancer")).unwrap();
@@ -648,7 +712,7 @@ async fn a_file_that_is_missing_for_a_while_ends_nobody() {
     let error = error.unwrap_err().to_string();
     assert!(
         error.contains("password_file"),
-        "judged at the start: {error}"
+        "a missing file must be an error at the start: {error}"
     );
 
     let follow = |discovery: &ServiceDiscovery| {
@@ -658,7 +722,7 @@ async fn a_file_that_is_missing_for_a_while_ends_nobody() {
     let (following, also) = (follow(&discovery), follow(&shared));
     let running = Running::new(node);
     let run = || !(following.is_finished() || also.is_finished() || running.task.is_finished());
-    throughout("they wait", Duration::from_secs(2), || {
+    throughout("all of them keep waiting", Duration::from_secs(2), || {
         run() && !discovery.is_ready() && running.node.current_health() != HealthStatus::Healthy
     })
     .await;
@@ -666,25 +730,25 @@ async fn a_file_that_is_missing_for_a_while_ends_nobody() {
     println!("{error}");
     files.write("password", SECRET);
     within("the discovery is ready", discovery.wait_ready()).await;
-    within("the other one too", shared.wait_ready()).await;
+    within("the shared discovery is ready", shared.wait_ready()).await;
     running.wait_until_healthy().await;
-    within("it leads", running.node.wait_for_leadership()).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("the node leads", running.node.wait_for_leadership()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
 
-    // Gone while they run, and so are their tokens: each change of a user's roles takes them. The
-    // password is what it was.
+    // The file is removed while they run, and their tokens become invalid, because etcd discards a
+    // user's tokens with each change of its roles. The password is still the same.
     std::fs::remove_file(&file).unwrap();
     let mut root = guarded.root.clone();
     root.role_add("more").await.unwrap();
     root.user_grant_role("n1", "more").await.unwrap();
     running.node.resign().await.unwrap();
-    within("it leads again", running.node.wait_for_leadership()).await;
+    within("the node leads again", running.node.wait_for_leadership()).await;
 
-    // Rotated with a gap.
+    // The password changes, and its new file appears only later.
     for user in ["balancer", "n1"] {
         root.user_change_password(user, "another").await.unwrap();
     }
-    throughout("they go on", Duration::from_secs(5), || {
+    throughout("they keep running", Duration::from_secs(5), || {
         run() && discovery.nodes().len() == 1 && running.node.is_leader()
     })
     .await;
@@ -692,14 +756,14 @@ async fn a_file_that_is_missing_for_a_while_ends_nobody() {
     let store = EtcdStore::new(from_file("balancer")).unwrap();
     let any = Selector::Prefix(format!("registry/{group}/"));
     assert_eq!(store.list(&any, None).await.unwrap().entries.len(), 1);
-    within("it can write", async {
+    within("the node can write again", async {
         while running.node.resign().await.is_err() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     })
     .await;
     running.stop().await;
-    eventually("and leave", || discovery.nodes().is_empty()).await;
+    eventually("the node can leave", || discovery.nodes().is_empty()).await;
     assert!(!following.is_finished() && !also.is_finished());
 }
 
@@ -716,8 +780,8 @@ async fn a_key_prefix_without_a_slash_is_given_one_on_both_sides() {
         let with_slash = format!("{prefix}/");
         for same in [prefix, &with_slash] {
             let discovery = ready(&with(same), &group).await;
-            within("it is seen", discovery.wait_for_nodes(1)).await;
-            within("it leads", discovery.wait_for_leader()).await;
+            within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
+            within("the node leads", discovery.wait_for_leader()).await;
         }
         let files = Directory::new();
         let with_file = |etcd: EtcdOptions| {

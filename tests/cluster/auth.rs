@@ -1,4 +1,5 @@
-//! Users and roles in a real etcd.
+//! Tests users, passwords, tokens and roles of a real etcd, and supplies an etcd with
+//! authentication to other tests.
 
 use std::io::Write;
 use std::sync::{Arc, Mutex};
@@ -20,7 +21,7 @@ use super::common::{eventually, group, throughout, within};
 use super::{Running, builder, ready, watch_group};
 
 pub(super) const ROOT: (&str, &str) = ("root", "of-the-root");
-/// Looked for where it must not be.
+/// The password of every user but root; tests search for it where it must not appear.
 pub(super) const SECRET: &str = "MARKER-7f3a";
 
 /// An etcd with authentication enabled.
@@ -32,7 +33,7 @@ pub(super) struct Guarded {
 impl Guarded {
     pub(super) async fn new(arguments: &[&str]) -> Self {
         let setup = Setup {
-            // Cheap passwords: there are many authentications in these tests.
+            // Cheap password hashes, because these tests authenticate many times.
             arguments: [&["--bcrypt-cost=4"], arguments]
                 .concat()
                 .into_iter()
@@ -49,7 +50,7 @@ impl Guarded {
         guarded
     }
 
-    /// With authentication not enabled yet.
+    /// Users and roles exist, but authentication is not enabled yet.
     pub(super) async fn open(setup: Setup) -> Self {
         let etcd = Etcd::with(setup);
         let mut root = etcd.raw_client().await;
@@ -69,7 +70,7 @@ impl Guarded {
             .unwrap();
     }
 
-    /// A user with a role of its own.
+    /// Adds a user with its own role.
     pub(super) async fn user(&self, name: &str, permissions: Vec<Permission>) {
         let mut root = self.root.clone();
         root.role_add(name).await.unwrap();
@@ -97,7 +98,7 @@ pub(super) fn write_prefix(prefix: String) -> Permission {
     Permission::new(PermissionType::Readwrite, prefix).with_prefix()
 }
 
-/// What the README has for a balancer.
+/// The rights of a balancer according to the README.
 pub(super) fn balancer() -> Vec<Permission> {
     vec![
         read_prefix("registry/".to_owned()),
@@ -105,7 +106,7 @@ pub(super) fn balancer() -> Vec<Permission> {
     ]
 }
 
-/// The least that a worker can do with.
+/// The minimal rights of a worker.
 pub(super) fn worker(group: &str, id: &str) -> Vec<Permission> {
     let own = format!("registry/{group}/{id}");
     vec![
@@ -147,20 +148,24 @@ async fn roles_that_allow_no_more_than_is_needed() {
     let discovery = ready(&guarded.options("balancer"), &group).await;
     let narrow = ready(&guarded.options("narrow"), &group).await;
     let first = Running::start(&guarded.options("w1"), &group, "n1").await;
-    within("it leads", first.node.wait_for_leadership()).await;
+    within("the node leads", first.node.wait_for_leadership()).await;
     let second = Running::start(&guarded.options("w2"), &group, "n2").await;
     for discovery in [&discovery, &narrow] {
-        within("both are seen", discovery.wait_for_nodes(2)).await;
-        within("a leader", discovery.wait_for_leader()).await;
+        within(
+            "the discovery shows both nodes",
+            discovery.wait_for_nodes(2),
+        )
+        .await;
+        within("the discovery shows a leader", discovery.wait_for_leader()).await;
     }
 
-    // Another's id.
+    // An id that this user has no rights for.
     let thief = Running::new(
         builder(&guarded.options("w1"), &group, "n9")
             .try_build()
             .unwrap(),
     );
-    eventually("it is unhealthy", || {
+    eventually("the node with a foreign id is unhealthy", || {
         thief.node.current_health() == HealthStatus::Unhealthy
     })
     .await;
@@ -174,13 +179,13 @@ async fn roles_that_allow_no_more_than_is_needed() {
     for word in [&*key, "txn", "user \"w1\"", "permission denied"] {
         assert!(error.to_string().contains(word), "{word}: {error}");
     }
-    // A balancer writes nothing.
+    // A balancer may not write.
     let store = EtcdStore::new(guarded.options("balancer")).unwrap();
     let key = format!("registry/{group}/n1");
     let put = Txn::new().put(key.clone(), b"{}".to_vec(), None);
     let error = store.txn(put).await.unwrap_err();
     assert!(error.to_string().contains(&key), "{error}");
-    // One for a group reads no other.
+    // A balancer of one group may not read another group.
     let store = EtcdStore::new(guarded.options("narrow")).unwrap();
     let all = Selector::Prefix("registry/".to_owned());
     let error = store.list(&all, None).await.unwrap_err();
@@ -195,11 +200,11 @@ async fn roles_that_allow_no_more_than_is_needed() {
 
     let third = Running::start(&guarded.options("w3"), &group, "n3").await;
     first.stop().await;
-    within("the next one leads", second.node.wait_for_leadership()).await;
+    within("n2 leads next", second.node.wait_for_leadership()).await;
     second.stop().await;
-    within("the last one leads", third.node.wait_for_leadership()).await;
+    within("n3 leads last", third.node.wait_for_leadership()).await;
     third.stop().await;
-    eventually("all have left", || discovery.nodes().is_empty()).await;
+    eventually("all nodes have left", || discovery.nodes().is_empty()).await;
 }
 
 #[tokio::test]
@@ -237,29 +242,36 @@ async fn a_wrong_password_heals_when_its_file_is_corrected() {
     };
     let discovery = watch_group(&from_file("balancer"), &group);
     let node = Running::new(builder(&from_file("w1"), &group, "n1").try_build().unwrap());
-    throughout("neither", Duration::from_secs(1), || {
-        !discovery.is_ready() && node.node.current_health() != HealthStatus::Healthy
-    })
+    throughout(
+        "neither is accepted with the wrong password",
+        Duration::from_secs(1),
+        || !discovery.is_ready() && node.node.current_health() != HealthStatus::Healthy,
+    )
     .await;
     files.write("password", &format!("{SECRET}\n"));
     within("the discovery is ready", discovery.wait_ready()).await;
-    within("the node is seen", discovery.wait_for_nodes(1)).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     node.wait_until_healthy().await;
 
-    // Changed while it runs: etcd forgets the tokens of before.
+    // The password changes while the node runs; etcd then discards all tokens of the user.
     let mut root = guarded.root.clone();
     root.user_change_password("w1", "another").await.unwrap();
     files.write("password", "another");
-    throughout("it stays registered", Duration::from_secs(5), || {
+    throughout("the node stays registered", Duration::from_secs(5), || {
         discovery.nodes().len() == 1 && node.node.current_health() == HealthStatus::Healthy
     })
     .await;
     node.stop().await;
-    eventually("it can still write", || discovery.nodes().is_empty()).await;
+    eventually("the node can still write", || discovery.nodes().is_empty()).await;
 }
 
-/// What lives longer than tokens do goes on, with them being refused all the time.
-async fn live_through(guarded: &Guarded, time: Duration, mut disturb: impl AsyncFnMut(u32)) {
+/// Checks that a node, a discovery and watches keep working while their tokens are refused
+/// repeatedly.
+async fn works_despite_refused_tokens(
+    guarded: &Guarded,
+    time: Duration,
+    mut disturb: impl AsyncFnMut(u32),
+) {
     let group = group("tokens");
     guarded.user("balancer", balancer()).await;
     guarded.user("w1", worker(&group, "n1")).await;
@@ -268,8 +280,8 @@ async fn live_through(guarded: &Guarded, time: Duration, mut disturb: impl Async
     let options = as_user(EtcdOptions::new([link.address().to_string()]), "balancer");
     let discovery = ready(&options, &group).await;
     let node = Running::start(&guarded.options("w1"), &group, "n1").await;
-    within("it leads", node.node.wait_for_leadership()).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     let epoch = node.node.leadership().unwrap().epoch;
     let holds = || {
         discovery.nodes().get("n1").is_some()
@@ -277,7 +289,7 @@ async fn live_through(guarded: &Guarded, time: Duration, mut disturb: impl Async
             && node.node.is_leader()
             && node.node.current_health() == HealthStatus::Healthy
     };
-    // A store, and a watch on the same stream as an old one: what others on a shared connection do.
+    // A store, and a second watch on the same stream: what other users of a shared connection do.
     let store = EtcdStore::new(options.clone()).unwrap();
     let all = || WatchRange {
         keys: Selector::Prefix(format!("registry/{group}/")),
@@ -289,10 +301,16 @@ async fn live_through(guarded: &Guarded, time: Duration, mut disturb: impl Async
     while start.elapsed() < time {
         round += 1;
         disturb(round).await;
-        throughout("nothing is lost", Duration::from_secs(3), holds).await;
+        throughout(
+            "the node and the discovery keep working",
+            Duration::from_secs(3),
+            holds,
+        )
+        .await;
         let late = Running::start(&guarded.options("w2"), &group, "n2").await;
-        within("who joins is seen", discovery.wait_for_nodes(2)).await;
-        // With a token that is refused, and then on a stream that was opened with one.
+        within("the node that joins is shown", discovery.wait_for_nodes(2)).await;
+        // This call uses a token that is refused; the watch below then uses the stream that was
+        // opened with it.
         store.list(&all().keys, None).await.unwrap();
         let opening = tokio::time::Instant::now();
         let mut new = within("a new watch", store.watch(vec![all()]))
@@ -303,28 +321,40 @@ async fn live_through(guarded: &Guarded, time: Duration, mut disturb: impl Async
             opening.elapsed()
         );
         late.stop().await;
-        eventually("who leaves is seen", || discovery.nodes().len() == 1).await;
+        eventually("the node that leaves is not shown any more", || {
+            discovery.nodes().len() == 1
+        })
+        .await;
         for watch in [&mut old, &mut new] {
-            let events = within("an event", watch.next()).await.unwrap();
+            let events = within("an event arrives", watch.next()).await.unwrap();
             assert!(!events.is_empty());
         }
         assert!(holds());
     }
-    assert_eq!(node.node.leadership().unwrap().epoch, epoch, "one term");
-    assert_eq!(link.connections(), 2, "one for each, all the time");
+    assert_eq!(
+        node.node.leadership().unwrap().epoch,
+        epoch,
+        "the term never ended"
+    );
+    assert_eq!(
+        link.connections(),
+        2,
+        "the discovery and the store each kept their connection"
+    );
     node.stop().await;
 }
 
 #[tokio::test]
 async fn watches_and_renewals_outlive_tokens() {
-    // Unused for so many seconds a token is forgotten.
+    // etcd discards a token that was not used for a second.
     let guarded = Guarded::new(&["--auth-token-ttl=1"]).await;
-    live_through(&guarded, Duration::from_secs(12), async |_| {}).await;
+    works_despite_refused_tokens(&guarded, Duration::from_secs(12), async |_| {}).await;
 }
 
 #[tokio::test]
 async fn they_outlive_changes_of_users_and_roles() {
-    // Signed tokens have the revision of the users in them: each change makes all of them old.
+    // A signed token contains the revision of the user database, so each change of it invalidates
+    // all tokens.
     let files = Directory::new();
     files.write("secret", "a secret of the server alone");
     let guarded = Guarded::with(Setup {
@@ -336,8 +366,8 @@ async fn they_outlive_changes_of_users_and_roles() {
         ..Setup::default()
     })
     .await;
-    live_through(&guarded, Duration::from_secs(12), async |round| {
-        // Not over root's own client, which does not get over it.
+    works_despite_refused_tokens(&guarded, Duration::from_secs(12), async |round| {
+        // root's existing client does not recover from an invalidated token, so a new one is used.
         let options = ConnectOptions::default().with_user(ROOT.0, ROOT.1);
         let root = Client::connect(guarded.etcd.endpoints(), Some(options)).await;
         let mut root = root.unwrap();
@@ -367,7 +397,7 @@ async fn many_refused_at_once_get_one_token() {
     };
     let before = counted().await;
     for round in 1..=2 {
-        // etcd looks for tokens to forget once a second.
+        // etcd looks for expired tokens once a second.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let calls: Vec<_> = (0..50)
             .map(|_| {
@@ -381,7 +411,7 @@ async fn many_refused_at_once_get_one_token() {
         let now = counted().await;
         assert_eq!(now - before, f64::from(round), "round {round}");
     }
-    // The keeper of a lease that is none of this user's goes on as well.
+    // A keeper that was created for an existing lease can renew it as well.
     let lease = store.grant(Duration::from_secs(10)).await.unwrap();
     let mut keeper = store.keeper(Lease {
         id: LeaseId(lease.id.0),
@@ -390,12 +420,12 @@ async fn many_refused_at_once_get_one_token() {
     keeper.renew(Duration::from_secs(2)).await.unwrap();
 }
 
-/// All of this crate's log lines, down to the finest.
+/// The log lines of one thread.
 #[derive(Clone, Default)]
 pub(super) struct Captured(Arc<Mutex<Vec<u8>>>);
 
 impl Captured {
-    /// What the current thread logs, until the guard is dropped.
+    /// Captures what the current thread logs, until the guard is dropped.
     pub(super) fn start(filter: &str) -> (Self, tracing::subscriber::DefaultGuard) {
         let captured = Self::default();
         let writer = captured.clone();
@@ -425,7 +455,7 @@ impl Write for Captured {
 
 #[tokio::test]
 async fn a_password_is_shown_nowhere() {
-    // Everything of this test runs on this thread.
+    // The log is captured per thread; everything in this test runs on this one.
     let (captured, logging) = Captured::start("pingora_etcd=trace");
     let guarded = Guarded::new(&["--auth-token-ttl=1"]).await;
     let group = group("shown");

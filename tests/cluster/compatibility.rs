@@ -1,4 +1,5 @@
-//! In one group with the predecessor: by its keys, its JSON and its way of campaigning.
+//! Tests that nodes of this crate and of its predecessor share a group: the same keys, the same
+//! JSON and the same way to campaign.
 
 use super::common::etcd::Etcd;
 use super::common::{eventually, group, throughout, within};
@@ -24,24 +25,26 @@ async fn a_peer_that_campaigns_by_the_election_rpcs_shares_the_queue() {
     assert_eq!(
         String::from_utf8(key).unwrap(),
         format!("election/{group}/{lease:x}"),
-        "the key layout is the one this crate uses"
+        "the predecessor's key must have the layout of this crate"
     );
 
     let ours = Running::start(&etcd.options(), &group, "ours").await;
     let discovery = ready(&etcd.options(), &group).await;
-    eventually("the peer leads", || {
+    eventually("the discovery shows the peer as leader", || {
         leader_id(&discovery).as_deref() == Some("peer") && discovery.nodes().len() == 2
     })
     .await;
-    throughout("ours waits", std::time::Duration::from_millis(500), || {
-        !ours.node.is_leader()
-    })
+    throughout(
+        "our node waits",
+        std::time::Duration::from_millis(500),
+        || !ours.node.is_leader(),
+    )
     .await;
 
-    // It resigns: ours leads, and the peer, which queues again, sees that.
+    // The peer resigns: our node leads, and the peer, which campaigns again, sees that.
     let resign = etcd_client::ResignOptions::new().with_leader(won.leader().unwrap().clone());
     peer.resign(Some(resign)).await.unwrap();
-    within("ours leads", ours.node.wait_for_leadership()).await;
+    within("our node leads", ours.node.wait_for_leadership()).await;
     let seen = peer.leader(election.as_str()).await.unwrap();
     assert_eq!(seen.kv().unwrap().value(), b"ours");
     let mut waiting = peer.clone();
@@ -49,10 +52,13 @@ async fn a_peer_that_campaigns_by_the_election_rpcs_shares_the_queue() {
         let won = waiting.campaign(election.as_str(), "peer", lease).await;
         won.map(drop)
     });
-    eventually("the peer is in line", || !again.is_finished()).await;
+    eventually("the peer's campaign waits", || !again.is_finished()).await;
     ours.stop().await;
     within("the peer wins again", again).await.unwrap().unwrap();
-    eventually("seen", || leader_id(&discovery).as_deref() == Some("peer")).await;
+    eventually("the discovery shows the peer as leader", || {
+        leader_id(&discovery).as_deref() == Some("peer")
+    })
+    .await;
     peer.lease_revoke(lease).await.unwrap();
 }
 
@@ -61,7 +67,7 @@ async fn what_is_written_is_what_the_predecessor_reads() {
     let etcd = Etcd::shared();
     let group = group("wire");
     let running = Running::start(&etcd.options(), &group, "n1").await;
-    within("leadership", running.node.wait_for_leadership()).await;
+    within("the node leads", running.node.wait_for_leadership()).await;
     let mut client = etcd.raw_client().await;
     let entry = client
         .get(format!("registry/{group}/n1"), None)
@@ -70,8 +76,8 @@ async fn what_is_written_is_what_the_predecessor_reads() {
     let entry = &entry.kvs()[0];
     let value: serde_json::Value = serde_json::from_slice(entry.value()).unwrap();
     let fields: Vec<_> = value.as_object().unwrap().keys().collect();
-    // Our two fields more are ignored there. One tells our nodes from its own, the other one run of a
-    // process from the next.
+    // The predecessor ignores the two additional fields. `priority` distinguishes our nodes from
+    // the predecessor's, and `run` one process from the next one with the same id.
     assert_eq!(fields, ["id", "ip", "last_seen", "priority", "run"]);
     let candidacy = format!("election/{group}/{:x}", entry.lease());
     let candidate = client.get(candidacy, None).await.unwrap();
@@ -79,12 +85,12 @@ async fn what_is_written_is_what_the_predecessor_reads() {
     assert_eq!(
         candidate.kvs()[0].lease(),
         entry.lease(),
-        "one lease for both"
+        "registration and candidacy use one lease"
     );
     running.stop().await;
 }
 
-/// Every public call of the predecessor, as its users write them; only the crate's name differs.
+/// Every public call of the predecessor, as its users write it; only the name of the crate differs.
 #[cfg(feature = "system-metrics")]
 #[tokio::test]
 async fn the_predecessors_calls_compile_and_work() {
@@ -142,10 +148,14 @@ async fn the_predecessors_calls_compile_and_work() {
     tasks.push(tokio::spawn(
         async move { d.run(Some(&mut shutdown_rx)).await },
     ));
-    within("ready", discovery.wait_ready()).await;
+    within("the discovery is ready", discovery.wait_ready()).await;
     assert!(discovery.is_ready());
-    within("two", discovery.wait_for_nodes(2)).await;
-    within("a leader", discovery.wait_for_leader()).await;
+    within(
+        "the discovery shows both nodes",
+        discovery.wait_for_nodes(2),
+    )
+    .await;
+    within("the discovery shows a leader", discovery.wait_for_leader()).await;
     let addresses: Vec<SocketAddr> = discovery
         .nodes()
         .iter()
@@ -166,8 +176,8 @@ async fn the_predecessors_calls_compile_and_work() {
     .await;
     assert_eq!(plain.current_health(), HealthStatus::Healthy);
 
-    // Metrics: the later collector wins, the rest is kept.
-    eventually("metrics", || {
+    // For a metric with several collectors the later one wins; the others are kept.
+    eventually("the discovery shows the metrics", || {
         discovery.nodes().iter().any(|node| {
             let number = |key: &str| node.metadata.get(key).and_then(|value| value.as_f64());
             let cpu = number(metadata_keys::CPU_USAGE_PERCENT);

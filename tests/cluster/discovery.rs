@@ -1,3 +1,5 @@
+//! Tests discoveries on a real etcd: groups and key prefixes, bad entries, compaction, resuming,
+//! and the streams of changes and events.
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -15,15 +17,15 @@ async fn groups_whose_names_begin_alike_do_not_see_each_other() {
         (app.clone(), format!("{app}-2"))
     };
     let two = Running::start(&etcd.options(), &app2, "two").await;
-    within("leadership", two.node.wait_for_leadership()).await;
+    within("the node leads", two.node.wait_for_leadership()).await;
     let of_app = ready(&etcd.options(), &app).await;
     let of_app2 = ready(&etcd.options(), &app2).await;
     assert!(of_app.nodes().is_empty());
     assert!(of_app.leader().is_none());
 
     let one = Running::start(&etcd.options(), &app, "one").await;
-    within("leadership", one.node.wait_for_leadership()).await;
-    eventually("each its own", || {
+    within("the node leads", one.node.wait_for_leadership()).await;
+    eventually("each discovery shows its own leader", || {
         leader_id(&of_app).as_deref() == Some("one")
             && leader_id(&of_app2).as_deref() == Some("two")
     })
@@ -43,7 +45,7 @@ async fn a_key_prefix_keeps_installations_apart() {
     let node = Running::start(&prefixed, &group, "n1").await;
     let plain = ready(&etcd.options(), &group).await;
     let blue = ready(&prefixed, &group).await;
-    within("it is seen", blue.wait_for_nodes(1)).await;
+    within("the discovery shows the node", blue.wait_for_nodes(1)).await;
     assert!(plain.nodes().is_empty());
     node.stop().await;
 }
@@ -55,22 +57,32 @@ async fn bad_entries_are_skipped_and_the_others_are_served() {
     let mut client = etcd.raw_client().await;
     let key = |id: &str| format!("registry/{group}/{id}");
     client.put(key("broken"), "{not json", None).await.unwrap();
-    let liar = r#"{"id":"n1","ip":"10.9.9.9","last_seen":1}"#;
-    client.put(key("liar"), liar, None).await.unwrap();
+    let foreign = r#"{"id":"n1","ip":"10.9.9.9","last_seen":1}"#;
+    client.put(key("liar"), foreign, None).await.unwrap();
     client.put(key("binary"), [0xff, 0xfe], None).await.unwrap();
     let node = Running::start(&etcd.options(), &group, "n1").await;
     let discovery = ready(&etcd.options(), &group).await;
-    within("the good one", discovery.wait_for_nodes(1)).await;
+    within(
+        "the discovery shows the valid entry",
+        discovery.wait_for_nodes(1),
+    )
+    .await;
     assert_eq!(discovery.rejected_entries().total(), 3);
-    // The same while watching.
+    // The same for an entry that arrives by the watch.
     client.put(key("late"), "[]", None).await.unwrap();
-    eventually("counted", || discovery.rejected_entries().total() == 4).await;
+    eventually("the rejected entry is counted", || {
+        discovery.rejected_entries().total() == 4
+    })
+    .await;
     assert_eq!(discovery.nodes().len(), 1);
     assert!(discovery.nodes().get("n1").unwrap().ip.is_loopback());
-    // A bad one that becomes good is taken.
+    // A rejected entry that becomes valid is accepted.
     let good = r#"{"id":"late","ip":"10.9.9.9","last_seen":1}"#;
     client.put(key("late"), good, None).await.unwrap();
-    eventually("taken", || discovery.nodes().len() == 2).await;
+    eventually("the corrected entry is accepted", || {
+        discovery.nodes().len() == 2
+    })
+    .await;
     node.stop().await;
 }
 
@@ -82,8 +94,8 @@ async fn a_compaction_between_list_and_watch_is_survived() {
     let discovery = ready(&link.options(), &group).await;
     let mut events = discovery.subscribe();
     let old = Running::start(&etcd.options(), &group, "old").await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
-    // The discovery hears nothing while the group changes and history is cut off behind it.
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
+    // The discovery receives nothing while the group changes and its history is compacted.
     link.set_silent(true);
     old.stop().await;
     let new = Running::start(&etcd.options(), &group, "new").await;
@@ -96,21 +108,22 @@ async fn a_compaction_between_list_and_watch_is_survived() {
     client.compact(revision, None).await.unwrap();
     assert!(
         discovery.nodes().get("old").is_some(),
-        "the last view stays"
+        "the last view is kept"
     );
-    // Its connection breaks, and what it missed is gone: it lists again and tells the difference.
+    // Its connection breaks, and the missed events are compacted: it relists and reports the
+    // difference.
     link.cut();
     link.set_silent(false);
-    eventually("the new state", || {
+    eventually("the discovery shows the new state", || {
         let nodes = discovery.nodes();
         nodes.len() == 1
             && nodes.get("new").is_some()
             && leader_id(&discovery).as_deref() == Some("new")
     })
     .await;
-    let mut told = Vec::new();
+    let mut events_seen = Vec::new();
     while let Ok(event) = events.try_recv() {
-        told.push(event.to_string());
+        events_seen.push(event.to_string());
     }
     for expected in [
         "disconnected",
@@ -119,13 +132,13 @@ async fn a_compaction_between_list_and_watch_is_survived() {
         "node new leads",
     ] {
         assert!(
-            told.iter().any(|event| event == expected),
-            "{expected}: {told:?}"
+            events_seen.iter().any(|event| event == expected),
+            "{expected}: {events_seen:?}"
         );
     }
-    // And it hears on.
+    // It continues to receive events.
     new.stop().await;
-    eventually("the end", || discovery.nodes().is_empty()).await;
+    eventually("the last node has left", || discovery.nodes().is_empty()).await;
 }
 
 #[tokio::test]
@@ -140,14 +153,19 @@ async fn after_a_break_it_resumes_without_a_relist() {
     let mut events = discovery.subscribe();
     link.cut();
     let node = Running::start(&etcd.options(), &group, "n1").await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
-    let first = within("a change", changes.next()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
+    let first = within("a change arrives", changes.next()).await;
     assert!(matches!(first, Change::Joined(_)), "{first:?}");
-    let mut told = Vec::new();
-    while told.len() < 3 {
-        told.push(within("an event", events.recv()).await.unwrap().to_string());
+    let mut events_seen = Vec::new();
+    while events_seen.len() < 3 {
+        events_seen.push(
+            within("an event arrives", events.recv())
+                .await
+                .unwrap()
+                .to_string(),
+        );
     }
-    assert_eq!(told[..2], ["disconnected", "reconnected"]);
+    assert_eq!(events_seen[..2], ["disconnected", "reconnected"]);
     node.stop().await;
 }
 
@@ -168,14 +186,17 @@ async fn folding_the_changes_gives_the_view_even_for_a_reader_too_slow() {
             client.put(key, value, None).await.unwrap();
         }
     }
-    // One that is a change of this group for certain: other tests write, too.
+    // A change that certainly belongs to this group, because other tests write as well.
     let (key, value) = (
         format!("registry/{group}/last"),
         r#"{"id":"last","ip":"10.0.0.1"}"#,
     );
     let put = client.put(key, value, None).await.unwrap();
     let last = put.header().unwrap().revision();
-    eventually("all is seen", || discovery.nodes().revision() >= last).await;
+    eventually("the discovery has seen all changes", || {
+        discovery.nodes().revision() >= last
+    })
+    .await;
     let mut folded = BTreeMap::new();
     let mut resets = 0;
     let expected: BTreeMap<_, _> = discovery
@@ -184,7 +205,7 @@ async fn folding_the_changes_gives_the_view_even_for_a_reader_too_slow() {
         .map(|node| (node.id.clone(), node.last_seen))
         .collect();
     while folded != expected || resets < 2 {
-        match within("a change", slow.next()).await {
+        match within("a change arrives", slow.next()).await {
             Change::Reset(nodes) => {
                 resets += 1;
                 folded = nodes
@@ -201,7 +222,10 @@ async fn folding_the_changes_gives_the_view_even_for_a_reader_too_slow() {
             _ => {}
         }
     }
-    assert_eq!(resets, 2, "once at the start and once for being too slow");
+    assert_eq!(
+        resets, 2,
+        "once at the start and once because the reader was too slow"
+    );
 }
 
 #[tokio::test]
@@ -258,7 +282,7 @@ async fn the_predecessors_events_in_their_order() {
     let (stop, mut stopped) = tokio::sync::broadcast::channel(1);
     let running = discovery.clone();
     let task = tokio::spawn(async move { running.run(Some(&mut stopped)).await });
-    let mut next = async || within("an event", events.recv()).await.unwrap();
+    let mut next = async || within("an event arrives", events.recv()).await.unwrap();
     assert_eq!(next().await, ClusterEvent::Ready);
     let node = Running::start(&etcd.options(), &group, "n1").await;
     let joined = next().await;

@@ -1,3 +1,5 @@
+//! Tests elections on a real etcd: crashes, resignation, transfers, priorities, fencing and
+//! draining.
 use std::time::Duration;
 
 use pingora_etcd::{ClusterError, ClusterEvent};
@@ -11,13 +13,13 @@ async fn a_single_node_elects_itself() {
     let etcd = Etcd::shared();
     let group = group("self");
     let running = Running::start(&etcd.options(), &group, "n1").await;
-    let leadership = within("leadership", running.node.wait_for_leadership()).await;
+    let leadership = within("the node leads", running.node.wait_for_leadership()).await;
     assert_eq!(leadership.node.id, "n1");
     assert!(leadership.epoch > 0);
     assert!(running.node.is_leader());
 
     let discovery = ready(&etcd.options(), &group).await;
-    let seen = within("a leader", discovery.wait_for_leader()).await;
+    let seen = within("the discovery shows a leader", discovery.wait_for_leader()).await;
     assert_eq!(seen.id, "n1");
     assert_eq!(discovery.leadership().unwrap().epoch, leadership.epoch);
     running.stop().await;
@@ -28,10 +30,14 @@ async fn a_new_leader_after_a_crash_within_the_ttl_and_a_second() {
     let etcd = Etcd::shared();
     let group = group("crash");
     let first = Running::start(&etcd.options(), &group, "n1").await;
-    within("leadership", first.node.wait_for_leadership()).await;
+    within("the node leads", first.node.wait_for_leadership()).await;
     let second = Running::start(&etcd.options(), &group, "n2").await;
     let discovery = ready(&etcd.options(), &group).await;
-    within("both", discovery.wait_for_nodes(2)).await;
+    within(
+        "the discovery shows both nodes",
+        discovery.wait_for_nodes(2),
+    )
+    .await;
     let epoch = discovery.leadership().unwrap().epoch;
 
     first.crash();
@@ -39,10 +45,14 @@ async fn a_new_leader_after_a_crash_within_the_ttl_and_a_second() {
         leader_id(&discovery).as_deref() == Some("n2")
     })
     .await;
-    // The lease was granted for 2 s and may just have been renewed.
+    // The lease of 2 s may have been renewed just before the crash.
     assert!(took < Duration::from_secs(3), "{took:?}");
-    assert_eq!(discovery.nodes().len(), 1, "the crashed node is gone");
-    eventually("n2 knows", || second.node.is_leader()).await;
+    assert_eq!(
+        discovery.nodes().len(),
+        1,
+        "the crashed node is not shown any more"
+    );
+    eventually("n2 knows that it leads", || second.node.is_leader()).await;
     assert!(discovery.leadership().unwrap().epoch > epoch);
     second.stop().await;
 }
@@ -58,8 +68,12 @@ async fn twenty_nodes_come_and_go_with_always_a_valid_leader() {
         let id = format!("n{index:02}");
         nodes.push(Running::start(&etcd.options(), &group, &id).await);
         let count = index + 1;
-        within("it is seen", discovery.wait_for_nodes(count)).await;
-        within("there is a leader", discovery.wait_for_leader()).await;
+        within(
+            "the discovery shows the node",
+            discovery.wait_for_nodes(count),
+        )
+        .await;
+        within("the discovery shows a leader", discovery.wait_for_leader()).await;
     }
     let valid = |nodes: &[Running]| {
         let leaders: Vec<_> = nodes
@@ -72,7 +86,7 @@ async fn twenty_nodes_come_and_go_with_always_a_valid_leader() {
             && discovery.nodes().len() == nodes.len()
     };
     assert_eq!(leader_id(&discovery).as_deref(), Some("n00"));
-    // The leader each time first, then from the other end: both orders matter to the queue.
+    // Alternately the leader and the last candidate leave, because the queue must handle both ends.
     while !nodes.is_empty() {
         let leaving = if nodes.len().is_multiple_of(2) {
             nodes.remove(0)
@@ -82,11 +96,15 @@ async fn twenty_nodes_come_and_go_with_always_a_valid_leader() {
         let id = leaving.node.id().to_owned();
         leaving.stop().await;
         if !nodes.is_empty() {
-            eventually("a valid leader", || valid(&nodes)).await;
+            eventually(
+                "exactly one leader, the one that the discovery shows",
+                || valid(&nodes),
+            )
+            .await;
             assert!(discovery.nodes().get(&id).is_none());
         }
     }
-    eventually("nobody", || {
+    eventually("nobody is registered or leads", || {
         discovery.nodes().is_empty() && discovery.leader().is_none()
     })
     .await;
@@ -97,18 +115,18 @@ async fn a_graceful_leave_is_seen_within_half_a_second() {
     let etcd = Etcd::shared();
     let group = group("leave");
     let first = Running::start(&etcd.options(), &group, "n1").await;
-    within("leadership", first.node.wait_for_leadership()).await;
+    within("the node leads", first.node.wait_for_leadership()).await;
     let second = Running::start(&etcd.options(), &group, "n2").await;
     let discovery = ready(&etcd.options(), &group).await;
     let mut events = discovery.subscribe();
     first.stop().await;
     let seen = async {
-        let mut told = Vec::new();
+        let mut seen_events = Vec::new();
         while !["node n1 left", "node n2 leads"]
             .iter()
-            .all(|event| told.iter().any(|told| told == event))
+            .all(|event| seen_events.iter().any(|seen| seen == event))
         {
-            told.push(events.recv().await.unwrap().to_string());
+            seen_events.push(events.recv().await.unwrap().to_string());
         }
     };
     tokio::time::timeout(Duration::from_millis(500), seen)
@@ -122,16 +140,16 @@ async fn resigning_passes_leadership_on_with_a_greater_token() {
     let etcd = Etcd::shared();
     let group = group("resign");
     let first = Running::start(&etcd.options(), &group, "n1").await;
-    let before = within("leadership", first.node.wait_for_leadership()).await;
-    // Alone it leads again, in a new term.
+    let before = within("the node leads", first.node.wait_for_leadership()).await;
+    // The only candidate leads again, in a new term.
     first.node.resign().await.unwrap();
     assert_ne!(first.node.leadership(), Some(before.clone()));
-    let again = within("leadership", first.node.wait_for_leadership()).await;
+    let again = within("the node leads", first.node.wait_for_leadership()).await;
     assert!(again.epoch > before.epoch);
 
     let second = Running::start(&etcd.options(), &group, "n2").await;
     first.node.resign().await.unwrap();
-    let other = within("leadership", second.node.wait_for_leadership()).await;
+    let other = within("the node leads", second.node.wait_for_leadership()).await;
     assert!(other.epoch > again.epoch);
     assert!(!first.node.is_leader());
     first.stop().await;
@@ -147,33 +165,37 @@ async fn a_transfer_goes_to_any_candidate_and_is_refused_with_the_reason() {
         nodes.push(Running::start(&etcd.options(), &group, id).await);
     }
     let discovery = ready(&etcd.options(), &group).await;
-    let term = within("leadership", nodes[0].node.wait_for_leadership()).await;
+    let term = within("the node leads", nodes[0].node.wait_for_leadership()).await;
     let first = &nodes[0].node;
     let error = first.transfer_to("n9").await.unwrap_err();
     assert!(error.to_string().contains("not registered"), "{error}");
     assert_eq!(
         first.leadership().map(|term| term.epoch),
         Some(term.epoch),
-        "still, after a refusal"
+        "a refused transfer does not end the term"
     );
     let error = nodes[1].node.transfer_to("n3").await.unwrap_err();
     assert!(matches!(error, ClusterError::NotLeader { .. }), "{error}");
 
-    // Past two others, which make way.
+    // Past two other candidates, which make way.
     let mut events = discovery.subscribe();
     first.transfer_to("n4").await.unwrap();
     assert!(!first.is_leader());
     within("n4 leads", nodes[3].node.wait_for_leadership()).await;
-    eventually("seen", || leader_id(&discovery).as_deref() == Some("n4")).await;
-    // One change of leader, not one after another.
+    eventually("the discovery shows n4 as leader", || {
+        leader_id(&discovery).as_deref() == Some("n4")
+    })
+    .await;
+    // The leader changes once, without intermediate leaders.
     while let Ok(event) = events.try_recv() {
         if let ClusterEvent::LeaderElected(node) = event {
             assert_eq!(node.id, "n4");
         }
     }
-    // Back, as soon as it is a candidate again. What it knows of itself may be older than that.
+    // Transfers leadership back as soon as n1 is a candidate in etcd; what n1 knows of itself may
+    // be older.
     let mut client = etcd.raw_client().await;
-    within("n1 is in line again", async {
+    within("n1 is a candidate again", async {
         let prefix = || Some(etcd_client::GetOptions::new().with_prefix());
         loop {
             let line = client.get(format!("election/{group}/"), prefix()).await;
@@ -204,8 +226,8 @@ async fn a_transfer_past_a_node_of_the_predecessor_is_refused_and_nobody_else_le
     let etcd = Etcd::shared();
     let group = group("past-a-peer");
     let first = Running::start(&etcd.options(), &group, "n1").await;
-    let term = within("leadership", first.node.wait_for_leadership()).await;
-    // As the predecessor writes: no priority, and a candidacy under the same lease.
+    let term = within("the node leads", first.node.wait_for_leadership()).await;
+    // As the predecessor writes it: no priority, and a candidacy under the same lease.
     let mut client = etcd.raw_client().await;
     let lease = client.lease_grant(60, None).await.unwrap().id();
     let under = || Some(etcd_client::PutOptions::new().with_lease(lease));
@@ -220,7 +242,7 @@ async fn a_transfer_past_a_node_of_the_predecessor_is_refused_and_nobody_else_le
     assert!(error.contains("\"peer\" is ahead of it"), "{error}");
     let same = first.node.leadership().map(|term| term.epoch);
     assert_eq!(same, Some(term.epoch));
-    // To the peer itself it goes; from there it cannot be taken.
+    // A transfer to the peer itself succeeds, but from there leadership cannot be taken back.
     first.node.transfer_to("peer").await.unwrap();
     let discovery = ready(&etcd.options(), &group).await;
     eventually("the peer leads", || {
@@ -245,7 +267,7 @@ async fn a_higher_priority_takes_over_once_it_has_been_there_for_a_while() {
     for id in ["n1", "n2"] {
         nodes.push(Running::start(&etcd.options(), &group, id).await);
     }
-    within("leadership", nodes[0].node.wait_for_leadership()).await;
+    within("the node leads", nodes[0].node.wait_for_leadership()).await;
     let after = Duration::from_secs(1);
     let high = super::builder(&etcd.options(), &group, "n3")
         .priority(7)
@@ -257,14 +279,14 @@ async fn a_higher_priority_takes_over_once_it_has_been_there_for_a_while() {
     let discovery = ready(&etcd.options(), &group).await;
     let seen = discovery.nodes().get("n3").map(|node| node.priority);
     assert_eq!(seen, Some(Some(7)));
-    let took = eventually("it leads", || high.node.is_leader()).await;
+    let took = eventually("the node leads", || high.node.is_leader()).await;
     assert!(
         took > after / 2 && took < 3 * after,
-        "not at once, and in one go: {took:?}"
+        "neither at once nor late: {took:?}"
     );
     assert!(!nodes[0].node.is_leader() && !nodes[1].node.is_leader());
-    // It keeps leading against lower ones, and loses to nobody by itself.
-    throughout("it leads", 2 * after, || high.node.is_leader()).await;
+    // The node keeps leading against candidates of lower priority.
+    throughout("n3 keeps leading", 2 * after, || high.node.is_leader()).await;
     high.stop().await;
     eventually("somebody else leads", || {
         nodes.iter().any(|running| running.node.is_leader())
@@ -281,7 +303,7 @@ async fn a_write_with_the_guard_of_an_ended_term_is_not_carried_out() {
     let etcd = Etcd::shared();
     let group = group("fencing");
     let first = Running::start(&etcd.options(), &group, "n1").await;
-    let old = within("leadership", first.node.wait_for_leadership()).await;
+    let old = within("the node leads", first.node.wait_for_leadership()).await;
     let store = EtcdStore::new(etcd.options()).unwrap();
     let key = format!("work/{group}");
     let write = |term: &pingora_etcd::Leadership| {
@@ -290,15 +312,15 @@ async fn a_write_with_the_guard_of_an_ended_term_is_not_carried_out() {
     };
     assert!(store.txn(write(&old)).await.unwrap().is_some());
     let lost = first.node.wait_for_loss(old.epoch);
-    let (_, resigned) = tokio::join!(within("it is told", lost), first.node.resign());
+    let (_, resigned) = tokio::join!(within("the loss is reported", lost), first.node.resign());
     resigned.unwrap();
-    let new = within("leadership", first.node.wait_for_leadership()).await;
+    let new = within("the node leads", first.node.wait_for_leadership()).await;
     assert!(new.epoch > old.epoch);
     assert!(store.txn(write(&old)).await.unwrap().is_none());
     assert!(store.txn(write(&new)).await.unwrap().is_some());
-    // What a discovery knows of the leader will do as well.
+    // The guard of the leadership that a discovery shows is the same.
     let discovery = ready(&etcd.options(), &group).await;
-    within("a leader", discovery.wait_for_leader()).await;
+    within("the discovery shows a leader", discovery.wait_for_leader()).await;
     assert_eq!(discovery.leadership().unwrap().guard(), new.guard());
     let listing = store.list(&Selector::Key(key.clone()), None).await.unwrap();
     assert_eq!(listing.entries[0].value, new.epoch.to_string().into_bytes());
@@ -310,36 +332,38 @@ async fn draining_is_announced_and_gives_up_leadership_but_not_the_registration(
     let etcd = Etcd::shared();
     let group = group("drain");
     let first = Running::start(&etcd.options(), &group, "n1").await;
-    within("leadership", first.node.wait_for_leadership()).await;
+    within("the node leads", first.node.wait_for_leadership()).await;
     let second = Running::start(&etcd.options(), &group, "n2").await;
     let discovery = ready(&etcd.options(), &group).await;
     let mut events = discovery.subscribe();
     first.node.drain().await.unwrap();
     assert!(!first.node.is_leader());
     within("n2 leads", second.node.wait_for_leadership()).await;
-    eventually("seen", || {
+    eventually("the discovery shows n1 draining and n2 as leader", || {
         let nodes = discovery.nodes();
         nodes.get("n1").is_some_and(|node| !node.is_serving())
             && leader_id(&discovery).as_deref() == Some("n2")
     })
     .await;
-    let told = async {
+    let updated = async {
         loop {
             if let ClusterEvent::NodeUpdated { old, new } = events.recv().await.unwrap() {
                 return old.is_serving() && !new.is_serving();
             }
         }
     };
-    assert!(within("an update", told).await);
-    // For good: it does not come back as a candidate when it would be next.
+    assert!(within("the update is reported", updated).await);
+    // Draining is final: n1 does not become a candidate again when it would be the next.
     second.stop().await;
     eventually("n2 is gone", || {
         discovery.leader().is_none() && discovery.nodes().len() == 1
     })
     .await;
-    throughout("drained", Duration::from_secs(1), || {
-        !first.node.is_leader() && discovery.nodes().len() == 1
-    })
+    throughout(
+        "n1 stays registered and does not lead",
+        Duration::from_secs(1),
+        || !first.node.is_leader() && discovery.nodes().len() == 1,
+    )
     .await;
     first.stop().await;
 }
@@ -349,7 +373,7 @@ async fn an_election_key_deleted_by_somebody_ends_the_term_and_it_stands_again()
     let etcd = Etcd::shared();
     let group = group("deleted");
     let running = Running::start(&etcd.options(), &group, "n1").await;
-    let before = within("leadership", running.node.wait_for_leadership()).await;
+    let before = within("the node leads", running.node.wait_for_leadership()).await;
     let discovery = ready(&etcd.options(), &group).await;
     let mut client = etcd.raw_client().await;
     let prefix = etcd_client::DeleteOptions::new().with_prefix();
@@ -365,8 +389,8 @@ async fn an_election_key_deleted_by_somebody_ends_the_term_and_it_stands_again()
         let term = running.node.leadership();
         term.is_some_and(|term| term.epoch > before.epoch)
     };
-    eventually("it leads again", again).await;
-    eventually("it is registered again", || {
+    eventually("the node leads again", again).await;
+    eventually("the node is registered again", || {
         discovery.nodes().len() == 1 && discovery.leader().is_some()
     })
     .await;
@@ -395,8 +419,8 @@ async fn commands_and_runs_at_the_wrong_time_are_errors() {
         Err(ClusterError::AlreadyRunning { .. })
     ));
     running.stop().await;
-    // It can be run again.
+    // A node that has stopped can be run again.
     let running = Running::new(node);
-    within("leadership", running.node.wait_for_leadership()).await;
+    within("the node leads", running.node.wait_for_leadership()).await;
     running.stop().await;
 }

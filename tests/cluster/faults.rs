@@ -1,3 +1,5 @@
+//! Tests workers and discoveries that lose etcd, are cut off from it, or share an id with another
+//! process.
 use std::time::Duration;
 
 use pingora_etcd::{ClusterEvent, HealthStatus};
@@ -12,17 +14,24 @@ async fn nodes_come_back_after_etcd_restarts() {
     let etcd = Etcd::own();
     let group = group("restart");
     let first = Running::start(&etcd.options(), &group, "n1").await;
-    let before = within("leadership", first.node.wait_for_leadership()).await;
+    let before = within("the node leads", first.node.wait_for_leadership()).await;
     let second = Running::start(&etcd.options(), &group, "n2").await;
     let discovery = ready(&etcd.options(), &group).await;
-    within("both", discovery.wait_for_nodes(2)).await;
+    within(
+        "the discovery shows both nodes",
+        discovery.wait_for_nodes(2),
+    )
+    .await;
     let mut events = discovery.subscribe();
 
     etcd.stop();
-    let lost = within("an event", events.recv()).await.unwrap();
+    let lost = within("an event arrives", events.recv()).await.unwrap();
     assert_eq!(lost, ClusterEvent::Disconnected);
-    eventually("leadership ends without etcd", || !first.node.is_leader()).await;
-    throughout("the last view stays", Duration::from_secs(3), || {
+    eventually("leadership ends while etcd is down", || {
+        !first.node.is_leader()
+    })
+    .await;
+    throughout("the last view is kept", Duration::from_secs(3), || {
         discovery.nodes().len() == 2 && discovery.leader().is_some()
     })
     .await;
@@ -43,7 +52,7 @@ async fn nodes_come_back_after_etcd_restarts() {
     assert!(discovery.leadership().unwrap().epoch >= before.epoch);
     first.stop().await;
     second.stop().await;
-    eventually("they can leave", || discovery.nodes().is_empty()).await;
+    eventually("both nodes can leave", || discovery.nodes().is_empty()).await;
 }
 
 #[tokio::test]
@@ -51,7 +60,8 @@ async fn an_old_process_does_not_remove_its_successor() {
     let etcd = Etcd::shared();
     let group = group("successor");
     let discovery = ready(&etcd.options(), &group).await;
-    // With more than enough time for renewals: what is looked for here is not lateness.
+    // The TTL leaves more than enough time for renewals, because this test is not about late
+    // renewals.
     let slow = || {
         Running::new(
             builder(&etcd.options(), &group, "n1")
@@ -61,26 +71,28 @@ async fn an_old_process_does_not_remove_its_successor() {
         )
     };
     let old = slow();
-    within("leadership", old.node.wait_for_leadership()).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("the node leads", old.node.wait_for_leadership()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     let incarnation = || {
         let nodes = discovery.nodes();
         nodes.get("n1").map(|node| node.incarnation())
     };
     let first = incarnation();
-    // A new process under the same id, while the old one still runs.
+    // A new process under the same id, while the old one is still running.
     let new = slow();
-    eventually("the new one is registered", || incarnation() != first).await;
+    eventually("the new process is registered", || incarnation() != first).await;
     let second = incarnation();
-    eventually("the old one stands back", || {
+    eventually("the old process gives up", || {
         old.node.current_health() == HealthStatus::Unhealthy && !old.node.is_leader()
     })
     .await;
-    within("the new one leads", new.node.wait_for_leadership()).await;
+    within("the new process leads", new.node.wait_for_leadership()).await;
     old.stop().await;
-    throughout("it stays", Duration::from_secs(7), || {
-        incarnation() == second && new.node.is_leader()
-    })
+    throughout(
+        "the new process stays registered and leads",
+        Duration::from_secs(7),
+        || incarnation() == second && new.node.is_leader(),
+    )
     .await;
     new.stop().await;
 }
@@ -91,13 +103,13 @@ async fn a_replaced_process_comes_back_when_its_successor_leaves() {
     let group = group("comeback");
     let old = Running::start(&etcd.options(), &group, "n1").await;
     let new = Running::start(&etcd.options(), &group, "n1").await;
-    eventually("the old one stands back", || {
+    eventually("the old process gives up", || {
         old.node.current_health() == HealthStatus::Unhealthy
     })
     .await;
     new.stop().await;
     old.wait_until_healthy().await;
-    within("it leads", old.node.wait_for_leadership()).await;
+    within("the node leads", old.node.wait_for_leadership()).await;
     old.stop().await;
 }
 
@@ -108,10 +120,10 @@ async fn shutdown_within_two_seconds_while_etcd_is_stopped() {
     let first = Running::start(&etcd.options(), &group, "n1").await;
     let second = Running::start(&etcd.options(), &group, "n2").await;
     etcd.pause();
-    // At once, and after the session has noticed.
+    // One node is stopped at once, the other after its session has noticed the silence.
     let took = first.stop().await;
     assert!(took < Duration::from_secs(2), "{took:?}");
-    eventually("unhealthy", || {
+    eventually("n2 is unhealthy", || {
         second.node.current_health() == HealthStatus::Unhealthy
     })
     .await;
@@ -119,7 +131,7 @@ async fn shutdown_within_two_seconds_while_etcd_is_stopped() {
     assert!(took < Duration::from_secs(2), "{took:?}");
     etcd.resume();
     let discovery = ready(&etcd.options(), &group).await;
-    eventually("what they left behind ends with its leases", || {
+    eventually("the entries they left expire with their leases", || {
         discovery.nodes().is_empty()
     })
     .await;
@@ -131,16 +143,21 @@ async fn a_leader_cut_off_gives_up_before_another_is_elected() {
     let group = group("cutoff");
     let link = Link::to(etcd.address()).await;
     let cut_off = Running::start(&link.options(), &group, "n1").await;
-    within("leadership", cut_off.node.wait_for_leadership()).await;
+    within("the node leads", cut_off.node.wait_for_leadership()).await;
     let other = Running::start(&etcd.options(), &group, "n2").await;
     let discovery = ready(&etcd.options(), &group).await;
-    within("both", discovery.wait_for_nodes(2)).await;
+    within(
+        "the discovery shows both nodes",
+        discovery.wait_for_nodes(2),
+    )
+    .await;
 
     link.set_silent(true);
     let mut gave_up = None;
     let start = tokio::time::Instant::now();
     let elected = eventually("n2 leads", || {
-        // In this order: the other is asked first, so that both true is truly both.
+        // The order matters: `other` is read first, so that two true values mean two leaders at one
+        // time.
         let other_leads = other.node.is_leader();
         let cut_off_leads = cut_off.node.is_leader();
         assert!(!(other_leads && cut_off_leads), "two leaders");
@@ -150,7 +167,7 @@ async fn a_leader_cut_off_gives_up_before_another_is_elected() {
         other_leads
     })
     .await;
-    let gave_up = gave_up.expect("it gave up first");
+    let gave_up = gave_up.expect("n1 gave up before n2 led");
     assert!(gave_up < elected);
     assert!(gave_up <= Duration::from_secs(2), "{gave_up:?}");
     throughout("one leader", Duration::from_secs(2), || {
@@ -158,7 +175,7 @@ async fn a_leader_cut_off_gives_up_before_another_is_elected() {
     })
     .await;
 
-    // Healed, it is registered again and waits its turn.
+    // After the link is restored, n1 is registered again and waits for its turn.
     link.set_silent(false);
     eventually("n1 is back", || discovery.nodes().len() == 2).await;
     cut_off.wait_until_healthy().await;
@@ -175,22 +192,26 @@ async fn a_candidate_cut_off_for_longer_than_the_ttl_is_registered_again() {
     let group = group("candidate");
     let link = Link::to(etcd.address()).await;
     let leader = Running::start(&etcd.options(), &group, "n1").await;
-    within("leadership", leader.node.wait_for_leadership()).await;
+    within("the node leads", leader.node.wait_for_leadership()).await;
     let candidate = Running::start(&link.options(), &group, "n2").await;
     let discovery = ready(&etcd.options(), &group).await;
-    within("both", discovery.wait_for_nodes(2)).await;
+    within(
+        "the discovery shows both nodes",
+        discovery.wait_for_nodes(2),
+    )
+    .await;
     link.set_silent(true);
-    eventually("its lease runs out", || discovery.nodes().len() == 1).await;
-    eventually("it says unhealthy", || {
+    eventually("the lease of n2 expires", || discovery.nodes().len() == 1).await;
+    eventually("n2 is unhealthy", || {
         candidate.node.current_health() == HealthStatus::Unhealthy
     })
     .await;
     link.set_silent(false);
-    eventually("it is back", || discovery.nodes().len() == 2).await;
+    eventually("n2 is registered again", || discovery.nodes().len() == 2).await;
     candidate.wait_until_healthy().await;
-    // As a candidate too.
+    // It is a candidate again, too.
     leader.stop().await;
-    within("it leads", candidate.node.wait_for_leadership()).await;
+    within("the node leads", candidate.node.wait_for_leadership()).await;
     candidate.stop().await;
 }
 
@@ -201,20 +222,27 @@ async fn a_discovery_cut_off_silently_says_so_and_keeps_the_view() {
     let link = Link::to(etcd.address()).await;
     let node = Running::start(&etcd.options(), &group, "n1").await;
     let discovery = ready(&link.options(), &group).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
-    within("a leader", discovery.wait_for_leader()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
+    within("the discovery shows a leader", discovery.wait_for_leader()).await;
     let mut events = discovery.subscribe();
     link.set_silent(true);
     let start = tokio::time::Instant::now();
-    let event = within("an event", events.recv()).await.unwrap();
+    let event = within("an event arrives", events.recv()).await.unwrap();
     assert_eq!(event, ClusterEvent::Disconnected);
     let took = start.elapsed();
     assert!(took < Duration::from_secs(5), "{took:?}");
     assert_eq!(discovery.nodes().len(), 1);
     node.stop().await;
-    assert_eq!(discovery.nodes().len(), 1, "it has not heard");
+    assert_eq!(
+        discovery.nodes().len(),
+        1,
+        "the discovery cannot know that the node left"
+    );
     link.set_silent(false);
-    eventually("it has heard", || discovery.nodes().is_empty()).await;
+    eventually("the discovery sees that the node left", || {
+        discovery.nodes().is_empty()
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -225,13 +253,15 @@ async fn a_node_started_before_etcd_registers_when_it_comes() {
     let node = builder(&etcd.options(), &group, "n1").try_build().unwrap();
     let running = Running::new(node);
     let discovery = super::watch_group(&etcd.options(), &group);
-    throughout("unknown or unhealthy", Duration::from_secs(1), || {
-        running.node.current_health() != HealthStatus::Healthy && !discovery.is_ready()
-    })
+    throughout(
+        "the node is not healthy and the discovery is not ready",
+        Duration::from_secs(1),
+        || running.node.current_health() != HealthStatus::Healthy && !discovery.is_ready(),
+    )
     .await;
     etcd.start();
     running.wait_until_healthy().await;
-    within("seen", discovery.wait_for_nodes(1)).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     running.stop().await;
 }
 
@@ -252,9 +282,9 @@ async fn one_connection_for_registration_renewals_election_and_metrics() {
         .metrics_collector(Ticks(0.into()))
         .metrics_update_interval(1);
     let running = Running::new(node.try_build().unwrap());
-    within("leadership", running.node.wait_for_leadership()).await;
+    within("the node leads", running.node.wait_for_leadership()).await;
     let discovery = ready(&etcd.options(), &group).await;
-    eventually("several metrics later", || {
+    eventually("several metrics were written", || {
         discovery
             .nodes()
             .get("n1")

@@ -1,10 +1,11 @@
-//! Workers and discoveries on a real etcd.
+//! Tests workers and discoveries on a real etcd: elections, faults, authentication, TLS, sharing
+//! and slow networks.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 #[path = "../chaos/etcd_cluster.rs"]
-#[allow(dead_code)] // what the chaos test uses of it
+#[allow(dead_code)] // the chaos test uses the rest
 mod etcd_cluster;
 
 mod access;
@@ -32,7 +33,7 @@ use tokio::task::JoinHandle;
 
 use common::{local, within};
 
-/// A node that runs in the background.
+/// A node whose run is a background task.
 struct Running {
     node: ClusterNode,
     stop: Option<oneshot::Sender<()>>,
@@ -46,7 +47,7 @@ impl Running {
         let task = tokio::spawn(async move {
             running
                 .run_until(async {
-                    // Also when the test ends without asking.
+                    // The future also completes when the test ends without stopping the node.
                     let _ = stopped.await;
                 })
                 .await
@@ -58,7 +59,7 @@ impl Running {
         }
     }
 
-    /// Started with a TTL of 2 s, and registered.
+    /// A registered node with a TTL of 2 s.
     async fn start(etcd: &EtcdOptions, group: &str, id: &str) -> Self {
         let running = Self::new(builder(etcd, group, id).try_build().unwrap());
         running.wait_until_healthy().await;
@@ -75,7 +76,7 @@ impl Running {
         .unwrap();
     }
 
-    /// Stops it as shutdown does. Answers how long that took.
+    /// Stops the node as a shutdown does; returns how long that took.
     async fn stop(mut self) -> Duration {
         let start = tokio::time::Instant::now();
         drop(self.stop.take());
@@ -86,7 +87,7 @@ impl Running {
         start.elapsed()
     }
 
-    /// Stops it as a crash does: nothing is cleaned up.
+    /// Stops the node as a crash does: nothing is cleaned up.
     fn crash(self) {
         self.task.abort();
     }

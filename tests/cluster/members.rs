@@ -1,12 +1,12 @@
-//! Members that cannot be used, proxies that number watches by themselves, and what a server does
-//! in what order.
+//! Tests etcd members that cannot be used or are replaced, proxies that assign watch ids
+//! themselves, and the order in which a server sends its messages.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use etcd_client::{Client, MemberAddOptions};
 use pingora_etcd::store::{EtcdStore, Selector, Store, WatchEvent, WatchRange};
-use pingora_etcd::{EtcdOptions, discovery::DiscoveryStatus};
+use pingora_etcd::{EtcdOptions, ServiceDiscovery, discovery::DiscoveryStatus};
 
 use super::common::etcd::{Etcd, Process, binary};
 use super::common::scripted::{
@@ -15,7 +15,7 @@ use super::common::scripted::{
 use super::common::{eventually, free_port, group, local, throughout, within};
 use super::{Running, builder, ready};
 
-/// gRPC's.
+/// gRPC status codes.
 const UNAVAILABLE: u8 = 14;
 const FAILED_PRECONDITION: u8 = 9;
 const UNIMPLEMENTED: u8 = 12;
@@ -27,7 +27,7 @@ fn range(key: &str, from: i64) -> WatchRange {
     }
 }
 
-/// A healthy member, as far as it is scripted.
+/// Responds like a healthy member, as far as it is scripted.
 pub(super) fn healthy(call: &str) -> Answer {
     match call {
         "Status" => Answer::Message(status("3.5.30", false)),
@@ -40,10 +40,10 @@ pub(super) fn healthy(call: &str) -> Answer {
 async fn a_learner_is_left_for_the_next_endpoint() {
     let etcd = Etcd::shared();
     for code in [FAILED_PRECONDITION, UNAVAILABLE] {
-        for says_so in [true, false] {
+        for reports_learner in [true, false] {
             let group = group("learner");
             let learner = Scripted::start(move |call| match call {
-                "Status" => Answer::Message(status("3.6.0", says_so)),
+                "Status" => Answer::Message(status("3.6.0", reports_learner)),
                 _ => Answer::Refused(code, "etcdserver: rpc not supported for learner"),
             })
             .await;
@@ -51,9 +51,9 @@ async fn a_learner_is_left_for_the_next_endpoint() {
             let start = Instant::now();
             let node = Running::start(&options, &group, "n1").await;
             let discovery = ready(&options, &group).await;
-            within("it is seen", discovery.wait_for_nodes(1)).await;
+            within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
             println!(
-                "{code}, says so {says_so}: {:?}, {:?}",
+                "{code}, reports learner {reports_learner}: {:?}, {:?}",
                 start.elapsed(),
                 learner.calls()
             );
@@ -63,7 +63,7 @@ async fn a_learner_is_left_for_the_next_endpoint() {
                 discovery.store_status().endpoint.as_ref(),
                 Some(&etcd.endpoints()[0])
             );
-            if says_so {
+            if reports_learner {
                 assert!(learner.calls().iter().all(|call| call == "Status"));
             }
             node.stop().await;
@@ -89,7 +89,8 @@ async fn an_answer_about_progress_is_not_for_watches_confirmed_after_it_was_aske
         let events = first.next().await.unwrap();
         (events, first)
     });
-    // It is quiet, and asked how far it is. Before it answers another watch is opened.
+    // The watch is quiet, so the store requests its progress. Another watch is opened before the
+    // server responds.
     while watches.next().await != WatchRequest::Progress {}
     let (opened, id) = tokio::join!(store.watch(vec![range("b", 2)]), async {
         let id = watches.next_create().await;
@@ -98,16 +99,22 @@ async fn an_answer_about_progress_is_not_for_watches_confirmed_after_it_was_aske
     });
     let mut second = opened.unwrap();
     watches.answer(progress(50));
-    // Which the second watch had not been told of then.
+    // A change before that revision, which the second watch had not received when progress was
+    // requested.
     watches.answer(put(id, "b", 40));
-    let events = within("the change", second.next()).await.unwrap();
+    let events = within("the change of the second watch", second.next())
+        .await
+        .unwrap();
     assert!(matches!(&events[..], [WatchEvent::Put(entry)] if entry.mod_revision == 40));
     assert_eq!(second.position()[0].from, 41);
-    // Asked again it has, and both have.
+    // The next progress request was made after both watches were confirmed, so its response is
+    // valid for both.
     while watches.next().await != WatchRequest::Progress {}
     watches.answer(progress(60));
     watches.answer(put(id, "b", 61));
-    within("the change", second.next()).await.unwrap();
+    within("the next change of the second watch", second.next())
+        .await
+        .unwrap();
     assert_eq!(second.position()[0].from, 62);
     of_first.abort();
 }
@@ -125,16 +132,23 @@ async fn a_silent_watch_is_replaced_and_tells_each_change_once() {
     });
     let mut watcher = opened.unwrap();
     watches.answer(put(old, "a", 5));
-    assert_eq!(within("a change", watcher.next()).await.unwrap().len(), 1);
-    let told = tokio::spawn(async move {
-        let mut told = Vec::new();
-        while told.len() < 2 {
+    assert_eq!(
+        within("a change arrives", watcher.next())
+            .await
+            .unwrap()
+            .len(),
+        1
+    );
+    let delivered = tokio::spawn(async move {
+        let mut delivered = Vec::new();
+        while delivered.len() < 2 {
             let events = watcher.next().await.unwrap();
-            told.extend(events.iter().map(WatchEvent::revision));
+            delivered.extend(events.iter().map(WatchEvent::revision));
         }
-        told
+        delivered
     });
-    // No answer about progress: a watch from where this one has come to takes its place.
+    // The server does not respond to the progress request, so a new watch replaces this one from
+    // its position on.
     let new = loop {
         match watches.next().await {
             WatchRequest::Create { from, id, .. } => {
@@ -144,23 +158,24 @@ async fn a_silent_watch_is_replaced_and_tells_each_change_once() {
             request => assert_eq!(request, WatchRequest::Progress),
         }
     };
-    // Both tell of a change; the old one late, too.
+    // Both watches deliver the same change; the old one delivers it once more afterwards.
     watches.answer(put(old, "a", 6));
     watches.answer(created(new, 6));
     watches.answer(put(new, "a", 6));
     watches.answer(put(old, "a", 6));
     watches.answer(put(new, "a", 7));
     while watches.next().await != WatchRequest::Cancel(old as u64) {}
-    assert_eq!(within("both changes", told).await.unwrap(), [6, 7]);
+    assert_eq!(within("both changes", delivered).await.unwrap(), [6, 7]);
 }
 
-/// From 3.6.2 and 3.5.22 on a server does not say how far it is while a watch begins in the future, which
-/// it is while nothing is written: it has said so before, and is not dead.
+/// Since 3.6.2 and 3.5.22 a server does not report progress while a watch starts at a future
+/// revision, which is the case while nothing is written. It has reported progress before, so its
+/// silence does not mean that it is dead.
 #[tokio::test]
 async fn a_server_that_does_not_say_any_more_how_far_it_is_is_not_left() {
     let mut server = Scripted::start(healthy).await;
-    let patience = Duration::from_millis(800);
-    let options = server.options().silence_timeout(patience);
+    let silence_limit = Duration::from_millis(800);
+    let options = server.options().silence_timeout(silence_limit);
     let store = EtcdStore::new(options).unwrap();
     let (opened, (mut watches, old)) = tokio::join!(store.watch(vec![range("a", 2)]), async {
         let mut watches = server.watches().await;
@@ -170,20 +185,26 @@ async fn a_server_that_does_not_say_any_more_how_far_it_is_is_not_left() {
     });
     let mut watcher = opened.unwrap();
     watches.answer(put(old, "a", 5));
-    assert_eq!(within("a change", watcher.next()).await.unwrap().len(), 1);
-    let (told, mut events) = tokio::sync::mpsc::unbounded_channel();
+    assert_eq!(
+        within("a change arrives", watcher.next())
+            .await
+            .unwrap()
+            .len(),
+        1
+    );
+    let (delivered, mut events) = tokio::sync::mpsc::unbounded_channel();
     let reading = tokio::spawn(async move {
         loop {
             let next = watcher.next().await;
             let ended = next.is_err();
-            if told.send((next, Instant::now())).is_err() || ended {
+            if delivered.send((next, Instant::now())).is_err() || ended {
                 return;
             }
         }
     });
     while watches.next().await != WatchRequest::Progress {}
     watches.answer(progress(5));
-    // From here on it says nothing about that, for several times the silence that is allowed.
+    // From here on the server reports no progress, for several times the allowed silence.
     let mut id = old;
     for _ in 0..6 {
         while watches.next().await != WatchRequest::Progress {}
@@ -191,7 +212,7 @@ async fn a_server_that_does_not_say_any_more_how_far_it_is_is_not_left() {
         watches.answer(created(id, 5));
     }
     watches.answer(put(id, "a", 6));
-    let (next, _) = within("a change", events.recv()).await.unwrap();
+    let (next, _) = within("a change arrives", events.recv()).await.unwrap();
     assert_eq!(next.unwrap().len(), 1);
     let dials = || {
         server
@@ -200,10 +221,10 @@ async fn a_server_that_does_not_say_any_more_how_far_it_is_is_not_left() {
             .filter(|call| *call == "Status")
             .count()
     };
-    assert_eq!(dials(), 1, "the connection is the first one");
+    assert_eq!(dials(), 1, "the store must keep its first connection");
 
-    // An answer at last: to which request is not known, nor how long it took. A silence after it is
-    // noticed as soon as ever.
+    // A progress response at last: it is unknown which request it belongs to and how long it took.
+    // From here on, silence must be noticed as quickly as before.
     while watches.next().await != WatchRequest::Progress {}
     watches.answer(progress(6));
     let silent = Instant::now();
@@ -212,7 +233,7 @@ async fn a_server_that_does_not_say_any_more_how_far_it_is_is_not_left() {
         .unwrap();
     assert!(next.is_err());
     let took = at - silent;
-    assert!(took < patience * 3, "{took:?}");
+    assert!(took < silence_limit * 3, "{took:?}");
     reading.abort();
 }
 
@@ -225,10 +246,12 @@ async fn a_server_that_numbers_watches_by_itself_is_asked_for_one_at_a_time() {
         let mut watches = server.watches().await;
         for number in [7, 3, 5] {
             watches.next_create().await;
-            // Nothing else is asked for until this one is there.
-            throughout("it waits", Duration::from_millis(50), || {
-                watches.try_next().is_none()
-            })
+            // The store creates no other watch before this one is confirmed.
+            throughout(
+                "no further request before the confirmation",
+                Duration::from_millis(50),
+                || watches.try_next().is_none(),
+            )
             .await;
             watches.answer(created(number, 1));
         }
@@ -237,7 +260,7 @@ async fn a_server_that_numbers_watches_by_itself_is_asked_for_one_at_a_time() {
     let mut watcher = opened.unwrap();
     for (number, key, revision) in [(3, "b", 2), (5, "c", 3), (7, "a", 4)] {
         watches.answer(put(number, key, revision));
-        let events = within("a change", watcher.next()).await.unwrap();
+        let events = within("a change arrives", watcher.next()).await.unwrap();
         assert!(
             matches!(&events[..], [WatchEvent::Put(entry)] if entry.key == key),
             "{events:?}"
@@ -302,10 +325,63 @@ impl Drop for Proxy {
     }
 }
 
+/// Restarts the proxy; meanwhile the history moves on and is compacted.
+async fn restarts_without_loss(
+    proxy: &mut Proxy,
+    client: &mut Client,
+    group: &str,
+    discovery: &ServiceDiscovery,
+) {
+    proxy.stop();
+    eventually("the discovery is stale", || {
+        discovery.status() != DiscoveryStatus::Live
+    })
+    .await;
+    client
+        .delete(format!("registry/{group}/n1"), None)
+        .await
+        .unwrap();
+    put_node(client, group, "late").await;
+    let revision = client
+        .get("any", None)
+        .await
+        .unwrap()
+        .header()
+        .unwrap()
+        .revision();
+    client.compact(revision, None).await.unwrap();
+    proxy.start();
+    let back = Instant::now();
+    eventually("the discovery shows the current state", || {
+        let nodes = discovery.nodes();
+        discovery.status() == DiscoveryStatus::Live
+            && nodes.get("late").is_some()
+            && nodes.get("n1").is_none()
+    })
+    .await;
+    println!(
+        "current state {:?} after the proxy's restart",
+        back.elapsed()
+    );
+    let mut slowest = Duration::ZERO;
+    for index in 0..5 {
+        let start = Instant::now();
+        put_node(client, group, &format!("after{index}")).await;
+        let id = format!("after{index}");
+        eventually("the discovery shows the change", || {
+            discovery.nodes().get(&id).is_some()
+        })
+        .await;
+        slowest = slowest.max(start.elapsed());
+    }
+    println!("the slowest of 5 changes after the restart: {slowest:?}");
+    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+}
+
 #[tokio::test]
 async fn through_etcds_grpc_proxy_changes_are_seen_as_soon_as_without() {
     if binary().is_none() {
-        println!("needs an etcd binary; left out because ETCD_IMAGE is set");
+        println!("needs an etcd binary; skipped because ETCD_IMAGE is set");
         return;
     }
     let etcd = Etcd::own();
@@ -320,9 +396,9 @@ async fn through_etcds_grpc_proxy_changes_are_seen_as_soon_as_without() {
     let options = proxy.options();
     let first = builder(&options, &group, "w1").ttl(3);
     let first = Running::new(first.try_build().unwrap());
-    within("it leads", first.node.wait_for_leadership()).await;
+    within("the node leads", first.node.wait_for_leadership()).await;
     let discovery = ready(&options, &group).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     let mut slowest = Duration::ZERO;
     let mut count = 1;
     let mut see = async |client: &mut Client, what: &str| {
@@ -333,73 +409,39 @@ async fn through_etcds_grpc_proxy_changes_are_seen_as_soon_as_without() {
         slowest = slowest.max(start.elapsed());
     };
     for _ in 0..20 {
-        see(&mut client, "a change").await;
+        see(&mut client, "the discovery shows the change").await;
     }
-    // Longer than it takes to ask a quiet server, and to ask for the watches anew.
-    throughout("it is live", Duration::from_secs(7), || {
+    // Long enough for progress requests to a quiet server, and for creating the watches again.
+    throughout("the discovery stays live", Duration::from_secs(7), || {
         discovery.status() == DiscoveryStatus::Live
     })
     .await;
     for _ in 0..5 {
-        see(&mut client, "a change after quiet").await;
+        see(
+            &mut client,
+            "the discovery shows a change after a quiet time",
+        )
+        .await;
     }
     println!("the slowest of 25 changes: {slowest:?}");
     assert!(slowest < Duration::from_secs(1), "{slowest:?}");
 
-    // A leader that crashes.
+    // The leader crashes.
     let second = builder(&options, &group, "w2").ttl(3);
     let second = Running::new(second.try_build().unwrap());
     second.wait_until_healthy().await;
     let crashed = Instant::now();
     first.crash();
-    within("the next one leads", second.node.wait_for_leadership()).await;
-    println!("the next one leads after {:?}", crashed.elapsed());
+    within("w2 leads next", second.node.wait_for_leadership()).await;
+    println!("w2 leads after {:?}", crashed.elapsed());
     assert!(crashed.elapsed() < Duration::from_secs(6));
 
-    // A restart, during which history moves on and is compacted.
-    proxy.stop();
-    eventually("it is stale", || {
-        discovery.status() != DiscoveryStatus::Live
-    })
-    .await;
-    client
-        .delete(format!("registry/{group}/n1"), None)
-        .await
-        .unwrap();
-    put_node(&mut client, &group, "late").await;
-    let revision = client
-        .get("any", None)
-        .await
-        .unwrap()
-        .header()
-        .unwrap()
-        .revision();
-    client.compact(revision, None).await.unwrap();
-    proxy.start();
-    let back = Instant::now();
-    eventually("all is seen", || {
-        let nodes = discovery.nodes();
-        discovery.status() == DiscoveryStatus::Live
-            && nodes.get("late").is_some()
-            && nodes.get("n1").is_none()
-    })
-    .await;
-    println!("all is seen {:?} after the proxy's restart", back.elapsed());
-    let mut slowest = Duration::ZERO;
-    for index in 0..5 {
-        let start = Instant::now();
-        put_node(&mut client, &group, &format!("after{index}")).await;
-        let id = format!("after{index}");
-        eventually("a change", || discovery.nodes().get(&id).is_some()).await;
-        slowest = slowest.max(start.elapsed());
-    }
-    println!("the slowest of 5 changes after it: {slowest:?}");
-    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
-    within("it leads still", second.node.wait_for_leadership()).await;
+    restarts_without_loss(&mut proxy, &mut client, &group, &discovery).await;
+    within("w2 still leads", second.node.wait_for_leadership()).await;
     second.crash();
 }
 
-/// One member of a cluster that changes.
+/// A member of a cluster whose membership changes.
 struct Member {
     name: String,
     client: u16,
@@ -461,7 +503,7 @@ impl Member {
             .unwrap()
     }
 
-    /// Until it answers what needs a quorum.
+    /// Waits until the member responds to a request that needs a quorum.
     async fn serves(&self) {
         let mut client = self.connect().await;
         let answered = async {
@@ -485,7 +527,7 @@ impl Drop for Member {
     }
 }
 
-/// Tried again: a cluster that has changed a moment ago refuses.
+/// Retries a change of the membership, because a cluster refuses it shortly after the previous one.
 async fn change<T, E: std::fmt::Display>(
     what: &str,
     mut change: impl AsyncFnMut() -> Result<T, E>,
@@ -503,7 +545,7 @@ async fn change<T, E: std::fmt::Display>(
 #[tokio::test]
 async fn endpoints_follow_the_members_and_learners_are_left_out() {
     if binary().is_none() {
-        println!("needs an etcd binary; left out because ETCD_IMAGE is set");
+        println!("needs an etcd binary; skipped because ETCD_IMAGE is set");
         return;
     }
     let group = group("replaced");
@@ -513,7 +555,7 @@ async fn endpoints_follow_the_members_and_learners_are_left_out() {
     old.serves().await;
     let first = Member::url(old.client);
     let mut second = Member::new("m1");
-    // A learner first.
+    // The second member is added as a learner first.
     let mut client = old.connect().await;
     let options = MemberAddOptions::new().with_is_learner();
     let added = change("add", async || {
@@ -533,7 +575,7 @@ async fn endpoints_follow_the_members_and_learners_are_left_out() {
     }
     let registered = Running::start(&both, &group, "beside-a-learner").await;
     registered.stop().await;
-    // These know the old member only.
+    // Both sets of options name the old member only.
     let (with, without) = (
         EtcdOptions::new([first.clone()]).sync_endpoints(true),
         EtcdOptions::new([first.clone()]),
@@ -543,9 +585,9 @@ async fn endpoints_follow_the_members_and_learners_are_left_out() {
     let node = Running::start(&with, &group, "follows").await;
     let discovery = ready(&with, &group).await;
     let stays = ready(&without, &group).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
-    within("it is seen", stays.wait_for_nodes(1)).await;
-    // The old one goes.
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
+    within("the discovery shows the node", stays.wait_for_nodes(1)).await;
+    // The old member is removed.
     let mut of_second = second.connect().await;
     let member = client.member_list().await.unwrap();
     let old_id = member
@@ -559,24 +601,28 @@ async fn endpoints_follow_the_members_and_learners_are_left_out() {
         process.end(false);
     }
     second.serves().await;
-    eventually("it is live at the other member", || {
+    eventually("the discovery is live at the other member", || {
         discovery.status() == DiscoveryStatus::Live
             && discovery.store_status().endpoint == Some(Member::url(second.client))
     })
     .await;
     put_node(&mut of_second, &group, "new").await;
-    within("it hears", discovery.wait_for_nodes(2)).await;
+    within(
+        "the discovery receives changes",
+        discovery.wait_for_nodes(2),
+    )
+    .await;
     node.wait_until_healthy().await;
     assert_ne!(stays.status(), DiscoveryStatus::Live);
     node.stop().await;
-    eventually("it can leave", || discovery.nodes().len() == 1).await;
+    eventually("the node can leave", || discovery.nodes().len() == 1).await;
 }
 
-/// None of the endpoints that were configured is left in the end.
+/// In the end, none of the configured endpoints exists any more.
 #[tokio::test]
 async fn three_members_are_replaced_by_three_others_one_by_one() {
     if binary().is_none() {
-        println!("needs an etcd binary; left out because ETCD_IMAGE is set");
+        println!("needs an etcd binary; skipped because ETCD_IMAGE is set");
         return;
     }
     let group = group("replaced");
@@ -595,7 +641,7 @@ async fn three_members_are_replaced_by_three_others_one_by_one() {
     let options = EtcdOptions::new(endpoints).sync_endpoints(true);
     let node = Running::start(&options, &group, "follows").await;
     let discovery = ready(&options, &group).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     for old in 0..3 {
         let (leaving, new) = (members[old].name.clone(), old + 3);
         let mut client = members[new - 1].connect().await;
@@ -618,15 +664,22 @@ async fn three_members_are_replaced_by_three_others_one_by_one() {
             .iter()
             .map(|member| Some(Member::url(member.client)))
             .collect();
-        eventually("it is live at one of those that are left", || {
-            discovery.status() == DiscoveryStatus::Live
-                && others.contains(&discovery.store_status().endpoint)
-        })
+        eventually(
+            "the discovery is live at one of the remaining members",
+            || {
+                discovery.status() == DiscoveryStatus::Live
+                    && others.contains(&discovery.store_status().endpoint)
+            },
+        )
         .await;
         put_node(&mut client, &group, &format!("after-{leaving}")).await;
-        within("it hears", discovery.wait_for_nodes(old + 2)).await;
+        within(
+            "the discovery receives changes",
+            discovery.wait_for_nodes(old + 2),
+        )
+        .await;
     }
     node.wait_until_healthy().await;
     node.stop().await;
-    eventually("it can leave", || discovery.nodes().len() == 3).await;
+    eventually("the node can leave", || discovery.nodes().len() == 3).await;
 }

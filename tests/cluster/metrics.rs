@@ -1,3 +1,5 @@
+//! Tests how workers publish metrics: what is written and when, and collectors that hang, panic or
+//! return too much.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
@@ -12,7 +14,7 @@ use super::common::etcd::Etcd;
 use super::common::{eventually, group, within};
 use super::{Running, builder, ready};
 
-/// The queue's depth, and how often it has been asked for.
+/// Reports the depth of a queue, and counts how often it was asked.
 #[derive(Clone, Default)]
 struct Queue(Arc<AtomicU32>, Arc<AtomicU32>);
 
@@ -41,7 +43,7 @@ async fn metadata_is_stored_and_read() {
         let nodes = discovery.nodes();
         nodes.get("n1")?.metric(metadata_keys::QUEUE_DEPTH)
     };
-    eventually("the metric is there", || metric() == Some(7.0)).await;
+    eventually("the discovery shows the metric", || metric() == Some(7.0)).await;
     let nodes = discovery.nodes();
     let node = nodes.get("n1").unwrap();
     assert_eq!(node.metadata["nested"], json!({"kept": [1, null, "x"]}));
@@ -63,18 +65,18 @@ async fn metadata_updates_arrive_as_node_updated_and_only_changes_are_written() 
         .metrics_update_interval(1);
     let running = Running::new(node.try_build().unwrap());
     let discovery = ready(&etcd.options(), &group).await;
-    eventually("first metrics", || {
+    eventually("the discovery shows the first metrics", || {
         discovery
             .nodes()
             .get("n1")
             .is_some_and(|node| !node.metadata.is_null())
     })
     .await;
-    within("a leader", discovery.wait_for_leader()).await;
+    within("the discovery shows a leader", discovery.wait_for_leader()).await;
     let mut events = discovery.subscribe();
     for depth in [5, 9] {
         queue.0.store(depth, Ordering::SeqCst);
-        let event = within("an event", events.recv()).await.unwrap();
+        let event = within("an event arrives", events.recv()).await.unwrap();
         let ClusterEvent::NodeUpdated { old, new } = event else {
             panic!("{event}")
         };
@@ -82,17 +84,17 @@ async fn metadata_updates_arrive_as_node_updated_and_only_changes_are_written() 
         let seen = new.metric(metadata_keys::QUEUE_DEPTH);
         assert_eq!(seen, Some(f64::from(depth)));
     }
-    // More readings of the same, all but the last of which have been dealt with.
+    // Four more samples of the same value; all but the last have certainly been processed.
     let asked = || queue.1.load(Ordering::SeqCst);
     let enough = asked() + 4;
-    eventually("more readings", || asked() >= enough).await;
+    eventually("more samples were taken", || asked() >= enough).await;
     let mut client = etcd.raw_client().await;
     let key = format!("registry/{group}/n1");
     let entry = client.get(key, None).await.unwrap();
     let writes = entry.kvs()[0].version();
     assert!(
         (3..=4).contains(&writes),
-        "registered, first metrics (or both at once), two changes: {writes}"
+        "registration, first metrics (or both in one write), two changes: {writes}"
     );
     running.stop().await;
 }
@@ -127,11 +129,13 @@ async fn a_collector_that_hangs_or_panics_harms_nobody() {
         .metrics_update_interval(1);
     let discovery = ready(&etcd.options(), &group).await;
     let running = [hangs, panics].map(|node| Running::new(node.try_build().unwrap()));
-    within("both are there", discovery.wait_for_nodes(2)).await;
-    // For longer than the TTL: the leases are being renewed.
-    super::common::throughout("both stay", std::time::Duration::from_secs(4), || {
-        discovery.nodes().len() == 2
-    })
+    within("both nodes are registered", discovery.wait_for_nodes(2)).await;
+    // For longer than the TTL, so the leases must have been renewed.
+    super::common::throughout(
+        "both nodes stay registered",
+        std::time::Duration::from_secs(4),
+        || discovery.nodes().len() == 2,
+    )
     .await;
     for running in running {
         let took = running.stop().await;
@@ -139,10 +143,10 @@ async fn a_collector_that_hangs_or_panics_harms_nobody() {
     }
 }
 
-/// Good until it is told otherwise: then what no reader would take.
-struct Monster(Arc<AtomicBool>, fn() -> NodeMetadata);
+/// Reports a valid sample until the flag is set, and then one that no reader would accept.
+struct Oversized(Arc<AtomicBool>, fn() -> NodeMetadata);
 
-impl MetricsCollector for Monster {
+impl MetricsCollector for Oversized {
     fn collect(&self) -> NodeMetadata {
         if self.0.load(Ordering::SeqCst) {
             (self.1)()
@@ -153,69 +157,75 @@ impl MetricsCollector for Monster {
 }
 
 fn nested(levels: usize) -> NodeMetadata {
-    // Not with `json!`, which would take it apart by recursion.
+    // Without `json!`, which would process it recursively.
     (0..levels).fold(NodeMetadata::Null, |inner, _| {
         NodeMetadata::Array(vec![inner])
     })
 }
 
+type Counted = fn(RefusedSamples) -> u64;
+type Made = fn() -> NodeMetadata;
+
+/// Samples that are refused: their name, the sample, and the counter that must count them.
+const REFUSED: [(&str, Made, Counted); 6] = [
+    (
+        "70-kB",
+        || json!({ "a": "x".repeat(70_000) }),
+        |r| r.too_long,
+    ),
+    // Small enough by itself, but too large with the rest of the entry.
+    (
+        "65-kB",
+        || json!({ "a": "x".repeat(65_500) }),
+        |r| r.too_long,
+    ),
+    (
+        "2-MB",
+        || json!({ "a": "x".repeat(2 << 20) }),
+        |r| r.too_long,
+    ),
+    (
+        "1100-numbers",
+        || json!({ "a": vec![1; 1_100] }),
+        |r| r.too_many_values,
+    ),
+    ("130-levels", || nested(130), |r| r.too_deep),
+    ("100000-levels", || nested(100_000), |r| r.too_deep),
+];
+
 #[tokio::test]
 async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
-    type Counted = fn(RefusedSamples) -> u64;
-    type Made = fn() -> NodeMetadata;
-    let monsters: [(&str, Made, Counted); 6] = [
-        (
-            "70-kB",
-            || json!({ "a": "x".repeat(70_000) }),
-            |r| r.too_long,
-        ),
-        // Alone it is just small enough: with the rest of the entry it is not.
-        (
-            "65-kB",
-            || json!({ "a": "x".repeat(65_500) }),
-            |r| r.too_long,
-        ),
-        (
-            "2-MB",
-            || json!({ "a": "x".repeat(2 << 20) }),
-            |r| r.too_long,
-        ),
-        (
-            "1100-numbers",
-            || json!({ "a": vec![1; 1_100] }),
-            |r| r.too_many_values,
-        ),
-        ("130-levels", || nested(130), |r| r.too_deep),
-        ("100000-levels", || nested(100_000), |r| r.too_deep),
-    ];
     let etcd = Etcd::shared();
-    let group = group("monsters");
+    let group = group("samples");
     let discovery = ready(&etcd.options(), &group).await;
-    let (is_monster, always) = (Arc::default(), Arc::new(AtomicBool::new(true)));
-    let start = |id: String, when: &Arc<AtomicBool>, monster| {
+    let (is_oversized, always) = (Arc::default(), Arc::new(AtomicBool::new(true)));
+    let start = |id: String, when: &Arc<AtomicBool>, sample| {
         let node = builder(&etcd.options(), &group, &id)
-            .metrics_collector(Monster(when.clone(), monster))
+            .metrics_collector(Oversized(when.clone(), sample))
             .metrics_update_interval(1);
         Running::new(node.try_build().unwrap())
     };
     let (mut late, mut early) = (Vec::new(), Vec::new());
-    for (name, monster, _) in monsters {
-        late.push(start(name.to_owned(), &is_monster, monster));
-        early.push(start(format!("always-{name}"), &always, monster));
+    for (name, sample, _) in REFUSED {
+        late.push(start(name.to_owned(), &is_oversized, sample));
+        early.push(start(format!("always-{name}"), &always, sample));
     }
     let at = |node: &Running| discovery.nodes().get(node.node.id()).cloned();
     let is_good = |node: &Node| node.metric(metadata_keys::QUEUE_DEPTH) == Some(7.0);
-    eventually("all are there, with what was good", || {
-        late.iter()
-            .all(|node| at(node).is_some_and(|node| is_good(&node)))
-            && early.iter().all(|node| at(node).is_some())
-    })
+    eventually(
+        "all nodes are registered, with their last valid sample",
+        || {
+            late.iter()
+                .all(|node| at(node).is_some_and(|node| is_good(&node)))
+                && early.iter().all(|node| at(node).is_some())
+        },
+    )
     .await;
-    is_monster.store(true, Ordering::SeqCst);
-    eventually("each has been refused twice", || {
+    is_oversized.store(true, Ordering::SeqCst);
+    eventually("each node has had two samples refused", || {
         late.iter()
             .chain(&early)
-            .zip(monsters.iter().cycle())
+            .zip(REFUSED.iter().cycle())
             .all(|(node, (_, _, counted))| {
                 let refused = node.node.refused_samples();
                 counted(refused) >= 2 && counted(refused) == refused.total()
@@ -223,20 +233,24 @@ async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
     })
     .await;
     // For longer than the TTL.
-    super::common::throughout("all stay as they were", Duration::from_secs(3), || {
-        late.iter()
-            .all(|node| at(node).is_some_and(|node| is_good(&node)))
-            && early.iter().all(|node| at(node).is_some())
-            && late
-                .iter()
-                .chain(&early)
-                .all(|node| node.node.current_health() == HealthStatus::Healthy)
-            && discovery.leader().is_some()
-    })
+    super::common::throughout(
+        "all nodes stay as they were",
+        Duration::from_secs(3),
+        || {
+            late.iter()
+                .all(|node| at(node).is_some_and(|node| is_good(&node)))
+                && early.iter().all(|node| at(node).is_some())
+                && late
+                    .iter()
+                    .chain(&early)
+                    .all(|node| node.node.current_health() == HealthStatus::Healthy)
+                && discovery.leader().is_some()
+        },
+    )
     .await;
     for node in &late {
-        within("it drains", node.node.drain()).await.unwrap();
-        eventually("that is seen", || {
+        within("the node drains", node.node.drain()).await.unwrap();
+        eventually("the discovery shows that it drains", || {
             at(node).is_some_and(|node| !node.is_serving() && is_good(&node))
         })
         .await;
@@ -247,11 +261,11 @@ async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
         let took = node.stop().await;
         assert!(took < Duration::from_secs(1), "{id}: {took:?}");
         loop {
-            let event = within("it leaves", events.recv()).await.unwrap();
+            let event = within("the node leaves", events.recv()).await.unwrap();
             if let ClusterEvent::NodeLeft(node) = event
                 && node.id == id
             {
-                // It had said goodbye, with a write that was taken.
+                // The node had announced its departure with a write that was accepted.
                 assert!(node.is_leaving(), "{id}");
                 break;
             }
@@ -271,8 +285,8 @@ async fn a_node_of_weight_zero_is_a_member_without_traffic() {
             .unwrap(),
     );
     let discovery = ready(&etcd.options(), &group).await;
-    within("it is there", discovery.wait_for_nodes(1)).await;
-    within("it leads", discovery.wait_for_leader()).await;
+    within("the node is registered", discovery.wait_for_nodes(1)).await;
+    within("the node leads", discovery.wait_for_leader()).await;
     let balancer = pingora_etcd::balance::Balancer::builder()
         .try_build()
         .unwrap();

@@ -1,5 +1,5 @@
-//! The tasks of a store that nobody waits for, killed one after the other: by a subscriber that panics at
-//! a line that each of them writes. What it did is done again.
+//! Tests that the background tasks of a store, on which nobody waits, are replaced after a panic. A
+//! subscriber causes the panic at a log line that the task writes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,25 +15,25 @@ use super::common::{eventually, group, within};
 use super::members::healthy;
 use super::{Running, ready};
 
-/// Panics at the first line that has these words, once it is told to.
+/// A subscriber that, once armed, panics at the first line that contains `text`.
 #[derive(Clone)]
-struct Panicky {
-    words: &'static str,
+struct PanicAt {
+    text: &'static str,
     is_armed: Arc<AtomicU32>,
-    /// How often the line has been written, or was to be.
+    /// How many times the line was written, including the one that panicked.
     seen: Arc<AtomicU32>,
 }
 
-impl Panicky {
-    /// For what runs on this thread, until the guard is dropped.
-    fn start(words: &'static str) -> (Self, DefaultGuard) {
-        let panicky = Self {
-            words,
+impl PanicAt {
+    /// Installs the subscriber for everything that runs on this thread, until the guard is dropped.
+    fn start(text: &'static str) -> (Self, DefaultGuard) {
+        let subscriber = Self {
+            text,
             is_armed: Arc::default(),
             seen: Arc::default(),
         };
-        let guard = tracing::subscriber::set_default(panicky.clone());
-        (panicky, guard)
+        let guard = tracing::subscriber::set_default(subscriber.clone());
+        (subscriber, guard)
     }
 
     fn arm(&self) {
@@ -59,7 +59,7 @@ impl tracing::field::Visit for Message {
     }
 }
 
-impl tracing::Subscriber for Panicky {
+impl tracing::Subscriber for PanicAt {
     fn enabled(&self, of: &tracing::Metadata<'_>) -> bool {
         of.target().starts_with("pingora_etcd") && *of.level() <= tracing::Level::DEBUG
     }
@@ -75,10 +75,10 @@ impl tracing::Subscriber for Panicky {
     fn event(&self, event: &tracing::Event<'_>) {
         let mut message = Message(String::new());
         event.record(&mut message);
-        if message.0.contains(self.words) {
+        if message.0.contains(self.text) {
             self.seen.fetch_add(1, Ordering::SeqCst);
             let is_armed = self.is_armed.swap(0, Ordering::SeqCst);
-            assert_eq!(is_armed, 0, "this line cannot be written: {}", message.0);
+            assert_eq!(is_armed, 0, "injected panic at this line: {}", message.0);
         }
     }
 
@@ -89,19 +89,19 @@ impl tracing::Subscriber for Panicky {
 
 #[tokio::test]
 async fn a_task_that_connects_is_replaced() {
-    let (log, _guard) = Panicky::start("connected to etcd");
+    let (log, _guard) = PanicAt::start("connected to etcd");
     log.arm();
     let (etcd, group) = (Etcd::shared(), group("panics"));
     let discovery = ready(&etcd.options(), &group).await;
     let node = Running::start(&etcd.options(), &group, "n1").await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     assert!(log.has_panicked() && log.seen() >= 3);
     node.stop().await;
 }
 
 #[tokio::test]
 async fn a_task_that_renews_a_lease_is_replaced() {
-    let (log, _guard) = Panicky::start("lease granted");
+    let (log, _guard) = PanicAt::start("lease granted");
     log.arm();
     let (etcd, group) = (Etcd::shared(), group("panics"));
     let node = Running::start(&etcd.options(), &group, "n1").await;
@@ -111,16 +111,17 @@ async fn a_task_that_renews_a_lease_is_replaced() {
 
 #[tokio::test]
 async fn a_task_that_gets_a_token_is_replaced() {
-    let (log, _guard) = Panicky::start("token renewed");
+    let (log, _guard) = PanicAt::start("token renewed");
     let guarded = Guarded::new(&["--auth-token-ttl=1"]).await;
     guarded.user("balancer", balancer()).await;
     let discovery = ready(&guarded.options("balancer"), "any").await;
     log.arm();
-    // Its next request comes with the metrics, or a silence; this store asks often.
+    // The discovery's next request comes only with metrics or a silence, so this store makes
+    // frequent requests.
     let store = EtcdStore::new(guarded.options("balancer")).unwrap();
     let any = Selector::Key("registry/any".to_owned());
     within(
-        "a token is refused, and the one that gets another panics",
+        "a token is refused, and the task that gets a new one panics",
         async {
             while !log.has_panicked() {
                 let _ = store.list(&any, None).await;
@@ -129,7 +130,7 @@ async fn a_task_that_gets_a_token_is_replaced() {
         },
     )
     .await;
-    within("another one", async {
+    within("a new token", async {
         while store.list(&any, None).await.is_err() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -140,22 +141,22 @@ async fn a_task_that_gets_a_token_is_replaced() {
 
 #[tokio::test]
 async fn a_task_that_follows_the_members_goes_on() {
-    let (log, _guard) = Panicky::start("the endpoints follow the members");
+    let (log, _guard) = PanicAt::start("the endpoints follow the members");
     log.arm();
-    // It calls itself otherwise than it is called here.
+    // etcd advertises another URL than the one it is reached at here.
     let etcd = Etcd::with(Setup {
         arguments: vec!["--advertise-client-urls=http://localhost:{port}".to_owned()],
         ..Setup::default()
     });
     let options = etcd.options().sync_endpoints(true);
     let discovery = ready(&options, &group("panics")).await;
-    eventually("it is said again", || log.seen() == 2).await;
+    eventually("the line is logged again", || log.seen() == 2).await;
     assert!(log.has_panicked() && discovery.is_running());
 }
 
 #[tokio::test]
 async fn a_task_that_reads_the_watches_is_replaced_with_its_connection() {
-    let (log, _guard) = Panicky::start("numbers watches by itself");
+    let (log, _guard) = PanicAt::start("numbers watches by itself");
     log.arm();
     let mut server = Scripted::start(healthy).await;
     let store = EtcdStore::new(server.options()).unwrap();
@@ -169,10 +170,10 @@ async fn a_task_that_reads_the_watches_is_replaced_with_its_connection() {
         watches.answer(created(0, 1));
         watches
     });
-    let error = refused.err().expect("its reader is told");
+    let error = refused.err().expect("the caller receives an error");
     assert!(error.is_transient(), "{error}");
     assert!(log.has_panicked());
-    let opened = within("another one", async {
+    let opened = within("another connection", async {
         tokio::join!(store.watch(vec![range()]), async {
             let mut watches = server.watches().await;
             watches.next_create().await;
@@ -181,7 +182,7 @@ async fn a_task_that_reads_the_watches_is_replaced_with_its_connection() {
         })
     })
     .await;
-    opened.0.expect("on another connection");
+    opened.0.expect("the watch opens on another connection");
 }
 
 #[cfg(feature = "tls")]
@@ -192,7 +193,7 @@ async fn a_task_that_looks_for_new_certificates_goes_on() {
     use super::tls::Secure;
     use pingora_etcd::{EtcdOptions, store::TlsOptions};
 
-    let (log, _guard) = Panicky::start("connected to etcd");
+    let (log, _guard) = PanicAt::start("connected to etcd");
     let secure = Secure::new(true);
     let files = Directory::new();
     let put = || {
@@ -213,9 +214,9 @@ async fn a_task_that_looks_for_new_certificates_goes_on() {
     assert_eq!((log.seen(), link.connections()), (1, 1));
     log.arm();
     put();
-    eventually("it is made again", || {
+    eventually("a new connection is made", || {
         log.has_panicked() && log.seen() >= 3 && link.open() == 1
     })
     .await;
-    within("live", discovery.wait_ready()).await;
+    within("the discovery is live", discovery.wait_ready()).await;
 }

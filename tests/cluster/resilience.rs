@@ -1,4 +1,4 @@
-//! Silence, endpoints, a start without etcd, mass expiry, and groups that are large.
+//! Tests silence, several endpoints, a start without etcd, mass expiry, and very large groups.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use super::common::{eventually, free_port, group, local, throughout, within};
 use super::etcd_cluster::Cluster as EtcdCluster;
 use super::{Running, leader_id, ready};
 
-/// A discovery that runs until it is told to stop.
+/// A discovery that runs until it is stopped.
 struct Following {
     discovery: ServiceDiscovery,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
@@ -87,33 +87,49 @@ async fn silence_is_noticed_within_five_seconds_and_following_resumes() {
             })
         });
         if busy {
-            within("it is heard", discovery.wait_for_nodes(2)).await;
+            within(
+                "the discovery shows the busy node",
+                discovery.wait_for_nodes(2),
+            )
+            .await;
         }
         link.set_silent(true);
-        let took = eventually("it is stale", || is_stale(&discovery)).await;
+        let took = eventually("the discovery is stale", || is_stale(&discovery)).await;
         println!("silence, busy {busy}: noticed after {took:?}");
         assert!(took < Duration::from_secs(5), "busy {busy}: {took:?}");
         let before = discovery.nodes().len();
-        assert!(before > 0, "the last view stays");
+        assert!(before > 0, "the last view is kept");
         put(&mut client, &group, "meanwhile").await;
-        throughout("the last view stays", Duration::from_secs(1), || {
+        throughout("the last view is kept", Duration::from_secs(1), || {
             discovery.nodes().len() == before && is_stale(&discovery)
         })
         .await;
         link.set_silent(false);
-        eventually("it is live", || discovery.status() == DiscoveryStatus::Live).await;
-        within("what was missed", discovery.wait_for_nodes(before + 1)).await;
+        eventually("the discovery is live", || {
+            discovery.status() == DiscoveryStatus::Live
+        })
+        .await;
+        within(
+            "the discovery shows the missed change",
+            discovery.wait_for_nodes(before + 1),
+        )
+        .await;
         if let Some(writing) = writing {
             writing.abort();
         }
-        let mut told = Vec::new();
+        let mut events_seen = Vec::new();
         while let Ok(event) = events.try_recv() {
-            told.push(event);
+            events_seen.push(event);
         }
-        let of = |event| told.iter().filter(|told| **told == event).count();
-        assert_eq!(of(ClusterEvent::Disconnected), 1, "{told:?}");
-        assert_eq!(of(ClusterEvent::Reconnected), 1, "{told:?}");
-        // Not listed anew: the state once, at the start, and changes from there.
+        let of = |event| {
+            events_seen
+                .iter()
+                .filter(|events_seen| **events_seen == event)
+                .count()
+        };
+        assert_eq!(of(ClusterEvent::Disconnected), 1, "{events_seen:?}");
+        assert_eq!(of(ClusterEvent::Reconnected), 1, "{events_seen:?}");
+        // No relist: one complete state at the start, and only changes after it.
         let mut resets = 0;
         let fold = async {
             loop {
@@ -124,19 +140,19 @@ async fn silence_is_noticed_within_five_seconds_and_following_resumes() {
                 }
             }
         };
-        within("the change", fold).await;
+        within("the missed change", fold).await;
         assert_eq!(resets, 1);
     }
 }
 
-/// As with a server that answers no progress requests.
+/// Makes the store behave as with a server that does not respond to progress requests.
 #[cfg(feature = "test-util")]
-fn unanswered(options: EtcdOptions) -> EtcdOptions {
+fn without_progress(options: EtcdOptions) -> EtcdOptions {
     options.without_progress_requests()
 }
 
 #[cfg(not(feature = "test-util"))]
-fn unanswered(_: EtcdOptions) -> EtcdOptions {
+fn without_progress(_: EtcdOptions) -> EtcdOptions {
     unreachable!("only with the feature test-util")
 }
 
@@ -150,22 +166,27 @@ async fn a_quiet_group_stays_live_whether_the_server_answers_progress_or_not() {
         put(&mut client, &group, "a").await;
         let link = Link::to(etcd.address()).await;
         let options = link.options().silence_timeout(Duration::from_millis(500));
-        let options = if asks { options } else { unanswered(options) };
+        let options = if asks {
+            options
+        } else {
+            without_progress(options)
+        };
         let discovery = ready(&options, &group).await;
-        throughout("it is live", Duration::from_secs(3), || {
+        throughout("the discovery stays live", Duration::from_secs(3), || {
             discovery.status() == DiscoveryStatus::Live
         })
         .await;
         assert_eq!(link.connections(), 1);
-        // After the watches have been opened anew a few times nothing is missed, nor told twice.
+        // Although the watches were created again several times, no change is missed or reported
+        // twice.
         let mut changes = discovery.changes();
         put(&mut client, &group, "b").await;
-        within("it joins", discovery.wait_for_nodes(2)).await;
+        within("b joins", discovery.wait_for_nodes(2)).await;
         delete(&mut client, &group, "a").await;
-        eventually("it leaves", || discovery.nodes().len() == 1).await;
-        let mut told = Vec::new();
+        eventually("a leaves", || discovery.nodes().len() == 1).await;
+        let mut events_seen = Vec::new();
         for _ in 0..4 {
-            told.push(match within("a change", changes.next()).await {
+            events_seen.push(match within("a change arrives", changes.next()).await {
                 Change::Reset(nodes) => format!("{} nodes", nodes.len()),
                 Change::Joined(node) => format!("{} joined", node.id),
                 Change::Left(node) => format!("{} left", node.id),
@@ -173,9 +194,9 @@ async fn a_quiet_group_stays_live_whether_the_server_answers_progress_or_not() {
                 other => format!("{other:?}"),
             });
         }
-        assert_eq!(told, ["1 nodes", "leader", "b joined", "a left"]);
+        assert_eq!(events_seen, ["1 nodes", "leader", "b joined", "a left"]);
         link.set_silent(true);
-        let took = eventually("it is stale", || is_stale(&discovery)).await;
+        let took = eventually("the discovery is stale", || is_stale(&discovery)).await;
         assert!(took < Duration::from_millis(800), "{took:?}");
     }
 }
@@ -197,8 +218,8 @@ async fn a_silent_endpoint_is_left_for_the_next_one_which_is_remembered() {
         Some(&endpoints[0])
     );
     bad.set_silent(true);
-    eventually("it is stale", || is_stale(&discovery)).await;
-    eventually("it is live again", || {
+    eventually("the discovery is stale", || is_stale(&discovery)).await;
+    eventually("the discovery is live again", || {
         discovery.status() == DiscoveryStatus::Live
     })
     .await;
@@ -207,19 +228,31 @@ async fn a_silent_endpoint_is_left_for_the_next_one_which_is_remembered() {
         Some(&endpoints[1])
     );
     put(&mut client, &group, "a").await;
-    within("it hears", discovery.wait_for_nodes(1)).await;
-    // Nobody asks the first one again, though it answers now, as long as this one does.
+    within(
+        "the discovery receives changes",
+        discovery.wait_for_nodes(1),
+    )
+    .await;
+    // The first endpoint responds again, but is not used as long as the second one works.
     bad.set_silent(false);
     let before = bad.connections();
-    throughout("it stays", Duration::from_secs(1), || {
-        bad.connections() == before
-            && discovery.store_status().endpoint.as_ref() == Some(&endpoints[1])
-    })
+    throughout(
+        "the discovery stays at the second endpoint",
+        Duration::from_secs(1),
+        || {
+            bad.connections() == before
+                && discovery.store_status().endpoint.as_ref() == Some(&endpoints[1])
+        },
+    )
     .await;
-    // When this one fails, it is the other one's turn.
+    // When the second endpoint fails, the first one is used again.
     good.cut();
     put(&mut client, &group, "b").await;
-    within("it hears again", discovery.wait_for_nodes(2)).await;
+    within(
+        "the discovery receives changes again",
+        discovery.wait_for_nodes(2),
+    )
+    .await;
     assert_eq!(
         discovery.store_status().endpoint.as_ref(),
         Some(&endpoints[0])
@@ -238,7 +271,7 @@ async fn after_failures_calls_fail_at_once_and_one_finds_out_when_it_is_over() {
     let any = Selector::Key("any".to_owned());
     store.list(&any, None).await.unwrap();
     assert_eq!(store.status().circuit, Circuit::Closed);
-    // Silent: every call that is tried takes its whole time.
+    // etcd is silent, so every call that is tried takes its full time limit.
     etcd.pause();
     let open = async {
         while store.status().circuit == Circuit::Closed {
@@ -257,11 +290,14 @@ async fn after_failures_calls_fail_at_once_and_one_finds_out_when_it_is_over() {
                 at_once += 1;
             }
             Err(_) => tried += 1,
-            Ok(_) => panic!("it is stopped"),
+            Ok(_) => panic!("etcd is stopped"),
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    assert!(tried <= 5, "one now and then, not {tried}");
+    assert!(
+        tried <= 5,
+        "too many calls were tried while the circuit was open: {tried}"
+    );
     assert!(at_once > 20, "{at_once}");
     etcd.resume();
     let answered = async {
@@ -269,7 +305,7 @@ async fn after_failures_calls_fail_at_once_and_one_finds_out_when_it_is_over() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    within("it is answered", answered).await;
+    within("a call succeeds", answered).await;
     assert_eq!(store.status().circuit, Circuit::Closed);
 }
 
@@ -280,7 +316,7 @@ async fn a_hundred_thousand_nodes_load_and_the_old_view_stays_until_the_new_one_
     let group = group("large");
     let mut client = etcd.raw_client().await;
     let value = |index: usize| {
-        // About 500 bytes, as in the list that the predecessor cannot read at 9,000.
+        // About 500 bytes, as in the group that the predecessor cannot read with 9,000 nodes.
         let text = "x".repeat(300);
         format!(
             r#"{{"id":"n{index:06}","ip":"10.0.0.1","last_seen":1,"metadata":{{"cpu_usage_percent":{}.5,"memory_usage_percent":40,"queue_depth":3,"text":"{text}"}},"port":8080}}"#,
@@ -305,10 +341,11 @@ async fn a_hundred_thousand_nodes_load_and_the_old_view_stays_until_the_new_one_
             .metric("queue_depth"),
         Some(3.0)
     );
-    // Cut off while history moves on and is compacted: it has to list again.
+    // The history moves on while the discovery is cut off. Whether it resumes or relists, the view
+    // must stay complete.
     let mut events = discovery.subscribe();
     etcd.stop();
-    eventually("it is stale", || is_stale(&discovery)).await;
+    eventually("the discovery is stale", || is_stale(&discovery)).await;
     etcd.start();
     let mut client = etcd.raw_client().await;
     put(&mut client, &group, "new").await;
@@ -316,13 +353,17 @@ async fn a_hundred_thousand_nodes_load_and_the_old_view_stays_until_the_new_one_
         discovery.nodes().len() >= NODES
     })
     .await;
-    within("the new one", discovery.wait_for_nodes(NODES + 1)).await;
-    let told = async {
+    within(
+        "the discovery shows the new node",
+        discovery.wait_for_nodes(NODES + 1),
+    )
+    .await;
+    let events_seen = async {
         while !matches!(events.recv().await.unwrap(), ClusterEvent::NodeJoined(node) if node.id == "new")
         {
         }
     };
-    within("the difference only", told).await;
+    within("only the difference is reported", events_seen).await;
 }
 
 fn snapshot(group: &str) -> SnapshotFile {
@@ -339,13 +380,17 @@ async fn a_start_without_etcd_is_served_from_the_snapshot() {
     let builder = || ServiceDiscovery::builder(etcd.options(), &group).snapshot_file(file.clone());
     let first = Following::start(builder());
     let node = Running::start(&etcd.options(), &group, "n1").await;
-    within("leadership", node.node.wait_for_leadership()).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
     let mut client = etcd.raw_client().await;
     for id in ["a", "b", "c"] {
         put(&mut client, &group, id).await;
     }
-    within("all of them", first.discovery.wait_for_nodes(4)).await;
-    // The last change is written when the run ends.
+    within(
+        "the discovery shows all nodes",
+        first.discovery.wait_for_nodes(4),
+    )
+    .await;
+    // The last change is written to the file when the run ends.
     first.stop().await;
     let written = std::fs::metadata(&file.path).unwrap();
     #[cfg(unix)]
@@ -355,7 +400,7 @@ async fn a_start_without_etcd_is_served_from_the_snapshot() {
     }
     assert!(written.len() > 0);
 
-    // Refused, and silent: both are a start without etcd.
+    // Refused connections and silence: in both cases etcd cannot be reached.
     for silent in [false, true] {
         if silent {
             etcd.start();
@@ -365,7 +410,7 @@ async fn a_start_without_etcd_is_served_from_the_snapshot() {
         }
         let start = Instant::now();
         let cold = Following::start(builder());
-        within("it is ready", cold.discovery.wait_ready()).await;
+        within("the discovery is ready", cold.discovery.wait_ready()).await;
         println!(
             "silent {silent}: served from disk after {:?}",
             start.elapsed()
@@ -381,18 +426,25 @@ async fn a_start_without_etcd_is_served_from_the_snapshot() {
         assert!(SystemTime::now().duration_since(written).unwrap() < Duration::from_secs(60));
         assert_eq!(cold.discovery.nodes().len(), 4);
         let incarnation = |id| cold.discovery.nodes().get(id).unwrap().incarnation();
-        assert_ne!(incarnation("n1"), 0, "it is known again by its lease");
+        assert_ne!(
+            incarnation("n1"),
+            0,
+            "the snapshot keeps the lease of the node"
+        );
         assert!(
             cold.discovery.leadership().is_none(),
-            "never a leader from disk"
+            "a snapshot must not name a leader"
         );
         if silent {
             etcd.resume();
-            eventually("it is live", || {
+            eventually("the discovery is live", || {
                 cold.discovery.status() == DiscoveryStatus::Live
             })
             .await;
-            eventually("there is a leader", || leader_id(&cold.discovery).is_some()).await;
+            eventually("the discovery shows a leader", || {
+                leader_id(&cold.discovery).is_some()
+            })
+            .await;
             assert_eq!(cold.discovery.nodes().len(), 4);
         }
         cold.stop().await;
@@ -413,7 +465,7 @@ async fn a_file_that_must_not_be_used_is_left_where_it_is() {
         std::fs::write(&file.path, text).unwrap();
         let builder = ServiceDiscovery::builder(dead.clone(), &group).snapshot_file(file.clone());
         let following = Following::start(builder);
-        throughout("it is not used", Duration::from_millis(1500), || {
+        throughout("the file is not used", Duration::from_millis(1500), || {
             following.discovery.status() == DiscoveryStatus::Connecting
                 && following.discovery.nodes().is_empty()
         })
@@ -440,26 +492,37 @@ async fn when_everything_is_gone_from_etcd_the_pool_is_not() {
         ServiceDiscovery::builder(etcd.options(), &group)
             .self_preservation(SelfPreservation::off()),
     );
-    within("all", discovery.wait_for_nodes(10)).await;
-    within("all", without.discovery.wait_for_nodes(10)).await;
+    within(
+        "the discovery shows all nodes",
+        discovery.wait_for_nodes(10),
+    )
+    .await;
+    within(
+        "the discovery shows all nodes",
+        without.discovery.wait_for_nodes(10),
+    )
+    .await;
     let prefix = DeleteOptions::new().with_prefix();
     client
         .delete(format!("registry/{group}/"), Some(prefix))
         .await
         .unwrap();
-    eventually("without it all are gone", || {
+    eventually("without self-preservation all nodes are gone", || {
         without.discovery.nodes().is_empty()
     })
     .await;
-    eventually("all are suspects", || discovery.nodes().suspects() == 10).await;
+    eventually("all nodes are suspects", || {
+        discovery.nodes().suspects() == 10
+    })
+    .await;
     assert_eq!(discovery.nodes().len(), 10);
     for id in ["n1", "n2"] {
         put(&mut client, &group, id).await;
     }
-    eventually("two are back", || discovery.nodes().suspects() == 8).await;
+    eventually("two nodes are back", || discovery.nodes().suspects() == 8).await;
     assert_eq!(discovery.nodes().len(), 10);
     assert!(!discovery.nodes().is_suspect("n1") && discovery.nodes().is_suspect("n3"));
-    eventually("the others are given up", || {
+    eventually("the other suspects are dropped", || {
         discovery.nodes().len() == 2 && discovery.nodes().suspects() == 0
     })
     .await;
@@ -486,7 +549,7 @@ async fn strangers_are_kept_out() {
         .limits(limits);
     let following = Following::start(builder);
     let discovery = &following.discovery;
-    within("ready", discovery.wait_ready()).await;
+    within("the discovery is ready", discovery.wait_ready()).await;
     assert_eq!(discovery.nodes().len(), 1);
     assert_eq!(discovery.rejected_entries().not_allowed, 1);
     let giant = format!(
@@ -497,7 +560,7 @@ async fn strangers_are_kept_out() {
         .put(format!("registry/{group}/giant"), giant, None)
         .await
         .unwrap();
-    eventually("it is counted", || {
+    eventually("the rejected entry is counted", || {
         discovery.rejected_entries().too_large == 1
     })
     .await;
@@ -508,7 +571,7 @@ async fn strangers_are_kept_out() {
 #[tokio::test]
 async fn without_a_quorum_one_member_gives_what_it_has_if_that_is_asked_for() {
     let Some(binary) = super::common::etcd::binary() else {
-        println!("needs an etcd binary for a cluster of three; left out because ETCD_IMAGE is set");
+        println!("needs an etcd binary for a cluster of three; skipped because ETCD_IMAGE is set");
         return;
     };
     let group = group("borrowed");
@@ -519,35 +582,38 @@ async fn without_a_quorum_one_member_gives_what_it_has_if_that_is_asked_for() {
     let options = EtcdOptions::new(endpoints)
         .connect_timeout(Duration::from_millis(500))
         .request_timeout(Duration::from_millis(500));
-    // Heard before, so that it keeps its own view.
+    // This discovery was live before, so it keeps its own view.
     let before = ready(&options.clone().serializable_fallback(true), &group).await;
     assert_eq!(before.nodes().len(), 2);
     let node = Running::start(&options, &group, "n1").await;
-    within("leadership", node.node.wait_for_leadership()).await;
-    within("all", before.wait_for_nodes(3)).await;
-    within("a leader", before.wait_for_leader()).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
+    within("the discovery shows all nodes", before.wait_for_nodes(3)).await;
+    within("the discovery shows a leader", before.wait_for_leader()).await;
     cluster.kill(1);
     cluster.kill(2);
-    eventually("it is stale", || is_stale(&before)).await;
+    eventually("the discovery is stale", || is_stale(&before)).await;
     let with = Following::start(ServiceDiscovery::builder(
         options.clone().serializable_fallback(true),
         &group,
     ));
     let without = Following::start(ServiceDiscovery::builder(options, &group));
-    within("it is ready", with.discovery.wait_ready()).await;
+    within("the discovery is ready", with.discovery.wait_ready()).await;
     assert!(is_stale(&with.discovery), "{:?}", with.discovery.status());
     assert_eq!(with.discovery.nodes().len(), 3);
     assert!(
         with.discovery.leadership().is_none(),
-        "nobody leads by hearsay"
+        "a serializable read must not name a leader"
     );
     assert!(!without.discovery.is_ready());
-    assert!(before.leadership().is_some(), "its own last view stays");
+    assert!(before.leadership().is_some(), "the last view is kept");
     cluster.launch(1);
     cluster.launch(2);
     for discovery in [&before, &with.discovery, &without.discovery] {
-        eventually("it is live", || discovery.status() == DiscoveryStatus::Live).await;
-        eventually("all nodes and a leader", || {
+        eventually("the discovery is live", || {
+            discovery.status() == DiscoveryStatus::Live
+        })
+        .await;
+        eventually("the discovery shows all nodes and a leader", || {
             discovery.nodes().len() == 3 && discovery.leadership().is_some()
         })
         .await;

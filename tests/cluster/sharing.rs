@@ -1,4 +1,5 @@
-//! Groups on one connection.
+//! Tests that nodes and discoveries of several groups share one connection, one lease and one watch
+//! stream.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -33,29 +34,29 @@ impl MetricsCollector for Counts {
     }
 }
 
-/// The leases that hold these keys.
+/// The leases that these keys are attached to.
 async fn leases(etcd: &Etcd, keys: &[String]) -> Vec<i64> {
     let mut client = etcd.raw_client().await;
     let mut leases = Vec::new();
     for key in keys {
-        let answer = client.get(key.as_str(), None).await.unwrap();
-        leases.extend(answer.kvs().iter().map(etcd_client::KeyValue::lease));
+        let response = client.get(key.as_str(), None).await.unwrap();
+        leases.extend(response.kvs().iter().map(etcd_client::KeyValue::lease));
     }
     leases
 }
 
-/// How many watch streams etcd has open, by its own count.
+/// How many watch streams are open, according to etcd.
 async fn watch_streams(etcd: &Etcd) -> f64 {
     let metrics = reqwest::get(format!("{}/metrics", etcd.endpoints()[0]));
     let metrics = metrics.await.unwrap().text().await.unwrap();
     let mut lines = metrics.lines();
     let count = lines.find_map(|line| line.strip_prefix("etcd_debugging_mvcc_watch_stream_total "));
-    count.expect("etcd counts them").parse().unwrap()
+    count.expect("etcd reports this metric").parse().unwrap()
 }
 
 #[tokio::test]
 async fn five_groups_have_one_connection_one_lease_and_leave_one_by_one() {
-    // Its own, so that no other test's watches are counted.
+    // An etcd of its own, so that watches of other tests are not counted.
     let etcd = Etcd::own();
     let link = Link::to(etcd.address()).await;
     let cluster = cluster(&link);
@@ -76,8 +77,8 @@ async fn five_groups_have_one_connection_one_lease_and_leave_one_by_one() {
         discoveries.push(discovery);
     }
     for (node, discovery) in nodes.iter().zip(&discoveries) {
-        within("leadership", node.node.wait_for_leadership()).await;
-        within("it is seen", discovery.wait_for_leader()).await;
+        within("the node leads", node.node.wait_for_leadership()).await;
+        within("the discovery shows the node", discovery.wait_for_leader()).await;
     }
     let keys: Vec<_> = groups
         .iter()
@@ -88,22 +89,22 @@ async fn five_groups_have_one_connection_one_lease_and_leave_one_by_one() {
     assert_eq!(held.len(), 5);
     assert!(held.iter().all(|lease| *lease == held[0]), "{held:?}");
 
-    // The one that drives the lease leaves: the others go on with it.
+    // The node that renews the lease leaves; the others continue with it.
     let first = nodes.remove(0);
     let left = first.stop().await;
     assert!(left < Duration::from_secs(1), "{left:?}");
-    eventually("it is gone", || discoveries[0].nodes().is_empty()).await;
+    eventually("the node is gone", || discoveries[0].nodes().is_empty()).await;
     let ttl = Duration::from_secs(TTL.unsigned_abs());
-    throughout("the others stay", 2 * ttl, || {
+    throughout("the other nodes stay", 2 * ttl, || {
         nodes.iter().all(|running| running.node.is_leader())
             && discoveries[1..]
                 .iter()
                 .all(|discovery| discovery.nodes().len() == 1)
     })
     .await;
-    // One that ends without cleaning up does not live on by the others' renewals.
+    // The entries of a node that crashes must not be kept alive by the renewals of the others.
     nodes.remove(0).crash();
-    eventually("its keys are removed", || {
+    eventually("the keys of the crashed node are removed", || {
         discoveries[1].nodes().is_empty() && discoveries[1].leader().is_none()
     })
     .await;
@@ -134,17 +135,21 @@ async fn two_nodes_of_one_group_have_two_leases_on_one_connection() {
     first.wait_until_healthy().await;
     second.wait_until_healthy().await;
     let discovery = ready(&etcd.options(), &group).await;
-    within("both", discovery.wait_for_nodes(2)).await;
+    within(
+        "the discovery shows both nodes",
+        discovery.wait_for_nodes(2),
+    )
+    .await;
     let leads = |running: &Running| running.node.is_leader();
-    eventually("one leads", || leads(&first) != leads(&second)).await;
+    eventually("one node leads", || leads(&first) != leads(&second)).await;
     let (leading, waiting) = if leads(&first) {
         (first, second)
     } else {
         (second, first)
     };
     leading.stop().await;
-    eventually("the other leads", || leads(&waiting)).await;
-    eventually("seen", || {
+    eventually("the other node leads", || leads(&waiting)).await;
+    eventually("the discovery shows the other leader", || {
         leader_id(&discovery).as_deref() == Some(waiting.node.id())
     })
     .await;
@@ -163,7 +168,7 @@ async fn a_lost_lease_is_lost_for_all_and_replaced_for_all() {
         Running::new(node.try_build().unwrap())
     });
     for running in &nodes {
-        within("leadership", running.node.wait_for_leadership()).await;
+        within("the node leads", running.node.wait_for_leadership()).await;
     }
     let keys = groups
         .each_ref()
@@ -174,7 +179,7 @@ async fn a_lost_lease_is_lost_for_all_and_replaced_for_all() {
         .lease_revoke(before[0])
         .await
         .unwrap();
-    eventually("both are back under another one", || {
+    eventually("both nodes lead again", || {
         nodes.iter().all(|running| {
             running.node.is_leader() && running.node.current_health() == HealthStatus::Healthy
         })
@@ -189,7 +194,7 @@ async fn a_lost_lease_is_lost_for_all_and_replaced_for_all() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    within("another lease", after).await;
+    within("both nodes share a new lease", after).await;
     for running in nodes {
         running.stop().await;
     }

@@ -1,5 +1,5 @@
-//! An etcd that is far away, or busy, is late and not dead; one that was away is found again soon;
-//! and nobody waits for a call that nobody polls.
+//! Tests that a slow etcd is treated as slow and not as dead, that an etcd is found again soon
+//! after an outage, and that a call that is not polled blocks nobody.
 
 use std::future::Future;
 use std::pin::pin;
@@ -17,7 +17,7 @@ use super::common::link::Link;
 use super::common::{eventually, group, throughout, within};
 use super::{Running, builder, watch_group};
 
-/// For what takes many slow round trips.
+/// The time limit for what takes many slow round trips.
 const SLOW_DEADLINE: Duration = Duration::from_secs(50);
 
 async fn soon(what: &str, time: Duration, mut state: impl FnMut() -> bool) -> Duration {
@@ -36,17 +36,17 @@ async fn put(etcd: &Etcd, group: &str, id: &str) {
     client.put(key, value, None).await.unwrap();
 }
 
-/// For so long the lease is never lost, and the term is that of the beginning. With answers that take
-/// 4 s a leader has a second to spare, which a busy machine may use up: then it leads nothing for a
-/// moment, and goes on in the same term.
+/// Checks that during `time` the lease is never lost and no other term begins. With responses that
+/// take 4 s a leader has only a second to spare, which a busy machine may use up: it then does not
+/// lead for a moment, and continues in the same term.
 async fn keeps_its_lease(node: &ClusterNode, epoch: i64, time: Duration) {
-    throughout("its lease lives", time, || {
+    throughout("the lease is never lost", time, || {
         let state = node.session_state();
         let lives = !matches!(state, SessionState::Lost | SessionState::BackingOff);
         lives && node.leadership().is_none_or(|term| term.epoch == epoch)
     })
     .await;
-    soon("it leads", SLOW_DEADLINE, || {
+    soon("the node leads", SLOW_DEADLINE, || {
         node.leadership().is_some_and(|term| term.epoch == epoch)
     })
     .await;
@@ -66,25 +66,28 @@ async fn changes_are_late_not_lost(each_way: Duration) {
     let discovery = watch_group(&reading.options(), &group);
     let node = builder(&working.options(), &group, "w").ttl(10);
     let node = Running::new(node.try_build().unwrap());
-    let took = soon("it is ready", SLOW_DEADLINE, || discovery.is_ready()).await;
+    let took = soon("the discovery is ready", SLOW_DEADLINE, || {
+        discovery.is_ready()
+    })
+    .await;
     println!("{each_way:?}: ready after {took:?}");
-    // A connection and two lists, in round trips: with as much again to spare.
+    // A connection and two lists, counted in round trips, with the same again in reserve.
     assert!(took < each_way * 2 * 8 + Duration::from_secs(2), "{took:?}");
-    soon("it leads", SLOW_DEADLINE, || node.node.is_leader()).await;
+    soon("the node leads", SLOW_DEADLINE, || node.node.is_leader()).await;
     println!("{each_way:?}: leads after {:?}", start.elapsed());
     let led_since = Instant::now();
     let lease = node.node.leadership().unwrap().epoch;
     for index in 0..8 {
         put(&etcd, &group, &format!("n{index}")).await;
     }
-    let took = soon("all changes are seen", SLOW_DEADLINE, || {
+    let took = soon("the discovery shows all changes", SLOW_DEADLINE, || {
         discovery.nodes().len() == 9
     })
     .await;
-    println!("{each_way:?}: 8 of 8 seen after {took:?}");
+    println!("{each_way:?}: 8 of 8 shown after {took:?}");
     let rest = Duration::from_secs(30).saturating_sub(led_since.elapsed());
     keeps_its_lease(&node.node, lease, rest).await;
-    soon("it is live", SLOW_DEADLINE, || {
+    soon("the discovery is live", SLOW_DEADLINE, || {
         discovery.status() == DiscoveryStatus::Live
     })
     .await;
@@ -95,11 +98,11 @@ async fn changes_are_late_not_lost(each_way: Duration) {
         start.elapsed()
     );
     assert!(reading.connections() <= 4 && working.connections() <= 4);
-    // Not to wait for its goodbye.
+    // Crashes the node, because a regular stop over this link takes long.
     node.crash();
 }
 
-/// The edge of what was tried before, and what lies between.
+/// From the delay at which earlier versions failed, upwards.
 #[tokio::test]
 async fn with_400_to_1_400_ms_each_way_changes_are_late_and_a_lease_is_kept() {
     let all = [400, 600, 1_000, 1_400]
@@ -126,14 +129,17 @@ async fn a_link_that_becomes_slow_does_not_cost_the_lease() {
     let link = Link::to(etcd.address()).await;
     let node = builder(&link.options(), &group, "w").ttl(10);
     let node = Running::new(node.try_build().unwrap());
-    within("it leads", node.node.wait_for_leadership()).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
     let discovery = watch_group(&link.options(), &group);
-    within("ready", discovery.wait_ready()).await;
+    within("the discovery is ready", discovery.wait_ready()).await;
     let epoch = node.node.leadership().unwrap().epoch;
     link.set_delay(Duration::from_secs(2));
     keeps_its_lease(&node.node, epoch, Duration::from_secs(30)).await;
     put(&etcd, &group, "n").await;
-    soon("it is seen", SLOW_DEADLINE, || discovery.nodes().len() == 2).await;
+    soon("the discovery shows the change", SLOW_DEADLINE, || {
+        discovery.nodes().len() == 2
+    })
+    .await;
     println!("{} connections", link.connections());
     assert!(link.connections() <= 10);
     node.crash();
@@ -145,24 +151,27 @@ async fn an_etcd_that_stalls_for_three_seconds_is_not_left() {
     let group = group("stalls");
     let link = Link::to(etcd.address()).await;
     let discovery = watch_group(&link.options(), &group);
-    within("ready", discovery.wait_ready()).await;
+    within("the discovery is ready", discovery.wait_ready()).await;
     let node = builder(&link.options(), &group, "w").ttl(10);
     let node = Running::new(node.try_build().unwrap());
-    within("it leads", node.node.wait_for_leadership()).await;
-    within("seen", discovery.wait_for_nodes(1)).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     let before = link.connections();
     etcd.pause();
-    throughout("it is patient", Duration::from_secs(3), || {
+    throughout("the node keeps leading", Duration::from_secs(3), || {
         node.node.is_leader()
     })
     .await;
     etcd.resume();
-    throughout("it is patient", Duration::from_secs(3), || {
+    throughout("the node keeps leading", Duration::from_secs(3), || {
         node.node.is_leader()
     })
     .await;
     assert!(link.connections() <= before + 1, "{}", link.connections());
-    eventually("live", || discovery.status() == DiscoveryStatus::Live).await;
+    eventually("the discovery is live", || {
+        discovery.status() == DiscoveryStatus::Live
+    })
+    .await;
     node.stop().await;
 }
 
@@ -172,25 +181,27 @@ async fn after_an_outage_all_are_back_within_five_seconds_without_hammering() {
     let group = group("away");
     let link = Link::to(etcd.address()).await;
     let discovery = watch_group(&link.options(), &group);
-    within("ready", discovery.wait_ready()).await;
+    within("the discovery is ready", discovery.wait_ready()).await;
     let node = builder(&etcd.options(), &group, "w").ttl(5);
     let node = Running::new(node.try_build().unwrap());
-    within("it leads", node.node.wait_for_leadership()).await;
-    within("seen", discovery.wait_for_nodes(1)).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     etcd.stop();
     let (before, start) = (link.connections(), Instant::now());
-    // As long as it takes for an exponential backoff to become long.
-    throughout("away", Duration::from_secs(25), || {
-        discovery.status() != DiscoveryStatus::Live || start.elapsed() < Duration::from_secs(1)
-    })
+    // Long enough for an exponential backoff to become long.
+    throughout(
+        "the discovery is not live without etcd",
+        Duration::from_secs(25),
+        || discovery.status() != DiscoveryStatus::Live || start.elapsed() < Duration::from_secs(1),
+    )
     .await;
     let dials = link.connections() - before;
     println!("{dials} dials in {:?}", start.elapsed());
-    // The transport may notice by one of its own that its connection is gone.
+    // The transport may dial once more before it notices that its connection is gone.
     assert!((8..=27).contains(&dials), "{dials}");
     etcd.start();
     let back = Instant::now();
-    soon("it is live", Duration::from_secs(5), || {
+    soon("the discovery is live", Duration::from_secs(5), || {
         discovery.status() == DiscoveryStatus::Live
     })
     .await;
@@ -214,7 +225,7 @@ async fn a_call_that_is_not_polled_holds_nobody_up() {
     let options = EtcdOptions::new(endpoints).connect_timeout(Duration::from_millis(300));
     let store = EtcdStore::new(options).unwrap();
     let any = Selector::Key("any".to_owned());
-    // Begun, polled once, and kept.
+    // The call is started, polled once, and then kept without being polled.
     let mut begun = pin!(store.list(&any, None));
     let mut context = Context::from_waker(Waker::noop());
     assert!(begun.as_mut().poll(&mut context).is_pending());
@@ -230,10 +241,10 @@ async fn a_call_that_is_not_polled_holds_nobody_up() {
         answered.map(drop)
     });
     assert!(matches!(
-        within("it is answered, too", &mut begun).await,
+        within("the first call completes, too", &mut begun).await,
         Ok(())
     ));
-    // The same on a runtime that nobody drives any more.
+    // The same with a runtime that nobody drives any more.
     let idle = tokio::task::spawn_blocking({
         let store = EtcdStore::new(
             EtcdOptions::new([format!("http://{}", silent.address())])
@@ -278,10 +289,12 @@ async fn dialling_ends_with_the_last_handle() {
     let before = link.connections();
     assert_eq!(before, 1);
     link.set_silent(false);
-    eventually("its connection is closed", || link.open() == 0).await;
-    throughout("nobody dials", Duration::from_secs(2), || {
-        link.connections() == before
-    })
+    eventually("the connection is closed", || link.open() == 0).await;
+    throughout(
+        "no further connection is made",
+        Duration::from_secs(2),
+        || link.connections() == before,
+    )
     .await;
 }
 
@@ -313,33 +326,39 @@ async fn a_watch_that_is_not_read_is_ended_and_costs_nobody_the_connection() {
     };
     let mut seen = 0;
     while seen < 3_000 {
-        seen += within("a change", read.next()).await.unwrap().len();
+        seen += within("a change arrives", read.next()).await.unwrap().len();
     }
     writing.await.unwrap();
     let ended = async {
-        let mut told = 0;
+        let mut received = 0;
         loop {
             match unread.next().await {
-                Ok(events) => told += events.len(),
-                Err(error) => return (told, error),
+                Ok(events) => received += events.len(),
+                Err(error) => return (received, error),
             }
         }
     };
-    let (told, error) = within("the other one is ended", ended).await;
+    let (received, error) = within("the unread watch is ended", ended).await;
     assert!(matches!(error, ClusterError::TooSlow { .. }), "{error}");
-    assert!(told < 3_000, "{told}");
-    // It goes on from there, and nobody has lost the connection.
+    assert!(received < 3_000, "{received}");
+    // A new watch continues from its position, and no connection was lost.
     let mut resumed = store.watch(unread.position().to_vec()).await.unwrap();
     drop(unread);
-    while seen < 6_000 - told {
-        seen += within("a change", resumed.next()).await.unwrap().len();
+    while seen < 6_000 - received {
+        seen += within("a change arrives", resumed.next())
+            .await
+            .unwrap()
+            .len();
     }
     let mut client = etcd.raw_client().await;
     client
         .put(format!("{prefix}k"), "last", None)
         .await
         .unwrap();
-    assert_eq!(within("a change", read.next()).await.unwrap().len(), 1);
+    assert_eq!(
+        within("a change arrives", read.next()).await.unwrap().len(),
+        1
+    );
     assert_eq!(link.connections(), 1);
 }
 
@@ -347,7 +366,8 @@ async fn a_watch_that_is_not_read_is_ended_and_costs_nobody_the_connection() {
 async fn what_runs_on_a_connection_ends_with_the_last_handle() {
     let etcd = Etcd::shared();
     let link = Link::to(etcd.address()).await;
-    // A task for the members, one for the watches, and a renewal.
+    // The store runs a task that follows the members, one for the watches, and one that renews the
+    // lease.
     let store = EtcdStore::new(link.options().sync_endpoints(true)).unwrap();
     let ranges = vec![WatchRange {
         keys: Selector::Key("any".to_owned()),
@@ -359,22 +379,25 @@ async fn what_runs_on_a_connection_ends_with_the_last_handle() {
     keeper.renew(Duration::from_secs(3)).await.unwrap();
     assert_eq!(link.open(), 1);
     drop((store, keeper));
-    throughout("a watch holds it", Duration::from_millis(500), || {
-        link.open() == 1
-    })
+    throughout(
+        "the watch keeps the connection open",
+        Duration::from_millis(500),
+        || link.open() == 1,
+    )
     .await;
     drop(watcher);
-    eventually("it is closed", || link.open() == 0).await;
+    eventually("the connection is closed", || link.open() == 0).await;
     assert_eq!(link.connections(), 1);
 }
 
-/// A runtime that ends drops what it is given at once: also the task that connects, which tells so.
+/// A runtime that shuts down drops tasks that are spawned on it, among them the task that connects;
+/// the store must notice that.
 #[test]
 fn a_call_on_a_runtime_that_ends_or_on_none_holds_nobody_up() {
     let etcd = Etcd::shared();
     let store = EtcdStore::new(etcd.options()).unwrap();
     let any = Selector::Key("any".to_owned());
-    // Polled while its runtime is shut down, as the last thing in it.
+    // Polls a call while its runtime is shut down, as the last task in it.
     struct Last(EtcdStore, Selector);
     impl Drop for Last {
         fn drop(&mut self) {
@@ -400,7 +423,8 @@ fn a_call_on_a_runtime_that_ends_or_on_none_holds_nobody_up() {
     let (other, of_other) = (store.clone(), any.clone());
     std::thread::spawn(move || {
         ending.shutdown_timeout(Duration::from_secs(5));
-        // Without any runtime it panics, as all that spawns does, and holds nothing.
+        // Without a runtime the call panics, like every call that spawns a task, but leaves no lock
+        // behind.
         let none = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let mut list = pin!(other.list(&of_other, None));
             let mut context = Context::from_waker(Waker::noop());
@@ -409,6 +433,6 @@ fn a_call_on_a_runtime_that_ends_or_on_none_holds_nobody_up() {
         let _ = done.send(none.is_err());
     });
     let panicked = is_done.recv_timeout(Duration::from_secs(20));
-    assert!(panicked.expect("it does not hang"));
+    assert!(panicked.expect("the call must not hang"));
     runtime().block_on(async { within("an answer", store.list(&any, None)).await.unwrap() });
 }

@@ -1,4 +1,5 @@
-//! TLS to a real etcd, with certificates made here.
+//! Tests TLS to a real etcd with certificates that are generated here: errors, mutual TLS,
+//! rotation, and user names in certificates.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use super::common::link::Link;
 use super::common::{eventually, group, throughout, within};
 use super::{Running, leader_id, ready};
 
-/// An etcd that speaks TLS, and the files of both sides.
+/// An etcd with TLS, and the files of server and client.
 pub(super) struct Secure {
     pub(super) etcd: Etcd,
     server_files: Directory,
@@ -68,14 +69,14 @@ impl Secure {
     }
 }
 
-/// The error of a request, once etcd answers at all.
+/// The error of a request, once etcd listens.
 async fn refused(options: EtcdOptions) -> ClusterError {
     let store = EtcdStore::new(options).unwrap();
-    within("it is refused", async {
+    within("the request is refused", async {
         loop {
             let any = Selector::Key("any".to_owned());
             match store.list(&any, None).await {
-                Ok(_) => panic!("it is not refused"),
+                Ok(_) => panic!("the request was not refused"),
                 Err(ClusterError::Unavailable { reason, .. }) if reason.contains("refused (os") => {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
@@ -98,19 +99,19 @@ async fn see_each_other(options: &EtcdOptions) {
     let group = group("tls");
     let discovery = ready(options, &group).await;
     let node = Running::start(options, &group, "n1").await;
-    within("it leads", node.node.wait_for_leadership()).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
-    within("leading", discovery.wait_for_leader()).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
+    within("the discovery shows a leader", discovery.wait_for_leader()).await;
     assert_eq!(leader_id(&discovery).as_deref(), Some("n1"));
     node.stop().await;
-    eventually("it leaves", || discovery.nodes().is_empty()).await;
+    eventually("the node leaves", || discovery.nodes().is_empty()).await;
 }
 
 #[tokio::test]
 async fn worker_and_discovery_see_each_other_over_tls() {
     let secure = Secure::new(false);
     see_each_other(&secure.etcd.options().tls(secure.tls())).await;
-    // The scheme may be left out.
+    // The scheme may be omitted.
     let bare = EtcdOptions::new([secure.etcd.address()]).tls(secure.tls());
     see_each_other(&bare).await;
 }
@@ -122,7 +123,8 @@ async fn worker_and_discovery_see_each_other_over_mutual_tls() {
     let tls = secure.tls().identity(cert, key);
     see_each_other(&secure.etcd.options().tls(tls)).await;
 
-    // The alert comes after the handshake: each way it may be noticed has to say so.
+    // The TLS alert comes after the handshake, and is noticed in different ways: each must give
+    // this error.
     for _ in 0..20 {
         let error = refused(secure.etcd.options().tls(secure.tls())).await;
         assert_tls(&error, &["client certificate", "tls.cert_file"]);
@@ -147,7 +149,7 @@ async fn each_fault_of_the_servers_certificate_has_its_own_error() {
         &error,
         &["not signed by a CA in tls.ca_file", &options.endpoints[0]],
     );
-    // The system's do not know it either.
+    // The system's CAs did not sign it either.
     let error = refused(options.clone()).await;
     assert_tls(&error, &["CA"]);
 
@@ -188,14 +190,14 @@ async fn one_endpoint_with_a_wrong_certificate_leaves_the_others_and_is_told_onc
     let any = Selector::Key("any".to_owned());
     for _ in 0..3 {
         store.list(&any, None).await.unwrap_err();
-        // So long that it has been expired for another number of seconds.
+        // Longer than a second, so that the error text would contain another number of seconds.
         tokio::time::sleep(Duration::from_millis(1100)).await;
     }
     let logged = captured.text();
-    let told = |words: &str| logged.matches(words).count();
-    assert_eq!(told("its certificate has expired"), 1, "{logged}");
-    // A worker and a discovery, with a connection of their own each.
-    let unknown = told("its certificate is not signed");
+    let times_logged = |words: &str| logged.matches(words).count();
+    assert_eq!(times_logged("its certificate has expired"), 1, "{logged}");
+    // The worker and the discovery have separate connections.
+    let unknown = times_logged("its certificate is not signed");
     assert!((1..=2).contains(&unknown), "{logged}");
 }
 
@@ -224,52 +226,58 @@ async fn replaced_certificates_are_in_use_without_a_restart() {
     let group = group("rotate");
     let discovery = ready(&options(&by_discovery), &group).await;
     let node = Running::start(&options(&by_node), &group, "n1").await;
-    within("it leads", node.node.wait_for_leadership()).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     let epoch = discovery.leadership().map(|leadership| leadership.epoch);
     let count = || (by_discovery.connections(), by_node.connections());
     assert_eq!(count(), (1, 1));
 
-    // The client's alone.
+    // Replaces the client certificate only.
     let second = secure.ca.client("client");
     let start = Instant::now();
     put(&secure.ca, &second);
-    eventually("both connect anew", || count() == (2, 2)).await;
+    eventually("both make a new connection", || count() == (2, 2)).await;
     let took = start.elapsed();
     println!("client certificate: new connections after {took:?}");
     assert!(took < Duration::from_secs(10), "{took:?}");
 
-    eventually("the old ones are closed", || {
+    eventually("the old connections are closed", || {
         (by_discovery.open(), by_node.open()) == (1, 1)
     })
     .await;
 
-    // Files that make no sense, and a CA that did not sign etcd's: what works goes on.
+    // Invalid files, and a CA that did not sign etcd's certificate: existing connections must
+    // continue.
     let live = || discovery.status() == DiscoveryStatus::Live && node.node.is_leader();
-    eventually("it is live again", live).await;
+    eventually("both work again", live).await;
     println!("and live with them after {:?}", start.elapsed());
     let half = Pair {
         cert: second.cert.clone(),
         key: second.key[..second.key.len() / 2].to_owned(),
     };
     put(&secure.ca, &half);
-    throughout("half a key changes nothing", Duration::from_secs(7), || {
-        live() && count() == (2, 2)
-    })
+    throughout(
+        "a truncated key changes nothing",
+        Duration::from_secs(7),
+        || live() && count() == (2, 2),
+    )
     .await;
     let stranger = Authority::new("stranger");
     put(&stranger, &second);
-    throughout("nor a CA that is not etcd's", Duration::from_secs(7), live).await;
+    throughout("a foreign CA ends nothing", Duration::from_secs(7), live).await;
     let tried = count();
-    assert!(tried.0 > 2 && tried.1 > 2, "it was tried: {tried:?}");
+    assert!(
+        tried.0 > 2 && tried.1 > 2,
+        "new connections must have been tried: {tried:?}"
+    );
 
-    // etcd's, by another CA, and the client's again.
+    // Replaces etcd's certificate by one from another CA, and the client's once more.
     let new_ca = Authority::new("new server CA");
     let server = new_ca.server(LOCAL);
     secure.server_files.write_pair("server", &server);
     let start = Instant::now();
     put(&new_ca, &secure.ca.client("client"));
-    eventually("both connect anew", || {
+    eventually("both make a new connection", || {
         count().0 > tried.0 && count().1 > tried.1
     })
     .await;
@@ -277,11 +285,15 @@ async fn replaced_certificates_are_in_use_without_a_restart() {
         "all certificates: new connections after {:?}",
         start.elapsed()
     );
-    eventually("it is live again", live).await;
+    eventually("both work again", live).await;
     let late = Running::start(&options(&by_node), &group, "n2").await;
-    within("who joins later is seen", discovery.wait_for_nodes(2)).await;
+    within(
+        "the discovery shows the node that joins later",
+        discovery.wait_for_nodes(2),
+    )
+    .await;
     let now = discovery.leadership().map(|leadership| leadership.epoch);
-    assert_eq!(now, epoch, "nobody lost anything");
+    assert_eq!(now, epoch, "the term must not have ended");
     late.stop().await;
     node.stop().await;
 }
@@ -294,12 +306,12 @@ async fn a_mended_ca_file_heals_without_a_restart() {
         .write("mended.pem", Authority::new("other").pem());
     let options = secure.etcd.options().tls(TlsOptions::new().ca_file(&file));
     let discovery = super::watch_group(&options, &group("mended"));
-    throughout("it is not ready", Duration::from_secs(1), || {
+    throughout("the discovery is not ready", Duration::from_secs(1), || {
         !discovery.is_ready()
     })
     .await;
     secure.files.write("mended.pem", secure.ca.pem());
-    within("it is ready", discovery.wait_ready()).await;
+    within("the discovery is ready", discovery.wait_ready()).await;
 }
 
 #[tokio::test]
@@ -310,7 +322,7 @@ async fn certificate_files_that_are_missing_for_a_while_end_nobody() {
     let options = EtcdOptions::new([format!("https://{}", link.address())])
         .tls(secure.tls().identity(&cert, &key));
     let group = group("missing");
-    // There at the start, and not when they are needed.
+    // The files exist at the start, but not when they are needed.
     let node = super::builder(&options, &group, "n1").try_build().unwrap();
     let discovery = ServiceDiscovery::builder(options.clone(), &group)
         .try_build()
@@ -321,41 +333,41 @@ async fn certificate_files_that_are_missing_for_a_while_end_nobody() {
     let error = error.unwrap_err().to_string();
     assert!(
         error.contains("tls.key_file"),
-        "judged at the start: {error}"
+        "a missing file must be an error at the start: {error}"
     );
     let running = discovery.clone();
     let following = tokio::spawn(async move { running.run(None).await });
     let node = Running::new(node);
     let run = || !(following.is_finished() || node.task.is_finished());
-    throughout("they wait", Duration::from_secs(2), || {
+    throughout("both keep waiting", Duration::from_secs(2), || {
         run() && !discovery.is_ready() && node.node.current_health() != HealthStatus::Healthy
     })
     .await;
     assert_tls(&node.node.resign().await.unwrap_err(), &["tls.key_file"]);
     std::fs::write(&key, &text).unwrap();
     within("the discovery is ready", discovery.wait_ready()).await;
-    within("it leads", node.node.wait_for_leadership()).await;
-    within("it is seen", discovery.wait_for_nodes(1)).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
+    within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
 
-    // And not when a connection has to be made anew.
+    // A file is also missing when a new connection must be made.
     let ca = secure.files.file("ca.pem");
     std::fs::remove_file(&ca).unwrap();
     link.cut();
     let stale = || matches!(discovery.status(), DiscoveryStatus::Stale { .. });
-    eventually("nobody is heard", stale).await;
-    throughout("they go on", Duration::from_secs(1), || {
+    eventually("the discovery is stale", stale).await;
+    throughout("both keep running", Duration::from_secs(1), || {
         run() && discovery.nodes().len() == 1
     })
     .await;
     secure.files.write("ca.pem", secure.ca.pem());
-    eventually("it is live again", || {
+    eventually("the discovery is live again", || {
         discovery.status() == DiscoveryStatus::Live
     })
     .await;
     node.wait_until_healthy().await;
-    within("it leads", node.node.wait_for_leadership()).await;
+    within("the node leads", node.node.wait_for_leadership()).await;
     node.stop().await;
-    eventually("and leaves", || discovery.nodes().is_empty()).await;
+    eventually("the node leaves", || discovery.nodes().is_empty()).await;
     assert!(!following.is_finished());
 }
 
@@ -381,7 +393,7 @@ async fn without_a_password_the_client_certificate_names_the_user() {
             .await
             .unwrap();
     }
-    // With a password that nobody asks for yet, and another name in the certificate.
+    // A password that is not needed yet, and another name in the certificate.
     let (cert, key) = secure.client_certificate("stranger");
     let password = Password::Text("password-of-it".to_owned());
     let early = secure.etcd.options().tls(secure.tls().identity(cert, key));
@@ -401,7 +413,7 @@ async fn without_a_password_the_client_certificate_names_the_user() {
     println!("{error}");
     assert!(matches!(error, ClusterError::PermissionDenied { .. }));
     assert!(error.to_string().contains("client certificate"), "{error}");
-    // And a password counts for more than it.
+    // A password takes precedence over the name in the certificate.
     let password = Password::Text("password-of-it".to_owned());
     let both = secure.etcd.options().tls(tls);
     ready(

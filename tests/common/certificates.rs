@@ -1,4 +1,5 @@
-//! CAs, and certificates signed by them, in a directory of the test's own.
+//! Certificate authorities, and certificates signed by them, in a directory that belongs to one
+//! test.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -8,7 +9,7 @@ use rcgen::{
     KeyUsagePurpose, date_time_ymd,
 };
 
-/// Removed with its handle.
+/// A directory that is removed when its handle is dropped.
 pub struct Directory(PathBuf);
 
 impl Directory {
@@ -35,15 +36,15 @@ impl Directory {
         path
     }
 
-    /// As `{name}.pem` and `{name}.key`.
+    /// Writes the pair as `{name}.pem` and `{name}.key`.
     pub fn write_pair(&self, name: &str, pair: &Pair) -> (PathBuf, PathBuf) {
         let cert = self.write(&format!("{name}.pem"), &pair.cert);
         let key = self.write(&format!("{name}.key"), &pair.key);
         (cert, key)
     }
 
-    /// All files at once, as Kubernetes mounts a secret: each is a symbolic link through `..data`,
-    /// which is itself one, and is swapped.
+    /// Replaces all files at once, as Kubernetes updates a mounted secret: each file is a symbolic
+    /// link through `..data`, which is itself a symbolic link and is replaced atomically.
     pub fn swap(&self, files: &[(&str, &str)]) {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let target = format!("..{}", COUNT.fetch_add(1, Ordering::Relaxed));
@@ -97,17 +98,17 @@ impl Authority {
         &self.pem
     }
 
-    /// A server's, for these names and addresses.
+    /// A server certificate for these names and addresses.
     pub fn server(&self, names: &[&str]) -> Pair {
         self.sign(names, "etcd", 4000)
     }
 
-    /// A server's, that is not valid any more.
+    /// A server certificate that has expired.
     pub fn expired_server(&self, names: &[&str]) -> Pair {
         self.sign(names, "etcd", 2020)
     }
 
-    /// A client's, whose user is `name`.
+    /// A client certificate for the etcd user `name`.
     pub fn client(&self, name: &str) -> Pair {
         self.sign(&[], name, 4000)
     }
@@ -119,7 +120,8 @@ impl Authority {
             .distinguished_name
             .push(DnType::CommonName, common_name);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        // etcd's gateway is a client of its own server, with the server's certificate.
+        // etcd's HTTP gateway connects to its own server as a client, with the server's
+        // certificate.
         params.extended_key_usages = vec![
             ExtendedKeyUsagePurpose::ServerAuth,
             ExtendedKeyUsagePurpose::ClientAuth,

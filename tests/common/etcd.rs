@@ -1,5 +1,6 @@
-//! A real etcd, found in this order: `ETCD_ENDPOINTS` (comma-separated, running), `ETCD_BIN` (a
-//! binary), `ETCD_IMAGE` (a container image, run through testcontainers), an `etcd` on the `PATH`.
+//! A real etcd for the integration tests. It is found in this order: `ETCD_ENDPOINTS`
+//! (comma-separated, already running), `ETCD_BIN` (a binary), `ETCD_IMAGE` (a container image, run
+//! through testcontainers), an `etcd` on the `PATH`.
 
 use std::future::Future;
 use std::io::{BufRead, BufReader, Write};
@@ -30,15 +31,15 @@ fn source() -> &'static Source {
         let source = if let Some(endpoints) = variable("ETCD_ENDPOINTS") {
             Source::Endpoints(endpoints.split(',').map(str::to_owned).collect())
         } else {
-            breakable()
+            own_source()
         };
         announce(&source);
         source
     })
 }
 
-/// Where to get an etcd of one's own, which may be stopped.
-fn breakable() -> Source {
+/// Where to get an etcd that belongs to one test, and that the test may stop.
+fn own_source() -> Source {
     let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
     if let Some(binary) = variable("ETCD_BIN") {
         Source::Binary(binary.into())
@@ -55,7 +56,7 @@ fn breakable() -> Source {
     }
 }
 
-/// An etcd binary, if there is one.
+/// An etcd binary, if one is given or found.
 pub fn binary() -> Option<PathBuf> {
     let given = std::env::var_os("ETCD_BIN").filter(|value| !value.is_empty());
     given.map(PathBuf::from).or_else(on_path)
@@ -68,7 +69,8 @@ fn on_path() -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// Past the test harness, which hides what passing tests print: which etcd was used must be seen.
+/// Writes to standard error directly, because the test harness hides what passing tests print, and
+/// a log of the tests must show which etcd they used.
 fn announce(source: &Source) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -81,21 +83,22 @@ fn announce(source: &Source) {
     });
 }
 
-/// An etcd that is stopped when the last handle to it is dropped, or when this process ends.
+/// An etcd that is stopped when the last handle is dropped, or when this process ends.
 pub struct Etcd {
     endpoints: Vec<String>,
     https: bool,
     server: Server,
 }
 
-/// How an etcd of one's own is started, beside the usual.
+/// How to start an etcd for one test, besides the defaults.
 #[derive(Debug, Clone, Default)]
 pub struct Setup {
-    /// Whether it speaks TLS. Its certificate has to be among the arguments.
+    /// Whether etcd uses TLS. The arguments must then name its certificate.
     pub https: bool,
-    /// Further arguments. `{files}` in them is where `files` is for it, `{port}` the one it is reached at.
+    /// Further arguments. `{files}` is replaced by the path of `files` as etcd sees it, and
+    /// `{port}` by the port that etcd is reached at.
     pub arguments: Vec<String>,
-    /// A directory with files for it.
+    /// A directory with files that etcd needs.
     pub files: Option<PathBuf>,
 }
 
@@ -120,18 +123,18 @@ enum Server {
         data: PathBuf,
         running: Mutex<Option<Process>>,
     },
-    /// Taken out only to be removed.
+    /// `None` only while the container is being removed.
     Container(Option<Box<ContainerAsync<GenericImage>>>),
 }
 
-/// A program that ends with this process, however that ends.
+/// A program that ends when this process ends, for whatever reason.
 pub struct Process {
     shell: Child,
     pid: u32,
 }
 
 impl Etcd {
-    /// The one that the tests of this process share. Nobody may stop it or compact it.
+    /// The etcd that the tests of this process share. No test may stop or compact it.
     pub fn shared() -> Arc<Etcd> {
         static SHARED: Mutex<Weak<Etcd>> = Mutex::new(Weak::new());
         let mut shared = SHARED.lock().unwrap_or_else(|error| error.into_inner());
@@ -150,15 +153,15 @@ impl Etcd {
         etcd
     }
 
-    /// One of this test's own, to be stopped, paused or compacted.
+    /// An etcd of the test's own, which may be stopped, paused or compacted.
     pub fn own() -> Etcd {
         Self::with(Setup::default())
     }
 
-    /// One of this test's own, started in a way of its own.
+    /// An etcd of the test's own, started with this setup.
     pub fn with(setup: Setup) -> Etcd {
         match source() {
-            Source::Endpoints(_) => Etcd::start_from(&breakable(), setup),
+            Source::Endpoints(_) => Etcd::start_from(&own_source(), setup),
             other => Etcd::start_from(other, setup),
         }
     }
@@ -186,34 +189,7 @@ impl Etcd {
                     running: Mutex::new(None),
                 }
             }
-            Source::Image(image) => {
-                let (name, tag) = image.rsplit_once(':').unwrap_or((image, "latest"));
-                let container = GenericImage::new(name, tag)
-                    .with_wait_for(WaitFor::message_on_stderr("ready to serve client requests"))
-                    // A fixed port, so that it is the same after a restart.
-                    .with_mapped_port(client_port, 2379.tcp());
-                let container = if setup.arguments.is_empty() {
-                    container
-                } else {
-                    let own = [
-                        "--data-dir=/data".to_owned(),
-                        format!("--listen-client-urls={scheme}://0.0.0.0:2379"),
-                        format!("--advertise-client-urls={scheme}://0.0.0.0:2379"),
-                    ];
-                    container.with_cmd(
-                        own.into_iter()
-                            .chain(setup.arguments("/files", client_port)),
-                    )
-                };
-                let container = match &setup.files {
-                    Some(files) => container
-                        .with_mount(Mount::bind_mount(files.display().to_string(), "/files")),
-                    None => container,
-                };
-                let container = block_on(container.start())
-                    .unwrap_or_else(|error| panic!("cannot run image {image}: {error}"));
-                Server::Container(Some(Box::new(container)))
-            }
+            Source::Image(image) => Self::start_container(image, &setup, client_port),
         };
         let etcd = Etcd {
             endpoints,
@@ -226,6 +202,37 @@ impl Etcd {
             etcd.wait_until_it_serves();
         }
         etcd
+    }
+
+    fn start_container(image: &str, setup: &Setup, client_port: u16) -> Server {
+        let scheme = setup.scheme();
+        let (name, tag) = image.rsplit_once(':').unwrap_or((image, "latest"));
+        let container = GenericImage::new(name, tag)
+            .with_wait_for(WaitFor::message_on_stderr("ready to serve client requests"))
+            // A fixed port, so that the port stays the same after a restart.
+            .with_mapped_port(client_port, 2379.tcp());
+        let container = if setup.arguments.is_empty() {
+            container
+        } else {
+            let own = [
+                "--data-dir=/data".to_owned(),
+                format!("--listen-client-urls={scheme}://0.0.0.0:2379"),
+                format!("--advertise-client-urls={scheme}://0.0.0.0:2379"),
+            ];
+            container.with_cmd(
+                own.into_iter()
+                    .chain(setup.arguments("/files", client_port)),
+            )
+        };
+        let container = match &setup.files {
+            Some(files) => {
+                container.with_mount(Mount::bind_mount(files.display().to_string(), "/files"))
+            }
+            None => container,
+        };
+        let container = block_on(container.start())
+            .unwrap_or_else(|error| panic!("cannot run image {image}: {error}"));
+        Server::Container(Some(Box::new(container)))
     }
 
     pub fn endpoints(&self) -> Vec<String> {
@@ -249,7 +256,7 @@ impl Etcd {
             .unwrap()
     }
 
-    /// Of the process, if it is one of ours.
+    /// The process id, if etcd is a process of this test.
     pub fn pid(&self) -> Option<u32> {
         let Server::Process { running, .. } = &self.server else {
             return None;
@@ -257,7 +264,7 @@ impl Etcd {
         running.lock().unwrap().as_ref().map(|process| process.pid)
     }
 
-    /// Stops it from running without closing anything: it is silent.
+    /// Pauses etcd without closing any connection: it goes silent.
     pub fn pause(&self) {
         match &self.server {
             Server::Container(Some(container)) => block_on(container.pause()).unwrap(),
@@ -272,24 +279,24 @@ impl Etcd {
         }
     }
 
-    /// Kills it. Its data stays.
+    /// Kills etcd; its data is kept.
     pub fn stop(&self) {
         match &self.server {
-            Server::External | Server::Container(None) => unreachable!("not a running one"),
+            Server::External | Server::Container(None) => unreachable!("there is no etcd to stop"),
             Server::Container(Some(container)) => {
                 block_on(container.stop_with_timeout(Some(0))).unwrap()
             }
             Server::Process { running, .. } => {
-                let process = running.lock().unwrap().take().expect("is running");
+                let process = running.lock().unwrap().take().expect("etcd is running");
                 process.end(true);
             }
         }
     }
 
-    /// Starts it again with the data it had.
+    /// Starts it again with its previous data.
     pub fn start(&self) {
         match &self.server {
-            Server::External | Server::Container(None) => unreachable!("not a running one"),
+            Server::External | Server::Container(None) => unreachable!("there is no etcd to start"),
             Server::Container(Some(container)) => block_on(container.start()).unwrap(),
             Server::Process {
                 setup,
@@ -325,15 +332,16 @@ impl Etcd {
 
     fn signal(&self, signal: &str) {
         let Server::Process { running, .. } = &self.server else {
-            unreachable!("only our own process is given signals");
+            unreachable!("only an etcd process of this test can be sent a signal");
         };
         let running = running.lock().unwrap();
-        running.as_ref().expect("is running").signal(signal);
+        running.as_ref().expect("etcd is running").signal(signal);
     }
 
     fn wait_until_it_serves(&self) {
         if self.https {
-            // Who may connect, and with what, is the test's matter.
+            // The test decides which clients may connect and with which credentials, so this only
+            // waits for the port.
             let start = Instant::now();
             while std::net::TcpStream::connect(self.address()).is_err() {
                 assert!(start.elapsed() < super::DEADLINE, "etcd does not listen");
@@ -341,7 +349,7 @@ impl Etcd {
             }
             return;
         }
-        // Not through the store, which does not dial as often.
+        // Not through this crate's store, which limits how often it dials.
         let endpoints = self.endpoints.clone();
         block_on(async move {
             let start = Instant::now();
@@ -363,8 +371,8 @@ impl Etcd {
     }
 }
 
-/// On a thread outside any runtime, for the caller is most often in one. All in the same runtime,
-/// which the container client's connections belong to.
+/// Runs a future on a thread outside any runtime, because the caller usually is inside one. All
+/// calls use the same runtime, which owns the container client's connections.
 fn block_on<T: Send>(future: impl Future<Output = T> + Send) -> T {
     static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().unwrap());
     std::thread::scope(|scope| {
@@ -382,11 +390,11 @@ pub fn send_signal(pid: u32, signal: &str) {
 }
 
 impl Process {
-    /// Starts a program whose output goes to `{files}.log`.
+    /// Starts a program. Its output goes to `{files}.log`.
     pub fn spawn(command: &Command, files: &Path) -> Process {
-        // The shell outlives this process by an instant, in which it stops the program: its
-        // standard input closes with us, however we end. A Ctrl-C in the terminal is for us alone
-        // to act on.
+        // The shell outlives this process for a moment, in which it stops the program: its standard
+        // input is closed when this process ends, for whatever reason. Only this process handles a
+        // Ctrl-C in the terminal.
         let script = r#"
             trap : INT TERM
             files=$1; shift
@@ -424,7 +432,7 @@ impl Process {
         send_signal(self.pid, signal);
     }
 
-    /// Kills it, and removes its files unless they are to be kept.
+    /// Kills the program, and removes its files unless `keep_files` is set.
     pub fn end(mut self, keep_files: bool) {
         if let Some(mut input) = self.shell.stdin.take() {
             let _ = writeln!(input, "{}", if keep_files { "keep" } else { "remove" });

@@ -1,5 +1,5 @@
-//! A TCP proxy in front of etcd that counts connections, can be slow, and can go silent: it then
-//! passes nothing and closes nothing, as a network does that drops packets.
+//! A TCP proxy in front of etcd that counts connections, adds delay, and can go silent: it then
+//! forwards nothing and closes nothing, like a network that drops packets.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +18,7 @@ pub struct Link {
     address: SocketAddr,
     connections: Arc<AtomicUsize>,
     pings: Arc<AtomicUsize>,
-    /// Each open connection holds one more.
+    /// Each open connection holds a clone.
     open: Arc<()>,
     silent: watch::Sender<bool>,
     delay: watch::Sender<Duration>,
@@ -27,17 +27,17 @@ pub struct Link {
 }
 
 impl Link {
-    /// In front of `target` (`host:port`).
+    /// A link in front of `target` (`host:port`).
     pub async fn to(target: String) -> Link {
         Self::at(super::local(), target).await
     }
 
-    /// In front of `target`, and reached at `ip`.
+    /// A link in front of `target` that listens on `ip`.
     pub async fn at(ip: IpAddr, target: String) -> Link {
         Self::bound(&format!("{ip}:0"), target).await
     }
 
-    /// In front of `target`, and reached at `address`.
+    /// A link in front of `target` that listens on `address`.
     pub async fn bound(address: &str, target: String) -> Link {
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -54,27 +54,27 @@ impl Link {
         let to_cut = cut.clone();
         let mut accepting = JoinSet::new();
         accepting.spawn(async move {
-            let mut passing = JoinSet::new();
+            let mut forwarding = JoinSet::new();
             loop {
                 let near = tokio::select! {
                     accepted = listener.accept() => accepted,
                     () = to_cut.notified() => {
-                        passing.shutdown().await;
+                        forwarding.shutdown().await;
                         continue;
                     }
                 };
                 let Ok((near, _)) = near else { continue };
                 counter.fetch_add(1, Ordering::Relaxed);
                 let held = to_hold.clone();
-                let passed = pass(
+                let forwarded = forward(
                     near,
                     target.clone(),
                     state.clone(),
                     delayed.clone(),
                     to_pings.clone(),
                 );
-                passing.spawn(async move {
-                    passed.await;
+                forwarding.spawn(async move {
+                    forwarded.await;
                     drop(held);
                 });
             }
@@ -99,47 +99,48 @@ impl Link {
         self.address
     }
 
-    /// Connections accepted so far.
+    /// How many connections were accepted so far.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// HTTP/2 pings that the client has sent, its answers to the server's not among them.
+    /// How many HTTP/2 pings the client sent, without its acknowledgements of the server's pings.
     pub fn pings(&self) -> usize {
         self.pings.load(Ordering::Relaxed)
     }
 
-    /// Connections that neither side has closed.
+    /// How many connections neither side has closed.
     pub fn open(&self) -> usize {
-        // Without this one, and the one that accepts.
+        // Two references are not connections: the one in `self` and the one in the accepting task.
         Arc::strong_count(&self.open) - 2
     }
 
-    /// Closes every connection there is.
+    /// Closes every open connection.
     pub fn cut(&self) {
         self.cut.notify_one();
     }
 
-    /// Holds everything back for so long from now on, in each direction, and does not limit how much
-    /// is on its way. A connection is made as if its handshake took as long, too.
+    /// Delays everything by this much from now on, in each direction, without limiting how many
+    /// bytes are in transit. The handshake of a new connection is delayed, too.
     pub fn set_delay(&self, each_way: Duration) {
         self.delay.send_replace(each_way);
     }
 
-    /// Passes nothing from now on, or passes again what has been held back.
+    /// Forwards nothing from now on, or resumes and forwards what was held back.
     pub fn set_silent(&self, silent: bool) {
         self.silent.send_replace(silent);
     }
 }
 
-async fn pass(
+async fn forward(
     near: TcpStream,
     target: String,
     mut silent: watch::Receiver<bool>,
     delay: watch::Receiver<Duration>,
     pings: Arc<AtomicUsize>,
 ) {
-    // A connection made during silence is accepted by the kernel and then hears nothing.
+    // The kernel accepts a connection that is made during silence; nothing is sent on it until the
+    // silence ends.
     if silent.wait_for(|silent| !silent).await.is_err() {
         return;
     }
@@ -148,27 +149,27 @@ async fn pass(
     let Ok(far) = TcpStream::connect(target).await else {
         return;
     };
-    // A proxy that waits for more to send would add 40 ms to each answer.
+    // Nagle's algorithm would add 40 ms to each response.
     if near.set_nodelay(true).is_err() || far.set_nodelay(true).is_err() {
         return;
     }
     let (near_in, near_out) = near.into_split();
     let (far_in, far_out) = far.into_split();
     tokio::join!(
-        pump(
+        forward_one_way(
             near_in,
             far_out,
             silent.clone(),
             delay.clone(),
             Some(Frames::new(pings))
         ),
-        pump(far_in, near_out, silent, delay, None)
+        forward_one_way(far_in, near_out, silent, delay, None)
     );
 }
 
-/// Reads the HTTP/2 frames of a client.
+/// Parses the HTTP/2 frames of a client.
 struct Frames {
-    /// Of the preface, or of a frame's content, still to come.
+    /// How many bytes of the preface, or of a frame's payload, are still to be skipped.
     skip: usize,
     head: Vec<u8>,
     pings: Arc<AtomicUsize>,
@@ -212,19 +213,22 @@ impl Frames {
     }
 }
 
-async fn pump(
+async fn forward_one_way(
     from: impl AsyncReadExt + Unpin,
     to: impl AsyncWriteExt + Unpin,
     silent: watch::Receiver<bool>,
     delay: watch::Receiver<Duration>,
     frames: Option<Frames>,
 ) {
-    // Bounded only so that a test cannot fill the memory.
+    // The queue is bounded only so that a test cannot exhaust the memory.
     let (queue, due) = mpsc::channel(64 * 1024);
-    tokio::join!(take(from, queue, delay, frames), deliver(due, to, silent));
+    tokio::join!(
+        receive(from, queue, delay, frames),
+        deliver(due, to, silent)
+    );
 }
 
-async fn take(
+async fn receive(
     mut from: impl AsyncReadExt + Unpin,
     queue: mpsc::Sender<(Instant, Vec<u8>)>,
     delay: watch::Receiver<Duration>,
@@ -234,7 +238,7 @@ async fn take(
     loop {
         let read = tokio::select! {
             read = from.read(&mut buffer) => read,
-            // The other side is gone.
+            // The other side has closed its connection.
             () = queue.closed() => return,
         };
         let read = match read {

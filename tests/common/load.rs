@@ -1,4 +1,4 @@
-//! Requests, one or without end.
+//! HTTP requests for tests: a given number of them, or a continuous load.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// A client that keeps no connection to a server that is gone.
+/// A client that does not keep connections to servers that have ended.
 pub fn client() -> reqwest::Client {
     reqwest::Client::builder()
         .timeout(Duration::from_secs(20))
@@ -15,14 +15,14 @@ pub fn client() -> reqwest::Client {
         .unwrap()
 }
 
-/// `count` GETs, so many at a time. Answers with what failed.
+/// Sends `count` GET requests, `at_a_time` concurrently, and returns the failures.
 pub async fn load(url: &str, count: u64, at_a_time: usize) -> Vec<String> {
     let load = Load::start(url, at_a_time);
-    super::eventually("so many GETs", || load.sent() >= count).await;
+    super::eventually("all GET requests were sent", || load.sent() >= count).await;
     load.stop().await
 }
 
-/// GETs without end, so many at a time.
+/// Continuous GET requests, a fixed number of them at a time.
 pub struct Load {
     sent: Arc<AtomicU64>,
     stop: watch::Sender<bool>,
@@ -66,13 +66,13 @@ impl Load {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many more have been sent: the load goes on.
+    /// Waits until this many more requests were sent.
     pub async fn goes_on(&self, more: u64) {
         let until = self.sent() + more;
-        super::eventually("the load goes on", || self.sent() >= until).await;
+        super::eventually("more requests were sent", || self.sent() >= until).await;
     }
 
-    /// Answers with what failed.
+    /// Returns the failures.
     pub async fn stop(self) -> Vec<String> {
         self.stop.send_replace(true);
         self.clients
@@ -84,7 +84,7 @@ impl Load {
     }
 }
 
-/// Waits until something answers there, with any status.
+/// Waits until the server responds, with any status.
 pub async fn until_it_answers(url: &str) {
     let client = client();
     let start = std::time::Instant::now();

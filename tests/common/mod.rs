@@ -1,6 +1,6 @@
-//! What the integration tests share: a real etcd, a TCP proxy that goes silent, and waiting for a
-//! state with a deadline.
-#![allow(dead_code)] // each test crate uses its own part
+//! What the integration tests share: a real etcd, a scripted one, a TCP proxy that can go silent,
+//! the example programs, and waiting for a state with a deadline.
+#![allow(dead_code)] // each test crate uses only a part of it
 
 pub mod certificates;
 pub mod etcd;
@@ -17,10 +17,10 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-/// Longer than anything here takes on a machine that is busy with other tests.
+/// Longer than any step of a test takes on a machine that is busy with other tests.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Shows this crate's log lines of a failing test (`RUST_LOG` has the filter).
+/// Shows the log lines of this crate when a test fails; `RUST_LOG` sets the filter.
 pub fn log() {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
@@ -28,7 +28,7 @@ pub fn log() {
         .try_init();
 }
 
-/// A group of this test's own.
+/// A group name that no other test uses.
 pub fn group(test: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     log();
@@ -36,7 +36,7 @@ pub fn group(test: &str) -> String {
     format!("{test}-{}-{count}", std::process::id())
 }
 
-/// Waits until `state` holds, looking often; panics with `what` after the deadline.
+/// Waits until `state` holds and returns how long that took; panics with `what` after the deadline.
 pub async fn eventually(what: &str, mut state: impl FnMut() -> bool) -> Duration {
     let start = Instant::now();
     while !state() {
@@ -57,7 +57,7 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Lets something that must not happen happen, if it will: watches that `state` keeps holding.
+/// Checks during `time` that `state` keeps holding, so that a violation has time to occur.
 pub async fn throughout(what: &str, time: Duration, mut state: impl FnMut() -> bool) {
     let start = Instant::now();
     while start.elapsed() < time {
@@ -70,8 +70,8 @@ pub fn local() -> std::net::IpAddr {
     std::net::Ipv4Addr::LOCALHOST.into()
 }
 
-/// A port nobody listens on, and nobody else in this process is given. Below those that the kernel
-/// gives to whoever asks for any.
+/// A port that nobody listens on and that no other caller in this process gets. It is below the
+/// range from which the kernel assigns ephemeral ports.
 pub fn free_port() -> u16 {
     static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {

@@ -1,4 +1,4 @@
-//! The example programs, as processes.
+//! Starts the example programs as processes, and waits for what they do.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -8,7 +8,7 @@ use super::etcd::send_signal;
 use super::load::client;
 use super::{DEADLINE, free_port, local};
 
-/// A program that is killed when this is dropped.
+/// A process that is killed when this is dropped.
 pub struct Program {
     pub child: Child,
 }
@@ -37,19 +37,19 @@ impl Program {
         Self { child }
     }
 
-    /// Whether it has not ended.
+    /// Whether the process is still running.
     pub fn lives(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Whether nobody has read what it has written to standard error, and there is no room for more.
+    /// Whether the pipe behind standard error is full because nobody reads it.
     pub fn log_is_full(&self) -> bool {
         let Some(log) = &self.child.stderr else {
             return false;
         };
         let unread = rustix::io::ioctl_fionread(log).unwrap();
         let size = rustix::pipe::fcntl_getpipe_size(log).unwrap();
-        // Pages that are not full count as full.
+        // The kernel counts partly filled pages as full, so half of the size is the limit.
         unread as usize * 2 > size
     }
 
@@ -57,14 +57,14 @@ impl Program {
         send_signal(self.child.id(), signal);
     }
 
-    /// How it ended, and how long that took.
+    /// Waits until the process ends; returns its status and how long the wait took.
     pub async fn ended(&mut self) -> (ExitStatus, Duration) {
         let start = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return (status, start.elapsed());
             }
-            assert!(start.elapsed() < DEADLINE, "the program does not end");
+            assert!(start.elapsed() < DEADLINE, "the program did not end");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -77,16 +77,16 @@ impl Drop for Program {
     }
 }
 
-/// Beside the test binary, in `target/*/examples`.
+/// The program beside the test binary, in `target/*/examples`.
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let target = test.parent().and_then(Path::parent).unwrap();
     target.join("examples").join(name)
 }
 
-/// The same, optimised, as people run it: built by `cargo build --profile bench --all-features
-/// --examples`. Where there is none, or it is older than the sources, the one beside the test binary,
-/// which is said.
+/// The optimised program, as users run it: built by `cargo build --profile bench --all-features
+/// --examples`. If it is missing or older than the sources, a line on standard error reports that,
+/// and the program beside the test binary is used.
 pub fn optimised(name: &str) -> PathBuf {
     static SAID: std::sync::Once = std::sync::Once::new();
     let debug = binary(name);
@@ -100,12 +100,12 @@ pub fn optimised(name: &str) -> PathBuf {
                 let why = if other.is_ok() {
                     "is out of date"
                 } else {
-                    "is not there"
+                    "does not exist"
                 };
                 let _ = std::io::Write::write_fmt(
                     &mut std::io::stderr(),
                     format_args!(
-                        "{} {why}: trying the unoptimised programs\n",
+                        "{} {why}: using the unoptimised programs instead\n",
                         optimised.display()
                     ),
                 );
@@ -115,7 +115,7 @@ pub fn optimised(name: &str) -> PathBuf {
     }
 }
 
-/// When the sources of the programs were changed last.
+/// When the sources of the programs were last changed.
 fn newest_source() -> SystemTime {
     fn newest(path: &Path) -> SystemTime {
         let of_file = std::fs::metadata(path).and_then(|about| about.modified());
@@ -137,7 +137,8 @@ pub fn config_file(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// A shipped configuration file with other endpoints, group and port.
+/// Copies a shipped configuration file with other endpoints, group and port. Returns the copy and
+/// the URL of the proxy.
 pub fn adapted(name: &str, etcd: &str, group: &str) -> (PathBuf, String) {
     let text = std::fs::read_to_string(config_file(name)).unwrap();
     let listen = format!("{}:{}", local(), free_port());
@@ -176,13 +177,16 @@ pub fn worker(etcd: &str, group: &str, id: &str) -> Worker {
     }
 }
 
-/// Waits until so many nodes answer through the proxy.
+/// Waits until this many nodes have responded through the proxy.
 pub async fn until_nodes_answer(url: &str, count: usize) {
     let client = client();
     let mut nodes = std::collections::HashSet::new();
     let start = Instant::now();
     while nodes.len() < count {
-        assert!(start.elapsed() < DEADLINE, "only {nodes:?}");
+        assert!(
+            start.elapsed() < DEADLINE,
+            "only these nodes responded: {nodes:?}"
+        );
         if let Ok(response) = client.get(url).send().await
             && let Some(node) = response.headers().get("x-upstream-node")
         {

@@ -1,5 +1,6 @@
-//! A server that speaks etcd's protocol as a test tells it to: what no etcd at hand does, or does
-//! not do when it is wanted. The messages are written and read by hand, for as much as is needed.
+//! A server that speaks etcd's protocol as a test scripts it, for behaviour that a real etcd does
+//! not show, or does not show on demand. The protobuf messages are encoded and decoded by hand, as
+//! far as the tests need it.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -13,12 +14,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-/// What a call is answered with.
+/// The response to a call.
 pub enum Answer {
     Message(Message),
-    /// A gRPC code, and words.
+    /// A gRPC status code and its message.
     Refused(u8, &'static str),
-    /// The connection lives, and nothing comes.
+    /// No response; the connection stays open.
     Nothing,
 }
 
@@ -31,7 +32,7 @@ pub struct Scripted {
     _serving: JoinSet<()>,
 }
 
-/// A stream of watches, with the test at its other end.
+/// A watch stream, with the test as the server.
 pub struct Watches {
     requests: mpsc::UnboundedReceiver<WatchRequest>,
     responses: mpsc::UnboundedSender<Message>,
@@ -44,7 +45,7 @@ pub enum WatchRequest {
     Progress,
 }
 
-/// A protobuf message being written.
+/// A protobuf message under construction.
 #[derive(Debug, Clone, Default)]
 pub struct Message(Vec<u8>);
 
@@ -61,7 +62,7 @@ impl Message {
         self.0.push(value as u8);
     }
 
-    /// A number, or a truth.
+    /// Adds a varint field: a number or a boolean.
     #[must_use]
     pub fn number(mut self, field: u32, value: i64) -> Self {
         self.varint(u64::from(field) << 3);
@@ -90,12 +91,12 @@ impl Message {
     }
 }
 
-/// With this revision, of cluster 1.
+/// A response header with this revision, from cluster 1.
 pub fn header(revision: i64) -> Message {
     Message::new().number(1, 1).number(2, 1).number(3, revision)
 }
 
-/// Of a member of a cluster that has a leader.
+/// The status of a member whose cluster has a leader.
 pub fn status(version: &str, is_learner: bool) -> Message {
     Message::new()
         .message(1, &header(1))
@@ -104,7 +105,7 @@ pub fn status(version: &str, is_learner: bool) -> Message {
         .number(10, i64::from(is_learner))
 }
 
-/// That a watch is there, or was refused.
+/// The response that confirms a new watch.
 pub fn created(id: i64, revision: i64) -> Message {
     Message::new()
         .message(1, &header(revision))
@@ -112,12 +113,12 @@ pub fn created(id: i64, revision: i64) -> Message {
         .number(3, 1)
 }
 
-/// To all watches.
+/// A progress notification for all watches.
 pub fn progress(revision: i64) -> Message {
     Message::new().message(1, &header(revision)).number(2, -1)
 }
 
-/// That a key was put.
+/// The event of a put.
 pub fn put(id: i64, key: &str, revision: i64) -> Message {
     let entry = Message::new()
         .bytes(1, key)
@@ -145,7 +146,7 @@ fn varint(bytes: &mut &[u8]) -> u64 {
     value
 }
 
-/// Its fields: numbers in the first place, bytes in the second.
+/// Decodes a message into `(field, number, bytes)`; only one of the last two is set.
 fn fields(mut bytes: &[u8]) -> Vec<(u64, u64, Vec<u8>)> {
     let mut fields = Vec::new();
     while !bytes.is_empty() {
@@ -190,12 +191,12 @@ fn watch_request(bytes: &[u8]) -> WatchRequest {
 
 impl Watches {
     pub async fn next(&mut self) -> WatchRequest {
-        super::within("a request", self.requests.recv())
+        super::within("a watch request", self.requests.recv())
             .await
             .unwrap()
     }
 
-    /// The next one that asks for a watch: its id.
+    /// Waits for the next request that creates a watch; returns the id of the watch.
     pub async fn next_create(&mut self) -> i64 {
         loop {
             if let WatchRequest::Create { id, .. } = self.next().await {
@@ -214,13 +215,13 @@ impl Watches {
 }
 
 impl Scripted {
-    /// Answers each call, by its name, as the script says; but for watches, see
-    /// [`watches`](Self::watches).
+    /// Starts a server that responds to each call as the script says, by the call's name. Watch
+    /// calls go to [`watches`](Self::watches) instead.
     pub async fn start(script: impl Fn(&str) -> Answer + Send + Sync + 'static) -> Self {
         Self::bound(&format!("{}:0", super::local()), script).await
     }
 
-    /// The same at this address.
+    /// The same, listening on this address.
     pub async fn bound(
         address: &str,
         script: impl Fn(&str) -> Answer + Send + Sync + 'static,
@@ -229,12 +230,12 @@ impl Scripted {
         let address = listener.local_addr().unwrap();
         let (opened, watches) = mpsc::unbounded_channel();
         let calls = Arc::new(Mutex::new(Vec::new()));
-        let (script, heard): (Script, _) = (Arc::new(script), calls.clone());
+        let (script, recorded): (Script, _) = (Arc::new(script), calls.clone());
         let mut serving = JoinSet::new();
         serving.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((connection, _)) = listener.accept().await {
-                let (script, calls, opened) = (script.clone(), heard.clone(), opened.clone());
+                let (script, calls, opened) = (script.clone(), recorded.clone(), opened.clone());
                 connections.spawn(serve(connection, script, calls, opened));
             }
         });
@@ -254,14 +255,16 @@ impl Scripted {
         format!("http://{}", self.address)
     }
 
-    /// The names of all calls so far.
+    /// The names of all calls so far, in order.
     pub fn calls(&self) -> Vec<String> {
         self.calls.lock().unwrap().clone()
     }
 
-    /// The next stream of watches.
+    /// Waits for the next watch stream.
     pub async fn watches(&mut self) -> Watches {
-        super::within("a watch", self.watches.recv()).await.unwrap()
+        super::within("a watch stream", self.watches.recv())
+            .await
+            .unwrap()
     }
 }
 
@@ -297,10 +300,10 @@ async fn serve(
 
 fn response(trailers: Option<(u8, &str)>) -> Response<()> {
     let mut response = Response::builder().header("content-type", "application/grpc");
-    if let Some((code, words)) = trailers {
+    if let Some((code, message)) = trailers {
         response = response
             .header("grpc-status", u16::from(code))
-            .header("grpc-message", words);
+            .header("grpc-message", message);
     }
     response.body(()).unwrap()
 }
@@ -308,8 +311,8 @@ fn response(trailers: Option<(u8, &str)>) -> Response<()> {
 async fn answer(mut respond: SendResponse<Bytes>, answer: Answer) {
     match answer {
         Answer::Nothing => std::future::pending().await,
-        Answer::Refused(code, words) => {
-            let _ = respond.send_response(response(Some((code, words))), true);
+        Answer::Refused(code, message) => {
+            let _ = respond.send_response(response(Some((code, message))), true);
         }
         Answer::Message(message) => {
             let Ok(mut stream) = respond.send_response(response(None), false) else {
@@ -337,10 +340,13 @@ async fn watch(
         requests,
         responses,
     });
-    tokio::join!(hear(request.into_body(), asked), tell(stream, to_send));
+    tokio::join!(
+        read_requests(request.into_body(), asked),
+        write_responses(stream, to_send)
+    );
 }
 
-async fn hear(mut body: RecvStream, asked: mpsc::UnboundedSender<WatchRequest>) {
+async fn read_requests(mut body: RecvStream, asked: mpsc::UnboundedSender<WatchRequest>) {
     let mut buffer = BytesMut::new();
     while let Some(Ok(data)) = body.data().await {
         let _ = body.flow_control().release_capacity(data.len());
@@ -356,7 +362,10 @@ async fn hear(mut body: RecvStream, asked: mpsc::UnboundedSender<WatchRequest>) 
     }
 }
 
-async fn tell(mut stream: SendStream<Bytes>, mut to_send: mpsc::UnboundedReceiver<Message>) {
+async fn write_responses(
+    mut stream: SendStream<Bytes>,
+    mut to_send: mpsc::UnboundedReceiver<Message>,
+) {
     while let Some(message) = to_send.recv().await {
         if stream.send_data(message.framed(), false).is_err() {
             return;

@@ -1,4 +1,4 @@
-//! etcd away, silent, or with another history, under a balancer.
+//! Tests a balancer while etcd is down, silent, or has a compacted history.
 
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,7 @@ async fn the_last_view_is_served_resumed_and_listed_again_after_a_compaction() {
     put(&mut keys, &group, &b.entry(json!({})), None).await;
     balancer.until_served_by(&["a", "b"]).await;
 
-    // What happened meanwhile is not kept: it has to list again.
+    // What happens meanwhile is compacted, so the discovery must relist.
     link.set_silent(true);
     delete(&mut keys, &group, "a").await;
     put(&mut keys, &group, &c.entry(json!({})), None).await;
@@ -42,16 +42,16 @@ async fn the_last_view_is_served_resumed_and_listed_again_after_a_compaction() {
     let revision = revision.header().unwrap().revision();
     let physical = CompactionOptions::new().with_physical();
     keys.compact(revision, Some(physical)).await.unwrap();
-    assert_eq!(balancer.gets(8).await.len(), 2, "the last view");
+    assert_eq!(balancer.gets(8).await.len(), 2, "the last view is served");
     link.cut();
-    // Or what has been held back would be passed.
-    eventually("it is cut", || link.open() == 0).await;
+    // Otherwise the link would deliver what it held back.
+    eventually("the connection is cut", || link.open() == 0).await;
     link.set_silent(false);
     balancer.until_served_by(&["b", "c"]).await;
-    let told = balancer.told();
+    let text = balancer.log_text();
     assert!(
-        told.contains("disconnected") && told.contains("missed"),
-        "{told}"
+        text.contains("disconnected") && text.contains("missed"),
+        "{text}"
     );
 }
 
@@ -61,7 +61,7 @@ async fn silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried()
     let mut keys = etcd.raw_client().await;
     let first = Backend::start("first").await;
     put(&mut keys, &group, &first.entry(json!({})), None).await;
-    let (link, hasty_link) = (
+    let (link, short_link) = (
         Link::to(etcd.address()).await,
         Link::to(etcd.address()).await,
     );
@@ -72,28 +72,28 @@ async fn silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried()
     let setup = |link: &Link| Setup::new(endpoints(link), &group).with("policy: round_robin");
     let balancer = setup(&link).serving().await;
     let fields = "silence_timeout_ms: 500, request_timeout_ms: 500, connect_timeout_ms: 500";
-    let hasty = setup(&hasty_link).etcd(fields).serving().await;
-    for balancer in [&balancer, &hasty] {
+    let short = setup(&short_link).etcd(fields).serving().await;
+    for balancer in [&balancer, &short] {
         balancer.until_served_by(&["first"]).await;
     }
-    assert!(link.connections() > 0 && hasty_link.connections() > 0);
+    assert!(link.connections() > 0 && short_link.connections() > 0);
     let start = Instant::now();
     link.set_silent(true);
-    hasty_link.set_silent(true);
+    short_link.set_silent(true);
     let second = Backend::start("second").await;
     put(&mut keys, &group, &second.entry(json!({})), None).await;
-    hasty.until_served_by(&["first", "second"]).await;
-    let hasty = start.elapsed();
-    let noticed = async || balancer.told().contains("disconnected");
-    until("it is noticed", noticed).await;
+    short.until_served_by(&["first", "second"]).await;
+    let short = start.elapsed();
+    let noticed = async || balancer.log_text().contains("disconnected");
+    until("the silence is noticed", noticed).await;
     let noticed = start.elapsed();
     balancer.until_served_by(&["first", "second"]).await;
     let followed = start.elapsed();
     assert!(noticed < Duration::from_millis(5500), "{noticed:?}");
     assert!(followed < Duration::from_millis(8000), "{followed:?}");
     assert!(
-        hasty < noticed && hasty < Duration::from_secs(4),
-        "{hasty:?}"
+        short < noticed && short < Duration::from_secs(4),
+        "{short:?}"
     );
 }
 
@@ -111,8 +111,8 @@ async fn without_etcd_it_answers_after_the_time_to_be_ready_and_asks_now_and_the
     let took = start.elapsed();
     assert!((1000..4000).contains(&took.as_millis()), "{took:?}");
     assert_eq!(balancer.get().await, "503");
-    until("it says so", async || {
-        balancer.told().contains("again and again")
+    until("the open circuit is logged", async || {
+        balancer.log_text().contains("again and again")
     })
     .await;
 }

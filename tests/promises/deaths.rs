@@ -1,5 +1,5 @@
-//! What keeps a view, a table, leases or the listener alive, killed: it is started again, the handle says
-//! so, or the process ends.
+//! Tests what happens when a task panics that maintains a view, a table, a lease or the listener:
+//! the task is restarted, the handle reports the end, or the process exits.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -31,24 +31,27 @@ use super::common::programs::optimised;
 use super::common::{eventually, free_port, group, local};
 use super::world::{Setup, entry, put, until};
 
-/// A store that panics when it is told to, in whatever asks it next.
+/// A store that panics at its next use after [`break_now`](Self::break_now).
 #[derive(Debug, Clone, Default)]
-struct Fragile {
+struct PanickingStore {
     inner: MemoryStore,
     panics: Arc<AtomicBool>,
 }
 
-impl Fragile {
+impl PanickingStore {
     fn break_now(&self) {
         self.panics.store(true, Ordering::SeqCst);
     }
 
     fn check(&self) {
-        assert!(!self.panics.swap(false, Ordering::SeqCst), "told to");
+        assert!(
+            !self.panics.swap(false, Ordering::SeqCst),
+            "panic on purpose"
+        );
     }
 
     async fn put(&self, group: &str, id: &str) {
-        // Two at one address would be one backend.
+        // Two nodes at the same address would be a single backend.
         let port = 9000 + u16::from(*id.as_bytes().last().unwrap());
         let entry = entry(id, Some(port), json!({})).to_string();
         let put = Txn::new().put(format!("registry/{group}/{id}"), entry.into_bytes(), None);
@@ -68,7 +71,7 @@ impl Fragile {
 }
 
 #[async_trait]
-impl Store for Fragile {
+impl Store for PanickingStore {
     async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError> {
         self.check();
         self.inner.grant(ttl).await
@@ -76,7 +79,7 @@ impl Store for Fragile {
 
     fn keeper(&self, lease: Lease) -> Box<dyn LeaseKeeper> {
         let inner = self.inner.keeper(lease);
-        Box::new(FragileKeeper(self.clone(), inner))
+        Box::new(PanickingKeeper(self.clone(), inner))
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
@@ -100,24 +103,24 @@ impl Store for Fragile {
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
         self.check();
         let inner = self.inner.watch(ranges).await?;
-        Ok(Box::new(FragileWatcher(self.clone(), inner)))
+        Ok(Box::new(PanickingWatcher(self.clone(), inner)))
     }
 }
 
-struct FragileKeeper(Fragile, Box<dyn LeaseKeeper>);
+struct PanickingKeeper(PanickingStore, Box<dyn LeaseKeeper>);
 
 #[async_trait]
-impl LeaseKeeper for FragileKeeper {
+impl LeaseKeeper for PanickingKeeper {
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
         self.0.check();
         self.1.renew(within).await
     }
 }
 
-struct FragileWatcher(Fragile, Box<dyn Watcher>);
+struct PanickingWatcher(PanickingStore, Box<dyn Watcher>);
 
 #[async_trait]
-impl Watcher for FragileWatcher {
+impl Watcher for PanickingWatcher {
     async fn next(&mut self) -> Result<Vec<WatchEvent>, ClusterError> {
         let events = self.1.next().await;
         self.0.check();
@@ -136,9 +139,10 @@ fn start(service: &Arc<impl BackgroundService + Send + Sync + 'static>) -> JoinS
     tasks
 }
 
-/// The task of a discovery, killed under each of the adapters: by the next change, and while it lists.
+/// Checks that an adapter survives a panic in its discovery's task, caused by the next event and by
+/// the next list.
 async fn survives(
-    store: &Fragile,
+    store: &PanickingStore,
     discovery: &ServiceDiscovery,
     mut nodes: impl AsyncFnMut() -> usize,
 ) {
@@ -151,8 +155,8 @@ async fn survives(
         }
         store.put(group, id).await;
         if put > 0 {
-            let said = status.wait_for(|status| matches!(status, DiscoveryStatus::Ended { .. }));
-            drop(said.await.unwrap());
+            let ended = status.wait_for(|status| matches!(status, DiscoveryStatus::Ended { .. }));
+            drop(ended.await.unwrap());
         }
         until(id, async || nodes().await == put + 1).await;
         assert_eq!(discovery.status(), DiscoveryStatus::Live);
@@ -161,7 +165,7 @@ async fn survives(
 
 #[tokio::test]
 async fn a_balancer_whose_discovery_panics_says_so_and_goes_on() {
-    let store = Fragile::default();
+    let store = PanickingStore::default();
     let discovery = store.discovery(&group("deaths"));
     let balancer = Balancer::builder().try_build().unwrap();
     let service = Arc::new(BalancerService::new(discovery.clone(), balancer));
@@ -171,7 +175,7 @@ async fn a_balancer_whose_discovery_panics_says_so_and_goes_on() {
 
 #[tokio::test]
 async fn a_live_load_balancer_whose_discovery_panics_goes_on() {
-    let store = Fragile::default();
+    let store = PanickingStore::default();
     let discovery = store.discovery(&group("deaths"));
     let service = Arc::new(LiveLoadBalancer::<RoundRobin>::new(discovery.clone(), 80));
     let _running = start(&service);
@@ -181,7 +185,7 @@ async fn a_live_load_balancer_whose_discovery_panics_goes_on() {
 
 #[tokio::test]
 async fn a_stock_load_balancer_whose_discovery_panics_goes_on() {
-    let store = Fragile::default();
+    let store = PanickingStore::default();
     let discovery = store.discovery(&group("deaths"));
     let backends = ClusterBackends::new(discovery.clone(), 80);
     survives(&store, &discovery, async || {
@@ -195,14 +199,14 @@ async fn a_stock_load_balancer_whose_discovery_panics_goes_on() {
     assert_eq!(stock.backends().get_backend().len(), 3);
 }
 
-/// A subscriber of somebody's own that panics, as one does that reports on a full disk by `eprintln!`.
+/// A subscriber of the user's that panics, as one does that reports a full disk with `eprintln!`.
 #[derive(Clone, Default)]
-struct Panicky {
+struct PanickingLog {
     panics: Arc<AtomicBool>,
     panicked: Arc<AtomicU32>,
 }
 
-impl tracing::Subscriber for Panicky {
+impl tracing::Subscriber for PanickingLog {
     fn enabled(&self, of: &tracing::Metadata<'_>) -> bool {
         of.target().starts_with("pingora_etcd") && *of.level() <= tracing::Level::INFO
     }
@@ -218,7 +222,7 @@ impl tracing::Subscriber for Panicky {
     fn event(&self, _: &tracing::Event<'_>) {
         if self.panics.load(Ordering::SeqCst) {
             self.panicked.fetch_add(1, Ordering::SeqCst);
-            panic!("the line cannot be written");
+            panic!("panic on purpose");
         }
     }
 
@@ -227,38 +231,44 @@ impl tracing::Subscriber for Panicky {
     fn exit(&self, _: &tracing::span::Id) {}
 }
 
-/// Everything runs on this thread, which has this subscriber.
+/// Everything in this test runs on this thread, which has the panicking subscriber.
 #[tokio::test]
 async fn a_subscriber_that_panics_for_a_while_ends_nothing() {
-    let log = Panicky::default();
+    let log = PanickingLog::default();
     let _guard = tracing::subscriber::set_default(log.clone());
-    let store = Fragile::default();
+    let store = PanickingStore::default();
     let group = group("deaths");
     let discovery = store.discovery(&group);
     let balancer = Balancer::builder().try_build().unwrap();
     let service = Arc::new(BalancerService::new(discovery.clone(), balancer));
     let _running = start(&service);
     store.put(&group, "n1").await;
-    eventually("n1", || service.len() == 1).await;
+    eventually("n1 is known", || service.len() == 1).await;
     log.panics.store(true, Ordering::SeqCst);
     store.break_now();
     store.put(&group, "n2").await;
-    // That it panicked cannot be said, nor that it begins again.
-    eventually("it panics", || log.panicked.load(Ordering::SeqCst) >= 3).await;
+    // Neither the panic nor the restart can be logged.
+    eventually("the subscriber panics", || {
+        log.panicked.load(Ordering::SeqCst) >= 3
+    })
+    .await;
     assert_ne!(discovery.status(), DiscoveryStatus::Live);
     log.panics.store(false, Ordering::SeqCst);
-    eventually("n2", || service.len() == 2).await;
-    eventually("live", || discovery.status() == DiscoveryStatus::Live).await;
+    eventually("n2 is known", || service.len() == 2).await;
+    eventually("the discovery is live", || {
+        discovery.status() == DiscoveryStatus::Live
+    })
+    .await;
 }
 
-/// Panics now and then.
+/// A health check that panics at its second call.
 struct Check(Arc<AtomicU32>);
 
 #[async_trait]
 impl HealthCheck for Check {
     async fn check(&self, _: &Backend) -> pingora::Result<()> {
         let call = self.0.fetch_add(1, Ordering::SeqCst);
-        assert_ne!(call, 1, "the second check panics");
+        assert_ne!(call, 1, "panic on purpose");
         Ok(())
     }
 
@@ -269,7 +279,7 @@ impl HealthCheck for Check {
 
 #[tokio::test]
 async fn health_checks_that_panic_go_on_and_the_view_too() {
-    let store = Fragile::default();
+    let store = PanickingStore::default();
     let group = group("deaths");
     let discovery = store.discovery(&group);
     let mut live = LiveLoadBalancer::<RoundRobin>::new(discovery, 80);
@@ -280,25 +290,31 @@ async fn health_checks_that_panic_go_on_and_the_view_too() {
     let live = Arc::new(live);
     let _running = start(&live);
     store.put(&group, "n1").await;
-    eventually("it panics", || checks.load(Ordering::SeqCst) == 2).await;
+    eventually("the check panics", || checks.load(Ordering::SeqCst) == 2).await;
     store.put(&group, "n2").await;
-    eventually("the view goes on", || {
+    eventually("the view is still updated", || {
         live.backends().get_backend().len() == 2
     })
     .await;
-    eventually("checks go on", || checks.load(Ordering::SeqCst) > 10).await;
+    eventually("health checks continue", || {
+        checks.load(Ordering::SeqCst) > 10
+    })
+    .await;
 }
 
-/// In a program of one's own the task ends, and the handles say so.
+/// In a user's own program nothing restarts the run: its task ends, and the handles report that.
 #[tokio::test]
 async fn a_run_that_panics_is_over_for_its_handles_and_can_be_run_again() {
-    let store = Fragile::default();
+    let store = PanickingStore::default();
     let group = group("deaths");
     let (node, discovery) = (store.node(&group), store.discovery(&group));
     let mut tasks = JoinSet::new();
     let running = discovery.clone();
     tasks.spawn(async move { running.run_until(std::future::pending()).await });
-    eventually("live", || discovery.status() == DiscoveryStatus::Live).await;
+    eventually("the discovery is live", || {
+        discovery.status() == DiscoveryStatus::Live
+    })
+    .await;
     store.break_now();
     store.put(&group, "other").await;
     assert!(tasks.join_next().await.unwrap().is_err());
@@ -306,7 +322,7 @@ async fn a_run_that_panics_is_over_for_its_handles_and_can_be_run_again() {
     assert!(matches!(discovery.status(), DiscoveryStatus::Ended { .. }));
     let running = discovery.clone();
     tasks.spawn(async move { running.run_until(std::future::pending()).await });
-    eventually("live again", || {
+    eventually("the discovery is live again", || {
         discovery.status() == DiscoveryStatus::Live && discovery.nodes().len() == 1
     })
     .await;
@@ -315,17 +331,17 @@ async fn a_run_that_panics_is_over_for_its_handles_and_can_be_run_again() {
     for again in [false, true] {
         let running = node.clone();
         tasks.spawn(async move { running.run_until(std::future::pending()).await });
-        eventually("it leads", || node.is_leader()).await;
+        eventually("the node leads", || node.is_leader()).await;
         if again {
             return;
         }
-        // In the task that renews its lease, which is started again: the term goes on.
+        // A panic in the task that renews the lease: the task is restarted, and the term continues.
         let term = node.leadership().unwrap().epoch;
         store.break_now();
         eventually("a renewal panics", || !store.panics.load(Ordering::SeqCst)).await;
         tokio::time::sleep(Duration::from_secs(6)).await;
         assert_eq!(node.leadership().unwrap().epoch, term);
-        // In the run itself. A renewal may be first.
+        // A panic in the run itself. A renewal may hit the panic first, so it is repeated.
         while tasks.try_join_next().is_none() {
             store.break_now();
             let _ = node.resign().await;
@@ -347,13 +363,13 @@ async fn a_port_that_is_taken_is_an_error_and_an_exit() {
             !status.success() && took < Duration::from_secs(2),
             "{status} {took:?}"
         );
-        let told = balancer.told();
-        assert!(told.contains(&address) && told.contains("in use"), "{told}");
-        assert!(!told.contains("panicked"), "{told}");
+        let text = balancer.log_text();
+        assert!(text.contains(&address) && text.contains("in use"), "{text}");
+        assert!(!text.contains("panicked"), "{text}");
     }
 }
 
-/// It is taken while the program waits for etcd.
+/// The port is taken while the program waits for etcd.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_port_that_is_taken_later_is_an_error_and_an_exit_too() {
     let nowhere = vec![format!("http://{}:{}", local(), free_port())];
@@ -363,22 +379,26 @@ async fn a_port_that_is_taken_later_is_an_error_and_an_exit_too() {
         let setup = Setup::new(nowhere.clone(), &group).program(program);
         let setup = setup.listen(&address).with("ready_timeout_ms: 1500");
         let mut balancer = setup.start();
-        // The first thing that it says, when it runs.
-        until("it runs", async || balancer.told().contains("cannot")).await;
+        // The first line that the program logs once it runs.
+        until("the program runs", async || {
+            balancer.log_text().contains("cannot")
+        })
+        .await;
         let taken = std::net::TcpListener::bind(&address).unwrap();
         let (status, took) = balancer.program.ended().await;
-        assert_eq!(status.code(), Some(1), "{}", balancer.told());
+        assert_eq!(status.code(), Some(1), "{}", balancer.log_text());
         assert!(took < Duration::from_secs(4), "{took:?}");
         assert!(
-            balancer.told().contains("the process ends"),
+            balancer.log_text().contains("the process ends"),
             "{}",
-            balancer.told()
+            balancer.log_text()
         );
         drop(taken);
     }
 }
 
-/// The port is taken by the process that it is taken over from, and a file can be tested beside it.
+/// The old process still holds the port when the new one takes its sockets over, and a
+/// configuration can be tested beside it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_that_takes_the_sockets_over_listens_on_them() {
     let etcd = Etcd::shared();
@@ -395,7 +415,7 @@ async fn a_process_that_takes_the_sockets_over_listens_on_them() {
         .unwrap();
     assert!(tested.status.success(), "{tested:?}");
     let new = setup.listen(&old.listen).argument("--upgrade").start();
-    // It asks for them again and again until they are handed over.
+    // The new process keeps asking for the sockets until the old one hands them over.
     old.program.signal("QUIT");
     let (status, _) = old.program.ended().await;
     assert!(status.success(), "{status}");

@@ -1,4 +1,4 @@
-//! Each field of the YAML file does what it says there.
+//! Tests that each field of the YAML file does what its comment says.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use super::common::load::client;
 use super::common::{free_port, group, local};
 use super::world::{Backend, Setup, delete, entry, put, until};
 
-/// A group with two backends, which are registered with these fields, and without a lease.
+/// A group with two backends, registered with these fields and without a lease.
 async fn two(name: &str, a: Value, b: Value) -> (Setup, etcd_client::Client, [Backend; 2]) {
     let (etcd, group) = (Etcd::shared(), group(name));
     let mut keys = etcd.raw_client().await;
@@ -20,8 +20,8 @@ async fn two(name: &str, a: Value, b: Value) -> (Setup, etcd_client::Client, [Ba
     (Setup::shared(&group), keys, backends)
 }
 
-/// How many of so many GETs `a` answers.
-async fn of_a(setup: &Setup, fields: &str, count: usize) -> usize {
+/// How many of `count` GET requests are served by backend `a`.
+async fn count_of_a(setup: &Setup, fields: &str, count: usize) -> usize {
     let balancer = setup.clone().with(fields).serving().await;
     let counted = balancer.gets(count).await;
     let known = ["a", "b"].iter().filter_map(|id| counted.get(*id));
@@ -33,12 +33,12 @@ async fn of_a(setup: &Setup, fields: &str, count: usize) -> usize {
 async fn round_robin_random_and_candidates_keep_to_static_weights() {
     let weight = |weight: u32| json!({ "weight": weight });
     let (setup, _, _backends) = two("weights", weight(1), weight(3)).await;
-    let turns = of_a(&setup, "policy: round_robin", 80).await;
+    let turns = count_of_a(&setup, "policy: round_robin", 80).await;
     assert!((19..=21).contains(&turns), "{turns} of 80");
-    let chance = of_a(&setup, "policy: random", 400).await;
+    let chance = count_of_a(&setup, "policy: random", 400).await;
     assert!((60..=140).contains(&chance), "{chance} of 400");
-    // Of one that is drawn there is nothing to choose.
-    let drawn = of_a(&setup, "policy: headroom\ncandidates: 1", 400).await;
+    // With a single candidate there is nothing to compare, so the draw by weight decides.
+    let drawn = count_of_a(&setup, "policy: headroom\ncandidates: 1", 400).await;
     assert!((60..=140).contains(&drawn), "{drawn} of 400");
 }
 
@@ -47,10 +47,10 @@ async fn headroom_follows_what_is_reported() {
     let cpu = |percent: u32| json!({ "metadata": { "cpu_usage_percent": percent } });
     let (setup, mut keys, [a, b]) = two("headroom", cpu(100), cpu(0)).await;
     let fields = "policy: headroom\nheadroom: { cpu: 1, memory: 0, queue: 0, floor: 0.05 }";
-    let loaded = of_a(&setup, fields, 100).await;
+    let loaded = count_of_a(&setup, fields, 100).await;
     assert!(loaded < 20, "{loaded} of 100");
-    // Without a weight for CPU it does not matter.
-    let alike = of_a(
+    // With no weight for CPU, the reported CPU does not matter.
+    let alike = count_of_a(
         &setup,
         "policy: headroom\nheadroom: { cpu: 0, memory: 1 }",
         100,
@@ -60,7 +60,7 @@ async fn headroom_follows_what_is_reported() {
     let balancer = setup.clone().with(fields).serving().await;
     put(&mut keys, &setup.group, &a.entry(cpu(0)), None).await;
     put(&mut keys, &setup.group, &b.entry(cpu(100)), None).await;
-    until("a change is followed", async || {
+    until("the weights follow new metrics", async || {
         let counted = balancer.gets(50).await;
         counted.get("a").is_some_and(|a| *a > 40)
     })
@@ -70,16 +70,16 @@ async fn headroom_follows_what_is_reported() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn adaptive_turns_away_from_what_fails_and_back() {
     let (setup, _, [a, _b]) = two("adaptive", json!({}), json!({})).await;
-    a.answers(500);
+    a.set_status(500);
     let fields = "policy: adaptive\nadaptive: { slow_start_ms: 0, success_gain: 0.2 }";
     let balancer = setup.with(fields).serving().await;
-    until("it is left out", async || {
+    until("the failing backend is avoided", async || {
         let counted = balancer.gets(50).await;
         counted.get("b").is_some_and(|b| *b >= 48)
     })
     .await;
-    a.answers(200);
-    until("it is back", async || {
+    a.set_status(200);
+    until("the recovered backend is used again", async || {
         let counted = balancer.gets(50).await;
         counted.get("a").is_some_and(|a| *a >= 10)
     })
@@ -106,8 +106,8 @@ async fn consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot() {
     let mut used = std::collections::BTreeSet::new();
     for path in 0..24 {
         let get = async || {
-            let answer = client.get(format!("{}/{path}", uri.url)).send().await;
-            answer.unwrap().headers()["x-upstream-node"].clone()
+            let response = client.get(format!("{}/{path}", uri.url)).send().await;
+            response.unwrap().headers()["x-upstream-node"].clone()
         };
         let first = get().await;
         assert_eq!(get().await, first, "{path}");
@@ -115,14 +115,14 @@ async fn consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot() {
     }
     assert!(used.iter().eq(["a", "b"]), "{used:?}");
 
-    // One client is one key, until its backend has more than its share.
+    // All requests of one client have the same key, until its backend has more than its share.
     let bounds = "hash_on: client_ip\nconsistent: { balance_factor: 1.01, slack: 1 }";
     let hot = setup.with(bounds).serving().await;
     let counted = hot.gets(20).await;
     assert_eq!(counted.len(), 1, "{counted:?}");
     let before = [a.requests(), b.requests()];
     for backend in [&a, &b] {
-        backend.takes(Duration::from_millis(300));
+        backend.set_delay(Duration::from_millis(300));
     }
     let mut at_once = tokio::task::JoinSet::new();
     for _ in 0..12 {
@@ -136,19 +136,19 @@ async fn consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot() {
 async fn the_own_zone_comes_first() {
     let zone = |zone: &str| json!({ "zone": zone });
     let (setup, _, _backends) = two("zone", zone("x"), zone("y")).await;
-    // How fast a busy machine answers must not matter.
-    let own = of_a(&setup, "zone: x\nzones: { stretch_limit: 100 }", 100).await;
+    // The response times of a busy machine must not matter.
+    let own = count_of_a(&setup, "zone: x\nzones: { stretch_limit: 100 }", 100).await;
     assert!(own >= 80, "{own} of 100");
-    let beside = of_a(&setup, "zone_of: b\nzones: { stretch_limit: 100 }", 100).await;
+    let beside = count_of_a(&setup, "zone_of: b\nzones: { stretch_limit: 100 }", 100).await;
     assert!(beside <= 20, "{beside} of 100");
-    let spilled = of_a(
+    let spilled = count_of_a(
         &setup,
         "zone: x\nzones: { least_spill: 1, stretch_limit: 100 }",
         100,
     )
     .await;
     assert!((25..=75).contains(&spilled), "{spilled} of 100");
-    let none = of_a(&setup, "zone: null", 100).await;
+    let none = count_of_a(&setup, "zone: null", 100).await;
     assert!((25..=75).contains(&none), "{none} of 100");
 }
 
@@ -159,7 +159,7 @@ async fn entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once
     let [good, other] = [Backend::start("good").await, Backend::start("other").await];
     let wanted = json!({ "zone": "x", "tags": ["web", "new"] });
     put(&mut keys, &group, &good.entry(wanted.clone()), None).await;
-    // All of them would answer.
+    // Each of these would be served if it were accepted.
     let with = |id: &str, field: &str, value: Value| {
         let mut fields = wanted.clone();
         fields[field] = value;
@@ -200,7 +200,7 @@ async fn entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once
     let setup = Setup::shared(&group);
     let balancer = setup.clone().with(&fields).serving().await;
     balancer.until_served_by(&["good"]).await;
-    // They are written again, and the good one too.
+    // The rejected entries are written again, and the valid one too.
     for entry in &skipped {
         put(&mut keys, &group, entry, None).await;
     }
@@ -214,16 +214,16 @@ async fn entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once
     balancer.until_served_by(&["good"]).await;
     assert_eq!(balancer.gets(40).await.len(), 1);
     assert_eq!(other.requests(), 0);
-    let told = balancer.told();
+    let text = balancer.log_text();
     for id in [
         "network", "port", "large", "deep", "many", "broken", "mismatch",
     ] {
         let key = format!("registry/{group}/{id}");
-        assert_eq!(told.matches(&key).count(), 1, "{id}: {told}");
+        assert_eq!(text.matches(&key).count(), 1, "{id}: {text}");
     }
     drop(balancer);
 
-    // So many nodes at most, and keys so long at most.
+    // Limits on the number of nodes and on the length of a key.
     let long = entry(&"long".repeat(30), Some(good.port), json!({}));
     put(&mut keys, &group, &long, None).await;
     let fields = format!(
@@ -231,12 +231,16 @@ async fn entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once
         64 + group.len()
     );
     let balancer = setup.with(&fields).serving().await;
-    until("one node", async || {
+    until("one node is served", async || {
         !balancer.gets(1).await.contains_key("503")
     })
     .await;
     assert_eq!(balancer.gets(20).await.len(), 1);
-    assert!(balancer.told().contains("longlong"), "{}", balancer.told());
+    assert!(
+        balancer.log_text().contains("longlong"),
+        "{}",
+        balancer.log_text()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -247,14 +251,14 @@ async fn load_reports_are_taken_and_not_passed_on_if_that_is_asked_for() {
     let client = client();
     for (fields, is_passed) in [("load_reports: true", false), ("load_reports: false", true)] {
         let balancer = setup.clone().with(fields).serving().await;
-        until("a backend", async || balancer.get().await != "503").await;
-        let answer = client.get(&balancer.url).send().await.unwrap();
-        let header = answer.headers().contains_key("endpoint-load-metrics");
+        until("a backend is known", async || balancer.get().await != "503").await;
+        let response = client.get(&balancer.url).send().await.unwrap();
+        let header = response.headers().contains_key("endpoint-load-metrics");
         assert_eq!(header, is_passed, "{fields}");
     }
     let fields = "load_reports: true\npolicy: headroom\nheadroom: { cpu: 1, memory: 0, queue: 0 }";
     let balancer = setup.with(fields).serving().await;
-    until("weights follow", async || {
+    until("the weights follow the reports", async || {
         let counted = balancer.gets(50).await;
         counted.get("b").is_some_and(|b| *b > 40)
     })
@@ -271,7 +275,7 @@ async fn tries_time_outs_and_the_default_port() {
     let setup = Setup::shared(&group).with(&port);
     setup.serving().await.until_served_by(&["good"]).await;
 
-    // Nobody listens there.
+    // Nobody listens on this port.
     put(
         &mut keys,
         &group,
@@ -280,8 +284,8 @@ async fn tries_time_outs_and_the_default_port() {
     )
     .await;
     let retrying = setup.clone().serving().await;
-    until("both are known", async || {
-        retrying.told().contains("group loaded")
+    until("both backends are known", async || {
+        retrying.log_text().contains("group loaded")
     })
     .await;
     let counted = retrying.gets(20).await;
@@ -291,12 +295,12 @@ async fn tries_time_outs_and_the_default_port() {
     assert!(counted.len() > 1, "{counted:?}");
     delete(&mut keys, &group, "dead").await;
 
-    // One that takes too long, and one that does not accept.
-    good.takes(Duration::from_secs(5));
+    // A backend that responds too late, and one that accepts no connection.
+    good.set_delay(Duration::from_secs(5));
     let fields = "retries: 0\nupstream_read_timeout_ms: 200\nupstream_connect_timeout_ms: 300";
-    let hasty = setup.with(fields).serving().await;
+    let limited = setup.with(fields).serving().await;
     let start = Instant::now();
-    assert_eq!(hasty.get().await, "504");
+    assert_eq!(limited.get().await, "504");
     let took = start.elapsed();
     assert!(
         took >= Duration::from_millis(190) && took < Duration::from_secs(2),
@@ -311,16 +315,16 @@ async fn tries_time_outs_and_the_default_port() {
     )
     .await;
     let start = Instant::now();
-    until("it is tried there", async || {
+    until("the connect time-out applies", async || {
         let start = Instant::now();
-        let answer = hasty.get().await;
-        answer == "504" && start.elapsed() >= Duration::from_millis(290)
+        let response = limited.get().await;
+        response == "504" && start.elapsed() >= Duration::from_millis(290)
     })
     .await;
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 
-/// A port where connections are neither accepted nor refused: as many as have room are waiting.
+/// A port where connections are neither accepted nor refused, because its backlog is full.
 async fn full_listener() -> (u16, impl Sized) {
     let socket = tokio::net::TcpSocket::new_v4().unwrap();
     socket.bind((local(), 0).into()).unwrap();
@@ -345,7 +349,7 @@ async fn updates_of_the_view_keep_their_distance() {
     balancer.until_served_by(&["a"]).await;
     put(&mut keys, &group, &b.entry(json!({})), None).await;
     balancer.until_served_by(&["a", "b"]).await;
-    // The one before was just published.
+    // The previous update has just been published, so this one must wait.
     let start = Instant::now();
     delete(&mut keys, &group, "a").await;
     balancer.until_served_by(&["b"]).await;
@@ -381,10 +385,10 @@ async fn a_write_waits_for_a_leader_for_as_long_as_is_set() {
     for (fields, least, most) in [("leader_wait_ms: 300", 300, 1500), ("", 2000, 3500)] {
         let routing = setup.clone().with(fields).serving().await;
         let start = Instant::now();
-        let answer = client().post(&routing.url).send().await.unwrap();
+        let response = client().post(&routing.url).send().await.unwrap();
         let took = start.elapsed().as_millis();
-        assert_eq!(answer.status(), 503);
-        assert!(answer.headers().contains_key("retry-after"));
+        assert_eq!(response.status(), 503);
+        assert!(response.headers().contains_key("retry-after"));
         assert!((least..most).contains(&took), "{took} ms");
     }
 }
@@ -415,12 +419,22 @@ async fn a_mass_expiry_does_not_empty_the_pool_while_requests_succeed() {
     }
     let start = Instant::now();
     keys.lease_revoke(lease).await.unwrap();
-    let took = until("they are gone", async || off.get().await == "503").await;
+    let took = until("the nodes are gone without self-preservation", async || {
+        off.get().await == "503"
+    })
+    .await;
     assert!(took < Duration::from_secs(1), "{took:?}");
     assert_eq!(short.gets(40).await.len(), 4);
-    until("they are let go", async || short.get().await == "503").await;
+    until("the suspects are dropped", async || {
+        short.get().await == "503"
+    })
+    .await;
     let held = start.elapsed();
     assert!((1900..6000).contains(&held.as_millis()), "{held:?}");
     assert_eq!(default.gets(40).await.len(), 4);
-    assert!(default.told().contains("vanished"), "{}", default.told());
+    assert!(
+        default.log_text().contains("vanished"),
+        "{}",
+        default.log_text()
+    );
 }

@@ -1,4 +1,4 @@
-//! A log that cannot be written: lines are lost, and nothing else.
+//! Tests that a log which cannot be written loses lines and costs nothing else.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use super::common::etcd::Etcd;
 use super::common::group;
 use super::world::{Backend, Log, Setup, Worker, put, registered, until, until_registered};
 
-/// A device without room, a pipe whose reader has ended, one whose reader does not read; each with a
-/// worker, a balancer and a leader's route, and everything logged. What they say when etcd goes and comes
-/// back is what they cannot write.
+/// Three kinds of logs that cannot be written: a full device, a pipe whose reader has ended, and a
+/// pipe that nobody reads. Each has a worker, a balancer and a router to the leader, all of which
+/// log everything. What they log when etcd stops and returns is what they cannot write.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_cannot_be_written_costs_nothing_but_its_lines() {
     let etcd = Etcd::own();
@@ -38,7 +38,7 @@ async fn a_log_that_cannot_be_written_costs_nothing_but_its_lines() {
 
     for (log, _, worker, balancer, routing) in &cases {
         for program in [&worker.program, &balancer.program, &routing.program] {
-            // Requests write lines, too.
+            // Requests cause log lines as well.
             let is_full = async || {
                 balancer.get().await;
                 routing.get().await;
@@ -50,7 +50,8 @@ async fn a_log_that_cannot_be_written_costs_nothing_but_its_lines() {
         }
     }
     etcd.stop();
-    // How long it is away: everybody notices at once, for its connections are closed.
+    // One second is enough: everybody notices the outage immediately, because connections are
+    // closed.
     tokio::time::sleep(Duration::from_secs(1)).await;
     etcd.start();
     let late = Backend::start("late").await;
@@ -58,17 +59,17 @@ async fn a_log_that_cannot_be_written_costs_nothing_but_its_lines() {
         put(&mut keys, group, &late.entry(json!({})), None).await;
         for balancer in [&mut *balancer, routing] {
             let follows = async || balancer.gets(16).await.contains_key("late");
-            until(&format!("{log:?}: the change is followed"), follows).await;
+            until(&format!("{log:?}: the change is served"), follows).await;
             assert!(balancer.program.lives(), "{log:?}");
         }
         assert!(worker.program.lives(), "{log:?}");
         until_registered(&mut keys, group, "w1", |_, _| true).await;
-        until(&format!("{log:?}: a leader"), async || {
+        until(&format!("{log:?}: w1 leads again"), async || {
             routing.post().await == "w1"
         })
         .await;
     }
-    // For longer than a lease lasts that nobody renews.
+    // For longer than a lease lasts without renewals.
     tokio::time::sleep(Duration::from_secs(4)).await;
     for (log, group, worker, _, _) in &mut cases {
         assert!(

@@ -1,11 +1,11 @@
-//! What the README promises, tried on the programs: started as processes, on the real clock, and looked
-//! at from outside.
+//! Tests the README's promises on the programs, which run as processes on the real clock and are
+//! observed from outside.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 #[path = "../chaos/etcd_cluster.rs"]
-#[allow(dead_code)] // what the chaos test uses of it
+#[allow(dead_code)] // the chaos test uses the rest
 mod etcd_cluster;
 
 mod away;

@@ -1,4 +1,5 @@
-//! Workers: they come back, leave, and lead one at a time.
+//! Tests that worker processes come back after losing their lease, leave in time, and lead one at a
+//! time.
 
 use std::time::{Duration, Instant};
 
@@ -17,11 +18,11 @@ fn worker(etcd: &Etcd, group: &str, id: &str) -> Worker {
 async fn a_worker_comes_back_whatever_took_its_lease_and_leaves_within_two_seconds() {
     let (etcd, group) = (Etcd::own(), group("back"));
     let mut keys = etcd.raw_client().await;
-    // Without a time for what it has in flight: that comes before the two seconds.
+    // With no grace period for requests in flight, which would come before the two seconds.
     let endpoint = &etcd.endpoints()[0];
     let mut worker = Worker::start(endpoint, &group, "w1", &["--grace", "0"], Log::File);
     let (_, lease) = until_registered(&mut keys, &group, "w1", |_, _| true).await;
-    // One that has lasted shows that the store works.
+    // A lease that has lasted for a while shows the worker that the store works.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let start = Instant::now();
     keys.lease_revoke(lease).await.unwrap();
@@ -32,7 +33,7 @@ async fn a_worker_comes_back_whatever_took_its_lease_and_leaves_within_two_secon
         start.elapsed()
     );
 
-    // Away for longer than the lease lasts.
+    // etcd is down for longer than the lease lasts.
     etcd.stop();
     tokio::time::sleep(Duration::from_secs(4)).await;
     etcd.start();
@@ -40,7 +41,7 @@ async fn a_worker_comes_back_whatever_took_its_lease_and_leaves_within_two_secon
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(5) {
         let entry = registered(&mut keys, &group, "w1").await;
-        assert!(entry.is_some(), "it is renewed");
+        assert!(entry.is_some(), "the lease must be renewed");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 
@@ -58,7 +59,7 @@ async fn a_worker_that_leaves_does_not_remove_who_took_its_id_over() {
     let mut old = worker(&etcd, &group, "w1");
     until_registered(&mut keys, &group, "w1", |_, _| true).await;
     old.program.signal("STOP");
-    until("its lease has run out", async || {
+    until("the lease of the stopped worker has expired", async || {
         registered(&mut keys, &group, "w1").await.is_none()
     })
     .await;
@@ -70,12 +71,14 @@ async fn a_worker_that_leaves_does_not_remove_who_took_its_id_over() {
     old.program.ended().await;
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(1) {
-        let (entry, _) = registered(&mut keys, &group, "w1").await.expect("it stays");
+        let (entry, _) = registered(&mut keys, &group, "w1")
+            .await
+            .expect("the new process stays registered");
         assert_eq!(entry["port"], port);
     }
 }
 
-/// As a worker itself sees it: with a token of its own it refuses the least one there is.
+/// Whether the worker considers itself the leader: it then refuses the smallest possible token.
 async fn leads(worker: &Worker) -> bool {
     let request = client().get(&worker.url).header("x-leader-epoch", "1");
     request.send().await.unwrap().status() == 409
@@ -93,25 +96,28 @@ async fn a_leader_that_stood_still_does_not_lead_when_it_goes_on() {
             .leadership()
             .map(|term| (term.node.id.clone(), term.epoch))
     };
-    let leads_it = |id: &str| leader().is_some_and(|(leader, _)| leader == id);
+    let is_leader = |id: &str| leader().is_some_and(|(leader, _)| leader == id);
     let first = worker(&etcd, &group, "w1");
-    eventually("w1 leads", || leads_it("w1")).await;
+    eventually("w1 leads", || is_leader("w1")).await;
     let (_, epoch) = leader().unwrap();
     let second = worker(&etcd, &group, "w2");
-    eventually("w2 is there", || discovery.nodes().len() == 2).await;
+    eventually("w2 is registered", || discovery.nodes().len() == 2).await;
 
     first.program.signal("STOP");
     let start = Instant::now();
-    eventually("w2 leads", || leads_it("w2")).await;
+    eventually("w2 leads", || is_leader("w2")).await;
     assert!(
         start.elapsed() < Duration::from_secs(6),
         "{:?}",
         start.elapsed()
     );
     first.program.signal("CONT");
-    assert!(!leads(&first).await, "at no time from here on");
+    assert!(
+        !leads(&first).await,
+        "a resumed leader must not lead, not even for a moment"
+    );
     let (_, next) = leader().unwrap();
-    assert!(next > epoch, "{next} after {epoch}");
+    assert!(next > epoch, "token {next} is not greater than {epoch}");
     assert!(leads(&second).await);
     assert!(!leads(&first).await);
 }
@@ -127,22 +133,25 @@ async fn an_election_key_without_a_lease_is_named_once_and_nobody_leads_until_it
     let routing = routing.with("leader_wait_ms: 300").serving().await;
     routing.until_served_by(&["w1", "w2"]).await;
     assert_eq!(routing.post().await, "503");
-    let says_so = |told: &str| {
-        let lines = told.lines().filter(|line| line.contains("has no lease"));
+    let count_in = |text: &str| {
+        let lines = text.lines().filter(|line| line.contains("has no lease"));
         lines.filter(|line| line.contains(&key)).count()
     };
-    let said = || {
-        let told = workers.iter().map(Worker::told);
-        let counts = told.chain([routing.told()]).map(|told| says_so(&told));
+    let counts = || {
+        let logs = workers.iter().map(Worker::log_text);
+        let counts = logs.chain([routing.log_text()]).map(|text| count_in(&text));
         counts.collect::<Vec<_>>()
     };
-    eventually("all say so", || said().iter().all(|count| *count > 0)).await;
-    // The line is read again when it changes, and whenever somebody comes or goes.
+    eventually("all of them name the key", || {
+        counts().iter().all(|count| *count > 0)
+    })
+    .await;
+    // The key is read again when it changes, and whenever a candidate comes or goes.
     for id in ["w3", "w4"] {
         let more = worker(&etcd, &group, id);
         until_registered(&mut keys, &group, id, |_, _| true).await;
         drop(more);
-        until("it is gone", async || {
+        until("the worker has left", async || {
             registered(&mut keys, &group, id).await.is_none()
         })
         .await;
@@ -150,9 +159,9 @@ async fn an_election_key_without_a_lease_is_named_once_and_nobody_leads_until_it
     keys.put(key.clone(), "somebody else", None).await.unwrap();
     routing.until_served_by(&["w1", "w2"]).await;
     assert_eq!(routing.post().await, "503");
-    assert_eq!(said(), [1, 1, 1]);
+    assert_eq!(counts(), [1, 1, 1]);
     keys.delete(key, None).await.unwrap();
-    until("somebody leads", async || {
+    until("a worker leads", async || {
         ["w1", "w2"].contains(&&*routing.post().await)
     })
     .await;

@@ -1,4 +1,4 @@
-//! The file that serves a start without etcd.
+//! Tests the snapshot file, from which a balancer starts without etcd.
 
 use std::time::{Duration, Instant};
 
@@ -22,10 +22,10 @@ async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd()
     );
     let setup = Setup::new(etcd.endpoints(), &group).with(&snapshot);
     let mut balancer = setup.serving().await;
-    let took = eventually("a snapshot", || file.exists()).await;
+    let took = eventually("a snapshot is written", || file.exists()).await;
     assert!(took < Duration::from_secs(1), "{took:?} after the start");
 
-    // Changes go on, and it keeps up with them.
+    // Frequent changes must not keep the snapshot from being written.
     let start = Instant::now();
     for change in 0..40 {
         let id = format!("n{}", change % 5);
@@ -53,14 +53,14 @@ async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd()
     .await;
     assert!(took < Duration::from_secs(1), "{took:?} after the change");
 
-    // It waits for the next one without working.
+    // An idle balancer must not spend CPU time on waiting.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let (before, start) = (balancer.cpu(), Instant::now());
     tokio::time::sleep(Duration::from_secs(3)).await;
     let used = (balancer.cpu() - before).div_f64(start.elapsed().as_secs_f64());
     assert!(
         used < Duration::from_millis(10),
-        "{used:?} of a core a second"
+        "{used:?} of CPU time per second while idle"
     );
 
     balancer.program.signal("TERM");
@@ -69,7 +69,7 @@ async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd()
     let balancer = setup.serving().await;
     balancer.until_served_by(&["first", "last"]).await;
     drop(balancer);
-    // A file never tells of a leader.
+    // A snapshot never contains a leader.
     let routing = setup
         .clone()
         .program("leader_routing")

@@ -1,4 +1,4 @@
-//! The fields of `cluster.etcd`, as they are seen from outside: each beside the same balancer with
+//! Tests the fields of `cluster.etcd` from outside: each is compared with the same balancer with
 //! another value.
 
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use super::common::link::Link;
 use super::common::scripted::{Answer, Scripted, status};
 use super::common::{eventually, free_port, group, local};
 use super::etcd_cluster::Cluster;
-use super::world::{Backend, Balancer, Setup, may_have_own_names, put, until};
+use super::world::{Backend, Balancer, Setup, may_replace_hosts, put, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -18,13 +18,13 @@ fn behind(link: &Link) -> Vec<String> {
     vec![format!("http://{}", link.address())]
 }
 
-/// How long each takes, from its start on, to be answered by `a`.
+/// How long each balancer takes, from its start, until it serves `a`.
 async fn served_after(setups: [Setup; 2]) -> [Duration; 2] {
     let [one, other] = setups.map(async |setup: Setup| {
         let start = Instant::now();
         let balancer = setup.with("ready_timeout_ms: 30000").start();
         let served = async || balancer.get().await == "a";
-        until("it is served", served).await;
+        until("a is served", served).await;
         start.elapsed()
     });
     let (one, other) = tokio::join!(one, other);
@@ -46,15 +46,15 @@ async fn an_endpoint_that_says_nothing_is_left_after_the_time_to_connect() {
     link.set_silent(true);
     let setup =
         |fields: &str| Setup::new([behind(&link), etcd.endpoints()].concat(), &group).etcd(fields);
-    let [hasty, patient] = served_after([
+    let [short, long] = served_after([
         setup("connect_timeout_ms: 300"),
         setup("connect_timeout_ms: 6000"),
     ])
     .await;
-    assert!(hasty >= Duration::from_millis(300), "{hasty:?}");
+    assert!(short >= Duration::from_millis(300), "{short:?}");
     assert!(
-        hasty < 5 * SECOND && patient >= 6 * SECOND,
-        "{hasty:?}, {patient:?}"
+        short < 5 * SECOND && long >= 6 * SECOND,
+        "{short:?}, {long:?}"
     );
 }
 
@@ -69,7 +69,7 @@ async fn a_member_that_does_not_answer_is_left_after_the_time_for_a_request() {
         None,
     )
     .await;
-    // It can be connected to.
+    // The member accepts connections and reports its status, but serves no other call.
     let stuck = Scripted::start(|call| match call {
         "Status" => Answer::Message(status("3.5.30", false)),
         _ => Answer::Nothing,
@@ -77,25 +77,25 @@ async fn a_member_that_does_not_answer_is_left_after_the_time_for_a_request() {
     .await;
     let endpoints = [vec![stuck.endpoint()], etcd.endpoints()].concat();
     let setup = |fields: &str| Setup::new(endpoints.clone(), &group).etcd(fields);
-    let [hasty, patient] = served_after([
+    let [short, long] = served_after([
         setup("request_timeout_ms: 300"),
         setup("request_timeout_ms: 6000"),
     ])
     .await;
-    assert!(hasty >= Duration::from_millis(300), "{hasty:?}");
+    assert!(short >= Duration::from_millis(300), "{short:?}");
     assert!(
-        hasty < 5 * SECOND && patient >= 6 * SECOND,
-        "{hasty:?}, {patient:?}"
+        short < 5 * SECOND && long >= 6 * SECOND,
+        "{short:?}, {long:?}"
     );
 }
 
-/// A port that takes connections and says nothing.
+/// A port that accepts connections and sends nothing.
 struct Mute(#[allow(dead_code)] std::net::TcpListener);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_a_name_with_several_addresses_one_that_is_of_use_is_found() {
-    if !may_have_own_names() {
-        println!("left out: this takes the rights of root, for an /etc/hosts of a program's own");
+    if !may_replace_hosts() {
+        println!("skipped: replacing /etc/hosts for a program needs root");
         return;
     }
     let (etcd, group) = (Etcd::shared(), group("names"));
@@ -109,7 +109,7 @@ async fn of_a_name_with_several_addresses_one_that_is_of_use_is_found() {
     .await;
     let address: std::net::SocketAddr = etcd.address().parse().unwrap();
     let port = address.port();
-    // Sorted after the others.
+    // An address that sorts after the bad ones.
     let good = Link::bound(&format!("127.0.0.9:{port}"), etcd.address()).await;
     let _mute = Mute(std::net::TcpListener::bind(("127.0.0.2", port)).unwrap());
     let learner = Scripted::bound(&format!("127.0.0.3:{port}"), |call| match call {
@@ -118,10 +118,10 @@ async fn of_a_name_with_several_addresses_one_that_is_of_use_is_found() {
     })
     .await;
     for (what, bad) in [
-        ("one that nobody listens on", "127.0.0.4"),
-        ("one that says nothing", "127.0.0.2"),
-        ("a learner's", "127.0.0.3"),
-        ("all of them", "127.0.0.4 127.0.0.2 127.0.0.3"),
+        ("an address that nobody listens on", "127.0.0.4"),
+        ("a silent address", "127.0.0.2"),
+        ("the address of a learner", "127.0.0.3"),
+        ("all of these", "127.0.0.4 127.0.0.2 127.0.0.3"),
     ] {
         let bad = bad.split(' ');
         let lines: String = bad
@@ -132,7 +132,7 @@ async fn of_a_name_with_several_addresses_one_that_is_of_use_is_found() {
         let setup = Setup::new(endpoints, &group).hosts(&lines);
         let start = Instant::now();
         let balancer = setup.with("ready_timeout_ms: 30000").start();
-        until(&format!("{what}: it is served"), async || {
+        until(&format!("{what}: a is served"), async || {
             balancer.get().await == "a"
         })
         .await;
@@ -152,14 +152,14 @@ async fn a_connection_on_which_nothing_is_heard_is_pinged_as_often_as_is_set() {
     let often = Link::to(etcd.address()).await;
     let seldom = Link::to(etcd.address()).await;
     let setup = |link: &Link, interval: u32| {
-        // Nor are its watches asked how far they are, which would be answered.
+        // Progress requests are off as well, because their responses would prevent pings.
         let fields = format!("silence_timeout_ms: 300000, keep_alive_interval_ms: {interval}");
         Setup::new(behind(link), &group).etcd(&fields)
     };
     let _often = setup(&often, 10_000).serving().await;
     let _seldom = setup(&seldom, 3_600_000).serving().await;
     let start = Instant::now();
-    eventually("a second ping", || often.pings() >= 2).await;
+    eventually("the second ping is sent", || often.pings() >= 2).await;
     assert!(start.elapsed() > 8 * SECOND, "{:?}", start.elapsed());
     assert_eq!(seldom.pings(), 0);
 }
@@ -173,15 +173,18 @@ async fn after_so_many_failures_etcd_is_asked_after_a_pause_only() {
         setup("breaker_failures: 1, breaker_pause_ms: 60000"),
         setup("breaker_failures: 1000000"),
     );
-    let says_so = |balancer: &Balancer| balancer.told().contains("again and again");
-    until("it says so", async || says_so(&once)).await;
-    until("the other tries on", async || {
-        often.told().matches("etcd").count() >= 6
+    let logs_open_circuit = |balancer: &Balancer| balancer.log_text().contains("again and again");
+    until("the open circuit is logged", async || {
+        logs_open_circuit(&once)
     })
     .await;
-    assert!(!says_so(&often), "{}", often.told());
+    until("the other one keeps trying", async || {
+        often.log_text().matches("etcd").count() >= 6
+    })
+    .await;
+    assert!(!logs_open_circuit(&often), "{}", often.log_text());
 
-    // A pause that is over soon, and one that is not.
+    // A pause that is over soon, and a long one.
     let (etcd, group) = (Etcd::own(), super::common::group("breaker"));
     let mut keys = etcd.raw_client().await;
     let [a, b] = [Backend::start("a").await, Backend::start("b").await];
@@ -196,7 +199,10 @@ async fn after_so_many_failures_etcd_is_asked_after_a_pause_only() {
     }
     etcd.stop();
     for balancer in [&short, &long] {
-        until("it says so", async || says_so(balancer)).await;
+        until("the open circuit is logged", async || {
+            logs_open_circuit(balancer)
+        })
+        .await;
     }
     let opened = Instant::now();
     etcd.start();
@@ -211,7 +217,7 @@ async fn after_so_many_failures_etcd_is_asked_after_a_pause_only() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_members_that_etcd_names_are_endpoints_too() {
     let group = group("members");
-    // Reached at another address than the one it names.
+    // etcd is reached at another address than the one it advertises.
     let etcd = Etcd::with(EtcdSetup {
         arguments: vec!["--advertise-client-urls=http://localhost:{port}".to_owned()],
         ..EtcdSetup::default()
@@ -228,8 +234,8 @@ async fn the_members_that_etcd_names_are_endpoints_too() {
     for balancer in [&follows, &stays] {
         balancer.until_served_by(&["a"]).await;
     }
-    until("it says so", async || {
-        follows.told().contains("follow the members")
+    until("the new endpoints are logged", async || {
+        follows.log_text().contains("follow the members")
     })
     .await;
     link.set_silent(true);
@@ -245,7 +251,7 @@ async fn without_a_quorum_it_starts_with_what_one_member_has_if_that_is_asked_fo
     let mut cluster = Cluster::start(&binary, 3, None).await;
     let a = Backend::start("a").await;
     put(&mut cluster.client(0), &group, &a.entry(json!({})), None).await;
-    // Every member has it.
+    // Writes through every member, so that each of them has the entry of `a`.
     for index in 0..3 {
         put(
             &mut cluster.client(index),
@@ -298,9 +304,12 @@ async fn a_password_in_the_file_is_the_users() {
     );
     right.until_served_by(&["a"]).await;
     assert_eq!(wrong.get().await, "503");
-    until("it says why", async || wrong.told().contains("password")).await;
+    until("the reason is logged", async || {
+        wrong.log_text().contains("password")
+    })
+    .await;
     for balancer in [&right, &wrong] {
-        let told = balancer.told();
-        assert!(!told.contains("secret"), "{told}");
+        let text = balancer.log_text();
+        assert!(!text.contains("secret"), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! Programs, backends and keys for the tests here.
+//! Starts programs and backends, and writes and reads keys, for the tests of this crate.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,7 +18,7 @@ use super::common::load::{client, until_it_answers};
 use super::common::programs::{Program, optimised};
 use super::common::{DEADLINE, free_port, local};
 
-/// A file of this test run.
+/// A file that belongs to this test run.
 pub fn scratch(name: &str) -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
 }
@@ -27,11 +27,11 @@ pub fn scratch(name: &str) -> PathBuf {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Log {
     File,
-    /// A device without room.
+    /// A device without free space.
     Full,
     /// A pipe whose reader has ended.
     Closed,
-    /// A pipe whose reader does not read.
+    /// A pipe that nobody reads.
     Stuck,
 }
 
@@ -59,7 +59,7 @@ fn start(mut command: Command, log: Log, file: &Path) -> Program {
     program
 }
 
-/// `load_balancer`, or another that routes.
+/// A running `load_balancer` or `leader_routing`.
 pub struct Balancer {
     pub program: Program,
     pub url: String,
@@ -69,8 +69,8 @@ pub struct Balancer {
     _shared: Option<Arc<Etcd>>,
 }
 
-/// Whether a program may be given an `/etc/hosts` of its own here, which takes the rights of root.
-pub fn may_have_own_names() -> bool {
+/// Whether this machine allows replacing `/etc/hosts` for a single program, which needs root.
+pub fn may_replace_hosts() -> bool {
     let tried = Command::new("unshare")
         .args(["--mount", "mount", "--bind", "/etc/hosts", "/etc/hosts"])
         .stderr(Stdio::null())
@@ -78,22 +78,22 @@ pub fn may_have_own_names() -> bool {
     tried.is_ok_and(|status| status.success())
 }
 
-/// How one is started.
+/// How a balancer is started.
 #[derive(Clone)]
 pub struct Setup {
     pub program: &'static str,
-    /// It is there for as long as this is, or what was started with it.
+    /// Keeps the shared etcd running as long as this, or anything started from it, exists.
     shared: Option<Arc<Etcd>>,
     pub endpoints: Vec<String>,
     pub group: String,
-    /// Further fields of `cluster.etcd`, in a line.
+    /// Further fields of `cluster.etcd`, on one line.
     pub fields_of_etcd: String,
     /// Further lines of `cluster`.
     pub more: String,
     pub log: Log,
     pub listen: Option<String>,
     pub argument: Option<&'static str>,
-    /// What it has in the place of `/etc/hosts`.
+    /// The file that replaces `/etc/hosts` for the program.
     pub hosts: Option<PathBuf>,
 }
 
@@ -113,7 +113,7 @@ impl Setup {
         }
     }
 
-    /// With the etcd that the tests share.
+    /// A setup with the etcd that the tests share.
     pub fn shared(group: &str) -> Self {
         let etcd = Etcd::shared();
         Self {
@@ -132,7 +132,7 @@ impl Setup {
         self
     }
 
-    /// A field of `cluster`, or several lines of them.
+    /// Adds lines with fields of `cluster`.
     pub fn with(mut self, lines: &str) -> Self {
         for line in lines.lines() {
             self.more.push_str(&format!("  {line}\n"));
@@ -155,7 +155,7 @@ impl Setup {
         self
     }
 
-    /// With these names. Only where [`may_have_own_names`].
+    /// Replaces `/etc/hosts` by these lines. Only where [`may_replace_hosts`].
     pub fn hosts(mut self, lines: &str) -> Self {
         let file = scratch(&format!("{}-{}.hosts", self.group, fastrand::u64(..)));
         std::fs::write(&file, lines).unwrap();
@@ -163,7 +163,7 @@ impl Setup {
         self
     }
 
-    /// Starts it, whether it comes to answer or not.
+    /// Starts the balancer without waiting until it serves.
     pub fn start(&self) -> Balancer {
         let listen = self.listen.clone();
         let listen = listen.unwrap_or_else(|| format!("{}:{}", local(), free_port()));
@@ -204,7 +204,7 @@ impl Setup {
         }
     }
 
-    /// Starts it and waits until it answers.
+    /// Starts the balancer and waits until it responds.
     pub async fn serving(&self) -> Balancer {
         let balancer = self.start();
         until_it_answers(&balancer.url).await;
@@ -213,25 +213,25 @@ impl Setup {
 }
 
 impl Balancer {
-    pub fn told(&self) -> String {
+    pub fn log_text(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// The next answer of a GET: which node, or the status where none.
+    /// The node that served a GET request, or the status if none did.
     pub async fn get(&self) -> String {
-        answer(client().get(&self.url)).await
+        served_by(client().get(&self.url)).await
     }
 
     pub async fn post(&self) -> String {
-        answer(client().post(&self.url)).await
+        served_by(client().post(&self.url)).await
     }
 
-    /// So many GETs, by who answered.
+    /// Sends `count` GET requests and counts them by node.
     pub async fn gets(&self, count: usize) -> BTreeMap<String, usize> {
         self.gets_with(count, |_, request| request).await
     }
 
-    /// The same, each prepared.
+    /// The same, with each request changed by `prepare`.
     pub async fn gets_with(
         &self,
         count: usize,
@@ -240,12 +240,12 @@ impl Balancer {
         let (client, mut counted) = (client(), BTreeMap::new());
         for index in 0..count {
             let request = prepare(index, client.get(&self.url));
-            *counted.entry(answer(request).await).or_default() += 1;
+            *counted.entry(served_by(request).await).or_default() += 1;
         }
         counted
     }
 
-    /// Waits until GETs are answered by these, and by no others.
+    /// Waits until GET requests are served by exactly these nodes.
     pub async fn until_served_by(&self, nodes: &[&str]) -> Duration {
         let start = Instant::now();
         loop {
@@ -256,12 +256,12 @@ impl Balancer {
             assert!(
                 start.elapsed() < DEADLINE,
                 "{counted:?} instead of {nodes:?}:\n{}",
-                self.told()
+                self.log_text()
             );
         }
     }
 
-    /// CPU time that all its threads have used.
+    /// The CPU time that all threads of the process have used.
     pub fn cpu(&self) -> Duration {
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.program.child.id()));
         let used = threads.unwrap().flatten().filter_map(|thread| {
@@ -275,14 +275,14 @@ impl Balancer {
 impl Drop for Balancer {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("{}:\n{}", self.url, self.told());
+            eprintln!("{}:\n{}", self.url, self.log_text());
         }
         let _ = std::fs::remove_file(&self.log);
         let _ = std::fs::remove_file(&self.conf);
     }
 }
 
-async fn answer(request: reqwest::RequestBuilder) -> String {
+async fn served_by(request: reqwest::RequestBuilder) -> String {
     match request.send().await {
         Err(error) => format!("{error:?}"),
         Ok(response) => match response.headers().get("x-upstream-node") {
@@ -292,7 +292,7 @@ async fn answer(request: reqwest::RequestBuilder) -> String {
     }
 }
 
-/// The example `worker`.
+/// A running example `worker`.
 pub struct Worker {
     pub program: Program,
     pub url: String,
@@ -318,7 +318,7 @@ impl Worker {
         }
     }
 
-    pub fn told(&self) -> String {
+    pub fn log_text(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 }
@@ -326,13 +326,13 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("{}:\n{}", self.url, self.told());
+            eprintln!("{}:\n{}", self.url, self.log_text());
         }
         let _ = std::fs::remove_file(&self.log);
     }
 }
 
-/// An HTTP server of this test.
+/// An HTTP server in this process.
 pub struct Backend {
     pub id: String,
     pub port: u16,
@@ -343,9 +343,9 @@ pub struct Backend {
 #[derive(Default)]
 struct Shared {
     requests: AtomicU64,
-    /// How long an answer takes, in milliseconds.
+    /// How long a response takes, in milliseconds.
     delay: AtomicU64,
-    /// What it says in `endpoint-load-metrics`: CPU, in percent.
+    /// The CPU usage in the header `endpoint-load-metrics`, in percent.
     reported: AtomicU64,
     status: AtomicU64,
 }
@@ -386,7 +386,7 @@ impl Backend {
         self.shared.requests.load(Ordering::Relaxed)
     }
 
-    pub fn takes(&self, delay: Duration) {
+    pub fn set_delay(&self, delay: Duration) {
         let delay = u64::try_from(delay.as_millis()).unwrap();
         self.shared.delay.store(delay, Ordering::Relaxed);
     }
@@ -395,17 +395,17 @@ impl Backend {
         self.shared.reported.store(percent, Ordering::Relaxed);
     }
 
-    pub fn answers(&self, status: u64) {
+    pub fn set_status(&self, status: u64) {
         self.shared.status.store(status, Ordering::Relaxed);
     }
 
-    /// As an entry of the registry, with more fields.
+    /// The registry entry of this backend, with further fields.
     pub fn entry(&self, more: Value) -> Value {
         entry(&self.id, Some(self.port), more)
     }
 }
 
-/// An entry of the registry, written now.
+/// A registry entry with the current time.
 pub fn entry(id: &str, port: Option<u16>, more: Value) -> Value {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let now = u64::try_from(now.as_millis()).unwrap();
@@ -420,7 +420,7 @@ pub fn entry(id: &str, port: Option<u16>, more: Value) -> Value {
     entry
 }
 
-/// Puts an entry where a worker would, under a lease or without.
+/// Puts an entry like a worker would, with or without a lease.
 pub async fn put(etcd: &mut Client, group: &str, entry: &Value, lease: Option<i64>) {
     let id = entry["id"].as_str().unwrap();
     let options = lease.map(|lease| PutOptions::new().with_lease(lease));
@@ -433,17 +433,17 @@ pub async fn delete(etcd: &mut Client, group: &str, id: &str) {
     etcd.delete(key, None).await.unwrap();
 }
 
-/// The entry of a node and its lease, as they are in etcd now.
+/// The entry of a node and its lease, as stored in etcd now.
 pub async fn registered(etcd: &mut Client, group: &str, id: &str) -> Option<(Value, i64)> {
-    let answer = etcd
+    let response = etcd
         .get(format!("registry/{group}/{id}"), None)
         .await
         .ok()?;
-    let entry = answer.kvs().first()?;
+    let entry = response.kvs().first()?;
     Some((serde_json::from_slice(entry.value()).ok()?, entry.lease()))
 }
 
-/// Waits for a registration that this holds for.
+/// Waits for a registration for which `holds` returns true.
 pub async fn until_registered(
     etcd: &mut Client,
     group: &str,
@@ -460,13 +460,13 @@ pub async fn until_registered(
         }
         assert!(
             start.elapsed() < DEADLINE,
-            "{id} is not registered so: {found:?}"
+            "{id} is not registered as expected: {found:?}"
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// Waits until something that has to be asked for holds.
+/// Waits until an asynchronous condition holds.
 pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) -> Duration {
     let start = Instant::now();
     while !holds().await {

@@ -1,4 +1,5 @@
-//! `ClusterProxy` on a real etcd.
+//! Tests the bundled proxy, `ClusterProxy`, on a real etcd: weights, retries, outages of etcd, and
+//! routing to the leader.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,7 +35,10 @@ pub(crate) async fn proxy(etcd: &EtcdOptions, group: &str, leader: bool, more: &
 
 impl Proxy {
     pub(crate) async fn until_it_has(&self, count: usize) {
-        eventually("the backends are there", || self.balancer.len() == count).await;
+        eventually("the proxy has the expected backends", || {
+            self.balancer.len() == count
+        })
+        .await;
     }
 }
 
@@ -69,14 +73,15 @@ async fn requests_are_spread_by_weight_and_a_metrics_change_shifts_them() {
         assert!((share - expected).abs() < 0.08, "{before:?}");
     }
 
-    // The first one reports that it is busy: three times the weight of the third becomes less.
+    // The first backend reports that it is busy: its share, three times that of the third, becomes
+    // the smallest.
     backends[0].cpu.set(95);
     let weight = |id: &str| {
         let backends = proxy.balancer.backends();
         let backend = backends.iter().find(|backend| backend.node.id == id);
         backend.map_or(f64::NAN, |backend| backend.weight)
     };
-    eventually("the weight follows", || weight("b1") < 0.2).await;
+    eventually("the weight follows the metrics", || weight("b1") < 0.2).await;
     shares(&backends);
     assert_eq!(load(&proxy.url, 3_000, 36).await, Vec::<String>::new());
     let after = shares(&backends);
@@ -112,14 +117,14 @@ async fn a_weight_of_zero_gets_no_request_whatever_the_policy() {
         assert_eq!(failed, Vec::<String>::new(), "{policy}");
         assert_eq!(shares(&backends), [0.0, 1.0, 0.0], "{policy}");
     }
-    // As where all of them drain.
+    // The same as when all backends drain.
     let proxy = proxy(&etcd.options(), &none, false, "").await;
     let response = client().get(&proxy.url).send().await.unwrap();
     assert_eq!(response.status(), 503);
     assert_eq!(backends[2].take_requests(), 0);
 }
 
-/// An address that is everybody's own would make the balancer its own backend.
+/// An unspecified address would make the balancer its own backend.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_address_that_cannot_be_a_backend_is_none() {
     let etcd = Etcd::shared();
@@ -141,9 +146,9 @@ async fn an_address_that_cannot_be_a_backend_is_none() {
         let key = format!("registry/{group}/{id}");
         raw.put(key, value, None).await.unwrap();
     }
-    // Written last, so that the others have been looked at when it is there.
+    // Registered last, so that the other entries have been processed when it appears.
     let alive = Backend::start(&etcd.options(), &group, "alive").await;
-    eventually("the one that is a backend is there", || {
+    eventually("the valid backend is known", || {
         let backends = proxy.balancer.backends();
         backends.iter().any(|backend| backend.node.id == alive.id)
     })
@@ -172,14 +177,17 @@ async fn a_crash_and_a_leave_under_load_cost_no_get() {
     load.goes_on(500).await;
     // Connections break in the middle of requests.
     backends.remove(0).crash().await;
-    eventually("its lease runs out", || proxy.balancer.len() == 2).await;
+    eventually("the lease of the crashed backend expires", || {
+        proxy.balancer.len() == 2
+    })
+    .await;
     load.goes_on(500).await;
     backends[0].leave();
-    eventually("it left", || proxy.balancer.len() == 1).await;
+    eventually("b2 has left", || proxy.balancer.len() == 1).await;
     load.goes_on(500).await;
     assert_eq!(load.stop().await, Vec::<String>::new());
     assert_eq!(proxy.balancer.backends()[0].node.id, backends[1].id);
-    eventually("nothing stays counted", || {
+    eventually("no request stays counted as in flight", || {
         proxy.balancer.backends()[0].in_flight == 0
     })
     .await;
@@ -197,7 +205,7 @@ async fn no_backend_is_503_with_the_reason_and_a_dead_one_is_tried_around() {
     assert_eq!(header("retry-after"), "1");
     assert_eq!(response.text().await.unwrap(), "no backend is registered\n");
 
-    // Registered, but nobody listens: every try fails.
+    // The nodes are registered, but nobody listens: every attempt fails.
     let dead = |id: &str| Backend::dead(&etcd.options(), &group, id);
     let _dead = [dead("d1"), dead("d2")];
     proxy.until_it_has(2).await;
@@ -208,7 +216,7 @@ async fn no_backend_is_503_with_the_reason_and_a_dead_one_is_tried_around() {
         "every backend has been tried\n"
     );
 
-    // Two dead ones and one that lives: at most two retries always find it, for a POST too.
+    // Two dead backends and a working one: two retries always reach it, for a POST as well.
     let alive = Backend::start(&etcd.options(), &group, "alive").await;
     proxy.until_it_has(3).await;
     for _ in 0..30 {
@@ -219,8 +227,9 @@ async fn no_backend_is_503_with_the_reason_and_a_dead_one_is_tried_around() {
     assert_eq!(alive.take_requests(), 30, "each exactly once");
 }
 
-/// A server that takes a request and hangs up, so often.
-async fn hangs_up(count: Arc<std::sync::atomic::AtomicU32>) -> u16 {
+/// A server that reads a request and closes the connection without a response; `count` counts these
+/// requests.
+async fn closes_without_response(count: Arc<std::sync::atomic::AtomicU32>) -> u16 {
     let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -244,7 +253,7 @@ async fn a_lost_get_is_repeated_and_a_lost_post_is_not() {
     let etcd = Etcd::shared();
     let group = group("lost");
     let taken = Arc::new(std::sync::atomic::AtomicU32::new(0));
-    let port = hangs_up(taken.clone()).await;
+    let port = closes_without_response(taken.clone()).await;
     let heavy = |builder: pingora_etcd::ClusterNodeBuilder| builder.weight(1000.0);
     let _bad = Backend::register(&etcd.options(), &group, "bad", port, heavy);
     let good = Backend::start(&etcd.options(), &group, "good").await;
@@ -266,9 +275,9 @@ async fn a_lost_get_is_repeated_and_a_lost_post_is_not() {
     assert_eq!(good.take_requests(), 0);
 }
 
-/// A server that answers one request per connection and then closes it without saying so
-/// beforehand: the connection sits in the proxy's pool until it is tried again.
-async fn closes_after_each_answer() -> u16 {
+/// A server that sends one response per connection and closes the connection at the next request,
+/// without announcing it: until then the connection is in the proxy's pool.
+async fn closes_after_each_response() -> u16 {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -281,7 +290,7 @@ async fn closes_after_each_answer() -> u16 {
                 let _ = stream
                     .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
                     .await;
-                // The next request on this connection is read, and never answered.
+                // The next request on this connection is read but gets no response.
                 let _ = stream.read(&mut buffer).await;
             });
         }
@@ -293,7 +302,7 @@ async fn closes_after_each_answer() -> u16 {
 async fn a_stale_connection_to_the_only_backend_is_no_failure() {
     let etcd = Etcd::shared();
     let group = group("stale");
-    let port = closes_after_each_answer().await;
+    let port = closes_after_each_response().await;
     let _only = Backend::register(&etcd.options(), &group, "only", port, |builder| builder);
     for retries in [0, 2] {
         let more = format!("  retries: {retries}\n");
@@ -314,7 +323,10 @@ async fn without_etcd_the_server_starts_after_a_bounded_wait() {
     let start = Instant::now();
     let proxy = proxy(&dead, &group, false, "  ready_timeout_ms: 1500\n").await;
     let took = start.elapsed();
-    assert!(took > Duration::from_millis(1400), "it did wait: {took:?}");
+    assert!(
+        took > Duration::from_millis(1400),
+        "the server must wait for the discovery: {took:?}"
+    );
     assert!(took < Duration::from_secs(10), "{took:?}");
     let response = client().get(&proxy.url).send().await.unwrap();
     assert_eq!(response.status(), 503);
@@ -331,13 +343,13 @@ async fn the_last_view_is_served_while_etcd_is_away() {
     let proxy = proxy(&etcd.options(), &group, false, "").await;
     proxy.until_it_has(2).await;
     etcd.stop();
-    // For longer than the leases live.
+    // For longer than the leases last.
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(4) {
         assert_eq!(load(&proxy.url, 50, 4).await, Vec::<String>::new());
     }
     etcd.start();
-    eventually("all are back", || {
+    eventually("both nodes are registered and one leads", || {
         backends.iter().any(|backend| backend.node.is_leader()) && proxy.balancer.len() == 2
     })
     .await;
@@ -382,7 +394,7 @@ async fn writes_go_to_the_leader_with_its_token_and_wait_for_one() {
     let client = client();
     let write = |method: &'static str| {
         let method = method.parse().unwrap();
-        // A token that a client makes up must not get through.
+        // The proxy must not forward a token that a client made up.
         let request = client
             .request(method, &proxy.url)
             .header("x-leader-epoch", "999999999");
@@ -397,13 +409,13 @@ async fn writes_go_to_the_leader_with_its_token_and_wait_for_one() {
     let mut readers = std::collections::HashSet::new();
     let start = Instant::now();
     while readers.len() < 2 {
-        assert!(start.elapsed() < DEADLINE, "reads go to {readers:?} only");
+        assert!(start.elapsed() < DEADLINE, "reads only go to {readers:?}");
         let response = write("GET").await;
         readers.insert(response.headers()["x-upstream-node"].clone());
         assert_eq!(response.headers()["x-epoch-seen"], "none");
     }
 
-    // The leader leaves: the next write finds the next leader, and its token is greater.
+    // The leader leaves: the next write reaches the next leader, with a greater token.
     first.leave();
     let response = write("POST").await;
     assert_eq!(response.status(), 200);
@@ -417,7 +429,8 @@ async fn writes_go_to_the_leader_with_its_token_and_wait_for_one() {
         .unwrap();
     assert!(later > epoch.parse().unwrap());
 
-    // It crashes: nobody listens, its lease runs on for a while, and there is no other leader.
+    // The leader crashes: nobody listens, its lease has not expired yet, and there is no other
+    // leader.
     second.crash().await;
     let start = Instant::now();
     let response = write("POST").await;
@@ -427,10 +440,16 @@ async fn writes_go_to_the_leader_with_its_token_and_wait_for_one() {
     let reasons = ["there is no leader\n", "the leader cannot be reached\n"];
     assert!(reasons.contains(&&*reason), "{reason}");
     let took = start.elapsed();
-    assert!(took > Duration::from_millis(1900), "it waited: {took:?}");
-    assert!(took < Duration::from_secs(4), "not for ever: {took:?}");
+    assert!(
+        took > Duration::from_millis(1900),
+        "the write must wait for a leader: {took:?}"
+    );
+    assert!(
+        took < Duration::from_secs(4),
+        "the wait must be bounded: {took:?}"
+    );
 
-    // A write that is waiting when a leader comes goes through.
+    // A write that is waiting when a leader appears is forwarded.
     let waiting = tokio::spawn(write("POST"));
     let third = Backend::start(&etcd.options(), &group, "b3").await;
     let response = waiting.await.unwrap();

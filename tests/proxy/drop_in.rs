@@ -1,4 +1,5 @@
-//! Stock Pingora load balancers over a group.
+//! Tests the parts that are used with Pingora's own load balancers: `LiveLoadBalancer`,
+//! `ClusterBackends` and `MetricsWeighted`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,12 +26,12 @@ fn discovery(etcd: &Etcd, group: &str) -> ServiceDiscovery {
         .unwrap()
 }
 
-/// Weights that say at once what they follow from.
+/// A policy whose weights follow immediately and only from the metrics.
 fn headroom() -> BalancerBuilder {
     Balancer::builder().policy(Policy::Headroom)
 }
 
-/// How often each port is selected.
+/// How many times each port is selected.
 fn selected(select: impl Fn() -> Option<u16>, times: u32) -> BTreeMap<u16, u32> {
     let mut counts = BTreeMap::new();
     for _ in 0..times {
@@ -61,7 +62,7 @@ async fn a_down_backend_stays_down_when_its_weight_changes() {
         LiveLoadBalancer::<MetricsWeighted>::weighted(discovery(&etcd, &group), &headroom())
             .unwrap();
     let mut check = TcpHealthCheck::new();
-    // One failed check is enough to be down, and no check will bring it up again.
+    // One failed check marks a backend as down, and no later check marks it as up again.
     check.consecutive_failure = 1;
     check.consecutive_success = 1_000_000;
     live.set_health_check(check);
@@ -70,8 +71,11 @@ async fn a_down_backend_stays_down_when_its_weight_changes() {
     let lb = service.task();
     let _server = RunningServer::start(|server| drop(server.add_service(service)));
 
-    eventually("both are known", || lb.backends().get_backend().len() == 2).await;
-    eventually("one is down", || {
+    eventually("both backends are known", || {
+        lb.backends().get_backend().len() == 2
+    })
+    .await;
+    eventually("the dead backend is marked as down", || {
         !selected(ports!(lb), 50).contains_key(&down.port)
     })
     .await;
@@ -80,21 +84,22 @@ async fn a_down_backend_stays_down_when_its_weight_changes() {
         let backend = backends.iter().find(|backend| port(backend) == wanted)?;
         BackendNode::of(backend).map(BackendNode::weight)
     };
-    // Its metrics change its weight, several times; its health has to survive each.
+    // New metrics change the weight of the dead backend several times; its health must survive each
+    // update.
     for cpu in [90, 10, 70] {
         let before = weight_of(down.port).unwrap();
         down.cpu.set(cpu);
-        eventually("its weight changes", || {
+        eventually("the weight changes", || {
             let now = weight_of(down.port);
             assert!(
                 !selected(ports!(lb), 20).contains_key(&down.port),
-                "it is down"
+                "a backend that is down was selected"
             );
             now.is_some_and(|now| (now - before).abs() > 0.1)
         })
         .await;
     }
-    throughout("it stays down", Duration::from_millis(300), || {
+    throughout("the backend stays down", Duration::from_millis(300), || {
         selected(ports!(lb), 20).keys().eq([&up.port])
     })
     .await;
@@ -105,14 +110,20 @@ async fn changes_reach_a_live_load_balancer_without_polling() {
     let etcd = Etcd::shared();
     let group = group("live");
     let mut first = Backend::start(&etcd.options(), &group, "b1").await;
-    // Any selection of Pingora's will do.
+    // Any selection algorithm of Pingora can be used.
     let live = LiveLoadBalancer::<RoundRobin>::new(discovery(&etcd, &group), 80);
     let service = background_service("cluster", live);
     let lb = service.task();
     let _server = RunningServer::start(|server| drop(server.add_service(service)));
-    eventually("one", || selected(ports!(lb), 4).len() == 1).await;
+    eventually("one backend is selected", || {
+        selected(ports!(lb), 4).len() == 1
+    })
+    .await;
     let second = Backend::start(&etcd.options(), &group, "b2").await;
-    eventually("two", || selected(ports!(lb), 4).len() == 2).await;
+    eventually("two backends are selected", || {
+        selected(ports!(lb), 4).len() == 2
+    })
+    .await;
     let known = lb.backends().get_backend();
     let names: Vec<_> = known
         .iter()
@@ -120,34 +131,42 @@ async fn changes_reach_a_live_load_balancer_without_polling() {
         .collect();
     assert_eq!(names.len(), 2);
 
-    // Draining: out of the selection, but still there.
+    // A draining backend is not selected, but still known.
     second.node.drain().await.unwrap();
-    let took = eventually("it is disabled", || {
+    let took = eventually("the draining backend is disabled", || {
         !selected(ports!(lb), 8).contains_key(&second.port)
     })
     .await;
     assert!(took < Duration::from_secs(1), "{took:?}");
     assert_eq!(lb.backends().get_backend().len(), 2);
 
-    // An update of its metrics does not enable it again.
+    // New metrics of the draining backend do not enable it again.
     let reported = || {
         let nodes = lb.discovery().nodes();
         nodes.get("b2")?.metric("cpu_usage_percent")
     };
     second.cpu.set(55);
-    eventually("its metrics change", || reported() == Some(55.0)).await;
-    throughout("it stays disabled", Duration::from_millis(300), || {
-        !selected(ports!(lb), 8).contains_key(&second.port)
-    })
+    eventually("the metrics change", || reported() == Some(55.0)).await;
+    throughout(
+        "the draining backend stays disabled",
+        Duration::from_millis(300),
+        || !selected(ports!(lb), 8).contains_key(&second.port),
+    )
     .await;
 
     first.leave();
-    eventually("nothing is left", || selected(ports!(lb), 8).is_empty()).await;
-    // Disabled when it says goodbye, and gone a moment later.
-    eventually("it is gone", || lb.backends().get_backend().len() == 1).await;
+    eventually("no backend is selected any more", || {
+        selected(ports!(lb), 8).is_empty()
+    })
+    .await;
+    // The backend is disabled when it announces its departure, and removed a moment later.
+    eventually("the backend is removed", || {
+        lb.backends().get_backend().len() == 1
+    })
+    .await;
 }
 
-/// The proxy of Pingora's own documentation, with our discovery and selection in it.
+/// The proxy of Pingora's documentation, with the discovery and selection of this crate.
 struct Stock(Arc<LoadBalancer<MetricsWeighted>>);
 
 #[async_trait]
@@ -188,32 +207,44 @@ async fn a_stock_load_balancer_with_our_discovery_and_selection() {
     });
     let url = format!("http://{listen}/");
     until_it_answers(&url).await;
-    eventually("both are known", || lb.backends().get_backend().len() == 2).await;
-    // What both report may take a second to be there; the share is steady after that.
+    eventually("both backends are known", || {
+        lb.backends().get_backend().len() == 2
+    })
+    .await;
+    // It may take a second until both have reported their metrics; after that the ratio is steady.
     let ports = [backends[0].port, backends[1].port];
     let ratio = || {
         let counts = selected(ports!(lb), 400);
         let [first, second] = ports.map(|port| f64::from(*counts.get(&port).unwrap_or(&0)));
         first / second
     };
-    eventually("three to one", || (ratio() - 3.0).abs() < 0.2).await;
+    eventually("three to one by weight", || (ratio() - 3.0).abs() < 0.2).await;
     assert_eq!(load(&url, 400, 8).await, Vec::<String>::new());
-    // A weight reaches the selection at once, without an update of the load balancer.
+    // A weight takes effect immediately, without an update of the load balancer.
     backends[0].cpu.set(100);
-    eventually("busy: half of it", || (ratio() - 1.5).abs() < 0.2).await;
+    eventually("the busy backend has half of its weight", || {
+        (ratio() - 1.5).abs() < 0.2
+    })
+    .await;
 
-    // It leaves and returns at its address, for Pingora perhaps between two looks: weights still
-    // follow.
+    // The node leaves and registers again at the same address, for Pingora possibly between two
+    // updates: weights must still follow the metrics.
     let port = backends[0].port;
     backends[0].leave();
     let discovery = discovery(&etcd, &group);
     let watching = discovery.clone();
     tokio::spawn(async move { watching.run(None).await });
-    eventually("it left", || discovery.nodes().len() == 1).await;
+    eventually("the node has left", || discovery.nodes().len() == 1).await;
     let again = Backend::register(&etcd.options(), &group, "again", port, heavy);
     again.cpu.set(100);
-    eventually("half of it again", || (ratio() - 1.5).abs() < 0.2).await;
+    eventually("the busy backend has half of its weight again", || {
+        (ratio() - 1.5).abs() < 0.2
+    })
+    .await;
     again.cpu.set(0);
-    eventually("all of it", || (ratio() - 3.0).abs() < 0.2).await;
+    eventually("the idle backend has its full weight", || {
+        (ratio() - 3.0).abs() < 0.2
+    })
+    .await;
     drop(server);
 }

@@ -1,4 +1,4 @@
-//! What `ClusterProxy` learns from its requests: outcomes, load reports, zones.
+//! Tests what `ClusterProxy` learns from its requests: outcomes, load reports and zones.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ use super::common::link::Link;
 use super::common::{DEADLINE, eventually, group, local};
 use super::{Backend, client, load};
 
-/// An HTTP server that answers as `answer` says, and its port.
+/// Starts an HTTP server that responds with the result of `answer`; returns its port.
 async fn serve<A, R>(answer: A) -> u16
 where
     A: Fn() -> R + Clone + Send + Sync + 'static,
@@ -31,7 +31,7 @@ where
 fn status(proxy: &Proxy, id: &str) -> BackendStatus {
     let backends = proxy.balancer.backends();
     let own = backends.into_iter().find(|backend| backend.node.id == id);
-    own.unwrap_or_else(|| panic!("{id} is not there"))
+    own.unwrap_or_else(|| panic!("no backend {id}"))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -63,7 +63,11 @@ async fn a_backend_that_answers_5xx_loses_its_traffic_and_gets_it_back() {
     proxy.until_it_has(3).await;
     load(&proxy.url, 1_000, 8).await;
     let failed = load(&proxy.url, 1_000, 8).await;
-    assert!(failed.len() < 50, "{} of 1,000 failed", failed.len());
+    assert!(
+        failed.len() < 50,
+        "{} of 1,000 requests failed",
+        failed.len()
+    );
     assert!(status(&proxy, "bad").success < 0.5);
     assert_eq!(status(&proxy, "g1").success, 1.0);
 
@@ -75,7 +79,7 @@ async fn a_backend_that_answers_5xx_loses_its_traffic_and_gets_it_back() {
     }
 }
 
-/// As after an outage of etcd, and by one process that registers anew.
+/// The same as after an outage of etcd, or when a process registers again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leases_that_are_lost_all_at_once_cost_neither_what_was_learned_nor_connections() {
     let etcd = Etcd::shared();
@@ -112,7 +116,7 @@ async fn leases_that_are_lost_all_at_once_cost_neither_what_was_learned_nor_conn
     for lease in first.iter().flatten() {
         client.lease_revoke(lease.0).await.unwrap();
     }
-    eventually("both are there under another lease", || {
+    eventually("both are registered with another lease", || {
         let now = entries();
         now.len() == 2 && now.iter().all(|lease| !first.contains(lease))
     })
@@ -121,7 +125,7 @@ async fn leases_that_are_lost_all_at_once_cost_neither_what_was_learned_nor_conn
     assert!(after < 0.5, "{learned} before, {after} after");
     assert_eq!(status(&proxy, "good").success, 1.0);
     load(&proxy.url, 20, 1).await;
-    assert_eq!(connections(), before, "pooled connections are used on");
+    assert_eq!(connections(), before, "pooled connections must be reused");
     drop(nodes);
 }
 
@@ -135,33 +139,36 @@ async fn time_outs_and_refused_connections_are_failures_and_a_client_that_leaves
     })
     .await;
     let _slow = Backend::register(&etcd.options(), &group, "slow", port, |builder| builder);
-    let patient = proxy(&etcd.options(), &group, false, "").await;
-    patient.until_it_has(1).await;
-    // The client does not wait for the answer.
+    let waiting = proxy(&etcd.options(), &group, false, "").await;
+    waiting.until_it_has(1).await;
+    // The client gives up before the response.
     for _ in 0..3 {
-        let impatient = reqwest::Client::builder().timeout(Duration::from_millis(100));
-        let answer = impatient.build().unwrap().get(&patient.url).send().await;
+        let short = reqwest::Client::builder().timeout(Duration::from_millis(100));
+        let answer = short.build().unwrap().get(&waiting.url).send().await;
         assert!(answer.is_err_and(|error| error.is_timeout()));
     }
     eventually("the requests have ended", || {
-        status(&patient, "slow").in_flight == 0
+        status(&waiting, "slow").in_flight == 0
     })
     .await;
-    assert_eq!(status(&patient, "slow").success, 1.0);
+    assert_eq!(status(&waiting, "slow").success, 1.0);
 
-    // The proxy does not.
+    // The proxy gives up before the response.
     let more = "  upstream_read_timeout_ms: 100\n  retries: 0\n";
-    let hasty = proxy(&etcd.options(), &group, false, more).await;
-    hasty.until_it_has(1).await;
-    let response = client().get(&hasty.url).send().await.unwrap();
+    let limited = proxy(&etcd.options(), &group, false, more).await;
+    limited.until_it_has(1).await;
+    let response = client().get(&limited.url).send().await.unwrap();
     assert_eq!(response.status(), 504);
-    eventually("it counts", || status(&hasty, "slow").success < 1.0).await;
+    eventually("the time-out counts as a failure", || {
+        status(&limited, "slow").success < 1.0
+    })
+    .await;
 
     let _dead = Backend::dead(&etcd.options(), &group, "dead");
-    patient.until_it_has(2).await;
-    load(&patient.url, 20, 4).await;
-    assert!(status(&patient, "dead").success < 1.0);
-    assert_eq!(status(&patient, "slow").success, 1.0);
+    waiting.until_it_has(2).await;
+    load(&waiting.url, 20, 4).await;
+    assert!(status(&waiting, "dead").success < 1.0);
+    assert_eq!(status(&waiting, "slow").success, 1.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -172,7 +179,7 @@ async fn load_reports_move_weights_and_do_not_reach_the_client() {
     for (id, cpu) in [("busy", "0.95"), ("idle", "0.2")] {
         let port = serve(move || async move {
             static TIME: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
-            // Each answer has a sample of its own.
+            // Each response carries a new sample.
             let sampled = TIME.fetch_add(1, Ordering::SeqCst);
             let report = format!("TEXT cpu_utilization={cpu},named_metrics.sampled_at={sampled}");
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -193,7 +200,7 @@ async fn load_reports_move_weights_and_do_not_reach_the_client() {
         assert!(rounds < 60, "{:?}", reads.balancer.backends());
     }
 
-    // Not configured: it is the client's.
+    // Without `load_reports` the header belongs to the client and is forwarded.
     let ignores = proxy(&etcd.options(), &group, false, "").await;
     ignores.until_it_has(2).await;
     let response = client().get(&ignores.url).send().await.unwrap();
@@ -209,13 +216,13 @@ async fn the_own_zone_is_preferred_while_it_lives() {
         let zoned = |builder: pingora_etcd::ClusterNodeBuilder| builder.zone(zone);
         backends.push(Backend::start_with(&etcd.options(), &group, id, zoned).await);
     }
-    // Neither how fast a busy test machine answers nor how busy it is must matter.
+    // Neither the speed nor the load of a busy test machine may matter.
     let more = "  zone: a\n  zones: { stretch_limit: 100, load_limit: 4 }\n";
     let proxy = proxy(&etcd.options(), &group, false, more).await;
     proxy.until_it_has(3).await;
     assert_eq!(load(&proxy.url, 400, 4).await, Vec::<String>::new());
     let far = backends[2].take_requests();
-    // Where zones play no part it is a third, 133.
+    // Without regard to zones it would be a third, 133.
     assert!(far < 40, "{far} of 400 left the zone");
     backends[0].leave();
     backends[1].leave();

@@ -1,4 +1,4 @@
-//! Through real Pingora servers, in this process and as the example programs.
+//! Tests real Pingora servers, both in this process and as example programs.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -26,16 +26,16 @@ use tokio::task::JoinSet;
 use common::load::{Load, client, load, until_it_answers};
 use common::{free_port, local};
 
-/// A Pingora server on a thread of its own, stopped when this is dropped.
+/// A Pingora server on its own thread, stopped when this is dropped.
 struct RunningServer {
     stop: watch::Sender<bool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
-struct WhenTold(watch::Receiver<bool>);
+struct WhenStopped(watch::Receiver<bool>);
 
 #[async_trait]
-impl ShutdownSignalWatch for WhenTold {
+impl ShutdownSignalWatch for WhenStopped {
     async fn recv(&self) -> ShutdownSignal {
         let _ = self.0.clone().wait_for(|stop| *stop).await;
         ShutdownSignal::FastShutdown
@@ -54,7 +54,7 @@ impl RunningServer {
         let (stop, stopped) = watch::channel(false);
         let thread = std::thread::spawn(move || {
             server.run(RunArgs {
-                shutdown_signal: Box::new(WhenTold(stopped)),
+                shutdown_signal: Box::new(WhenStopped(stopped)),
             });
         });
         Self {
@@ -73,7 +73,7 @@ impl Drop for RunningServer {
     }
 }
 
-/// CPU usage as set.
+/// Reports the CPU usage that was set.
 #[derive(Clone, Default)]
 struct Cpu(Arc<AtomicU32>);
 
@@ -90,7 +90,7 @@ impl MetricsCollector for Cpu {
     }
 }
 
-/// An HTTP server that counts its requests, and its membership.
+/// An HTTP server that counts its requests, and the node that registers it.
 struct Backend {
     id: String,
     port: u16,
@@ -99,9 +99,9 @@ struct Backend {
     requests: Arc<AtomicU64>,
     stop: Option<oneshot::Sender<()>>,
     tasks: JoinSet<()>,
-    /// Of the HTTP server: shutting it down drops every connection where it stands.
+    /// The runtime of the HTTP server: shutting it down breaks every connection immediately.
     server: Option<tokio::runtime::Runtime>,
-    /// Holds the port of a backend that does not listen.
+    /// Reserves the port of a backend that does not listen.
     _held: Option<tokio::net::TcpSocket>,
 }
 
@@ -145,7 +145,7 @@ impl Backend {
         backend
     }
 
-    /// Only the membership: a port that refuses connections.
+    /// Registers a node without a server: its port refuses connections.
     fn dead(etcd: &EtcdOptions, group: &str, id: &str) -> Self {
         let held = tokio::net::TcpSocket::new_v4().unwrap();
         held.bind((std::net::Ipv4Addr::LOCALHOST, 0).into())
@@ -156,7 +156,7 @@ impl Backend {
         backend
     }
 
-    /// Only the membership.
+    /// Registers a node without starting a server.
     fn register(
         etcd: &EtcdOptions,
         group: &str,
@@ -191,12 +191,12 @@ impl Backend {
         }
     }
 
-    /// Requests since the last call.
+    /// How many requests were received since the last call.
     fn take_requests(&self) -> u64 {
         self.requests.swap(0, Ordering::Relaxed)
     }
 
-    /// Ends as a process does that is killed: connections break where they stand, and nothing is
+    /// Ends the backend like a killed process: connections break immediately, and nothing is
     /// cleaned up. Returns when the port refuses connections.
     async fn crash(mut self) {
         self.tasks.abort_all();
@@ -209,7 +209,7 @@ impl Backend {
         }
     }
 
-    /// Leaves the group, and goes on serving.
+    /// Leaves the group, but keeps serving.
     fn leave(&mut self) {
         drop(self.stop.take());
     }

@@ -1,6 +1,7 @@
-//! etcd away for longer than leases live, and every lease gone when it is back, under traffic.
+//! Tests that requests succeed while etcd is down for longer than the leases last, and when every
+//! lease is lost afterwards.
 //!
-//! `OUTAGE_SECONDS` says for how long; `make outage` makes it five minutes.
+//! `OUTAGE_SECONDS` sets the duration; `make outage` sets it to five minutes.
 
 use std::time::{Duration, Instant};
 
@@ -33,9 +34,9 @@ async fn an_outage_of_etcd_and_a_mass_expiry_cost_no_request() {
     let load = Load::start(&proxy.url, 4);
     load.goes_on(100).await;
 
-    // Nobody can renew a lease of 2 s for so long.
+    // No lease of 2 s can be renewed for this long.
     etcd.stop();
-    eventually("it is stale", || {
+    eventually("the discovery is stale", || {
         matches!(discovery.status(), DiscoveryStatus::Stale { .. })
     })
     .await;
@@ -47,7 +48,7 @@ async fn an_outage_of_etcd_and_a_mass_expiry_cost_no_request() {
     }
     etcd.start();
     let back = Instant::now();
-    eventually("all are registered again", || {
+    eventually("all nodes are registered again", || {
         least = least.min(proxy.balancer.len());
         let nodes = discovery.nodes();
         discovery.status() == DiscoveryStatus::Live
@@ -57,13 +58,14 @@ async fn an_outage_of_etcd_and_a_mass_expiry_cost_no_request() {
     })
     .await;
     println!(
-        "etcd was away for {:?}; all {BACKENDS} nodes were back {:?} later; {} requests so far, never fewer than {least} backends",
+        "etcd was down for {:?}; all {BACKENDS} nodes were registered again {:?} later; {} requests so far, never fewer than {least} backends",
         start.elapsed() - back.elapsed(),
         back.elapsed(),
         load.sent()
     );
 
-    // Every lease ends at once, as when workers come back later than etcd, or its data is lost.
+    // Every lease ends at once, as when etcd has lost its data, or when the workers reach etcd
+    // later than the balancer.
     let mut client = etcd.raw_client().await;
     let leases: Vec<i64> = client
         .leases()
@@ -80,7 +82,7 @@ async fn an_outage_of_etcd_and_a_mass_expiry_cost_no_request() {
     }
     let start = Instant::now();
     let mut most = 0;
-    eventually("all are registered again, and one leads", || {
+    eventually("all nodes are registered again and one leads", || {
         least = least.min(proxy.balancer.len());
         let nodes = discovery.nodes();
         most = most.max(nodes.suspects());
@@ -94,11 +96,12 @@ async fn an_outage_of_etcd_and_a_mass_expiry_cost_no_request() {
     .await;
     load.goes_on(500).await;
     println!(
-        "{BACKENDS} leases revoked: up to {most} suspects, all were back after {:?}, never fewer than {least} backends",
+        "{BACKENDS} leases revoked: up to {most} suspects, all registered again after {:?}, never fewer than {least} backends",
         start.elapsed()
     );
-    // On a machine that is busy a lease or two may run out before it is renewed: too few to be many.
-    assert!(least >= BACKENDS - 2, "the pool goes down to {least}");
+    // On a busy machine one or two leases may expire normally, which is too few for
+    // self-preservation.
+    assert!(least >= BACKENDS - 2, "the pool shrank to {least} backends");
     let sent = load.sent();
     let failed = load.stop().await;
     println!("{sent} requests, {} failed", failed.len());

@@ -1,4 +1,4 @@
-//! The example programs, as processes.
+//! Tests the example programs as processes, with the configuration files that are shipped.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -9,7 +9,10 @@ use super::common::etcd::Etcd;
 use super::common::programs::{Program, adapted, binary, config_file, until_nodes_answer, worker};
 use super::common::{DEADLINE, group};
 #[cfg(feature = "tls")]
-use super::common::{free_port, local};
+use super::common::{
+    certificates::{Authority, Directory},
+    free_port, local,
+};
 use super::{Load, client, until_it_answers};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -26,12 +29,12 @@ async fn workers_and_a_load_balancer_as_the_readme_runs_them() {
     until_nodes_answer(&url, 3).await;
     let client = client();
 
-    // A worker by itself.
+    // A request directly to a worker.
     let response = client.get(&workers[0].url).send().await.unwrap();
     assert_eq!(response.headers()["x-served-by"], "w1");
     assert_eq!(response.text().await.unwrap(), "w1\n");
 
-    // The load it is told to have makes it slow, and is reported.
+    // The load that a worker is set to makes it slow, and is reported.
     let set = |url: &str, query: &str| {
         let request = client.put(format!("{url}/load?{query}"));
         async move { request.send().await.unwrap() }
@@ -45,7 +48,7 @@ async fn workers_and_a_load_balancer_as_the_readme_runs_them() {
     client.get(&workers[0].url).send().await.unwrap();
     assert!(
         start.elapsed() > Duration::from_millis(60),
-        "20 times 2 ms and 12 in the queue"
+        "20 times 2 ms for the CPU usage and 12 times 2 ms for the queue"
     );
     let mut unloaded = 0;
     let start = Instant::now();
@@ -56,13 +59,13 @@ async fn workers_and_a_load_balancer_as_the_readme_runs_them() {
         } else {
             unloaded + 1
         };
-        assert!(start.elapsed() < DEADLINE, "it is still picked");
+        assert!(start.elapsed() < DEADLINE, "w1 is still picked");
     }
     set(&workers[0].url, "cpu=0&memory=0&queue=0").await;
     until_nodes_answer(&url, 3).await;
 
-    // One is killed, one leaves, one is told to crash, under load: not one GET fails while any
-    // lives.
+    // One worker is killed, one leaves, and one is made to crash, all under load: no GET may fail
+    // while any worker is alive.
     let load = Load::start(&url, 16);
     load.goes_on(300).await;
     workers[0].program.signal("KILL");
@@ -81,13 +84,13 @@ async fn workers_and_a_load_balancer_as_the_readme_runs_them() {
     load.goes_on(300).await;
     assert_eq!(load.stop().await, Vec::<String>::new());
 
-    // Its answer may get lost with it.
+    // The response may be lost in the crash.
     let _ = client
         .post(format!("{}/crash", workers[2].url))
         .send()
         .await;
     let (status, _) = workers[2].program.ended().await;
-    assert!(!status.success(), "a crash is no clean exit");
+    assert!(!status.success(), "a crash must not exit with success");
 
     // SIGTERM leaves gracefully, SIGINT ends the balancer.
     let mut last = worker(endpoint, &group, "w4");
@@ -128,7 +131,7 @@ async fn leader_routing_as_the_readme_runs_it() {
         .status()
         .is_success()
     {
-        assert!(start.elapsed() < DEADLINE, "w1 does not lead");
+        assert!(start.elapsed() < DEADLINE, "w1 did not become leader");
     }
     let second = worker(endpoint, &group, "w2");
     until_nodes_answer(&url, 2).await;
@@ -142,7 +145,7 @@ async fn leader_routing_as_the_readme_runs_it() {
     let response = client.post(&url).send().await.unwrap();
     assert_eq!(response.headers()["x-served-by"], "w2");
 
-    // A worker refuses a token of an older term than the one it leads.
+    // A worker refuses a token that is older than its own term.
     let stale = client.post(&second.url).header("x-leader-epoch", "1");
     assert_eq!(stale.send().await.unwrap().status(), 409);
 }
@@ -156,11 +159,11 @@ async fn the_demo_serves_and_ends_with_ctrl_c() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let told = BufReader::new(child.stdout.take().unwrap());
+    let output = BufReader::new(child.stdout.take().unwrap());
     let mut demo = Program { child };
     until_nodes_answer(&url, 3).await;
-    // What it tells to try names the address it listens on.
-    let first = told.lines().next().unwrap().unwrap();
+    // The suggested commands name the address that the demo listens on.
+    let first = output.lines().next().unwrap().unwrap();
     assert!(first.contains(&url), "{first}");
     demo.signal("INT");
     let (status, took) = demo.ended().await;
@@ -180,8 +183,8 @@ fn wrong_configurations_are_explained() {
             .args(["--test", "--conf", file.to_str().unwrap()])
             .output()
             .unwrap();
-        let told = String::from_utf8(output.stderr).unwrap();
-        (output.status.success(), told)
+        let message = String::from_utf8(output.stderr).unwrap();
+        (output.status.success(), message)
     };
     let good = std::fs::read_to_string(config_file("load_balancer.yaml")).unwrap();
     assert!(run(&good).0);
@@ -195,24 +198,24 @@ fn wrong_configurations_are_explained() {
         (good.replace("http://127", "htp://127"), "htp://127"),
         (good.replace("floor: 0.05", "floor: 5"), "headroom.floor"),
     ] {
-        let (succeeded, told) = run(&wrong);
+        let (succeeded, message) = run(&wrong);
         assert!(
-            !succeeded && told.contains(explained),
-            "{explained}: {told}"
+            !succeeded && message.contains(explained),
+            "{explained}: {message}"
         );
-        assert!(!told.contains("panicked"), "{told}");
+        assert!(!message.contains("panicked"), "{message}");
     }
 }
 
-/// The shipped files show every field there is.
+/// The shipped files must show every field.
 #[test]
 fn every_field_is_in_every_configuration_file() {
     let fields_of = |path: &str, bogus: &str| -> Vec<String> {
         let error = pingora_etcd::config::ClusterConfig::from_yaml(bogus, path).unwrap_err();
-        let told = error.to_string();
-        let (_, list) = told
+        let message = error.to_string();
+        let (_, list) = message
             .split_once("expected one of")
-            .unwrap_or_else(|| panic!("{told}"));
+            .unwrap_or_else(|| panic!("{message}"));
         let list = list.lines().next().unwrap();
         list.split(',')
             .map(|field| field.trim().to_owned())
@@ -228,7 +231,7 @@ fn every_field_is_in_every_configuration_file() {
         ));
     }
     assert!(fields.len() > 20, "{fields:?}");
-    // And every field of Pingora's.
+    // The files must show Pingora's own fields as well.
     let defaults = pingora::server::configuration::ServerConf::default().to_yaml();
     fields.extend(defaults.lines().filter_map(|line| {
         let (field, _) = line.split_once(':')?;
@@ -264,10 +267,11 @@ async fn a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves() {
     let load = Load::start(&url, 8);
     load.goes_on(100).await;
 
-    // Every request takes it two seconds from here on.
+    // From here on every request takes this worker two seconds.
     let set = client.put(format!("{}/load?queue=1000", leaving.url));
     assert_eq!(set.send().await.unwrap().status(), 200);
-    // One after the other, each before the last one is answered, for as long as this looks.
+    // Starts a request every second, each before the previous one has ended, until the checks are
+    // done.
     let (enough, mut is_enough) = tokio::sync::watch::channel(());
     let (asking, own) = (client.clone(), leaving.url.clone());
     let slow = tokio::spawn(async move {
@@ -286,17 +290,23 @@ async fn a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves() {
         let nodes = discovery.nodes();
         nodes.get(id).map(|node| node.state)
     };
-    super::common::eventually("it says that it drains", || {
+    super::common::eventually("w1 is shown as draining", || {
         state("w1") == Some(pingora_etcd::NodeState::Draining)
     })
     .await;
-    assert!(start.elapsed() < Duration::from_secs(2), "at once");
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "w1 must drain at once"
+    );
     load.goes_on(100).await;
     for _ in 0..100 {
         let answer = client.get(&url).send().await.unwrap();
         assert_eq!(answer.headers()["x-upstream-node"], "w2");
     }
-    assert!(state("w1").is_some(), "registered while it has work");
+    assert!(
+        state("w1").is_some(),
+        "w1 must stay registered while it has requests in flight"
+    );
     drop(enough);
     let start = Instant::now();
     for answer in slow.await.unwrap() {
@@ -304,26 +314,22 @@ async fn a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves() {
     }
     let (status, _) = leaving.program.ended().await;
     assert!(status.success(), "{status}");
-    super::common::eventually("it is gone", || state("w1").is_none()).await;
+    super::common::eventually("w1 is not registered any more", || state("w1").is_none()).await;
     assert!(
         start.elapsed() < Duration::from_secs(8),
-        "no longer than needed"
+        "w1 must end soon after its last request"
     );
     assert_eq!(load.stop().await, Vec::<String>::new());
     following.abort();
 }
 
-/// With the flags, variables and fields that they have for it.
+/// An etcd with TLS, whose users `w1`, `w2` and `balancer` have the rights they need for the group.
 #[cfg(feature = "tls")]
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn workers_and_a_load_balancer_over_tls_with_users() {
+async fn etcd_with_tls_and_users(ca: &Authority, server_files: &Directory, group: &str) -> Etcd {
     use etcd_client::{Certificate, Client, ConnectOptions, Permission, PermissionType};
 
-    use super::common::certificates::{Authority, Directory};
     use super::common::etcd::Setup;
 
-    let (server_files, files, group) = (Directory::new(), Directory::new(), group("secure"));
-    let ca = Authority::new("CA");
     server_files.write_pair("server", &ca.server(&["127.0.0.1"]));
     server_files.write("ca.pem", ca.pem());
     let etcd = Etcd::with(Setup {
@@ -362,6 +368,16 @@ async fn workers_and_a_load_balancer_over_tls_with_users() {
         root.user_grant_role(user, user).await.unwrap();
     }
     root.auth_enable().await.unwrap();
+    etcd
+}
+
+/// The programs get TLS and users by their flags, environment variables and configuration fields.
+#[cfg(feature = "tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_and_a_load_balancer_over_tls_with_users() {
+    let (server_files, files, group) = (Directory::new(), Directory::new(), group("secure"));
+    let ca = Authority::new("CA");
+    let etcd = etcd_with_tls_and_users(&ca, &server_files, &group).await;
 
     let ca_file = files.write("ca.pem", ca.pem());
     let (client_cert, client_key) = files.write_pair("client", &ca.client("client"));

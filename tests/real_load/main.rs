@@ -1,9 +1,9 @@
-//! Policies under real load, one after the other: worker processes of unequal capacity, of which
-//! the largest loses half of it for a while, two balancer processes, and requests that come when
-//! they come, at three quarters of what the workers can do.
+//! Compares the policies under real load, one after the other: worker processes of unequal
+//! capacity, the largest of which loses half of its capacity for a while; two balancer processes;
+//! and requests with random arrival times, at three quarters of the workers' capacity.
 //!
 //! Capacity is a number of slots and a service time, so it does not depend on the cores of the
-//! machine. The ratio between policies is the figure, not the milliseconds.
+//! machine. The ratio between policies is what counts, not the milliseconds.
 //!
 //! ```text
 //! make real-load
@@ -21,16 +21,17 @@ use common::etcd::Etcd;
 use common::{DEADLINE, free_port, group, local};
 use tokio::task::JoinSet;
 
-/// Of the workers; 20 in all.
+/// The slots of each worker; 20 in all.
 const SLOTS: [u32; 4] = [8, 6, 4, 2];
-/// What is left to the first one for a while.
-const LEFT: u32 = 4;
-const SERVICE: Duration = Duration::from_millis(40);
-/// Of what the workers can do, on average over the run.
+/// The slots of the first worker while its capacity is reduced.
+const REDUCED_SLOTS: u32 = 4;
+const SERVICE_TIME: Duration = Duration::from_millis(40);
+/// The load as a part of the workers' average capacity.
 const LOAD: f64 = 0.75;
-/// For weights to settle. Not measured.
+/// Time for the weights to settle; requests in it are not measured.
 const WARM_UP: Duration = Duration::from_secs(5);
-/// The first worker has its slots for a third, loses half of them for a third, and has them again.
+/// The first worker has all of its slots for a third of this time, half of them for a third, and
+/// all of them again.
 const MEASURE: Duration = Duration::from_secs(9);
 const POLICIES: [&str; 5] = [
     "round_robin",
@@ -102,13 +103,16 @@ async fn set_slots(client: &reqwest::Client, worker: &str, count: u32) {
     assert!(answer.unwrap().status().is_success());
 }
 
-/// Waits until so many nodes answer through the proxy.
+/// Waits until this many nodes have responded through the proxy.
 async fn until_nodes_answer(client: &reqwest::Client, url: &str, count: usize) {
     let start = Instant::now();
     let mut nodes = std::collections::HashSet::new();
     let mut user = 0;
     while nodes.len() < count {
-        assert!(start.elapsed() < DEADLINE, "only {nodes:?} answer at {url}");
+        assert!(
+            start.elapsed() < DEADLINE,
+            "only {nodes:?} responded at {url}"
+        );
         user += 1;
         let request = client.get(url).header("x-user", user);
         match request.send().await {
@@ -118,11 +122,18 @@ async fn until_nodes_answer(client: &reqwest::Client, url: &str, count: usize) {
     }
 }
 
-async fn run(client: &reqwest::Client, etcd: &str, policy: &str) -> Figures {
+/// The processes of one run, with the URLs of the workers and of the balancers.
+struct Fleet {
+    workers: Vec<String>,
+    balancers: Vec<String>,
+    _programs: Vec<Program>,
+}
+
+async fn start_fleet(client: &reqwest::Client, etcd: &str, policy: &str) -> Fleet {
     let group = group("load");
     let mut programs = Vec::new();
     let mut workers = Vec::new();
-    let service = SERVICE.as_millis().to_string();
+    let service = SERVICE_TIME.as_millis().to_string();
     for (index, slots) in SLOTS.iter().enumerate() {
         let listen = format!("{}:{}", local(), free_port());
         let (id, slots) = (format!("w{index}"), slots.to_string());
@@ -155,21 +166,34 @@ async fn run(client: &reqwest::Client, etcd: &str, policy: &str) -> Figures {
         until_nodes_answer(client, &url, SLOTS.len()).await;
         balancers.push(url);
     }
-    let slots = f64::from(SLOTS.iter().sum::<u32>()) - f64::from(SLOTS[0] - LEFT) / 3.0;
-    let rate = LOAD * slots / SERVICE.as_secs_f64();
+    Fleet {
+        workers,
+        balancers,
+        _programs: programs,
+    }
+}
+
+async fn run(client: &reqwest::Client, etcd: &str, policy: &str) -> Figures {
+    let Fleet {
+        workers,
+        balancers,
+        _programs,
+    } = start_fleet(client, etcd, policy).await;
+    let slots = f64::from(SLOTS.iter().sum::<u32>()) - f64::from(SLOTS[0] - REDUCED_SLOTS) / 3.0;
+    let rate = LOAD * slots / SERVICE_TIME.as_secs_f64();
     let start = Instant::now();
-    let (takes, gives) = (WARM_UP + MEASURE / 3, WARM_UP + MEASURE * 2 / 3);
+    let (reduce_at, restore_at) = (WARM_UP + MEASURE / 3, WARM_UP + MEASURE * 2 / 3);
     let mut requests = JoinSet::new();
     let mut due = Duration::ZERO;
     let mut sent = 0_usize;
-    let (mut taken, mut given) = (false, false);
+    let (mut is_reduced, mut is_restored) = (false, false);
     while due < WARM_UP + MEASURE {
         due += Duration::from_secs_f64(-(1.0 - fastrand::f64()).ln() / rate);
         tokio::time::sleep_until((start + due).into()).await;
-        if due > takes && !std::mem::replace(&mut taken, due > takes) {
-            set_slots(client, &workers[0], LEFT).await;
+        if due > reduce_at && !std::mem::replace(&mut is_reduced, due > reduce_at) {
+            set_slots(client, &workers[0], REDUCED_SLOTS).await;
         }
-        if due > gives && !std::mem::replace(&mut given, due > gives) {
+        if due > restore_at && !std::mem::replace(&mut is_restored, due > restore_at) {
             set_slots(client, &workers[0], SLOTS[0]).await;
         }
         let url = balancers[sent % balancers.len()].clone();
@@ -177,7 +201,8 @@ async fn run(client: &reqwest::Client, etcd: &str, policy: &str) -> Figures {
         let (from, measured) = (start + due, due > WARM_UP);
         sent += 1;
         requests.spawn(async move {
-            // From when it was due: a generator that is late must not make it look fast.
+            // The latency counts from the due time, so that a late generator does not make it look
+            // short.
             let answer = request.send().await;
             let well = answer.is_ok_and(|answer| answer.status().is_success());
             (measured, well.then(|| from.elapsed()))
@@ -197,7 +222,8 @@ async fn run(client: &reqwest::Client, etcd: &str, policy: &str) -> Figures {
 
 #[tokio::main]
 async fn main() {
-    // No harness, so that the table is always shown; but what a harness is asked for by name.
+    // There is no test harness, so that the table is always printed; a harness's `--list` must
+    // still work.
     if std::env::args().any(|argument| argument == "--list") {
         return;
     }
@@ -231,9 +257,12 @@ async fn main() {
     for (policy, figures) in &all {
         if ["round_robin", "random"].contains(policy) {
             let ratio = figures.quantile(0.99).as_secs_f64() / best.as_secs_f64();
-            assert!(ratio > 1.5, "{policy} is as good as adaptive: {ratio:.2}");
+            assert!(
+                ratio > 1.5,
+                "the p99 of {policy} is only {ratio:.2} times that of adaptive"
+            );
         }
     }
-    assert_eq!(adaptive.errors(), 0.0, "adaptive fails requests");
+    assert_eq!(adaptive.errors(), 0.0, "adaptive must not fail requests");
     println!("test result: ok. 1 passed; 0 failed; 0 ignored");
 }

@@ -1,4 +1,5 @@
-//! What must hold at every step, seen from outside: by the nodes' own account and by the store.
+//! Checks the invariants after every step, from outside: by what the nodes report and by what the
+//! store contains.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
@@ -10,9 +11,9 @@ use pingora_etcd::{ClusterNode, Leadership, Node, ServiceDiscovery};
 use tokio::time::Instant;
 
 use super::history::{History, Moment, Term};
-use super::net::{Heard, Skewed};
+use super::net::{Delivered, SkewedClock};
 
-/// Looks at everything after each step of each process.
+/// Checks everything after each step of each process.
 #[derive(Debug)]
 pub struct Checker {
     store: MemoryStore,
@@ -23,11 +24,12 @@ pub struct Checker {
 #[derive(Debug, Default)]
 struct Inner {
     nodes: Vec<Watched>,
-    /// What a lease may be counted on for: when its last answered renewal was sent, and the TTL.
+    /// How long a lease may be relied on: when its last successful renewal was sent, and the TTL.
     acknowledged: HashMap<LeaseId, (Duration, Duration)>,
     groups: BTreeMap<String, Tokens>,
-    /// Who stood in line when a candidacy, by its key and its revision, was deleted.
-    lines: HashMap<(String, Revision), Vec<Candidate>>,
+    /// The queue of candidates at the time a candidacy, by its key and create revision, was
+    /// deleted.
+    queues: HashMap<(String, Revision), Vec<Candidate>>,
     history: History,
     readers: Vec<Observed>,
     rolled_back_to: Revision,
@@ -37,56 +39,102 @@ struct Inner {
     commits: u64,
     claims: u64,
     calls: u64,
-    /// Folds everything that happens, to compare two runs of a seed.
+    /// A hash over everything that happens, to compare two runs of a seed.
     trace: u64,
 }
 
 #[derive(Debug)]
 struct Watched {
     node: ClusterNode,
-    clock: Arc<Skewed>,
+    clock: Arc<SkewedClock>,
     name: String,
 }
 
-/// Somebody in line.
+/// A candidate in the queue of a group.
 #[derive(Debug, Clone)]
 pub struct Candidate {
     key: String,
     id: String,
     created: Revision,
-    /// It is of the process that is registered under its id.
+    /// Whether its lease is the one that its id is registered under.
     is_current: bool,
 }
 
-/// A discovery, and what it was told.
+/// A discovery, and the events that were delivered to it.
 #[derive(Debug)]
 struct Observed {
     discovery: ServiceDiscovery,
     route: LeaderRoute,
-    heard: Heard,
+    delivered: Delivered,
     group: &'static str,
     place: String,
-    /// What it said, and had heard, when it was looked at last.
-    last: Option<(Option<Said>, Moment)>,
+    /// The leader it showed, and the last delivered event, when it was last checked.
+    last: Option<(Option<ShownLeader>, Moment)>,
 }
 
-/// A leader and its token, as a reader names them.
-type Said = (Arc<Node>, Revision);
+impl Observed {
+    /// Checks what the discovery shows, if `since` is the last event that was delivered to it.
+    fn check(
+        &self,
+        shown: Option<&Leadership>,
+        since: Moment,
+        history: &History,
+    ) -> Result<(), String> {
+        let (group, place) = (self.group, &self.place);
+        let violation = |text: &str| format!("the discovery on {place}, group {group}: {text}");
+        match shown {
+            Some(shown) => {
+                let term = Term::shown(shown).map_err(|text| violation(&text))?;
+                if !history.was(group, since, &term) {
+                    let led: Vec<_> = history.times(group, since).collect();
+                    return Err(violation(&format!(
+                        "it shows {term:?}, but the leaders since its last event were {led:?}"
+                    )));
+                }
+                let to = self.route.leader();
+                let to = to.as_ref().map(|to| (to.addr, &to.node.id, to.epoch));
+                if to != Some((term.addr, &term.id, term.token)) {
+                    return Err(violation(&format!(
+                        "it shows {term:?}, but requests are sent to {to:?}"
+                    )));
+                }
+            }
+            None => {
+                let nodes = self.discovery.nodes();
+                let led = |leader: &Option<Term>| {
+                    leader
+                        .as_ref()
+                        .is_some_and(|leader| !nodes.is_suspect(&leader.id))
+                };
+                if history.times(group, since).all(led) {
+                    let led: Vec<_> = history.times(group, since).collect();
+                    return Err(violation(&format!(
+                        "it shows no leader, but the leaders since its last event were {led:?}"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+}
 
-/// The tokens of a group in the present history.
+/// A leader and its token, as a reader shows them.
+type ShownLeader = (Arc<Node>, Revision);
+
+/// The tokens of a group in the current history of the store.
 #[derive(Debug, Default)]
 struct Tokens {
-    /// The greatest one that a leader had.
+    /// The greatest token that a leader had.
     seen: Revision,
-    /// The greatest one that a fenced write was committed with.
+    /// The greatest token that a fenced write was committed with.
     committed: Revision,
-    /// Terms of an earlier history go on until their deadline.
-    of_before: Vec<Revision>,
+    /// The tokens of terms of an earlier history, which continue until their deadline.
+    earlier_terms: Vec<Revision>,
 }
 
-/// What has been looked at.
+/// How much was checked.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Looked {
+pub struct Counts {
     pub steps: u64,
     pub terms: u64,
     pub commits: u64,
@@ -94,7 +142,7 @@ pub struct Looked {
     pub trace: u64,
 }
 
-/// A key that only the leader of a group writes.
+/// The key that only the leader of a group writes.
 pub fn work(group: &str) -> String {
     format!("work/{group}")
 }
@@ -108,7 +156,7 @@ impl Checker {
         })
     }
 
-    pub fn add(&self, node: &ClusterNode, clock: &Arc<Skewed>, name: String) {
+    pub fn add(&self, node: &ClusterNode, clock: &Arc<SkewedClock>, name: String) {
         self.inner.lock().unwrap().nodes.push(Watched {
             node: node.clone(),
             clock: clock.clone(),
@@ -128,16 +176,16 @@ impl Checker {
         self.inner.lock().unwrap().violation.clone()
     }
 
-    /// Lets go of everything, when it is over.
+    /// Drops everything that the checker holds, at the end of a seed.
     pub fn forget(&self) {
         let inner = std::mem::take(&mut *self.inner.lock().unwrap());
-        // Not under the lock: what it has may ask for it.
+        // Dropped without the lock, because dropping a node may call the checker.
         drop(inner);
     }
 
-    pub fn looked(&self) -> Looked {
+    pub fn counts(&self) -> Counts {
         let inner = self.inner.lock().unwrap();
-        Looked {
+        Counts {
             steps: inner.steps,
             terms: inner.terms,
             commits: inner.commits,
@@ -158,33 +206,33 @@ impl Checker {
     pub fn add_reader(
         &self,
         discovery: &ServiceDiscovery,
-        heard: &Heard,
+        delivered: &Delivered,
         group: &'static str,
         place: &str,
     ) {
         self.inner.lock().unwrap().readers.push(Observed {
             route: LeaderRoute::new(discovery.clone(), 0),
             discovery: discovery.clone(),
-            heard: heard.clone(),
+            delivered: delivered.clone(),
             group,
             place: place.to_owned(),
             last: None,
         });
     }
 
-    /// Nobody looks at it any more.
-    pub fn forget_reader(&self, heard: &Heard, group: &str) {
+    /// The reader has ended and is not checked any more.
+    pub fn forget_reader(&self, delivered: &Delivered, group: &str) {
         let mut inner = self.inner.lock().unwrap();
         inner
             .readers
-            .retain(|reader| reader.group != group || !Arc::ptr_eq(&reader.heard, heard));
+            .retain(|reader| reader.group != group || !Arc::ptr_eq(&reader.delivered, delivered));
     }
 
-    /// Reads the store's history up to now: it is about to be forgotten.
+    /// Reads the store's history up to now, because it is about to be compacted or replaced.
     pub fn read_history(&self) {
         let mut inner = self.inner.lock().unwrap();
         inner.history.read(&self.store);
-        // Whoever is first in line now may have been told so, and not have heard it yet.
+        // The first candidate may have been elected without having received that yet.
         let groups: BTreeSet<_> = self
             .store
             .entries()
@@ -197,20 +245,21 @@ impl Checker {
         for group in groups {
             let first = self.store.oldest(&format!("election/{group}/"));
             let tokens = inner.groups.entry(group).or_default();
-            tokens.of_before.extend(first.map(|(epoch, _)| epoch));
+            tokens.earlier_terms.extend(first.map(|(epoch, _)| epoch));
         }
     }
 
-    /// When the store was at this revision of its present history.
+    /// The moment at which the current history had this revision.
     pub fn moment(&self, revision: Revision) -> Moment {
         self.inner.lock().unwrap().history.moment(revision)
     }
 
-    /// A reader was told of a leader, at last: that has to have been one, at whatever time.
-    pub fn told(&self, group: &str, leader: &Leadership, place: &str) {
+    /// A change reported a leader to a reader. Changes may arrive late, so the leader must have led
+    /// at any time at all.
+    pub fn check_change(&self, group: &str, leader: &Leadership, place: &str) {
         let mut inner = self.inner.lock().unwrap();
         inner.history.read(&self.store);
-        let was = Term::said(leader).and_then(|term| {
+        let was = Term::shown(leader).and_then(|term| {
             let was = inner.history.was(group, Moment::default(), &term);
             was.then_some(())
                 .ok_or_else(|| format!("{term:?} never led"))
@@ -218,16 +267,23 @@ impl Checker {
         drop(inner);
         if let Err(text) = was {
             self.violation(format!(
-                "on {place} a change tells of what never was: {text}"
+                "on {place} a change reports a leader that never was: {text}"
             ));
         }
     }
 
-    /// A request for the leader goes there.
-    pub fn routed(&self, group: &str, heard: &Heard, to: &LeaderUpstream, place: &str) {
+    /// A request for the leader is sent to this address, which must have been the leader's since
+    /// the last delivered event.
+    pub fn check_route(
+        &self,
+        group: &str,
+        delivered: &Delivered,
+        to: &LeaderUpstream,
+        place: &str,
+    ) {
         let mut inner = self.inner.lock().unwrap();
         inner.history.read(&self.store);
-        let since = heard.lock().unwrap().get(group).copied();
+        let since = delivered.lock().unwrap().get(group).copied();
         let mut led = inner.history.times(group, since.unwrap_or_default());
         let was = led.any(|leader| {
             leader
@@ -238,26 +294,26 @@ impl Checker {
         drop(inner);
         if !was {
             self.violation(format!(
-                "on {place} a request goes to {} with token {}: there was no such leader",
+                "on {place} a request is sent to {} with token {}: there was no such leader",
                 to.addr, to.epoch
             ));
         }
     }
 
-    /// The store's history is another one from here on. Tokens up to `rolled_back_to` may come in
-    /// either order: a place in line that others have seen end is there again.
+    /// From here on the store has another history. Tokens up to `rolled_back_to` may appear in any
+    /// order, because candidacies that readers saw end may exist again.
     pub fn new_history(&self, rolled_back_to: Revision) {
         let mut inner = self.inner.lock().unwrap();
-        inner.history.begin_anew(&self.store);
+        inner.history.start_new(&self.store);
         for tokens in inner.groups.values_mut() {
             let seen = std::mem::take(&mut tokens.seen);
-            tokens.of_before.push(seen);
+            tokens.earlier_terms.push(seen);
             tokens.committed = 0;
         }
         inner.rolled_back_to = rolled_back_to;
     }
 
-    /// Which of the store's histories this is.
+    /// The number of the store's current history.
     pub fn history(&self) -> u64 {
         self.moment(0).history
     }
@@ -267,7 +323,7 @@ impl Checker {
         inner.acknowledged.insert(lease, (sent, ttl));
     }
 
-    /// A request was made.
+    /// Counts a request.
     pub fn called(&self) {
         self.inner.lock().unwrap().calls += 1;
     }
@@ -276,14 +332,13 @@ impl Checker {
         self.inner.lock().unwrap().calls
     }
 
-    /// Until when a lease may be counted on, by what its process knows: what the documentation
-    /// says.
+    /// Until when a lease may be relied on, by what its process knows, as documented.
     pub fn deadline(&self, lease: LeaseId) -> Duration {
         self.inner.lock().unwrap().deadline(lease)
     }
 
-    /// The candidates of the group that one of these entries stands in line of.
-    pub fn line_of(&self, entries: &[Entry]) -> Vec<Candidate> {
+    /// The candidates of the group to which a candidacy in `entries` belongs, in order.
+    pub fn queue_of(&self, entries: &[Entry]) -> Vec<Candidate> {
         let candidacy = entries
             .iter()
             .find(|entry| entry.key.starts_with("election/"));
@@ -292,7 +347,7 @@ impl Checker {
         };
         let registry = prefix.replacen("election/", "registry/", 1);
         let prefix = format!("{prefix}/");
-        let mut line: Vec<_> = self
+        let mut queue: Vec<_> = self
             .store
             .entries()
             .into_iter()
@@ -309,12 +364,12 @@ impl Checker {
                 }
             })
             .collect();
-        line.sort_by_key(|candidate| candidate.created);
-        line
+        queue.sort_by_key(|candidate| candidate.created);
+        queue
     }
 
-    /// A candidacy was deleted; this was the line then.
-    pub fn left_the_line(&self, txn: &Txn, before: &[Entry], line: Vec<Candidate>) {
+    /// Records the queue as it was before the transaction deleted a candidacy.
+    pub fn record_queue(&self, txn: &Txn, before: &[Entry], queue: Vec<Candidate>) {
         for write in &txn.writes {
             let Write::Delete { key } = write else {
                 continue;
@@ -324,35 +379,38 @@ impl Checker {
             {
                 let mut inner = self.inner.lock().unwrap();
                 inner
-                    .lines
-                    .insert((key.clone(), entry.create_revision), line.clone());
+                    .queues
+                    .insert((key.clone(), entry.create_revision), queue.clone());
             }
         }
     }
 
-    /// Leadership of this term was handed to `target`: that has to have been the next one, and the
-    /// process that is known under this id.
-    pub fn handed_over(&self, term: &Leadership, target: &str) {
+    /// Leadership of this term was transferred to `target`, which must have been the next
+    /// candidate, with the lease that its id is registered under.
+    pub fn check_transfer(&self, term: &Leadership, target: &str) {
         let text = {
             let inner = self.inner.lock().unwrap();
-            let line = inner.lines.get(&(term.key.to_string(), term.epoch));
-            let next = line.map(|line| line.iter().find(|candidate| candidate.key != *term.key));
+            let queue = inner.queues.get(&(term.key.to_string(), term.epoch));
+            let next = queue.map(|queue| queue.iter().find(|candidate| candidate.key != *term.key));
             let is_there =
-                line.is_some_and(|line| line.iter().any(|candidate| candidate.id == target));
+                queue.is_some_and(|queue| queue.iter().any(|candidate| candidate.id == target));
             match next {
-                None => format!("leadership was not handed to {target}"),
-                _ if !is_there => format!("{target} was given leadership after it had left"),
+                None => format!("leadership was not transferred to {target}"),
+                _ if !is_there => {
+                    format!("leadership was transferred to {target} after it had left")
+                }
                 Some(Some(next)) if next.id == target && next.is_current => return,
                 Some(Some(next)) if next.id == target => {
-                    format!("leadership was handed to a former life of {target}")
+                    format!("leadership was transferred to an old incarnation of {target}")
                 }
-                Some(next) => format!("leadership for {target} was handed to {next:?}"),
+                Some(next) => format!("leadership for {target} was transferred to {next:?}"),
             }
         };
         self.violation(text);
     }
 
-    /// A transaction was carried out.
+    /// A transaction was committed: a fenced write must not have a smaller token than an earlier
+    /// one.
     pub fn committed(&self, txn: &Txn) {
         let revision = self.store.revision();
         let mut inner = self.inner.lock().unwrap();
@@ -382,7 +440,7 @@ impl Checker {
         }
     }
 
-    /// After each step of each process.
+    /// Checks everything; called after each step of each process.
     pub fn step(&self) {
         let mut inner = self.inner.lock().unwrap();
         inner.steps += 1;
@@ -428,8 +486,8 @@ impl Inner {
         sent + ttl - Duration::from_millis(500).max(ttl / 10).min(ttl)
     }
 
-    /// What each reader says of the leader was so at some instant: not later than now, and not
-    /// before the last event that it was given.
+    /// Each leader that a reader shows must have led at some moment between the last event that was
+    /// delivered to the reader and now.
     fn check_readers(&mut self, store: &MemoryStore) -> Result<(), String> {
         self.history.read(store);
         let Self {
@@ -439,55 +497,29 @@ impl Inner {
             ..
         } = self;
         for reader in readers {
-            let Some(since) = reader.heard.lock().unwrap().get(reader.group).copied() else {
+            let Some(since) = reader.delivered.lock().unwrap().get(reader.group).copied() else {
                 continue;
             };
-            let says = reader.discovery.leadership();
-            let now = says.as_ref().map(|says| (&says.node, says.epoch));
-            let is_as_before = reader.last.as_ref().is_some_and(|(last, heard)| {
+            let shown = reader.discovery.leadership();
+            let now = shown.as_ref().map(|shown| (&shown.node, shown.epoch));
+            let is_as_before = reader.last.as_ref().is_some_and(|(last, delivered)| {
                 let same = match (last, now) {
                     (Some(last), Some(now)) => Arc::ptr_eq(&last.0, now.0) && last.1 == now.1,
                     (last, now) => last.is_none() && now.is_none(),
                 };
-                same && *heard == since
+                same && *delivered == since
             });
-            // What was so then is so: the time that it may have been so in has only grown.
+            // A statement that was valid stays valid, because the interval in which it may have
+            // been true only grows.
             if is_as_before {
                 continue;
             }
-            let (group, place) = (reader.group, &reader.place);
-            let told = |text: &str| format!("the discovery on {place} says of {group}: {text}");
-            match &says {
-                Some(says) => {
-                    let term = Term::said(says).map_err(|text| told(&text))?;
-                    if !history.was(group, since, &term) {
-                        let led: Vec<_> = history.times(group, since).collect();
-                        return Err(told(&format!("{term:?} leads, but since then {led:?}")));
-                    }
-                    let to = reader.route.leader();
-                    let to = to.as_ref().map(|to| (to.addr, &to.node.id, to.epoch));
-                    if to != Some((term.addr, &term.id, term.token)) {
-                        return Err(told(&format!("{term:?} leads, but requests go to {to:?}")));
-                    }
-                }
-                None => {
-                    let nodes = reader.discovery.nodes();
-                    let led = |leader: &Option<Term>| {
-                        leader
-                            .as_ref()
-                            .is_some_and(|leader| !nodes.is_suspect(&leader.id))
-                    };
-                    if history.times(group, since).all(led) {
-                        let led: Vec<_> = history.times(group, since).collect();
-                        return Err(told(&format!("nobody leads, but since then {led:?}")));
-                    }
-                }
-            }
-            let says = says.map(|says| (says.node, says.epoch));
-            let token = |says: &Option<Said>| says.as_ref().map(|says| says.1);
-            let last = reader.last.replace((says, since));
-            let before = last.and_then(|(says, _)| token(&says));
-            let after = reader.last.as_ref().and_then(|(says, _)| token(says));
+            reader.check(shown.as_ref(), since, history)?;
+            let shown = shown.map(|shown| (shown.node, shown.epoch));
+            let token = |shown: &Option<ShownLeader>| shown.as_ref().map(|shown| shown.1);
+            let last = reader.last.replace((shown, since));
+            let before = last.and_then(|(shown, _)| token(&shown));
+            let after = reader.last.as_ref().and_then(|(shown, _)| token(shown));
             *claims += u64::from(before != after);
         }
         Ok(())
@@ -505,17 +537,17 @@ impl Inner {
         if node.group_name() != group {
             return Err(format!("{name} leads {group}"));
         }
-        // Whatever its tasks are doing.
+        // The deadline holds even if the node's tasks are stuck.
         if clock.now() >= self.deadline(lease) {
             return Err(format!("{name} leads after its deadline"));
         }
         let tokens = self.groups.entry(group.to_owned()).or_default();
-        if tokens.of_before.contains(&epoch) && epoch > tokens.seen {
+        if tokens.earlier_terms.contains(&epoch) && epoch > tokens.seen {
             return Ok(());
         }
         if epoch < tokens.seen {
             return Err(format!(
-                "{name} leads with token {epoch} after one with {}",
+                "{name} leads with token {epoch} after a term with token {}",
                 tokens.seen
             ));
         }
@@ -525,13 +557,13 @@ impl Inner {
             self.terms += 1;
             self.fold(epoch as u64);
         }
-        // By the store: its key is the first in line.
+        // In the store, its key must be the first of the queue.
         let prefix = format!("election/{group}/");
         let is_first = store.oldest(&prefix) == Some((epoch, Some(lease)));
         if !is_first {
             let name = &self.nodes[index].name;
             return Err(format!(
-                "{name} leads with token {epoch}, and is not the first in line"
+                "{name} leads with token {epoch}, but is not the first candidate"
             ));
         }
         Ok(())

@@ -1,4 +1,5 @@
-//! Who led each group, and when: read off the store's own history, with no code of the crate's.
+//! Reconstructs who led each group, and when, from the store's own history and without code of the
+//! crate.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
@@ -6,14 +7,14 @@ use std::net::SocketAddr;
 use pingora_etcd::store::{Entry, LeaseId, MemoryStore, Revision, WatchEvent};
 use pingora_etcd::{Leadership, Node};
 
-/// An instant of the store: in which of its histories, and how far that had come.
+/// A moment of the store: the number of its history, and the revision reached in it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Moment {
     pub history: u64,
     revision: Revision,
 }
 
-/// A term of one life of one process. Each life of a process has an address of its own.
+/// A term of one incarnation of a node. Each incarnation has its own address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Term {
     pub id: String,
@@ -23,14 +24,14 @@ pub struct Term {
 }
 
 impl Term {
-    /// What a reader says, if it is not of two lives by itself.
-    pub fn said(leadership: &Leadership) -> Result<Self, String> {
+    /// The term that a reader shows, unless its parts belong to two incarnations.
+    pub fn shown(leadership: &Leadership) -> Result<Self, String> {
         let lease = leadership.key.rsplit('/').next().unwrap_or_default();
         let lease = LeaseId(i64::from_str_radix(lease, 16).unwrap_or(0));
         let node = &leadership.node;
         if node.incarnation() != lease.0 {
             return Err(format!(
-                "{} at {} of lease {:x} leads with token {} of lease {lease}",
+                "{} at {} with lease {:x} is shown with token {} of lease {lease}",
                 node.id,
                 node.addr(0),
                 node.incarnation(),
@@ -48,12 +49,12 @@ impl Term {
 
 #[derive(Debug)]
 struct Group {
-    /// By id: under which lease, and where.
+    /// The lease and the address of each registration, by id.
     registered: BTreeMap<String, (Option<LeaseId>, SocketAddr)>,
-    /// By create revision and key: whose lease and id.
-    line: BTreeMap<(Revision, String), (Option<LeaseId>, String)>,
-    places: HashMap<String, Revision>,
-    /// Who led from when on. Nobody at first.
+    /// The lease and the id of each candidacy, by create revision and key.
+    queue: BTreeMap<(Revision, String), (Option<LeaseId>, String)>,
+    revisions: HashMap<String, Revision>,
+    /// Each leader with the moment at which it began to lead; at first nobody.
     led: Vec<(Moment, Option<Term>)>,
 }
 
@@ -69,8 +70,8 @@ impl Default for Group {
     fn default() -> Self {
         Self {
             registered: BTreeMap::new(),
-            line: BTreeMap::new(),
-            places: HashMap::new(),
+            queue: BTreeMap::new(),
+            revisions: HashMap::new(),
             led: vec![AT_FIRST],
         }
     }
@@ -83,7 +84,7 @@ pub struct History {
 }
 
 impl History {
-    /// Reads on.
+    /// Reads the events since the last call.
     pub fn read(&mut self, store: &MemoryStore) {
         let events = store.events_after(self.now.revision);
         for one in events.chunk_by(|a, b| a.revision() == b.revision()) {
@@ -103,16 +104,16 @@ impl History {
         }
     }
 
-    /// Other data has taken the place of the store's.
-    pub fn begin_anew(&mut self, store: &MemoryStore) {
+    /// Starts a new history: other data has replaced the store's.
+    pub fn start_new(&mut self, store: &MemoryStore) {
         self.now = Moment {
             history: self.now.history + 1,
             revision: store.revision(),
         };
         for group in self.groups.values_mut() {
             group.registered.clear();
-            group.line.clear();
-            group.places.clear();
+            group.queue.clear();
+            group.revisions.clear();
         }
         for entry in store.entries() {
             self.put(&entry);
@@ -120,11 +121,11 @@ impl History {
         for group in self.groups.values_mut() {
             group.led.push((self.now, group.leader()));
         }
-        // Leases may have run out just now.
+        // Leases may have expired at this moment.
         self.read(store);
     }
 
-    /// When a revision of the present history was.
+    /// The moment at which the current history had this revision.
     pub fn moment(&self, revision: Revision) -> Moment {
         Moment {
             revision,
@@ -148,8 +149,8 @@ impl History {
             "election" => {
                 let id = String::from_utf8_lossy(&entry.value).into_owned();
                 let place = (entry.create_revision, entry.key.clone());
-                group.places.insert(entry.key.clone(), place.0);
-                group.line.insert(place, (entry.lease, id));
+                group.revisions.insert(entry.key.clone(), place.0);
+                group.queue.insert(place, (entry.lease, id));
             }
             _ => {}
         }
@@ -165,27 +166,27 @@ impl History {
         match kind {
             "registry" => drop(group.registered.remove(last)),
             "election" => {
-                if let Some(place) = group.places.remove(key) {
-                    group.line.remove(&(place, key.to_owned()));
+                if let Some(place) = group.revisions.remove(key) {
+                    group.queue.remove(&(place, key.to_owned()));
                 }
             }
             _ => {}
         }
     }
 
-    /// Whether that was so at some instant from `since` on.
-    pub fn was(&self, group: &str, since: Moment, said: &Term) -> bool {
+    /// Whether this term led at some moment since `since`.
+    pub fn was(&self, group: &str, since: Moment, shown: &Term) -> bool {
         let mut from = self.times(group, since);
-        from.any(|leader| leader.as_ref() == Some(said))
+        from.any(|leader| leader.as_ref() == Some(shown))
     }
 
-    /// Everybody who led at some instant from `since` on; with `None` where nobody did.
+    /// Everybody who led at some moment since `since`; `None` where nobody did.
     pub fn times(&self, group: &str, since: Moment) -> impl Iterator<Item = &Option<Term>> {
         let led = self
             .groups
             .get(group)
             .map_or(&[AT_FIRST][..], |group| &group.led);
-        // The one who led at `since` began before.
+        // Whoever led at `since` began to lead before it.
         let first = led.partition_point(|(begin, _)| *begin <= since);
         led[first.saturating_sub(1)..]
             .iter()
@@ -195,9 +196,9 @@ impl History {
 }
 
 impl Group {
-    /// There is one where the first in line is of the lease that its id is registered under.
+    /// There is a leader if the first candidacy has the lease that its id is registered under.
     fn leader(&self) -> Option<Term> {
-        let ((token, _), (lease, id)) = self.line.first_key_value()?;
+        let ((token, _), (lease, id)) = self.queue.first_key_value()?;
         let (registered, addr) = self.registered.get(id)?;
         let lease = lease.filter(|lease| *registered == Some(*lease))?;
         Some(Term {

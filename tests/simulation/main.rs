@@ -1,10 +1,11 @@
-//! Coordination under every fault there is, on the in-memory store, under a paused clock.
+//! Simulates coordination under faults of every kind, on the in-memory store and under a paused
+//! clock.
 //!
 //! ```text
-//! simulation [--seeds N] [--first S]     runs N seeds from S on, and says how to replay one that fails
+//! simulation [--seeds N] [--first S]     runs N seeds starting at S, and prints how to replay a failure
 //! ```
 //!
-//! One seed fixes everything: the world, its faults, every delay and every jitter.
+//! A seed determines everything: the world, its faults, every delay and every jitter.
 
 mod check;
 mod history;
@@ -23,13 +24,13 @@ use world::Outcome;
 
 #[derive(Parser)]
 struct Arguments {
-    /// How many seeds.
+    /// The number of seeds.
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     first: u64,
-    /// What a seed's log goes to: none, or standard error by RUST_LOG.
+    /// Writes the log of each seed to standard error, filtered by RUST_LOG.
     #[arg(long)]
     log: bool,
 }
@@ -59,7 +60,7 @@ fn main() -> ExitCode {
     let took = start.elapsed();
     println!(
         "simulation: seeds {} to {}, {:.0} seeds per second, {:.1} simulated hours in {:.1} s; \
-         {} steps looked at, {} terms, {} fenced writes, {} times a reader named another leader",
+         {} steps checked, {} terms, {} fenced writes, {} leader changes seen by readers",
         arguments.first,
         arguments.first + summary.seeds - 1,
         summary.seeds as f64 / took.as_secs_f64(),
@@ -81,7 +82,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs seeds on every core until one fails.
+/// Runs the seeds on all cores until one fails.
 fn run_all(first: u64, count: u64) -> Summary {
     let next = AtomicU64::new(first);
     let summary = Mutex::new(Summary {
@@ -106,12 +107,13 @@ fn run_all(first: u64, count: u64) -> Summary {
                     let mut summary = summary.lock().unwrap();
                     summary.seeds += 1;
                     summary.simulated += outcome.simulated;
-                    summary.steps += outcome.looked.steps;
-                    summary.terms += outcome.looked.terms;
-                    summary.commits += outcome.looked.commits;
-                    summary.claims += outcome.looked.claims;
+                    summary.steps += outcome.counts.steps;
+                    summary.terms += outcome.counts.terms;
+                    summary.commits += outcome.counts.commits;
+                    summary.claims += outcome.counts.claims;
                     if let Some(text) = outcome.violation {
-                        // The least one, so that what is printed does not depend on threads.
+                        // The smallest failing seed that was seen, so that threads influence the
+                        // output little.
                         if summary.failed.as_ref().is_none_or(|failed| seed < failed.0) {
                             summary.failed = Some((seed, text));
                         }
@@ -126,7 +128,8 @@ fn run_all(first: u64, count: u64) -> Summary {
 }
 
 thread_local! {
-    /// Of this thread's seed: the runtime catches those of tasks.
+    /// The message of the last panic on this thread, because the runtime catches the panics of
+    /// tasks.
     static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
@@ -138,13 +141,13 @@ fn catch_panics() {
     }));
 }
 
-/// A panic is a violation too, in whatever task.
+/// Runs one seed. A panic in any task counts as a violation.
 fn run_one(seed: u64) -> Outcome {
     PANIC.take();
     let outcome = std::panic::catch_unwind(|| world::run(seed));
     let mut outcome = outcome.unwrap_or_else(|_| Outcome {
         simulated: Duration::ZERO,
-        looked: check::Looked::default(),
+        counts: check::Counts::default(),
         violation: None,
     });
     if let Some(panic) = PANIC.take() {
@@ -153,12 +156,12 @@ fn run_one(seed: u64) -> Outcome {
     outcome
 }
 
-/// The same seed twice is the same, step by step.
+/// Whether two runs of a seed are the same, step by step.
 fn is_reproducible(first: u64) -> bool {
     for seed in first..first + 5 {
         let traces = [run_one(seed), run_one(seed)].map(|outcome| {
-            let looked = outcome.looked;
-            (looked.trace, looked.steps, looked.terms, looked.commits)
+            let counts = outcome.counts;
+            (counts.trace, counts.steps, counts.terms, counts.commits)
         });
         if traces[0] != traces[1] {
             println!("FAILED: seed {seed} is not reproducible: {traces:?}");

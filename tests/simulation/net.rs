@@ -1,4 +1,4 @@
-//! What lies between a process and the store: a network with faults, and the process's clock.
+//! What lies between a process and the store: a network with faults, and the clock of the process.
 
 use std::collections::{BTreeMap, HashSet};
 use std::future::Future;
@@ -20,19 +20,19 @@ use super::check::Checker;
 use super::history::Moment;
 use super::process::{Process, spawn};
 
-/// How long a call waits for its answer.
-const PATIENCE: Duration = Duration::from_secs(3);
-/// When a connection that carries nothing is given up.
+/// How long a call waits for its response.
+const REQUEST_LIMIT: Duration = Duration::from_secs(3);
+/// When a silent connection is considered dead.
 const DEAD_AFTER: Duration = Duration::from_secs(10);
 
 /// A clock that runs faster or slower than the store's.
 #[derive(Debug)]
-pub struct Skewed {
+pub struct SkewedClock {
     start: Instant,
     rate: f64,
 }
 
-impl Skewed {
+impl SkewedClock {
     pub fn new(rate: f64) -> Self {
         Self {
             start: Instant::now(),
@@ -41,42 +41,43 @@ impl Skewed {
     }
 }
 
-impl Clock for Skewed {
+impl Clock for SkewedClock {
     fn now(&self) -> Duration {
         self.start.elapsed().mul_f64(self.rate)
     }
 }
 
-/// What one process's network does at the moment.
+/// The current faults of one process's network.
 #[derive(Debug, Clone, Default)]
-pub struct Weather {
-    /// Nothing gets through; nothing is closed.
+pub struct NetFaults {
+    /// Nothing is delivered; nothing is closed.
     pub silent: bool,
-    /// Everything is refused at once.
+    /// Every request is refused immediately.
     pub refused: bool,
-    /// Of the requests, so many never arrive; 0 to 1.
+    /// The part of the requests that never arrive, from 0 to 1.
     pub lost_requests: f64,
-    /// Of the answers, so many never arrive, although what was asked was done; 0 to 1.
-    pub lost_answers: f64,
-    /// Each way takes up to so long.
+    /// The part of the responses that never arrive although the request was carried out, from 0 to
+    /// 1.
+    pub lost_responses: f64,
+    /// The maximum delay in each direction.
     pub delay: Duration,
-    /// Of the requests, so many come long after their caller has given up; 0 to 1.
-    pub stragglers: f64,
+    /// The part of the requests that arrive long after their caller has given up, from 0 to 1.
+    pub late_requests: f64,
 }
 
 #[derive(Debug)]
 struct State {
-    weather: Weather,
+    faults: NetFaults,
     silent_since: Option<Instant>,
-    /// Counts connections: what was on an earlier one has ended.
+    /// The number of the current connection: streams of earlier connections have ended.
     connection: u64,
 }
 
-/// A process's network.
+/// The network of one process.
 #[derive(Debug)]
 pub struct Net {
     state: Mutex<State>,
-    /// Unlike a watch channel it wakes in a fixed order. Whoever waits looks at the state anew.
+    /// Unlike a watch channel it wakes waiters in a fixed order. Each waiter reads the state again.
     changed: Notify,
 }
 
@@ -84,7 +85,7 @@ impl Net {
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::new(State {
-                weather: Weather::default(),
+                faults: NetFaults::default(),
                 silent_since: None,
                 connection: 0,
             }),
@@ -96,30 +97,30 @@ impl Net {
         self.state.lock().unwrap()
     }
 
-    pub fn set(&self, weather: Weather) {
+    pub fn set(&self, faults: NetFaults) {
         let mut state = self.state();
-        state.silent_since = match (weather.silent, state.silent_since) {
+        state.silent_since = match (faults.silent, state.silent_since) {
             (false, _) => None,
             (true, since) => Some(since.unwrap_or_else(Instant::now)),
         };
-        if weather.refused {
+        if faults.refused {
             state.connection += 1;
         }
-        state.weather = weather;
+        state.faults = faults;
         drop(state);
         self.changed.notify_waiters();
     }
 
-    pub fn weather(&self) -> Weather {
-        self.state().weather.clone()
+    pub fn faults(&self) -> NetFaults {
+        self.state().faults.clone()
     }
 
     fn connection(&self) -> u64 {
         self.state().connection
     }
 
-    /// Gives the connection up: every stream on it ends.
-    pub fn hang_up(&self, connection: u64) {
+    /// Closes the connection, which ends every stream on it.
+    pub fn close(&self, connection: u64) {
         let mut state = self.state();
         if state.connection == connection {
             state.connection += 1;
@@ -128,11 +129,11 @@ impl Net {
         }
     }
 
-    /// Waits out a silence.
-    async fn carry(&self) {
+    /// Waits until the network is not silent.
+    async fn wait_while_silent(&self) {
         loop {
             let changed = self.changed.notified();
-            if !self.state().weather.silent {
+            if !self.state().faults.silent {
                 return;
             }
             changed.await;
@@ -140,36 +141,38 @@ impl Net {
     }
 
     fn delay(&self) -> Duration {
-        let most = self.state().weather.delay.max(Duration::from_millis(3));
+        let most = self.state().faults.delay.max(Duration::from_millis(3));
         most.mul_f64(fastrand::f64())
     }
 }
 
-/// Up to when the discovery of each group has been told what happened.
-pub type Heard = Arc<Mutex<BTreeMap<String, Moment>>>;
+/// The moment of the last event that was delivered to the discovery of each group.
+pub type Delivered = Arc<Mutex<BTreeMap<String, Moment>>>;
 
-/// The store as one incarnation of a client sees it.
+/// The store as one client of a process sees it.
 #[derive(Debug, Clone)]
 pub struct Client {
     pub store: MemoryStore,
     pub process: Arc<Process>,
     pub net: Arc<Net>,
-    pub clock: Arc<Skewed>,
+    pub clock: Arc<SkewedClock>,
     pub checker: Arc<Checker>,
-    /// The store grants so much more than it is asked for.
-    pub generosity: Duration,
-    /// The leases that it was granted, whether it knows or not.
+    /// How much longer the granted TTL is than the requested one.
+    pub extra_ttl: Duration,
+    /// The leases that were granted to this client, whether it received the response or not.
     leases: Arc<Mutex<HashSet<LeaseId>>>,
-    /// The groups that somebody is a member of through it, and since which revision.
+    /// The groups with a running member that uses this client, and the revision at which it
+    /// started.
     groups: Arc<Mutex<BTreeMap<&'static str, Revision>>>,
-    /// Keys that a member wrote which has ended since, and when: nobody counts on them.
-    strays: Arc<Mutex<HashSet<(String, Revision)>>>,
-    pub heard: Heard,
-    /// Of which cluster the nodes of each group were listed last.
+    /// Keys, with their revision, that were written by a member that has ended: no running member
+    /// relies on them.
+    orphaned: Arc<Mutex<HashSet<(String, Revision)>>>,
+    pub delivered: Delivered,
+    /// The id of the cluster from which the nodes of each group were last listed.
     listed: Arc<Mutex<BTreeMap<String, u64>>>,
 }
 
-/// That a group has a running member.
+/// Marks a group as having a running member, until it is dropped.
 #[derive(Debug)]
 pub struct Presence {
     client: Client,
@@ -187,7 +190,7 @@ impl Client {
         store: &MemoryStore,
         process: &Arc<Process>,
         checker: &Arc<Checker>,
-        generosity: Duration,
+        extra_ttl: Duration,
     ) -> Self {
         Self {
             store: store.clone(),
@@ -195,11 +198,11 @@ impl Client {
             net: process.net.clone(),
             clock: process.clock.clone(),
             checker: checker.clone(),
-            generosity,
+            extra_ttl,
             leases: Arc::default(),
             groups: Arc::default(),
-            strays: Arc::default(),
-            heard: Arc::default(),
+            orphaned: Arc::default(),
+            delivered: Arc::default(),
             listed: Arc::default(),
         }
     }
@@ -213,25 +216,25 @@ impl Client {
         }
     }
 
-    /// A lease is not ended under a member that counts on it.
+    /// A lease must not be revoked while a running member relies on it.
     fn check_revocation(&self, lease: LeaseId) {
         if !self.owns(lease) {
-            let text = format!("lease {lease} is revoked by another");
+            let text = format!("lease {lease} is revoked by another client");
             return self.checker.violation(text);
         }
         if self.clock.now() >= self.checker.deadline(lease) {
             return;
         }
         let groups = self.groups.lock().unwrap();
-        let strays = self.strays.lock().unwrap();
+        let orphaned = self.orphaned.lock().unwrap();
         for entry in self.store.entries() {
             if entry.lease == Some(lease)
                 && let Some(group) = entry.key.split('/').nth(1)
-                // Not of one that was there before.
+                // Keys from before the member started are not its own.
                 && groups.get(group).is_some_and(|since| entry.create_revision > *since)
-                && !strays.contains(&(entry.key.clone(), entry.create_revision))
+                && !orphaned.contains(&(entry.key.clone(), entry.create_revision))
             {
-                let text = format!("{} is revoked under a running member", entry.key);
+                let text = format!("{} is revoked although its member is running", entry.key);
                 return self.checker.violation(text);
             }
         }
@@ -241,11 +244,11 @@ impl Client {
         self.leases.lock().unwrap().contains(&lease)
     }
 
-    /// One request and its answer, each of which may be late or lost.
+    /// A request and its response, each of which may be late or lost.
     async fn call<T, F>(
         &self,
         operation: &'static str,
-        patience: Duration,
+        limit: Duration,
         request: impl FnOnce(Self) -> F + Send + 'static,
     ) -> Result<T, ClusterError>
     where
@@ -253,75 +256,77 @@ impl Client {
         F: Future<Output = Result<T, ClusterError>> + Send,
     {
         self.checker.called();
-        let weather = self.net.weather();
-        if weather.refused {
+        let faults = self.net.faults();
+        if faults.refused {
             return Err(unavailable(operation, "connection refused"));
         }
         let connection = self.net.connection();
         let (answer, answered) = oneshot::channel();
         let client = self.clone();
         let history = self.checker.history();
-        let lost = fastrand::f64() < weather.lost_requests;
-        let lost_answer = fastrand::f64() < weather.lost_answers;
-        let straggles = fastrand::f64() < weather.stragglers;
-        let survives_hang_up = fastrand::bool();
-        // What is on the wire goes on whatever becomes of its sender.
+        let lost = fastrand::f64() < faults.lost_requests;
+        let is_response_lost = fastrand::f64() < faults.lost_responses;
+        let is_late = fastrand::f64() < faults.late_requests;
+        let survives_close = fastrand::bool();
+        // A message in transit does not depend on its sender any more.
         tokio::spawn(async move {
             let net = client.net.clone();
             sleep(net.delay()).await;
-            if straggles {
-                sleep(PATIENCE.mul_f64(1.0 + 2.0 * fastrand::f64())).await;
+            if is_late {
+                sleep(REQUEST_LIMIT.mul_f64(1.0 + 2.0 * fastrand::f64())).await;
             }
-            net.carry().await;
-            let hung_up = net.connection() != connection;
-            // Data is restored into a server that was started anew: what was sent to the one before
-            // it does not reach it, however late it is.
+            net.wait_while_silent().await;
+            let is_closed = net.connection() != connection;
+            // A restored store is a restarted server: requests that were sent to the previous
+            // server never reach it, however late they are.
             let has_another_server = client.checker.history() != history;
-            if lost || (hung_up && !survives_hang_up) || has_another_server {
+            if lost || (is_closed && !survives_close) || has_another_server {
                 return;
             }
             let result = request(client).await;
-            if lost_answer {
+            if is_response_lost {
                 return;
             }
             sleep(net.delay()).await;
-            net.carry().await;
-            // Nobody hears an answer on a connection that was given up.
+            net.wait_while_silent().await;
+            // A response on a closed connection is not received.
             if net.connection() == connection {
                 let _ = answer.send(result);
             }
         });
-        match timeout(patience, answered).await {
+        match timeout(limit, answered).await {
             Ok(Ok(result)) => result,
-            // The task is gone without an answer: the same as silence.
+            // The task ended without a response, which is the same as silence.
             late => {
                 if late.is_ok() {
-                    sleep(patience).await;
+                    sleep(limit).await;
                 }
-                self.net.hang_up(connection);
+                self.net.close(connection);
                 Err(ClusterError::Timeout {
                     endpoint: "simulated".to_owned(),
                     operation,
-                    after: patience,
+                    after: limit,
                 })
             }
         }
     }
 
-    /// What a run sent that has ended since, perhaps with another one in its place.
-    fn note_strays(&self, txn: &Txn, at: Revision, members: &BTreeMap<&'static str, Revision>) {
+    /// Records the keys that were written by a run that has ended, even if another run has replaced
+    /// it.
+    fn record_orphaned(&self, txn: &Txn, at: Revision, members: &BTreeMap<&'static str, Revision>) {
         let now = self.groups.lock().unwrap();
         for write in &txn.writes {
             if let Write::Put { key, .. } = write
                 && let Some(group) = key.split('/').nth(1)
                 && members.get(group) != now.get(group)
             {
-                self.strays.lock().unwrap().insert((key.clone(), at));
+                self.orphaned.lock().unwrap().insert((key.clone(), at));
             }
         }
     }
 
-    /// Nobody removes what is not his, nor replaces what he has not looked at.
+    /// A client must not remove entries of another client, nor replace them without a condition on
+    /// them.
     fn check_writes(&self, txn: &Txn, before: &[Entry]) {
         for write in &txn.writes {
             let (Write::Delete { key } | Write::Put { key, .. }) = write;
@@ -339,8 +344,9 @@ impl Client {
                 }
             });
             if is_removed || !is_looked_at {
-                self.checker
-                    .violation(format!("{key} of lease {lease} is removed by another"));
+                self.checker.violation(format!(
+                    "{key} with lease {lease} is removed by another client"
+                ));
             }
         }
     }
@@ -362,9 +368,9 @@ impl Store for Client {
 
     async fn grant(&self, ttl: Duration) -> Result<Lease, ClusterError> {
         let sent = self.clock.now();
-        let ttl = ttl + self.generosity;
+        let ttl = ttl + self.extra_ttl;
         let lease = self
-            .call("grant", PATIENCE, move |client| async move {
+            .call("grant", REQUEST_LIMIT, move |client| async move {
                 let lease = client.store.grant(ttl).await?;
                 client.leases.lock().unwrap().insert(lease.id);
                 Ok(lease)
@@ -382,7 +388,7 @@ impl Store for Client {
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
-        self.call("revoke", PATIENCE, move |client| async move {
+        self.call("revoke", REQUEST_LIMIT, move |client| async move {
             client.check_revocation(lease);
             client.store.revoke(lease).await
         })
@@ -390,7 +396,7 @@ impl Store for Client {
     }
 
     async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
-        self.call("lease", PATIENCE, move |client| async move {
+        self.call("lease", REQUEST_LIMIT, move |client| async move {
             client.store.keys_of(lease).await
         })
         .await
@@ -402,7 +408,7 @@ impl Store for Client {
 
     async fn txn(&self, txn: Txn) -> Result<Option<Revision>, ClusterError> {
         let members = self.groups.lock().unwrap().clone();
-        self.call("txn", PATIENCE, move |client| async move {
+        self.call("txn", REQUEST_LIMIT, move |client| async move {
             let before: Vec<_> = txn
                 .writes
                 .iter()
@@ -411,12 +417,12 @@ impl Store for Client {
                     client.store.entry(key)
                 })
                 .collect();
-            let line = client.checker.line_of(&before);
+            let queue = client.checker.queue_of(&before);
             let result = client.store.txn(txn.clone()).await;
             if let Ok(Some(revision)) = result {
-                client.note_strays(&txn, revision, &members);
+                client.record_orphaned(&txn, revision, &members);
                 client.check_writes(&txn, &before);
-                client.checker.left_the_line(&txn, &before, line);
+                client.checker.record_queue(&txn, &before, queue);
                 client.checker.committed(&txn);
             }
             result
@@ -431,11 +437,11 @@ impl Store for Client {
                 .map(|group| group.trim_end_matches('/').to_owned()),
             Selector::Key(_) => None,
         };
-        // A discovery lists the candidates last, as they were when it listed the nodes.
+        // A discovery lists the candidates last, at the revision at which it listed the nodes.
         let (nodes, candidates) = (of("registry/"), of("election/").filter(|_| at.is_some()));
         let keys = keys.clone();
         let (listing, moment) = self
-            .call("list", PATIENCE, move |client| async move {
+            .call("list", REQUEST_LIMIT, move |client| async move {
                 let listing = client.store.list(&keys, at).await?;
                 let moment = client.checker.moment(listing.revision);
                 Ok((listing, moment))
@@ -445,11 +451,12 @@ impl Store for Client {
         if let Some(group) = nodes {
             listed.insert(group, listing.cluster_id);
         }
-        // Those of another cluster than the nodes' say nothing: it lists both again.
+        // Candidates from another cluster than the nodes count for nothing: the discovery lists
+        // both again.
         if let Some(group) = candidates
             && listed.get(&group) == Some(&listing.cluster_id)
         {
-            self.heard.lock().unwrap().insert(group, moment);
+            self.delivered.lock().unwrap().insert(group, moment);
         }
         drop(listed);
         Ok(listing)
@@ -457,23 +464,23 @@ impl Store for Client {
 
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
         let connection = self.net.connection();
-        // Nobody but a discovery watches all nodes.
+        // Only a discovery watches all nodes of a group.
         let registry = ranges.iter().find_map(|range| match &range.keys {
             Selector::Prefix(prefix) => prefix.strip_prefix("registry/"),
             Selector::Key(_) => None,
         });
         let group = registry.map(|group| group.trim_end_matches('/').to_owned());
         let inner = self
-            .call("watch", PATIENCE, move |client| async move {
+            .call("watch", REQUEST_LIMIT, move |client| async move {
                 client.store.watch(ranges).await
             })
             .await?;
-        Ok(Box::new(Watching {
+        Ok(Box::new(NetWatcher {
             net: self.net.clone(),
             connection,
-            told: inner.position().to_vec(),
+            position: inner.position().to_vec(),
             inner,
-            on_the_way: None,
+            in_transit: None,
             client: self.clone(),
             group,
         }))
@@ -493,7 +500,7 @@ impl LeaseKeeper for Keeper {
         let ttl = client
             .call("renew", within, move |client| async move {
                 let mut keeper = client.store.keeper(lease);
-                keeper.renew(PATIENCE).await
+                keeper.renew(REQUEST_LIMIT).await
             })
             .await?;
         client.checker.acknowledged(lease.id, sent, ttl);
@@ -501,49 +508,49 @@ impl LeaseKeeper for Keeper {
     }
 }
 
-struct Watching {
+struct NetWatcher {
     net: Arc<Net>,
     connection: u64,
     inner: Box<dyn Watcher>,
-    /// Events that have been sent, when they arrive, and how far they tell.
-    on_the_way: Option<(Instant, Vec<WatchEvent>, Vec<WatchRange>, Moment)>,
-    told: Vec<WatchRange>,
+    /// Events in transit, with their arrival time, the position after them, and their moment.
+    in_transit: Option<(Instant, Vec<WatchEvent>, Vec<WatchRange>, Moment)>,
+    position: Vec<WatchRange>,
     client: Client,
-    /// Of the discovery that watches.
+    /// The group of the discovery that watches.
     group: Option<String>,
 }
 
 #[async_trait]
-impl Watcher for Watching {
+impl Watcher for NetWatcher {
     async fn next(&mut self) -> Result<Vec<WatchEvent>, ClusterError> {
         let net = self.net.clone();
         loop {
-            // Made before looking: what comes in between is not missed.
+            // Created before the state is read, so that no change in between is missed.
             let changed = net.changed.notified();
             let (silent_since, connection) = {
                 let state = self.net.state();
                 (state.silent_since, state.connection)
             };
             if connection != self.connection {
-                return Err(unavailable("watch", "the connection was given up"));
+                return Err(unavailable("watch", "the connection was closed"));
             }
             if let Some(since) = silent_since {
                 tokio::select! {
                     biased;
                     () = changed => {}
-                    () = sleep_until(since + DEAD_AFTER) => self.net.hang_up(connection),
+                    () = sleep_until(since + DEAD_AFTER) => self.net.close(connection),
                 }
                 continue;
             }
-            if let Some((due, ..)) = &self.on_the_way {
+            if let Some((due, ..)) = &self.in_transit {
                 tokio::select! {
                     biased;
                     () = changed => {}
                     () = sleep_until(*due) => {
-                        if let Some((_, events, told, moment)) = self.on_the_way.take() {
-                            self.told = told;
+                        if let Some((_, events, position, moment)) = self.in_transit.take() {
+                            self.position = position;
                             if let Some(group) = &self.group {
-                                self.client.heard.lock().unwrap().insert(group.clone(), moment);
+                                self.client.delivered.lock().unwrap().insert(group.clone(), moment);
                             }
                             return Ok(events);
                         }
@@ -556,17 +563,17 @@ impl Watcher for Watching {
                 () = changed => {}
                 events = self.inner.next() => {
                     let due = Instant::now() + self.net.delay();
-                    let told = self.inner.position().to_vec();
+                    let position = self.inner.position().to_vec();
                     let events = events?;
                     let newest = events.iter().map(WatchEvent::revision).max();
                     let moment = self.client.checker.moment(newest.unwrap_or(0));
-                    self.on_the_way = Some((due, events, told, moment));
+                    self.in_transit = Some((due, events, position, moment));
                 }
             }
         }
     }
 
     fn position(&self) -> &[WatchRange] {
-        &self.told
+        &self.position
     }
 }

@@ -1,4 +1,4 @@
-//! Processes: what runs in them, and how they stop for a while, crash, and start again.
+//! The simulated processes: what runs in them, and how they are paused, crash, and start again.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -13,21 +13,21 @@ use pingora_etcd::pingora::LeaderRoute;
 use pingora_etcd::store::{Fault, MemoryStore, Store, Txn};
 use pingora_etcd::{
     Change, Cluster, ClusterNode, ClusterNodeBuilder, EtcdOptions, MetricsCollector, Node,
-    NodeMetadata, ServiceDiscovery, metadata_keys,
+    NodeMetadata, ServiceDiscovery, discovery::Changes, metadata_keys,
 };
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use super::check::{Checker, work};
-use super::net::{Client, Heard, Net, Presence, Skewed};
+use super::net::{Client, Delivered, Net, Presence, SkewedClock};
 
-/// A machine with a process: one network, one clock, and a switch that stops it.
+/// A process on its own machine, with its own network and clock, which can be paused.
 #[derive(Debug)]
 pub struct Process {
     pub name: String,
     pub net: Arc<Net>,
-    pub clock: Arc<Skewed>,
+    pub clock: Arc<SkewedClock>,
     paused: Mutex<Option<Vec<Waker>>>,
 }
 
@@ -36,12 +36,12 @@ impl Process {
         Arc::new(Self {
             name,
             net: Net::new(),
-            clock: Arc::new(Skewed::new(rate)),
+            clock: Arc::new(SkewedClock::new(rate)),
             paused: Mutex::new(None),
         })
     }
 
-    /// Nothing in it runs from now on.
+    /// From now on, none of its tasks runs.
     pub fn pause(&self) {
         self.paused.lock().unwrap().get_or_insert_default();
     }
@@ -57,7 +57,8 @@ impl Process {
     }
 }
 
-/// A task of a process: stands still while it is paused, and is looked at after each step.
+/// A task of a process: it does not run while the process is paused, and is followed by a check
+/// after each step.
 struct Task<F> {
     process: Arc<Process>,
     checker: Arc<Checker>,
@@ -90,34 +91,34 @@ pub fn spawn<T: Send + 'static>(
     })
 }
 
-/// What every member and reader of a world has in common.
+/// What all members and readers of a world share.
 #[derive(Clone)]
 pub struct Common {
     pub store: MemoryStore,
     pub checker: Arc<Checker>,
-    /// In seconds.
+    /// The TTL of every lease, in seconds.
     pub ttl: i64,
-    pub generosity: Duration,
-    /// Outages of the store that are not over.
+    pub extra_ttl: Duration,
+    /// The number of outages of the store that have not ended.
     outages: Arc<AtomicUsize>,
-    /// How many nodes have been started: each life of a process is reached somewhere else.
-    lives: Arc<AtomicU32>,
+    /// How many nodes were started, because each incarnation of a node has another address.
+    incarnations: Arc<AtomicU32>,
 }
 
 impl Common {
-    pub fn new(ttl: i64, generosity: Duration) -> Self {
+    pub fn new(ttl: i64, extra_ttl: Duration) -> Self {
         let store = MemoryStore::new();
         Self {
             checker: Checker::new(&store),
             store,
             ttl,
-            generosity,
+            extra_ttl,
             outages: Arc::default(),
-            lives: Arc::default(),
+            incarnations: Arc::default(),
         }
     }
 
-    /// The store is down for so long, for everybody; then `comes_back` with something.
+    /// Takes the store down for everybody, for this long; then calls `comes_back`.
     pub fn outage(
         &self,
         lasts: Duration,
@@ -135,21 +136,21 @@ impl Common {
         })
     }
 
-    /// There are no outages any more.
-    pub fn clear_up(&self) {
+    /// Ends all outages.
+    pub fn end_outages(&self) {
         self.outages.store(0, Ordering::Relaxed);
         self.store.set_fault(None);
     }
 
     fn new_address(&self) -> IpAddr {
-        let life = self.lives.fetch_add(1, Ordering::Relaxed) + 1;
+        let incarnation = self.incarnations.fetch_add(1, Ordering::Relaxed) + 1;
         IpAddr::V4(Ipv4Addr::from_bits(
-            Ipv4Addr::new(10, 0, 0, 0).to_bits() + life,
+            Ipv4Addr::new(10, 0, 0, 0).to_bits() + incarnation,
         ))
     }
 
     pub fn client(&self, process: &Arc<Process>) -> Client {
-        Client::new(&self.store, process, &self.checker, self.generosity)
+        Client::new(&self.store, process, &self.checker, self.extra_ttl)
     }
 
     pub fn cluster(&self, process: &Arc<Process>) -> Sharing {
@@ -163,17 +164,17 @@ impl Common {
     }
 }
 
-/// A cluster, and its way to the store.
+/// A cluster, and the client that it uses.
 #[derive(Clone)]
 pub struct Sharing {
     pub cluster: Cluster,
     client: Client,
 }
 
-/// A load that hovers, and sometimes moves.
-struct Hovering(Mutex<f64>);
+/// A load with small fluctuations and occasional jumps.
+struct FluctuatingLoad(Mutex<f64>);
 
-impl MetricsCollector for Hovering {
+impl MetricsCollector for FluctuatingLoad {
     fn collect(&self) -> NodeMetadata {
         let mut load = self.0.lock().unwrap();
         if fastrand::u8(..) < 8 {
@@ -195,7 +196,7 @@ pub struct Member {
     pub id: String,
     pub priority: u16,
     pub is_sharing: bool,
-    /// It was told to drain, and will.
+    /// Whether it has been told to drain.
     pub drains: Arc<AtomicBool>,
     _presence: Presence,
     stop: oneshot::Sender<()>,
@@ -229,7 +230,7 @@ impl Member {
             .takeover_after(Duration::from_secs(2));
         let builder = if metrics {
             builder
-                .metrics_collector(Hovering(Mutex::new(50.0)))
+                .metrics_collector(FluctuatingLoad(Mutex::new(50.0)))
                 .metrics_update_interval(1)
         } else {
             builder
@@ -247,18 +248,8 @@ impl Member {
                 .await;
             ended.expect("a run that was started once");
         });
-        // What a leader does: writes that must never come from two terms at once.
-        let leader = node.clone();
-        let working = spawn(process, &common.checker, async move {
-            loop {
-                sleep(Duration::from_millis(fastrand::u64(200..1500))).await;
-                if let Some(term) = leader.leadership() {
-                    let token = term.epoch.to_string().into_bytes();
-                    let write = Txn::new().when(term.guard()).put(work(group), token, None);
-                    let _ = client.txn(write).await;
-                }
-            }
-        });
+        let work = write_as_leader(node.clone(), client, group);
+        let working = spawn(process, &common.checker, work);
         Self {
             process: process.clone(),
             node,
@@ -274,13 +265,13 @@ impl Member {
         }
     }
 
-    /// As a crash does: nothing is cleaned up.
+    /// Ends the node as a crash does: nothing is cleaned up.
     pub fn crash(self) {
         self.running.abort();
         self.working.abort();
     }
 
-    /// Asks it to leave. Answers what to wait for.
+    /// Asks the node to leave; returns its task, to wait for.
     pub fn stop(self) -> JoinHandle<()> {
         self.working.abort();
         drop(self.stop);
@@ -288,21 +279,34 @@ impl Member {
     }
 }
 
-/// What somebody who folds the changes of a discovery has.
+/// The leader's work: fenced writes, which must never come from two terms at once.
+async fn write_as_leader(leader: ClusterNode, client: Arc<Client>, group: &'static str) {
+    loop {
+        sleep(Duration::from_millis(fastrand::u64(200..1500))).await;
+        if let Some(term) = leader.leadership() {
+            let token = term.epoch.to_string().into_bytes();
+            let write = Txn::new().when(term.guard()).put(work(group), token, None);
+            let _ = client.txn(write).await;
+        }
+    }
+}
+
+/// The state that results from folding the changes of a discovery.
 #[derive(Debug, Default)]
 pub struct Folded {
     pub nodes: BTreeMap<String, i64>,
     pub leader: Option<(String, i64)>,
 }
 
-/// A discovery that runs in a process, with a reader of its changes.
+/// A discovery that runs in a process, with a task that folds its changes and one that sends
+/// requests to the leader.
 pub struct Reader {
     pub process: Arc<Process>,
     pub discovery: ServiceDiscovery,
     pub group: &'static str,
     pub folded: Arc<Mutex<Folded>>,
     checker: Arc<Checker>,
-    heard: Heard,
+    delivered: Delivered,
     stop: Option<oneshot::Sender<()>>,
     running: JoinHandle<()>,
     folding: JoinHandle<()>,
@@ -318,7 +322,7 @@ impl Reader {
     ) -> Self {
         let own = || common.client(process);
         let client = sharing.map_or_else(own, |sharing| sharing.client.clone());
-        let heard = client.heard.clone();
+        let delivered = client.delivered.clone();
         let builder = match sharing {
             Some(sharing) => sharing.cluster.discovery(group),
             None => ServiceDiscovery::builder(EtcdOptions::memory("simulation"), group)
@@ -326,7 +330,7 @@ impl Reader {
         };
         let discovery = builder.try_build().expect("a valid discovery");
         let checker = &common.checker;
-        checker.add_reader(&discovery, &heard, group, &process.name);
+        checker.add_reader(&discovery, &delivered, group, &process.name);
         let (stop, stopped) = oneshot::channel();
         let run = discovery.clone();
         let running = spawn(process, &common.checker, async move {
@@ -338,41 +342,29 @@ impl Reader {
             ended.expect("a run that was started once");
         });
         let folded = Arc::<Mutex<Folded>>::default();
-        let (fold, checker, place) = (folded.clone(), common.checker.clone(), process.name.clone());
-        let mut changes = discovery.changes();
-        let folding = spawn(process, &common.checker, async move {
-            loop {
-                let change = changes.next().await;
-                if let Change::Leader(Some(leader)) = &change {
-                    checker.told(group, leader, &place);
-                }
-                let mut folded = fold.lock().unwrap();
-                folded.apply(change);
-                if let Some(stranger) = folded.nodes.keys().find(|id| !is_of(id, group)) {
-                    checker.violation(format!("{stranger} is seen in group {group}"));
-                }
-            }
-        });
-        // Sends to whoever leads.
-        let route = LeaderRoute::new(discovery.clone(), 0);
-        let (checker, hears, place) = (common.checker.clone(), heard.clone(), process.name.clone());
-        let routing = spawn(process, &common.checker, async move {
-            let mut known = None;
-            loop {
-                let patience = Duration::from_secs(10);
-                if let Some(to) = route.wait_for_other_than(known, patience).await {
-                    checker.routed(group, &hears, &to, &place);
-                    known = Some(to.epoch);
-                }
-            }
-        });
+        let fold = fold_changes(
+            discovery.changes(),
+            folded.clone(),
+            group,
+            common.checker.clone(),
+            process.name.clone(),
+        );
+        let folding = spawn(process, &common.checker, fold);
+        let send = send_to_leader(
+            LeaderRoute::new(discovery.clone(), 0),
+            delivered.clone(),
+            group,
+            common.checker.clone(),
+            process.name.clone(),
+        );
+        let routing = spawn(process, &common.checker, send);
         Self {
             process: process.clone(),
             discovery,
             group,
             folded,
             checker: common.checker.clone(),
-            heard,
+            delivered,
             routing,
             stop: Some(stop),
             running,
@@ -381,7 +373,7 @@ impl Reader {
     }
 
     pub fn crash(self) {
-        self.checker.forget_reader(&self.heard, self.group);
+        self.checker.forget_reader(&self.delivered, self.group);
         self.running.abort();
         self.folding.abort();
         self.routing.abort();
@@ -395,7 +387,46 @@ impl Reader {
     }
 }
 
-/// Ids begin with their group.
+/// Folds the changes of a discovery, and checks the leaders and the ids that they report.
+async fn fold_changes(
+    mut changes: Changes,
+    fold: Arc<Mutex<Folded>>,
+    group: &'static str,
+    checker: Arc<Checker>,
+    place: String,
+) {
+    loop {
+        let change = changes.next().await;
+        if let Change::Leader(Some(leader)) = &change {
+            checker.check_change(group, leader, &place);
+        }
+        let mut folded = fold.lock().unwrap();
+        folded.apply(change);
+        if let Some(stranger) = folded.nodes.keys().find(|id| !is_of(id, group)) {
+            checker.violation(format!("{stranger} is shown in group {group}"));
+        }
+    }
+}
+
+/// Sends requests to the current leader.
+async fn send_to_leader(
+    route: LeaderRoute,
+    delivered: Delivered,
+    group: &'static str,
+    checker: Arc<Checker>,
+    place: String,
+) {
+    let mut known = None;
+    loop {
+        let limit = Duration::from_secs(10);
+        if let Some(to) = route.wait_for_other_than(known, limit).await {
+            checker.check_route(group, &delivered, &to, &place);
+            known = Some(to.epoch);
+        }
+    }
+}
+
+/// The id of each node begins with its group.
 fn is_of(id: &str, group: &str) -> bool {
     id.split(':').next() == Some(group)
 }

@@ -1,5 +1,5 @@
-//! One seed: a world of processes, the faults that befall it, and what must be true when they
-//! are over.
+//! Runs one seed: a world of processes, the faults that are injected, and the conditions that must
+//! hold when they are over.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,32 +15,32 @@ use pingora_etcd::{
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::check::Looked;
-use super::net::Weather;
+use super::check::Counts;
+use super::net::NetFaults;
 use super::process::{Common, Member, Process, Reader, Sharing};
 
-/// One is a prefix of the other: the predecessor mixed them.
+/// One name is a prefix of the other, because the predecessor confused such groups.
 const GROUPS: [&str; 2] = ["app", "app-2"];
-/// How long everything may take to be well again once the faults are over.
+/// How long the recovery may take once the faults are over.
 const HEALS_WITHIN: Duration = Duration::from_secs(120);
-/// And how long it has to stay so.
+/// How long the recovered state must last.
 const STAYS_WELL: Duration = Duration::from_secs(10);
-/// Requests per second and user while nothing happens: renewals, metrics, fenced writes, and a look
-/// at who leads.
+/// The limit of requests per second and user in a quiet time: renewals, metrics, fenced writes, and
+/// reads of the leader.
 const QUIET_CALLS: f64 = 5.0;
-/// How long a command may take to be answered once the faults are over.
-const ANSWERED: Duration = Duration::from_secs(20);
-/// How long a run may take to return once it is told to.
+/// How long a command may take to return once the faults are over.
+const COMMAND_LIMIT: Duration = Duration::from_secs(20);
+/// How long a run may take to return once it is stopped.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 
-/// How a seed went.
+/// The result of a seed.
 pub struct Outcome {
     pub simulated: Duration,
-    pub looked: Looked,
+    pub counts: Counts,
     pub violation: Option<String>,
 }
 
-/// Runs one seed. Everything is on this thread, and random numbers come from the seed alone.
+/// Runs one seed, entirely on this thread; all random numbers come from the seed.
 pub fn run(seed: u64) -> Outcome {
     fastrand::seed(seed);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -58,12 +58,12 @@ pub fn run(seed: u64) -> Outcome {
         }
         let outcome = Outcome {
             simulated: start.elapsed(),
-            looked: checker.looked(),
+            counts: checker.counts(),
             violation: checker.violated(),
         };
         (outcome, checker)
     });
-    // It has the nodes, and they have it: else no world would ever be freed.
+    // The checker and the nodes refer to each other, so without this no world would be freed.
     drop(runtime);
     checker.forget();
     outcome
@@ -77,11 +77,11 @@ struct World {
     members: Vec<Member>,
     readers: Vec<Reader>,
     backups: Vec<Backup>,
-    /// Faults that will end.
+    /// Tasks that end a fault.
     pending: Vec<JoinHandle<()>>,
-    /// Commands that will be answered.
+    /// Tasks that wait for a command.
     commands: Vec<JoinHandle<()>>,
-    /// Ids that are to be started again, with where.
+    /// The nodes to be started again: process, group, id, priority.
     down: Vec<(Arc<Process>, &'static str, String, u16)>,
     leaving: Vec<JoinHandle<()>>,
     no_starts_until: Instant,
@@ -91,8 +91,8 @@ impl World {
     fn new(seed: u64) -> Self {
         let mut plan = fastrand::Rng::with_seed(seed ^ 0x5eed);
         let ttl = plan.choice([2, 3, 5, 10]).unwrap_or(5);
-        let generosity = Duration::from_secs(plan.choice([0, 0, 0, 1]).unwrap_or(0));
-        let common = Common::new(ttl, generosity);
+        let extra_ttl = Duration::from_secs(plan.choice([0, 0, 0, 1]).unwrap_or(0));
+        let common = Common::new(ttl, extra_ttl);
         let count = plan.usize(3..=6);
         let processes: Vec<_> = (0..count)
             .map(|index| {
@@ -126,9 +126,9 @@ impl World {
                 _ => self.plan.u64(2_000..10_000),
             };
             sleep(Duration::from_millis(pause)).await;
-            self.befall().await?;
+            self.inject().await?;
         }
-        self.clear_up().await;
+        self.end_faults().await;
         self.wait_until_well().await?;
         self.end().await
     }
@@ -136,10 +136,11 @@ impl World {
     fn populate(&mut self) {
         for index in 0..self.processes.len() {
             let process = self.processes[index].clone();
-            // The first two are plain workers of one group, so that there is something to elect.
+            // The first two processes are plain workers of one group, so that there is always an
+            // election.
             let kind = if index < 2 { 0 } else { self.plan.u8(0..3) };
             if kind == 1 {
-                // A process in both groups, on one lease, which watches both as well.
+                // A process in both groups, with one lease, that also watches both groups.
                 let cluster = self.common.cluster(&process);
                 for group in GROUPS {
                     self.start(&process, Some(&cluster), group, &format!("{group}:{index}"));
@@ -176,8 +177,8 @@ impl World {
         self.members.push(member);
     }
 
-    /// How long a fault lasts: short, or about as long as a lease.
-    fn while_(&mut self) -> Duration {
+    /// The duration of a fault: short, about that of a lease, or up to 20 s.
+    fn fault_duration(&mut self) -> Duration {
         let ttl = self.common.ttl as f64;
         let seconds = match self.plan.u8(0..3) {
             0 => self.plan.f64(),
@@ -192,25 +193,25 @@ impl World {
         self.processes[index].clone()
     }
 
-    /// One thing happens.
-    async fn befall(&mut self) -> Result<(), String> {
-        let lasts = self.while_();
+    /// Injects one fault, or performs one operation.
+    async fn inject(&mut self) -> Result<(), String> {
+        let lasts = self.fault_duration();
         let what = self.plan.u8(0..32);
         self.common.checker.note(&format!("{what} {lasts:?}"));
         match what {
             0..=5 => {
                 let process = self.process();
-                let weather = self.weather();
-                self.weather_for(process, weather, lasts);
+                let faults = self.random_faults();
+                self.set_faults_for(process, faults, lasts);
             }
             6 => {
-                // All at once: every lease runs out, if it lasts.
+                // All networks are silent at once: if that lasts, every lease expires.
                 for process in self.processes.clone() {
-                    let silent = Weather {
+                    let silent = NetFaults {
                         silent: true,
-                        ..Weather::default()
+                        ..NetFaults::default()
                     };
-                    self.weather_for(process, silent, lasts);
+                    self.set_faults_for(process, silent, lasts);
                 }
             }
             7 | 8 => {
@@ -222,7 +223,7 @@ impl World {
                 }));
             }
             9 | 10 => self.crash_one(),
-            11 | 12 => self.come_back(),
+            11 | 12 => self.start_again(),
             13 => {
                 if !self.members.is_empty() {
                     let index = self.plan.usize(0..self.members.len());
@@ -243,18 +244,7 @@ impl World {
                 self.pending.push(outage);
             }
             19 => self.common.store.extend_leases(),
-            20 | 21 => {
-                let revision = self.common.store.revision();
-                self.common.checker.read_history();
-                self.common.store.compact(revision);
-                // Whoever is disconnected then has missed something.
-                let process = self.process();
-                let refused = Weather {
-                    refused: true,
-                    ..Weather::default()
-                };
-                self.weather_for(process, refused, Duration::from_millis(50));
-            }
+            20 | 21 => self.compact(),
             22 => self.backups.push(self.common.store.backup()),
             23 => self.crash_a_process(),
             24 => self.restore(),
@@ -268,24 +258,37 @@ impl World {
         }
     }
 
-    fn weather(&mut self) -> Weather {
-        let mut weather = Weather::default();
-        match self.plan.u8(0..7) {
-            0 | 1 => weather.silent = true,
-            2 => weather.refused = true,
-            3 => weather.lost_requests = self.plan.f64(),
-            4 => weather.lost_answers = self.plan.f64(),
-            5 => weather.delay = Duration::from_millis(self.plan.u64(10..3_000)),
-            _ => weather.stragglers = 0.5 * self.plan.f64(),
-        }
-        weather
+    fn compact(&mut self) {
+        let revision = self.common.store.revision();
+        self.common.checker.read_history();
+        self.common.store.compact(revision);
+        // A process that is disconnected now has missed events that are compacted.
+        let process = self.process();
+        let refused = NetFaults {
+            refused: true,
+            ..NetFaults::default()
+        };
+        self.set_faults_for(process, refused, Duration::from_millis(50));
     }
 
-    fn weather_for(&mut self, process: Arc<Process>, weather: Weather, lasts: Duration) {
-        process.net.set(weather);
+    fn random_faults(&mut self) -> NetFaults {
+        let mut faults = NetFaults::default();
+        match self.plan.u8(0..7) {
+            0 | 1 => faults.silent = true,
+            2 => faults.refused = true,
+            3 => faults.lost_requests = self.plan.f64(),
+            4 => faults.lost_responses = self.plan.f64(),
+            5 => faults.delay = Duration::from_millis(self.plan.u64(10..3_000)),
+            _ => faults.late_requests = 0.5 * self.plan.f64(),
+        }
+        faults
+    }
+
+    fn set_faults_for(&mut self, process: Arc<Process>, faults: NetFaults, lasts: Duration) {
+        process.net.set(faults);
         self.pending.push(tokio::spawn(async move {
             sleep(lasts).await;
-            process.net.set(Weather::default());
+            process.net.set(NetFaults::default());
         }));
     }
 
@@ -309,7 +312,7 @@ impl World {
         member.crash();
     }
 
-    /// Everything in it, at once. What watches comes back right away.
+    /// Crashes everything in a process at once. Its readers are restarted immediately.
     fn crash_a_process(&mut self) {
         let process = self.process();
         let members = std::mem::take(&mut self.members);
@@ -338,14 +341,14 @@ impl World {
         }
     }
 
-    fn come_back(&mut self) {
+    fn start_again(&mut self) {
         if Instant::now() < self.no_starts_until {
             return;
         }
         let Some((process, group, id, _)) = self.down.pop() else {
             return;
         };
-        // Where it was, or somewhere else.
+        // On the same process, or on another one.
         let process = if self.plan.bool() {
             process
         } else {
@@ -355,7 +358,7 @@ impl World {
         self.start(&process, cluster.as_ref(), group, &id);
     }
 
-    /// A second process with an id that is in use.
+    /// Starts a second process with an id that is in use.
     fn duplicate(&mut self) {
         if self.members.is_empty() || Instant::now() < self.no_starts_until {
             return;
@@ -366,8 +369,8 @@ impl World {
         self.start(&process, None, group, &id);
     }
 
-    /// A process is started under the id of one that has crashed, or that is only cut off: both long
-    /// before the lease of the former one runs out. Answers with whose.
+    /// Starts a process under the id of one that has crashed or is cut off, long before the lease
+    /// of that one expires. Returns the group and the id.
     fn restart(&mut self, leader: bool, lasts: Duration) -> Option<(&'static str, String)> {
         if Instant::now() < self.no_starts_until {
             return None;
@@ -388,11 +391,11 @@ impl World {
             if Arc::ptr_eq(&other, &process) {
                 return None;
             }
-            let silent = Weather {
+            let silent = NetFaults {
                 silent: true,
-                ..Weather::default()
+                ..NetFaults::default()
             };
-            self.weather_for(process, silent, lasts);
+            self.set_faults_for(process, silent, lasts);
             self.start(&other, None, group, &id);
         }
         Some((group, id))
@@ -408,7 +411,7 @@ impl World {
             .find(|member| member.group == group && member.node.is_leader());
         if let Some(leader) = leader {
             let (node, drains) = (leader.node.clone(), leader.drains.clone());
-            // It registers meanwhile, or has.
+            // The new process registers during this wait, or has already.
             let wait = Duration::from_millis(self.plan.u64(0..200));
             self.give(node, drains, 4, id, wait);
         }
@@ -428,7 +431,7 @@ impl World {
             .map(|member| member.id.clone())
             .collect();
         let target = self.plan.choice(peers).unwrap_or_default();
-        // To the leader, most often: others refuse.
+        // Most often to the leader, because other nodes refuse.
         let leader = self
             .members
             .iter()
@@ -450,19 +453,19 @@ impl World {
             }
         }
         if what == 1 {
-            // What it asks of the store comes long after it has given up on it.
+            // The node's requests reach the store long after it has given up on them.
             let process = self.members[index].process.clone();
-            let late = Weather {
-                stragglers: 0.5,
-                ..Weather::default()
+            let late = NetFaults {
+                late_requests: 0.5,
+                ..NetFaults::default()
             };
-            self.weather_for(process, late, Duration::from_millis(100));
+            self.set_faults_for(process, late, Duration::from_millis(100));
         }
         let wait = Duration::from_millis(self.plan.u64(0..8));
         self.give(node, drains, what, target, wait);
     }
 
-    /// Gives a node a command, after a moment.
+    /// Sends a command to a node, after a delay.
     fn give(
         &mut self,
         node: ClusterNode,
@@ -485,16 +488,16 @@ impl World {
                 && what > 3
                 && target != node.id()
             {
-                checker.handed_over(term, &target);
+                checker.check_transfer(term, &target);
             }
             let now = node.leadership().map(|term| term.epoch);
             if (1..=3).contains(&what) && answer.is_ok() && before.is_some() && now == before {
-                checker.violation(format!("{} leads on after it has resigned", node.id()));
+                checker.violation(format!("{} still leads after it has resigned", node.id()));
             }
             match &answer {
                 Err(ClusterError::NotRunning { .. }) => {
                     if node.session_state() != SessionState::Closed {
-                        let text = format!("{} says that it is not running", node.id());
+                        let text = format!("{} claims not to be running", node.id());
                         checker.violation(text);
                     }
                 }
@@ -503,22 +506,23 @@ impl World {
         }));
     }
 
-    /// Older data takes the place of the store's, as after a disaster. In a new cluster everybody
-    /// notices who has seen the former one. With a revision that goes on, as if nothing were lost,
-    /// nobody can; nor can one that starts just then. So the store is away until all leases of
-    /// before have run out, as it is when a machine is restored, unless everybody can notice.
+    /// Replaces the store's data by older data, as after a disaster. If the cluster id changes,
+    /// every node that has seen the previous cluster notices. If the revision continues as if
+    /// nothing were lost, nobody can notice; and neither can a node that starts just then. So the
+    /// store is down until all earlier leases have expired, as it is when a machine is restored,
+    /// unless every node can notice.
     fn restore(&mut self) {
         if self.backups.is_empty() {
             return;
         }
         let index = self.plan.usize(0..self.backups.len());
-        // Only one history follows from here.
+        // Later backups belong to a history that is discarded.
         self.backups.truncate(index + 1);
         let Some(backup) = self.backups.pop() else {
             return;
         };
         let new_cluster = self.plan.bool();
-        let lease = Duration::from_secs(self.common.ttl.unsigned_abs()) + self.common.generosity;
+        let lease = Duration::from_secs(self.common.ttl.unsigned_abs()) + self.common.extra_ttl;
         let all_know = self
             .members
             .iter()
@@ -552,7 +556,7 @@ impl World {
             let mut took = Duration::ZERO;
             let step = Duration::from_millis(10);
             while timeout(step, &mut running).await.is_err() {
-                // A process that stands still cannot end, and its timers start late.
+                // A paused process cannot end, and its timers start late.
                 if process.is_paused() {
                     took = Duration::ZERO;
                 } else {
@@ -566,29 +570,30 @@ impl World {
     }
 
     /// Ends every fault.
-    async fn clear_up(&mut self) {
+    async fn end_faults(&mut self) {
         for pending in self.pending.drain(..) {
             pending.abort();
             let _ = pending.await;
         }
-        self.common.clear_up();
+        self.common.end_outages();
         for process in &self.processes {
-            process.net.set(Weather::default());
+            process.net.set(NetFaults::default());
             process.resume();
         }
         for leaving in self.leaving.drain(..) {
             let _ = leaving.await;
         }
-        let late = Instant::now() + ANSWERED;
+        let late = Instant::now() + COMMAND_LIMIT;
         for command in self.commands.drain(..) {
             if timeout_at(late, command).await.is_err() {
-                let text = format!("a command is not answered within {ANSWERED:?}");
+                let text = format!("a command has not returned within {COMMAND_LIMIT:?}");
                 self.common.checker.violation(text);
             }
         }
     }
 
-    /// Well, and for a while: what was lost just before the last fault ended may still be missed.
+    /// Waits until everything is well and stays so for a while, because the effect of the last
+    /// fault may appear late.
     async fn wait_until_well(&mut self) -> Result<(), String> {
         let start = Instant::now();
         let mut well_since = None;
@@ -605,7 +610,9 @@ impl World {
                         let users = self.members.len() + self.readers.len();
                         let each = calls as f64 / STAYS_WELL.as_secs_f64() / users as f64;
                         if each > QUIET_CALLS {
-                            return Err(format!("{each:.1} requests a second each, and all quiet"));
+                            return Err(format!(
+                                "{each:.1} requests per second and user although nothing happens"
+                            ));
                         }
                         return Ok(());
                     }
@@ -678,7 +685,7 @@ impl World {
             let ids: BTreeSet<&str> = members.iter().map(|member| &*member.id).collect();
             if !registered.keys().copied().eq(ids.iter().copied()) {
                 return Err(format!(
-                    "{group}: {:?} are registered, {ids:?} live",
+                    "{group}: {:?} are registered, but {ids:?} are running",
                     registered.keys()
                 ));
             }
@@ -688,13 +695,16 @@ impl World {
                     .iter()
                     .filter(|member| member.node.current_health() == HealthStatus::Healthy);
                 let (Some(own), None) = (healthy.next(), healthy.next()) else {
-                    return Err(format!("not one process is healthy as {id}"));
+                    return Err(format!("not exactly one process with id {id} is healthy"));
                 };
-                let told = registered[id].state == NodeState::Draining;
+                let is_registered = registered[id].state == NodeState::Draining;
                 let drains = own.drains.load(Relaxed);
-                if drains != told || drains != (own.node.session_state() == SessionState::Draining)
+                if drains != is_registered
+                    || drains != (own.node.session_state() == SessionState::Draining)
                 {
-                    return Err(format!("{id} drains: {drains}, and says so: {told}"));
+                    return Err(format!(
+                        "{id} drains: {drains}, registered as draining: {is_registered}"
+                    ));
                 }
             }
             self.one_leads(group, &members, &entries)?;
@@ -705,7 +715,7 @@ impl World {
             .filter(|entry| entry.key.starts_with("handover/"));
         match requests.count() {
             0 => Ok(()),
-            count => Err(format!("{count} requests for leadership are left")),
+            count => Err(format!("{count} transfer requests are left")),
         }
     }
 
@@ -723,11 +733,11 @@ impl World {
                 expected += 1;
             }
         }
-        // One for as many as are of different groups.
+        // Nodes of different groups share a lease; nodes of one group cannot.
         for groups in shared.values() {
             expected += groups.values().copied().max().unwrap_or(0);
         }
-        // One that is run again while others go on has another lease.
+        // A node that is restarted while others of its cluster keep running gets another lease.
         if leases.len() < expected || leases.len() > expected + 2 * shared.len() {
             return Err(format!(
                 "there are {} leases, expected {expected}",
@@ -757,15 +767,15 @@ impl World {
             .count();
         if standing != candidates.len() {
             return Err(format!(
-                "{group}: {standing} candidacies of {} candidates",
+                "{group}: {standing} candidacies for {} candidates",
                 candidates.len()
             ));
         }
         for member in members.iter().filter(healthy) {
-            // A restart or a duplicate of one that drained serves; this very one does not.
-            let told = member.node.session_state() == SessionState::Draining;
-            if told && member.node.is_leader() {
-                return Err(format!("{} leads and drains", member.id));
+            // The node that was told to drain must not lead; a later process under its id may.
+            let is_draining = member.node.session_state() == SessionState::Draining;
+            if is_draining && member.node.is_leader() {
+                return Err(format!("{} leads although it is draining", member.id));
             }
         }
         let leaders: Vec<_> = members
@@ -777,11 +787,14 @@ impl World {
             ([leader], false) => {
                 let highest = candidates.iter().map(|member| member.priority).max();
                 if Some(leader.priority) < highest {
-                    return Err(format!("{} leads with a lower priority", leader.id));
+                    return Err(format!(
+                        "{} leads, but a candidate has a higher priority",
+                        leader.id
+                    ));
                 }
                 Ok(())
             }
-            (leaders, _) => Err(format!("{group}: {} lead", leaders.len())),
+            (leaders, _) => Err(format!("{group}: {} nodes lead", leaders.len())),
         }
     }
 
@@ -808,32 +821,33 @@ impl World {
                 .collect();
             if nodes != incarnations {
                 return Err(format!(
-                    "the discovery on {place} has {nodes:?}, the store {incarnations:?}"
+                    "the discovery on {place} shows {nodes:?}, but the store has {incarnations:?}"
                 ));
             }
             let seen = reader.discovery.leadership();
             let seen = seen.map(|term| (term.node.id.clone(), term.epoch));
             if seen != leader {
                 return Err(format!(
-                    "the discovery on {place} has leader {seen:?}, it is {leader:?}"
+                    "the discovery on {place} shows leader {seen:?} instead of {leader:?}"
                 ));
             }
             let folded = reader.folded.lock().unwrap();
             if folded.nodes != nodes || folded.leader != seen {
                 return Err(format!(
-                    "the changes on {place} fold to {folded:?}, not to {nodes:?}, {seen:?}"
+                    "the changes on {place} fold to {folded:?} instead of {nodes:?}, {seen:?}"
                 ));
             }
         }
         Ok(())
     }
 
-    /// Everybody leaves, each with the network as it happens to be, and nothing stays.
+    /// All nodes leave, with whatever network faults there are, and nothing may be left in the
+    /// store.
     async fn end(&mut self) -> Result<(), String> {
         for process in self.processes.clone() {
-            let weather = self.weather();
+            let faults = self.random_faults();
             if self.plan.bool() {
-                process.net.set(weather);
+                process.net.set(faults);
             }
         }
         sleep(Duration::from_millis(self.plan.u64(0..5_000))).await;
@@ -853,10 +867,10 @@ impl World {
             }
         }
         for process in &self.processes {
-            process.net.set(Weather::default());
+            process.net.set(NetFaults::default());
         }
         self.clusters.clear();
-        // What was on the wire arrives, and every lease that could not be ended runs out.
+        // Messages in transit arrive, and leases that could not be revoked expire.
         let leftover = Duration::from_secs(self.common.ttl.unsigned_abs() + 20);
         sleep(leftover).await;
         let keys: Vec<_> = self
