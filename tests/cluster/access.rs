@@ -1,4 +1,4 @@
-//! Who may do what in a real etcd: every feature under every role that the README has, rights that
+//! Who may do what in a real etcd: every feature under every role that the guide has, rights that
 //! come later, authentication that is switched on and off, and files that are missing for a while.
 
 use std::time::Duration;
@@ -78,7 +78,7 @@ impl Right {
     }
 }
 
-/// How the README makes the roles.
+/// How the guide's chapter on security makes the roles.
 fn commands() -> String {
     let mut lines = Vec::new();
     for (role, rights) in [("balancer", &BALANCER[..]), ("w1", &WORKER[..])] {
@@ -418,7 +418,7 @@ fn told(logged: &Captured, group: &str, node: &str, what: &str) -> usize {
     told.count()
 }
 
-/// The README's commands and its table are what this prints.
+/// The commands and the table in the guide's chapter on security are what this prints.
 #[tokio::test]
 async fn every_feature_under_every_role_is_as_the_readme_says() {
     // Everything of this test runs on this thread.
@@ -443,9 +443,9 @@ async fn every_feature_under_every_role_is_as_the_readme_says() {
     }
     let (commands, table) = (commands(), table.join("\n"));
     println!("{commands}\n{table}");
-    let readme = include_str!("../../README.md");
+    let chapter = include_str!("../../src/guide/security.md");
     for part in [commands, table] {
-        assert!(readme.contains(&part), "not in README.md:\n{part}");
+        assert!(chapter.contains(&part), "not in src/guide/security.md:\n{part}");
     }
 }
 

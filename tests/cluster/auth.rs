@@ -97,7 +97,7 @@ pub(super) fn write_prefix(prefix: String) -> Permission {
     Permission::new(PermissionType::Readwrite, prefix).with_prefix()
 }
 
-/// What the README has for a balancer.
+/// What the guide has for a balancer.
 pub(super) fn balancer() -> Vec<Permission> {
     vec![
         read_prefix("registry/".to_owned()),
