@@ -43,9 +43,9 @@
 //!
 //! | feature | default | what it adds |
 //! |---|---|---|
-//! | `pingora` | yes | the modules `pingora` and `proxy`; implies `config`, `balance` and `discovery` |
-//! | `config` | by `pingora` | the module `config`: the YAML file |
-//! | `balance` | by `pingora` | the module `balance`: the `Balancer`, without Pingora |
+//! | `pingora` | yes | the modules `pingora` and `proxy`; implies `config` |
+//! | `config` | by `pingora` | the module `config`: the YAML file; implies `balance` |
+//! | `balance` | by `pingora` | the module `balance`: the `Balancer`, without Pingora; implies `discovery` |
 //! | `discovery` | by `pingora` | `ServiceDiscovery`, the snapshot file |
 //! | `system-metrics` | no | `SystemMetricsCollector` |
 //! | `tls` | no | `https://` endpoints, by rustls with ring |
