@@ -445,7 +445,10 @@ async fn every_feature_under_every_role_is_as_the_readme_says() {
     println!("{commands}\n{table}");
     let chapter = include_str!("../../src/guide/security.md");
     for part in [commands, table] {
-        assert!(chapter.contains(&part), "not in src/guide/security.md:\n{part}");
+        assert!(
+            chapter.contains(&part),
+            "not in src/guide/security.md:\n{part}"
+        );
     }
 }
 
