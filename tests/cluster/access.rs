@@ -1,5 +1,5 @@
 //! Tests which rights each feature needs in a real etcd: every feature under every role of the
-//! README, rights that are granted later, authentication that is switched on and off, and
+//! guide, rights that are granted later, authentication that is switched on and off, and
 //! credential files that are missing for a while.
 
 use std::time::Duration;
@@ -79,7 +79,7 @@ impl Right {
     }
 }
 
-/// The commands by which the README creates the roles.
+/// The commands by which the guide creates the roles.
 fn commands() -> String {
     let mut lines = Vec::new();
     for (role, rights) in [("balancer", &BALANCER[..]), ("w1", &WORKER[..])] {
@@ -437,7 +437,7 @@ fn times_logged(logged: &Captured, group: &str, node: &str, what: &str) -> usize
     matching.count()
 }
 
-/// The README must contain the commands and the table that this test prints.
+/// The guide must contain the commands and the table that this test prints.
 #[tokio::test]
 async fn every_feature_under_every_role_is_as_the_readme_says() {
     // The log is captured per thread; everything in this test runs on this one.
@@ -462,9 +462,12 @@ async fn every_feature_under_every_role_is_as_the_readme_says() {
     }
     let (commands, table) = (commands(), table.join("\n"));
     println!("{commands}\n{table}");
-    let readme = include_str!("../../README.md");
+    let chapter = include_str!("../../src/guide/security.md");
     for part in [commands, table] {
-        assert!(readme.contains(&part), "not in README.md:\n{part}");
+        assert!(
+            chapter.contains(&part),
+            "not in src/guide/security.md:\n{part}"
+        );
     }
 }
 

@@ -98,7 +98,7 @@ pub(super) fn write_prefix(prefix: String) -> Permission {
     Permission::new(PermissionType::Readwrite, prefix).with_prefix()
 }
 
-/// The rights of a balancer according to the README.
+/// The rights of a balancer according to the guide.
 pub(super) fn balancer() -> Vec<Permission> {
     vec![
         read_prefix("registry/".to_owned()),

@@ -1,12 +1,23 @@
-//! Promise by promise: who shows it. What the README's section says sentence by sentence, what other parts
-//! of it say of running programs, and each field of the YAML file.
+//! Promise by promise: which tests show it. What two sections of the README and of the guide say,
+//! sentence by sentence, what other parts of them say about running programs, and each field of the YAML
+//! file.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// A promise, as the README begins it, and the tests that show it: `crate::module::test`.
+/// The files in which promises are made. The first one has the section "What it promises".
+const TEXTS: &[&str] = &[
+    "README.md",
+    "src/guide/when_etcd_is_away.md",
+    "src/guide/getting_started.md",
+    "src/guide/concepts.md",
+    "src/guide/configuration.md",
+    "src/guide/routing.md",
+];
+
+/// A promise, as its text begins, and the tests that show it: `crate::module::test`.
 const PROMISES: &[(&str, &[&str])] = &[
-    // "What it promises".
+    // "What it promises", in the README.
     (
         "At most one leader.",
         &[
@@ -84,7 +95,7 @@ const PROMISES: &[(&str, &[&str])] = &[
         &["promises::logs::a_log_that_cannot_be_written_costs_nothing_but_its_lines"],
     ),
     (
-        "In a program of your own, see to it that the subscriber neither panics nor waits",
+        "In a program of your own, make sure that the subscriber neither panics nor waits",
         &["promises::deaths::a_subscriber_that_panics_for_a_while_ends_nothing"],
     ),
     (
@@ -116,7 +127,7 @@ const PROMISES: &[(&str, &[&str])] = &[
             "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
         ],
     ),
-    // "When etcd is away, slow, or hostile".
+    // "The settings", in "When etcd is away, slow, or hostile".
     (
         "Each of these is a field of the YAML file",
         &[
@@ -138,7 +149,7 @@ const PROMISES: &[(&str, &[&str])] = &[
         "With six nodes, leases of 2 s and steady traffic",
         &["proxy::outage::an_outage_of_etcd_and_a_mass_expiry_cost_no_request"],
     ),
-    // Elsewhere in the README.
+    // Elsewhere.
     (
         "An etcd that is slow is late, not dead.",
         &[
@@ -151,14 +162,14 @@ const PROMISES: &[(&str, &[&str])] = &[
         &["proxy::programs::a_worker_told_to_stop_says_so_finishes_what_it_has_and_leaves"],
     ),
     (
-        "While there is no leader a write waits up to 2 s and then gets 503 with `retry-after`.",
+        "While there is no leader, a write waits up to 2 s and then gets 503 with `retry-after`.",
         &[
             "promises::fields::a_write_waits_for_a_leader_for_as_long_as_is_set",
             "proxy::programs::leader_routing_as_the_readme_runs_it",
         ],
     ),
     (
-        "a field that does not exist is an error that names it and its line",
+        "A field that does not exist is an error that names it and its line",
         &["proxy::programs::wrong_configurations_are_explained"],
     ),
     (
@@ -409,20 +420,19 @@ fn sentences(text: &str) -> Vec<String> {
     ends.chain([text.len()]).map(cut).collect()
 }
 
-/// What the README's two sections say, sentence by sentence.
+/// A section of a file, without its title.
+fn section(path: &str, title: &str) -> String {
+    let text = read(path);
+    let (_, section) = text.split_once(&format!("## {title}\n")).expect(title);
+    let (section, _) = section.split_once("\n##").expect("what follows");
+    section.to_owned()
+}
+
+/// What the two sections say, sentence by sentence.
 fn promised() -> Vec<String> {
-    let readme = read("README.md");
-    let section = |title: &str| {
-        let (_, section) = readme.split_once(&format!("## {title}\n")).expect(title);
-        let (section, _) = section.split_once("\n##").expect("what follows");
-        section
-    };
-    let points = points(section("What it promises"));
-    let texts = [
-        points,
-        prose(section("When etcd is away, slow, or hostile")),
-    ]
-    .concat();
+    let points = points(&section("README.md", "What it promises"));
+    let settings = prose(&section("src/guide/when_etcd_is_away.md", "The settings"));
+    let texts = [points, settings].concat();
     texts.iter().flat_map(|text| sentences(text)).collect()
 }
 
@@ -434,9 +444,10 @@ fn every_promise_of_the_readme_is_in_the_table_and_the_other_way_round() {
         let is_shown = PROMISES.iter().any(|(text, _)| sentence.starts_with(text));
         assert!(is_shown, "no test is named for: {sentence}");
     }
-    let readme = flat(&read("README.md"));
-    for (text, _) in PROMISES {
-        assert!(readme.contains(text), "the README does not say: {text}");
+    let texts: Vec<_> = TEXTS.iter().map(|path| flat(&read(path))).collect();
+    for (promise, _) in PROMISES {
+        let is_made = texts.iter().any(|text| text.contains(promise));
+        assert!(is_made, "neither README nor guide says: {promise}");
     }
 }
 
