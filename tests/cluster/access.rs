@@ -410,7 +410,7 @@ fn cell(outcome: Outcome) -> String {
 
 /// How often a node has logged this.
 fn told(logged: &Captured, group: &str, node: &str, what: &str) -> usize {
-    let (group, node) = (format!("group={group} "), format!("node={node} "));
+    let (group, node) = (format!("group={group} "), format!("node={node}}}"));
     let text = logged.text();
     let lines = text.lines();
     let told =
