@@ -1,4 +1,4 @@
-//! Nodes and discoveries of one process on one connection, with one lease and one watch stream.
+//! The nodes and discoveries of one process over one connection, with one lease and one watch stream.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -7,22 +7,20 @@ use std::sync::Arc;
 use crate::discovery::ServiceDiscoveryBuilder;
 use crate::error::ClusterError;
 use crate::store::{EtcdOptions, LazyStore, Store};
-use crate::worker::{ClusterNodeBuilder, LeasePool, check_ttl};
-
-const DEFAULT_TTL: i64 = 5;
+use crate::worker::{ClusterNodeBuilder, DEFAULT_TTL, LeasePool, check_ttl};
 
 /// One connection, one lease and one watch stream for all the nodes and discoveries of a process,
 /// however many groups they are in.
 ///
-/// A process that is a member of ten groups then costs etcd as much as one that is in a single one:
-/// one renewal per third of the TTL, one stream for watches. If the process dies, it leaves all
-/// groups in the same instant. Clones are handles to the same cluster.
+/// A process that is a member of ten groups then costs etcd as much as a member of one group: one
+/// renewal per third of the TTL, and one stream for watches. If the process dies, it leaves all
+/// groups at the same instant. Clones are handles to the same cluster.
 ///
-/// The connection belongs to the runtime in which it is first used: run everything in that one.
-/// The lease is renewed by a task of its own, which runs for as long as any of its nodes does. A node
-/// that ends takes its own keys with it, and the last one ends the lease. A second node of the *same*
-/// group has a lease of its own, because candidates are told apart by their leases; so has one that
-/// is run again while others go on.
+/// The connection belongs to the runtime in which it is first used: run everything in that one. A
+/// task of its own renews the lease for as long as any of the nodes runs. A node that ends deletes
+/// its own keys, and the last one ends the lease. A second node of the *same* group has another
+/// lease, because candidates are distinguished by their leases; so has a node that is run again
+/// while others go on.
 ///
 /// ```
 /// use pingora_etcd::{Cluster, EtcdOptions};
@@ -43,9 +41,9 @@ const DEFAULT_TTL: i64 = 5;
 ///     peers.wait_for_nodes(1).await;
 ///     stop.send(())
 /// };
-/// let (ran, told) = tokio::join!(run, work);
+/// let (ran, stopped) = tokio::join!(run, work);
 /// ran?;
-/// told?;
+/// stopped?;
 /// # Ok(()) }
 /// ```
 #[derive(Clone)]
@@ -81,7 +79,7 @@ impl ClusterBuilder {
         }
     }
 
-    /// Time to live of the lease, in seconds: how long after a crash its nodes are still listed.
+    /// Time to live of the lease, in seconds: how long its nodes stay listed after a crash.
     /// Default: 5. Range: 1 to 86,400; etcd grants at least 2 by default.
     #[must_use]
     pub fn ttl(mut self, seconds: i64) -> Self {
@@ -89,15 +87,14 @@ impl ClusterBuilder {
         self
     }
 
-    /// Uses this store instead of opening one. Of the etcd options only the key prefix then
-    /// matters.
+    /// Uses this store instead of opening one. Of the etcd options only the key prefix matters then.
     #[must_use]
     pub fn store(mut self, store: Arc<dyn Store>) -> Self {
         self.store = Some(store);
         self
     }
 
-    /// Checks everything. Connects to nothing yet: the first node or discovery that runs does.
+    /// Checks everything. Does not connect yet: the first node or discovery that runs does.
     ///
     /// # Errors
     ///
@@ -119,16 +116,16 @@ impl ClusterBuilder {
 }
 
 impl Cluster {
-    /// A cluster over this etcd, with a TTL of 5 s. Connects when it is first used.
+    /// A cluster over this etcd, with a TTL of 5 s. It connects when it is first used.
     ///
     /// # Errors
     ///
-    /// As [`ClusterBuilder::try_build`].
+    /// The same as [`ClusterBuilder::try_build`].
     pub fn connect(etcd: impl Into<EtcdOptions>) -> Result<Self, ClusterError> {
         Self::builder(etcd).try_build()
     }
 
-    /// A builder, for another TTL or a store of one's own.
+    /// A builder, to set another TTL or a store.
     pub fn builder(etcd: impl Into<EtcdOptions>) -> ClusterBuilder {
         ClusterBuilder::new(etcd)
     }

@@ -1,4 +1,4 @@
-//! Load reports that go with responses, in the ORCA format.
+//! Load reports in response headers, in the ORCA format: reading, checking and writing them.
 
 use std::fmt::{self, Write as _};
 
@@ -6,23 +6,23 @@ use crate::metadata::{NodeMetadata, metadata_keys};
 
 /// The response header that carries a report.
 pub const LOAD_REPORT_HEADER: &str = "endpoint-load-metrics";
-/// The same as a base64 protobuf message. It is not read, but nothing for clients either.
+/// The header of the same report as a base64 protobuf message. It is not read, but removed, too.
 #[cfg(feature = "pingora")]
 pub(crate) const BINARY_HEADER: &str = "endpoint-load-metrics-bin";
 
-/// Longer headers are refused: a report has no use for so much.
+/// Longer headers are refused: no useful report is this long.
 const MAX_LENGTH: usize = 4096;
-/// Above that a count of requests is no count.
+/// A count of requests above this is not plausible.
 const MAX_COUNT: f64 = 1e9;
 
-/// What a backend says of its load, with a response: the header `endpoint-load-metrics`, as the
-/// Open Request Cost Aggregation format that Envoy and gRPC use (`xds.data.orca.v3`) has it.
+/// What a backend reports about its load with a response: the header `endpoint-load-metrics`, in the
+/// Open Request Cost Aggregation format of Envoy and gRPC (`xds.data.orca.v3`).
 ///
-/// Read are `cpu_utilization` (or, if it is above 0, `application_utilization`, which the format
-/// says comes first), `mem_utilization`, `named_metrics.queue_depth`, `named_metrics.in_flight`
-/// and `named_metrics.sampled_at`, in the text and the JSON form. Everything else is left alone.
-/// CPU and memory above 1 count as 1: full is full. A value that is no number, not finite, negative
-/// or too great for a count is left out alone, and counted.
+/// These values are read, in the text and the JSON form: `cpu_utilization` (or, if it is above 0,
+/// `application_utilization`, which has precedence in the format), `mem_utilization`,
+/// `named_metrics.queue_depth`, `named_metrics.in_flight` and `named_metrics.sampled_at`. All others
+/// are ignored. CPU and memory above 1 count as 1. A value that is not a number, not finite,
+/// negative or too great for a count is left out and counted; the others are used.
 ///
 /// ```
 /// use pingora_etcd::metrics::LoadReport;
@@ -37,30 +37,30 @@ const MAX_COUNT: f64 = 1e9;
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[non_exhaustive]
 pub struct LoadReport {
-    /// CPU in use: 0 is none, 1 is all of it; more counts as 1.
+    /// CPU in use, from 0 (none) to 1 (all); more counts as 1.
     pub cpu: Option<f64>,
-    /// Memory in use, 0 to 1; more counts as 1.
+    /// Memory in use, from 0 (none) to 1 (all); more counts as 1.
     pub memory: Option<f64>,
-    /// Requests waiting, 0 or more.
+    /// Number of requests that wait, 0 or more.
     pub queue: Option<f64>,
-    /// Requests the backend is working on, of all its clients, 0 or more.
+    /// Number of requests in progress, from all clients of the backend, 0 or more.
     pub in_flight: Option<f64>,
-    /// When CPU, memory and queue were sampled, by the backend's clock: Unix time in ms. Tells a
-    /// fresh sample from one that is sent again.
+    /// When CPU, memory and queue were sampled, by the backend's clock: Unix time in milliseconds. It
+    /// distinguishes a new sample from one that is sent again.
     pub sampled_at: Option<u64>,
-    /// Values that were refused.
+    /// Number of values that were refused.
     pub refused: u32,
 }
 
-/// Why a header is no report at all.
+/// Why a header is not a report at all.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadReportError {
-    /// Neither `TEXT ` nor `JSON ` comes first.
+    /// It starts neither with `TEXT ` nor with `JSON `.
     #[error("a load report starts with TEXT or JSON")]
     Format,
-    /// What follows `JSON ` is no JSON object.
-    #[error("a load report's JSON is no object: {0}")]
+    /// `JSON ` is not followed by a JSON object.
+    #[error("the JSON of a load report is not an object: {0}")]
     Json(String),
     /// It is longer than 4,096 bytes.
     #[error("a load report of {0} bytes is longer than 4096")]
@@ -68,23 +68,26 @@ pub enum LoadReportError {
 }
 
 impl LoadReport {
-    /// A report that says nothing.
+    /// A report without values.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// What a node publishes, as a report: CPU, memory and queue depth, with the units that a
-    /// report has. Values that make no sense are refused as in [`parse`](Self::parse).
+    /// Makes a report of the metrics that a node publishes: CPU, memory and queue depth, in the units
+    /// of a report. Invalid values are refused as in [`parse`](Self::parse).
     pub fn from_metadata(metadata: &NodeMetadata) -> Self {
         use metadata_keys::{CPU_USAGE_PERCENT, MEMORY_USAGE_PERCENT, QUEUE_DEPTH};
         let mut report = Self::default();
-        let found = |key| metadata.get(key).filter(|value| !value.is_null());
-        let mut part = |key| {
-            let percent = found(key)?.as_f64();
-            report.checked_part(percent.map(|percent| percent / 100.0))
+        let value = |key| metadata.get(key).filter(|value| !value.is_null());
+        let mut fraction_of = |key| {
+            let percent = value(key)?.as_f64();
+            report.checked_fraction(percent.map(|percent| percent / 100.0))
         };
-        let (cpu, memory) = (part(CPU_USAGE_PERCENT), part(MEMORY_USAGE_PERCENT));
-        let queue = found(QUEUE_DEPTH).and_then(|depth| report.checked(depth.as_f64(), MAX_COUNT));
+        let (cpu, memory) = (
+            fraction_of(CPU_USAGE_PERCENT),
+            fraction_of(MEMORY_USAGE_PERCENT),
+        );
+        let queue = value(QUEUE_DEPTH).and_then(|depth| report.checked(depth.as_f64(), MAX_COUNT));
         Self {
             cpu,
             memory,
@@ -93,12 +96,12 @@ impl LoadReport {
         }
     }
 
-    /// Reads the value of the header. Costs no allocation in the text form.
+    /// Parses the value of the header. The text form costs no allocation.
     ///
     /// # Errors
     ///
-    /// [`LoadReportError`] if the value has not the form of a report; a part that makes no sense
-    /// is [`refused`](Self::refused) alone.
+    /// [`LoadReportError`] if the header does not have the form of a report. An invalid value is only
+    /// counted in [`refused`](Self::refused).
     pub fn parse(value: impl AsRef<[u8]>) -> Result<Self, LoadReportError> {
         let value = value.as_ref();
         if value.len() > MAX_LENGTH {
@@ -113,7 +116,7 @@ impl LoadReport {
                 match part.split_once('=').or_else(|| part.split_once(':')) {
                     Some((name, number)) => {
                         let number = number.trim().parse().ok();
-                        report.take(name.trim(), number, &mut application);
+                        report.set(name.trim(), number, &mut application);
                     }
                     None => report.refused += 1,
                 }
@@ -125,10 +128,10 @@ impl LoadReport {
                 match value {
                     serde_json::Value::Object(named) if name == "named_metrics" => {
                         for (name, value) in named {
-                            report.take_named(name, value.as_f64());
+                            report.set_named(name, value.as_f64());
                         }
                     }
-                    value => report.take(name, value.as_f64(), &mut application),
+                    value => report.set(name, value.as_f64(), &mut application),
                 }
             }
         } else {
@@ -140,60 +143,58 @@ impl LoadReport {
         Ok(report)
     }
 
-    fn take(&mut self, name: &str, value: Option<f64>, application: &mut Option<f64>) {
+    fn set(&mut self, name: &str, value: Option<f64>, application: &mut Option<f64>) {
         match name {
-            "cpu_utilization" => self.cpu = self.checked_part(value),
-            "application_utilization" => *application = self.checked_part(value),
-            "mem_utilization" => self.memory = self.checked_part(value),
+            "cpu_utilization" => self.cpu = self.checked_fraction(value),
+            "application_utilization" => *application = self.checked_fraction(value),
+            "mem_utilization" => self.memory = self.checked_fraction(value),
             _ => {
                 if let Some(name) = name.strip_prefix("named_metrics.") {
-                    self.take_named(name, value);
+                    self.set_named(name, value);
                 }
             }
         }
     }
 
-    fn take_named(&mut self, name: &str, value: Option<f64>) {
+    fn set_named(&mut self, name: &str, value: Option<f64>) {
         match name {
             "queue_depth" => self.queue = self.checked(value, MAX_COUNT),
             "in_flight" => self.in_flight = self.checked(value, MAX_COUNT),
             "sampled_at" => {
-                // Milliseconds since 1970, for some thousand years.
+                // In milliseconds since 1970, which lasts for three thousand years.
                 self.sampled_at = self.checked(value, 1e14).map(|millis| millis as u64);
             }
             _ => {}
         }
     }
 
-    fn checked(&mut self, value: Option<f64>, most: f64) -> Option<f64> {
-        let value = value.filter(|value| (0.0..=most).contains(value));
+    fn checked(&mut self, value: Option<f64>, max: f64) -> Option<f64> {
+        let value = value.filter(|value| (0.0..=max).contains(value));
         self.refused += u32::from(value.is_none());
         value
     }
 
-    fn checked_part(&mut self, value: Option<f64>) -> Option<f64> {
+    fn checked_fraction(&mut self, value: Option<f64>) -> Option<f64> {
         let value = value.and_then(fraction);
         self.refused += u32::from(value.is_none());
         value
     }
 
-    /// The same without what is out of range: whoever puts one together by hand may be wrong.
+    /// The same report without the values that are out of range, for a report that was not parsed.
     pub(crate) fn sane(&self) -> Self {
         let mut sane = Self {
             refused: self.refused,
             sampled_at: self.sampled_at,
             ..Self::default()
         };
-        let mut part = |value: Option<f64>| value.and_then(|value| sane.checked_part(Some(value)));
-        let (cpu, memory) = (part(self.cpu), part(self.memory));
-        let mut check = |value: Option<f64>, most| {
+        let mut fraction =
+            |value: Option<f64>| value.and_then(|value| sane.checked_fraction(Some(value)));
+        let (cpu, memory) = (fraction(self.cpu), fraction(self.memory));
+        let mut count = |value: Option<f64>| {
             let value = value?;
-            sane.checked(Some(value), most)
+            sane.checked(Some(value), MAX_COUNT)
         };
-        let (queue, in_flight) = (
-            check(self.queue, MAX_COUNT),
-            check(self.in_flight, MAX_COUNT),
-        );
+        let (queue, in_flight) = (count(self.queue), count(self.in_flight));
         Self {
             cpu,
             memory,
@@ -203,19 +204,19 @@ impl LoadReport {
         }
     }
 
-    /// Whether it says anything of the kind that is sampled.
+    /// Whether the report contains a sampled value.
     pub(crate) fn has_load(&self) -> bool {
         self.cpu.is_some() || self.memory.is_some() || self.queue.is_some()
     }
 }
 
-/// A part in use. There are formats, and ways of counting cores, in which it exceeds 1: full is full.
-/// `None` if it is no part of anything.
+/// A fraction of a resource. Some formats, and some ways of counting cores, produce values above 1,
+/// which count as 1. `None` if the value is not a fraction at all.
 pub(crate) fn fraction(value: f64) -> Option<f64> {
     (value.is_finite() && value >= 0.0).then(|| value.min(1.0))
 }
 
-/// The header's value, in the text form.
+/// Writes the value of the header, in the text form.
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("TEXT ")?;
@@ -262,13 +263,13 @@ mod tests {
             "application_utilization": 0, "request_cost": {"a": 1},
             "named_metrics": {"in_flight": 7, "sampled_at": 1700000000000}}"#;
         let report = LoadReport::parse(json).unwrap();
-        assert_eq!(report.cpu, Some(0.3), "0 is the format's word for not set");
+        assert_eq!(report.cpu, Some(0.3), "0 means not set in this format");
         assert_eq!(report.in_flight, Some(7.0));
         assert_eq!(report.sampled_at, Some(1_700_000_000_000));
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_alone() {
+    fn an_invalid_value_is_refused_and_the_others_are_used() {
         let text = "TEXT cpu_utilization=NaN,mem_utilization=-0.5,named_metrics.queue_depth=-1,\
                     named_metrics.in_flight=3,nonsense";
         let report = LoadReport::parse(text).unwrap();
@@ -292,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_all_is_all() {
+    fn more_than_1_counts_as_1() {
         let parsed = [
             "TEXT cpu_utilization=1.7,mem_utilization=1.2",
             "TEXT application_utilization=4e9,mem_utilization=1",
@@ -307,8 +308,8 @@ mod tests {
         };
         let others = [LoadReport::from_metadata(&metadata), by_hand.sane()];
         for report in parsed.into_iter().chain(others) {
-            let told = (report.cpu, report.memory, report.refused);
-            assert_eq!(told, (Some(1.0), Some(1.0), 0), "{report:?}");
+            let values = (report.cpu, report.memory, report.refused);
+            assert_eq!(values, (Some(1.0), Some(1.0), 0), "{report:?}");
         }
     }
 
@@ -325,9 +326,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes, it is either refused or within range.
+        /// A value is either refused or within its range.
         #[test]
-        fn anything_at_all(prefix in "(TEXT |JSON |)", rest in any::<Vec<u8>>()) {
+        fn any_bytes(prefix in "(TEXT |JSON |)", rest in any::<Vec<u8>>()) {
             let mut value = prefix.into_bytes();
             value.extend(rest);
             if let Ok(report) = LoadReport::parse(&value) {
@@ -345,7 +346,7 @@ mod tests {
             }
         }
 
-        /// What is written is read as the same.
+        /// A report that is written and parsed is the same.
         #[test]
         fn round_trip(cpu in 0.0..=1.0_f64, queue in 0..1000_u32, in_flight in 0..1000_u32, at in 0..2_000_000_000_000_u64) {
             let report = LoadReport {

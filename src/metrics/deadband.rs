@@ -1,4 +1,4 @@
-//! Which changes of metrics are worth a write.
+//! Decides which changes of metrics are worth a write.
 
 use std::collections::BTreeMap;
 
@@ -7,13 +7,13 @@ use serde_json::Value;
 use crate::error::ClusterError;
 use crate::metadata::{NodeMetadata, metadata_keys};
 
-/// How far a metric may be from what was last written without being written again: `absolute`, or
-/// `relative` of the written value, whichever is more.
+/// How far a metric may be from the value that was last written without being written again: by
+/// `absolute`, or by the fraction `relative` of the written value, whichever is more.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tolerance {
     /// In the metric's own unit, 0 or more.
     pub absolute: f64,
-    /// As a fraction of the value last written: 0.1 is a tenth. 0 to 1.
+    /// As a fraction of the value that was last written, 0 to 1: 0.1 is a tenth.
     pub relative: f64,
 }
 
@@ -24,7 +24,7 @@ impl Tolerance {
         relative: 0.0,
     };
 
-    /// So far in the metric's own unit.
+    /// By this much in the metric's own unit.
     pub const fn absolute(by: f64) -> Self {
         Self {
             absolute: by,
@@ -32,7 +32,8 @@ impl Tolerance {
         }
     }
 
-    /// So far in the metric's own unit, or by this fraction of what was last written.
+    /// By this much in the metric's own unit, or by this fraction of the value that was last written,
+    /// whichever is more.
     pub const fn either(absolute: f64, relative: f64) -> Self {
         Self { absolute, relative }
     }
@@ -48,12 +49,12 @@ impl Tolerance {
 }
 
 /// Which changes of metrics are worth a write: those that leave the band around what was last
-/// written. A load that hovers costs nothing then; one that moves is told at once.
+/// written. A load that hovers then costs no writes; one that moves is written at once.
 ///
-/// The defaults, for the standard keys: 2 points of CPU and of memory in percent; 1, or 10 %, of
-/// queue depth, connections and requests per second; 0.1, or 10 %, of the load average; 10 % of the
-/// memory available in bytes. Any other number: 10 %. Whatever is no number is written when it
-/// changes at all, as is a key that comes or goes.
+/// The defaults for the standard keys are: 2 points for CPU and memory in percent; 1 or 10 % for
+/// queue depth, connections and requests per second; 0.1 or 10 % for the load average; 10 % for the
+/// available memory in bytes. For any other number: 10 %. A value that is not a number is written
+/// when it changes at all, and so is a key that is added or removed.
 ///
 /// ```
 /// use pingora_etcd::metrics::{Deadband, Tolerance};
@@ -110,14 +111,14 @@ impl Deadband {
         self
     }
 
-    /// Sets the tolerance of every metric that has none of its own.
+    /// Sets the tolerance of every metric without a tolerance of its own.
     #[must_use]
     pub fn with_others(mut self, tolerance: Tolerance) -> Self {
         self.others = tolerance;
         self
     }
 
-    /// Whether `now` is worth a write when `written` was the last one.
+    /// Whether `now` is worth a write after `written` was written last.
     pub fn is_left(&self, written: &NodeMetadata, now: &NodeMetadata) -> bool {
         let (Value::Object(written), Value::Object(now)) = (written, now) else {
             return written != now;
@@ -182,16 +183,19 @@ mod tests {
         assert!(left(json!({"a": "x"}), json!({"a": "y"})));
         assert!(
             left(json!({"a": 1}), json!({"b": 1})),
-            "a key comes and one goes"
+            "one key is added and one removed"
         );
         assert!(left(json!({"a": 1}), json!({})));
         assert!(left(Value::Null, json!({})));
         assert!(!left(Value::Null, Value::Null));
-        assert!(left(json!({"a": 0}), json!({"a": 1e-9})), "from nothing");
+        assert!(
+            left(json!({"a": 0}), json!({"a": 1e-9})),
+            "any change from 0"
+        );
     }
 
     #[test]
-    fn nonsense_is_named() {
+    fn an_invalid_tolerance_is_refused_by_the_name_of_its_metric() {
         for tolerance in [
             Tolerance::absolute(-1.0),
             Tolerance::absolute(f64::NAN),
@@ -207,7 +211,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn none_tells_every_change(a in any::<f64>(), b in any::<f64>()) {
+        fn without_a_band_every_change_is_written(a in any::<f64>(), b in any::<f64>()) {
             let (a, b) = (json!({"x": a}), json!({"x": b}));
             prop_assert_eq!(Deadband::none().is_left(&a, &b), a != b && a["x"].as_f64() != b["x"].as_f64());
         }

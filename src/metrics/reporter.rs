@@ -1,3 +1,5 @@
+//! Makes load reports: from the last sample of metrics and the number of requests in flight.
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -8,20 +10,20 @@ use http::HeaderValue;
 use crate::load_report::LoadReport;
 use crate::metadata::NodeMetadata;
 
-/// Says in responses how loaded this process is: makes the value of the header
-/// [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER), from the metrics of a node and from a count
-/// of requests in flight. So balancers hear of the load with every answer, without a write to etcd.
+/// Reports in responses how loaded this process is: it makes the value of the header
+/// [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER) from the metrics of a node and a count
+/// of requests in flight. Balancers then learn the load from every response, without a write to etcd.
 ///
-/// [`ClusterNode::load_reporter`](crate::ClusterNode::load_reporter) has one that knows what the
-/// node's collector said last. With the feature `tower`, its `layer` does all that a
-/// server has to do. Clones share the count.
+/// [`ClusterNode::load_reporter`](crate::ClusterNode::load_reporter) returns one that has the last
+/// sample of the node's collector. With the feature `tower`, `layer` does everything that a server
+/// has to do. Clones share the count.
 ///
 /// ```
 /// use pingora_etcd::metrics::{LoadReport, LoadReporter};
 /// let reporter = LoadReporter::new();
 /// reporter.sampled(&serde_json::json!({ "cpu_usage_percent": 30.0 }));
 ///
-/// let request = reporter.enter(); // when it comes; keep it until it is answered
+/// let request = reporter.enter(); // when it arrives; keep the guard until it is answered
 /// let header = reporter.header_value();
 /// let report = LoadReport::parse(&header).unwrap();
 /// assert_eq!(report.cpu, Some(0.3));
@@ -30,79 +32,80 @@ use crate::metadata::NodeMetadata;
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct LoadReporter {
-    shared: Arc<Shared>,
+    state: Arc<ReporterState>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct ReporterState {
     sample: ArcSwap<LoadReport>,
-    /// Every request in flight owns it.
+    /// Every request in flight holds a clone, so that the reference count counts them.
     in_flight: Arc<()>,
     is_counting: AtomicBool,
 }
 
-/// A request that is counted as in flight until this is dropped. See [`LoadReporter::enter`].
+/// Counts a request as in flight until it is dropped. See [`LoadReporter::enter`].
 #[derive(Debug)]
 pub struct RequestGuard {
     _in_flight: Arc<()>,
 }
 
 impl LoadReporter {
-    /// A reporter that knows of requests in flight only, until it is given a sample.
+    /// A reporter that reports the requests in flight only, until it has a sample.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes over what a collector says now.
+    /// Sets the metrics to report, which were sampled now.
     pub fn sampled(&self, metadata: &NodeMetadata) {
         let mut sample = LoadReport::from_metadata(metadata);
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         sample.sampled_at = since
             .ok()
             .and_then(|since| u64::try_from(since.as_millis()).ok());
-        self.shared.sample.store(Arc::new(sample));
+        self.state.sample.store(Arc::new(sample));
     }
 
-    /// Counts a request in; dropping the guard counts it out.
+    /// Counts a request as in flight until the guard is dropped.
     pub fn enter(&self) -> RequestGuard {
         self.counts_requests();
         RequestGuard {
-            _in_flight: self.shared.in_flight.clone(),
+            _in_flight: self.state.in_flight.clone(),
         }
     }
 
-    /// Says that every request is counted from now on, also before the first one comes. The layer
-    /// says so when it is made, [`enter`](Self::enter) when it is first called.
+    /// Declares that every request is counted from now on, so that none in flight means that there
+    /// are none. The layer does this when it is made, and [`enter`](Self::enter) when it is first
+    /// called.
     pub fn counts_requests(&self) {
-        // Read first: a write on each request would go from core to core.
+        // Read first: a write with every request would move the cache line between cores.
         if !self.is_counting() {
-            self.shared.is_counting.store(true, Ordering::Relaxed);
+            self.state.is_counting.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Whether requests are counted, so that none in flight means that there are none.
+    /// Whether requests are counted; see [`counts_requests`](Self::counts_requests).
     pub fn is_counting(&self) -> bool {
-        self.shared.is_counting.load(Ordering::Relaxed)
+        self.state.is_counting.load(Ordering::Relaxed)
     }
 
-    /// Requests that are counted in.
+    /// The number of requests in flight.
     pub fn in_flight(&self) -> usize {
-        Arc::strong_count(&self.shared.in_flight) - 1
+        Arc::strong_count(&self.state.in_flight) - 1
     }
 
-    /// What there is to report.
+    /// The report of this moment.
     pub fn report(&self) -> LoadReport {
         LoadReport {
             in_flight: Some(self.in_flight() as f64),
             refused: 0,
-            ..**self.shared.sample.load()
+            ..**self.state.sample.load()
         }
     }
 
     /// The value of the header [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER). Costs an
-    /// allocation and some hundred nanoseconds.
+    /// allocation and a few hundred nanoseconds.
     pub fn header_value(&self) -> HeaderValue {
-        // Digits and letters are always a header's value.
+        // The text of a report is always a valid header value.
         HeaderValue::try_from(self.report().to_string())
             .unwrap_or_else(|_| HeaderValue::from_static("TEXT "))
     }
@@ -113,15 +116,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_are_counted_and_the_last_sample_is_told() {
+    fn requests_are_counted_and_the_last_sample_is_reported() {
         let reporter = LoadReporter::new();
         assert_eq!(reporter.header_value(), "TEXT named_metrics.in_flight=0");
         let guards = [reporter.enter(), reporter.clone().enter()];
         reporter.sampled(&serde_json::json!({"cpu_usage_percent": 40, "queue_depth": 3}));
-        let told = LoadReport::parse(reporter.header_value()).unwrap();
-        assert_eq!(told.in_flight, Some(2.0));
-        assert_eq!((told.cpu, told.queue), (Some(0.4), Some(3.0)));
-        assert!(told.sampled_at.is_some());
+        let report = LoadReport::parse(reporter.header_value()).unwrap();
+        assert_eq!(report.in_flight, Some(2.0));
+        assert_eq!((report.cpu, report.queue), (Some(0.4), Some(3.0)));
+        assert!(report.sampled_at.is_some());
         drop(guards);
         assert_eq!(reporter.in_flight(), 0);
     }

@@ -1,4 +1,4 @@
-//! Calls a collector without trusting it.
+//! Calls a collector that may block, panic or return too much.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -7,28 +7,29 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, channel as tokio_channel};
 use tokio::time::timeout;
-use tracing::{error, warn};
+use tracing::{Span, error, warn};
 
-use super::MetricsCollector;
+use super::collector::MetricsCollector;
 use crate::metadata::NodeMetadata;
 use crate::validate::{self, Bounds, Excess};
 
-/// What a collector said, or why no reader would take it.
+/// What a collector returned, or why no reader would accept it.
 pub(crate) type Sample = Result<NodeMetadata, Excess>;
 
-/// A thread that collects when asked. Not one of the runtime's: a runtime waits for its blocking
-/// threads when it shuts down, and a collector may hang for ever.
+/// Calls a collector on request, on a thread of its own. Not on a blocking thread of the runtime: a
+/// runtime waits for those when it shuts down, and a collector may hang indefinitely.
 pub(crate) struct Sampler {
     collector: Arc<dyn MetricsCollector>,
     thread: Option<Thread>,
-    stuck: bool,
+    /// The last call has not returned in time, which was logged.
+    is_stuck: bool,
 }
 
 struct Thread {
     requests: Sender<()>,
     samples: Receiver<Option<Sample>>,
-    /// An answer is still to come.
-    busy: bool,
+    /// A call has not returned yet.
+    is_busy: bool,
 }
 
 impl Sampler {
@@ -36,12 +37,12 @@ impl Sampler {
         Self {
             collector,
             thread: None,
-            stuck: false,
+            is_stuck: false,
         }
     }
 
-    /// The next sample, if it comes within that time. One that comes later is the answer to the
-    /// next call, so that a slow collector is called once at a time.
+    /// Returns the next sample, if the collector returns within this time. A later sample is returned
+    /// by the next call, so that a slow collector is never called twice at the same time.
     pub(crate) async fn sample(&mut self, within: Duration) -> Option<Sample> {
         let may_block = catch_unwind(AssertUnwindSafe(|| self.collector.may_block()));
         if !may_block.unwrap_or(true) {
@@ -51,25 +52,25 @@ impl Sampler {
             Some(thread) => thread,
             none => none.insert(spawn(self.collector.clone())?),
         };
-        if !thread.busy {
+        if !thread.is_busy {
             if thread.requests.send(()).is_err() {
                 self.thread = None;
                 return None;
             }
-            thread.busy = true;
+            thread.is_busy = true;
         }
         match timeout(within, thread.samples.recv()).await {
             Ok(sample) => {
-                thread.busy = false;
-                self.stuck = false;
+                thread.is_busy = false;
+                self.is_stuck = false;
                 sample.flatten()
             }
             Err(_) => {
-                if !self.stuck {
-                    self.stuck = true;
+                if !self.is_stuck {
+                    self.is_stuck = true;
                     warn!(
                         ?within,
-                        "the metrics collector does not return; metrics stay as they are"
+                        "the metrics collector does not return; the last metrics stay"
                     );
                 }
                 None
@@ -82,13 +83,13 @@ fn collect(collector: &dyn MetricsCollector) -> Option<Sample> {
     match catch_unwind(AssertUnwindSafe(|| collector.collect())) {
         Ok(metadata) => Some(check(metadata)),
         Err(_) => {
-            error!("the metrics collector panicked; metrics stay as they are");
+            error!("the metrics collector panicked; the last metrics stay");
             None
         }
     }
 }
 
-/// Where it was made, so that nothing that is too deep goes any further.
+/// On the thread that has called the collector, so that a value that is too deep goes no further.
 fn check(metadata: NodeMetadata) -> Sample {
     match Bounds::default().check_value(&metadata) {
         Ok(()) => Ok(metadata),
@@ -100,25 +101,27 @@ fn check(metadata: NodeMetadata) -> Sample {
 }
 
 fn spawn(collector: Arc<dyn MetricsCollector>) -> Option<Thread> {
-    let (requests, asked) = channel();
-    let (answers, samples) = tokio_channel(1);
+    let (requests, requested) = channel();
+    let (results, samples) = tokio_channel(1);
+    let span = Span::current();
     let spawned = std::thread::Builder::new()
         .name("metrics".to_owned())
         .spawn(move || {
-            while asked.recv().is_ok() {
-                if answers.blocking_send(collect(&*collector)).is_err() {
+            while requested.recv().is_ok() {
+                let sample = span.in_scope(|| collect(&*collector));
+                if results.blocking_send(sample).is_err() {
                     return;
                 }
             }
         });
     if let Err(error) = spawned {
-        error!(%error, "no thread for the metrics collector");
+        error!(%error, "cannot start a thread for the metrics collector");
         return None;
     }
     Some(Thread {
         requests,
         samples,
-        busy: false,
+        is_busy: false,
     })
 }
 
@@ -149,7 +152,7 @@ mod tests {
         );
     }
 
-    /// Returns when it is told to.
+    /// Returns when the test lets it.
     struct Gate(Mutex<std::sync::mpsc::Receiver<()>>, AtomicU32);
 
     impl MetricsCollector for Gate {
@@ -188,7 +191,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_value_deeper_than_a_stack_harms_nobody() {
+    async fn a_value_deeper_than_the_stack_is_refused() {
         for may_block in [false, true] {
             let mut sampler = Sampler::new(Arc::new(Abyss(may_block)));
             for _ in 0..2 {
@@ -199,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn neither_does_one_among_several() {
+    fn a_value_deeper_than_the_stack_among_several_is_refused() {
         struct Deep;
 
         impl MetricsCollector for Deep {

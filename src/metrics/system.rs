@@ -1,3 +1,5 @@
+//! Metrics of the machine: CPU, memory and load.
+
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -6,22 +8,22 @@ use sysinfo::{
 };
 use tracing::warn;
 
-use super::MetricsCollector;
+use super::collector::MetricsCollector;
 use crate::metadata::{NodeMetadata, metadata_keys};
 use crate::sync::lock;
 
 /// CPU, memory and load of this machine (feature `system-metrics`).
 ///
-/// Reports `cpu_usage_percent` since the call before, `memory_usage_percent`,
-/// `memory_available_bytes` and `load_avg_1m`. CPU usage is a difference of two readings: the
-/// first is taken by [`new`](Self::new), and a call that comes less than 200 ms after the reading
-/// before it waits for the rest, so that the first report is as good as any.
+/// Reports `cpu_usage_percent` since the previous call, `memory_usage_percent`,
+/// `memory_available_bytes` and `load_avg_1m`. CPU usage is the difference between two readings.
+/// [`new`](Self::new) takes the first one, and a call within 200 ms of a reading waits until that
+/// time is over, so that the first report is as good as any.
 pub struct SystemMetricsCollector {
     state: Mutex<State>,
 }
 
 struct State {
-    /// `None` on a platform that says nothing of CPU and memory.
+    /// `None` on a platform without CPU and memory metrics.
     system: Option<System>,
     read: Instant,
 }
@@ -80,7 +82,7 @@ impl MetricsCollector for SystemMetricsCollector {
     }
 }
 
-/// More digits would be noise, and bytes in etcd.
+/// Rounds to tenths: more digits would be noise, and cost bytes in etcd.
 fn tenth(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
 }
@@ -90,9 +92,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_reading_already_sees_the_load() {
+    fn the_first_report_contains_the_load() {
         let collector = SystemMetricsCollector::new();
-        // Keep one core busy for longer than the least interval between readings.
+        // Keep one core busy for longer than the minimum interval between readings.
         let start = Instant::now();
         let mut work = 0_u64;
         while start.elapsed() < MINIMUM_CPU_UPDATE_INTERVAL * 2 {

@@ -1,3 +1,5 @@
+//! A tower layer for servers: it counts requests and adds load reports to responses.
+
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -11,8 +13,8 @@ use super::reporter::{LoadReporter, RequestGuard};
 use crate::load_report::LOAD_REPORT_HEADER;
 
 /// A [`tower`](https://docs.rs/tower) layer for a server (feature `tower`): counts each request as
-/// in flight from its arrival until the last byte of its answer is produced, and adds a load
-/// report to the answer. A report that the service itself has made stays.
+/// in flight from its arrival until the last byte of its response is produced, and adds a load
+/// report to the response. A report that the service itself has added is kept.
 ///
 /// ```
 /// use axum::{Router, routing::get};
@@ -29,7 +31,7 @@ pub struct LoadReportLayer {
 }
 
 impl LoadReporter {
-    /// A layer that reports with every answer of a service (feature `tower`).
+    /// A layer that adds a report to every response of a service (feature `tower`).
     pub fn layer(&self) -> LoadReportLayer {
         self.counts_requests();
         LoadReportLayer {
@@ -49,7 +51,7 @@ impl<S> Layer<S> for LoadReportLayer {
     }
 }
 
-/// What [`LoadReportLayer`] makes of a service.
+/// A service inside a [`LoadReportLayer`].
 #[derive(Debug, Clone)]
 pub struct LoadReportService<S> {
     inner: S,
@@ -78,7 +80,7 @@ where
 }
 
 pin_project! {
-    /// The answer of a [`LoadReportService`] to come.
+    /// The future response of a [`LoadReportService`].
     #[derive(Debug)]
     pub struct LoadReportFuture<F> {
         #[pin]
@@ -97,9 +99,9 @@ where
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         const HEADER: HeaderName = HeaderName::from_static(LOAD_REPORT_HEADER);
         let this = self.project();
-        let answer = ready!(this.inner.poll(context));
+        let result = ready!(this.inner.poll(context));
         let request = this.request.take();
-        Poll::Ready(answer.map(|mut response| {
+        Poll::Ready(result.map(|mut response| {
             let headers = response.headers_mut();
             if !headers.contains_key(HEADER) {
                 headers.insert(HEADER, this.reporter.header_value());
@@ -110,7 +112,7 @@ where
 }
 
 pin_project! {
-    /// A body that counts its request as in flight for as long as it lives.
+    /// A response body that counts its request as in flight until its end.
     #[derive(Debug)]
     pub struct CountedBody<B> {
         #[pin]
@@ -175,12 +177,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_counts_until_its_answer_is_produced() {
+    async fn a_request_counts_until_its_response_is_produced() {
         let reporter = LoadReporter::new();
         let mut service = reporter.layer().layer(Hello);
         let response = service.call(Request::new(())).await.unwrap();
-        let told = LoadReport::parse(&response.headers()[LOAD_REPORT_HEADER]).unwrap();
-        assert_eq!(told.in_flight, Some(1.0));
+        let report = LoadReport::parse(&response.headers()[LOAD_REPORT_HEADER]).unwrap();
+        assert_eq!(report.in_flight, Some(1.0));
         assert_eq!(reporter.in_flight(), 1, "the body is still to come");
 
         let mut body = std::pin::pin!(response.into_body());
@@ -197,7 +199,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_that_is_dropped_is_counted_out_and_an_own_report_stays() {
+    async fn a_dropped_request_no_longer_counts_and_an_own_report_is_kept() {
         let reporter = LoadReporter::new();
         let mut service = reporter.layer().layer(Hello);
         let waiting = service.call(Request::new(()));

@@ -1,8 +1,8 @@
-//! The leases of one process, shared by its nodes.
+//! The connection and the leases that the nodes of one process share.
 
 use std::sync::{Arc, Mutex};
 
-use super::lease::LeaseHolder;
+use super::lease::SharedLease;
 use crate::keys::GroupKeys;
 use crate::store::LazyStore;
 use crate::sync::lock;
@@ -10,16 +10,16 @@ use crate::sync::lock;
 /// The connection and the leases that several nodes of one process share.
 ///
 /// All groups share the first lease. A second node of the same group gets another one, because
-/// candidates are told apart by their leases.
+/// candidates are distinguished by their leases.
 pub(crate) struct LeasePool {
     ttl: i64,
     key_prefix: String,
     store: Arc<LazyStore>,
-    leases: Mutex<Vec<Arc<LeaseHolder>>>,
+    leases: Mutex<Vec<Arc<SharedLease>>>,
 }
 
 impl LeasePool {
-    /// A pool without leases yet. `ttl` is in seconds.
+    /// A pool without leases. `ttl` is in seconds.
     pub(crate) fn new(ttl: i64, key_prefix: String, store: Arc<LazyStore>) -> Self {
         Self {
             ttl,
@@ -37,14 +37,14 @@ impl LeasePool {
         &self.store
     }
 
-    /// The lease for a node of this group: the first one that no other node of that group uses or
-    /// has used.
-    pub(crate) fn enter(&self, keys: &GroupKeys, group: &str, id: &str) -> Arc<LeaseHolder> {
+    /// The lease for a node of this group: the first one that has no other node of the group, and
+    /// had none lately.
+    pub(super) fn enter(&self, keys: &GroupKeys, group: &str, id: &str) -> Arc<SharedLease> {
         let mut leases = lock(&self.leases);
         if let Some(free) = leases.iter().find(|lease| lease.enter(keys, group, id)) {
             return free.clone();
         }
-        let lease = Arc::new(LeaseHolder::new(self.ttl.unsigned_abs(), &self.key_prefix));
+        let lease = Arc::new(SharedLease::new(self.ttl.unsigned_abs(), &self.key_prefix));
         lease.enter(keys, group, id);
         leases.push(lease.clone());
         lease

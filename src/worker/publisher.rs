@@ -1,191 +1,150 @@
-//! When metadata is worth a write.
+//! Publishes a node's metrics when they have changed enough to be worth a write.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 use tracing::{debug, warn};
 
-use super::Shared;
-use super::session::Tenure;
+use super::state::WorkerState;
+use super::tenure::Tenure;
 use crate::error::ClusterError;
 use crate::metadata::{Metadata, NodeMetadata};
-use crate::metrics::Sampler;
+use crate::metrics::{Deadband, Sampler};
 use crate::store::{Condition, Revision, Store, Txn};
-use crate::validate::{Bound, Bounds, Excess};
+use crate::validate::{Bounds, Excess};
 
-type Writing<'a> =
+type WriteFuture<'a> =
     Pin<Box<dyn Future<Output = Result<Option<Revision>, ClusterError>> + Send + 'a>>;
 
-/// How many samples of a collector were not published, because no reader would have taken the
-/// entry with them, and which limit they exceeded first. The last good sample stays in the entry
-/// each time.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct RefusedSamples {
-    /// The entry would have had more than 65,536 bytes.
-    pub too_long: u64,
-    /// It would have had more than 32 levels.
-    pub too_deep: u64,
-    /// It would have had more than 1,024 values.
-    pub too_many_values: u64,
+/// The metrics in the store.
+struct Published {
+    metadata: NodeMetadata,
+    at: Instant,
 }
 
-impl RefusedSamples {
-    /// All of them.
-    pub fn total(&self) -> u64 {
-        self.too_long + self.too_deep + self.too_many_values
+/// Collects metrics every interval, and writes those that have left the deadband around what was
+/// written last, or that have become old. One write at a time; a sample that is collected during a
+/// write is not queued, because the next one will be newer. A write that fails has no other
+/// consequence: renewals decide whether the store works.
+pub(super) async fn publish(
+    state: &WorkerState,
+    store: &dyn Store,
+    tenure: &Tenure,
+    sampler: &mut Sampler,
+) -> Infallible {
+    let config = &state.config;
+    if config.metrics_interval == 0 {
+        return std::future::pending().await;
     }
-}
-
-/// The same while it is being counted.
-#[derive(Debug, Default)]
-pub(super) struct Refusals {
-    bytes: AtomicU64,
-    depth: AtomicU64,
-    values: AtomicU64,
-}
-
-impl Refusals {
-    /// Answers whether it is the first of its kind.
-    fn count(&self, excess: &Excess) -> bool {
-        let count = match excess.bound {
-            Bound::Bytes => &self.bytes,
-            Bound::Depth => &self.depth,
-            Bound::Values => &self.values,
-        };
-        count.fetch_add(1, Ordering::Relaxed) == 0
-    }
-
-    pub(super) fn so_far(&self) -> RefusedSamples {
-        RefusedSamples {
-            too_long: self.bytes.load(Ordering::Relaxed),
-            too_deep: self.depth.load(Ordering::Relaxed),
-            too_many_values: self.values.load(Ordering::Relaxed),
-        }
-    }
-}
-
-impl Shared {
-    /// Collects every interval, and writes what has left the deadband of what was written last, or
-    /// has become old. One write at a time; what is collected while it is under way is not queued,
-    /// for the next sample will be newer. Never returns: a store that cannot be written is for the
-    /// renewals to judge.
-    pub(super) async fn publish(&self, store: &dyn Store, tenure: &Tenure, sampler: &mut Sampler) {
-        let Some(every) = self.config.interval else {
-            return std::future::pending().await;
-        };
-        let mut written: Option<(NodeMetadata, Instant)> = None;
-        let mut writing: Option<(NodeMetadata, Writing<'_>)> = None;
-        let mut due = Box::pin(sleep(Duration::ZERO));
-        loop {
-            let done = async {
-                match &mut writing {
-                    Some((_, writing)) => writing.await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                biased;
-                result = done => {
-                    let metadata = writing.take().map(|(metadata, _)| metadata);
-                    written = match result {
-                        Ok(Some(_)) => metadata.map(|metadata| (metadata, Instant::now())),
-                        // Not registered (yet, or any more): registering writes the metrics too.
-                        Ok(None) => None,
-                        Err(error) => {
-                            debug!(group = %self.config.group, node = %self.config.id, %error, "metrics not published");
-                            None
-                        }
-                    };
-                    continue;
-                }
-                () = &mut due => {}
+    let interval = Duration::from_secs(config.metrics_interval);
+    let mut published: Option<Published> = None;
+    let mut writing: Option<(NodeMetadata, WriteFuture<'_>)> = None;
+    let mut due = Box::pin(sleep(Duration::ZERO));
+    loop {
+        let done = async {
+            match &mut writing {
+                Some((_, write)) => write.await,
+                None => std::future::pending().await,
             }
-            due = Box::pin(sleep(every.mul_f64(1.0 + 0.1 * fastrand::f64())));
-            // While a sample is awaited the write under way waits too: at most an interval.
-            let Some(sample) = sampler.sample(every).await else {
+        };
+        tokio::select! {
+            biased;
+            result = done => {
+                let is_written = is_written(result);
+                let written = writing.take().filter(|_| is_written);
+                published = written.map(|(metadata, _)| Published {
+                    metadata,
+                    at: Instant::now(),
+                });
                 continue;
-            };
-            let taken = sample.and_then(|metadata| self.take_over(&metadata).map(|()| metadata));
-            let metadata = match taken {
-                Ok(metadata) => metadata,
-                Err(excess) => {
-                    self.refuse(&excess);
-                    continue;
-                }
-            };
-            self.reporter.sampled(&metadata);
-            if writing.is_none() && self.is_worth_a_write(written.as_ref(), &metadata) {
-                writing = Some((metadata, self.write_metrics(store, tenure)));
             }
+            () = &mut due => {}
         }
-    }
-
-    /// Lets the entry have these metadata, unless it would be more than readers take.
-    fn take_over(&self, metadata: &NodeMetadata) -> Result<(), Excess> {
-        let metadata = Metadata::from(metadata.clone());
-        let mut entry = self.entry().clone();
-        entry.metadata = metadata.clone();
-        // Whatever is going to be said with them: draining and leaving have to fit too.
-        Bounds::default().check(&entry.at_its_longest().to_json())?;
-        self.entry().metadata = metadata;
-        Ok(())
-    }
-
-    /// Once for each limit: a collector that returns too much does it with every sample.
-    fn refuse(&self, excess: &Excess) {
-        if self.refused.count(excess) {
-            let reason = tracing::field::display(excess);
-            warn!(
-                group = %self.config.group, node = %self.config.id, reason,
-                "metrics are not published, for no reader would take them; the last good ones stay"
-            );
-        }
-    }
-
-    fn is_worth_a_write(
-        &self,
-        written: Option<&(NodeMetadata, Instant)>,
-        now: &NodeMetadata,
-    ) -> bool {
-        let Some((metadata, at)) = written else {
-            return true;
+        due = Box::pin(sleep(interval.mul_f64(1.0 + 0.1 * fastrand::f64())));
+        // While a sample is awaited a write in progress waits, too: for an interval at most.
+        let Some(sample) = sampler.sample(interval).await else {
+            continue;
         };
-        let jitter = 0.9 + 0.1 * fastrand::f64();
-        self.config.deadband.is_left(metadata, now)
-            || at.elapsed() >= self.config.max_age.mul_f64(jitter)
-    }
-
-    fn write_metrics<'a>(&self, store: &'a dyn Store, tenure: &Tenure) -> Writing<'a> {
-        let registration = self.keys.registration(&self.config.id);
-        let lease = tenure.lease.id;
-        let update = Txn::new()
-            .when(Condition::HeldBy(registration.clone(), lease))
-            .put(registration, self.fresh_entry(), Some(lease));
-        store.txn(update)
+        let accepted = sample.and_then(|metadata| accept(state, &metadata).map(|()| metadata));
+        let metadata = match accepted {
+            Ok(metadata) => metadata,
+            Err(excess) => {
+                refuse(state, &excess);
+                continue;
+            }
+        };
+        state.reporter.sampled(&metadata);
+        if writing.is_none()
+            && is_worth_a_write(
+                published.as_ref(),
+                &metadata,
+                &config.deadband,
+                config.max_age,
+            )
+        {
+            writing = Some((metadata, write(state, store, tenure)));
+        }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_limit_is_told_once_and_counted_each_time() {
-        let refused = Refusals::default();
-        let deep = (0..130).fold(NodeMetadata::Null, |inner, _| {
-            NodeMetadata::Array(vec![inner])
-        });
-        let long = NodeMetadata::from("x".repeat(70_000));
-        for (value, told) in [(&deep, true), (&long, true), (&deep, false), (&long, false)] {
-            let excess = Bounds::default().check_value(value).unwrap_err();
-            assert_eq!(refused.count(&excess), told, "{excess}");
+/// Whether the metrics are in the store. If the node is not registered, nothing was written, and
+/// registering will write them.
+fn is_written(result: Result<Option<Revision>, ClusterError>) -> bool {
+    match result {
+        Ok(revision) => revision.is_some(),
+        Err(error) => {
+            debug!(%error, "metrics not published");
+            false
         }
-        let counted = refused.so_far();
-        assert_eq!((counted.too_deep, counted.too_long), (2, 2));
-        assert_eq!(counted.total(), 4);
     }
+}
+
+/// Puts these metadata into the node's entry, unless the entry would exceed what readers accept.
+fn accept(state: &WorkerState, metadata: &NodeMetadata) -> Result<(), Excess> {
+    let metadata = Metadata::from(metadata.clone());
+    let mut entry = state.entry().clone();
+    entry.metadata = metadata.clone();
+    // With the marks for draining and leaving, which will be written with these metadata, too.
+    Bounds::default().check(&entry.at_its_longest().to_json())?;
+    state.entry().metadata = metadata;
+    Ok(())
+}
+
+/// Logs each limit once: a collector that exceeds it does so with every sample.
+fn refuse(state: &WorkerState, excess: &Excess) {
+    if state.refusals.count(excess) {
+        let reason = tracing::field::display(excess);
+        warn!(
+            reason,
+            "metrics are not published because no reader would accept them; the last good ones stay"
+        );
+    }
+}
+
+/// Whether a sample has to be written, given what was published last. A tenth of the maximum age is
+/// left to chance, so that nodes which started together do not write together.
+fn is_worth_a_write(
+    published: Option<&Published>,
+    sample: &NodeMetadata,
+    deadband: &Deadband,
+    max_age: Duration,
+) -> bool {
+    let Some(published) = published else {
+        return true;
+    };
+    let jitter = 0.9 + 0.1 * fastrand::f64();
+    deadband.is_left(&published.metadata, sample)
+        || published.at.elapsed() >= max_age.mul_f64(jitter)
+}
+
+fn write<'a>(state: &WorkerState, store: &'a dyn Store, tenure: &Tenure) -> WriteFuture<'a> {
+    let registration = state.keys.registration(state.id());
+    let lease = tenure.lease.id;
+    let update = Txn::new()
+        .when(Condition::HeldBy(registration.clone(), lease))
+        .put(registration, state.entry_json(), Some(lease));
+    store.txn(update)
 }

@@ -1,13 +1,7 @@
 //! Where a node stands with its lease and its entry: a state machine without I/O and without a
-//! clock of its own.
+//! clock.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
-
-use crate::bugs::{self, Bug};
-use crate::store::{Clock, Lease};
 
 /// Where a node stands with its lease and with its entry in the store.
 ///
@@ -21,35 +15,36 @@ use crate::store::{Clock, Lease};
 ///                                   the lease is gone
 /// ```
 ///
-/// A node that drains goes to `Draining` where it would go to `Registered`, and never to `Active`.
-/// `Closed` is reached from everywhere, when the run ends, and left by the next run only.
+/// A node that drains goes to `Draining` instead of `Registered`, and never to `Active`. `Closed`
+/// is reached from every state, when the run ends; only the next run leaves it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SessionState {
-    /// It has no lease, and waits before it asks for one: for a connection, or after a failure,
-    /// 0.5 s to 2 s while the store is away, up to 30 s where it refuses. Goes to `Granted` when
-    /// there is a lease.
+    /// The node has no lease, and waits before it requests one: for a connection, or after a
+    /// failure 0.5 s to 2 s while the store is away, and up to 30 s if the store refuses. The next
+    /// state is `Granted`, when there is a lease.
     BackingOff,
-    /// It has a lease, and nothing is known of its keys: they are being read or written. Goes to
-    /// `Registered`, `Active` or `Draining` by what is read, to `Doubtful` at the deadline, to
-    /// `Lost` with the lease. While another process holds its id it stays here.
+    /// The node has a lease, and its keys are being read or written. The next state is
+    /// `Registered`, `Active` or `Draining`, depending on what is read; `Doubtful` at the deadline;
+    /// `Lost` with the lease. It stays `Granted` while another process holds its id.
     Granted,
-    /// Its entry was read back under its lease; it is not in the queue for leadership yet. Goes to
-    /// `Active` when its candidacy was read too, back to `Granted` when the entry is gone.
+    /// The node has read its entry back under its lease; it is not a candidate for leadership yet.
+    /// The next state is `Active` when it has read its candidacy, too; `Granted` when the entry is
+    /// gone.
     Registered,
-    /// Registered, and in the queue for leadership or at its head.
+    /// The node is registered, and a candidate or the leader.
     Active,
-    /// The deadline has passed without an answered renewal: the lease may live or not, and nothing
-    /// is claimed on it. Goes to `Granted` when a renewal is answered, for what the keys are has
-    /// to be read again; to `Lost` when the lease turns out to be gone.
+    /// The deadline has passed without an answered renewal. The lease may still live, but the node
+    /// claims nothing that depends on it. The next state is `Granted` when a renewal is answered,
+    /// because the keys have to be read again; `Lost` when the lease turns out to be gone.
     Doubtful,
-    /// The lease is gone, or has been given up. Goes to `BackingOff`, or to `Granted` when there is
-    /// another one already.
+    /// The lease is gone, or was given up. The next state is `BackingOff`, or `Granted` if there is
+    /// another lease already.
     Lost,
-    /// Registered with an entry that says `draining`, and not a candidate. As `Registered` in
-    /// everything else.
+    /// The node is registered with an entry that says `draining`, and is not a candidate. Otherwise
+    /// the same as `Registered`.
     Draining,
-    /// Not running.
+    /// The node is not running.
     #[default]
     Closed,
 }
@@ -69,16 +64,16 @@ impl fmt::Display for SessionState {
     }
 }
 
-/// What a session goes by.
+/// What a session reacts to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Input {
     /// The run starts.
     Start,
-    /// There is no lease, and none is being used.
+    /// There is no lease, and none is in use.
     NoLease,
     /// There is a lease.
     Granted,
-    /// The keys under the lease were read.
+    /// The keys under the lease were read; `None` if the entry is not there.
     Read { registered: Option<Registered> },
     /// The deadline has passed.
     DeadlinePassed,
@@ -90,7 +85,7 @@ pub(super) enum Input {
     Close,
 }
 
-/// How it is registered.
+/// How a node is registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Registered {
     Candidate,
@@ -99,8 +94,8 @@ pub(super) enum Registered {
 }
 
 impl SessionState {
-    /// The state after this input. One that means nothing in a state leaves it as it is: it was
-    /// sent before the sender could know.
+    /// The state after this input. An input that has no meaning in a state changes nothing: its
+    /// sender could not know the state yet.
     #[must_use]
     pub(super) fn after(self, input: Input) -> Self {
         use Input as I;
@@ -131,151 +126,16 @@ impl SessionState {
         }
     }
 
-    /// Whether its own entry is known to be in the store.
+    /// Whether the node's own entry is known to be in the store.
     pub fn is_registered(self) -> bool {
         matches!(self, Self::Registered | Self::Active | Self::Draining)
     }
 }
 
-/// A lease, with the instant up to which this process may count on it.
-pub(super) struct Tenure {
-    pub(super) lease: Lease,
-    clock: Arc<dyn Clock>,
-    /// On the clock, in nanoseconds.
-    deadline: AtomicU64,
-}
-
-impl fmt::Debug for Tenure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tenure({}, {:?})", self.lease.id, self.remaining())
-    }
-}
-
-impl Tenure {
-    /// A lease whose grant was asked for at `sent`.
-    pub(super) fn new(lease: Lease, clock: Arc<dyn Clock>, sent: Duration) -> Self {
-        let tenure = Self {
-            lease,
-            clock,
-            deadline: AtomicU64::new(0),
-        };
-        tenure.renewed(sent, lease.ttl);
-        tenure
-    }
-
-    /// A renewal that was sent at `sent` has been answered with `ttl`. The store counts from when
-    /// it got the request, which is later: so this side stops counting on the lease first.
-    pub(super) fn renewed(&self, sent: Duration, ttl: Duration) {
-        let from = if bugs::has(Bug::DeadlineFromReceipt) {
-            self.clock.now()
-        } else {
-            sent
-        };
-        let margin = if bugs::has(Bug::NoMargin) {
-            Duration::ZERO
-        } else {
-            // Of the whole lease also where what is left of it is answered.
-            margin(ttl.max(self.lease.ttl))
-        };
-        // Never back: an answer with a shorter TTL does not undo a promise made.
-        let deadline = from + ttl.saturating_sub(margin);
-        self.deadline.fetch_max(nanos(deadline), Ordering::AcqRel);
-    }
-
-    pub(super) fn now(&self) -> Duration {
-        self.clock.now()
-    }
-
-    /// How much longer this process may count on the lease.
-    pub(super) fn remaining(&self) -> Duration {
-        let deadline = Duration::from_nanos(self.deadline.load(Ordering::Acquire));
-        deadline.saturating_sub(self.clock.now())
-    }
-
-    /// Whether this process may count on the lease now.
-    pub(super) fn is_valid(&self) -> bool {
-        !self.remaining().is_zero()
-    }
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// For the clocks of two machines that run at slightly different rates, and for the time between
-/// asking `is_leader` and acting on it.
-pub(super) fn margin(ttl: Duration) -> Duration {
-    Duration::from_millis(500).max(ttl / 10)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::LeaseId;
     use proptest::prelude::*;
-    use std::sync::Mutex;
-
-    #[derive(Debug, Default)]
-    struct Hands(Mutex<Duration>);
-
-    impl Clock for Hands {
-        fn now(&self) -> Duration {
-            *self.0.lock().unwrap()
-        }
-    }
-
-    const fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
-    }
-
-    /// A tenure that begins at 100 s, and its clock.
-    fn tenure(ttl: u64) -> (Tenure, Arc<Hands>) {
-        let lease = Lease {
-            id: LeaseId(1),
-            ttl: Duration::from_secs(ttl),
-        };
-        let clock = Arc::new(Hands::default());
-        (Tenure::new(lease, clock.clone(), T0), clock)
-    }
-
-    const T0: Duration = Duration::from_secs(100);
-
-    fn is_valid_at(tenure: &(Tenure, Arc<Hands>), now: Duration) -> bool {
-        *tenure.1.0.lock().unwrap() = T0 + now;
-        tenure.0.is_valid()
-    }
-
-    #[test]
-    fn counts_from_sending_less_the_margin() {
-        let tenure = tenure(5);
-        assert!(is_valid_at(&tenure, ms(4499)));
-        assert!(!is_valid_at(&tenure, ms(4500)));
-        tenure.0.renewed(T0 + ms(2000), Duration::from_secs(5));
-        assert!(is_valid_at(&tenure, ms(6499)));
-        assert!(!is_valid_at(&tenure, ms(6500)));
-    }
-
-    #[test]
-    fn a_late_answer_to_an_early_renewal_takes_nothing_back() {
-        let tenure = tenure(5);
-        tenure.0.renewed(T0 + ms(3000), Duration::from_secs(5));
-        tenure.0.renewed(T0 + ms(1000), Duration::from_secs(5));
-        assert!(is_valid_at(&tenure, ms(7400)));
-    }
-
-    #[test]
-    fn the_margin_leaves_at_least_half_of_every_ttl_there_is() {
-        for ttl in (1..=86_400).map(Duration::from_secs) {
-            assert!(margin(ttl) <= ttl / 2, "{ttl:?}");
-        }
-    }
-
-    #[test]
-    fn a_tenth_of_a_long_ttl() {
-        let tenure = tenure(60);
-        assert!(is_valid_at(&tenure, ms(53_999)));
-        assert!(!is_valid_at(&tenure, ms(54_000)));
-    }
 
     fn any_input() -> impl Strategy<Value = Input> {
         prop_oneof![
@@ -299,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_life() {
+    fn one_run() {
         let candidate = Input::Read {
             registered: Some(Registered::Candidate),
         };
@@ -326,9 +186,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_comes_in(inputs in proptest::collection::vec(any_input(), 0..100)) {
+        fn any_sequence_of_inputs(inputs in proptest::collection::vec(any_input(), 0..100)) {
             let mut state = SessionState::default();
-            // What has to have happened since for the state to be what it is.
+            // What must have happened for the state to be what it is.
             let (mut open, mut leased, mut timely) = (false, false, false);
             for input in inputs {
                 match input {

@@ -1,20 +1,23 @@
 //! Nodes on the in-memory store under a paused clock: time is exact and costs nothing.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
-use super::*;
+use super::{ClusterNode, ClusterNodeBuilder};
 use crate::cluster::Cluster;
+use crate::error::ClusterError;
+use crate::node::{HealthStatus, Node};
 use crate::store::{
-    Clock, EtcdOptions, Fault, Lease, LeaseKeeper, Listing, MemoryStore, Selector, Store, Txn,
-    WatchRange, Watcher, Write,
+    Clock, EtcdOptions, Fault, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Revision,
+    Selector, Store, Txn, WatchRange, Watcher, Write,
 };
+use crate::sync::lock;
 use crate::testing::until;
 
 const TTL: Duration = Duration::from_secs(5);
@@ -53,22 +56,22 @@ async fn leadership_ends_at_the_deadline_and_the_successor_comes_after_it() {
     let store = MemoryStore::new();
     let running = start(&store, "n1");
     until("it leads", || running.node.is_leader()).await;
-    // Just after a renewal: the deadline is as far away as it can be.
+    // Just after a renewal, when the deadline is as far away as possible.
     sleep(TTL / 3 + Duration::from_millis(1)).await;
     store.set_fault(Some(Fault::Silence));
-    let ended = until("it leads no longer", || !running.node.is_leader()).await;
+    let ended = until("it no longer leads", || !running.node.is_leader()).await;
     assert!(ended <= TTL - MARGIN, "{ended:?}");
     assert!(
         ended > TTL - MARGIN - TTL / 3,
-        "not before it has to: {ended:?}"
+        "not earlier than necessary: {ended:?}"
     );
-    // The lease itself lives on for the margin: nobody can have taken over yet.
+    // The lease itself lives on for the margin: no other node can have taken over yet.
     store.set_fault(None);
     assert_eq!(store.leases().len(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_renewal_counts_from_when_it_was_sent_however_late_its_answer() {
+async fn a_renewal_counts_from_when_it_was_sent_even_if_its_answer_is_late() {
     let store = MemoryStore::new();
     let running = start(&store, "n1");
     until("it leads", || running.node.is_leader()).await;
@@ -80,7 +83,7 @@ async fn a_renewal_counts_from_when_it_was_sent_however_late_its_answer() {
     store.set_fault(None);
     sleep(Duration::from_millis(2)).await;
     store.set_fault(Some(Fault::Silence));
-    until("it leads no longer", || !running.node.is_leader()).await;
+    until("it no longer leads", || !running.node.is_leader()).await;
     let deadline = TTL / 3 + TTL - MARGIN;
     let off = granted.elapsed().abs_diff(deadline);
     assert!(off < Duration::from_millis(10), "off by {off:?}");
@@ -107,14 +110,14 @@ async fn unhealthy_after_three_missed_renewals_and_a_new_session_when_the_lease_
         unhealthy > third - TTL / 9,
         "not before the third: {unhealthy:?}"
     );
-    // Long enough for the lease to run out, and for ten misses.
+    // Long enough for the lease to expire, and for ten misses.
     sleep(Duration::from_secs(60)).await;
     store.set_fault(None);
     let back = until("it leads again", || running.node.is_leader()).await;
     assert!(back <= Duration::from_secs(30), "{back:?}");
     assert_eq!(running.node.current_health(), HealthStatus::Healthy);
     assert!(running.node.leadership().unwrap().epoch > first);
-    assert_eq!(store.leases().len(), 1, "nothing is left behind");
+    assert_eq!(store.leases().len(), 1, "no lease is left behind");
 }
 
 #[tokio::test(start_paused = true)]
@@ -139,7 +142,7 @@ async fn an_expired_lease_is_replaced_and_the_term_is_a_new_one() {
     for lease in store.leases() {
         store.expire_lease(lease);
     }
-    let back = until("it leads anew", || {
+    let back = until("it leads in a new term", || {
         running
             .node
             .leadership()
@@ -183,7 +186,7 @@ async fn shutdown_takes_less_than_two_seconds_from_every_state() {
 #[tokio::test(start_paused = true)]
 async fn never_two_leaders_and_always_one_soon_while_leases_expire_at_random() {
     let mut random = fastrand::Rng::with_seed(42);
-    // The nodes' own, too: everything is on this thread.
+    // Also the randomness of the nodes, which run on this thread.
     fastrand::seed(42);
     let store = MemoryStore::new();
     let nodes: Vec<_> = (0..5)
@@ -193,8 +196,8 @@ async fn never_two_leaders_and_always_one_soon_while_leases_expire_at_random() {
     for _ in 0..200 {
         match random.u8(0..5) {
             0 => {
-                // Of one that waits. The leader's ends early only if somebody revokes it, and
-                // that is what no deadline covers, only the token.
+                // The lease of a candidate that waits. The leader's lease ends early only if
+                // somebody revokes it, which the token covers and no deadline does.
                 let mut waiting: Vec<_> = store
                     .entries()
                     .into_iter()
@@ -223,7 +226,7 @@ async fn never_two_leaders_and_always_one_soon_while_leases_expire_at_random() {
             }
             _ => {
                 let node = &nodes[random.usize(0..nodes.len())].node;
-                // Only with a working store; a refusal is an answer too.
+                // The store may refuse it.
                 let _ = node.resign().await;
             }
         }
@@ -253,16 +256,16 @@ async fn never_two_leaders_and_always_one_soon_while_leases_expire_at_random() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_that_get_lost_are_read_not_guessed() {
+async fn after_a_lost_answer_the_state_is_read_and_not_guessed() {
     let store = MemoryStore::new();
     store.set_fault(Some(Fault::LoseAnswers));
     let running = start(&store, "n1");
-    // Leases are granted that nobody hears of.
+    // Leases are granted whose answers are lost.
     sleep(Duration::from_secs(4)).await;
     assert!(!store.leases().is_empty());
     store.set_fault(None);
     until("it leads", || running.node.is_leader()).await;
-    // It resigns, the key goes, the answer does not come: it must not lead by that candidacy.
+    // It resigns, and the answer to the delete is lost: it must not lead by that candidacy.
     let before = running.node.leadership().unwrap().epoch;
     store.set_fault(Some(Fault::LoseAnswers));
     running.node.resign().await.unwrap_err();
@@ -274,7 +277,7 @@ async fn answers_that_get_lost_are_read_not_guessed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn draining_is_a_promise_even_when_the_store_is_away() {
+async fn a_node_drains_after_an_outage_if_it_was_asked_to_during_it() {
     let store = MemoryStore::new();
     let running = start(&store, "n1");
     until("it leads", || running.node.is_leader()).await;
@@ -291,7 +294,7 @@ async fn draining_is_a_promise_even_when_the_store_is_away() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_asks_while_it_stops_gets_an_answer() {
+async fn a_command_during_shutdown_is_answered() {
     let store = MemoryStore::new();
     let running = start(&store, "n1");
     until("it leads", || running.node.is_leader()).await;
@@ -310,7 +313,7 @@ async fn who_asks_while_it_stops_gets_an_answer() {
     }
 }
 
-/// A load that hovers, or climbs, by a sample each second.
+/// A collector whose samples follow a function of their number.
 struct Load {
     samples: Arc<AtomicU32>,
     next: fn(u32) -> f64,
@@ -327,7 +330,7 @@ impl crate::MetricsCollector for Load {
     }
 }
 
-/// A node with that load that leads, and the number of samples taken.
+/// A leader with such a load, sampled every second, and the number of its samples.
 async fn loaded(store: &MemoryStore, next: fn(u32) -> f64) -> (Running, Arc<AtomicU32>) {
     let samples = Arc::<AtomicU32>::default();
     let load = Load {
@@ -389,7 +392,7 @@ async fn while_the_store_is_slow_samples_are_dropped_not_queued_and_responses_ha
     let (running, samples) = loaded(&store, |sample| f64::from(sample * 3 % 100)).await;
     store.set_fault(Some(Fault::Silence));
     sleep(Duration::from_secs(30)).await;
-    // The reporter goes on with fresh samples all the while.
+    // The reporter still gets new samples.
     let latest = samples.load(Ordering::Relaxed) - 1;
     let report = running.node.load_reporter().header_value();
     let report = crate::metrics::LoadReport::parse(&report).unwrap();
@@ -399,12 +402,12 @@ async fn while_the_store_is_slow_samples_are_dropped_not_queued_and_responses_ha
     let revision = store.revision();
     sleep(Duration::from_millis(10)).await;
     let at_once = store.revision() - revision;
-    // The lease has run out meanwhile; what counts is that 30 samples do not come now.
+    // The lease has expired meanwhile. The point is that 30 samples are not written now.
     assert!(at_once <= 3, "{at_once} writes in a burst");
     until("it is back", || running.node.is_leader()).await;
 }
 
-/// A store whose user has the rights that the predecessor needs, and no more.
+/// A store whose user has only the rights that photon-etcd-cluster needs.
 #[derive(Debug)]
 struct NoHandover(MemoryStore);
 
@@ -491,7 +494,7 @@ async fn without_rights_to_hand_over_everything_else_works_and_the_error_says_wh
     until("the next one leads", || next.unwrap().node.is_leader()).await;
 }
 
-/// Counts the calls of one kind, and panics in a renewal as often as it is told to.
+/// Counts all calls but those for leases and watches, and panics in the next `panics` renewals.
 #[derive(Debug)]
 struct Observed {
     inner: MemoryStore,
@@ -520,7 +523,7 @@ impl LeaseKeeper for Panicking {
     async fn renew(&mut self, within: Duration) -> Result<Duration, ClusterError> {
         if self.1.load(Ordering::Relaxed) > 0 {
             self.1.fetch_sub(1, Ordering::Relaxed);
-            panic!("in a renewal, on purpose");
+            panic!("in a renewal, as the test requires");
         }
         self.0.renew(within).await
     }
@@ -571,7 +574,7 @@ fn member(cluster: &Cluster, group: &str) -> ClusterNodeBuilder {
 }
 
 #[tokio::test(start_paused = true)]
-async fn ended_groups_of_a_cluster_cost_the_same_however_many() {
+async fn nodes_that_have_left_a_cluster_cost_the_same_whatever_their_number() {
     let mut quiet = Vec::new();
     for ended in [20, 200] {
         let store = MemoryStore::new();
@@ -585,16 +588,19 @@ async fn ended_groups_of_a_cluster_cost_the_same_however_many() {
             running.stop.send(()).unwrap();
             running.task.await.unwrap().unwrap();
         }
-        assert_eq!(store.leases().len(), 1, "they shared it");
+        assert_eq!(store.leases().len(), 1, "the nodes share it");
         assert_eq!(store.entries().len(), 2, "{:?}", store.entries());
-        // A request of one of them that was late.
+        // A late request of one of them.
         let lease = Some(store.leases()[0]);
         let late = |key: &str| Txn::new().put(key, b"n1".to_vec(), lease);
         store.txn(late("registry/g7/n1")).await.unwrap();
         store.txn(late("app/of-the-leader")).await.unwrap();
         sleep(Duration::from_secs(60)).await;
         assert!(store.entry("registry/g7/n1").is_none());
-        assert!(store.entry("app/of-the-leader").is_some(), "none of ours");
+        assert!(
+            store.entry("app/of-the-leader").is_some(),
+            "not a key of a node"
+        );
         let before = observed.calls.load(Ordering::Relaxed);
         sleep(Duration::from_secs(300)).await;
         quiet.push(observed.calls.load(Ordering::Relaxed) - before);
@@ -604,19 +610,19 @@ async fn ended_groups_of_a_cluster_cost_the_same_however_many() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_node_that_is_not_polled_costs_nobody_the_lease() {
+async fn a_node_that_is_not_polled_costs_no_node_the_lease() {
     let store = MemoryStore::new();
     let cluster = cluster(Arc::new(store.clone()));
     let stuck = member(&cluster, "a").try_build().unwrap();
     let mut never = Box::pin(stuck.run_until(std::future::pending()));
     tokio::select! {
-        _ = &mut never => unreachable!("it is not told to stop"),
+        _ = &mut never => unreachable!("nothing stops it"),
         registered = stuck.until_registered() => registered.unwrap(),
     }
     let running = run(member(&cluster, "b"));
     running.node.until_leading().await.unwrap();
     let term = running.node.leadership().unwrap().epoch;
-    // From here on the first one's future is held, and nobody looks at it.
+    // From here on the future of the first node is kept, but not polled.
     sleep(Duration::from_secs(120)).await;
     assert_eq!(running.node.leadership().unwrap().epoch, term);
     assert!(
@@ -630,7 +636,7 @@ async fn a_node_that_is_not_polled_costs_nobody_the_lease() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_renewal_that_panics_is_begun_again() {
+async fn a_renewal_that_panics_is_started_again() {
     let store = MemoryStore::new();
     let observed = Observed::new(&store);
     let running = run(builder(&store, "n1").store(observed.clone()));
@@ -682,4 +688,53 @@ async fn a_node_is_idle_only_if_its_requests_are_counted() {
     let begun = Instant::now();
     assert!(running.node.drain_until_idle(grace).await);
     assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+/// Collects what is logged on this thread.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        lock(&self.0).extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_line_of_a_run_has_the_group_and_the_node_at_any_level() {
+    for level in [tracing::Level::WARN, tracing::Level::DEBUG] {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(level)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let store = MemoryStore::new();
+        let running = start(&store, "n1");
+        running.node.until_leading().await.unwrap();
+        store.set_fault(Some(Fault::Refuse));
+        sleep(3 * TTL).await;
+        running.stop.send(()).unwrap();
+        running.task.await.unwrap().unwrap();
+        let text = String::from_utf8(lock(&log.0).clone()).unwrap();
+        let of_worker = |line: &&str| line.contains("pingora_etcd::worker");
+        let lines: Vec<_> = text.lines().filter(of_worker).collect();
+        for said in [
+            "cannot be renewed",
+            "node is unhealthy",
+            "node left without",
+        ] {
+            assert!(lines.iter().any(|line| line.contains(said)), "{text}");
+        }
+        for line in lines {
+            assert!(line.contains("node{group=g node=n1}: "), "{line}");
+        }
+    }
 }

@@ -429,7 +429,7 @@ fn cell(outcome: Outcome) -> String {
 
 /// How many times a node has logged this.
 fn times_logged(logged: &Captured, group: &str, node: &str, what: &str) -> usize {
-    let (group, node) = (format!("group={group} "), format!("node={node} "));
+    let (group, node) = (format!("group={group} "), format!("node={node}}}"));
     let text = logged.text();
     let lines = text.lines();
     let matching =

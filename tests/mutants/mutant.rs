@@ -39,9 +39,9 @@ pub fn read_all(folder: &Path) -> Result<Vec<Mutant>, String> {
         let text = std::fs::read_to_string(&path).map_err(|error| named(&error))?;
         let mutant: Mutant = toml::from_str(&text).map_err(|error| named(&error))?;
         for change in &mutant.changes {
-            let switch = format!("mutants::active(\"{}\")", mutant.bug);
-            if !change.replace.contains(&switch) {
-                return Err(named(&format!("a replacement is not behind {switch}")));
+            let named_here = change.replace.contains(&format!("\"{}\"", mutant.bug));
+            if !named_here || !change.replace.contains("crate::mutants::active") {
+                return Err(named(&"a replacement is not behind crate::mutants::active"));
             }
         }
         mutants.push(mutant);

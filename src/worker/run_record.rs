@@ -1,0 +1,59 @@
+//! What a run has seen and done, as far as later decisions depend on it.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::store::{LeaseId, Revision};
+
+/// How many of its latest leases a run remembers as its own. Older ones have expired.
+const OWN_LEASES: usize = 16;
+
+/// What one run remembers; the next run starts with an empty record.
+#[derive(Debug, Default)]
+pub(super) struct RunRecord {
+    /// Its own leases, the latest last.
+    pub(super) leases: VecDeque<LeaseId>,
+    /// It has read its own registration at least once.
+    pub(super) was_registered: bool,
+    /// The create revision of a candidacy that was given up, 0 for none. It never leads again,
+    /// whatever became of the request to delete it.
+    pub(super) abandoned: Revision,
+    /// It has written a request under `handover/`, and may have left one behind.
+    pub(super) has_requested: bool,
+    /// On the store's clock: until then this node claims no leadership, because a leader may still
+    /// rely on a lease of an earlier history of the store.
+    pub(super) quiet_until: Duration,
+    /// The cluster and the revision that were read last.
+    history: Option<(u64, Revision)>,
+    /// The candidate without a lease that was logged last.
+    logged_without_lease: Option<String>,
+}
+
+impl RunRecord {
+    /// Starts with another lease: a candidacy under an earlier one is not its own any more.
+    pub(super) fn begin_lease(&mut self, lease: LeaseId) {
+        self.leases.push_back(lease);
+        if self.leases.len() > OWN_LEASES {
+            self.leases.pop_front();
+        }
+        self.abandoned = 0;
+    }
+
+    /// Records what was read last. Returns whether the store has another history than before: data
+    /// was restored, as another cluster or at an older revision.
+    pub(super) fn is_another_history(&mut self, cluster_id: u64, revision: Revision) -> bool {
+        let before = self.history.replace((cluster_id, revision));
+        before.is_some_and(|(former_cluster, former_revision)| {
+            former_cluster != cluster_id || former_revision > revision
+        })
+    }
+
+    /// Whether this candidate without a lease is another one than was logged last.
+    pub(super) fn is_new_without_lease(&mut self, key: &str) -> bool {
+        let is_new = self.logged_without_lease.as_deref() != Some(key);
+        if is_new {
+            self.logged_without_lease = Some(key.to_owned());
+        }
+        is_new
+    }
+}

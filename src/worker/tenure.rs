@@ -1,0 +1,141 @@
+//! How long this process may rely on its lease: a deadline that is checked against the clock.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::store::{Clock, Lease};
+
+/// A lease, with the instant up to which this process may rely on it.
+pub(super) struct Tenure {
+    pub(super) lease: Lease,
+    clock: Arc<dyn Clock>,
+    /// On the clock, in nanoseconds.
+    deadline: AtomicU64,
+}
+
+impl fmt::Debug for Tenure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tenure({}, {:?})", self.lease.id, self.remaining())
+    }
+}
+
+impl Tenure {
+    /// Starts with a lease whose grant was requested at `sent` on this clock.
+    pub(super) fn new(lease: Lease, clock: Arc<dyn Clock>, sent: Duration) -> Self {
+        let tenure = Self {
+            lease,
+            clock,
+            deadline: AtomicU64::new(0),
+        };
+        tenure.renewed(sent, lease.ttl);
+        tenure
+    }
+
+    /// Extends the deadline after a renewal that was sent at `sent` and answered with `ttl`. The
+    /// store counts from when it received the request, which is later: so this process stops
+    /// relying on the lease before the store ends it.
+    pub(super) fn renewed(&self, sent: Duration, ttl: Duration) {
+        // The answer may contain only the rest of the TTL; the margin is that of the whole lease.
+        let margin = margin(ttl.max(self.lease.ttl));
+        let deadline = sent + ttl.saturating_sub(margin);
+        // The deadline never moves back: a shorter answer does not withdraw an earlier one.
+        self.deadline.fetch_max(nanos(deadline), Ordering::AcqRel);
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.clock.now()
+    }
+
+    /// How much longer this process may rely on the lease.
+    pub(super) fn remaining(&self) -> Duration {
+        let deadline = Duration::from_nanos(self.deadline.load(Ordering::Acquire));
+        deadline.saturating_sub(self.clock.now())
+    }
+
+    /// Whether this process may rely on the lease now.
+    pub(super) fn is_valid(&self) -> bool {
+        !self.remaining().is_zero()
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// How long before the end of a lease this process stops relying on it. It covers clocks that run
+/// at slightly different rates, and the time between asking `is_leader` and acting on the answer.
+pub(super) fn margin(ttl: Duration) -> Duration {
+    Duration::from_millis(500).max(ttl / 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::LeaseId;
+    use crate::sync::lock;
+    use std::sync::Mutex;
+
+    #[derive(Debug, Default)]
+    struct ManualClock(Mutex<Duration>);
+
+    impl Clock for ManualClock {
+        fn now(&self) -> Duration {
+            *lock(&self.0)
+        }
+    }
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// A tenure that begins at 100 s, and its clock.
+    fn tenure(ttl: u64) -> (Tenure, Arc<ManualClock>) {
+        let lease = Lease {
+            id: LeaseId(1),
+            ttl: Duration::from_secs(ttl),
+        };
+        let clock = Arc::new(ManualClock::default());
+        (Tenure::new(lease, clock.clone(), T0), clock)
+    }
+
+    const T0: Duration = Duration::from_secs(100);
+
+    fn is_valid_at(tenure: &(Tenure, Arc<ManualClock>), now: Duration) -> bool {
+        *lock(&tenure.1.0) = T0 + now;
+        tenure.0.is_valid()
+    }
+
+    #[test]
+    fn the_deadline_counts_from_sending_less_the_margin() {
+        let tenure = tenure(5);
+        assert!(is_valid_at(&tenure, ms(4499)));
+        assert!(!is_valid_at(&tenure, ms(4500)));
+        tenure.0.renewed(T0 + ms(2000), Duration::from_secs(5));
+        assert!(is_valid_at(&tenure, ms(6499)));
+        assert!(!is_valid_at(&tenure, ms(6500)));
+    }
+
+    #[test]
+    fn a_late_answer_to_an_early_renewal_never_moves_the_deadline_back() {
+        let tenure = tenure(5);
+        tenure.0.renewed(T0 + ms(3000), Duration::from_secs(5));
+        tenure.0.renewed(T0 + ms(1000), Duration::from_secs(5));
+        assert!(is_valid_at(&tenure, ms(7400)));
+    }
+
+    #[test]
+    fn the_margin_leaves_at_least_half_of_every_ttl() {
+        for ttl in (1..=86_400).map(Duration::from_secs) {
+            assert!(margin(ttl) <= ttl / 2, "{ttl:?}");
+        }
+    }
+
+    #[test]
+    fn the_margin_of_a_long_ttl_is_a_tenth() {
+        let tenure = tenure(60);
+        assert!(is_valid_at(&tenure, ms(53_999)));
+        assert!(!is_valid_at(&tenure, ms(54_000)));
+    }
+}
