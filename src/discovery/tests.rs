@@ -1,4 +1,4 @@
-//! A discovery on the in-memory store under a paused clock.
+//! A discovery on the in-memory store with a paused clock.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,12 +8,14 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use super::*;
+use super::{DiscoveryStatus, ServiceDiscovery};
+use crate::error::ClusterError;
 use crate::store::{
-    Fault, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Page, Revision, Selector, Txn,
-    WatchRange, Watcher,
+    EtcdOptions, Fault, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Page, Revision,
+    Selector, Store, Txn, WatchRange, Watcher,
 };
 use crate::testing::until;
+use crate::view::{Change, ClusterEvent};
 
 async fn follow(store: &MemoryStore) -> (ServiceDiscovery, JoinHandle<()>) {
     let discovery = ServiceDiscovery::builder(EtcdOptions::memory(""), "g")

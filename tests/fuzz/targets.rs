@@ -239,8 +239,8 @@ impl World {
             assert!(is_there, "{id:?} leads, and is not there");
         }
         let sizes = self.group.sizes();
-        assert!(sizes.queue == sizes.places && sizes.queue <= self.limits.nodes);
-        assert!(sizes.refused <= 10_000, "{} keys remembered", sizes.refused);
+        assert!(sizes.queue == sizes.index && sizes.queue <= self.limits.nodes);
+        assert!(sizes.logged <= 10_000, "{} keys remembered", sizes.logged);
     }
 
     fn pick(&self, rng: &mut Rng) {
