@@ -249,17 +249,17 @@ impl<'d> Follower<'d> {
         let (group, prefix) = (self.name.to_owned(), self.settings.key_prefix.clone());
         let read = move || file.read(&group, &prefix, SystemTime::now());
         let snapshot = match tokio::task::spawn_blocking(read).await {
-            Ok(Ok(snapshot)) => snapshot,
+            Ok(Ok(snapshot)) => Some(snapshot),
             Ok(Err(error)) => {
                 warn!(%error, "the store cannot be reached, and the snapshot file cannot be used");
-                self.transition(Input::FileRefused);
-                return;
+                None
             }
             // The runtime is shutting down.
-            Err(_) => {
-                self.transition(Input::FileRefused);
-                return;
-            }
+            Err(_) => None,
+        };
+        let Some(snapshot) = snapshot else {
+            self.transition(Input::FileRefused);
+            return;
         };
         let (written, origin) = (snapshot.written, snapshot.origin);
         let changes = self.group.restore(snapshot.nodes, origin.revision);

@@ -95,12 +95,9 @@ impl ServiceDiscovery {
         let settings = settings.as_ref().map_err(Clone::clone)?;
         let _run = Run::begin(group, life, &self.published)?;
         let store = store.get()?;
-        // Of the highest level, so that a filter by level does not take the group from warnings.
+        // At the level of errors, so that no filter by level removes the group from warnings.
         let span = error_span!("discovery", %group);
-        let mut follower = {
-            let _entered = span.enter();
-            Follower::new(group, settings, &self.published, &*store)
-        };
+        let mut follower = Follower::new(group, settings, &self.published, &*store);
         tokio::select! {
             biased;
             () = shutdown => {}

@@ -97,7 +97,7 @@ impl Published {
     }
 
     /// Makes a state and the changes that led to it visible together. The state is replaced before
-    /// the changes are sent, so that nobody hears of a change and reads the state before it.
+    /// the changes are sent, so that no reader is notified of a change and then reads the state before it.
     pub(super) fn publish(&self, update: Update<'_>) {
         let Update {
             changes, is_reset, ..

@@ -42,7 +42,7 @@ pub(super) enum State {
     /// one ended.
     Disconnected { position: Position, since: Instant },
     /// The store answers, but events are gone for good: its history was compacted, or is another
-    /// one. The group has to be listed again. Readers are not told, because the listing normally
+    /// one. The group has to be listed again. Readers are not notified, because the listing normally
     /// follows at once.
     Overtaken { cluster_id: u64, since: Instant },
     /// Contact is lost, readers know it, and a watch cannot continue: the group has to be listed
@@ -109,7 +109,7 @@ impl State {
         }
     }
 
-    /// The next state, and what readers are to be told. An input that cannot occur in a state
+    /// The next state, and the news for readers. An input that cannot occur in a state
     /// changes nothing.
     pub(super) fn next(self, input: Input<'_>, now: Instant) -> (Self, Option<News>) {
         match (self, input) {
@@ -196,7 +196,7 @@ impl State {
         }
     }
 
-    /// Since when the store has not been heard.
+    /// Since when the run has had no contact with the store, or no events of it.
     pub(super) fn silent_since(&self) -> Option<Instant> {
         match self {
             Self::Disconnected { since, .. }

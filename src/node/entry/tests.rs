@@ -4,7 +4,7 @@ use super::*;
 use crate::metadata::metadata_keys;
 
 #[test]
-fn json_is_the_predecessors_while_nothing_is_added() {
+fn the_json_of_a_plain_node_is_that_of_the_predecessor() {
     let node = Node::new("n1", "192.168.1.10".parse().unwrap());
     assert_eq!(
         serde_json::to_string(&node).unwrap(),
@@ -13,7 +13,7 @@ fn json_is_the_predecessors_while_nothing_is_added() {
 }
 
 #[test]
-fn reads_the_predecessor_and_ignores_what_it_does_not_know() {
+fn unknown_fields_are_ignored() {
     let node: Node = serde_json::from_str(
         r#"{"id":"n1","ip":"::1","last_seen":7,"metadata":{"cpu_usage_percent":45.2},"new":[1]}"#,
     )
@@ -25,7 +25,7 @@ fn reads_the_predecessor_and_ignores_what_it_does_not_know() {
 }
 
 #[test]
-fn round_trip_keeps_every_field() {
+fn a_round_trip_keeps_every_field() {
     let node = Node::new("n1", "10.0.0.1".parse().unwrap())
         .with_port(81)
         .with_zone("a")
@@ -40,7 +40,7 @@ fn round_trip_keeps_every_field() {
 }
 
 #[test]
-fn any_run_is_told_from_any_other() {
+fn different_runs_are_distinguished_whatever_they_are() {
     let run = |json: &str| {
         let node: Node =
             serde_json::from_str(&format!(r#"{{"id":"n","ip":"::1","run":{json}}}"#)).unwrap();
@@ -64,7 +64,7 @@ fn any_run_is_told_from_any_other() {
 }
 
 #[test]
-fn a_life_is_a_lease_or_a_run() {
+fn a_life_is_a_run_or_else_a_lease() {
     let node = |lease, run| {
         Node::new("n", "::1".parse().unwrap())
             .with_incarnation(lease)
@@ -98,7 +98,7 @@ fn null_is_absence() {
 }
 
 #[test]
-fn values_as_people_write_them() {
+fn values_of_other_writers_are_read() {
     let read = |field: &str| {
         let text = format!(r#"{{"id":"n","ip":"::1",{field}}}"#);
         serde_json::from_str::<Node>(&text).unwrap()
