@@ -2,19 +2,18 @@
 //!
 //! ```text
 //! {prefix}registry/{group}/{node id}       -> the node, as JSON
-//! {prefix}election/{group}/{lease in hex}  -> the candidate's node id; least create revision leads
+//! {prefix}election/{group}/{lease in hex}  -> the candidate's node id; lowest create revision leads
 //! ```
 //!
-//! and one of our own, which `photon-etcd-cluster` never looks at:
+//! and one of our own, which `photon-etcd-cluster` never reads:
 //!
 //! ```text
-//! {prefix}handover/{group}/{lease in hex}  -> who is to lead next, asked for by the holder of the lease
+//! {prefix}handover/{group}/{lease in hex}  -> the next leader, requested by the holder of the lease
 //! ```
 //!
-//! Prefixes end with a slash: without it group `app` would see the keys of `app-2`. So does the key
-//! prefix before all of them, unless it is empty: see [`with_slash`].
+//! All prefixes end with a slash: without it, group `app` would see the keys of `app-2`. The key
+//! prefix in front of them also ends with one, unless it is empty: see [`with_slash`].
 
-use crate::bugs::{self, Bug};
 use crate::error::ClusterError;
 use crate::ids::LeaseId;
 use crate::validate;
@@ -29,29 +28,24 @@ pub(crate) struct GroupKeys {
 
 impl GroupKeys {
     pub(crate) fn new(prefix: &str, group: &str) -> Self {
-        let slash = if bugs::has(Bug::PrefixWithoutSlash) {
-            ""
-        } else {
-            "/"
-        };
         Self {
-            registry: format!("{prefix}registry/{group}{slash}"),
-            election: format!("{prefix}election/{group}{slash}"),
+            registry: format!("{prefix}registry/{group}/"),
+            election: format!("{prefix}election/{group}/"),
             handover: format!("{prefix}handover/{group}/"),
         }
     }
 
-    /// Who is to lead next.
+    /// The prefix of the requests to hand leadership over.
     pub(crate) fn handover_prefix(&self) -> &str {
         &self.handover
     }
 
-    /// Whether `key` is a request of this very group.
+    /// Whether `key` is such a request in this group (not in a nested one).
     pub(crate) fn is_handover(&self, key: &str) -> bool {
         Self::last(&self.handover, key).is_some()
     }
 
-    /// The request of this lease's holder.
+    /// The key of a request by the holder of this lease.
     pub(crate) fn handover(&self, lease: LeaseId) -> String {
         format!("{}{lease}", self.handover)
     }
@@ -65,41 +59,31 @@ impl GroupKeys {
     }
 
     pub(crate) fn registration(&self, node_id: &str) -> String {
-        if bugs::has(Bug::PrefixWithoutSlash) {
-            return format!("{}/{node_id}", self.registry);
-        }
         format!("{}{node_id}", self.registry)
     }
 
     pub(crate) fn candidacy(&self, lease: LeaseId) -> String {
-        if bugs::has(Bug::PrefixWithoutSlash) {
-            return format!("{}/{lease}", self.election);
-        }
         format!("{}{lease}", self.election)
     }
 
-    /// The node id that a registry key stands for. `None` for a key of a nested group
-    /// (`registry/app/blue/n1` is of group `app/blue`, not of `app`).
+    /// The node id in a registry key. `None` for a key of a nested group (`registry/app/blue/n1`
+    /// belongs to group `app/blue`, not to `app`).
     pub(crate) fn node_id<'k>(&self, key: &'k str) -> Option<&'k str> {
         Self::last(&self.registry, key)
     }
 
-    /// Whether `key` is a candidacy of this very group.
+    /// Whether `key` is a candidacy in this group (not in a nested one).
     pub(crate) fn is_candidacy(&self, key: &str) -> bool {
         Self::last(&self.election, key).is_some()
     }
 
+    /// The last segment of a key that is directly below the prefix.
     fn last<'k>(prefix: &str, key: &'k str) -> Option<&'k str> {
-        if bugs::has(Bug::PrefixWithoutSlash) {
-            return key.strip_prefix(prefix)?.rsplit('/').next();
-        }
         key.strip_prefix(prefix)
             .filter(|rest| !rest.is_empty() && !rest.contains('/'))
     }
-}
 
-impl GroupKeys {
-    /// What a node of this id may have in the store under its lease.
+    /// The keys that a node with this id may have in the store under its lease.
     pub(crate) fn own(&self, id: &str, lease: LeaseId) -> [String; 3] {
         [
             self.registration(id),
@@ -109,7 +93,7 @@ impl GroupKeys {
     }
 }
 
-/// The keys of every group.
+/// The prefixes of the keys of all groups.
 #[derive(Debug)]
 pub(crate) struct Layout([String; 3]);
 
@@ -118,14 +102,14 @@ impl Layout {
         Self(["registry", "election", "handover"].map(|what| format!("{prefix}{what}/")))
     }
 
-    /// Whether a key is one that nodes write. An application may have keys of its own under a
-    /// leader's lease.
+    /// Whether nodes write keys like this one. An application may put its own keys under a leader's
+    /// lease.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.0.iter().any(|prefix| key.starts_with(prefix.as_str()))
     }
 }
 
-/// A node id: one key segment.
+/// Checks a node id: one key segment.
 pub(crate) fn check_node_id(id: &str) -> Result<(), ClusterError> {
     check_name("node_id", id)?;
     if id.contains('/') {
@@ -137,7 +121,7 @@ pub(crate) fn check_node_id(id: &str) -> Result<(), ClusterError> {
     Ok(())
 }
 
-/// A group: one key segment or several.
+/// Checks a group name: one or more key segments.
 pub(crate) fn check_group(group: &str) -> Result<(), ClusterError> {
     check_name("group", group)?;
     if group.split('/').any(str::is_empty) {
@@ -149,7 +133,8 @@ pub(crate) fn check_group(group: &str) -> Result<(), ClusterError> {
     Ok(())
 }
 
-/// What goes before every key. Empty, or segments with a slash behind each.
+/// Checks a key prefix: empty, or segments that are each followed by a slash, which may be missing
+/// at the end.
 pub(crate) fn check_prefix(prefix: &str) -> Result<(), ClusterError> {
     let refuse = |reason| Err(ClusterError::config("key_prefix", reason));
     if prefix.is_empty() {
@@ -165,8 +150,8 @@ pub(crate) fn check_prefix(prefix: &str) -> Result<(), ClusterError> {
     Ok(())
 }
 
-/// A key prefix as it goes before every key: what ends without a slash would run into the layout,
-/// as in `prodregistry/`.
+/// The key prefix as it is put in front of every key. Without a slash at its end it would run into
+/// the rest of the key, as in `prodregistry/`.
 pub(crate) fn with_slash(prefix: &str) -> String {
     if prefix.is_empty() || prefix.ends_with('/') {
         prefix.to_owned()
@@ -175,10 +160,10 @@ pub(crate) fn with_slash(prefix: &str) -> String {
     }
 }
 
-/// Whether readers take every key that a node of this id writes.
+/// Checks that readers accept every key that a node with this id writes.
 pub(crate) fn check_keys(prefix: &str, group: &str, node_id: &str) -> Result<(), ClusterError> {
     let keys = GroupKeys::new(prefix, group);
-    // All three kinds of keys begin equally long.
+    // The names `registry`, `election` and `handover` are equally long.
     let registration = keys.registration(node_id).len();
     let longest = registration.max(keys.candidacy(LeaseId(i64::MAX)).len());
     let most = validate::KEY_BYTES;
@@ -246,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_no_reader_takes_is_refused_by_name() {
+    fn a_key_that_no_reader_accepts_is_refused_by_name() {
         let long = "x".repeat(500);
         for (prefix, group, id, field) in [
             (format!("{long}{long}/"), "g", "n", "key_prefix"),
@@ -256,7 +241,7 @@ mod tests {
                 &*"x".repeat(512),
                 "node_id",
             ),
-            // Short as they are: the lease is part of a key too.
+            // The names alone would fit, but a key may also contain the lease.
             (format!("{long}/"), &*long, "n", "key_prefix"),
         ] {
             let error = check_keys(&prefix, group, id).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! What a node reports about itself, kept small.
+//! The metadata of a node, kept in a compact form.
 
 use std::fmt;
 use std::ops::Deref;
@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::validate;
 
 /// Arbitrary JSON that a node publishes about itself, normally an object with the keys of
-/// [`metadata_keys`]. `Value::Null` where it publishes nothing.
+/// [`metadata_keys`]. `Value::Null` if it publishes nothing.
 pub type NodeMetadata = serde_json::Value;
 
-/// The standard keys of [`NodeMetadata`]. Others are kept and passed on untouched.
+/// The standard keys of [`NodeMetadata`]. Other keys are kept and passed on unchanged.
 pub mod metadata_keys {
     /// CPU usage in percent of the whole machine, 0 to 100 (`f64`). More counts as 100.
     pub const CPU_USAGE_PERCENT: &str = "cpu_usage_percent";
@@ -27,18 +27,18 @@ pub mod metadata_keys {
     pub const ACTIVE_CONNECTIONS: &str = "active_connections";
     /// Request throughput per second (`f64`).
     pub const REQUESTS_PER_SECOND: &str = "requests_per_second";
-    /// Work waiting to be done (`u32`).
+    /// Items of work that wait to be processed (`u32`).
     pub const QUEUE_DEPTH: &str = "queue_depth";
 }
 
 /// The metadata of a [`Node`](crate::Node). Dereferences to the [`NodeMetadata`] (a
-/// `serde_json::Value`) that the node published, so that it is read like one.
+/// `serde_json::Value`) that the node published.
 ///
-/// A value nested deeper than 100 levels, which nobody could read, is `null` here.
+/// A value nested deeper than 100 levels, which no reader could parse, is `null` here.
 ///
-/// It is kept as text, and turned into a value when it is first read as one; that value is kept
-/// from then on. A value of four metrics takes 770 bytes, its text 130, and a balancer needs no
-/// more than the text ([`number`](Self::number)): with ten thousand nodes that is 6 MiB less.
+/// The metadata is kept as text. The first use as a value parses the text, and the value is kept
+/// from then on. A value of four metrics takes 770 bytes, its text 130, and a balancer only needs
+/// the text ([`number`](Self::number)): with ten thousand nodes that saves 6 MiB.
 ///
 /// ```
 /// use pingora_etcd::Node;
@@ -51,7 +51,7 @@ pub mod metadata_keys {
 /// ```
 #[derive(Clone, Default)]
 pub struct Metadata {
-    /// As compact JSON, its keys in order; empty for `null`.
+    /// Compact JSON with sorted keys; empty for `null`.
     text: Box<str>,
     value: OnceLock<Box<NodeMetadata>>,
 }
@@ -59,8 +59,8 @@ pub struct Metadata {
 static NULL: NodeMetadata = NodeMetadata::Null;
 
 impl Metadata {
-    /// A number at the top level; `None` where it is absent or no number. Reads the text: costs
-    /// about as much as its length, and keeps nothing.
+    /// A number at the top level; `None` if it is absent or not a number. Scans the text: the cost is
+    /// proportional to its length, and nothing is kept.
     pub fn number(&self, key: &str) -> Option<f64> {
         match self.find([key]) {
             [Found::Number(number)] => Some(number),
@@ -68,12 +68,12 @@ impl Metadata {
         }
     }
 
-    /// Whether there is none.
+    /// Whether the node published nothing.
     pub fn is_null(&self) -> bool {
         self.text.is_empty()
     }
 
-    /// The text: compact JSON, its keys in order.
+    /// The metadata as compact JSON with sorted keys.
     pub fn as_json(&self) -> &str {
         if self.text.is_empty() {
             "null"
@@ -82,13 +82,13 @@ impl Metadata {
         }
     }
 
-    /// What is under these keys, in one pass and without building a value.
+    /// Looks up several top-level keys in one pass, without building a value.
     pub(crate) fn find<const N: usize>(&self, keys: [&str; N]) -> [Found; N] {
         let mut found = [Found::Absent; N];
         if self.text.starts_with('{') {
             let mut json = serde_json::Deserializer::from_str(&self.text);
-            // It was written by this crate: there is nothing to fail.
-            let _ = json.deserialize_map(Finder {
+            // The text was written by this crate, so it always parses.
+            let _ = json.deserialize_map(Lookup {
                 keys,
                 found: &mut found,
             });
@@ -97,22 +97,22 @@ impl Metadata {
     }
 }
 
-/// What is under a key.
+/// The value of a top-level key, as far as it is a number.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Found {
-    /// Nothing, or `null`.
+    /// There is no such key, or it is `null`.
     Absent,
     Number(f64),
-    /// Something else.
+    /// Any other value.
     Other,
 }
 
-struct Finder<'f, const N: usize> {
+struct Lookup<'f, const N: usize> {
     keys: [&'f str; N],
     found: &'f mut [Found; N],
 }
 
-impl<'de, const N: usize> Visitor<'de> for Finder<'_, N> {
+impl<'de, const N: usize> Visitor<'de> for Lookup<'_, N> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -120,7 +120,7 @@ impl<'de, const N: usize> Visitor<'de> for Finder<'_, N> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some(at) = map.next_key_seed(Place(&self.keys))? {
+        while let Some(at) = map.next_key_seed(IndexOf(&self.keys))? {
             match at {
                 Some(at) => self.found[at] = map.next_value()?,
                 None => drop(map.next_value::<IgnoredAny>()?),
@@ -130,10 +130,10 @@ impl<'de, const N: usize> Visitor<'de> for Finder<'_, N> {
     }
 }
 
-/// Which of the keys a key is.
-struct Place<'p>(&'p [&'p str]);
+/// Finds the index of a key among the keys that are looked up.
+struct IndexOf<'p>(&'p [&'p str]);
 
-impl<'de> DeserializeSeed<'de> for Place<'_> {
+impl<'de> DeserializeSeed<'de> for IndexOf<'_> {
     type Value = Option<usize>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
@@ -141,7 +141,7 @@ impl<'de> DeserializeSeed<'de> for Place<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Place<'_> {
+impl<'de> Visitor<'de> for IndexOf<'_> {
     type Value = Option<usize>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -215,7 +215,7 @@ impl From<NodeMetadata> for Metadata {
         Self {
             text: match value {
                 NodeMetadata::Null => Box::default(),
-                // Writing it, and dropping it, would take stack without bound.
+                // Writing and dropping it recursively would need unlimited stack.
                 value if validate::is_deeper(&value, validate::MOST_DEPTH) => {
                     validate::take_apart(value);
                     Box::default()
@@ -281,7 +281,7 @@ mod tests {
     use serde_json::{Value, json};
 
     #[test]
-    fn what_is_found_is_what_is_there() {
+    fn a_lookup_finds_top_level_numbers_only() {
         let value = json!({
             "a": 1, "b": -2.5, "c": "text", "d": [1, {"a": 7}], "e": null, "f": {"a": 9}, "g": true,
             "quo\"te": 3,
@@ -301,7 +301,7 @@ mod tests {
         }
     }
 
-    /// By default `serde_json` may be off by the last bit.
+    /// Without its feature `float_roundtrip`, `serde_json` may be off by the last bit.
     #[test]
     fn numbers_are_read_exactly() {
         for text in ["-6.5642605384680295e-195", "0.30000000000000004", "1e300"] {
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_deep_to_be_read_is_nothing() {
+    fn metadata_that_is_too_deep_to_be_read_is_null() {
         let nested = |levels| (0..levels).fold(json!(1), |inner, _| json!([inner]));
         let metadata = Metadata::from(nested(100));
         assert_eq!(*metadata, nested(100));
@@ -320,7 +320,7 @@ mod tests {
         for levels in [101, 130] {
             assert!(Metadata::from(nested(levels)).is_null(), "{levels}");
         }
-        // In a list made by hand: the macro would take it apart by recursion.
+        // Built without the `json!` macro, which would drop it recursively.
         let abyss = (0..200_000).fold(Value::Null, |inner, _| Value::Array(vec![inner]));
         assert!(Metadata::from(abyss).is_null());
     }
@@ -344,7 +344,7 @@ mod tests {
     }
 
     proptest! {
-        /// Text and back is the same, and equality of texts is equality of values.
+        /// Converting to text and back changes nothing, and equal texts mean equal values.
         #[test]
         fn nothing_is_lost(a in value(), b in value()) {
             let (first, second) = (Metadata::from(a.clone()), Metadata::from(b.clone()));

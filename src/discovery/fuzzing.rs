@@ -1,43 +1,46 @@
-//! For `tests/fuzz`: what a discovery does with what the store tells, without store and clock.
+//! Entry points for `tests/fuzz`: how a discovery handles what the store delivers, without a store and
+//! without a clock.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::admission::{Admission, networks, ports};
-use super::file::{decode as decode_file, seal as seal_file};
-use super::snapshot::{RejectedEntries, Staged, View};
-use super::{EntryLimits, NodeFilter, SelfPreservation};
+use super::admission::{Admission, EntryLimits, NodeFilter, parse_networks, parse_ports};
+use super::group::Group as FollowedGroup;
+use super::rejected::RejectedEntries;
+use super::self_preservation::SelfPreservation;
+use super::snapshot_format::{decode as decode_file, seal as seal_file};
+use super::staged::Staged;
 use crate::error::ClusterError;
 use crate::keys::GroupKeys;
 use crate::node::Node;
 use crate::store::{Entry, Revision, WatchEvent};
 use crate::view::{Change, Leadership, Nodes};
 
-/// How much a [`Group`] remembers.
+/// The sizes of what a [`Group`] remembers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Sizes {
-    /// Candidates in line.
+    /// Candidates in the queue.
     pub queue: usize,
-    /// The same, by key.
-    pub places: usize,
-    /// Keys whose value is refused.
-    pub refused: usize,
+    /// Candidates in the index by key.
+    pub index: usize,
+    /// Refused entries that have been logged.
+    pub logged: usize,
 }
 
-/// The view of the group `g`, fed by hand.
+/// The view of the group `g`, fed directly.
 pub struct Group {
-    view: View,
+    group: FollowedGroup,
     now: Instant,
 }
 
 impl Group {
-    /// A view with nothing in it yet.
+    /// An empty view.
     ///
     /// # Errors
     ///
-    /// Networks or ports that are none.
+    /// If a network or port is invalid.
     pub fn new(
         limits: EntryLimits,
         filter: NodeFilter,
@@ -48,21 +51,21 @@ impl Group {
         let admission = Admission {
             filter,
             limits,
-            networks: networks(allowed_networks)?,
-            ports: ports(allowed_ports)?,
+            networks: parse_networks(allowed_networks)?,
+            ports: parse_ports(allowed_ports)?,
         };
         Ok(Self {
-            view: View::new(GroupKeys::new("", "g"), admission, preserve),
+            group: FollowedGroup::new(GroupKeys::new("", "g"), admission, preserve),
             now: Instant::now(),
         })
     }
 
-    /// What a watch tells.
+    /// Applies the events of a watch.
     pub fn apply(&mut self, events: &[WatchEvent]) -> Vec<Change> {
-        self.view.apply(events, self.now)
+        self.group.apply(events, self.now)
     }
 
-    /// A whole listing, page by page: registrations and candidates.
+    /// Applies a complete listing, page by page: registrations and candidates.
     pub fn list(
         &mut self,
         registrations: impl IntoIterator<Item = Vec<Entry>>,
@@ -71,61 +74,61 @@ impl Group {
     ) -> Vec<Change> {
         let mut staged = Staged::default();
         for page in registrations {
-            self.view.stage(&mut staged, &page);
+            self.group.stage(&mut staged, &page);
         }
         for page in candidates {
-            self.view.stage_candidates(&mut staged, &page);
+            self.group.stage_candidates(&mut staged, &page);
         }
-        self.view.reset(staged, revision, self.now)
+        self.group.reset(staged, revision, self.now)
     }
 
-    /// Starts from these nodes, as from a snapshot file.
+    /// Starts from the nodes of a snapshot file.
     pub fn restore(&mut self, nodes: Vec<Node>) -> Vec<Change> {
-        self.view.restore(nodes, 1)
+        self.group.restore(nodes, 1)
     }
 
-    /// Lets time go by.
+    /// Lets time pass.
     pub fn pass(&mut self, time: Duration) -> Vec<Change> {
         self.now += time;
-        self.view.expire(self.now)
+        self.group.expire(self.now)
     }
 
-    /// What readers see.
+    /// The nodes that readers see.
     pub fn nodes(&self) -> &Nodes {
-        self.view.nodes()
+        self.group.nodes()
     }
 
-    /// Who leads.
+    /// The leader that readers see.
     pub fn leader(&self) -> Option<&Leadership> {
-        self.view.leader()
+        self.group.leader()
     }
 
-    /// What was not taken in.
+    /// The entries that were rejected.
     pub fn rejected_entries(&self) -> RejectedEntries {
-        self.view.rejected_entries()
+        self.group.rejected_entries()
     }
 
-    /// How much it remembers.
+    /// The sizes of what it remembers.
     pub fn sizes(&self) -> Sizes {
-        let [queue, places, refused] = self.view.sizes();
+        let [queue, index, logged] = self.group.sizes();
         Sizes {
             queue,
-            places,
-            refused,
+            index,
+            logged,
         }
     }
 }
 
-/// The nodes of a snapshot file with these contents.
+/// The nodes in the bytes of a snapshot file.
 ///
 /// # Errors
 ///
-/// Why it is none.
+/// Why the bytes are not a valid file.
 pub fn decode(bytes: &[u8]) -> Result<Vec<Node>, String> {
-    decode_file(bytes).map(|loaded| loaded.nodes)
+    decode_file(bytes).map(|snapshot| snapshot.nodes)
 }
 
-/// These contents as a snapshot file, with the right checksum.
+/// The bytes of a snapshot file with this JSON and the right checksum.
 pub fn seal(json: &[u8]) -> Vec<u8> {
     seal_file(json)
 }

@@ -1,233 +1,140 @@
-//! Whether many nodes are gone, or only many leases. Pure.
+//! Nodes that vanished lately, and which of them are kept as suspects. No clock and no I/O.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Deserialize;
 use tokio::time::Instant;
 
-use crate::error::{ClusterError, in_range};
+use super::self_preservation::SelfPreservation;
 use crate::node::Node;
+use crate::view::Nodes;
 
-/// When nodes stay though their leases are gone.
-///
-/// Leases end by the hundred when the store was away for longer than they live, or lost its data:
-/// their nodes serve on. So when more than `part` of the nodes, and `at_least` so many, vanish within
-/// `within`, or are missing from a fresh list, all of them stay in the view as *suspects* for `hold`.
-/// Requests still go there, as far as their outcomes and health checks allow; one that registers
-/// again is a node like any other; a suspect never leads. A node that was draining when it vanished,
-/// or has said goodbye, as those of this crate do when they are told to stop, does not count.
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-#[non_exhaustive]
-pub struct SelfPreservation {
-    /// Whether it is done at all. Default: true.
-    pub enabled: bool,
-    /// The part of the nodes that has to be exceeded. Default: 0.3. Range: 0.01 to 1.
-    pub part: f64,
-    /// How many it takes at least: in a smaller group each is let go at once. Default: 3. Range: 1 to
-    /// 1,000,000.
-    pub at_least: usize,
-    /// Within how many milliseconds: about the time to live of the nodes' leases. Default: 10,000.
-    /// Range: 100 to 3,600,000.
-    pub within_ms: u64,
-    /// For how many milliseconds they stay. Default: 30,000. Range: 100 to 86,400,000.
-    pub hold_ms: u64,
-}
-
-impl Default for SelfPreservation {
-    fn default() -> Self {
-        Self {
-            enabled: true,
-            part: 0.3,
-            at_least: 3,
-            within_ms: 10_000,
-            hold_ms: 30_000,
-        }
-    }
-}
-
-impl SelfPreservation {
-    /// None: a node whose lease is gone is gone.
-    pub fn off() -> Self {
-        Self {
-            enabled: false,
-            ..Self::default()
-        }
-    }
-
-    /// Checks every field, which is named as under `field`.
-    ///
-    /// # Errors
-    ///
-    /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field and its range.
-    pub fn validate(&self, field: &str) -> Result<(), ClusterError> {
-        let whole = |value: u64| value as f64;
-        for (name, value, range) in [
-            ("part", self.part, 0.01..=1.0),
-            ("at_least", self.at_least as f64, 1.0..=1e6),
-            ("within_ms", whole(self.within_ms), 100.0..=3.6e6),
-            ("hold_ms", whole(self.hold_ms), 100.0..=8.64e7),
-        ] {
-            in_range(field, name, value, range)?;
-        }
-        Ok(())
-    }
-
-    fn within(&self) -> Duration {
-        Duration::from_millis(self.within_ms)
-    }
-
-    fn hold(&self) -> Duration {
-        Duration::from_millis(self.hold_ms)
-    }
-}
-
-/// Who has vanished lately, and who stays all the same.
+/// Decides who becomes a suspect. Which nodes are suspects, and until when, is kept in [`Nodes`];
+/// here is only their order in time.
 #[derive(Debug, Default)]
-pub(crate) struct Suspects {
-    config: SelfPreservation,
-    /// Gone from the view, not for longer than `within`.
-    recent: BTreeMap<Arc<str>, (Instant, Arc<Node>)>,
-    /// The same in order, with some that have come back.
-    order: VecDeque<(Instant, Arc<str>)>,
-    /// In the view, until then.
-    held: BTreeMap<Arc<str>, Instant>,
+pub(super) struct Suspects {
+    settings: SelfPreservation,
+    /// Nodes that were removed from the view no longer than `within` ago.
+    removed: BTreeMap<Arc<str>, (Instant, Arc<Node>)>,
+    /// The same ordered by time, together with some that have come back since.
+    removals: VecDeque<(Instant, Arc<str>)>,
+    /// The suspects, ordered by the time until which they are kept.
     due: BTreeSet<(Instant, Arc<str>)>,
 }
 
-/// What becomes of a node that has vanished.
+/// What happens to a node that has vanished.
 #[derive(Debug)]
-pub(crate) enum Verdict {
-    /// It is gone.
+pub(super) enum Verdict {
+    /// It is removed.
     Gone,
-    /// It stays, and these come back that were let go before it was clear that they are many.
-    Stays(Vec<Arc<Node>>),
+    /// It is kept as a suspect. So are these nodes, which were removed before it was clear that this
+    /// is a mass loss.
+    Kept(Vec<Arc<Node>>),
 }
 
 impl Suspects {
-    pub(crate) fn new(config: SelfPreservation) -> Self {
+    pub(super) fn new(settings: SelfPreservation) -> Self {
         Self {
-            config,
+            settings,
             ..Self::default()
         }
     }
 
-    pub(crate) fn contains(&self, id: &str) -> bool {
-        self.held.contains_key(id)
+    /// Whether losing this many of the nodes is a mass loss, not churn.
+    pub(super) fn is_mass_loss(&self, lost: usize, nodes: usize) -> bool {
+        self.settings.is_mass_loss(lost, nodes)
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.held.len()
-    }
-
-    /// Whether so many of all are more than leave one by one.
-    pub(crate) fn are_many(&self, lost: usize, all: usize) -> bool {
-        let config = &self.config;
-        config.enabled && lost >= config.at_least && lost as f64 > config.part * all as f64
-    }
-
-    /// A node has vanished from a view of so many, itself included; `more` others are missing too.
-    pub(crate) fn vanished(
+    /// Judges a node that has vanished, and is still in `nodes`. `more` other nodes are missing too.
+    pub(super) fn vanished(
         &mut self,
+        nodes: &mut Nodes,
         node: &Arc<Node>,
-        nodes: usize,
         more: usize,
         now: Instant,
     ) -> Verdict {
-        if !self.config.enabled || !node.is_serving() {
+        if !self.settings.enabled || !node.is_serving() {
             return Verdict::Gone;
         }
-        self.forget(now);
-        let lost = self.recent.len() + self.held.len() + 1 + more;
-        let all = nodes + self.recent.len();
-        let many = self.are_many(lost, all);
+        self.forget_old_removals(now);
+        let lost = self.removed.len() + nodes.suspects() + 1 + more;
+        let all = nodes.len() + self.removed.len();
         let id: Arc<str> = Arc::from(node.id.as_str());
-        if !many {
-            self.order.push_back((now, id.clone()));
-            self.recent.insert(id, (now, node.clone()));
+        if !self.is_mass_loss(lost, all) {
+            self.removals.push_back((now, id.clone()));
+            self.removed.insert(id, (now, node.clone()));
             return Verdict::Gone;
         }
-        self.order.clear();
-        let back = std::mem::take(&mut self.recent);
-        let mut returned = Vec::with_capacity(back.len());
-        for (id, (at, node)) in back {
-            self.hold(id, at + self.config.hold());
+        self.removals.clear();
+        let removed = std::mem::take(&mut self.removed);
+        let mut returned = Vec::with_capacity(removed.len());
+        for (id, (at, node)) in removed {
+            self.keep(nodes, id, at + self.settings.hold());
             returned.push(node);
         }
-        self.hold(id, now + self.config.hold());
-        Verdict::Stays(returned)
+        self.keep(nodes, id, now + self.settings.hold());
+        Verdict::Kept(returned)
     }
 
-    fn hold(&mut self, id: Arc<str>, until: Instant) {
-        if let Some(before) = self.held.insert(id.clone(), until) {
-            self.due.remove(&(before, id.clone()));
-        }
+    fn keep(&mut self, nodes: &mut Nodes, id: Arc<str>, until: Instant) {
+        self.release(nodes, &id);
+        nodes.mark_suspect(id.clone(), until);
         self.due.insert((until, id));
     }
 
-    /// A node has registered. Answers whether it was a suspect.
-    pub(crate) fn returned(&mut self, id: &str) -> bool {
-        self.recent.remove(id);
-        self.release(id)
+    /// A node has registered. Returns whether it was a suspect.
+    pub(super) fn returned(&mut self, nodes: &mut Nodes, id: &str) -> bool {
+        self.removed.remove(id);
+        self.release(nodes, id)
     }
 
-    /// A node is not in the view any more. Answers whether it was a suspect.
-    pub(crate) fn release(&mut self, id: &str) -> bool {
-        let Some((id, until)) = self.held.remove_entry(id) else {
+    /// A node leaves the view. Returns whether it was a suspect.
+    pub(super) fn release(&mut self, nodes: &mut Nodes, id: &str) -> bool {
+        let Some((id, until)) = nodes.clear_suspect(id) else {
             return false;
         };
         self.due.remove(&(until, id));
         true
     }
 
-    /// Who is given up next.
-    pub(crate) fn first(&self) -> Option<Arc<str>> {
+    /// The suspect whose time ends first.
+    pub(super) fn first(&self) -> Option<Arc<str>> {
         self.due.first().map(|(_, id)| id.clone())
     }
 
-    /// When the next one is given up.
-    pub(crate) fn next_due(&self) -> Option<Instant> {
+    /// When the time of a suspect ends next.
+    pub(super) fn next_due(&self) -> Option<Instant> {
         self.due.first().map(|(until, _)| *until)
     }
 
-    /// Those that are given up now.
-    pub(crate) fn take_due(&mut self, now: Instant) -> Vec<Arc<str>> {
-        let mut ids = Vec::new();
-        while let Some((until, _)) = self.due.first() {
-            if *until > now {
-                break;
-            }
-            if let Some((_, id)) = self.due.pop_first() {
-                self.held.remove(&id);
-                ids.push(id);
-            }
-        }
-        ids
+    /// The suspects whose time is over.
+    pub(super) fn due(&self, now: Instant) -> Vec<Arc<str>> {
+        let over = self.due.iter().take_while(|(until, _)| *until <= now);
+        over.map(|(_, id)| id.clone()).collect()
     }
 
-    /// For so long nobody could register: each stays so much longer.
-    pub(crate) fn postpone(&mut self, away: Duration) {
-        let held: Vec<_> = self
-            .held
-            .iter()
-            .map(|(id, until)| (id.clone(), *until))
+    /// Keeps every suspect longer, because nobody could register for this long.
+    pub(super) fn postpone(&mut self, nodes: &mut Nodes, away: Duration) {
+        let later: Vec<_> = nodes
+            .suspects_until()
+            .map(|(id, until)| (until + away, id.clone()))
             .collect();
-        for (id, until) in held {
-            self.hold(id, until + away);
+        for (until, id) in &later {
+            nodes.mark_suspect(id.clone(), *until);
         }
+        self.due = later.into_iter().collect();
     }
 
-    fn forget(&mut self, now: Instant) {
-        while let Some((at, id)) = self.order.front() {
-            if now.saturating_duration_since(*at) <= self.config.within() {
+    fn forget_old_removals(&mut self, now: Instant) {
+        while let Some((at, id)) = self.removals.front() {
+            if now.saturating_duration_since(*at) <= self.settings.within() {
                 break;
             }
-            if self.recent.get(id).is_some_and(|(other, _)| other == at) {
-                self.recent.remove(id);
+            if self.removed.get(id).is_some_and(|(other, _)| other == at) {
+                self.removed.remove(id);
             }
-            self.order.pop_front();
+            self.removals.pop_front();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A discovery on the in-memory store under a paused clock.
+//! A discovery on the in-memory store with a paused clock.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,12 +8,14 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use super::*;
+use super::{DiscoveryStatus, ServiceDiscovery};
+use crate::error::ClusterError;
 use crate::store::{
-    Fault, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Page, Revision, Selector, Txn,
-    WatchRange, Watcher,
+    EtcdOptions, Fault, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Page, Revision,
+    Selector, Store, Txn, WatchRange, Watcher,
 };
 use crate::testing::until;
+use crate::view::{Change, ClusterEvent};
 
 async fn follow(store: &MemoryStore) -> (ServiceDiscovery, JoinHandle<()>) {
     let discovery = ServiceDiscovery::builder(EtcdOptions::memory(""), "g")
@@ -33,7 +35,7 @@ async fn put(store: &MemoryStore, id: &str) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_whose_history_went_back_is_listed_again() {
+async fn a_store_with_an_older_history_is_listed_again() {
     let store = MemoryStore::new();
     let (discovery, _task) = follow(&store).await;
     for id in ["a", "b", "c", "d"] {
@@ -57,9 +59,9 @@ async fn a_store_whose_history_went_back_is_listed_again() {
     discovery.wait_for_nodes(2).await;
 }
 
-/// The same key at the same revision: whoever writes every second does so in the same order again.
+/// The same key at the same revision: processes that write every second write in the same order again.
 #[tokio::test(start_paused = true)]
-async fn a_history_that_has_come_as_far_with_the_same_key_is_another_one() {
+async fn another_history_with_the_same_key_at_the_same_revision_is_recognised() {
     let store = MemoryStore::new();
     let (discovery, _task) = follow(&store).await;
     put(&store, "a").await;
@@ -86,7 +88,7 @@ async fn a_history_that_has_come_as_far_with_the_same_key_is_another_one() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_says_once_that_it_is_cut_off_and_keeps_the_view() {
+async fn a_disconnect_is_reported_once_and_the_view_is_kept() {
     let store = MemoryStore::new();
     put(&store, "a").await;
     let (discovery, _task) = follow(&store).await;
@@ -98,18 +100,18 @@ async fn it_says_once_that_it_is_cut_off_and_keeps_the_view() {
     store.set_fault(None);
     let back = until("it is live", || discovery.status() == DiscoveryStatus::Live).await;
     assert!(back <= Duration::from_secs(30), "{back:?}");
-    let mut told = Vec::new();
+    let mut seen = Vec::new();
     while let Ok(event) = events.try_recv() {
-        told.push(event);
+        seen.push(event);
     }
     assert_eq!(
-        told,
+        seen,
         [ClusterEvent::Disconnected, ClusterEvent::Reconnected]
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_run_that_ends_leaves_a_stale_view_and_another_goes_on_from_it() {
+async fn a_run_that_ends_leaves_its_view_and_another_run_continues_from_it() {
     let store = MemoryStore::new();
     put(&store, "a").await;
     let (discovery, task) = follow(&store).await;
@@ -123,13 +125,13 @@ async fn a_run_that_ends_leaves_a_stale_view_and_another_goes_on_from_it() {
     let running = discovery.clone();
     let _task = tokio::spawn(async move { running.run(None).await });
     discovery.wait_for_nodes(2).await;
-    // The difference only: `a` has been there all the time.
+    // Only the difference: `a` was there all the time.
     let first = events.recv().await.unwrap();
     assert_eq!(first.to_string(), "node b joined at 10.0.0.1");
 }
 
-/// A store that gives pages of ten, and compacts between the second and the third of them as often
-/// as it is told to.
+/// A store that lists in pages of ten, and compacts its history between the second and the third page
+/// a given number of times.
 #[derive(Debug)]
 struct Compacting {
     inner: MemoryStore,
@@ -190,8 +192,8 @@ impl Store for Compacting {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_compaction_between_two_pages_starts_the_list_again() {
-    // Once, and again and again: that takes longer.
+async fn a_compaction_between_two_pages_restarts_the_listing() {
+    // Once, and often enough that the listing is not restarted at once any more.
     for compactions in [1, 8] {
         let inner = MemoryStore::new();
         for index in 0..55 {
@@ -214,13 +216,13 @@ async fn a_compaction_between_two_pages_starts_the_list_again() {
         assert_eq!(
             discovery.nodes().len(),
             56,
-            "what came meanwhile is there too"
+            "with the node that joined meanwhile"
         );
         assert_eq!(store.compactions.load(Ordering::Relaxed), 0);
         if compactions == 1 {
             assert!(start.elapsed() < Duration::from_millis(10), "at once");
         }
-        // Nothing in between was ever seen.
+        // Readers never see an incomplete listing.
         assert!(matches!(changes.next().await, Change::Reset(nodes) if nodes.is_empty()));
         assert!(matches!(changes.next().await, Change::Leader(None)));
         assert!(matches!(changes.next().await, Change::Reset(nodes) if nodes.len() == 56));
@@ -259,7 +261,7 @@ async fn the_first_change_is_published_at_once_and_a_burst_together() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn suspects_are_given_up_after_their_time_but_not_while_the_store_is_away() {
+async fn suspects_are_removed_after_their_time_but_not_while_the_store_is_away() {
     let store = MemoryStore::new();
     for index in 0..10 {
         put(&store, &format!("n{index}")).await;
@@ -291,7 +293,7 @@ async fn suspects_are_given_up_after_their_time_but_not_while_the_store_is_away(
 }
 
 #[tokio::test(start_paused = true)]
-async fn waits_end_with_the_run_and_the_status_says_that_nobody_follows() {
+async fn waits_end_with_the_run_and_the_status_reports_its_end() {
     let store = MemoryStore::new();
     let discovery = ServiceDiscovery::builder(EtcdOptions::memory(""), "g")
         .store(Arc::new(store.clone()))
@@ -319,12 +321,12 @@ async fn waits_end_with_the_run_and_the_status_says_that_nobody_follows() {
         assert!(matches!(error, ClusterError::NotRunning { .. }), "{error}");
         assert!(matches!(discovery.status(), DiscoveryStatus::Ended { .. }));
     }
-    let mut told = Vec::new();
+    let mut seen = Vec::new();
     while let Ok(event) = events.try_recv() {
-        told.push(event.to_string());
+        seen.push(event.to_string());
     }
     assert_eq!(
-        told,
+        seen,
         ["ready", "disconnected", "reconnected", "disconnected"]
     );
 }

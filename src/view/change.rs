@@ -1,4 +1,4 @@
-//! What changed in a group between two views.
+//! One step from a state of a group to the next.
 
 use std::sync::Arc;
 
@@ -7,30 +7,30 @@ use super::leadership::Leadership;
 use super::nodes::Nodes;
 use crate::node::Node;
 
-/// A step from one state of a group to the next, as
-/// [`changes`](crate::ServiceDiscovery::changes) tells it.
+/// A step from one state of a group to the next, as delivered by
+/// [`changes`](crate::ServiceDiscovery::changes).
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Change {
-    /// Forget what you know: these are the nodes. The leader follows as the next change.
+    /// The complete state: forget everything before it. The next change is the leader.
     Reset(Arc<Nodes>),
     /// A node has registered.
     Joined(Arc<Node>),
     /// A node has written its entry again.
     Updated {
-        /// As it was.
+        /// The node before.
         old: Arc<Node>,
-        /// As it is.
+        /// The node now.
         new: Arc<Node>,
     },
     /// A node is gone.
     Left(Arc<Node>),
-    /// Who leads now.
+    /// The leader has changed; `None` if there is no leader now.
     Leader(Option<Leadership>),
 }
 
 impl Change {
-    /// The event that tells of this change, if there is one.
+    /// The event that reports this change to subscribers, if there is one.
     pub(crate) fn event(&self) -> Option<ClusterEvent> {
         Some(match self {
             Self::Reset(_) => return None,

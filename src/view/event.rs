@@ -1,34 +1,36 @@
-//! Events of a group in the form that `photon-etcd-cluster` has for them.
+//! The events of a group, in the form that `photon-etcd-cluster` defined.
 
 use std::fmt;
 use std::sync::Arc;
 
 use crate::node::Node;
 
-/// What happened in a group, as [`subscribe`](crate::ServiceDiscovery::subscribe) tells it.
+/// Something that happened in a group, as delivered by
+/// [`subscribe`](crate::ServiceDiscovery::subscribe).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ClusterEvent {
     /// A node has registered.
     NodeJoined(Arc<Node>),
-    /// A node has changed something about itself other than the time of writing.
+    /// A node has changed something in its entry other than the time of writing.
     NodeUpdated {
-        /// As it was.
+        /// The node before.
         old: Arc<Node>,
-        /// As it is.
+        /// The node now.
         new: Arc<Node>,
     },
-    /// A node has left, or its lease has run out.
+    /// A node has left, or its lease has expired.
     NodeLeft(Arc<Node>),
-    /// A node leads from now on; also a node that leads again, in a new term.
+    /// A node has become the leader. Also sent when the same node leads again in a new term.
     LeaderElected(Arc<Node>),
-    /// Nobody leads for the moment.
+    /// There is no leader at the moment.
     LeaderLost,
-    /// The first complete view is there.
+    /// The first complete view is available.
     Ready,
-    /// The store is not heard any more; the last view stays.
+    /// Contact with the store is lost; the last view stays in use.
     Disconnected,
-    /// The store is heard again; what was missed follows, or has been told.
+    /// Contact with the store is restored. The events that were missed come before this one, or
+    /// follow it.
     Reconnected,
 }
 

@@ -6,28 +6,28 @@ use crate::ids::Revision;
 use crate::node::Node;
 use crate::store::Condition;
 
-/// A term of leadership, with what keeps a leader that was replaced from doing harm.
+/// A term of leadership, and the means to reject a leader that has been replaced.
 ///
-/// No leader can know that it still leads at the instant at which its work takes effect: the
-/// process may stop for a while between asking and acting. So whatever must not be done by two
-/// leaders has to be refused where it takes effect, by the [token](Self::epoch) or by the
+/// A leader cannot know that it still leads at the instant at which its work takes effect: the
+/// process may be paused between the check and the action. Work that two leaders must not both do
+/// therefore has to be refused where it takes effect, by the [token](Self::epoch) or by the
 /// [guard](Self::guard). See "Fencing" in the crate guide.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Leadership {
-    /// Who leads. Its metadata is as of the moment of asking.
+    /// The leader, with its metadata as of this call.
     pub node: Arc<Node>,
     /// The fencing token: the revision that created the leader's election key. Every later term
-    /// in the group has a greater one, so a system that remembers the greatest token it has seen
-    /// can refuse a leader that does not know yet that it was replaced.
+    /// of the group has a greater token, so a system that remembers the greatest token it has seen
+    /// can refuse a leader that does not know yet that it has been replaced.
     pub epoch: Revision,
     /// The leader's election key. It exists, created at `epoch`, for as long as the term lasts.
     pub key: Arc<str>,
 }
 
 impl Leadership {
-    /// What a transaction of the etcd that holds the election has to be conditional on, so that
-    /// it is carried out in this term or not at all.
+    /// The condition that limits a transaction to this term: it takes effect while the term lasts,
+    /// or not at all. Only for the etcd cluster that holds the election.
     ///
     /// ```no_run
     /// # async fn example(node: pingora_etcd::ClusterNode, mut client: etcd_client::Client)
@@ -40,7 +40,7 @@ impl Leadership {
     /// let txn = store::Txn::new()
     ///     .when(leadership.guard())
     ///     .put("jobs/next", b"42".to_vec(), None);
-    /// // With a client of one's own:
+    /// // With your own client:
     /// let guard = Compare::create_revision(&*leadership.key, CompareOp::Equal, leadership.epoch);
     /// let write = TxnOp::put("jobs/next", "42", None);
     /// let done = client.txn(Txn::new().when([guard]).and_then([write])).await?;

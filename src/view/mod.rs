@@ -1,4 +1,5 @@
-//! The words between the trades: the immutable group, its changes, and who leads it.
+//! The vocabulary that following a group and balancing over it share: the immutable group, its
+//! changes, and its leader.
 
 mod change;
 mod event;

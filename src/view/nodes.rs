@@ -5,21 +5,24 @@ use std::cmp::Ordering;
 use std::fmt;
 use std::sync::Arc;
 
-use rpds::RedBlackTreeSetSync;
+use rpds::{RedBlackTreeMapSync, RedBlackTreeSetSync};
+use tokio::time::Instant;
 
 use crate::ids::Revision;
 use crate::node::Node;
 
-/// The nodes of a group at one revision. Immutable; two versions share what did not change, so a
-/// new one costs what changed and keeping an old one costs little.
+/// The nodes of a group at one revision. Immutable. Two versions share what did not change, so a
+/// new version costs as much as what changed, and keeping an old one costs little.
 #[derive(Clone, Default)]
 pub struct Nodes {
     nodes: RedBlackTreeSetSync<ById>,
-    suspects: RedBlackTreeSetSync<Arc<str>>,
+    /// The nodes that are kept although their leases are gone, and until when. A suspect is always
+    /// a member of `nodes`.
+    suspects: RedBlackTreeMapSync<Arc<str>, Instant>,
     revision: Revision,
 }
 
-/// A node in the order of ids.
+/// A node, ordered by id.
 #[derive(Clone)]
 struct ById(Arc<Node>);
 
@@ -50,7 +53,7 @@ impl Ord for ById {
 }
 
 impl Nodes {
-    /// Every node, in the order of ids.
+    /// All nodes, ordered by id.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Arc<Node>> {
         self.nodes.iter().map(|node| &node.0)
     }
@@ -60,33 +63,33 @@ impl Nodes {
         self.nodes.get(id).map(|node| &node.0)
     }
 
-    /// How many there are.
+    /// The number of nodes, suspects included.
     pub fn len(&self) -> usize {
         self.nodes.size()
     }
 
-    /// Whether there are none.
+    /// Whether there are no nodes.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
 
-    /// The store's revision of the last change that is in this view.
+    /// The store's revision of the last change in this view.
     pub fn revision(&self) -> Revision {
         self.revision
     }
 
-    /// Whether this node's lease is gone, and it is here because too many vanished with it
-    /// ([`SelfPreservation`](crate::discovery::SelfPreservation)).
+    /// Whether this node is a suspect: its lease is gone, and it is kept because too many nodes
+    /// vanished together ([`SelfPreservation`](crate::discovery::SelfPreservation)).
     pub fn is_suspect(&self, id: &str) -> bool {
-        self.suspects.contains(id)
+        self.suspects.contains_key(id)
     }
 
-    /// How many are suspects.
+    /// The number of suspects.
     pub fn suspects(&self) -> usize {
         self.suspects.size()
     }
 
-    /// Adds a node, or replaces the one with its id.
+    /// Adds a node, or replaces the node with the same id.
     pub(crate) fn insert(&mut self, node: Arc<Node>) {
         self.nodes.insert_mut(ById(node));
     }
@@ -95,17 +98,26 @@ impl Nodes {
         self.nodes.remove_mut(id);
     }
 
-    pub(crate) fn mark_suspect(&mut self, id: &str) {
-        self.suspects.insert_mut(Arc::from(id));
+    /// Marks a node as a suspect that is kept until this time.
+    pub(crate) fn mark_suspect(&mut self, id: Arc<str>, until: Instant) {
+        self.suspects.insert_mut(id, until);
     }
 
-    /// Returns whether it was a suspect.
-    pub(crate) fn clear_suspect(&mut self, id: &str) -> bool {
-        self.suspects.remove_mut(id)
+    /// Removes the mark. Returns it if the node was a suspect.
+    pub(crate) fn clear_suspect(&mut self, id: &str) -> Option<(Arc<str>, Instant)> {
+        let (key, until) = self.suspects.get_key_value(id)?;
+        let mark = (key.clone(), *until);
+        self.suspects.remove_mut(id);
+        Some(mark)
     }
 
     pub(crate) fn clear_suspects(&mut self) {
-        self.suspects = RedBlackTreeSetSync::default();
+        self.suspects = RedBlackTreeMapSync::default();
+    }
+
+    /// The suspects, and until when each of them is kept.
+    pub(crate) fn suspects_until(&self) -> impl Iterator<Item = (&Arc<str>, Instant)> {
+        self.suspects.iter().map(|(id, until)| (id, *until))
     }
 
     pub(crate) fn set_revision(&mut self, revision: Revision) {

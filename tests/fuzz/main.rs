@@ -1,18 +1,20 @@
-//! What others write, broken in every way: nodes, candidates, metadata, snapshot files, YAML, load
-//! reports.
+//! Feeds damaged inputs to everything that reads what others write: nodes, candidates, metadata,
+//! snapshot files, YAML, load reports.
 //!
 //! ```text
-//! fuzz [--inputs N] [--first S]          about N inputs from seed S on, and how to replay one that fails
-//! fuzz --target NAME [...]               of one kind only
+//! fuzz [--inputs N] [--first S]          about N inputs, beginning with seed S
+//! fuzz --target NAME [...]               inputs of one kind only
 //! ```
 //!
-//! A seed fixes the target, the inputs and their order. Each is one that is valid, mutated, now and
-//! then as it is, and now and then bytes by chance. First some attacks are tried that chance would not
-//! find.
+//! A seed determines the target, the inputs and their order; a failure prints how to replay its seed.
+//! Most inputs are mutations of valid ones, some are valid, and some are random bytes. Before them come
+//! some attacks that chance would not find.
 
+mod corpora;
 mod hostile;
-mod input;
+mod mutate;
 mod targets;
+mod world;
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,29 +32,29 @@ use targets::{TARGETS, Target};
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
-/// The longest that one input may keep its thread at work; how busy the machine is does not count.
+/// The maximum CPU time for one input.
 const SLOWEST: Duration = Duration::from_secs(2);
-/// The most that inputs may hold at a time, on all threads: one is 256 KiB at most, and a group has
-/// 16 nodes.
+/// The maximum memory that inputs may hold at a time, on all threads: an input has at most 256 KiB, and
+/// a group 16 nodes.
 const MOST_HELD: usize = 64 << 20;
-/// How much larger the process may become after the first tenth of the run.
+/// The maximum growth of the process after the first tenth of the run.
 const MOST_GROWTH: usize = 64 << 20;
-/// Fewer inputs of a kind say nothing about how many are accepted.
+/// With fewer inputs of a kind the share of accepted ones is not significant.
 const ENOUGH: u64 = 2_000;
 
 #[derive(Parser)]
 struct Arguments {
-    /// How many inputs, at least.
+    /// The minimum number of inputs.
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
     inputs: u64,
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     first: u64,
-    /// Only this kind.
+    /// Feeds only this kind of input.
     #[arg(long, value_parser = target)]
     target: Option<&'static Target>,
-    /// Prints each seed before it runs, on one thread: for what ends the whole process, such as a
-    /// stack overflow.
+    /// Prints each seed before it runs, and uses one thread: to find inputs that abort the process, such
+    /// as by a stack overflow.
     #[arg(long)]
     announce: bool,
 }
@@ -60,10 +62,10 @@ struct Arguments {
 fn target(name: &str) -> Result<&'static Target, String> {
     let names: Vec<_> = TARGETS.iter().map(|target| target.name).collect();
     let found = TARGETS.iter().find(|target| target.name == name);
-    found.ok_or_else(|| format!("it is none of {}", names.join(", ")))
+    found.ok_or_else(|| format!("it is not one of {}", names.join(", ")))
 }
 
-/// What has been fed.
+/// The inputs so far.
 #[derive(Default)]
 pub(crate) struct Trace {
     inputs: u64,
@@ -72,14 +74,14 @@ pub(crate) struct Trace {
     slowest_seed: u64,
     longest: usize,
     seed: u64,
-    /// The last input, and when it was begun.
+    /// The last input, and the CPU time of the thread when it began.
     last: Vec<u8>,
     begun: Option<Duration>,
     base: usize,
 }
 
 impl Trace {
-    /// This comes next.
+    /// Begins the next input.
     pub(crate) fn input(&mut self, bytes: &[u8]) {
         self.last.clear();
         self.last.extend_from_slice(bytes);
@@ -87,11 +89,11 @@ impl Trace {
         self.begun = Some(worked());
     }
 
-    /// It is through, and was taken in or refused.
+    /// Ends the input, which was accepted or refused.
     pub(crate) fn done(&mut self, accepted: bool) {
         self.inputs += 1;
         self.accepted += u64::from(accepted);
-        // Of several at once the time counts for the first.
+        // The time of several inputs at once counts for the first.
         let took = self
             .begun
             .take()
@@ -128,7 +130,7 @@ struct Run<'a> {
     stop: AtomicBool,
     traces: Mutex<[Trace; TARGETS.len()]>,
     failure: Mutex<Option<Failure>>,
-    /// Of the process, after a tenth of the run.
+    /// The memory of the process after a tenth of the run.
     early: Mutex<Option<usize>>,
 }
 
@@ -139,7 +141,7 @@ fn main() -> ExitCode {
         println!("FAILED: {}", PANIC.take().unwrap_or_default());
         return ExitCode::FAILURE;
     }
-    // What is made once is no growth.
+    // Run once before measuring, because what is created only once is no growth.
     for target in &TARGETS {
         if arguments.target.is_none_or(|only| only.name == target.name)
             && let Some(failure) = one(target, arguments.first, &mut Trace::default())
@@ -166,7 +168,7 @@ fn main() -> ExitCode {
     };
     std::thread::scope(|scope| {
         for _ in 0..threads {
-            // The stack of a runtime's thread.
+            // The stack size of a runtime's thread.
             let thread = std::thread::Builder::new().stack_size(2 << 20);
             thread.spawn_scoped(scope, || run.work()).unwrap();
         }
@@ -247,7 +249,7 @@ impl Run<'_> {
             let (least, most) = target.accepted;
             if trace.inputs >= ENOUGH && !(least..=most).contains(&accepted) {
                 println!(
-                    "FAILED: {least} to {most} % of {} have to be accepted",
+                    "FAILED: {least} to {most} % of {} should be accepted",
                     target.name
                 );
                 is_fine = false;
@@ -281,11 +283,11 @@ impl Run<'_> {
 
 /// The target of a seed.
 fn chosen(seed: u64) -> (usize, &'static Target) {
-    let parts: u64 = TARGETS.iter().map(|target| target.part).sum();
-    // Not the generator that the target is given: it would say which inputs it starts with.
-    let mut at = Rng::with_seed(seed ^ 0x5bd1_e995).u64(..parts);
+    let shares: u64 = TARGETS.iter().map(|target| target.share).sum();
+    // Not the generator of the target: the choice would depend on its first inputs.
+    let mut at = Rng::with_seed(seed ^ 0x5bd1_e995).u64(..shares);
     for (index, target) in TARGETS.iter().enumerate() {
-        match at.checked_sub(target.part) {
+        match at.checked_sub(target.share) {
             None => return (index, target),
             Some(rest) => at = rest,
         }
@@ -301,7 +303,7 @@ fn catch_panics() {
     std::panic::set_hook(Box::new(|panic| PANIC.set(Some(panic.to_string()))));
 }
 
-/// Runs one seed. A panic is a failure, wherever it comes from.
+/// Runs one seed. Any panic is a failure.
 fn one(target: &Target, seed: u64, trace: &mut Trace) -> Option<Failure> {
     trace.seed = seed;
     trace.begun = None;
@@ -334,13 +336,13 @@ fn failed(failure: &Failure) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// How long this thread has been at work.
+/// The CPU time of this thread.
 fn worked() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::try_from(time).unwrap_or_default()
 }
 
-/// Bytes of the process in memory, where the system tells.
+/// The resident memory of the process in bytes, if the system reports it.
 fn resident() -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status

@@ -1,0 +1,120 @@
+//! A listing that is being read page by page, while the view in use stays as it is.
+
+use std::sync::Arc;
+
+use super::admission::{Admission, incarnation};
+use super::candidates::candidate_id;
+use super::last_write::LastWrite;
+use super::rejected::Rejections;
+use crate::keys::GroupKeys;
+use crate::node::Node;
+use crate::store::Entry;
+use crate::validate;
+use crate::view::Nodes;
+
+/// What has been read of a listing. Costs memory only for what differs from the current view.
+#[derive(Default)]
+pub(super) struct Staged {
+    /// Ordered by id.
+    pub(super) nodes: Vec<(String, StagedNode)>,
+    pub(super) candidates: Vec<Entry>,
+    /// Nodes of the current view that are still registered, but not accepted any more.
+    pub(super) not_accepted: Vec<String>,
+    pub(super) rejections: Rejections,
+    pub(super) last_write: Option<LastWrite>,
+}
+
+pub(super) enum StagedNode {
+    Valid(Arc<Node>),
+    /// The value cannot be used. The node stays as it is in the current view if that is the same
+    /// registration.
+    Unusable {
+        incarnation: i64,
+    },
+}
+
+/// The current state of a group, which a listing is compared with.
+pub(super) struct Current<'g> {
+    pub(super) keys: &'g GroupKeys,
+    pub(super) admission: &'g Admission,
+    pub(super) nodes: &'g Nodes,
+    pub(super) rejections: &'g Rejections,
+}
+
+impl Staged {
+    /// Adds a page of registrations.
+    pub(super) fn add_nodes(&mut self, current: &Current<'_>, registrations: &[Entry]) {
+        for entry in registrations {
+            self.saw(entry);
+            if let Some(id) = current.keys.node_id(&entry.key) {
+                self.add_node(current, id, entry);
+            }
+        }
+    }
+
+    fn add_node(&mut self, current: &Current<'_>, id: &str, entry: &Entry) {
+        let earlier = Some(current.rejections);
+        if self.nodes.len() >= current.admission.limits.nodes {
+            let refusal = current.admission.too_many();
+            self.rejections.skip(earlier, entry, &refusal);
+            return;
+        }
+        let known = current.nodes.get(id);
+        let node = match current.admission.admit(id, entry) {
+            Ok(node) => {
+                if let Some(fault) = validate::weight_fault(node.weight) {
+                    self.rejections.ignore_weight(earlier, entry, &fault);
+                }
+                // Nodes that have not changed are shared with the current view.
+                let unchanged = known.filter(|old| is_unchanged(old, &node));
+                StagedNode::Valid(unchanged.cloned().unwrap_or_else(|| Arc::new(node)))
+            }
+            Err(refusal) => {
+                self.rejections.skip(earlier, entry, &refusal);
+                if known.is_none() {
+                    // There is nothing to keep, so it must not count towards the limit of nodes.
+                    return;
+                }
+                if !refusal.keeps_the_node() {
+                    self.not_accepted.push(id.to_owned());
+                    return;
+                }
+                StagedNode::Unusable {
+                    incarnation: incarnation(entry),
+                }
+            }
+        };
+        self.nodes.push((id.to_owned(), node));
+    }
+
+    /// Adds a page of candidates.
+    pub(super) fn add_candidates(&mut self, current: &Current<'_>, candidates: &[Entry]) {
+        for entry in candidates {
+            self.saw(entry);
+            // Checked before it is kept: a value may be as long as the store allows, and a candidate
+            // that is refused later would take the place of another one.
+            match candidate_id(current.keys, current.admission, entry) {
+                Ok(_) if self.candidates.len() < current.admission.limits.nodes => {
+                    self.candidates.push(entry.clone());
+                }
+                Ok(_) => self.rejections.count(&current.admission.too_many()),
+                Err(refusal) => self.rejections.count(&refusal),
+            }
+        }
+    }
+
+    fn saw(&mut self, entry: &Entry) {
+        let last = self.last_write.as_ref();
+        if last.is_none_or(|last| entry.mod_revision >= last.revision()) {
+            self.last_write = Some(LastWrite::of(entry));
+        }
+    }
+}
+
+/// Whether an entry says the same as the node in the view, and was written by the same write.
+pub(super) fn is_unchanged(old: &Node, new: &Node) -> bool {
+    // A node may announce that it is leaving within a millisecond of its last write.
+    let stays = old.is_leaving() == new.is_leaving();
+    let is_same_write = old.last_seen == new.last_seen && old.revision() == new.revision();
+    stays && is_same_write && !new.differs(old)
+}
