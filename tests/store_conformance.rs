@@ -355,9 +355,9 @@ async fn compaction(subject: Subject) {
     let ClusterError::Compacted { oldest } = error else {
         panic!("{error:?}")
     };
-    assert_eq!(oldest, third);
+    assert_eq!(oldest, Some(third));
     // From there on it goes.
-    let mut watcher = subject.watch(subject.all(), oldest).await;
+    let mut watcher = subject.watch(subject.all(), third).await;
     assert_eq!(told(&events(&mut *watcher, 1).await), [(true, third)]);
     let at = subject.store.list(&subject.all(), Some(third)).await;
     assert_eq!(at.unwrap().entries.len(), 1);

@@ -129,7 +129,9 @@ impl<'s> Follower<'s> {
                     && let (Position::Listed(_, ranges), ClusterError::Compacted { oldest }) =
                         (&mut self.position, &error)
                 {
-                    ranges.iter_mut().for_each(|range| range.from = *oldest);
+                    ranges
+                        .iter_mut()
+                        .for_each(|range| range.from = oldest.unwrap_or(0));
                 } else {
                     self.position = Position::Unlisted;
                 }
@@ -182,7 +184,7 @@ impl<'s> Follower<'s> {
         *answered = true;
         if !is_same && !bugs::has(Bug::HistoryNotChecked) {
             warn!(group = %self.shared.group, "the store's history is another one");
-            return Err(ClusterError::Compacted { oldest: 0 });
+            return Err(ClusterError::Compacted { oldest: None });
         }
         self.is_heard();
         self.shared.went_live(false);
@@ -381,7 +383,7 @@ impl<'s> Follower<'s> {
                 let (_, cluster_id) = *read.get_or_insert((listing.revision, listing.cluster_id));
                 if cluster_id != listing.cluster_id {
                     // Another cluster answers now: its revisions mean something else.
-                    return Err(ClusterError::Compacted { oldest: 0 });
+                    return Err(ClusterError::Compacted { oldest: None });
                 }
                 match index {
                     0 => self.view.stage(staged, &listing.entries),
