@@ -98,7 +98,7 @@ struct Workers {
 impl BackgroundService for Workers {
     async fn start(&self, shutdown: ShutdownWatch) {
         let mut workers = JoinSet::new();
-        let cluster = match Cluster::connect(&self.config.etcd) {
+        let cluster = match Cluster::connect(self.config.etcd.clone()) {
             Ok(cluster) => cluster,
             Err(error) => exit_with(&error),
         };

@@ -1,23 +1,25 @@
-//! How long to wait before the next try.
+//! How long to wait before the next attempt.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 
 use crate::error::ClusterError;
 
-/// 1 s, doubling to 15 s, each lengthened by up to its own length at random: 1 s to 30 s in all.
+/// 1 s, doubling to 15 s, plus a random jitter of up to the same length: 1 s to 30 s in total.
 const BUILDER: ExponentialBuilder = ExponentialBuilder::new()
     .with_min_delay(Duration::from_secs(1))
     .with_max_delay(Duration::from_secs(15))
     .without_max_times()
     .with_jitter();
 
-/// While the store is away, or has no room: in milliseconds. It does not grow, for what it spares the
-/// store is spared by the store's own dialling, which is paced whatever the number of callers.
-const AWAY: std::ops::Range<u64> = 500..2_000;
+/// The delay after a transient failure, in milliseconds. It does not grow: the store paces its own
+/// dials, so short delays of its callers do not add load.
+const TRANSIENT_MILLIS: Range<u64> = 500..2_000;
 
-/// Endless backoff with jitter: exponential where the store answers, short while it is away.
+/// Backoff with jitter and without an end: exponential after a refusal by the store, short after a
+/// transient failure.
 #[derive(Debug)]
 pub(crate) struct Backoff(ExponentialBackoff);
 
@@ -34,10 +36,11 @@ impl Backoff {
         self.0.next().unwrap_or(Duration::from_secs(30))
     }
 
-    /// After this failure. However long the store was away, it is noticed soon that it is back.
+    /// The delay after this failure. It stays short after transient ones, so that a store that was
+    /// unreachable for a long time is used again soon after it returns.
     pub(crate) fn after(&mut self, error: &ClusterError) -> Duration {
         if error.is_transient() {
-            return Duration::from_millis(fastrand::u64(AWAY));
+            return Duration::from_millis(fastrand::u64(TRANSIENT_MILLIS));
         }
         self.next_delay()
     }
@@ -62,9 +65,9 @@ mod tests {
     }
 
     #[test]
-    fn a_store_that_is_away_is_tried_again_soon_however_long_it_was() {
+    fn the_delay_after_transient_failures_does_not_grow() {
         let mut backoff = Backoff::new();
-        let away = ClusterError::Timeout {
+        let transient = ClusterError::Timeout {
             endpoint: "e".to_owned(),
             operation: "connect",
             after: Duration::from_secs(2),
@@ -74,7 +77,7 @@ mod tests {
             reason: "wrong password".to_owned(),
         };
         for _ in 0..1_000 {
-            let delay = backoff.after(&away);
+            let delay = backoff.after(&transient);
             assert!((500..2_000).contains(&delay.as_millis()), "{delay:?}");
         }
         for _ in 0..10 {

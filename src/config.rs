@@ -5,7 +5,6 @@
 //! would ignore it. `config/load_balancer.yaml` shows every field.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -15,7 +14,7 @@ use crate::balance::{
 };
 use crate::discovery::{EntryLimits, NodeFilter, SelfPreservation, ServiceDiscovery, SnapshotFile};
 use crate::error::ClusterError;
-use crate::store::{Credentials, EtcdOptions, Password, TlsOptions};
+use crate::store::EtcdOptions;
 
 /// The `cluster:` section.
 ///
@@ -40,7 +39,7 @@ use crate::store::{Credentials, EtcdOptions, Password, TlsOptions};
 #[non_exhaustive]
 pub struct ClusterConfig {
     /// How to reach etcd.
-    pub etcd: EtcdConfig,
+    pub etcd: EtcdOptions,
     /// The group to route to.
     pub group: String,
     /// Only nodes of these zones, with these tags. Default: all.
@@ -125,66 +124,6 @@ pub struct ClusterConfig {
     pub leader_wait_ms: u64,
 }
 
-/// `cluster.etcd`: the fields of [`EtcdOptions`].
-#[derive(Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[non_exhaustive]
-pub struct EtcdConfig {
-    /// See [`EtcdOptions::endpoints`].
-    pub endpoints: Vec<String>,
-    /// See [`EtcdOptions::key_prefix`].
-    #[serde(default)]
-    pub key_prefix: String,
-    /// See [`EtcdOptions::sync_endpoints`].
-    #[serde(default)]
-    pub sync_endpoints: bool,
-    /// See [`EtcdOptions::connect_timeout`].
-    #[serde(default = "default_etcd_connect")]
-    pub connect_timeout_ms: u64,
-    /// See [`EtcdOptions::request_timeout`].
-    #[serde(default = "default_etcd_request")]
-    pub request_timeout_ms: u64,
-    /// See [`EtcdOptions::keep_alive_interval`].
-    #[serde(default = "default_etcd_keep_alive")]
-    pub keep_alive_interval_ms: u64,
-    /// See [`EtcdOptions::silence_timeout`].
-    #[serde(default = "default_etcd_silence")]
-    pub silence_timeout_ms: u64,
-    /// See [`EtcdOptions::serializable_fallback`].
-    #[serde(default)]
-    pub serializable_fallback: bool,
-    /// See [`EtcdOptions::breaker_failures`].
-    #[serde(default = "default_breaker_failures")]
-    pub breaker_failures: u32,
-    /// See [`EtcdOptions::breaker_pause`].
-    #[serde(default = "default_breaker_pause")]
-    pub breaker_pause_ms: u64,
-    /// See [`EtcdOptions::tls`]. Default: nothing in it set, as if it were not given.
-    #[serde(default)]
-    pub tls: TlsOptions,
-    /// See [`Credentials`]. Goes with exactly one of the three below. Default: none.
-    #[serde(default)]
-    pub user: Option<String>,
-    /// The password itself. Better in a file or a variable: see [`Password`].
-    #[serde(default)]
-    pub password: Option<Secret>,
-    /// The file that the password is in.
-    #[serde(default)]
-    pub password_file: Option<PathBuf>,
-    /// The environment variable that the password is in.
-    #[serde(default)]
-    pub password_env: Option<String>,
-}
-
-/// As the options that it stands for, which show no password, whatever field somebody has put it in.
-impl fmt::Debug for EtcdConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("EtcdConfig")
-            .field(&EtcdOptions::from(self))
-            .finish()
-    }
-}
-
 /// A port, or a range of them: `8080` or `9000-9100`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
@@ -202,25 +141,6 @@ impl From<&Port> for String {
             Port::One(port) => port.to_string(),
             Port::Text(text) => text.clone(),
         }
-    }
-}
-
-/// A text that `Debug` does not show, and no error about the file.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(..)")
-    }
-}
-
-impl<'de> Deserialize<'de> for Secret {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // The error of a wrong type would show the value.
-        String::deserialize(deserializer)
-            .map(Self)
-            .map_err(|_| serde::de::Error::custom("password: must be a text in quotes"))
     }
 }
 
@@ -259,15 +179,6 @@ impl TryFrom<String> for HashOn {
 fn default_publish_interval() -> u64 {
     20
 }
-fn default_etcd_silence() -> u64 {
-    5_000
-}
-fn default_breaker_failures() -> u32 {
-    5
-}
-fn default_breaker_pause() -> u64 {
-    1_000
-}
 fn default_listen() -> String {
     "127.0.0.1:6188".to_owned()
 }
@@ -291,15 +202,6 @@ fn default_ready() -> u64 {
 }
 fn default_leader_wait() -> u64 {
     2_000
-}
-fn default_etcd_connect() -> u64 {
-    2_000
-}
-fn default_etcd_request() -> u64 {
-    3_000
-}
-fn default_etcd_keep_alive() -> u64 {
-    10_000
 }
 
 /// The file as far as it is read here.
@@ -330,8 +232,7 @@ impl ClusterConfig {
     /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
     pub fn validate(&self) -> Result<(), ClusterError> {
         let etcd = |error| named(error, "cluster.etcd.", "_ms");
-        self.etcd.check_user().map_err(etcd)?;
-        EtcdOptions::from(&self.etcd).validate().map_err(etcd)?;
+        self.etcd.validate().map_err(etcd)?;
         let outer = |error| named(error, "cluster.", "");
         self.balancer().map_err(outer)?;
         if self.listen.parse::<std::net::SocketAddr>().is_err() {
@@ -384,7 +285,7 @@ impl ClusterConfig {
     ///
     /// When endpoints, times or group make no sense.
     pub fn discovery(&self) -> Result<ServiceDiscovery, ClusterError> {
-        let mut builder = ServiceDiscovery::builder(&self.etcd, &self.group)
+        let mut builder = ServiceDiscovery::builder(self.etcd.clone(), &self.group)
             .filter(self.filter.clone())
             .allowed_networks(self.allowed_networks.iter().cloned())
             .allowed_ports(self.allowed_ports.iter())
@@ -424,60 +325,6 @@ impl ClusterConfig {
             .consistent(self.consistent)
             .candidates(self.candidates)
             .default_port(self.default_port)
-    }
-}
-
-impl EtcdConfig {
-    fn passwords(&self) -> impl Iterator<Item = Password> {
-        let text = self.password.clone();
-        let text = text.map(|Secret(text)| Password::Text(text));
-        let file = self.password_file.clone().map(Password::File);
-        let env = self.password_env.clone().map(Password::Env);
-        text.into_iter().chain(file).chain(env)
-    }
-
-    fn credentials(&self) -> Option<Credentials> {
-        // Without a password it cannot be checked to be wrong later, so it must not be left out.
-        let password = self.passwords().next();
-        let user = self.user.clone()?;
-        Some(Credentials::new(
-            user,
-            password.unwrap_or(Password::Text(String::new())),
-        ))
-    }
-
-    fn check_user(&self) -> Result<(), ClusterError> {
-        let reason = match (&self.user, self.passwords().count()) {
-            (None, 0) | (Some(_), 1) => return Ok(()),
-            (None, _) => "is missing, and a password is given",
-            (Some(_), 0) => "goes with one of password, password_file and password_env",
-            (Some(_), _) => "goes with only one of password, password_file and password_env",
-        };
-        Err(ClusterError::config("user", reason))
-    }
-}
-
-impl From<&EtcdConfig> for EtcdOptions {
-    fn from(config: &EtcdConfig) -> Self {
-        let mut options = EtcdOptions::new(config.endpoints.iter().cloned());
-        if config.tls != TlsOptions::default() {
-            options = options.tls(config.tls.clone());
-        }
-        if let Some(credentials) = config.credentials() {
-            options = options.credentials(credentials);
-        }
-        options
-            .key_prefix(config.key_prefix.clone())
-            .sync_endpoints(config.sync_endpoints)
-            .connect_timeout(Duration::from_millis(config.connect_timeout_ms))
-            .request_timeout(Duration::from_millis(config.request_timeout_ms))
-            .keep_alive_interval(Duration::from_millis(config.keep_alive_interval_ms))
-            .silence_timeout(Duration::from_millis(config.silence_timeout_ms))
-            .serializable_fallback(config.serializable_fallback)
-            .breaker(
-                config.breaker_failures,
-                Duration::from_millis(config.breaker_pause_ms),
-            )
     }
 }
 
@@ -603,6 +450,7 @@ pub fn load(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::{Credentials, Password};
 
     const LEAST: &str = "
 version: 1
@@ -624,11 +472,7 @@ cluster:
         let config = ClusterConfig::from_yaml(LEAST, "file.yaml").unwrap();
         assert_eq!(config.policy, Policy::Adaptive);
         assert_eq!(config.retries, 2);
-        assert_eq!(
-            EtcdOptions::from(&config.etcd),
-            EtcdOptions::new(["memory://x"]),
-            "the defaults are written down twice"
-        );
+        assert_eq!(config.etcd, EtcdOptions::new(["memory://x"]));
     }
 
     #[test]
@@ -724,7 +568,7 @@ cluster:
             ClusterConfig::from_yaml(&text, "file.yaml")
         };
         let config = with("user: u\n    password: 'hunter2'").unwrap();
-        let options = EtcdOptions::from(&config.etcd);
+        let options = &config.etcd;
         let expected = Credentials::new("u", Password::Text("hunter2".to_owned()));
         assert_eq!(options.credentials, Some(expected));
         assert!(!format!("{config:?} {options:?}").contains("hunter2"));
@@ -735,10 +579,7 @@ cluster:
     password_file: null
     password_env: null";
         let config = with(nothing).unwrap();
-        assert_eq!(
-            EtcdOptions::from(&config.etcd),
-            EtcdOptions::new(["memory://x"])
-        );
+        assert_eq!(config.etcd, EtcdOptions::new(["memory://x"]));
 
         for (fields, named) in [
             ("user: u", "cluster.etcd.user"),
@@ -817,7 +658,7 @@ cluster:
             let text = LEAST.replace("  group", &format!("    key_prefix: '{prefix}'\n  group"));
             ClusterConfig::from_yaml(&text, "file.yaml")
         };
-        let options = EtcdOptions::from(&with("prod").unwrap().etcd);
+        let options = with("prod").unwrap().etcd;
         assert_eq!(options.prefix(), "prod/");
         for wrong in [" ", "prod//"] {
             let error = with(wrong).unwrap_err().to_string();

@@ -1,5 +1,6 @@
-//! What can go wrong, and with which field, endpoint, key or revision.
+//! The errors of this crate, and the check of a setting's range.
 
+use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -9,10 +10,10 @@ use crate::ids::{LeaseId, Revision};
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClusterError {
-    /// A setting makes no sense. Nothing was started.
+    /// A setting is invalid. Nothing was started.
     #[error("invalid {field}: {reason}")]
     InvalidConfig {
-        /// The setting, as it is called in the builder or in the YAML file.
+        /// The setting, by its name in the builder or in the YAML file.
         field: String,
         /// What is wrong with it, and what would be right.
         reason: String,
@@ -20,97 +21,97 @@ pub enum ClusterError {
     /// An endpoint cannot be used. Nothing was started.
     #[error("invalid etcd endpoint {endpoint:?}: {reason}")]
     InvalidEndpoint {
-        /// The endpoint as it was given, but for what may be a password in it.
+        /// The endpoint as it was given, without any part that may be a password.
         endpoint: String,
         /// What is wrong with it.
         reason: String,
     },
-    /// The store could not be reached, or cannot serve for the moment (no quorum). Trying again
-    /// later may help.
+    /// The store could not be reached, or cannot serve at the moment (no quorum). A later attempt
+    /// may succeed.
     #[error("etcd at {endpoint} is unavailable for {operation}: {reason}")]
     Unavailable {
         /// The endpoint that failed.
         endpoint: String,
-        /// What was asked of it.
+        /// The operation that failed.
         operation: &'static str,
-        /// The transport's or the server's words.
+        /// The message of the transport or of the server.
         reason: String,
     },
-    /// The store serves, but not this: it has no space left, or too many requests. Reads and
-    /// renewals may go on.
+    /// The store is up but refuses this call, because it has no space left or too many requests.
+    /// Reads and lease renewals may still succeed.
     #[error("etcd at {endpoint} has no room for {operation}: {reason}")]
     Exhausted {
-        /// The endpoint that said so.
+        /// The endpoint that refused.
         endpoint: String,
-        /// What was asked of it.
+        /// The operation that was refused.
         operation: &'static str,
-        /// The server's words.
+        /// The server's message.
         reason: String,
     },
-    /// An answer is larger than what is accepted.
+    /// An answer is larger than the client accepts.
     #[error("the answer of etcd at {endpoint} to {operation} is too large: {reason}")]
     TooLarge {
         /// The endpoint that answered.
         endpoint: String,
-        /// What was asked of it.
+        /// The operation that was answered.
         operation: &'static str,
-        /// The transport's words.
+        /// The message of the transport.
         reason: String,
     },
-    /// The store has failed again and again, so this call was not tried. It is tried again before
-    /// long.
+    /// The store has failed several times in a row, so this call was not sent. Calls are sent again
+    /// after a short pause.
     #[error(
-        "etcd is not asked for {operation}: {failures} failures in a row, the last one: {last}"
+        "{operation} was not sent to etcd after {failures} failures in a row, the last one: {last}"
     )]
     CircuitOpen {
-        /// What would have been asked.
+        /// The operation that was not sent.
         operation: &'static str,
-        /// How many tries have failed.
+        /// The number of failures in a row.
         failures: u32,
-        /// What the last one failed with.
+        /// The message of the last failure.
         last: String,
     },
-    /// What a call tells was not taken soon enough, so it was ended: others share its connection. Go
-    /// on with another one from where this one has come to.
-    #[error("{operation} was ended because it was not read: it was {behind} messages behind")]
+    /// A watch was ended because its events were not read fast enough, and others share its
+    /// connection. Open another one from the position that this one has reached.
+    #[error("{operation} was ended because its reader was {behind} messages behind")]
     TooSlow {
-        /// What was ended.
+        /// The operation that was ended.
         operation: &'static str,
-        /// How many messages are kept for it.
+        /// How many unread messages are kept.
         behind: usize,
     },
     /// The store did not answer in time. Whether a write took effect is unknown: read before you
-    /// claim.
+    /// rely on it.
     #[error("etcd at {endpoint} did not answer {operation} within {after:?}")]
     Timeout {
-        /// The endpoint that stayed silent.
+        /// The endpoint that did not answer.
         endpoint: String,
-        /// What was asked of it.
+        /// The operation that was not answered.
         operation: &'static str,
-        /// How long the answer was waited for.
+        /// How long the client waited.
         after: Duration,
     },
-    /// The store refused for good: an invalid request.
+    /// The store refused an invalid request. The same request will be refused again.
     #[error("etcd at {endpoint} refused {operation}: {reason}")]
     Rejected {
         /// The endpoint that refused.
         endpoint: String,
-        /// What was asked of it.
+        /// The operation that was refused.
         operation: &'static str,
-        /// The server's words.
+        /// The server's message.
         reason: String,
     },
-    /// No TLS connection to an endpoint comes about. It is tried for ever, at this endpoint and at
-    /// the others, and certificate files are read again each time.
-    #[error("TLS with etcd at {endpoint} fails: {reason}")]
+    /// A TLS connection to an endpoint could not be made. It is retried without limit, at this
+    /// endpoint and at the others, and certificate files are read again each time.
+    #[error("TLS to etcd at {endpoint} failed: {reason}")]
     Tls {
         /// The endpoint.
         endpoint: String,
-        /// Which certificate, file or name is the reason.
+        /// Which certificate, file or name is the cause.
         reason: String,
     },
-    /// The store does not take this client for the user that it says it is, or for any. It is
-    /// tried for ever, and a password file or variable is read again each time.
+    /// The store does not accept the user or the password, or requires one that is not set. It is
+    /// retried without limit, and a password file or variable is read again each time.
     #[error("etcd at {endpoint} does not accept the user: {reason}")]
     Auth {
         /// The endpoint that refused.
@@ -118,33 +119,34 @@ pub enum ClusterError {
         /// What it did not accept.
         reason: String,
     },
-    /// The user's roles do not allow this.
+    /// The user's roles do not allow this operation.
     #[error(
         "etcd at {endpoint}: permission denied: no role of {user} allows {operation} of {keys}"
     )]
     PermissionDenied {
         /// The endpoint that refused.
         endpoint: String,
-        /// What was asked of it.
+        /// The operation that was refused.
         operation: &'static str,
-        /// Which user asked.
+        /// The user of the request.
         user: String,
-        /// The keys and prefixes it was about. One of them is not allowed; etcd does not say which.
+        /// The keys and prefixes of the request. At least one of them is not allowed; etcd does not
+        /// say which.
         keys: String,
     },
-    /// The revision asked for is no longer kept. List again, or go on from `oldest`.
-    #[error("the revision asked for has been compacted; the oldest one kept is {oldest}")]
+    /// The requested revision is no longer kept. List again, or watch from `oldest`.
+    #[error("the requested revision has been compacted{}", OldestKept(*.oldest))]
     Compacted {
-        /// The oldest revision that a watch can still start from, 0 where the server did not say.
-        oldest: Revision,
+        /// The oldest revision that a watch can still start from; `None` if the server did not say.
+        oldest: Option<Revision>,
     },
-    /// The lease expired, was revoked, or never existed. Keys under it are gone.
+    /// The lease expired, was revoked, or never existed. Its keys are gone.
     #[error("lease {lease} is unknown, expired or revoked")]
     LeaseNotFound {
         /// The lease in question.
         lease: LeaseId,
     },
-    /// The call needs leadership, and this node does not hold it.
+    /// The call needs leadership, and this node is not the leader.
     #[error("node {node:?} is not the leader of group {group:?}")]
     NotLeader {
         /// This node.
@@ -152,10 +154,10 @@ pub enum ClusterError {
         /// Its group.
         group: String,
     },
-    /// Leadership stays where it is, because it cannot be handed to that node.
+    /// Leadership cannot be transferred to that node. The leader is unchanged.
     #[error("leadership cannot be transferred to {target:?}: {reason}")]
     TransferRefused {
-        /// The node that should have taken over.
+        /// The node that was to become the leader.
         target: String,
         /// Why it cannot.
         reason: String,
@@ -166,13 +168,13 @@ pub enum ClusterError {
         /// The node or discovery concerned.
         what: String,
     },
-    /// `run` was called while an earlier call of it had not returned.
+    /// `run` was called before an earlier call of it had returned.
     #[error("{what} is running already: one run at a time")]
     AlreadyRunning {
         /// The node or discovery concerned.
         what: String,
     },
-    /// A snapshot file could not be written, or must not be used. It is left as it is.
+    /// A snapshot file could not be written, or must not be used. The file is left unchanged.
     #[error("snapshot file {path}: {reason}")]
     SnapshotFile {
         /// The file.
@@ -190,8 +192,48 @@ pub enum ClusterError {
     },
 }
 
-/// Checks a setting's range.
-pub(crate) fn in_range<T: PartialOrd + std::fmt::Display>(
+/// The end of the message of [`ClusterError::Compacted`].
+struct OldestKept(Option<Revision>);
+
+impl fmt::Display for OldestKept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(oldest) => write!(f, "; the oldest one kept is {oldest}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A value of a setting that has a range: numbers, and durations, which are shown with their unit.
+pub(crate) trait RangedValue: PartialOrd {
+    fn to_text(&self) -> String;
+}
+
+macro_rules! ranged_numbers {
+    ($($number:ty),*) => {
+        $(impl RangedValue for $number {
+            fn to_text(&self) -> String {
+                self.to_string()
+            }
+        })*
+    };
+}
+
+ranged_numbers!(f64, i64, u16, u32, u64, usize);
+
+impl RangedValue for Duration {
+    fn to_text(&self) -> String {
+        format!("{self:?}")
+    }
+}
+
+/// Checks that a setting is in its range. `field` is the section that the setting `name` belongs to,
+/// such as `adaptive`; empty for a setting outside of any section.
+///
+/// # Errors
+///
+/// [`InvalidConfig`](ClusterError::InvalidConfig) with the setting, its value and the range.
+pub(crate) fn in_range<T: RangedValue>(
     field: &str,
     name: &str,
     value: T,
@@ -200,9 +242,17 @@ pub(crate) fn in_range<T: PartialOrd + std::fmt::Display>(
     if range.contains(&value) {
         return Ok(());
     }
-    let (least, most) = (range.start(), range.end());
+    let field = match field {
+        "" => name.to_owned(),
+        field => format!("{field}.{name}"),
+    };
+    let (value, least, most) = (
+        value.to_text(),
+        range.start().to_text(),
+        range.end().to_text(),
+    );
     Err(ClusterError::config(
-        format!("{field}.{name}"),
+        field,
         format!("{value} is out of range, {least} to {most}"),
     ))
 }
@@ -227,20 +277,49 @@ impl ClusterError {
         )
     }
 
-    /// Whether it says that the user may not do this.
+    /// Whether the user lacks a permission.
     pub(crate) fn is_missing_permission(&self) -> bool {
-        match self {
-            Self::PermissionDenied { .. } => true,
-            Self::Rejected { reason, .. } => reason.contains("permission denied"),
-            _ => false,
-        }
+        matches!(self, Self::PermissionDenied { .. })
     }
 
-    /// Whether it says that the connection is of no use any more.
+    /// Whether somebody has to correct a certificate, a user or a password before this can succeed.
+    pub(crate) fn needs_correction(&self) -> bool {
+        matches!(self, Self::Tls { .. } | Self::Auth { .. })
+    }
+
+    /// Whether the connection can no longer be used after this error.
     pub(crate) fn blames_connection(&self) -> bool {
         matches!(
             self,
             Self::Unavailable { .. } | Self::Timeout { .. } | Self::Tls { .. }
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_shown_with_their_units() {
+        in_range("adaptive", "gain", 0.5, 0.0..=1.0).unwrap();
+        let error = in_range("adaptive", "gain", 2.0, 0.0..=1.0).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "invalid adaptive.gain: 2 is out of range, 0 to 1"
+        );
+        let range = Duration::from_millis(10)..=Duration::from_secs(60);
+        let error = in_range("", "request_timeout", Duration::ZERO, range).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "invalid request_timeout: 0ns is out of range, 10ms to 60s"
+        );
+    }
+
+    #[test]
+    fn a_compaction_names_the_oldest_revision_if_it_is_known() {
+        let text = |oldest| ClusterError::Compacted { oldest }.to_string();
+        assert_eq!(text(None), "the requested revision has been compacted");
+        assert!(text(Some(7)).ends_with("the oldest one kept is 7"));
     }
 }

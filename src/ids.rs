@@ -1,12 +1,12 @@
-//! Numbers that the store gives: revisions and leases.
+//! Numbers that the store assigns: revisions and lease ids.
 
 use std::fmt;
 
-/// A point in the history of the whole store; grows by one with each transaction that changes
+/// A point in the history of the whole store. Grows by one with each transaction that changes
 /// something.
 pub type Revision = i64;
 
-/// Identifies a lease. Prints as lower-case hexadecimal, the form it has in election keys.
+/// Identifies a lease. Displayed as lower-case hexadecimal, as in election keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseId(pub i64);
 

@@ -59,12 +59,6 @@
 
 mod backoff;
 pub mod balance;
-#[cfg(any(test, feature = "test-util"))]
-#[doc(hidden)]
-pub mod bugs;
-#[cfg(not(any(test, feature = "test-util")))]
-#[allow(unreachable_pub, dead_code, reason = "its names are the simulation's")]
-mod bugs;
 mod cluster;
 pub mod config;
 pub mod discovery;

@@ -1,4 +1,4 @@
-//! Whether somebody does the work of a handle, so that nobody waits for what nobody brings about.
+//! Whether a handle's `run` is in progress, so that a wait ends when nothing can fulfil it any more.
 
 use std::future::Future;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use tokio::time::timeout;
 
 use crate::error::ClusterError;
 
-/// How long a wait that begins while there is no run waits for one: a task that was spawned to run
-/// it may not have had its turn.
+/// How long a wait that begins without a run waits for one to begin: a task that was just spawned for
+/// it may not have been polled yet.
 pub(crate) const START_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Counts the runs of a handle, and whether one is in progress.
+/// Whether a run of a handle is in progress. Allows one at a time.
 #[derive(Debug)]
 pub(crate) struct Lifecycle(watch::Sender<bool>);
 
@@ -23,13 +23,13 @@ impl Default for Lifecycle {
 }
 
 impl Lifecycle {
-    /// A run begins. Answers whether it may: one at a time.
+    /// Begins a run. Returns `false` if one is in progress already.
     pub(crate) fn begin(&self) -> bool {
         self.0
             .send_if_modified(|runs| !std::mem::replace(runs, true))
     }
 
-    /// A run has ended, for whatever reason.
+    /// Ends the run.
     pub(crate) fn end(&self) {
         self.0.send_replace(false);
     }
@@ -38,12 +38,12 @@ impl Lifecycle {
         *self.0.borrow()
     }
 
-    /// Waits for `wanted`, for as long as there is a run that may bring it about.
+    /// Waits for `wanted`, for as long as there is a run that may fulfil it.
     ///
     /// # Errors
     ///
-    /// [`NotRunning`](ClusterError::NotRunning) as soon as the run ends; where there is none, after
-    /// five seconds without one.
+    /// [`NotRunning`](ClusterError::NotRunning) as soon as the run ends, or after five seconds if none
+    /// begins.
     pub(crate) async fn wait<T>(
         &self,
         wanted: impl Future<Output = T>,
@@ -89,7 +89,7 @@ mod tests {
         assert!(waited.is_err());
         assert_eq!(start.elapsed(), Duration::from_secs(60));
 
-        // One that begins late, and what is there already.
+        // A run that begins late, and a wait that is fulfilled without a run.
         let (waited, ()) = tokio::join!(
             life.wait(
                 async {

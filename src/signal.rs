@@ -1,15 +1,16 @@
-//! A value that tasks wait on to change.
+//! A value whose changes tasks can wait for.
 //!
-//! As `tokio::sync::watch`, but for one thing: that one wakes its receivers in random order, this
-//! one in the order in which they began to wait. So a simulation is the same each time it is run.
+//! It differs from `tokio::sync::watch` in one thing: waiting tasks are woken in the order in which
+//! they began to wait, not in random order, so that a simulation runs the same way each time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-
-use crate::sync::lock;
 use std::sync::{Mutex, MutexGuard};
 
 use tokio::sync::Notify;
 
+use crate::sync::lock;
+
+/// A value with a version that grows with each change.
 #[derive(Debug, Default)]
 pub(crate) struct Signal<T = ()> {
     value: Mutex<T>,
@@ -22,14 +23,14 @@ impl<T> Signal<T> {
         lock(&self.value)
     }
 
-    /// Changes the value, and wakes everybody who waits.
+    /// Changes the value, and wakes every waiting task.
     pub(crate) fn update(&self, change: impl FnOnce(&mut T)) {
         change(&mut self.value());
         self.version.fetch_add(1, Ordering::AcqRel);
         self.notify.notify_waiters();
     }
 
-    /// A listener that has seen what there is now.
+    /// A listener that counts the current value as seen.
     pub(crate) fn listen(&self) -> Listener<'_, T> {
         Listener {
             signal: self,
@@ -37,12 +38,13 @@ impl<T> Signal<T> {
         }
     }
 
+    /// Reads the value.
     pub(crate) fn with<R>(&self, look: impl FnOnce(&T) -> R) -> R {
         look(&self.value())
     }
 }
 
-/// Remembers what it has seen of a [`Signal`].
+/// Waits for changes of a [`Signal`], and remembers the last version it has seen.
 #[derive(Debug)]
 pub(crate) struct Listener<'a, T = ()> {
     signal: &'a Signal<T>,
@@ -55,7 +57,7 @@ impl<T> Listener<'_, T> {
         loop {
             let notified = self.signal.notify.notified();
             tokio::pin!(notified);
-            // In line before looking: what comes in between is not missed.
+            // Registered before the version is read, so that no change in between is missed.
             notified.as_mut().enable();
             let version = self.signal.version.load(Ordering::Acquire);
             if version != self.seen {
@@ -66,16 +68,16 @@ impl<T> Listener<'_, T> {
         }
     }
 
-    /// What is there now counts as seen.
+    /// Counts the current value as seen.
     pub(crate) fn catch_up(&mut self) {
         self.seen = self.signal.version.load(Ordering::Acquire);
     }
 
-    /// Waits until the value is like that.
-    pub(crate) async fn wait_for(&mut self, mut is_so: impl FnMut(&T) -> bool) {
+    /// Waits until the value satisfies the predicate.
+    pub(crate) async fn wait_for(&mut self, mut predicate: impl FnMut(&T) -> bool) {
         loop {
             self.catch_up();
-            if self.signal.with(&mut is_so) {
+            if self.signal.with(&mut predicate) {
                 return;
             }
             self.changed().await;

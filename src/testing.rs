@@ -1,10 +1,10 @@
-//! For unit tests under a paused clock.
+//! Helpers for unit tests under a paused clock.
 
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-/// Lets time pass until `state` holds, in steps of a millisecond. Answers how long it took.
+/// Advances time in steps of a millisecond until `state` holds. Returns how long that took.
 pub(crate) async fn until(what: &str, mut state: impl FnMut() -> bool) -> Duration {
     let start = Instant::now();
     while !state() {

@@ -368,9 +368,9 @@ async fn compaction(subject: Subject) {
     let ClusterError::Compacted { oldest } = error else {
         panic!("{error:?}")
     };
-    assert_eq!(oldest, third);
+    assert_eq!(oldest, Some(third));
     // From the oldest revision on, watching works.
-    let mut watcher = subject.watch(subject.all(), oldest).await;
+    let mut watcher = subject.watch(subject.all(), third).await;
     assert_eq!(
         kinds_and_revisions(&events(&mut *watcher, 1).await),
         [(true, third)]

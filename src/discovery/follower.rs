@@ -106,7 +106,7 @@ impl<'d> Follower<'d> {
         let is_same = history::continues(self.store, keys, &self.group, cluster_id, seen).await?;
         if !is_same {
             warn!("the store has another history than before");
-            return Err(ClusterError::Compacted { oldest: 0 });
+            return Err(ClusterError::Compacted { oldest: None });
         }
         self.end_silence();
         let news = self.transition(Input::WatchOpened);

@@ -46,7 +46,7 @@ pub(super) async fn list(
             });
             if first.cluster_id != listing.cluster_id {
                 // Another cluster answers now, and its revisions mean something else.
-                return Err(ClusterError::Compacted { oldest: 0 });
+                return Err(ClusterError::Compacted { oldest: None });
             }
             stage(group, staged, &listing.entries);
             start = page.next;

@@ -62,7 +62,7 @@ mod tests {
             endpoint: "e".to_owned(),
             reason: "wrong password".to_owned(),
         };
-        let missed = ClusterError::Compacted { oldest: 3 };
+        let missed = ClusterError::Compacted { oldest: Some(3) };
         let at_once = Duration::from_millis(250);
         let mut retry = Retry::new();
         assert!(retry.delay(&refused, false) < at_once);

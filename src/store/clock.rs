@@ -1,20 +1,20 @@
-//! The time that leases are counted by.
+//! The clocks that the life of a lease is measured with.
 
 use std::fmt;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What a process counts the life of its leases by.
+/// A clock that a process measures the life of its leases with.
 ///
-/// A store lets a lease run out by its own clock, whatever this process does meanwhile: so the
-/// clock that the process compares its deadline with must not stop while it is suspended.
+/// The store ends a lease by its own clock, even while this process is suspended. So the clock that
+/// the process compares its deadlines with must not stop while it is suspended.
 pub trait Clock: fmt::Debug + Send + Sync {
-    /// Time since an instant that does not change while the process lives. Never goes back.
+    /// The time since an instant that is fixed for the life of the process. Never goes back.
     fn now(&self) -> Duration;
 }
 
-/// The machine's time since boot, suspension included (`CLOCK_BOOTTIME`), on Linux and Android.
+/// The time since the machine's boot, including suspension (`CLOCK_BOOTTIME`), on Linux and Android.
 /// Elsewhere the standard library's monotonic clock, which may stop in suspension.
 ///
 /// Costs one call into the vDSO, about 25 ns.
@@ -25,7 +25,7 @@ impl Clock for BootClock {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     fn now(&self) -> Duration {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        // Neither is negative: the kernel counts from boot.
+        // Neither part is negative: the kernel counts from boot.
         let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
         Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0))
     }
@@ -38,7 +38,7 @@ impl Clock for BootClock {
     }
 }
 
-/// tokio's clock, which tests can pause: what the embedded store's leases run by.
+/// tokio's clock, which tests can pause. The in-memory store uses it for its leases.
 #[derive(Debug, Clone, Copy)]
 pub struct TokioClock {
     start: Instant,
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     #[cfg(target_os = "linux")]
-    fn the_boot_clock_counts_what_the_kernel_calls_uptime() {
+    fn the_boot_clock_is_the_kernels_uptime() {
         let uptime = || {
             let text = std::fs::read_to_string("/proc/uptime").unwrap();
             let seconds = text.split(' ').next().unwrap().parse().unwrap();

@@ -414,10 +414,11 @@ struct NoHandover(MemoryStore);
 impl NoHandover {
     fn check(&self, keys: &Selector) -> Result<(), ClusterError> {
         if keys.as_str().starts_with("handover/") {
-            return Err(ClusterError::Rejected {
+            return Err(ClusterError::PermissionDenied {
                 endpoint: "memory://".to_owned(),
                 operation: "list",
-                reason: "permission denied".to_owned(),
+                user: "user \"old\"".to_owned(),
+                keys: keys.as_str().to_owned(),
             });
         }
         Ok(())

@@ -485,7 +485,7 @@ async fn a_password_is_shown_nowhere() {
     assert!(shown.contains("balancer"), "{shown}");
     assert!(!shown.contains(SECRET), "{shown}");
     let logged = captured.text();
-    assert!(logged.contains("token renewed"), "{logged}");
+    assert!(logged.contains("token refreshed"), "{logged}");
     assert!(logged.contains("wrong user or password"), "{logged}");
     assert!(!logged.contains(SECRET), "{logged}");
 }

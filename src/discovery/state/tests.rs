@@ -25,7 +25,7 @@ fn away() -> ClusterError {
 }
 
 fn missed() -> ClusterError {
-    ClusterError::Compacted { oldest: 3 }
+    ClusterError::Compacted { oldest: Some(3) }
 }
 
 fn too_large() -> ClusterError {

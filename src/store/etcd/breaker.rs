@@ -1,26 +1,26 @@
-//! Whether to try at all. Pure.
+//! A circuit breaker: decides whether a call is sent at all. Does no I/O.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::error::ClusterError;
-use crate::store::Circuit;
+use crate::store::types::Circuit;
 
-/// Counts failures in a row. After so many, calls are let through one at a time and only every so
-/// often, until one succeeds: a server that is down, or comes back, has no use for a crowd.
+/// Counts failures in a row. After too many, one trial call at a time is admitted, with a pause between
+/// them, until one succeeds: many calls would not help a server that is down or restarting.
 #[derive(Debug, Default)]
 pub(super) struct Breaker {
     failures: u32,
     last: String,
-    /// Fails at once until then; `None` while there are too few failures.
+    /// Calls fail at once until then; `None` while the circuit is closed.
     until: Option<Instant>,
+    /// Whether a trial call is in progress.
     is_probing: bool,
 }
 
 impl Breaker {
-    /// Whether a call may be tried; with true it is the one that is let through, and has to report
-    /// what came of it.
+    /// Admits a call or refuses it. Returns `true` for a trial call, whose result must be reported.
     pub(super) fn admit(
         &mut self,
         operation: &'static str,
@@ -40,6 +40,7 @@ impl Breaker {
         }
     }
 
+    /// A call or a connection attempt has failed.
     pub(super) fn failed(
         &mut self,
         error: &ClusterError,
@@ -55,7 +56,7 @@ impl Breaker {
         self.is_probing = false;
     }
 
-    /// A connection is there: calls on it are tried, but the failures before are not forgotten yet.
+    /// A connection was made: calls are sent on it, but only an answer resets the count of failures.
     pub(super) fn connected(&mut self) {
         self.until = None;
         self.is_probing = false;
@@ -68,7 +69,7 @@ impl Breaker {
         }
     }
 
-    /// The one that was let through was given up by its caller.
+    /// The caller of the trial call has stopped waiting for it.
     pub(super) fn abandoned(&mut self) {
         self.is_probing = false;
     }
@@ -98,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn it_opens_lets_one_through_and_closes() {
+    fn it_opens_admits_a_trial_call_and_closes() {
         let mut breaker = Breaker::default();
         let now = Instant::now();
         for _ in 0..2 {
@@ -110,21 +111,21 @@ mod tests {
         let refused = breaker.admit("list", now).unwrap_err();
         assert!(refused.is_transient());
         assert!(refused.to_string().contains("refused"), "{refused}");
-        // One at a time.
+        // One trial call at a time.
         let later = now + PAUSE;
         assert!(breaker.admit("list", later).unwrap());
         assert_eq!(breaker.circuit(), Circuit::HalfOpen { failures: 3 });
         assert!(breaker.admit("list", later).is_err());
         breaker.failed(&error(), 3, PAUSE, later);
         assert!(breaker.admit("list", later).is_err());
-        // One that is given up lets the next one try.
+        // After one that was abandoned the next one is admitted.
         let later = later + PAUSE;
         assert!(breaker.admit("list", later).unwrap());
         breaker.abandoned();
         assert!(breaker.admit("list", later).unwrap());
         breaker.connected();
         assert_eq!(breaker.circuit(), Circuit::Closed);
-        // A connection alone forgets nothing: an answer does.
+        // A connection alone does not reset the count: an answer does.
         breaker.failed(&error(), 3, PAUSE, later);
         assert!(breaker.admit("list", later).is_err());
         breaker.succeeded();

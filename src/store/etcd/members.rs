@@ -4,46 +4,45 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use etcd_client::Client;
-use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::{debug, error, info};
 
-use super::connection::Connection;
-use super::{EtcdStore, Shared, bounded};
-use crate::error::ClusterError;
-use crate::store::options::is_usable;
+use super::connector::{Connector, NewConnection};
+use super::endpoint::{self, MEMORY, is_same};
+use super::options::EtcdOptions;
+use super::status::{CallError, bounded};
 use crate::supervise::{caught, say};
 
-/// How often members are asked for, beside after each connection. Lengthened by up to a quarter at
-/// random: many processes start together.
-const EVERY: Duration = Duration::from_secs(60);
-/// After a panic.
-const AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// How often the members are listed, besides after each connection. Lengthened by up to a quarter at
+/// random, because many processes start together.
+const INTERVAL: Duration = Duration::from_secs(60);
+/// The pause after a panic.
+const RESTART_AFTER: Duration = Duration::from_secs(2);
 
-/// Asks for the members until the connection is given up. A task of the connection's own.
-pub(super) fn follow(store: &EtcdStore, connection: &Connection, mut open: watch::Receiver<()>) {
-    if !store.shared.options.sync_endpoints {
+/// Starts a task that lists the members until the connection is given up.
+pub(super) fn follow(connector: &Arc<Connector>, new: NewConnection) {
+    if !connector.options.sync_endpoints {
         return;
     }
-    // Not to keep the store alive.
-    let shared = Arc::downgrade(&store.shared);
-    let (client, endpoint) = (connection.client.clone(), connection.endpoint.clone());
+    let NewConnection {
+        connection,
+        mut open,
+        ..
+    } = new;
+    // Weak, so that the task does not keep the store alive.
+    let connector = Arc::downgrade(connector);
     tokio::spawn(async move {
+        let (client, endpoint) = (connection.client, connection.endpoint);
         loop {
-            let pause = match caught(ask(&shared, &client, &endpoint)).await {
-                Ok(true) => EVERY.mul_f64(1.0 + 0.25 * fastrand::f64()),
-                Ok(false) => return,
+            let pause = match caught(update(&connector, &client, &endpoint)).await {
+                Ok(Some(())) => INTERVAL.mul_f64(1.0 + 0.25 * fastrand::f64()),
+                Ok(None) => return,
                 Err(panic) => {
-                    say(|| {
-                        error!(
-                            panic,
-                            "following the members of etcd has failed, it is tried again"
-                        )
-                    });
-                    AGAIN_AFTER
+                    say(|| error!(panic, "following the members of etcd failed, will retry"));
+                    RESTART_AFTER
                 }
             };
-            // Nothing is ever sent: an answer is the connection's end.
+            // Nothing is ever sent: the channel closes with the connection.
             if timeout(pause, open.changed()).await.is_ok() {
                 return;
             }
@@ -51,66 +50,79 @@ pub(super) fn follow(store: &EtcdStore, connection: &Connection, mut open: watch
     });
 }
 
-/// Answers whether to go on.
-async fn ask(shared: &Weak<Shared>, client: &Client, endpoint: &str) -> bool {
-    let Some(after) = shared.upgrade().map(|shared| {
-        let store = EtcdStore::background(shared);
-        let link = store.link();
-        let connection = link.connection.as_ref();
-        connection.map_or(store.timeout(), |connection| {
-            connection.round_trips.request_timeout(store.timeout())
-        })
-    }) else {
-        return false;
-    };
-    let mut asking = client.clone();
-    let mut members = bounded("members", endpoint, after, asking.member_list()).await;
+/// Lists the members and uses them as endpoints. Returns `None` when the store is gone.
+async fn update(connector: &Weak<Connector>, client: &Client, endpoint: &str) -> Option<()> {
+    let after = request_timeout(&*connector.upgrade()?);
+    let mut client = client.clone();
+    let mut members = bounded(after, client.member_list()).await;
     if let Err(error) = &members
-        && has_new_token(shared, error).await
+        && has_fresh_token(connector, error).await
     {
-        members = bounded("members", endpoint, after, asking.member_list()).await;
+        members = bounded(after, client.member_list()).await;
     }
     let members = match members {
         Ok(members) => members,
         Err(error) => {
-            // Whoever calls next finds out whether the connection is to blame.
-            debug!(endpoint, %error, "cannot ask for the members");
-            return true;
+            // The next call finds out whether the connection is the cause.
+            debug!(endpoint, %error, "cannot list the members");
+            return Some(());
         }
     };
-    let Some(shared) = shared.upgrade() else {
-        return false;
-    };
-    let store = EtcdStore::background(shared);
-    let members = members.members().iter();
+    let connector = connector.upgrade()?;
     let urls = members
-        // One that has not started yet has none.
+        .members()
+        .iter()
+        // A member that has not started yet has no URLs.
         .filter(|member| !member.is_learner())
         .flat_map(|member| member.client_urls())
         .map(|url| url.trim_end_matches('/'))
-        .filter(|url| is_usable(&store.shared.options, url));
-    store.use_members(&urls.collect::<Vec<_>>());
-    true
+        .filter(|url| is_usable(&connector.options, url));
+    connector.use_members(&urls.collect::<Vec<_>>());
+    Some(())
 }
 
-/// Where the token was refused: whether there is another one now.
-async fn has_new_token(shared: &Weak<Shared>, error: &ClusterError) -> bool {
-    let Some(store) = shared.upgrade().map(EtcdStore::background) else {
-        return false;
-    };
-    let used = store.link().connection.clone();
-    let Some(used) = used.filter(|_| store.may_renew(error)) else {
-        return false;
-    };
-    let renewed = store.renew_token(used.generation, used.token.version());
-    renewed.await.is_ok()
+fn request_timeout(connector: &Connector) -> Duration {
+    let usual = connector.options.request_timeout;
+    let link = connector.link();
+    let connection = link.connection.as_ref();
+    connection.map_or(usual, |connection| {
+        connection.round_trips.request_timeout(usual)
+    })
 }
 
-impl EtcdStore {
-    /// The members come first, those that are configured after them.
+/// Whether the token was refused, and there is a fresh one now.
+async fn has_fresh_token(connector: &Weak<Connector>, error: &CallError) -> bool {
+    let Some(connector) = connector.upgrade() else {
+        return false;
+    };
+    let current = connector.current();
+    let Some(current) = current.filter(|_| connector.may_refresh(error)) else {
+        return false;
+    };
+    let refreshed = connector.refresh_token(current.generation, current.token.version());
+    refreshed.await.is_ok()
+}
+
+/// Whether a URL that a member advertises can be used with these options.
+fn is_usable(options: &EtcdOptions, url: &str) -> bool {
+    let has_tls = options.tls.is_some();
+    let is_secure =
+        |endpoint: &str| endpoint.starts_with("https://") || (has_tls && !endpoint.contains("://"));
+    let wanted = options.endpoints.iter().any(|endpoint| is_secure(endpoint));
+    let host = url.rsplit("//").next().unwrap_or_default();
+    // Advertised by a member that was configured with its listen address.
+    let is_unspecified = host.starts_with("0.0.0.0:") || host.starts_with("[::]:");
+    is_secure(url) == wanted
+        && !is_unspecified
+        && !url.starts_with(MEMORY)
+        && endpoint::check(url, usize::MAX, has_tls).is_ok()
+}
+
+impl Connector {
+    /// Uses the members as endpoints, and those that are configured after them.
     fn use_members(&self, urls: &[&str]) {
         let mut endpoints: Vec<Arc<str>> = Vec::new();
-        let configured = self.shared.options.endpoints.iter();
+        let configured = self.options.endpoints.iter();
         let configured = configured.map(|endpoint| endpoint.trim_end_matches('/'));
         for endpoint in urls.iter().copied().chain(configured) {
             if !endpoints.iter().any(|other| is_same(other, endpoint)) {
@@ -128,16 +140,35 @@ impl EtcdStore {
             .map(|current| current.endpoint.clone());
         link.endpoints = endpoints;
         if let Some(current) = current {
-            link.next = self.position(&link, &current);
+            link.next = link.position(&current);
         }
     }
 }
 
-/// Where the connection's endpoint is called otherwise in the list.
-pub(super) fn is_same(one: &str, other: &str) -> bool {
-    let bare = |endpoint: &str| {
-        let rest = endpoint.rsplit("//").next().unwrap_or_default();
-        rest.trim_end_matches('/').to_owned()
-    };
-    bare(one) == bare(other)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_are_reached_as_the_endpoints_are() {
+        let plain = EtcdOptions::new(["host:2379"]);
+        assert!(is_usable(&plain, "http://10.0.0.1:2379"));
+        for url in [
+            "https://10.0.0.1:2379",
+            "http://0.0.0.0:2379",
+            "http://[::]:2379",
+            "http://10.0.0.1",
+            "unix://socket:1",
+            "memory://x",
+            "",
+        ] {
+            assert!(!is_usable(&plain, url), "{url}");
+        }
+        let secure = EtcdOptions::new(["https://host:2379"]);
+        assert!(!is_usable(&secure, "http://10.0.0.1:2379"));
+        assert_eq!(
+            is_usable(&secure, "https://10.0.0.1:2379"),
+            cfg!(feature = "tls")
+        );
+    }
 }

@@ -1,74 +1,103 @@
-//! Names with several addresses. A connection that is made by such a name goes to the first address that
-//! accepts it, whatever it is good for: one that then says nothing, or is a learner's, would be all there
-//! is. So each dial is to one address, and the next dial to the next.
+//! Host names with several addresses. A connection that is made by such a name goes to the first
+//! address that accepts it, even if that member never answers or is a learner. So each dial goes to
+//! one address, and the next dial to the next address.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use super::EtcdStore;
-
-/// The endpoints whose names have several addresses.
+/// The endpoints whose names have several addresses, with the address to dial next.
 #[derive(Debug, Default)]
-pub(super) struct Names(BTreeMap<String, Turn>);
+pub(super) struct Names(BTreeMap<String, Rotation>);
 
 #[derive(Debug)]
-struct Turn {
+struct Rotation {
     /// How many addresses there are.
     count: usize,
     next: usize,
 }
 
 impl Names {
-    /// Of all these endpoints, as far as it is known: at least one of each.
+    /// The number of addresses of all these endpoints, as far as it is known: at least one each.
     pub(super) fn addresses<'a>(&self, endpoints: impl Iterator<Item = &'a str>) -> usize {
-        let counts = endpoints.map(|endpoint| self.0.get(endpoint).map_or(1, |turn| turn.count));
+        let counts =
+            endpoints.map(|endpoint| self.0.get(endpoint).map_or(1, |rotation| rotation.count));
         counts.sum()
     }
 
-    /// Whose turn it is of so many.
-    fn take(&mut self, endpoint: &str, count: usize) -> usize {
+    /// The index of the address to dial now, of `count` addresses.
+    pub(super) fn take(&mut self, endpoint: &str, count: usize) -> usize {
         if count < 2 {
             self.0.remove(endpoint);
             return 0;
         }
-        // Not all processes at the same one.
-        let turn = self.0.entry(endpoint.to_owned()).or_insert_with(|| Turn {
-            count,
-            next: fastrand::usize(..count),
-        });
-        turn.count = count;
-        let index = turn.next % count;
-        turn.next = (index + 1) % count;
+        // A random start, so that not all processes dial the same address first.
+        let rotation = self
+            .0
+            .entry(endpoint.to_owned())
+            .or_insert_with(|| Rotation {
+                count,
+                next: fastrand::usize(..count),
+            });
+        rotation.count = count;
+        let index = rotation.next % count;
+        rotation.next = (index + 1) % count;
         index
     }
 
-    /// A connection to the one that worked was given up, although it may answer a dial: it comes last.
+    /// The connection to the address that worked was given up: that address comes last now.
     pub(super) fn failed(&mut self, endpoint: &str) {
-        if let Some(turn) = self.0.get_mut(endpoint) {
-            turn.next = (turn.next + 1) % turn.count;
+        if let Some(rotation) = self.0.get_mut(endpoint) {
+            rotation.next = (rotation.next + 1) % rotation.count;
         }
     }
 
-    /// This one works: it comes first the next time.
+    /// This address works: it comes first the next time.
     pub(super) fn worked(&mut self, endpoint: &str, index: usize) {
-        if let Some(turn) = self.0.get_mut(endpoint) {
-            turn.next = index;
+        if let Some(rotation) = self.0.get_mut(endpoint) {
+            rotation.next = index;
         }
     }
 }
 
-/// One address of an endpoint's name.
-pub(super) struct Address {
-    /// As an endpoint.
-    pub(super) endpoint: String,
-    pub(super) index: usize,
-    /// What its certificate is for.
-    pub(super) name: String,
+/// The addresses of an endpoint's host name.
+pub(super) struct Resolved<'a> {
+    scheme: &'a str,
+    pub(super) host: &'a str,
+    addresses: Vec<SocketAddr>,
 }
 
-/// Scheme, host and port; nothing where the host is an address.
-fn named(endpoint: &str) -> Option<(&str, &str, u16)> {
+impl Resolved<'_> {
+    pub(super) fn count(&self) -> usize {
+        self.addresses.len()
+    }
+
+    /// One of the addresses, as an endpoint.
+    pub(super) fn endpoint(&self, index: usize) -> Option<String> {
+        let address = self.addresses.get(index)?;
+        Some(format!("{}{address}", self.scheme))
+    }
+}
+
+/// Looks up the addresses of an endpoint's name. `None` if its host is an address, and if the lookup
+/// fails: the client resolves the name again then, and returns the error.
+pub(super) async fn resolve(endpoint: &str, within: Duration) -> Option<Resolved<'_>> {
+    let (scheme, host, port) = host_name(endpoint)?;
+    let lookup = tokio::net::lookup_host((host, port));
+    let found = tokio::time::timeout(within, lookup).await.ok()?.ok()?;
+    let mut addresses: Vec<SocketAddr> = found.collect();
+    // A resolver may return them in another order each time.
+    addresses.sort_unstable();
+    addresses.dedup();
+    Some(Resolved {
+        scheme,
+        host,
+        addresses,
+    })
+}
+
+/// Scheme, host and port; `None` if the host is an address.
+fn host_name(endpoint: &str) -> Option<(&str, &str, u16)> {
     let (scheme, rest) = match endpoint.find("://") {
         Some(at) => endpoint.split_at(at + 3),
         None => ("", endpoint),
@@ -78,30 +107,6 @@ fn named(endpoint: &str) -> Option<(&str, &str, u16)> {
     (!is_address).then_some((scheme, host, port.parse().ok()?))
 }
 
-impl EtcdStore {
-    /// Which address is to be dialled, if the endpoint's name has several. One that cannot be resolved
-    /// is left to the client, which says so.
-    pub(super) async fn address_of(&self, endpoint: &str, within: Duration) -> Option<Address> {
-        let (scheme, host, port) = named(endpoint)?;
-        let looking = tokio::net::lookup_host((host, port));
-        let found = tokio::time::timeout(within, looking).await.ok()?.ok()?;
-        let mut addresses: Vec<SocketAddr> = Vec::new();
-        for address in found {
-            if !addresses.contains(&address) {
-                addresses.push(address);
-            }
-        }
-        // A resolver may give them in another order each time.
-        addresses.sort_unstable();
-        let index = self.link().names.take(endpoint, addresses.len());
-        (addresses.len() > 1).then(|| Address {
-            endpoint: format!("{scheme}{}", addresses[index]),
-            index,
-            name: host.to_owned(),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,22 +114,22 @@ mod tests {
     #[test]
     fn only_names_are_looked_up() {
         assert_eq!(
-            named("https://etcd.internal:2379/"),
+            host_name("https://etcd.internal:2379/"),
             Some(("https://", "etcd.internal", 2379))
         );
-        assert_eq!(named("etcd:1"), Some(("", "etcd", 1)));
+        assert_eq!(host_name("etcd:1"), Some(("", "etcd", 1)));
         for address in [
             "http://10.0.0.1:2379",
             "http://[::1]:2379",
             "10.0.0.1:2379",
             "etcd",
         ] {
-            assert_eq!(named(address), None, "{address}");
+            assert_eq!(host_name(address), None, "{address}");
         }
     }
 
     #[test]
-    fn each_has_its_turn_and_one_that_works_keeps_it() {
+    fn addresses_are_dialled_in_turn_and_one_that_works_is_kept() {
         let mut names = Names::default();
         let endpoints = ["a:1", "b:1"];
         assert_eq!(names.addresses(endpoints.into_iter()), 2);

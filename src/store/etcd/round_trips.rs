@@ -1,41 +1,43 @@
-//! How long answers take on a connection, and how long to wait for one because of it.
+//! Measures how long answers take on a connection, and derives time-outs from it.
 //!
 //! The time-outs of the options are for an etcd that answers in milliseconds. One that is far away,
-//! starved or defragmenting answers later, and is not dead: what was measured stretches them. The
-//! estimate is RFC 6298's: a mean and a mean deviation that follow each answer.
+//! overloaded or defragmenting answers later without being dead, so measured times extend them. The
+//! estimate is that of RFC 6298: a mean and a mean deviation that follow each answer.
 
 use std::sync::{Arc, Mutex, MutexGuard};
-
-use crate::sync::lock;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// No answer is waited for longer than this, unless an option asks for more.
+use crate::sync::lock;
+
+/// The longest wait for an answer, unless an option is longer.
 pub(super) const LONGEST: Duration = Duration::from_secs(30);
-/// How often in a row a request may be overdue on a connection that is heard otherwise: the member
-/// may be cut off from the others and answer only what it can by itself.
-const OVERDUE_IN_A_ROW: u32 = 2;
-/// Time-outs double with each request that was not answered in time, up to so often.
+/// After how many requests in a row without an answer a connection is given up even if it delivers other
+/// data: the member may be cut off from the others and answer only what it can answer alone.
+const MOST_MISSED: u32 = 2;
+/// Time-outs double with each request that was not answered in time, at most this many times.
 const MOST_DOUBLINGS: u32 = 4;
 
-/// Of one connection. Clones share it.
+/// The measurements of one connection. Clones share them.
 #[derive(Debug, Clone)]
 pub(super) struct RoundTrips(Arc<Mutex<Estimate>>);
 
 #[derive(Debug)]
 struct Estimate {
-    /// In seconds, as the next.
+    /// In seconds.
     mean: f64,
+    /// In seconds.
     deviation: f64,
-    /// When anything came last.
+    /// When any data was received last.
     heard: Instant,
     /// Requests in a row that were not answered in time.
     missed: u32,
 }
 
 impl RoundTrips {
-    /// As of the first answer. `missed`: what was not answered in time on the connection before.
+    /// Starts with the first answer. `missed`: the requests in a row that were not answered in time on
+    /// the connection before.
     pub(super) fn new(first: Duration, missed: u32) -> Self {
         let first = first.as_secs_f64();
         Self(Arc::new(Mutex::new(Estimate {
@@ -50,12 +52,12 @@ impl RoundTrips {
         lock(&self.0)
     }
 
-    /// Something came, of which it is not known when it was asked for.
+    /// Data was received that is not the answer to a known request.
     pub(super) fn heard(&self) {
         self.estimate().heard = Instant::now();
     }
 
-    /// What was sent then has been answered.
+    /// The request that was sent at that time has been answered.
     pub(super) fn answered(&self, sent: Instant) {
         self.add(sent.elapsed());
     }
@@ -69,18 +71,18 @@ impl RoundTrips {
         estimate.heard = Instant::now();
     }
 
-    /// A request was answered: those after it are waited for as usual.
+    /// A call was answered: the next ones have the usual time-out again.
     pub(super) fn request_answered(&self, sent: Instant) {
         self.answered(sent);
         self.estimate().missed = 0;
     }
 
-    /// A request that was sent then was not answered in time. Answers whether the connection is to be
-    /// given up for it: not where other things were heard meanwhile, but for how often.
+    /// A call that was sent at that time was not answered. Returns whether the connection must be given
+    /// up: not if it has delivered other data since, unless that has happened too often.
     pub(super) fn request_missed(&self, sent: Instant) -> bool {
         let mut estimate = self.estimate();
         estimate.missed = estimate.missed.saturating_add(1);
-        estimate.heard <= sent || estimate.missed >= OVERDUE_IN_A_ROW
+        estimate.heard <= sent || estimate.missed >= MOST_MISSED
     }
 
     /// Requests in a row that were not answered in time.
@@ -88,19 +90,19 @@ impl RoundTrips {
         self.estimate().missed
     }
 
-    /// An answer takes less than this.
+    /// The time that an answer is expected to stay below.
     pub(super) fn overdue(&self) -> Duration {
         let estimate = self.estimate();
         let overdue = estimate.mean + (4.0 * estimate.deviation).max(estimate.mean / 4.0);
         Duration::from_secs_f64(overdue.min(LONGEST.as_secs_f64()))
     }
 
-    /// How long to wait for something that takes `usual` where answers are fast.
+    /// How long to wait for an answer, if `usual` is enough on a fast connection.
     pub(super) fn patience(&self, usual: Duration) -> Duration {
         usual.max(self.overdue())
     }
 
-    /// How long to wait for the answer to a request, which may be work as well.
+    /// How long to wait for the answer to a call, which includes the server's work.
     pub(super) fn request_timeout(&self, usual: Duration) -> Duration {
         let doublings = self.missed().min(MOST_DOUBLINGS);
         let stretched = usual.max(self.overdue() * 2) * 2u32.pow(doublings);
@@ -117,14 +119,14 @@ mod tests {
     }
 
     #[test]
-    fn fast_answers_leave_the_options_as_they_are() {
+    fn fast_answers_do_not_change_the_timeouts() {
         let trips = RoundTrips::new(ms(1), 0);
         for _ in 0..100 {
             trips.add(ms(2));
         }
         assert_eq!(trips.patience(ms(500)), ms(500));
         assert_eq!(trips.request_timeout(ms(3000)), ms(3000));
-        // A pause of the server now and then is forgotten again.
+        // An occasional pause of the server is forgotten again.
         trips.add(ms(2900));
         assert!(trips.patience(ms(2500)) > ms(2500));
         for _ in 0..4 {
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_that_is_heard_is_kept_once() {
+    async fn a_connection_with_other_data_is_kept_once() {
         let trips = RoundTrips::new(ms(1), 0);
         let sent = Instant::now();
         tokio::time::advance(ms(3000)).await;
