@@ -201,8 +201,12 @@ pub(crate) fn in_range<T: PartialOrd + std::fmt::Display>(
         return Ok(());
     }
     let (least, most) = (range.start(), range.end());
+    let field = match field {
+        "" => name.to_owned(),
+        field => format!("{field}.{name}"),
+    };
     Err(ClusterError::config(
-        format!("{field}.{name}"),
+        field,
         format!("{value} is out of range, {least} to {most}"),
     ))
 }
