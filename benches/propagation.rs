@@ -1,6 +1,6 @@
-//! How long a change takes from a put in etcd to a pick that uses it, beside a raw etcd-client
-//! watch that only waits for the event. Both are measured for the same puts. Needs an etcd, found
-//! as the tests find one.
+//! How long a change takes from a put in etcd to a pick that uses it, compared with a raw etcd-client
+//! watch that only waits for the event. Both are measured for the same puts. It needs an etcd, which
+//! is found as the tests find theirs.
 //!
 //! ```text
 //! ETCD_BIN=/path/to/etcd cargo bench --bench propagation
@@ -24,7 +24,7 @@ const PUTS: u32 = 500;
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() {
-    // `cargo test --benches` only wants to know that it starts.
+    // `cargo test --benches` only checks that it starts.
     if std::env::args().any(|argument| argument == "--test") {
         return;
     }

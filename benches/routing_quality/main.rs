@@ -1,5 +1,5 @@
-//! How near routing comes to the optimum: a discrete-event simulation that drives the crate's own
-//! `balance` code, beside what else is in use and an oracle that sees every queue.
+//! How close routing comes to the optimum: a discrete-event simulation that runs the crate's own
+//! `balance` code, other routers that are in use, and an oracle that sees every queue.
 //!
 //! ```text
 //! make bench-routing SEEDS=5 FIRST=100     # everything
@@ -7,14 +7,25 @@
 //! cargo bench --bench routing_quality -- --only "64 proxies" --adaptive '{"own_request": 1}'
 //! ```
 //!
-//! A figure is p99 latency divided by the oracle's in the same world: same arrivals, same work,
-//! same neighbours. Of several seeds the median counts. Writes `target/routing_quality.json` and
+//! A figure is p99 latency divided by the oracle's in the same world: the same arrivals, the same
+//! work, the same neighbours. Of several seeds the median counts. Writes `target/routing_quality.json` and
 //! `.svg`, and fails if a limit is broken. A run depends on its seed alone, so it can be repeated.
 
+mod checks;
+mod events;
+mod figures;
+mod measurements;
 mod output;
+mod plot;
+mod requests;
+mod router;
 mod routers;
+mod runs;
+mod scenario;
 mod scenarios;
 mod server;
+mod units;
+mod view;
 mod world;
 
 use std::collections::BTreeMap;
@@ -25,10 +36,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use clap::Parser;
 use pingora_etcd::balance::Adaptive;
 use routers::RouterKind;
+use runs::Runs;
 use scenarios::Row;
-use world::{Figures, World};
+use world::World;
 
-/// The oracle first, what the limits are for second.
+/// The oracle first, the router that has limits second.
 const KINDS: [RouterKind; 11] = [
     RouterKind::Oracle,
     RouterKind::Adaptive { candidates: 5 },
@@ -43,7 +55,7 @@ const KINDS: [RouterKind; 11] = [
     RouterKind::Random,
 ];
 
-/// How near routing comes to the optimum.
+/// How close routing comes to the optimum.
 #[derive(Parser)]
 struct Arguments {
     /// How many seeds.
@@ -52,16 +64,16 @@ struct Arguments {
     /// The first seed.
     #[arg(long, default_value_t = 1)]
     first: u64,
-    /// Only some scenarios, and only the routers that limits are about.
+    /// Only some scenarios, and only the routers that have limits.
     #[arg(long)]
     quick: bool,
     /// Only scenarios with this in their name.
     #[arg(long, default_value = "")]
     only: String,
-    /// Only the routers that limits are about.
+    /// Only the routers that have limits.
     #[arg(long)]
     ours: bool,
-    /// And those with this in their name.
+    /// In addition, those with this in their name.
     #[arg(long, default_value = "none")]
     router: String,
     /// Other constants for the adaptive policy, as JSON: '{"metrics_gain": 0.1}'.
@@ -75,42 +87,10 @@ struct Arguments {
     bench: bool,
 }
 
-/// Every run there was: by scenario, router and seed.
-pub struct Runs {
-    pub rows: Vec<Row>,
-    pub kinds: Vec<RouterKind>,
-    pub seeds: Vec<u64>,
-    figures: BTreeMap<(usize, usize, u64), Figures>,
-}
-
-impl Runs {
-    /// The median over seeds of what one router comes to, beside the oracle.
-    pub fn median(
-        &self,
-        row: usize,
-        kind: RouterKind,
-        measure: impl Fn(&Figures, &Figures) -> f64,
-    ) -> f64 {
-        let index = self.kinds.iter().position(|other| *other == kind);
-        let Some(index) = index else { return f64::NAN };
-        let of_seed = |seed: &u64| {
-            let oracle = &self.figures[&(row, 0, *seed)];
-            measure(&self.figures[&(row, index, *seed)], oracle)
-        };
-        let mut values: Vec<f64> = self.seeds.iter().map(of_seed).collect();
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    }
-
-    pub fn relative_p99(&self, row: usize, kind: RouterKind) -> f64 {
-        self.median(row, kind, |figures, oracle| figures.p99 / oracle.p99)
-    }
-}
-
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.every_report {
-        let _ = routers::EVERY_REPORT.set(());
+        let _ = view::EVERY_REPORT.set(());
     }
     if let Some(adaptive) = arguments.adaptive {
         let _ = routers::ADAPTIVE.set(adaptive);
@@ -134,7 +114,7 @@ fn main() -> ExitCode {
         (arguments.first..).take(arguments.seeds as usize).collect()
     });
     println!("{}", output::table(&runs));
-    let checks = output::checks(&runs);
+    let checks = checks::checks(&runs);
     for check in &checks {
         println!("{check}");
     }
@@ -174,7 +154,7 @@ fn simulate(rows: Vec<Row>, kinds: Vec<RouterKind>, seeds: Vec<u64>) -> Runs {
             scope.spawn(|| {
                 while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let (row, kind, seed) = *job;
-                    // What a stock selection draws from is seeded too.
+                    // The generator of the stock selection is seeded too.
                     fastrand::seed(seed);
                     let run = World::new(&rows[row].scenario, kinds[kind], seed).run();
                     figures.lock().unwrap().insert(*job, run);

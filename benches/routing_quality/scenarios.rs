@@ -1,14 +1,15 @@
-//! What is simulated, and what it is held to.
+//! The simulated worlds, and the limits that are checked.
 
+use crate::figures::Figures;
+use crate::scenario::{Metrics, Scenario, Trouble, Work};
 use crate::server::Discipline;
-use crate::world::{Figures, Metrics, Scenario, Trouble, Work};
 
 /// One row of the table.
 pub struct Row {
     pub scenario: Scenario,
     /// The most that p99 may be, relative to the oracle's.
     pub limit: Option<f64>,
-    /// Part of the shortened run: all but the largest.
+    /// Whether it is part of the shortened run: all but the largest are.
     pub quick: bool,
 }
 

@@ -1,34 +1,35 @@
-//! A server: some cores, a discipline, and neighbours that take a part of it.
+//! A server: its cores, its discipline, and neighbours that take a part of it.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 
-use crate::world::{RequestId, Seconds};
+use crate::units::{RequestId, Seconds};
 
 /// How a server shares itself among requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Discipline {
-    /// All at once: each gets a core, or an equal part of all cores where there are too few.
+    /// All requests at the same time: each gets a core, or an equal part of all cores if there are
+    /// too few.
     ProcessorSharing,
-    /// All at once, and a request that is alone gets all of the server: classical processor
+    /// All requests at the same time, and a single request gets the whole server: classical processor
     /// sharing, where size is speed.
     Pipe,
-    /// One request per core, the others wait in the order in which they came.
+    /// One request per core; the others wait in the order in which they came.
     Fifo,
 }
 
-/// Requests finish when the work done for each of them, `progress` since the server began, has
-/// come to what they need. Progress runs at the rate that every request in service gets.
+/// A request finishes when the work done for each request, `progress` since the server started, has
+/// reached what it needs. Progress runs at the rate that every request in service gets.
 pub struct Server {
     pub cores: f64,
     pub discipline: Discipline,
-    /// Taken by a neighbour, 0 to 1.
+    /// The part taken by a neighbour, 0 to 1.
     pub stolen: f64,
-    /// Answers at once, and wrongly.
+    /// It fails every request at once.
     pub failing: bool,
-    /// Does nothing at all.
+    /// It does nothing at all.
     pub hanging: bool,
-    /// How fast it is compared with what it will be: caches are cold after a start.
+    /// Its speed relative to its final one: caches are cold after a start.
     pub warmth: f64,
     progress: f64,
     since: Seconds,
@@ -121,7 +122,7 @@ impl Server {
         }
     }
 
-    /// Brings it up to `now`; before anything about it changes.
+    /// Simulates it up to `now`. To be called before anything about it changes.
     pub fn advance(&mut self, now: Seconds) {
         let passed = now - self.since;
         self.since = now;

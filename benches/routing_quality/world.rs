@@ -1,226 +1,49 @@
 //! The discrete-event simulation: proxies that route requests to servers.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
 use pingora_etcd::metrics::LoadReport;
 
-use crate::routers::{Outcome, Router, RouterKind, Ticket, View};
-use crate::server::{Discipline, Server};
+use crate::events::{Event, Events};
+use crate::figures::Figures;
+use crate::measurements::Measurements;
+use crate::requests::{Request, Requests};
+use crate::router::{Outcome, Router};
+use crate::routers::RouterKind;
+use crate::scenario::{Metrics, Scenario, TROUBLE_AFTER, Trouble};
+use crate::server::Server;
+use crate::units::{MEAN_WORK, RequestId, Seconds};
+use crate::view::View;
 
-pub type Seconds = f64;
-pub type RequestId = u32;
-
-/// How much work a request is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Work {
-    Exponential,
-    /// With this standard deviation of the logarithm.
-    Lognormal(f64),
-    /// Nine of ten take a third of the mean, one takes seven times the mean.
-    Mixed,
-}
-
-/// What the servers say of themselves.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Metrics {
-    None,
-    Truthful,
-    /// The first server always reports that it is idle.
-    OneLies,
-    /// All report random numbers.
-    Random,
-    /// Half of the reports get lost.
-    Lost,
-    /// A third of the servers repeat what they said first, with a fresh time.
-    Frozen,
-}
-
-/// What happens besides.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Trouble {
-    None,
-    /// The first server answers at once, and wrongly.
-    FailsFast,
-    /// The last server joins.
-    Joins,
-    /// The same with cold caches: a third as fast at first, and ten seconds to warm up.
-    JoinsCold,
-    /// The first server hangs for 20 s.
-    Hangs,
-    /// Twice the load for 5 s.
-    Burst,
-    /// The near zone fails for 30 s.
-    ZoneFails,
-}
-
-impl Trouble {
-    fn joins(self) -> bool {
-        matches!(self, Self::Joins | Self::JoinsCold)
-    }
-}
-
-/// When troubles begin, after the start of the measurement.
-pub const TROUBLE_AFTER: Seconds = 20.0;
-/// How long a request is waited for.
+/// How long a proxy waits for a request.
 const TIMEOUT: Seconds = 5.0;
-/// From a server's report to what a proxy makes of it.
+/// The time from a report to its effect in a proxy.
 const COALESCE: Seconds = 0.02;
 /// How long a joining server is cold.
 const WARM_UP: Seconds = 10.0;
-
-#[derive(Debug, Clone)]
-pub struct Scenario {
-    pub name: &'static str,
-    pub servers: usize,
-    pub proxies: usize,
-    /// Of the capacity that neighbours leave.
-    pub load: f64,
-    pub work: Work,
-    pub discipline: Discipline,
-    /// Between two reports of a server.
-    pub interval: Seconds,
-    pub metrics: Metrics,
-    /// Responses tell how many requests their server has in flight.
-    pub in_flight: bool,
-    pub trouble: Trouble,
-    /// A third of the servers have a neighbour that takes 20 to 60 %, for 10 to 60 s each.
-    pub neighbours: bool,
-    /// Two zones, with this much more latency between them, both ways.
-    pub zones: Option<Seconds>,
-    pub warm: Seconds,
-    pub measure: Seconds,
-}
-
-impl Default for Scenario {
-    fn default() -> Self {
-        Self {
-            name: "",
-            servers: 10,
-            proxies: 4,
-            load: 0.75,
-            work: Work::Lognormal(1.0),
-            discipline: Discipline::ProcessorSharing,
-            interval: 5.0,
-            metrics: Metrics::Truthful,
-            in_flight: false,
-            trouble: Trouble::None,
-            neighbours: true,
-            zones: None,
-            warm: 60.0,
-            measure: 120.0,
-        }
-    }
-}
-
-/// Mean work of a request, in core seconds.
-pub const MEAN_WORK: Seconds = 0.010;
-
-/// What a run came to.
-#[derive(Debug, Clone, Default)]
-pub struct Figures {
-    pub requests: u64,
-    /// In seconds.
-    pub p50: f64,
-    pub p99: f64,
-    /// Share of requests that failed.
-    pub errors: f64,
-    /// Share of requests that went to the first server, since the trouble began if there is any.
-    pub first: f64,
-    /// p99 of the last server in its first 30 s.
-    pub joined_p99: f64,
-    /// How much the servers' utilisation varies over time: mean over servers of standard deviation
-    /// by mean of one-second windows.
-    pub variation: f64,
-    /// Share of requests that stayed in their zone.
-    pub near: f64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Event {
-    Arrival,
-    Finish { server: u32, generation: u64 },
-    Timeout { request: RequestId, arrival: u32 },
-    Report { server: u32 },
-    Deliver,
-    Tick { proxy: u32 },
-    Neighbour { server: u32 },
-    Window,
-    Trouble,
-    TroubleEnds,
-    Warm,
-}
-
-struct Scheduled {
-    at: Seconds,
-    sequence: u64,
-    event: Event,
-}
-
-impl PartialEq for Scheduled {
-    fn eq(&self, other: &Self) -> bool {
-        self.sequence == other.sequence
-    }
-}
-
-impl Eq for Scheduled {}
-
-impl PartialOrd for Scheduled {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Scheduled {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.at.total_cmp(&other.at)).then(self.sequence.cmp(&other.sequence))
-    }
-}
-
-struct Request {
-    arrival: Seconds,
-    /// Tells this request from others in the same place.
-    serial: u32,
-    server: u32,
-    proxy: u32,
-    ticket: Option<Ticket>,
-}
 
 pub struct World {
     scenario: Scenario,
     servers: Vec<Server>,
     proxies: Vec<Box<dyn Router>>,
     view: View,
-    requests: Vec<Request>,
-    free: Vec<RequestId>,
-    serial: u32,
-    events: BinaryHeap<Reverse<Scheduled>>,
-    sequence: u64,
+    requests: Requests,
+    events: Events,
     now: Seconds,
     start: Instant,
     rng: fastrand::Rng,
-    /// What the arrivals, their work and the neighbours are drawn from: the same for every router.
+    /// The generator of arrivals, their work and the neighbours: the same for every router.
     nature: fastrand::Rng,
     /// Requests per second.
     rate: f64,
     burst: bool,
-    /// Of each server at its last report.
+    /// The time of the last report of each server.
     reported: Vec<Seconds>,
     busy: Vec<f64>,
     requests_reported: Vec<u64>,
     dirty: bool,
-    latencies: Vec<f32>,
-    joined: Vec<f32>,
-    /// Requests for each server since the trouble began, if there is any.
-    counts: Vec<u64>,
     troubled: bool,
-    since_trouble: u64,
-    requests_measured: u64,
-    near: u64,
-    failed: u64,
-    windows: Vec<Vec<f32>>,
-    window_busy: Vec<f64>,
+    measured: Measurements,
 }
 
 impl World {
@@ -241,7 +64,7 @@ impl World {
         let proxies = (0..scenario.proxies)
             .map(|proxy| kind.build(&scenario, &view, proxy, seed, start))
             .collect();
-        // A third of the servers, at 40 % each on average, belongs to neighbours.
+        // 40 % on average of a third of the servers belongs to neighbours.
         let left = if scenario.neighbours {
             1.0 - 0.4 / 3.0
         } else {
@@ -255,11 +78,8 @@ impl World {
             servers,
             proxies,
             view,
-            requests: Vec::new(),
-            free: Vec::new(),
-            serial: 0,
-            events: BinaryHeap::new(),
-            sequence: 0,
+            requests: Requests::default(),
+            events: Events::default(),
             now: 0.0,
             start,
             rng: fastrand::Rng::with_seed(seed ^ 0x5eed),
@@ -270,28 +90,14 @@ impl World {
             busy: vec![0.0; count],
             requests_reported: vec![0; count],
             dirty: false,
-            latencies: Vec::new(),
-            joined: Vec::new(),
-            counts: vec![0; count],
             troubled: scenario.trouble == Trouble::None,
-            since_trouble: 0,
-            requests_measured: 0,
-            near: 0,
-            failed: 0,
-            windows: vec![Vec::new(); count],
-            window_busy: vec![0.0; count],
+            measured: Measurements::new(count),
             scenario,
         }
     }
 
     fn at(&mut self, at: Seconds, event: Event) {
-        self.sequence += 1;
-        let sequence = self.sequence;
-        self.events.push(Reverse(Scheduled {
-            at,
-            sequence,
-            event,
-        }));
+        self.events.add(at, event);
     }
 
     fn instant(&self) -> Instant {
@@ -305,14 +111,14 @@ impl World {
     pub fn run(mut self) -> Figures {
         let end = self.scenario.warm + self.scenario.measure;
         self.prepare();
-        while let Some(Reverse(next)) = self.events.pop() {
-            if next.at > end {
+        while let Some((at, event)) = self.events.next() {
+            if at > end {
                 break;
             }
-            self.now = next.at;
-            self.handle(next.event);
+            self.now = at;
+            self.handle(event);
         }
-        self.figures()
+        self.measured.figures()
     }
 
     fn prepare(&mut self) {
@@ -373,28 +179,8 @@ impl World {
     fn handle(&mut self, event: Event) {
         match event {
             Event::Arrival => self.arrive(),
-            Event::Finish { server, generation } => {
-                let index = server as usize;
-                if self.servers[index].generation == generation {
-                    let now = self.now;
-                    let done = self.servers[index].finish(now);
-                    if let Some(request) = done {
-                        self.answer(request);
-                    }
-                    self.reschedule(index);
-                }
-            }
-            Event::Timeout { request, arrival } => {
-                let timed_out = &mut self.requests[request as usize];
-                if timed_out.serial == arrival
-                    && let Some(ticket) = timed_out.ticket.take()
-                {
-                    let proxy = timed_out.proxy as usize;
-                    self.failed += u64::from(self.measuring());
-                    let now = self.instant();
-                    self.proxies[proxy].done(ticket, Outcome::Failed, None, now);
-                }
-            }
+            Event::Finish { server, generation } => self.finish(server as usize, generation),
+            Event::Timeout { request, arrival } => self.time_out(request, arrival),
             Event::Report { server } => self.report(server as usize),
             Event::Deliver => {
                 if std::mem::take(&mut self.dirty) {
@@ -410,28 +196,56 @@ impl World {
                 self.proxies[proxy as usize].tick(now);
                 self.at(self.now + 1.0, Event::Tick { proxy });
             }
-            Event::Neighbour { server } => {
-                self.change(server as usize, |server| server.stolen = 0.0);
-                let undisturbed: Vec<u32> = (0..self.servers.len() as u32)
-                    .filter(|other| self.servers[*other as usize].stolen == 0.0)
-                    .collect();
-                let next = undisturbed[self.nature.usize(..undisturbed.len())];
-                self.disturb(next);
-            }
+            Event::Neighbour { server } => self.move_neighbour(server as usize),
             Event::Window => self.window(),
             Event::Trouble => {
                 self.troubled = true;
                 self.trouble(true);
             }
             Event::TroubleEnds => self.trouble(false),
-            Event::Warm => {
-                let last = self.servers.len() - 1;
-                let warmth = (self.servers[last].warmth + 0.07).min(1.0);
-                self.change(last, |server| server.warmth = warmth);
-                if warmth < 1.0 {
-                    self.at(self.now + WARM_UP / 10.0, Event::Warm);
-                }
+            Event::Warm => self.warm_up(),
+        }
+    }
+
+    fn finish(&mut self, server: usize, generation: u64) {
+        if self.servers[server].generation == generation {
+            let now = self.now;
+            if let Some(request) = self.servers[server].finish(now) {
+                self.answer(request);
             }
+            self.reschedule(server);
+        }
+    }
+
+    fn time_out(&mut self, request: RequestId, serial: u32) {
+        let request = self.requests.get(request);
+        if request.serial == serial
+            && let Some(ticket) = request.ticket.take()
+        {
+            let proxy = request.proxy as usize;
+            self.measured.failed += u64::from(self.measuring());
+            let now = self.instant();
+            self.proxies[proxy].done(ticket, Outcome::Failed, None, now);
+        }
+    }
+
+    /// A neighbour moves out, and another one moves in elsewhere.
+    fn move_neighbour(&mut self, server: usize) {
+        self.change(server, |server| server.stolen = 0.0);
+        let undisturbed: Vec<u32> = (0..self.servers.len() as u32)
+            .filter(|other| self.servers[*other as usize].stolen == 0.0)
+            .collect();
+        let next = undisturbed[self.nature.usize(..undisturbed.len())];
+        self.disturb(next);
+    }
+
+    /// The caches of the server that joined become warmer.
+    fn warm_up(&mut self) {
+        let last = self.servers.len() - 1;
+        let warmth = (self.servers[last].warmth + 0.07).min(1.0);
+        self.change(last, |server| server.warmth = warmth);
+        if warmth < 1.0 {
+            self.at(self.now + WARM_UP / 10.0, Event::Warm);
         }
     }
 
@@ -474,60 +288,33 @@ impl World {
         }
     }
 
-    fn work(&mut self) -> Seconds {
-        let random = &mut self.nature;
-        let relative = match self.scenario.work {
-            Work::Exponential => -(1.0 - random.f64()).ln(),
-            Work::Lognormal(sigma) => {
-                let normal = (-2.0 * (1.0 - random.f64()).ln()).sqrt()
-                    * (std::f64::consts::TAU * random.f64()).cos();
-                (sigma * normal - sigma * sigma / 2.0).exp()
-            }
-            Work::Mixed if random.f64() < 0.9 => 1.0 / 3.0,
-            Work::Mixed => 7.0,
-        };
-        relative * MEAN_WORK
-    }
-
     fn arrive(&mut self) {
         let rate = self.rate * if self.burst { 2.0 } else { 1.0 };
         let pause = -(1.0 - self.nature.f64()).ln() / rate;
-        let work = self.work();
+        let work = self.scenario.work.draw(&mut self.nature);
         let proxy = self.nature.u32(..self.proxies.len() as u32);
         self.at(self.now + pause, Event::Arrival);
         let now = self.instant();
         let picked = self.proxies[proxy as usize].pick(&self.servers, &mut self.rng, now);
         let Some(ticket) = picked else {
-            self.failed += u64::from(self.measuring());
+            self.measured.failed += u64::from(self.measuring());
             return;
         };
         let server = ticket.server;
         let arrival = self.now;
-        self.serial = self.serial.wrapping_add(1);
-        let serial = self.serial;
-        let request = Request {
+        let (id, serial) = self.requests.add(Request {
             arrival,
-            serial,
+            serial: 0,
             server: server as u32,
             proxy,
             ticket: Some(ticket),
-        };
-        let id = match self.free.pop() {
-            Some(id) => {
-                self.requests[id as usize] = request;
-                id
-            }
-            None => {
-                self.requests.push(request);
-                (self.requests.len() - 1) as RequestId
-            }
-        };
+        });
         if self.measuring() {
-            self.requests_measured += 1;
-            self.since_trouble += u64::from(self.troubled);
-            self.counts[server] += u64::from(self.troubled);
+            self.measured.requests += 1;
+            self.measured.since_trouble += u64::from(self.troubled);
+            self.measured.counts[server] += u64::from(self.troubled);
             let near = self.view.zone(server) == self.view.zone_of_proxy(proxy as usize);
-            self.near += u64::from(near);
+            self.measured.near += u64::from(near);
         }
         if self.scenario.trouble == Trouble::Hangs {
             let timeout = Event::Timeout {
@@ -537,7 +324,7 @@ impl World {
             self.at(arrival + TIMEOUT, timeout);
         }
         if self.servers[server].failing {
-            // Done with it before anything else happens.
+            // It is finished before anything else happens.
             self.answer(id);
             return;
         }
@@ -546,16 +333,16 @@ impl World {
     }
 
     fn answer(&mut self, id: RequestId) {
-        let request = &mut self.requests[id as usize];
+        let request = self.requests.get(id);
         let (server, proxy) = (request.server as usize, request.proxy as usize);
         let arrival = request.arrival;
         let ticket = request.ticket.take();
-        self.free.push(id);
+        self.requests.free(id);
         let Some(ticket) = ticket else { return };
         let now = self.instant();
         let measured = arrival >= self.scenario.warm;
         if self.servers[server].failing {
-            self.failed += u64::from(measured);
+            self.measured.failed += u64::from(measured);
             self.proxies[proxy].done(ticket, Outcome::Failed, None, now);
             return;
         }
@@ -578,10 +365,10 @@ impl World {
         let outcome = Outcome::Succeeded(Duration::from_secs_f64(latency));
         self.proxies[proxy].done(ticket, outcome, report.as_ref(), now);
         if measured {
-            self.latencies.push(latency as f32);
+            self.measured.latencies.push(latency as f32);
             let joined = self.scenario.warm + TROUBLE_AFTER;
             if server == self.servers.len() - 1 && (joined..joined + 30.0).contains(&arrival) {
-                self.joined.push(latency as f32);
+                self.measured.joined.push(latency as f32);
             }
         }
     }
@@ -599,7 +386,7 @@ impl World {
         let server = &mut self.servers[index];
         let passed = (now - self.reported[index]).max(1e-3);
         self.reported[index] = now;
-        // What the neighbour uses is in use.
+        // What the neighbour uses counts as used.
         let mut cpu = (busy / passed / server.cores + server.stolen).min(1.0);
         let mut queue = server.queue();
         let served = server.served - self.requests_reported[index];
@@ -624,52 +411,21 @@ impl World {
         self.dirty = true;
     }
 
-    /// What the server has used since this was last asked, for its report and for the window.
+    /// Adds what the server has used since the last call to its next report and to the window.
     fn collect(&mut self, index: usize) {
         let busy = self.servers[index].take_busy(self.now);
         self.busy[index] += busy;
-        self.window_busy[index] += busy;
+        self.measured.window_busy[index] += busy;
     }
 
     fn window(&mut self) {
         let now = self.now;
         for index in 0..self.servers.len() {
             self.collect(index);
-            let of_window = std::mem::take(&mut self.window_busy[index]);
-            if self.now > self.scenario.warm {
-                self.windows[index].push((of_window / self.servers[index].cores) as f32);
-            }
+            let is_measured = self.now > self.scenario.warm;
+            let cores = self.servers[index].cores;
+            self.measured.end_window(index, cores, is_measured);
         }
         self.at(now + 1.0, Event::Window);
     }
-
-    fn figures(mut self) -> Figures {
-        let requests = self.requests_measured;
-        let share = |count: u64| count as f64 / requests.max(1) as f64;
-        let variation = self.windows.iter().map(|windows| {
-            let count = windows.len() as f32;
-            let mean = windows.iter().sum::<f32>() / count;
-            let squares = windows.iter().map(|used| (used - mean).powi(2));
-            f64::from((squares.sum::<f32>() / count).sqrt() / mean.max(1e-6))
-        });
-        Figures {
-            requests,
-            variation: variation.sum::<f64>() / self.windows.len() as f64,
-            p50: quantile(&mut self.latencies, 0.5),
-            p99: quantile(&mut self.latencies, 0.99),
-            joined_p99: quantile(&mut self.joined, 0.99),
-            errors: share(self.failed),
-            first: self.counts[0] as f64 / self.since_trouble.max(1) as f64,
-            near: share(self.near),
-        }
-    }
-}
-
-fn quantile(values: &mut [f32], quantile: f64) -> f64 {
-    if values.is_empty() {
-        return 0.0;
-    }
-    let rank = ((values.len() - 1) as f64 * quantile) as usize;
-    let (_, value, _) = values.select_nth_unstable_by(rank, f32::total_cmp);
-    f64::from(*value)
 }

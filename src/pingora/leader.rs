@@ -1,15 +1,17 @@
+//! The way to the leader of a group.
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::discovery::ServiceDiscovery;
+use crate::ids::Revision;
 use crate::node::Node;
-use crate::store::Revision;
 
 /// Where requests for the leader go.
 ///
-/// It reads a discovery that something else runs, most often the
-/// [`BalancerService`](super::BalancerService) beside it.
+/// It reads a discovery that something else runs, usually the
+/// [`BalancerService`](super::BalancerService) of the same proxy.
 ///
 /// ```
 /// use pingora_etcd::ServiceDiscovery;
@@ -31,7 +33,7 @@ pub struct LeaderRoute {
     default_port: u16,
 }
 
-/// The leader as a place to send to.
+/// The leader, as a place to send requests to.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct LeaderUpstream {
@@ -39,9 +41,9 @@ pub struct LeaderUpstream {
     pub addr: SocketAddr,
     /// The node.
     pub node: Arc<Node>,
-    /// The fencing token of its term. Send it along: a leader that has been replaced, and knows
-    /// it, refuses a request for an older term; a leader that does not know yet is stopped by
-    /// whatever it writes to, if that remembers the greatest token it has seen.
+    /// The fencing token of its term. Send it with the request: a leader that has been replaced, and
+    /// knows it, refuses a request for an older term; a leader that does not know it yet is stopped
+    /// by the system that it writes to, if that remembers the greatest token it has seen.
     pub epoch: Revision,
 }
 
@@ -64,13 +66,13 @@ impl LeaderRoute {
         })
     }
 
-    /// The leader, waiting for one if there is none; `None` if there is still none after
-    /// `at_most`.
+    /// The leader; if there is none, waits for one for `at_most`, and returns `None` after that.
     pub async fn wait(&self, at_most: Duration) -> Option<LeaderUpstream> {
         self.wait_for_other_than(None, at_most).await
     }
 
-    /// The leader of another term than `epoch`: for when the one known has failed to answer.
+    /// The same for a leader of another term than `epoch`: for when the leader of that term did not
+    /// answer.
     pub async fn wait_for_other_than(
         &self,
         epoch: Option<Revision>,
@@ -89,7 +91,7 @@ impl LeaderRoute {
         tokio::time::timeout(at_most, waiting).await.ok()?
     }
 
-    /// Whether a method changes something: `POST`, `PUT`, `PATCH`, `DELETE`.
+    /// Whether a request with this method goes to the leader: `POST`, `PUT`, `PATCH`, `DELETE`.
     pub fn is_write(method: &http::Method) -> bool {
         matches!(method.as_str(), "POST" | "PUT" | "PATCH" | "DELETE")
     }

@@ -125,6 +125,16 @@ impl Nodes {
     }
 }
 
+/// A view of these nodes at revision 0, for nodes that do not come from a discovery. Of several with
+/// the same id the last one counts.
+impl FromIterator<Arc<Node>> for Nodes {
+    fn from_iter<I: IntoIterator<Item = Arc<Node>>>(nodes: I) -> Self {
+        let mut all = Self::default();
+        nodes.into_iter().for_each(|node| all.insert(node));
+        all
+    }
+}
+
 impl fmt::Debug for Nodes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Nodes")

@@ -290,7 +290,9 @@ async fn a_node_of_weight_zero_is_a_member_without_traffic() {
     let balancer = pingora_etcd::balance::Balancer::builder()
         .try_build()
         .unwrap();
-    balancer.update(discovery.nodes().iter());
+    let now = std::time::Instant::now();
+    balancer.apply(&pingora_etcd::Change::Reset(discovery.nodes()), now);
+    balancer.publish(now);
     assert!(balancer.pick().is_none());
     running.stop().await;
 }

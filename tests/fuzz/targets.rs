@@ -10,7 +10,7 @@ use pingora_etcd::config::ClusterConfig;
 use pingora_etcd::discovery::{EntryLimits, fuzzing};
 use pingora_etcd::metrics::LoadReport;
 use pingora_etcd::store::{Entry, LeaseId, WatchEvent};
-use pingora_etcd::{Metadata, Node};
+use pingora_etcd::{Change, Metadata, Node, Nodes};
 use serde_json::Value;
 
 use crate::Trace;
@@ -349,19 +349,21 @@ fn in_range(report: &LoadReport) {
 
 fn report(rng: &mut Rng, trace: &mut Trace) {
     let balancer = Balancer::builder().try_build().unwrap();
-    let nodes: Vec<_> = (1..4_u8)
+    let nodes: Nodes = (1..4_u8)
         .map(|at| Arc::new(Node::new(at.to_string(), [10, 0, 0, at].into())))
         .collect();
     let mut now = Instant::now();
-    balancer.update_at(&nodes, now);
+    balancer.apply(&Change::Reset(Arc::new(nodes)), now);
+    balancer.publish(now);
     for _ in 0..4 {
         let (_, bytes) = REPORTS.next(rng);
         trace.input(&bytes);
         let options = PickOptions {
             now: Some(now),
+            random: Some(rng.u64(..)),
             ..PickOptions::default()
         };
-        let upstream = balancer.pick_by(options, || rng.u64(..)).unwrap();
+        let upstream = balancer.pick_with(options).unwrap();
         let parsed = LoadReport::parse(&bytes);
         assert_eq!(upstream.report_header(&bytes, now).is_ok(), parsed.is_ok());
         if let Ok(report) = &parsed {

@@ -223,9 +223,10 @@ impl World {
         let options = PickOptions {
             key: &key,
             now: Some(self.now),
+            random: Some(rng.u64(..)),
             ..PickOptions::default()
         };
-        match self.balancer.pick_by(options, || rng.u64(..)) {
+        match self.balancer.pick_with(options) {
             None => assert!(
                 self.balancer.backends().is_empty(),
                 "{:?} picks nothing",

@@ -1,3 +1,5 @@
+//! A group as Pingora's service discovery.
+
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{Hash, Hasher};
@@ -9,25 +11,27 @@ use ::pingora::lb::discovery::ServiceDiscovery as PingoraDiscovery;
 use ::pingora::{Error, ErrorType, Result};
 use async_trait::async_trait;
 use tokio::task::JoinHandle;
+use tracing::Instrument;
 
-use super::keep::keep;
-use super::selection::LiveWeights;
-use super::{COALESCE, PACE, READY_TIMEOUT, every_tick, follow, wait_ready};
-use crate::balance::{Adaptive, Balancer, BalancerBuilder};
+use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
+use super::pace::{every_tick, pause_after};
+use super::restart::restart_forever;
+use super::weights::LiveWeights;
+use crate::balance::BalancerBuilder;
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::sync::lock;
 
 /// A group as the discovery of a stock Pingora `LoadBalancer`.
 ///
-/// The first `discover` starts following the group, in the runtime that calls it, and waits for
-/// the first complete view for 10 s at most. Membership then reaches the load balancer every
+/// The first `discover` starts following the group, in the runtime that calls it, and waits for the
+/// first complete view for 10 s at most. Membership then reaches the load balancer every
 /// `update_frequency`, which has to be set; weights reach
 /// [`MetricsWeighted`](super::MetricsWeighted) at once.
 ///
-/// Each `discover` says of every backend whether it is enabled: draining nodes, and those with a
-/// static weight of 0, are not. That overrules what `set_enable` said before; to take a node out by hand, let it
-/// [`drain`](crate::ClusterNode::drain).
+/// Each `discover` sets for every backend whether it is enabled: draining nodes, and those with a
+/// static weight of 0, are not. That overrides earlier calls of `set_enable`; to take a node out by
+/// hand, let it [`drain`](crate::ClusterNode::drain).
 ///
 /// ```
 /// use pingora::lb::{Backends, LoadBalancer};
@@ -45,18 +49,18 @@ pub struct ClusterBackends {
     discovery: ServiceDiscovery,
     weights: Arc<LiveWeights>,
     ready_timeout: Duration,
-    driver: Driver,
+    runner: Runner,
 }
 
-/// Who runs the discovery.
-enum Driver {
+/// What runs the discovery.
+enum Runner {
     /// A task that the first `discover` spawns.
-    Own(Mutex<Option<Task>>),
-    /// A service that does it anyway.
+    OwnTask(Mutex<Option<Task>>),
+    /// A service that contains this.
     Service,
 }
 
-/// A task that ends with its handle.
+/// A task that ends when this is dropped.
 struct Task(JoinHandle<()>);
 
 impl Drop for Task {
@@ -68,14 +72,12 @@ impl Drop for Task {
 impl ClusterBackends {
     /// The nodes of a group as backends; `default_port` is for nodes that registered none.
     pub fn new(discovery: ServiceDiscovery, default_port: u16) -> Self {
-        let settings = Balancer::builder()
-            .adaptive(Adaptive::metrics_only())
-            .default_port(default_port);
-        let weights = LiveWeights::of(&settings);
-        Self::with_driver(discovery, weights, Driver::Own(Mutex::new(None)))
+        let runner = Runner::OwnTask(Mutex::new(None));
+        Self::with_runner(discovery, LiveWeights::by_metrics(default_port), runner)
     }
 
-    /// The same with weights as a balancer with these settings has them; see [`LiveWeights`].
+    /// The same with weights as a balancer with these settings has them; see
+    /// [`LiveWeights`](super::LiveWeights).
     ///
     /// # Errors
     ///
@@ -85,20 +87,21 @@ impl ClusterBackends {
         settings: &BalancerBuilder,
     ) -> Result<Self, ClusterError> {
         let weights = LiveWeights::try_new(settings)?;
-        let driver = Driver::Own(Mutex::new(None));
-        Ok(Self::with_driver(discovery, weights, driver))
+        let runner = Runner::OwnTask(Mutex::new(None));
+        Ok(Self::with_runner(discovery, weights, runner))
     }
 
-    pub(super) fn driven(discovery: ServiceDiscovery, weights: Arc<LiveWeights>) -> Self {
-        Self::with_driver(discovery, weights, Driver::Service)
+    /// The same within a service that runs the discovery.
+    pub(super) fn in_service(discovery: ServiceDiscovery, weights: Arc<LiveWeights>) -> Self {
+        Self::with_runner(discovery, weights, Runner::Service)
     }
 
-    fn with_driver(discovery: ServiceDiscovery, weights: Arc<LiveWeights>, driver: Driver) -> Self {
+    fn with_runner(discovery: ServiceDiscovery, weights: Arc<LiveWeights>, runner: Runner) -> Self {
         Self {
             discovery,
             weights,
             ready_timeout: READY_TIMEOUT,
-            driver,
+            runner,
         }
     }
 
@@ -109,34 +112,37 @@ impl ClusterBackends {
         self
     }
 
-    /// Starts following the group, unless somebody does.
+    /// Starts following the group, unless that is done already.
     fn ensure_running(&self) {
-        let Driver::Own(task) = &self.driver else {
+        let Runner::OwnTask(task) = &self.runner else {
             return;
         };
-        let mut task = lock(&task);
+        let mut task = lock(task);
         if task.as_ref().is_some_and(|task| !task.0.is_finished()) {
             return;
         }
         let (discovery, weights) = (self.discovery.clone(), self.weights.clone());
-        *task = Some(Task(tokio::spawn(async move {
-            let refreshing = async || {
-                let mut nodes = discovery.watch_nodes();
-                while nodes.changed().await.is_ok() {
-                    let start = Instant::now();
-                    weights.refresh(&discovery);
-                    tokio::time::sleep(COALESCE.max(start.elapsed() * PACE)).await;
-                }
-                "the discovery is gone"
-            };
-            let group = discovery.group_name();
+        let span = balancer_span(&discovery);
+        let running = async move {
             tokio::join!(
-                keep(group, "discovery", || follow(&discovery)),
-                keep(group, "weights from metrics", refreshing),
-                keep(group, "weights", || every_tick(|now| weights.tick(now))),
+                restart_forever("discovery", || follow(&discovery)),
+                restart_forever("weights from metrics", || refresh(&discovery, &weights)),
+                restart_forever("weights", || every_tick(|now| weights.tick(now))),
             );
-        })));
+        };
+        *task = Some(Task(tokio::spawn(running.instrument(span))));
     }
+}
+
+/// Keeps weights up to date. Returns why it cannot go on.
+async fn refresh(discovery: &ServiceDiscovery, weights: &LiveWeights) -> &'static str {
+    let mut nodes = discovery.watch_nodes();
+    while nodes.changed().await.is_ok() {
+        let start = Instant::now();
+        weights.refresh(discovery);
+        tokio::time::sleep(pause_after(start.elapsed())).await;
+    }
+    "the discovery was dropped"
 }
 
 #[async_trait]
@@ -144,8 +150,10 @@ impl PingoraDiscovery for ClusterBackends {
     async fn discover(&self) -> Result<(BTreeSet<Backend>, HashMap<u64, bool>)> {
         self.ensure_running();
         if !self.discovery.is_ready() {
-            let waits = matches!(self.driver, Driver::Own(_));
-            if !waits || !wait_ready(&self.discovery, self.ready_timeout).await {
+            let span = balancer_span(&self.discovery);
+            let waits = matches!(self.runner, Runner::OwnTask(_));
+            let waiting = wait_ready(&self.discovery, self.ready_timeout).instrument(span);
+            if !waits || !waiting.await {
                 let group = self.discovery.group_name();
                 return Error::e_explain(
                     ErrorType::InternalError,

@@ -1,3 +1,7 @@
+//! A service whose listener the process cannot do without.
+
+use std::time::Duration;
+
 #[cfg(unix)]
 use ::pingora::server::ListenFds;
 use ::pingora::server::{RuntimeOpts, ShutdownWatch};
@@ -7,21 +11,21 @@ use tracing::error;
 
 use crate::supervise::{caught, say};
 
-/// Within this the runtimes of a server have ended that was told to end at once.
-const ENDING: std::time::Duration = std::time::Duration::from_millis(500);
+/// The runtimes of a server that was asked to end at once have ended within this time.
+const RUNTIMES_END_WITHIN: Duration = Duration::from_millis(500);
 
-/// A service that listens, and without which the process is of no use: it ends with it.
+/// A service that listens. If its listener ends, it ends the process, which would be useless.
 ///
-/// Pingora tries to listen for half a minute, panics then in a task that nobody looks at, and the process
-/// lives on without a listener, also when the address is free again.
-pub(super) struct Listening<S> {
+/// Pingora tries to listen for half a minute, and then panics in a task that nothing watches: the
+/// process would continue without a listener, even when the address is free again.
+pub(super) struct RequiredListener<S> {
     service: S,
     address: String,
-    /// Another process has the address until it lets go of it: then it is waited for.
+    /// Another process has the address until it hands it over: wait for that.
     takes_over: bool,
 }
 
-impl<S: ServiceWithDependents> Listening<S> {
+impl<S: ServiceWithDependents> RequiredListener<S> {
     pub(super) fn new(service: S, address: &str, takes_over: bool) -> Self {
         Self {
             service,
@@ -31,8 +35,8 @@ impl<S: ServiceWithDependents> Listening<S> {
     }
 }
 
-/// Whether an address could be listened on now; if not, why.
-pub(super) fn can_listen(address: &str) -> Result<(), String> {
+/// Checks whether an address can be listened on now; the error says why it cannot.
+pub(super) fn check_address(address: &str) -> Result<(), String> {
     match std::net::TcpListener::bind(address) {
         Ok(_) => Ok(()),
         Err(error) => Err(format!("cannot listen on {address}: {error}")),
@@ -40,7 +44,7 @@ pub(super) fn can_listen(address: &str) -> Result<(), String> {
 }
 
 #[async_trait]
-impl<S: ServiceWithDependents> ServiceWithDependents for Listening<S> {
+impl<S: ServiceWithDependents> ServiceWithDependents for RequiredListener<S> {
     async fn start_service(
         &mut self,
         #[cfg(unix)] fds: Option<ListenFds>,
@@ -49,17 +53,17 @@ impl<S: ServiceWithDependents> ServiceWithDependents for Listening<S> {
         ready: ServiceReadyNotifier,
     ) {
         #[cfg(unix)]
-        let is_given = fds
+        let is_inherited = fds
             .as_ref()
             .is_some_and(|fds| fds.lock().get(&self.address).is_some());
         #[cfg(not(unix))]
-        let is_given = false;
-        let free = if is_given || self.takes_over {
+        let is_inherited = false;
+        let checked = if is_inherited || self.takes_over {
             Ok(())
         } else {
-            can_listen(&self.address)
+            check_address(&self.address)
         };
-        let reason = match free {
+        let reason = match checked {
             Err(reason) => reason,
             Ok(()) => {
                 let serving = self.service.start_service(
@@ -71,14 +75,14 @@ impl<S: ServiceWithDependents> ServiceWithDependents for Listening<S> {
                 );
                 let ended = caught(serving).await;
                 if ended.is_ok() && !*shutdown.borrow() {
-                    // At Ctrl-C the runtimes end without a word, this one perhaps after that of the
-                    // tasks which accept.
-                    tokio::time::sleep(ENDING).await;
+                    // At Ctrl-C the runtimes end without notice, and this one may end after that of
+                    // the tasks that accept connections.
+                    tokio::time::sleep(RUNTIMES_END_WITHIN).await;
                 }
                 match ended {
-                    // It was told to, or the server is gone.
+                    // The shutdown was requested, or the server is gone.
                     Ok(()) if *shutdown.borrow() || shutdown.has_changed().is_err() => return,
-                    Ok(()) => "nobody accepts connections any more".to_owned(),
+                    Ok(()) => "the listener ended without a shutdown request".to_owned(),
                     Err(panic) => panic,
                 }
             }

@@ -1,8 +1,7 @@
-//! What keeps a view or a table alive goes on: where it ends or panics, that is said, and it is started
-//! again.
+//! Restarts the parts of a service that end or panic, and logs it.
 //!
-//! Pingora runs a service in a task that nobody looks at. If it ends, the process lives on with what it
-//! had, for ever.
+//! Pingora runs a service in a task that nothing watches. If it ended, the process would continue
+//! indefinitely with the backends it had.
 
 use std::fmt::Display;
 use std::future::Future;
@@ -13,12 +12,12 @@ use tracing::error;
 use crate::backoff::Backoff;
 use crate::supervise::{caught, say};
 
-/// What has gone on for so long is started again without delay, as the first time.
-const RESTED: Duration = Duration::from_secs(60);
+/// After a run of this length the next restart is as quick as the first one.
+const STABLE_AFTER: Duration = Duration::from_secs(60);
 
-/// Runs what must not end. If it does, or panics, it is started again: after 1 s to 2 s, and later up to
-/// 30 s while it goes on like that.
-pub(super) async fn keep<F>(group: &str, task: &str, mut start: impl FnMut() -> F)
+/// Runs a task that must not end. If it ends or panics, it is started again: after 1 s to 2 s, and
+/// after up to 30 s if that happens repeatedly.
+pub(super) async fn restart_forever<F>(task: &str, mut start: impl FnMut() -> F)
 where
     F: Future,
     F::Output: Display,
@@ -30,17 +29,16 @@ where
             Ok(reason) => reason.to_string(),
             Err(panic) => panic,
         };
-        if started.elapsed() > RESTED {
+        if started.elapsed() > STABLE_AFTER {
             backoff.reset();
         }
         let delay = backoff.next_delay();
         say(|| {
             error!(
-                group,
                 task,
                 reason,
                 ?delay,
-                "a task has ended that must not, it is started again"
+                "a task that must not end has ended; it is started again"
             )
         });
         tokio::time::sleep(delay).await;
@@ -55,16 +53,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_panics_or_ends_is_started_again() {
         let starts = Cell::new(0);
-        let kept = keep("g", "t", async || {
+        let restarted = restart_forever("t", async || {
             starts.set(starts.get() + 1);
             match starts.get() {
-                1 => panic!("told to"),
-                2 => panic!("told to for the {}nd time", starts.get()),
+                1 => panic!("on purpose"),
+                2 => panic!("on purpose for the {}nd time", starts.get()),
                 3 => "it ended",
                 _ => std::future::pending().await,
             }
         });
-        let _ = tokio::time::timeout(Duration::from_secs(30), kept).await;
+        let _ = tokio::time::timeout(Duration::from_secs(30), restarted).await;
         assert_eq!(starts.get(), 4);
     }
 }

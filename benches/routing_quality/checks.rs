@@ -1,0 +1,70 @@
+//! The limits, and what was measured.
+
+use std::fmt;
+
+use crate::routers::RouterKind;
+use crate::runs::Runs;
+use crate::scenarios::{AGAINST_LEAST_OF_TWO, SPECIALS};
+
+const OURS: RouterKind = RouterKind::Adaptive { candidates: 5 };
+const LEAST_OF_TWO: RouterKind = RouterKind::LeastOfTwo;
+
+/// A limit, and what was measured.
+pub struct Check {
+    pub scenario: &'static str,
+    pub what: String,
+    pub measured: f64,
+    pub limit: f64,
+}
+
+impl Check {
+    pub fn holds(&self) -> bool {
+        self.measured <= self.limit
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            scenario,
+            what,
+            measured,
+            limit,
+        } = self;
+        let mark = if self.holds() { "ok    " } else { "BROKEN" };
+        write!(f, "{mark} {measured:6.3} <= {limit:<5} {what}: {scenario}")
+    }
+}
+
+pub fn checks(runs: &Runs) -> Vec<Check> {
+    let mut checks = Vec::new();
+    for (row, described) in runs.rows.iter().enumerate() {
+        let scenario = described.scenario.name;
+        if let Some(limit) = described.limit {
+            checks.push(Check {
+                scenario,
+                what: "p99 / oracle".to_owned(),
+                measured: runs.relative_p99(row, OURS),
+                limit,
+            });
+        }
+        checks.push(Check {
+            scenario,
+            what: "p99 / choice of two".to_owned(),
+            measured: runs.relative_p99(row, OURS) / runs.relative_p99(row, LEAST_OF_TWO),
+            limit: AGAINST_LEAST_OF_TWO,
+        });
+        for special in SPECIALS
+            .iter()
+            .filter(|special| special.scenario == scenario)
+        {
+            checks.push(Check {
+                scenario,
+                what: special.what.to_owned(),
+                measured: runs.median(row, OURS, special.measure),
+                limit: special.limit,
+            });
+        }
+    }
+    checks
+}

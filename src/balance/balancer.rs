@@ -1,0 +1,210 @@
+//! The balancer: takes over what changes, publishes tables, and picks from them.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+
+use super::fleet::Fleet;
+use super::pick::PickOptions;
+use super::policy::{ActivePolicy, RoutingPolicy};
+use super::table::{Slot, Table};
+use super::upstream::Upstream;
+use super::weigher::Weigher;
+use super::weight::Share;
+use crate::node::Node;
+use crate::sync::lock;
+use crate::view::Change;
+
+/// How often [`Balancer::tick`] is to be called.
+pub const TICK: Duration = Duration::from_secs(1);
+
+/// Chooses backends. Share it in an `Arc`; every call takes `&self`.
+///
+/// ```
+/// use std::sync::Arc;
+/// use std::time::Instant;
+/// use pingora_etcd::{Change, Node, Nodes, balance::Balancer};
+///
+/// let balancer = Balancer::builder().default_port(8080).try_build()?;
+/// assert!(balancer.pick().is_none());
+///
+/// let nodes = ["10.0.0.1", "10.0.0.2"].map(|ip| Arc::new(Node::new(ip, ip.parse().unwrap())));
+/// let view = Arc::new(Nodes::from_iter(nodes));
+/// balancer.apply(&Change::Reset(view), Instant::now());
+/// balancer.publish(Instant::now());
+///
+/// let upstream = balancer.pick().unwrap(); // keep it as long as the request runs
+/// assert_eq!(upstream.addr().port(), 8080);
+/// assert_eq!(upstream.in_flight(), 1);
+/// # Ok::<(), pingora_etcd::ClusterError>(())
+/// ```
+#[derive(Debug)]
+pub struct Balancer {
+    policy: ActivePolicy,
+    table: ArcSwap<Table>,
+    fleet: Arc<Fleet>,
+    weigher: Mutex<Weigher>,
+}
+
+impl Balancer {
+    pub(super) fn new(policy: ActivePolicy, weigher: Weigher) -> Self {
+        Self {
+            policy,
+            table: ArcSwap::from_pointee(Table::default()),
+            fleet: weigher.fleet().clone(),
+            weigher: Mutex::new(weigher),
+        }
+    }
+
+    /// Takes over a change of the group; takes effect with the next [`publish`](Self::publish).
+    /// Requests in flight continue to be counted.
+    ///
+    /// The cost of a single change does not depend on the number of nodes; that of
+    /// [`Change::Reset`], which replaces everything that is known by a complete view, is
+    /// proportional to it.
+    ///
+    /// A node that has left is avoided from now on by the policies that look at outcomes
+    /// (`adaptive`, `headroom`, `consistent`). If it returns, it starts slowly. But if its process is
+    /// the same one ([`Node::run`]) and has only lost its lease, what was learned about it still
+    /// holds for two minutes.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::time::Instant;
+    /// use pingora_etcd::{Change, Node, balance::Balancer};
+    ///
+    /// let balancer = Balancer::builder().try_build()?;
+    /// let node = Arc::new(Node::new("a", "10.0.0.1".parse().unwrap()));
+    /// balancer.apply(&Change::Joined(node), Instant::now());
+    /// balancer.publish(Instant::now());
+    /// assert_eq!(balancer.len(), 1);
+    /// # Ok::<(), pingora_etcd::ClusterError>(())
+    /// ```
+    pub fn apply(&self, change: &Change, now: Instant) {
+        let mut weigher = self.weigher();
+        match change {
+            Change::Reset(nodes) => weigher.reset(nodes.iter(), now),
+            Change::Joined(node) | Change::Updated { new: node, .. } => weigher.insert(node, now),
+            Change::Left(node) => weigher.remove(&node.id, now),
+            Change::Leader(_) => {}
+        }
+    }
+
+    /// Publishes the table that follows from the changes so far. Draining nodes, and those with a
+    /// static weight of 0, are not in the table. Costs time and memory in proportion to the number
+    /// of nodes, off the request path. Where changes come often, publish several of them together
+    /// (`pingora::BalancerService` uses at most 2 % of a core for it, and waits at least 20 ms from
+    /// one table to the next).
+    pub fn publish(&self, now: Instant) {
+        let mut weigher = self.weigher();
+        weigher.settle(&self.policy, now);
+        self.publish_table(&weigher);
+    }
+
+    /// Lets weights follow what requests have found out (latencies, failures, reports in responses)
+    /// and time. To be called every [`TICK`] with the current time, as `pingora::BalancerService`
+    /// does. Costs as much as [`publish`](Self::publish); but under the policies that metrics play
+    /// no part in, nothing is published while nothing has changed.
+    pub fn tick(&self, now: Instant) {
+        let mut weigher = self.weigher();
+        weigher.tick(&self.policy, now);
+        self.publish_table(&weigher);
+    }
+
+    fn publish_table(&self, weigher: &Weigher) {
+        let active = weigher.active_endpoints();
+        let is_static = self.policy.is_static();
+        if is_static && self.table.load().is_built_from(active.clone()) {
+            return;
+        }
+        let shares: Vec<Share> = active.clone().map(|endpoint| endpoint.share()).collect();
+        let mut table = Table::new(active.cloned().collect(), weigher.alike());
+        self.policy.index(&mut table, &shares);
+        if is_static {
+            table.built_from = shares.into();
+        }
+        // Under the weigher's lock, so that of two tables the later one is published last.
+        self.table.store(Arc::new(table));
+    }
+
+    fn weigher(&self) -> MutexGuard<'_, Weigher> {
+        lock(&self.weigher)
+    }
+
+    /// Picks a backend for a request; `None` if there is none.
+    pub fn pick(&self) -> Option<Upstream> {
+        self.pick_with(PickOptions::default())
+    }
+
+    /// Picks a backend with a key, around backends that have been tried, or with a time and
+    /// randomness of the caller's; `None` if there is none. Takes no lock and allocates nothing.
+    pub fn pick_with(&self, options: PickOptions<'_>) -> Option<Upstream> {
+        let table = self.table.load();
+        if table.slots.is_empty() {
+            return None;
+        }
+        // The thread's generator is used once a pick; what follows from it stays in registers.
+        let seed = options.random.unwrap_or_else(|| fastrand::u64(..));
+        let mut random = fastrand::Rng::with_seed(seed);
+        let picked = self
+            .policy
+            .pick(&table, &self.fleet, &options, &mut random)?;
+        let state = table.slots[picked.index].endpoint.enter();
+        Some(Upstream::new(state, picked.in_flight))
+    }
+
+    /// How many backends can be picked.
+    pub fn len(&self) -> usize {
+        self.table.load().slots.len()
+    }
+
+    /// Whether there is no backend to pick.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Every backend that can be picked, with its weight and its requests in flight: for status
+    /// pages and tests.
+    pub fn backends(&self) -> Vec<BackendStatus> {
+        let status = |Slot { endpoint, .. }: &Slot| BackendStatus {
+            node: endpoint.node(),
+            addr: endpoint.addr(),
+            weight: endpoint.weight().get(),
+            share: endpoint.share().get(),
+            success: f64::from(endpoint.success()).max(0.0),
+            in_flight: endpoint.in_flight(),
+        };
+        self.table.load().slots.iter().map(status).collect()
+    }
+
+    /// How many metrics have been refused since the start because they were not a number, not
+    /// finite, negative, or too great for a count. The last valid value of the metric stayed in use.
+    pub fn refused_metrics(&self) -> u64 {
+        self.weigher().refused()
+    }
+
+    #[cfg(test)]
+    pub(super) fn table(&self) -> Arc<Table> {
+        self.table.load_full()
+    }
+}
+
+/// A backend as [`Balancer::backends`] shows it.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct BackendStatus {
+    /// The node.
+    pub node: Arc<Node>,
+    /// Where requests are sent.
+    pub addr: SocketAddr,
+    /// How much work it is given relative to the others; reduced where it is in another zone.
+    pub weight: f64,
+    /// Its relative chance of being drawn: its weight, reduced while it fails.
+    pub share: f64,
+    /// Its recent success rate, 0 to 1.
+    pub success: f64,
+    /// How many requests of this process it is working on.
+    pub in_flight: u32,
+}

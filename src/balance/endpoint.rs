@@ -1,0 +1,364 @@
+//! One backend as all threads share it: what requests write, and what picks read.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError, Weak};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+
+use super::atomic::AtomicF32;
+use super::fleet::Fleet;
+#[cfg(feature = "pingora")]
+use super::weight::BaseWeight;
+use super::weight::{Share, Weight};
+use crate::load_report::LoadReport;
+use crate::node::Node;
+
+/// A backend: one registration of a node at one address. It lives as long as that registration,
+/// across updates and tables, and what was learned about it ends with it.
+///
+/// Requests hold on to its [`EndpointState`], whose only other owner is this. So the number of
+/// requests in flight is the number of owners minus one: exact, for one atomic operation at each
+/// end of a request instead of two.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    state: Arc<EndpointState>,
+}
+
+/// The part of a backend that a request holds on to. Only an [`Endpoint`] and the guards of requests
+/// may own one.
+///
+/// An `Arc` puts its counts in front of the value. They and the outcomes, which come first here, are
+/// what every request writes. The other fields keep them away from those of the next backend: on
+/// another cache line, and not on the adjacent one, which processors fetch along.
+#[derive(Debug)]
+#[repr(C)]
+pub(super) struct EndpointState {
+    /// The success rate, 0 to 1; below 0 once the registration is gone.
+    success: AtomicF32,
+    /// Successes since the latencies were last taken.
+    successes: AtomicU32,
+    /// All failures; wraps.
+    failures: AtomicU32,
+    /// Sum of the latencies of these successes, in nanoseconds.
+    latency_sum: AtomicU64,
+    /// The lowest latency of these successes, in nanoseconds.
+    lowest_latency: AtomicU64,
+    /// The last report of requests in flight: the bits of an `f32`, and a time stamp in ms.
+    in_flight_report: AtomicU64,
+    /// The bits of an `f64`.
+    weight: AtomicU64,
+    /// The weight before it is reduced for its zone: what its own counts are compared with. Above 0.
+    capacity: AtomicF32,
+    /// The probability of acceptance that is part of its share: below 1 for a backend that fails.
+    acceptance: AtomicF32,
+    fleet: Arc<Fleet>,
+    addr: SocketAddr,
+    node: ArcSwap<Node>,
+    /// Whether `load_report` is new.
+    has_load_report: AtomicBool,
+    /// Allocated with the first report: most backends never send one.
+    load_report: OnceLock<Box<Mutex<LoadReport>>>,
+    /// The `Endpoint` was dropped, and is no owner any more.
+    orphaned: AtomicBool,
+}
+
+/// There is no report of requests in flight.
+const NO_REPORT: u64 = u64::MAX;
+/// Longer latencies count as one hour, so that 2^22 of them can be added up.
+const MAX_LATENCY_NANOS: u64 = 3_600_000_000_000;
+
+impl EndpointState {
+    pub(super) fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// The node, as it last registered.
+    pub(super) fn node(&self) -> Arc<Node> {
+        self.node.load_full()
+    }
+
+    /// Above 0, whatever the node reports, unless its static weight is 0.
+    pub(super) fn weight(&self) -> Weight {
+        Weight::new(f64::from_bits(self.weight.load(Ordering::Relaxed)))
+    }
+
+    pub(super) fn success(&self) -> f32 {
+        self.success.get()
+    }
+
+    pub(super) fn succeeded(&self, latency: Duration) {
+        let success = self.success.get();
+        if success < 1.0 {
+            self.success.set(self.fleet.after_success(success));
+        }
+        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        let nanos = nanos.min(MAX_LATENCY_NANOS);
+        self.latency_sum.fetch_add(nanos, Ordering::Relaxed);
+        if nanos < self.lowest_latency.load(Ordering::Relaxed) {
+            self.lowest_latency.fetch_min(nanos, Ordering::Relaxed);
+        }
+        self.successes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn failed(&self) {
+        // Two failures at the same time may count as one; the next one corrects that.
+        let success = self.fleet.after_failure(self.success.get());
+        self.success.set(success);
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        if self.fleet.acceptance(success) < 1.0 {
+            self.fleet.set_some_fail();
+        }
+    }
+
+    /// Counts a report that could not be parsed.
+    pub(super) fn refuse_report(&self) {
+        self.fleet.count_refused(1);
+    }
+
+    pub(super) fn report(&self, report: &LoadReport, now: Instant) {
+        let report = &report.sane();
+        if report.refused > 0 {
+            self.fleet.count_refused(report.refused.into());
+        }
+        if let Some(in_flight) = report.in_flight {
+            let in_flight = in_flight as f32;
+            let stamped = u64::from(in_flight.to_bits()) << 32 | u64::from(self.fleet.millis(now));
+            self.in_flight_report.store(stamped, Ordering::Relaxed);
+            self.fleet
+                .add_in_flight_report(in_flight / self.capacity.get());
+        }
+        if report.has_load() {
+            let stored = self
+                .load_report
+                .get_or_init(|| Box::new(Mutex::new(*report)));
+            let mut stored = match stored.try_lock() {
+                Ok(stored) => stored,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                // Another request is storing a report that is just as good.
+                Err(TryLockError::WouldBlock) => return,
+            };
+            *stored = *report;
+            self.has_load_report.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The factor by which its own reports of requests in flight change its score.
+    pub(super) fn in_flight_factor(&self, now: Instant) -> f32 {
+        let report = match self.in_flight_report.load(Ordering::Relaxed) {
+            NO_REPORT => None,
+            stamped => {
+                let reported = f32::from_bits((stamped >> 32) as u32);
+                let age = self.fleet.age(stamped as u32, now);
+                Some((reported / self.capacity.get(), age))
+            }
+        };
+        self.fleet.in_flight_factor(report)
+    }
+}
+
+/// Requests in flight, as the guard of one of them sees it.
+pub(super) fn in_flight_with_guard(state: &Arc<EndpointState>) -> u32 {
+    let endpoints = usize::from(!state.orphaned.load(Ordering::Relaxed));
+    Arc::strong_count(state).saturating_sub(endpoints) as u32
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        self.state.orphaned.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The latencies of successes since they were last taken.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Latencies {
+    /// In seconds.
+    pub(super) mean: f64,
+    /// In seconds.
+    pub(super) lowest: f64,
+}
+
+impl Endpoint {
+    pub(super) fn new(node: &Arc<Node>, addr: SocketAddr, fleet: &Arc<Fleet>) -> Self {
+        Self {
+            state: Arc::new(EndpointState {
+                success: AtomicF32::new(1.0),
+                successes: AtomicU32::new(0),
+                failures: AtomicU32::new(0),
+                latency_sum: AtomicU64::new(0),
+                lowest_latency: AtomicU64::new(u64::MAX),
+                in_flight_report: AtomicU64::new(NO_REPORT),
+                weight: AtomicU64::new(1_f64.to_bits()),
+                capacity: AtomicF32::new(1.0),
+                acceptance: AtomicF32::new(1.0),
+                fleet: fleet.clone(),
+                addr,
+                node: ArcSwap::new(node.clone()),
+                has_load_report: AtomicBool::new(false),
+                load_report: OnceLock::new(),
+                orphaned: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.state.addr
+    }
+
+    pub(crate) fn node(&self) -> Arc<Node> {
+        self.state.node()
+    }
+
+    pub(super) fn set_node(&self, node: Arc<Node>) {
+        self.state.node.store(node);
+    }
+
+    /// Whether it may get traffic.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn is_serving(&self) -> bool {
+        let node = self.state.node.load();
+        node.is_serving() && BaseWeight::of(&node).allows_traffic()
+    }
+
+    pub(super) fn weight(&self) -> Weight {
+        self.state.weight()
+    }
+
+    pub(crate) fn share(&self) -> Share {
+        Share::new(self.state.weight().get() * f64::from(self.acceptance()))
+    }
+
+    pub(super) fn acceptance(&self) -> f32 {
+        self.state.acceptance.get()
+    }
+
+    /// Sets how much it can take, the part of that which counts because of its zone, and its
+    /// probability of acceptance.
+    pub(super) fn set_weight(&self, capacity: Weight, zone_part: f64, acceptance: f32) {
+        let weight = (capacity.get() * zone_part).to_bits();
+        self.state.weight.store(weight, Ordering::Relaxed);
+        // A backend that gets no more traffic still works on the requests it has: their count is
+        // compared with what it could take before.
+        if capacity.get() > 0.0 {
+            self.state.capacity.set(capacity.get() as f32);
+        }
+        self.state.acceptance.set(acceptance);
+    }
+
+    pub(super) fn state(&self) -> &EndpointState {
+        &self.state
+    }
+
+    pub(super) fn in_flight(&self) -> u32 {
+        (Arc::strong_count(&self.state) - 1) as u32
+    }
+
+    pub(super) fn success(&self) -> f32 {
+        self.state.success()
+    }
+
+    /// Takes the latencies of the successes so far; `None`, and nothing is taken, if there are fewer
+    /// than `at_least`.
+    pub(super) fn take_latencies(&self, at_least: u32) -> Option<Latencies> {
+        let state = &self.state;
+        if state.successes.load(Ordering::Relaxed) < at_least {
+            return None;
+        }
+        // A request that ends between these is counted in part now and in part next time.
+        let count = state.successes.swap(0, Ordering::Relaxed);
+        let sum = state.latency_sum.swap(0, Ordering::Relaxed);
+        let lowest = state.lowest_latency.swap(u64::MAX, Ordering::Relaxed);
+        let mean = sum as f64 / f64::from(count) / 1e9;
+        Some(Latencies {
+            mean,
+            lowest: (lowest as f64 / 1e9).min(mean),
+        })
+    }
+
+    /// A number that every outcome changes, until latencies are taken.
+    pub(super) fn outcomes(&self) -> u32 {
+        let failures = self.state.failures.load(Ordering::Relaxed);
+        let successes = self.state.successes.load(Ordering::Relaxed);
+        successes.wrapping_add(failures)
+    }
+
+    /// Whether this process has had any request there since [`outcomes`](Self::outcomes) was this.
+    pub(super) fn is_active_since(&self, outcomes: u32) -> bool {
+        self.in_flight() > 0 || self.outcomes() != outcomes
+    }
+
+    /// Takes the load that it last reported in a response.
+    pub(super) fn take_load_report(&self) -> Option<LoadReport> {
+        // With thousands of backends, most of which report nothing, locks alone would cost too much.
+        if !self.state.has_load_report.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.state.has_load_report.store(false, Ordering::Relaxed);
+        let report = self.state.load_report.get()?.lock();
+        Some(*report.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether it has reported its requests in flight within `max_age`.
+    pub(super) fn reports_in_flight(&self, max_age: Duration, now: Instant) -> bool {
+        let stamped = self.state.in_flight_report.load(Ordering::Relaxed);
+        if stamped == NO_REPORT {
+            return false;
+        }
+        let age = self.state.fleet.age(stamped as u32, now);
+        let is_recent = u128::from(age) <= max_age.as_millis();
+        if !is_recent {
+            // Otherwise it would look new again after the time stamps have wrapped.
+            let _ = self.state.in_flight_report.compare_exchange(
+                stamped,
+                NO_REPORT,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+        }
+        is_recent
+    }
+
+    /// Counts a request as in flight until the returned value is dropped.
+    pub(super) fn enter(&self) -> Arc<EndpointState> {
+        self.state.clone()
+    }
+
+    /// Keeps requests away from it, though it is still in the table: its registration is gone.
+    pub(super) fn retire(&self) {
+        self.state.success.set(-1.0);
+        self.state.fleet.set_some_fail();
+    }
+
+    /// Undoes [`retire`](Self::retire), with the success rate it had before.
+    pub(super) fn revive(&self, success: f32) {
+        self.state.success.set(success);
+    }
+
+    /// A reader of its requests in flight.
+    pub(super) fn counter(&self) -> InFlightCounter {
+        InFlightCounter(Arc::downgrade(&self.state))
+    }
+}
+
+/// Reads a backend's requests in flight with one pointer less to follow than through the
+/// [`Endpoint`].
+#[derive(Debug)]
+pub(super) struct InFlightCounter(Weak<EndpointState>);
+
+impl InFlightCounter {
+    pub(super) fn get(&self) -> usize {
+        self.0.strong_count().saturating_sub(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_requests_write_is_far_from_the_next_backend() {
+        // With the two counts of the `Arc`: one cache line and the adjacent one.
+        assert!(size_of::<EndpointState>() + 2 * size_of::<usize>() >= 128);
+    }
+}

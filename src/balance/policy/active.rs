@@ -1,0 +1,112 @@
+//! The policy that a balancer uses: one of them all, without a virtual call for each pick.
+
+use std::time::Instant;
+
+use super::adaptive::AdaptivePolicy;
+use super::consistent::ConsistentPolicy;
+use super::headroom::HeadroomPolicy;
+use super::least_busy::{DEFAULT_CANDIDATES, LeastBusy};
+use super::random::RandomPolicy;
+use super::round_robin::RoundRobinPolicy;
+use super::routing::{Picked, RoutingPolicy};
+use crate::balance::fleet::Fleet;
+use crate::balance::pick::PickOptions;
+use crate::balance::roster::Roster;
+use crate::balance::settings::{Adaptive, Consistent, Headroom, Policy};
+use crate::balance::table::Table;
+use crate::balance::weight::{Share, Weight};
+
+/// Which policy to use, and the constants of all of them.
+#[derive(Debug, Clone)]
+pub(in crate::balance) struct PolicySettings {
+    pub(in crate::balance) policy: Policy,
+    pub(in crate::balance) headroom: Headroom,
+    pub(in crate::balance) adaptive: Adaptive,
+    pub(in crate::balance) consistent: Consistent,
+    pub(in crate::balance) candidates: usize,
+}
+
+impl Default for PolicySettings {
+    fn default() -> Self {
+        Self {
+            policy: Policy::default(),
+            headroom: Headroom::default(),
+            adaptive: Adaptive::default(),
+            consistent: Consistent::default(),
+            candidates: DEFAULT_CANDIDATES,
+        }
+    }
+}
+
+/// One of the policies.
+#[derive(Debug)]
+pub(crate) enum ActivePolicy {
+    RoundRobin(RoundRobinPolicy),
+    Random(RandomPolicy),
+    Consistent(ConsistentPolicy),
+    Headroom(HeadroomPolicy),
+    Adaptive(AdaptivePolicy),
+}
+
+impl ActivePolicy {
+    pub(in crate::balance) fn new(settings: &PolicySettings) -> Self {
+        let least_busy = |own_request| LeastBusy::new(settings.candidates, own_request);
+        match settings.policy {
+            Policy::RoundRobin => Self::RoundRobin(RoundRobinPolicy::default()),
+            Policy::Random => Self::Random(RandomPolicy),
+            Policy::Consistent => Self::Consistent(ConsistentPolicy::new(settings.consistent)),
+            Policy::Headroom => {
+                Self::Headroom(HeadroomPolicy::new(settings.headroom, least_busy(1.0)))
+            }
+            Policy::Adaptive => {
+                let least_busy = least_busy(settings.adaptive.own_request as f32);
+                Self::Adaptive(AdaptivePolicy::new(settings.adaptive, least_busy))
+            }
+        }
+    }
+}
+
+macro_rules! dispatch {
+    ($this:expr, $policy:ident => $call:expr) => {
+        match $this {
+            ActivePolicy::RoundRobin($policy) => $call,
+            ActivePolicy::Random($policy) => $call,
+            ActivePolicy::Consistent($policy) => $call,
+            ActivePolicy::Headroom($policy) => $call,
+            ActivePolicy::Adaptive($policy) => $call,
+        }
+    };
+}
+
+impl RoutingPolicy for ActivePolicy {
+    fn is_static(&self) -> bool {
+        dispatch!(self, policy => policy.is_static())
+    }
+
+    fn follows_zones(&self) -> bool {
+        dispatch!(self, policy => policy.follows_zones())
+    }
+
+    fn reduces_failing_shares(&self) -> bool {
+        dispatch!(self, policy => policy.reduces_failing_shares())
+    }
+
+    fn weights(&self, roster: &Roster, now: Instant) -> Vec<Weight> {
+        dispatch!(self, policy => policy.weights(roster, now))
+    }
+
+    fn index(&self, table: &mut Table, shares: &[Share]) {
+        dispatch!(self, policy => policy.index(table, shares));
+    }
+
+    #[inline]
+    fn pick(
+        &self,
+        table: &Table,
+        fleet: &Fleet,
+        options: &PickOptions<'_>,
+        random: &mut fastrand::Rng,
+    ) -> Option<Picked> {
+        dispatch!(self, policy => policy.pick(table, fleet, options, random))
+    }
+}

@@ -1,0 +1,16 @@
+//! What each policy does: one file for each, behind one trait.
+
+mod active;
+mod adaptive;
+mod consistent;
+mod headroom;
+mod least_busy;
+mod random;
+mod round_robin;
+mod routing;
+
+pub(crate) use active::ActivePolicy;
+pub(super) use active::PolicySettings;
+pub(crate) use least_busy::DEFAULT_CANDIDATES;
+pub(super) use least_busy::MAX_CANDIDATES;
+pub(super) use routing::RoutingPolicy;

@@ -1,0 +1,72 @@
+//! What distinguishes one policy from another, as a trait.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::balance::fleet::Fleet;
+use crate::balance::pick::PickOptions;
+use crate::balance::roster::Roster;
+use crate::balance::table::Table;
+use crate::balance::weight::{Share, Weight};
+
+/// The result of a pick.
+pub(in crate::balance) struct Picked {
+    /// The position of the backend in the table.
+    pub(in crate::balance) index: usize,
+    /// Counts the request among all requests in flight, where the policy needs their number.
+    pub(in crate::balance) in_flight: Option<Arc<()>>,
+}
+
+impl From<usize> for Picked {
+    fn from(index: usize) -> Self {
+        Self {
+            index,
+            in_flight: None,
+        }
+    }
+}
+
+/// A policy: how weights follow from what is known about a group, and how a pick follows from them.
+/// The defaults are those of a policy that metrics and outcomes play no part in.
+pub(in crate::balance) trait RoutingPolicy {
+    /// Whether shares do not depend on metrics and outcomes, so that an unchanged group needs no new
+    /// table.
+    fn is_static(&self) -> bool {
+        true
+    }
+
+    /// Whether backends in other zones count with a part of their weight only.
+    fn follows_zones(&self) -> bool {
+        true
+    }
+
+    /// Whether the share of a backend that fails is reduced.
+    fn reduces_failing_shares(&self) -> bool {
+        false
+    }
+
+    /// The weight of each registration, in their order, before it is reduced for its zone.
+    fn weights(&self, roster: &Roster, _now: Instant) -> Vec<Weight> {
+        let registrations = roster.registrations().iter();
+        registrations
+            .map(|registration| Weight::new(registration.base().get()))
+            .collect()
+    }
+
+    /// Adds to a new table what [`pick`](Self::pick) needs to find.
+    fn index(&self, table: &mut Table, shares: &[Share]);
+
+    /// Picks a backend of a table that is not empty: without a lock, and without allocating.
+    fn pick(
+        &self,
+        table: &Table,
+        fleet: &Fleet,
+        options: &PickOptions<'_>,
+        random: &mut fastrand::Rng,
+    ) -> Option<Picked>;
+}
+
+/// A random number from 0 to 1.
+pub(super) fn random_unit(random: &mut fastrand::Rng) -> f32 {
+    (random.u64(..) >> 40) as f32 / (1_u32 << 24) as f32
+}

@@ -1,0 +1,185 @@
+//! One registration of a node, with everything that only the updating side needs of it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::controller::Controller;
+use super::endpoint::Endpoint;
+use super::fleet::Fleet;
+use super::load::Load;
+use super::weight::BaseWeight;
+use crate::ids::Revision;
+use crate::load_report::LoadReport;
+use crate::node::Node;
+
+/// The load of a response is preferred to the one in the registration for this long.
+const RESPONSE_LOAD_VALID: Duration = Duration::from_secs(10);
+/// A load in a response that is unchanged and has no sampling time counts as a new sample after
+/// this long.
+const UNCHANGED_COUNTS_AFTER: Duration = Duration::from_secs(5);
+/// A sample that has been the same for longer than this no longer takes precedence over the
+/// registration.
+const UNCHANGED_VALID: Duration = Duration::from_secs(60);
+/// A sampling time that is behind the last one by more than this means that the sender's clock was
+/// set back, not that the report is late: responses that overtake each other are almost of the same
+/// time.
+const CLOCK_SET_BACK_MS: i64 = 2_000;
+
+/// A registration and what is known about it.
+#[derive(Debug)]
+pub(super) struct Registration {
+    pub(super) endpoint: Arc<Endpoint>,
+    node: Arc<Node>,
+    base: BaseWeight,
+    load: Load,
+    pub(super) controller: Controller,
+    /// What came with responses, if anything did.
+    response_load: Option<Box<ResponseLoad>>,
+    /// Another registration holds its address.
+    pub(super) is_shadowed: bool,
+    /// Its load is new, and the controller has not had it yet.
+    pub(super) has_new_load: bool,
+    /// It was sent something since its last report.
+    pub(super) was_used: bool,
+    /// The number of the last complete view that contained it.
+    pub(super) last_view: u32,
+    /// Its outcomes as of the last tick.
+    pub(super) outcomes_at_tick: u32,
+}
+
+#[derive(Debug)]
+struct ResponseLoad {
+    /// The last new sample, and when it came.
+    sample: LoadReport,
+    sampled_at: Instant,
+    /// When the last sample came, new or not.
+    received_at: Instant,
+}
+
+impl Registration {
+    /// A registration about which nothing is known, and how many of its metrics were refused.
+    pub(super) fn new(
+        node: &Arc<Node>,
+        addr: SocketAddr,
+        fleet: &Arc<Fleet>,
+        joined_at: Option<Instant>,
+        now: Instant,
+    ) -> (Self, u32) {
+        let mut load = Load::default();
+        let refused = load.read_metadata(node);
+        let registration = Self {
+            endpoint: Arc::new(Endpoint::new(node, addr, fleet)),
+            node: node.clone(),
+            base: BaseWeight::of(node),
+            load,
+            controller: Controller::new(joined_at, now),
+            response_load: None,
+            is_shadowed: false,
+            has_new_load: true,
+            was_used: false,
+            last_view: 0,
+            outcomes_at_tick: 0,
+        };
+        (registration, refused)
+    }
+
+    pub(super) fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    pub(super) fn addr(&self) -> SocketAddr {
+        self.endpoint.addr()
+    }
+
+    pub(super) fn base(&self) -> BaseWeight {
+        self.base
+    }
+
+    pub(super) fn load(&self) -> &Load {
+        &self.load
+    }
+
+    /// Whether `node` is of the same process at the same address. A process that has lost its lease
+    /// and registered again is the same one.
+    pub(super) fn is_same_process(&self, node: &Node, addr: SocketAddr) -> bool {
+        self.addr() == addr && self.node.is_same_life(node)
+    }
+
+    /// Takes over an entry that was written again. Returns how many metrics were refused.
+    pub(super) fn update(&mut self, node: &Arc<Node>, now: Instant) -> u32 {
+        // A store delivers writes in their order. Without revisions only the writer's clock shows
+        // which one is older.
+        let behind = self.node.last_seen.saturating_sub(node.last_seen);
+        let is_outdated = node.revision() == 0 && behind > 0 && behind < CLOCK_SET_BACK_MS;
+        let is_same = node.last_seen == self.node.last_seen && node.metadata == self.node.metadata;
+        self.base = BaseWeight::of(node);
+        self.node = node.clone();
+        self.endpoint.set_node(node.clone());
+        if is_outdated {
+            return 0;
+        }
+        if let Some(response) = &self.response_load
+            && now.saturating_duration_since(response.received_at) < RESPONSE_LOAD_VALID
+        {
+            // What responses do not contain is still read from the registration.
+            let mut registered = self.load;
+            let refused = registered.read_metadata(node);
+            self.load = Load::from(&response.sample).or(registered);
+            return refused;
+        }
+        self.has_new_load |= !is_same;
+        self.load.read_metadata(node)
+    }
+
+    /// Takes over a load that came with a response.
+    pub(super) fn update_from_response(&mut self, report: LoadReport, now: Instant) {
+        if let Some(response) = &mut self.response_load {
+            let age = now.saturating_duration_since(response.sampled_at);
+            if age <= UNCHANGED_VALID {
+                response.received_at = now;
+            }
+            let is_repeated = match (response.sample.sampled_at, report.sampled_at) {
+                (Some(last), Some(this)) => {
+                    this <= last && last - this < CLOCK_SET_BACK_MS.unsigned_abs()
+                }
+                _ => {
+                    Load::from(&response.sample) == Load::from(&report)
+                        && age < UNCHANGED_COUNTS_AFTER
+                }
+            };
+            if is_repeated {
+                return;
+            }
+        }
+        let new = ResponseLoad {
+            sample: report,
+            sampled_at: now,
+            received_at: now,
+        };
+        match &mut self.response_load {
+            Some(response) => **response = new,
+            None => self.response_load = Some(Box::new(new)),
+        }
+        self.load = Load::from(&report).or(self.load);
+        self.has_new_load = true;
+    }
+
+    /// Whether it is in this zone; without a zone every registration is.
+    pub(super) fn is_in_zone(&self, zone: Option<&str>) -> bool {
+        zone.is_none() || self.node.zone.as_deref() == zone
+    }
+
+    /// Its claim to its address, for comparison. A node that drains or leaves has a weaker claim than
+    /// one that serves. Of two nodes that serve, the one that was written last has the stronger claim,
+    /// in the store's order, whatever the clocks of the nodes say.
+    pub(super) fn claim(&self) -> (bool, Revision, i64) {
+        let node = &self.node;
+        (node.is_serving(), node.revision(), node.last_seen)
+    }
+
+    /// Whether it gets traffic: it holds its address, serves, and its static weight is not 0.
+    pub(super) fn takes_traffic(&self) -> bool {
+        !self.is_shadowed && self.node.is_serving() && self.base.allows_traffic()
+    }
+}

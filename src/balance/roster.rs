@@ -1,0 +1,362 @@
+//! The registrations of a group, and which of them holds which address. Pure.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use xxhash_rust::xxh3::Xxh3DefaultBuilder;
+
+use super::departed::Departed;
+#[cfg(any(test, feature = "pingora"))]
+use super::endpoint::Endpoint;
+use super::fleet::Fleet;
+use super::index::Index;
+use super::load::{Load, LoadSum};
+use super::mean::Mean;
+use super::registration::Registration;
+use crate::node::Node;
+
+/// Sums over the registrations that take traffic, kept up to date change by change, so that a change
+/// costs the same whatever the number of nodes.
+#[derive(Debug, Default)]
+struct Totals {
+    loads: LoadSum,
+    /// Of the loads that the controllers work with.
+    controlled: Mean,
+}
+
+impl Totals {
+    fn add(&mut self, registration: &Registration) {
+        if registration.takes_traffic() {
+            self.loads.add(registration.load());
+            if let Some(load) = registration.controller.load() {
+                self.controlled.add(load, 1.0);
+            }
+        }
+    }
+
+    fn remove(&mut self, registration: &Registration) {
+        if registration.takes_traffic() {
+            self.loads.remove(registration.load());
+            if let Some(load) = registration.controller.load() {
+                self.controlled.remove(load);
+            }
+        }
+    }
+}
+
+/// All registrations of a group. Of several registrations at one address, the one with the strongest
+/// [claim](Registration::claim) holds it: that process is there, and the others are leases that have
+/// not expired yet. The others are *shadowed*.
+#[derive(Debug)]
+pub(super) struct Roster {
+    default_port: u16,
+    fleet: Arc<Fleet>,
+    registrations: Vec<Registration>,
+    index: Index,
+    /// How many registrations are shadowed, for each address with any.
+    shadowed_at: HashMap<SocketAddr, u32, Xxh3DefaultBuilder>,
+    totals: Totals,
+    /// Positions of registrations with a new load. Some may have moved since.
+    with_new_load: Vec<u32>,
+    /// The number of complete views so far.
+    views: u32,
+    /// Whether there have been nodes: the first ones are not new.
+    is_started: bool,
+    departed: Departed,
+    refused: u64,
+}
+
+impl Roster {
+    pub(super) fn new(default_port: u16, fleet: Arc<Fleet>) -> Self {
+        Self {
+            default_port,
+            fleet,
+            registrations: Vec::new(),
+            index: Index::default(),
+            shadowed_at: HashMap::default(),
+            totals: Totals::default(),
+            with_new_load: Vec::new(),
+            views: 0,
+            is_started: false,
+            departed: Departed::default(),
+            refused: 0,
+        }
+    }
+
+    pub(super) fn registrations(&self) -> &[Registration] {
+        &self.registrations
+    }
+
+    pub(super) fn registrations_mut(&mut self) -> &mut [Registration] {
+        &mut self.registrations
+    }
+
+    /// The registrations that take traffic.
+    pub(super) fn active(&self) -> impl Iterator<Item = &Registration> + Clone {
+        let all = self.registrations.iter();
+        all.filter(|registration| registration.takes_traffic())
+    }
+
+    /// One backend for each address, including those that drain or have a static weight of 0.
+    #[cfg(any(test, feature = "pingora"))]
+    pub(super) fn holders(&self) -> impl Iterator<Item = &Arc<Endpoint>> {
+        let all = self.registrations.iter();
+        all.filter(|registration| !registration.is_shadowed)
+            .map(|registration| &registration.endpoint)
+    }
+
+    pub(super) fn get(&self, id: &str) -> Option<&Registration> {
+        let at = self.index.position_of(&self.registrations, id)?;
+        self.registrations.get(at)
+    }
+
+    /// The mean load of the registrations that take traffic.
+    pub(super) fn mean_load(&self) -> Load {
+        self.totals.loads.mean()
+    }
+
+    /// The mean of the loads that the controllers work with.
+    pub(super) fn controlled_load(&self) -> &Mean {
+        &self.totals.controlled
+    }
+
+    /// How many metrics in entries were refused so far.
+    pub(super) fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    /// Replaces everything by these nodes. Registrations that are not among them are removed.
+    pub(super) fn reset<'a>(
+        &mut self,
+        nodes: impl IntoIterator<Item = &'a Arc<Node>>,
+        now: Instant,
+    ) {
+        self.views = self.views.wrapping_add(1);
+        let joined_at = self.is_started.then_some(now);
+        for node in nodes {
+            self.upsert(node, joined_at, now);
+        }
+        for at in (0..self.registrations.len()).rev() {
+            if self.registrations[at].last_view != self.views {
+                let success = self.registrations[at].endpoint.success();
+                let gone = self.remove_at(at);
+                self.departed.keep(gone, success, now);
+            }
+        }
+        // The group may have been much larger before.
+        self.registrations.shrink_to_fit();
+        self.is_started |= !self.registrations.is_empty();
+    }
+
+    /// Takes over a node that is new or has written its entry again. The cost does not depend on the
+    /// number of nodes.
+    pub(super) fn insert(&mut self, node: &Arc<Node>, now: Instant) {
+        let joined_at = self.is_started.then_some(now);
+        self.upsert(node, joined_at, now);
+        self.is_started = true;
+    }
+
+    /// Removes a node. Requests avoid it from now on, before it is removed from the table. If its
+    /// process returns soon, what was learned about it still holds.
+    pub(super) fn remove(&mut self, id: &str, now: Instant) {
+        if let Some(at) = self.index.position_of(&self.registrations, id) {
+            let success = self.registrations[at].endpoint.success();
+            self.registrations[at].endpoint.retire();
+            let gone = self.remove_at(at);
+            self.departed.keep(gone, success, now);
+        }
+    }
+
+    fn upsert(&mut self, node: &Arc<Node>, joined_at: Option<Instant>, now: Instant) {
+        let addr = node.addr(self.default_port);
+        let mut claim_before = None;
+        let at = match self.index.position_of(&self.registrations, &node.id) {
+            Some(at) if self.registrations[at].is_same_process(node, addr) => {
+                // Each report counts once, however often the group changes in the meantime.
+                if !Arc::ptr_eq(self.registrations[at].node(), node) {
+                    claim_before = Some(self.registrations[at].claim());
+                    self.update_at(at, node, now);
+                }
+                at
+            }
+            predecessor => self.add(node, addr, predecessor, joined_at, now),
+        };
+        let registration = &mut self.registrations[at];
+        registration.last_view = self.views;
+        let is_weakened = claim_before.is_some_and(|before| registration.claim() < before);
+        self.claim_address(at, is_weakened);
+    }
+
+    fn update_at(&mut self, at: usize, node: &Arc<Node>, now: Instant) {
+        let registration = &mut self.registrations[at];
+        self.totals.remove(registration);
+        self.refused += u64::from(registration.update(node, now));
+        self.totals.add(registration);
+        if registration.has_new_load {
+            self.with_new_load.push(at as u32);
+        }
+    }
+
+    /// Adds a registration, in the place of `predecessor`: another process with the same id, or the
+    /// same one at another address. Returns its position.
+    fn add(
+        &mut self,
+        node: &Arc<Node>,
+        addr: SocketAddr,
+        predecessor: Option<usize>,
+        joined_at: Option<Instant>,
+        now: Instant,
+    ) -> usize {
+        let registration = match self.departed.take(node, addr, now) {
+            Some(mut registration) => {
+                self.refused += u64::from(registration.update(node, now));
+                registration.is_shadowed = false;
+                registration.has_new_load = true;
+                registration
+            }
+            None => {
+                let (registration, refused) =
+                    Registration::new(node, addr, &self.fleet, joined_at, now);
+                self.refused += u64::from(refused);
+                registration
+            }
+        };
+        if let Some(predecessor) = predecessor {
+            self.remove_at(predecessor);
+        }
+        self.totals.add(&registration);
+        let at = self.registrations.len();
+        self.registrations.push(registration);
+        self.index.insert_id(&self.registrations, at);
+        self.with_new_load.push(at as u32);
+        at
+    }
+
+    fn remove_at(&mut self, at: usize) -> Registration {
+        self.index.remove_id(&self.registrations, at);
+        let addr = self.registrations[at].addr();
+        let is_holder = self.index.holder(&self.registrations, addr) == Some(at);
+        if is_holder {
+            self.index.release(&self.registrations, at);
+        }
+        let removed = self.registrations.swap_remove(at);
+        self.totals.remove(&removed);
+        if removed.is_shadowed {
+            self.count_shadowed(addr, false);
+        }
+        if at < self.registrations.len() {
+            let from = self.registrations.len();
+            self.index.moved(&self.registrations, from, at);
+            if self.registrations[at].has_new_load {
+                self.with_new_load.push(at as u32);
+            }
+        }
+        if is_holder && let Some(heir) = self.heir(addr) {
+            self.set_shadowed(heir, false);
+            self.index.hold(&self.registrations, heir);
+        }
+        removed
+    }
+
+    /// The registration with the strongest claim among those that are shadowed at an address.
+    fn heir(&self, addr: SocketAddr) -> Option<usize> {
+        if !self.shadowed_at.contains_key(&addr) {
+            return None;
+        }
+        let shadowed = self.registrations.iter().enumerate();
+        let heir = shadowed
+            .filter(|(_, registration)| registration.is_shadowed && registration.addr() == addr)
+            .max_by_key(|(_, registration)| registration.claim())?;
+        Some(heir.0)
+    }
+
+    /// Gives a registration its address, unless another one has a stronger claim. `is_weakened`
+    /// means that its own claim was stronger before.
+    fn claim_address(&mut self, at: usize, is_weakened: bool) {
+        let addr = self.registrations[at].addr();
+        let claim = |at: usize| self.registrations[at].claim();
+        match self.index.holder(&self.registrations, addr) {
+            None => self.index.hold(&self.registrations, at),
+            Some(holder) if holder == at => {
+                let heir = if is_weakened { self.heir(addr) } else { None };
+                if let Some(heir) = heir.filter(|heir| claim(*heir) > claim(at)) {
+                    self.hand_over(at, heir);
+                }
+            }
+            Some(holder) if claim(holder) < claim(at) => self.hand_over(holder, at),
+            Some(_) => self.set_shadowed(at, true),
+        }
+    }
+
+    fn hand_over(&mut self, holder: usize, heir: usize) {
+        self.index.release(&self.registrations, holder);
+        self.set_shadowed(holder, true);
+        self.set_shadowed(heir, false);
+        self.index.hold(&self.registrations, heir);
+    }
+
+    fn set_shadowed(&mut self, at: usize, is_shadowed: bool) {
+        let registration = &mut self.registrations[at];
+        if registration.is_shadowed == is_shadowed {
+            return;
+        }
+        self.totals.remove(registration);
+        registration.is_shadowed = is_shadowed;
+        self.totals.add(registration);
+        let addr = registration.addr();
+        self.count_shadowed(addr, is_shadowed);
+    }
+
+    fn count_shadowed(&mut self, addr: SocketAddr, one_more: bool) {
+        let count = self.shadowed_at.entry(addr).or_default();
+        if one_more {
+            *count += 1;
+        } else {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.shadowed_at.remove(&addr);
+            }
+        }
+    }
+
+    /// Takes over what responses have reported since the last tick, and forgets processes that left
+    /// long ago.
+    pub(super) fn tick(&mut self, now: Instant) {
+        self.departed.remove_expired(now);
+        // Added up from zero: sums that are only ever changed would drift.
+        self.totals = Totals::default();
+        for (at, registration) in self.registrations.iter_mut().enumerate() {
+            if let Some(report) = registration.endpoint.take_load_report() {
+                registration.update_from_response(report, now);
+                if registration.has_new_load {
+                    self.with_new_load.push(at as u32);
+                }
+            }
+            self.totals.add(registration);
+        }
+    }
+
+    /// The positions of registrations with a new load; some may be out of date.
+    pub(super) fn take_new_loads(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.with_new_load)
+    }
+
+    /// Gives a controller the load that it works with from now on.
+    pub(super) fn set_controlled_load(&mut self, at: usize, load: Option<f64>, now: Instant) {
+        if let Some(registration) = self.registrations.get_mut(at) {
+            self.totals.remove(registration);
+            registration.controller.set_load(load, now);
+            self.totals.add(registration);
+        }
+    }
+
+    /// Replaces the mean of the loads that the controllers work with, after some became stale.
+    pub(super) fn replace_controlled_load(&mut self, mean: Mean) {
+        self.totals.controlled = mean;
+    }
+}
+
+#[cfg(test)]
+mod tests;

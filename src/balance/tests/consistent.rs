@@ -1,0 +1,158 @@
+//! Consistent hashing with bounded loads.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{balancer, bare, nodes, rng, seeded, set_nodes};
+use crate::balance::{Balancer, PickOptions, Policy};
+use crate::node::Node;
+
+#[test]
+fn consistent_moves_only_the_keys_it_must() {
+    for heavy in [1.0, 10.0] {
+        let mut nodes = nodes(10);
+        nodes[3] = Arc::new(Node::clone(&nodes[3]).with_weight(heavy));
+        let before = balancer(Policy::Consistent, &nodes);
+        let gone = nodes.remove(3).addr(80);
+        let after = balancer(Policy::Consistent, &nodes);
+        let pick = |balancer: &Balancer, key: u32| {
+            let options = PickOptions {
+                key: &key.to_le_bytes(),
+                ..PickOptions::default()
+            };
+            balancer.pick_with(options).unwrap().addr()
+        };
+        let mut shares: BTreeMap<SocketAddr, f64> = BTreeMap::new();
+        for key in 0..20_000 {
+            let old = pick(&before, key);
+            *shares.entry(old).or_default() += (9.0 + heavy) / 20_000.0;
+            if old != gone {
+                assert_eq!(pick(&after, key), old);
+            }
+        }
+        for (addr, share) in shares {
+            let fair = if addr == gone { heavy } else { 1.0 };
+            let off = share / fair;
+            assert!((0.75..1.34).contains(&off), "{addr}: {off} of its share");
+        }
+    }
+}
+
+#[test]
+fn consistent_follows_weights_whatever_their_unit() {
+    for unit in [1e-6, 1.0, 100.0, 1e5] {
+        let weighted = [(0, unit), (1, 10.0 * unit)]
+            .map(|(index, weight)| Arc::new(Node::clone(&bare(index)).with_weight(weight)));
+        let balancer = balancer(Policy::Consistent, &weighted);
+        let light = (0..20_000_u32).filter(|key| {
+            let options = PickOptions {
+                key: &key.to_le_bytes(),
+                ..PickOptions::default()
+            };
+            balancer.pick_with(options).unwrap().addr().port() == 1000
+        });
+        let share = light.count() as f64 / 20_000.0;
+        assert!((share - 1.0 / 11.0).abs() < 0.01, "{unit}: {share}");
+    }
+}
+
+#[test]
+fn consistent_finds_backends_that_own_almost_nothing() {
+    let weighted = [(0, 1e6), (1, 1e-6), (2, 1e-6)]
+        .map(|(index, weight)| Arc::new(Node::clone(&bare(index)).with_weight(weight)));
+    let balancer = balancer(Policy::Consistent, &weighted);
+    let heavy = weighted[0].addr(80);
+    let pick = |key: u32| {
+        let options = PickOptions {
+            key: &key.to_le_bytes(),
+            exclude: &[heavy],
+            ..PickOptions::default()
+        };
+        balancer.pick_with(options).unwrap().addr()
+    };
+    let mut counts: BTreeMap<SocketAddr, u32> = BTreeMap::new();
+    for key in 0..1_000 {
+        let addr = pick(key);
+        assert_eq!(pick(key), addr, "a key stays");
+        *counts.entry(addr).or_default() += 1;
+    }
+    assert_eq!(counts.len(), 2);
+    assert!(
+        counts.values().all(|count| *count > 400),
+        "each by weight: {counts:?}"
+    );
+}
+
+#[test]
+fn a_hot_key_overflows_and_returns() {
+    let builder = Balancer::builder().policy(Policy::Consistent);
+    let balancer = builder.try_build().unwrap();
+    set_nodes(&balancer, &nodes(10));
+    let pick = || {
+        let options = PickOptions {
+            key: b"hot",
+            ..PickOptions::default()
+        };
+        balancer.pick_with(options).unwrap()
+    };
+    let home = pick().addr();
+    let few: Vec<_> = (0..8).map(|_| pick()).collect();
+    assert!(few.iter().all(|upstream| upstream.addr() == home), "slack");
+    let many: Vec<_> = (0..992).map(|_| pick()).collect();
+    let most = balancer.backends().into_iter().map(|b| b.in_flight).max();
+    assert!(most <= Some(125 + 1), "1.25 times the fair share: {most:?}");
+    drop((few, many));
+    assert_eq!(pick().addr(), home);
+    assert!(balancer.backends().iter().all(|b| b.in_flight == 0));
+}
+
+#[test]
+fn a_key_leaves_a_backend_that_fails() {
+    let balancer = balancer(Policy::Consistent, &nodes(4));
+    let options = PickOptions {
+        key: b"k",
+        ..PickOptions::default()
+    };
+    let mut random = rng();
+    let mut pick = || balancer.pick_with(seeded(options, &mut random)).unwrap();
+    let home = pick().addr();
+    let mut failed = 0;
+    for _ in 0..1_000 {
+        let upstream = pick();
+        if upstream.addr() == home {
+            failed += 1;
+            upstream.failed();
+        } else {
+            upstream.succeeded(Duration::from_millis(1));
+        }
+    }
+    assert!(failed > 0 && failed < 100, "{failed}");
+}
+
+#[test]
+fn overflow_of_consistent_hashing_goes_to_those_that_work() {
+    let balancer = balancer(Policy::Consistent, &nodes(2));
+    let options = PickOptions {
+        key: b"k",
+        ..PickOptions::default()
+    };
+    let mut random = rng();
+    let failing = balancer
+        .pick_with(seeded(options, &mut random))
+        .unwrap()
+        .addr();
+    let mut held = Vec::new();
+    let mut failed = 0;
+    for _ in 0..600 {
+        let upstream = balancer.pick_with(seeded(options, &mut random)).unwrap();
+        if upstream.addr() == failing {
+            failed += 1;
+            upstream.failed();
+        } else {
+            held.push(upstream);
+        }
+    }
+    assert!(failed < 100, "{failed} of 600");
+}

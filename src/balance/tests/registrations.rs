@@ -1,0 +1,136 @@
+//! What belongs to a registration, and what to a process.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Rig, balancer, joined, node, nodes, set_nodes, set_nodes_at};
+use crate::balance::{Balancer, Policy};
+use crate::node::Node;
+use crate::view::Change;
+
+#[test]
+fn in_flight_is_counted_across_updates_and_ends_with_the_registration() {
+    let balancer = balancer(Policy::Headroom, &nodes(1));
+    let one = balancer.pick().unwrap();
+    set_nodes(&balancer, &[node(0, 80.0)]);
+    let two = balancer.pick().unwrap();
+    assert_eq!(two.in_flight(), 2);
+    assert_eq!(balancer.backends()[0].in_flight, 2);
+    let again = Arc::new(Node::clone(&node(0, 80.0)).with_incarnation(9));
+    set_nodes(&balancer, &[again]);
+    assert_eq!(balancer.backends()[0].in_flight, 0);
+    assert_eq!(two.in_flight(), 2, "the count of the former registration");
+    drop(one);
+    assert_eq!(two.in_flight(), 1);
+    two.succeeded(Duration::ZERO);
+    assert_eq!(balancer.backends()[0].in_flight, 0, "never below zero");
+}
+
+/// A node has lost its lease, and its process registers again.
+#[test]
+fn what_was_learned_of_a_process_outlives_its_lease() {
+    let now = Instant::now();
+    let of = |index: u16, lease: i64, run: u64| {
+        let node = Node::clone(&node(index, 50.0));
+        Arc::new(node.with_incarnation(lease).with_run(run))
+    };
+    for by_changes in [true, false] {
+        let balancer = balancer(Policy::Adaptive, &[of(0, 1, 7), of(1, 2, 8)]);
+        let success = |balancer: &Balancer| {
+            let all = balancer.backends();
+            let first = all.iter().find(|backend| backend.node.id == of(0, 0, 1).id);
+            first.map(|backend| backend.success)
+        };
+        let gone = |later: Duration| {
+            if by_changes {
+                balancer.apply(&Change::Left(of(0, 1, 7)), now + later);
+                balancer.publish(now + later);
+            } else {
+                set_nodes_at(&balancer, &[of(1, 2, 8)], now + later);
+            }
+            assert_eq!(balancer.len(), 1);
+        };
+        let back = |node: Arc<Node>, later: Duration| {
+            if by_changes {
+                balancer.apply(&Change::Joined(node), now + later);
+                balancer.publish(now + later);
+            } else {
+                set_nodes_at(&balancer, &[node, of(1, 2, 8)], now + later);
+            }
+        };
+        for _ in 0..200 {
+            let upstream = balancer.pick().unwrap();
+            match upstream.node().id == of(0, 0, 1).id {
+                true => upstream.failed(),
+                false => upstream.succeeded(Duration::from_millis(1)),
+            }
+        }
+        let failed = success(&balancer).unwrap();
+        assert!(failed < 0.9, "{failed}");
+        gone(Duration::from_secs(1));
+        back(of(0, 3, 7), Duration::from_secs(5));
+        assert_eq!(
+            success(&balancer),
+            Some(failed),
+            "another lease, the same process"
+        );
+        // Without a gap: the key was replaced in one revision.
+        back(of(0, 4, 7), Duration::from_secs(6));
+        assert_eq!(success(&balancer), Some(failed));
+        // Nothing is known about another process, and nothing is kept without limit.
+        back(of(0, 4, 9), Duration::from_secs(7));
+        assert_eq!(success(&balancer), Some(1.0));
+        gone(Duration::from_secs(8));
+        back(of(0, 5, 9), Duration::from_secs(8 + 130));
+        assert_eq!(success(&balancer), Some(1.0));
+    }
+}
+
+#[test]
+fn reports_are_ordered_by_the_store_not_by_clocks() {
+    let now = Instant::now();
+    let report = |index: u16, cpu: f64, clock: i64, revision: i64| {
+        let mut node = Node::clone(&node(index, cpu)).with_revision(revision);
+        node.last_seen = clock;
+        Arc::new(node)
+    };
+    let balancer = balancer(
+        Policy::Headroom,
+        &[report(0, 10.0, 1_000_000, 5), report(1, 10.0, 1_000_000, 6)],
+    );
+    // Its clock was set back by half a minute.
+    balancer.apply(&joined(&report(0, 95.0, 970_000, 7)), now);
+    balancer.publish(now);
+    let weights: Vec<f64> = balancer
+        .backends()
+        .iter()
+        .map(|backend| backend.weight)
+        .collect();
+    assert!(weights.iter().any(|weight| *weight < 0.6), "{weights:?}");
+    // A dead registration whose clock was ahead does not keep the address that it shares.
+    let dead = Node::new("dead", "10.0.0.9".parse().unwrap());
+    let lives = |revision: i64, clock: i64| {
+        let mut node = Node::new("lives", "10.0.0.9".parse().unwrap()).with_revision(revision);
+        node.last_seen = clock;
+        Arc::new(node)
+    };
+    let mut dead = dead.with_revision(8);
+    dead.last_seen = 9_000_000;
+    balancer.apply(&joined(&Arc::new(dead)), now);
+    balancer.apply(&joined(&lives(9, 1_000)), now);
+    balancer.publish(now);
+    let shown = balancer.backends();
+    assert!(shown.iter().any(|backend| backend.node.id == "lives"));
+    assert!(!shown.iter().any(|backend| backend.node.id == "dead"));
+}
+
+#[test]
+fn a_request_that_is_dropped_says_nothing() {
+    let mut rig = Rig::of(1);
+    for _ in 0..100 {
+        drop(rig.pick());
+    }
+    assert_eq!(rig.balancer.backends()[0].success, 1.0);
+    rig.pick().failed();
+    assert!(rig.balancer.backends()[0].success < 1.0);
+}

@@ -1,0 +1,149 @@
+//! Loads that nodes and responses report.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::{Rig, balancer, bare, node, set_nodes_at};
+use crate::balance::Policy;
+use crate::load_report::LoadReport;
+use crate::node::Node;
+
+/// A report above 100 % still counts.
+#[test]
+fn a_report_above_100_percent_counts_as_full() {
+    for policy in [Policy::Headroom, Policy::Adaptive] {
+        let balancer = balancer(policy, &[node(0, 20.0), node(1, 60.0)]);
+        let at = Instant::now();
+        // Both have something to do: the load of an idle backend does not come from this process.
+        let _held: Vec<_> = (0..40).map(|_| balancer.pick().unwrap()).collect();
+        let reported = |cpu: f64, last_seen: i64| {
+            let nodes = [(0, cpu), (1, 60.0)].map(|(index, cpu)| {
+                let mut node = Node::clone(&node(index, cpu));
+                node.last_seen = last_seen;
+                Arc::new(node)
+            });
+            set_nodes_at(&balancer, &nodes, at);
+            let weights: BTreeMap<_, _> = balancer
+                .backends()
+                .iter()
+                .map(|backend| (backend.addr.port(), backend.weight))
+                .collect();
+            weights[&1000] / weights[&1001]
+        };
+        assert!(reported(20.0, 1) > 1.0, "{policy:?}");
+        let mut ratio = f64::INFINITY;
+        for last_seen in 2..20 {
+            ratio = reported(130.0, last_seen);
+        }
+        assert!(ratio < 0.8, "{policy:?}: {ratio}");
+        assert_eq!(balancer.refused_metrics(), 0);
+    }
+}
+
+#[test]
+fn reports_in_responses_move_weights_at_the_next_tick_and_count_once() {
+    let mut rig = Rig::of(3);
+    let answer = |rig: &mut Rig, sampled_at: u64| {
+        for _ in 0..60 {
+            let upstream = rig.pick();
+            let index = upstream.addr().port() - 1000;
+            let cpu = if index == 0 { 0.95 } else { 0.4 };
+            let text = format!("TEXT cpu_utilization={cpu},named_metrics.sampled_at={sampled_at}");
+            upstream.report_header(text.as_bytes(), rig.now).unwrap();
+            upstream.succeeded(Duration::from_millis(10));
+        }
+    };
+    answer(&mut rig, 1_000);
+    assert_eq!(rig.weight(0), 1.0, "not before the tick");
+    rig.seconds(1);
+    let once = rig.weight(0);
+    assert!(once < 1.0);
+    answer(&mut rig, 1_000);
+    rig.seconds(1);
+    assert!((rig.weight(0) - once).abs() < 0.01, "the same sample again");
+    for round in 2..8 {
+        answer(&mut rig, round * 1_000);
+        rig.seconds(1);
+    }
+    assert!(rig.weight(0) < 0.8, "{}", rig.weight(0));
+}
+
+#[test]
+fn a_backend_that_reports_to_be_busy_is_picked_less_at_once() {
+    let mut rig = Rig::of(2);
+    let say = |rig: &mut Rig, busy: u16| {
+        // Enough requests for both to report.
+        let held: Vec<_> = (0..20).map(|_| rig.pick()).collect();
+        for upstream in held {
+            let index = upstream.addr().port() - 1000;
+            let in_flight = if index == busy { 50 } else { 1 };
+            let text = format!("TEXT named_metrics.in_flight={in_flight}");
+            upstream.report_header(text.as_bytes(), rig.now).unwrap();
+        }
+    };
+    for busy in [0, 1] {
+        say(&mut rig, busy);
+        let counts = rig.traffic(400, |_| false);
+        let got = counts.get(&busy).copied().unwrap_or(0);
+        assert!(got < 100, "{busy}: {counts:?}");
+    }
+    // Much later the report has no effect.
+    rig.seconds(30);
+    let counts = rig.traffic(400, |_| false);
+    assert!(counts[&1] > 100, "{counts:?}");
+}
+
+#[test]
+fn invalid_reports_are_refused_and_counted() {
+    let mut rig = Rig::of(1);
+    let upstream = rig.pick();
+    let now = rig.now;
+    assert!(upstream.report_header(b"nonsense", now).is_err());
+    upstream
+        .report_header(b"TEXT cpu_utilization=-3,mem_utilization=0.5", now)
+        .unwrap();
+    upstream.report(&LoadReport::new(), now);
+    assert_eq!(rig.balancer.refused_metrics(), 2);
+}
+
+#[test]
+fn metrics_missing_in_responses_are_read_from_the_registration() {
+    let mut rig = Rig::of(2);
+    for round in 1..12 {
+        rig.burst();
+        for _ in 0..20 {
+            let upstream = rig.pick();
+            let text = format!("TEXT cpu_utilization=0.5,named_metrics.sampled_at={round}");
+            upstream.report_header(text.as_bytes(), rig.now).unwrap();
+        }
+        for (index, queue) in [(0, 900), (1, 0)] {
+            let mut node = Node::clone(&bare(index)).with_metadata(json!({"queue_depth": queue}));
+            node.last_seen = round * 1_000;
+            rig.nodes.insert(node.id.clone(), Arc::new(node));
+        }
+        rig.update();
+        rig.seconds(1);
+    }
+    assert!(rig.weight(0) < 0.8 * rig.weight(1), "{}", rig.weight(0));
+}
+
+#[test]
+fn an_invalid_report_built_by_hand_does_no_harm() {
+    let mut rig = Rig::of(3);
+    for value in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
+        let upstream = rig.pick();
+        let mut report = LoadReport::new();
+        (report.cpu, report.queue, report.in_flight) = (Some(value), Some(value), Some(value));
+        upstream.report(&report, rig.now);
+        drop(upstream);
+        rig.seconds(1);
+        let counts = rig.traffic(300, |_| false);
+        assert_eq!(counts.len(), 3, "{value}: {counts:?}");
+    }
+    // A CPU usage of 1e300 counts as 100 %.
+    assert_eq!(rig.balancer.refused_metrics(), 11);
+    assert!(rig.balancer.backends().iter().all(|b| b.weight.is_finite()));
+}

@@ -1,0 +1,77 @@
+//! How much traffic leaves the zone.
+
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::{Rig, bare};
+use crate::balance::Balancer;
+use crate::node::Node;
+
+fn zoned(index: u16, zone: &str) -> (String, Arc<Node>) {
+    let node = Node::clone(&bare(index)).with_zone(zone);
+    (node.id.clone(), Arc::new(node))
+}
+
+#[test]
+fn the_own_zone_is_preferred_and_all_zones_are_used_without_it() {
+    for builder in [
+        Balancer::builder().zone("a"),
+        Balancer::builder().zone_of("n0"),
+    ] {
+        let mut rig = Rig::new(builder);
+        rig.nodes
+            .extend([zoned(0, "a"), zoned(1, "a"), zoned(2, "b"), zoned(3, "b")]);
+        rig.update();
+        let counts = rig.traffic(4_000, |_| false);
+        let near = counts[&0] + counts[&1];
+        assert!(near > 3_990, "{counts:?}");
+
+        // The backends in the zone fail: the others take over within a tick.
+        rig.traffic(500, |index| index < 2);
+        rig.seconds(1);
+        let counts = rig.traffic(4_000, |index| index < 2);
+        assert!(counts[&2] + counts[&3] > 3_800, "{counts:?}");
+
+        // They leave.
+        rig.nodes
+            .retain(|_, node| node.zone.as_deref() == Some("b"));
+        rig.update();
+        let counts = rig.traffic(400, |_| false);
+        assert!(counts[&2] > 100 && counts[&3] > 100, "{counts:?}");
+    }
+}
+
+#[test]
+fn pressure_lets_traffic_leave_the_zone() {
+    let mut rig = Rig::new(Balancer::builder().zone("a"));
+    rig.nodes
+        .extend([zoned(0, "a"), zoned(1, "a"), zoned(2, "b"), zoned(3, "b")]);
+    rig.update();
+    // A queue in the own zone lets traffic out within the same second.
+    let held: Vec<_> = (0..400).map(|_| rig.pick()).collect();
+    let far = held
+        .iter()
+        .filter(|upstream| upstream.addr().port() >= 1002)
+        .count();
+    assert!((1..200).contains(&far), "{far} of 400");
+    drop(held);
+    for round in 1..12_u64 {
+        for (index, zone, cpu) in [
+            (0, "a", 98.0),
+            (1, "a", 98.0),
+            (2, "b", 30.0),
+            (3, "b", 30.0),
+        ] {
+            let (id, node) = zoned(index, zone);
+            let mut node = Node::clone(&node).with_metadata(json!({"cpu_usage_percent": cpu}));
+            node.last_seen = (round * 1_000).cast_signed();
+            rig.nodes.insert(id, Arc::new(node));
+        }
+        rig.update();
+        rig.seconds(1);
+    }
+    let counts = rig.traffic(4_000, |_| false);
+    let far: u32 = [2, 3].iter().filter_map(|index| counts.get(index)).sum();
+    assert!(far > 400, "{counts:?}");
+}

@@ -1,0 +1,264 @@
+//! The `cluster` section.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::values::{HashOn, Port};
+use crate::balance::{
+    Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, DEFAULT_PORT, Headroom,
+    Policy, Zones,
+};
+use crate::discovery::{EntryLimits, NodeFilter, SelfPreservation, ServiceDiscovery, SnapshotFile};
+use crate::error::{ClusterError, in_range};
+use crate::store::EtcdOptions;
+
+/// The `cluster:` section.
+///
+/// ```
+/// use pingora_etcd::config::ClusterConfig;
+/// let yaml = "
+/// cluster:
+///   group: workers
+///   etcd: { endpoints: ['http://127.0.0.1:2379'] }
+///   policy: headroom
+/// ";
+/// let config = ClusterConfig::from_yaml(yaml, "balancer.yaml")?;
+/// assert_eq!(config.listen, "127.0.0.1:6188");
+///
+/// let typo = yaml.replace("policy", "polcy");
+/// let error = ClusterConfig::from_yaml(&typo, "balancer.yaml").unwrap_err().to_string();
+/// assert!(error.contains("polcy") && error.contains("line 5"));
+/// # Ok::<(), pingora_etcd::ClusterError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct ClusterConfig {
+    /// How to reach etcd.
+    pub etcd: EtcdOptions,
+    /// The group to route to.
+    pub group: String,
+    /// Only nodes of these zones, with these tags. Default: all.
+    #[serde(default)]
+    pub filter: NodeFilter,
+    /// Only nodes whose address is in one of these networks: `10.0.0.0/8`, or a single address.
+    /// Default: any.
+    #[serde(default)]
+    pub allowed_networks: Vec<String>,
+    /// Only nodes whose port is one of these: `8080`, or `9000-9100`. Default: any.
+    #[serde(default)]
+    pub allowed_ports: Vec<Port>,
+    /// Limits of one entry, and of all entries together.
+    #[serde(default)]
+    pub limits: EntryLimits,
+    /// When nodes are kept although their leases are gone.
+    #[serde(default)]
+    pub self_preservation: SelfPreservation,
+    /// A file that stores the nodes for a start without etcd. Default: none.
+    #[serde(default)]
+    pub snapshot: Option<SnapshotFile>,
+    /// The shortest time from publishing one change to publishing the next ones. Default: 20 ms.
+    /// Range: 0 to 10,000.
+    #[serde(default = "default_publish_interval_ms")]
+    pub publish_interval_ms: u64,
+    /// `address:port` to listen on. Default: `127.0.0.1:6188`.
+    #[serde(default = "default_listen")]
+    pub listen: String,
+    /// How a backend is chosen. Default: `adaptive`.
+    #[serde(default)]
+    pub policy: Policy,
+    /// The constants of `adaptive`.
+    #[serde(default)]
+    pub adaptive: Adaptive,
+    /// The coefficients of `headroom`.
+    #[serde(default)]
+    pub headroom: Headroom,
+    /// The constants of `consistent`.
+    #[serde(default)]
+    pub consistent: Consistent,
+    /// The zone that this proxy is in: backends in it are preferred. Default: none, all zones are
+    /// alike.
+    #[serde(default)]
+    pub zone: Option<String>,
+    /// Instead of `zone`: the id of a node, whose zone is the one that it registered.
+    #[serde(default)]
+    pub zone_of: Option<String>,
+    /// How much traffic leaves the zone.
+    #[serde(default)]
+    pub zones: Zones,
+    /// How many backends `adaptive` and `headroom` draw to choose from. Default: 5. Range: 1 to 8.
+    #[serde(default = "default_candidates")]
+    pub candidates: usize,
+    /// What `consistent` hashes. Default: `client_ip`.
+    #[serde(default)]
+    pub hash_on: HashOn,
+    /// Whether backends report their load in the response header `endpoint-load-metrics`
+    /// ([`LoadReport`](crate::metrics::LoadReport)). If so, the header does not reach the client.
+    /// Default: `false`, the header is ignored and passed on.
+    #[serde(default)]
+    pub load_reports: bool,
+    /// The port of nodes that registered none. Default: 80. Range: 1 to 65,535.
+    #[serde(default = "default_port")]
+    pub default_port: u16,
+    /// How often a request is tried on another backend, while nothing of a response has reached the
+    /// client: after a failed connection always, after a lost one only for methods without side
+    /// effects. Default: 2. Range: 0 to 2.
+    #[serde(default = "default_retries")]
+    pub retries: usize,
+    /// How long to wait for a connection to a backend. Default: 1,000 ms. Range: 1 to 60,000.
+    #[serde(default = "default_upstream_connect_timeout_ms")]
+    pub upstream_connect_timeout_ms: u64,
+    /// How long to wait for a backend to send something. Default: 60,000 ms. Range: 1 to
+    /// 3,600,000.
+    #[serde(default = "default_upstream_read_timeout_ms")]
+    pub upstream_read_timeout_ms: u64,
+    /// How long the start waits for the first view of the group. Default: 10,000 ms. Range: 0 to
+    /// 600,000.
+    #[serde(default = "default_ready_timeout_ms")]
+    pub ready_timeout_ms: u64,
+    /// How long a write waits for a leader, where writes go to the leader. Default: 2,000 ms.
+    /// Range: 0 to 60,000.
+    #[serde(default = "default_leader_wait_ms")]
+    pub leader_wait_ms: u64,
+}
+
+fn default_publish_interval_ms() -> u64 {
+    20
+}
+
+fn default_listen() -> String {
+    "127.0.0.1:6188".to_owned()
+}
+
+fn default_candidates() -> usize {
+    DEFAULT_CANDIDATES
+}
+
+fn default_port() -> u16 {
+    DEFAULT_PORT
+}
+
+fn default_retries() -> usize {
+    2
+}
+
+fn default_upstream_connect_timeout_ms() -> u64 {
+    1_000
+}
+
+fn default_upstream_read_timeout_ms() -> u64 {
+    60_000
+}
+
+fn default_ready_timeout_ms() -> u64 {
+    10_000
+}
+
+fn default_leader_wait_ms() -> u64 {
+    2_000
+}
+
+impl ClusterConfig {
+    /// Checks the range of every field.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig) or
+    /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
+    pub fn validate(&self) -> Result<(), ClusterError> {
+        let etcd = |error| as_in_file(error, "cluster.etcd.", "_ms");
+        self.etcd.validate().map_err(etcd)?;
+        let section = |error| as_in_file(error, "cluster.", "");
+        self.balancer().map_err(section)?;
+        if self.listen.parse::<SocketAddr>().is_err() {
+            return Err(ClusterError::config(
+                "cluster.listen",
+                format!("{:?} is not an address and a port", self.listen),
+            ));
+        }
+        if self.zone.is_some() && self.zone_of.is_some() {
+            return Err(ClusterError::config(
+                "cluster.zone_of",
+                "cannot be given together with cluster.zone",
+            ));
+        }
+        let millis = |name, value: u64, range| in_range("cluster", name, value, range);
+        let (connect, read) = (
+            self.upstream_connect_timeout_ms,
+            self.upstream_read_timeout_ms,
+        );
+        in_range("cluster", "retries", self.retries, 0..=2)?;
+        millis("upstream_connect_timeout_ms", connect, 1..=60_000)?;
+        millis("upstream_read_timeout_ms", read, 1..=3_600_000)?;
+        millis("ready_timeout_ms", self.ready_timeout_ms, 0..=600_000)?;
+        millis("leader_wait_ms", self.leader_wait_ms, 0..=60_000)?;
+        millis("publish_interval_ms", self.publish_interval_ms, 0..=10_000)?;
+        self.discovery().map_err(section)?;
+        Ok(())
+    }
+
+    /// The discovery that this section describes.
+    ///
+    /// # Errors
+    ///
+    /// When an endpoint, a time or the group is invalid.
+    pub fn discovery(&self) -> Result<ServiceDiscovery, ClusterError> {
+        let mut builder = ServiceDiscovery::builder(self.etcd.clone(), &self.group)
+            .filter(self.filter.clone())
+            .allowed_networks(self.allowed_networks.iter().cloned())
+            .allowed_ports(self.allowed_ports.iter())
+            .limits(self.limits)
+            .self_preservation(self.self_preservation)
+            .publish_interval(Duration::from_millis(self.publish_interval_ms));
+        if let Some(file) = &self.snapshot {
+            builder = builder.snapshot_file(file.clone());
+        }
+        builder.try_build()
+    }
+
+    /// The balancer that this section describes.
+    ///
+    /// # Errors
+    ///
+    /// When a coefficient, the number of candidates or the default port is out of range.
+    pub fn balancer(&self) -> Result<Balancer, ClusterError> {
+        self.weights().try_build()
+    }
+
+    /// The same as settings. For a stock load balancer, which is not informed of outcomes, change
+    /// them to [`Adaptive::metrics_only`].
+    pub fn weights(&self) -> BalancerBuilder {
+        let mut builder = Balancer::builder();
+        if let Some(zone) = &self.zone {
+            builder = builder.zone(zone);
+        }
+        if let Some(id) = &self.zone_of {
+            builder = builder.zone_of(id);
+        }
+        builder
+            .zones(self.zones)
+            .policy(self.policy)
+            .adaptive(self.adaptive)
+            .headroom(self.headroom)
+            .consistent(self.consistent)
+            .candidates(self.candidates)
+            .default_port(self.default_port)
+    }
+}
+
+/// Gives the field of an error the name it has in the file: with its section, and with the unit if it
+/// is a time.
+fn as_in_file(error: ClusterError, section: &str, unit: &str) -> ClusterError {
+    match error {
+        ClusterError::InvalidConfig { field, reason } => {
+            let is_time = ["timeout", "interval", "pause"]
+                .iter()
+                .any(|end| field.ends_with(end));
+            let unit = if is_time { unit } else { "" };
+            ClusterError::config(format!("{section}{field}{unit}"), reason)
+        }
+        other => other,
+    }
+}

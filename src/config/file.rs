@@ -1,0 +1,77 @@
+//! Reading the file: errors name the file, the line and the field, and never show a password.
+
+use std::fmt;
+
+use serde::Deserialize;
+
+use super::cluster::ClusterConfig;
+use crate::error::ClusterError;
+
+/// The part of the file that is described here.
+#[derive(Deserialize)]
+struct File {
+    cluster: ClusterConfig,
+}
+
+impl ClusterConfig {
+    /// Reads this section from the text of a file; `name` is used in errors.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigFile`](ClusterError::ConfigFile) with file, field and, where known, line.
+    pub fn from_yaml(text: &str, name: &str) -> Result<Self, ClusterError> {
+        let file: File =
+            serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, &error))?;
+        let checked = file.cluster.validate();
+        checked.map_err(|error| in_file(name, error))?;
+        Ok(file.cluster)
+    }
+}
+
+/// An error in this file.
+pub(super) fn in_file(path: impl fmt::Display, reason: impl fmt::Display) -> ClusterError {
+    ClusterError::ConfigFile {
+        path: path.to_string(),
+        reason: reason.to_string(),
+    }
+}
+
+/// A text that could not be parsed. The error shows the lines around the place, unless one of them may
+/// contain a password.
+pub(super) fn unreadable(path: &str, text: &str, error: &serde_saphyr::Error) -> ClusterError {
+    // An endpoint may contain a user and a password. That is refused, but only after it has been
+    // read, and errors of the parser repeat what they cannot read.
+    let bare = error.without_snippet().to_string();
+    if bare.contains('@') {
+        let at = error.location();
+        let at = at.map_or(String::new(), |at| {
+            format!("line {} column {}: ", at.line(), at.column())
+        });
+        return in_file(
+            path,
+            format!(
+                "{at}cannot be read; the text contains an @ and is not shown, because it may contain a password"
+            ),
+        );
+    }
+    if has_password(text) || text.contains('@') {
+        in_file(path, bare)
+    } else {
+        in_file(path, error)
+    }
+}
+
+/// Whether some field whose name contains `password` has a value.
+fn has_password(text: &str) -> bool {
+    text.split("password").skip(1).any(|rest| {
+        let rest = rest.trim_start_matches(['"', '\'', ' ']);
+        let value = rest.strip_prefix(':').map(str::trim_start);
+        value.is_some_and(|value| {
+            let end = value.find([',', '}', '\n', ' ']).unwrap_or(value.len());
+            !matches!(value[..end].trim_end(), "null" | "~")
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,255 @@
+use super::super::cluster::ClusterConfig;
+#[cfg(feature = "pingora")]
+use super::super::server::server_conf;
+use super::super::values::HashOn;
+use super::*;
+use crate::balance::Policy;
+use crate::store::{Credentials, EtcdOptions, Password};
+
+const MINIMAL: &str = "
+version: 1
+threads: 2
+cluster:
+  etcd:
+    endpoints: ['memory://x']
+  group: workers
+";
+
+fn error(text: &str) -> String {
+    ClusterConfig::from_yaml(text, "file.yaml")
+        .unwrap_err()
+        .to_string()
+}
+
+#[test]
+fn fields_left_out_have_their_defaults() {
+    let config = ClusterConfig::from_yaml(MINIMAL, "file.yaml").unwrap();
+    assert_eq!(config.policy, Policy::Adaptive);
+    assert_eq!(config.retries, 2);
+    assert_eq!(
+        config.etcd,
+        EtcdOptions::new(["memory://x"]),
+        "the defaults are written down twice"
+    );
+}
+
+#[test]
+fn unknown_fields_are_named_with_their_line() {
+    for (at, line) in [
+        ("  group: workers\n", 8),
+        ("    endpoints: ['memory://x']\n", 7),
+    ] {
+        let indent = &at[..at.len() - at.trim_start().len()];
+        let text = MINIMAL.replace(at, &format!("{at}{indent}grop: 1\n"));
+        let error = error(&text);
+        assert!(error.contains("grop"), "{error}");
+        assert!(error.contains(&format!("line {line}")), "{line}: {error}");
+        assert!(error.starts_with("file.yaml: "), "{error}");
+    }
+    let text = format!("{MINIMAL}  headroom: {{ cpu: 1, mem: 1 }}\n");
+    assert!(error(&text).contains("mem"), "{}", error(&text));
+}
+
+#[test]
+fn wrong_values_are_named() {
+    for (field, named) in [
+        ("policy: fastest", "fastest"),
+        ("headroom: { cpu: -1 }", "cluster.headroom.cpu"),
+        ("headroom: { cpu: much }", "cpu"),
+        ("candidates: 99", "cluster.candidates"),
+        (
+            "adaptive: { metrics_gain: 2 }",
+            "cluster.adaptive.metrics_gain",
+        ),
+        ("adaptive: { gain: 2 }", "gain"),
+        (
+            "consistent: { balance_factor: 1 }",
+            "cluster.consistent.balance_factor",
+        ),
+        ("zones: { spare: 0 }", "cluster.zones.spare"),
+        ("zone: a\n  zone_of: n1", "cluster.zone_of"),
+        ("zone: ''", "cluster.zone"),
+        ("default_port: 0", "cluster.default_port"),
+        ("retries: 3", "cluster.retries"),
+        ("listen: nowhere", "cluster.listen"),
+        ("leader_wait_ms: 1000000", "cluster.leader_wait_ms"),
+        ("hash_on: colour", "colour"),
+        ("filter: { zone: a }", "zone"),
+        (
+            "allowed_networks: ['10.0.0.0/99']",
+            "cluster.allowed_networks",
+        ),
+        ("allowed_ports: [80, 0]", "cluster.allowed_ports"),
+        ("allowed_ports: ['9-8']", "cluster.allowed_ports"),
+        ("limits: { depth: 1000 }", "cluster.limits.depth"),
+        (
+            "self_preservation: { part: 0 }",
+            "cluster.self_preservation.part",
+        ),
+        (
+            "snapshot: { file: /nowhere/at/all }",
+            "cluster.snapshot.file",
+        ),
+        (
+            "snapshot: { file: nodes, max_age_ms: 1 }",
+            "cluster.snapshot.max_age_ms",
+        ),
+        ("snapshot: {}", "file"),
+        ("publish_interval_ms: 10001", "cluster.publish_interval_ms"),
+        ("hash_on: 'header:not valid'", "not valid"),
+    ] {
+        let error = error(&format!("{MINIMAL}  {field}\n"));
+        assert!(error.contains(named), "{field}: {error}");
+    }
+    let error = error(&MINIMAL.replace("memory://x", "ftp://x"));
+    assert!(error.contains("ftp://x"), "{error}");
+    let slow = MINIMAL.replace("  group", "    keep_alive_interval_ms: 1\n  group");
+    let shown = self::error(&slow);
+    assert!(
+        shown.contains("cluster.etcd.keep_alive_interval_ms"),
+        "{shown}"
+    );
+    for field in ["silence_timeout_ms", "breaker_pause_ms", "breaker_failures"] {
+        let wrong = MINIMAL.replace("  group", &format!("    {field}: 0\n  group"));
+        let shown = self::error(&wrong);
+        assert!(shown.contains(&format!("cluster.etcd.{field}")), "{shown}");
+    }
+    assert!(self::error("cluster:\n  group: g\n").contains("etcd"));
+    assert!(self::error("version: 1\n").contains("cluster"));
+    assert!(self::error(": : :").contains("file.yaml"));
+}
+
+#[test]
+fn tls_and_user() {
+    let with = |fields: &str| {
+        let text = MINIMAL.replace("  group", &format!("    {fields}\n  group"));
+        ClusterConfig::from_yaml(&text, "file.yaml")
+    };
+    let config = with("user: u\n    password: 'hunter2'").unwrap();
+    let options = &config.etcd;
+    let expected = Credentials::new("u", Password::Text("hunter2".to_owned()));
+    assert_eq!(options.credentials, Some(expected));
+    assert!(!format!("{config:?} {options:?}").contains("hunter2"));
+    // The fields as the configuration files in `config` show them.
+    let nothing = "tls: { ca_file: null, cert_file: null, key_file: null, server_name: null }
+    user: null
+    password: null
+    password_file: null
+    password_env: null";
+    let config = with(nothing).unwrap();
+    assert_eq!(config.etcd, EtcdOptions::new(["memory://x"]));
+
+    for (fields, named) in [
+        ("user: u", "cluster.etcd.user"),
+        ("password: hunter2", "cluster.etcd.user"),
+        (
+            "user: u\n    password: hunter2\n    password_env: HOME",
+            "cluster.etcd.user",
+        ),
+        ("user: ''\n    password: hunter2", "cluster.etcd.user"),
+        ("user: u\n    password: ''", "cluster.etcd.password"),
+        (
+            "user: u\n    password_file: /no/such/file",
+            "cluster.etcd.password_file: /no/such/file",
+        ),
+        (
+            "user: u\n    password_env: PINGORA_ETCD_NO_SUCH",
+            "cluster.etcd.password_env",
+        ),
+        ("user: u\n    password: [hunter2]", "password"),
+        ("user: u\n    password: { hunter2: 1 }", "password"),
+        ("user: u\n    password: !x hunter2\n    tlss: 1", "tlss"),
+        ("password: hunter2\n    user: [", "file.yaml"),
+        ("password: 'hunter2\n    user: u", "file.yaml"),
+        ("password: !!int hunter2\n    user: u", "file.yaml"),
+        ("tls: { ca: x }", "ca_file"),
+        ("tls: { ca_file: /no/such }", "cluster.etcd.tls"),
+        ("tls: { cert_file: /no/such }", "cluster.etcd.tls.key_file"),
+    ] {
+        let error = with(fields).unwrap_err();
+        let shown = format!("{error} {error:?}");
+        assert!(shown.contains(named), "{fields}: {shown}");
+        assert!(!shown.contains("hunter2"), "{fields}: {shown}");
+    }
+    // A number is not a text.
+    let shown = with("user: u\n    password: 20261124").map_err(|error| error.to_string());
+    match shown {
+        Ok(config) => assert!(!format!("{config:?}").contains("20261124")),
+        Err(shown) => assert!(!shown.contains("20261124"), "{shown}"),
+    }
+}
+
+#[test]
+fn a_password_in_an_endpoint_is_not_repeated() {
+    for (endpoints, named) in [
+        ("['http://root:s3cret@h:1']", "http://...@h:1"),
+        ("['http://root:p@s3cret@h:1', 1]", "file.yaml"),
+        ("[root:s3cret@h]", "...@h"),
+        ("http://root:s3cret@h:1", "line 6"),
+        ("{ 'http://root:s3cret@h:1': 1 }", "line 6"),
+        ("[['http://root:s3cret@h:1']]", "line 6"),
+        ("['http://root:s3cret@h:1'", "file.yaml"),
+        ("['http://root:s3cret@h:1]", "file.yaml"),
+        ("[]\n    'http://root:s3cret@h:1': 1", "line 7"),
+        ("['http://root:s3cret@h:1']\n    colour: red", "colour"),
+        ("['http://root:s3cret@h:1']\n    tls: 1", "line 7"),
+    ] {
+        let text = MINIMAL.replace("['memory://x']", endpoints);
+        let error = ClusterConfig::from_yaml(&text, "file.yaml").unwrap_err();
+        let shown = format!("{error} {error:?}");
+        assert!(shown.contains(named), "{endpoints}: {shown}");
+        assert!(!shown.contains("s3cret"), "{endpoints}: {shown}");
+        #[cfg(feature = "pingora")]
+        if let Err(error) = server_conf(&text.replace("threads", "thread"), "file.yaml") {
+            let shown = format!("{error} {error:?}");
+            assert!(!shown.contains("s3cret"), "{endpoints}: {shown}");
+        }
+    }
+    let file: File =
+        serde_saphyr::from_str(&MINIMAL.replace("memory://x", "http://u:s3cret@h:1")).unwrap();
+    assert!(!format!("{:?}", file.cluster).contains("s3cret"));
+}
+
+#[test]
+fn key_prefix() {
+    let with = |prefix: &str| {
+        let text = MINIMAL.replace("  group", &format!("    key_prefix: '{prefix}'\n  group"));
+        ClusterConfig::from_yaml(&text, "file.yaml")
+    };
+    let options = with("prod").unwrap().etcd;
+    assert_eq!(options.prefix(), "prod/");
+    for wrong in [" ", "prod//"] {
+        let error = with(wrong).unwrap_err().to_string();
+        assert!(error.contains("cluster.etcd.key_prefix"), "{error}");
+    }
+}
+
+#[test]
+fn hash_on() {
+    let text = format!("{MINIMAL}  hash_on: header:X-User\n");
+    let config = ClusterConfig::from_yaml(&text, "file.yaml").unwrap();
+    let header = http::HeaderName::from_static("x-user");
+    assert_eq!(config.hash_on, HashOn::Header(header));
+}
+
+#[cfg(feature = "pingora")]
+#[test]
+fn the_part_of_pingora_is_strict_too() {
+    assert_eq!(server_conf(MINIMAL, "file.yaml").unwrap().threads, 2);
+    let text = MINIMAL.replace("threads", "thread");
+    let error = server_conf(&text, "file.yaml").unwrap_err().to_string();
+    assert!(
+        error.contains("line 3") && error.contains("\"thread\""),
+        "{error}"
+    );
+    for (wrong, named) in [
+        ("threads: many", "line 3"),
+        ("threads: 0", "threads"),
+        ("max_retries: 0", "max_retries"),
+        ("listener_tasks_per_fd: 0", "listener_tasks_per_fd"),
+    ] {
+        let text = MINIMAL.replace("threads: 2", wrong);
+        let error = server_conf(&text, "file.yaml").unwrap_err().to_string();
+        assert!(error.contains(named), "{error}");
+    }
+}

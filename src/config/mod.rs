@@ -1,0 +1,16 @@
+//! The YAML file of the bundled load balancer. It is parsed strictly, and checked once.
+//!
+//! The file is Pingora's own configuration with a `cluster:` section beside it. A field that does
+//! not exist is an error that names it and its line, also in Pingora's part, where Pingora alone
+//! would ignore it. `config/load_balancer.yaml` shows every field.
+
+mod cluster;
+mod file;
+#[cfg(feature = "pingora")]
+mod server;
+mod values;
+
+pub use cluster::ClusterConfig;
+#[cfg(feature = "pingora")]
+pub use server::{load, server_conf};
+pub use values::{HashOn, Port};

@@ -1,0 +1,134 @@
+//! The balancer as a Pingora service.
+
+use std::convert::Infallible;
+use std::ops::Deref;
+use std::time::{Duration, Instant};
+
+use ::pingora::server::ShutdownWatch;
+use ::pingora::services::ServiceReadyNotifier;
+use ::pingora::services::background::BackgroundService;
+use async_trait::async_trait;
+use tracing::Instrument;
+
+use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
+use super::pace::{every_tick, pause_after};
+use super::restart::restart_forever;
+use crate::balance::Balancer;
+use crate::discovery::ServiceDiscovery;
+use crate::view::Change;
+
+/// A [`Balancer`] that follows a group, as a background service. It dereferences to the balancer.
+///
+/// ```
+/// use pingora::services::background::background_service;
+/// use pingora_etcd::{EtcdOptions, ServiceDiscovery};
+/// use pingora_etcd::balance::Balancer;
+/// use pingora_etcd::pingora::BalancerService;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let discovery = ServiceDiscovery::builder(vec!["http://10.0.0.1:2379".to_string()], "my-service").try_build()?;
+/// let balancer = Balancer::builder().default_port(8080).try_build()?;
+/// let service = background_service("balancer", BalancerService::new(discovery, balancer));
+/// let balancer = service.task(); // for the proxy: balancer.pick()
+/// // let balancer_handle = server.add_service(service);
+/// // server.add_service(proxy).add_dependency(balancer_handle);
+/// # assert!(balancer.pick().is_none());
+/// # Ok(()) }
+/// ```
+pub struct BalancerService {
+    balancer: Balancer,
+    discovery: ServiceDiscovery,
+    ready_timeout: Duration,
+}
+
+impl BalancerService {
+    /// Gives this balancer the nodes of this group.
+    pub fn new(discovery: ServiceDiscovery, balancer: Balancer) -> Self {
+        Self {
+            balancer,
+            discovery,
+            ready_timeout: READY_TIMEOUT,
+        }
+    }
+
+    /// Sets how long readiness waits for the first complete view. Default: 10 s.
+    #[must_use]
+    pub fn ready_timeout(mut self, timeout: Duration) -> Self {
+        self.ready_timeout = timeout;
+        self
+    }
+
+    /// The discovery that this follows.
+    pub fn discovery(&self) -> &ServiceDiscovery {
+        &self.discovery
+    }
+
+    /// Applies changes as they come, and publishes tables: the first at once, the next ones at
+    /// intervals that leave almost all of a core to others.
+    async fn apply_changes(&self) -> Infallible {
+        let mut changes = self.discovery.changes();
+        let mut due = tokio::time::Instant::now();
+        let mut is_published = true;
+        loop {
+            tokio::select! {
+                biased;
+                // First, so that all changes that are there already are published together.
+                change = changes.next() => {
+                    self.balancer.apply(&change, Instant::now());
+                    is_published = false;
+                }
+                () = tokio::time::sleep_until(due), if !is_published => {
+                    let start = Instant::now();
+                    self.balancer.publish(start);
+                    is_published = true;
+                    due = tokio::time::Instant::now() + pause_after(start.elapsed());
+                }
+            }
+        }
+    }
+
+    async fn signal_ready(&self, ready: Option<ServiceReadyNotifier>) -> Infallible {
+        if let Some(ready) = ready {
+            wait_ready(&self.discovery, self.ready_timeout).await;
+            // The view may be newer than the table.
+            let now = Instant::now();
+            let view = Change::Reset(self.discovery.nodes());
+            self.balancer.apply(&view, now);
+            self.balancer.publish(now);
+            ready.notify_ready();
+        }
+        std::future::pending().await
+    }
+
+    async fn run(&self, mut ready: Option<ServiceReadyNotifier>) {
+        let parts = async {
+            tokio::join!(
+                restart_forever("discovery", || follow(&self.discovery)),
+                // It starts with a complete view, whatever it had applied before.
+                restart_forever("balancer", || self.apply_changes()),
+                restart_forever("weights", || every_tick(|now| self.balancer.tick(now))),
+                restart_forever("readiness", || self.signal_ready(ready.take())),
+            );
+        };
+        parts.instrument(balancer_span(&self.discovery)).await;
+    }
+}
+
+impl Deref for BalancerService {
+    type Target = Balancer;
+
+    fn deref(&self) -> &Balancer {
+        &self.balancer
+    }
+}
+
+#[async_trait]
+impl BackgroundService for BalancerService {
+    async fn start_with_ready_notifier(&self, _: ShutdownWatch, ready: ServiceReadyNotifier) {
+        self.run(Some(ready)).await;
+    }
+
+    async fn start(&self, _: ShutdownWatch) {
+        self.run(None).await;
+    }
+}

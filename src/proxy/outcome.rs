@@ -1,0 +1,55 @@
+//! What the end of a request says about its backend. Pure.
+
+use ::pingora::ErrorSource;
+use http::StatusCode;
+
+/// What the end of a request says about its backend.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It did its work.
+    Succeeded,
+    /// It failed the request.
+    Failed,
+    /// Nothing: the client or this process ended the request.
+    Unknown,
+}
+
+/// The outcome of a request that ended with this error, if any, after this status of the response, if
+/// any was written.
+pub(super) fn outcome(error: Option<&ErrorSource>, status: Option<StatusCode>) -> Outcome {
+    match (error, status) {
+        // However such a connection ended, possibly after a long silence.
+        (_, Some(StatusCode::SWITCHING_PROTOCOLS)) => Outcome::Succeeded,
+        (Some(ErrorSource::Upstream), _) => Outcome::Failed,
+        (Some(_), _) | (None, None) => Outcome::Unknown,
+        (None, Some(status)) if status.is_server_error() => Outcome::Failed,
+        (None, Some(_)) => Outcome::Succeeded,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backend_is_judged_by_its_own_failures() {
+        use ErrorSource::{Downstream, Upstream};
+        use Outcome::{Failed, Succeeded, Unknown};
+        for (error, status, expected) in [
+            (None, Some(StatusCode::OK), Succeeded),
+            (None, Some(StatusCode::NOT_FOUND), Succeeded),
+            (None, Some(StatusCode::BAD_GATEWAY), Failed),
+            (None, None, Unknown),
+            (Some(Upstream), None, Failed),
+            (Some(Upstream), Some(StatusCode::OK), Failed),
+            (Some(Downstream), Some(StatusCode::OK), Unknown),
+            (
+                Some(Upstream),
+                Some(StatusCode::SWITCHING_PROTOCOLS),
+                Succeeded,
+            ),
+        ] {
+            assert_eq!(outcome(error.as_ref(), status), expected);
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Which error response a client gets, and sending it.
+
+use ::pingora::http::ResponseHeader;
+use ::pingora::proxy::Session;
+use ::pingora::{Error, ErrorSource, ErrorType, Result};
+use bytes::Bytes;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
+
+/// An error response, with its reason in plain text.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Reply<'a> {
+    pub(super) code: u16,
+    reason: &'a str,
+}
+
+/// 503 with this reason.
+pub(super) fn unavailable(reason: &'static str) -> Box<Error> {
+    Error::explain(ErrorType::HTTPStatus(503), reason)
+}
+
+/// The response to an error; `None` if the client is gone. `leader_failed` means that a leader could
+/// not be reached.
+pub(super) fn reply_to(error: &Error, leader_failed: bool) -> Option<Reply<'_>> {
+    let (code, reason) = match (error.etype(), error.esource()) {
+        (etype, _) if leader_failed && is_connect_error(etype) => {
+            (503, "the leader cannot be reached")
+        }
+        (ErrorType::HTTPStatus(code), _) => {
+            let reason = error.context.as_ref().map(|reason| reason.as_str());
+            (*code, reason.unwrap_or("the request cannot be proxied"))
+        }
+        (ErrorType::ConnectTimedout | ErrorType::ReadTimedout, ErrorSource::Upstream) => {
+            (504, "the backend did not answer in time")
+        }
+        (_, ErrorSource::Upstream) => (502, "the backend failed"),
+        (
+            ErrorType::WriteError | ErrorType::ReadError | ErrorType::ConnectionClosed,
+            ErrorSource::Downstream,
+        ) => return None,
+        (_, ErrorSource::Downstream) => (400, "bad request"),
+        (_, ErrorSource::Internal | ErrorSource::Unset) => (500, "internal error"),
+    };
+    Some(Reply { code, reason })
+}
+
+fn is_connect_error(etype: &ErrorType) -> bool {
+    matches!(
+        etype,
+        ErrorType::ConnectTimedout
+            | ErrorType::ConnectRefused
+            | ErrorType::ConnectNoRoute
+            | ErrorType::ConnectError
+            | ErrorType::SocketError
+    )
+}
+
+impl Reply<'_> {
+    pub(super) async fn send(&self, session: &mut Session) -> Result<()> {
+        let body = Bytes::from(format!("{}\n", self.reason));
+        let mut response = ResponseHeader::build(self.code, Some(4))?;
+        response.insert_header(CONTENT_TYPE, "text/plain; charset=utf-8")?;
+        response.insert_header(CONTENT_LENGTH, body.len())?;
+        if self.code == 503 {
+            response.insert_header(RETRY_AFTER, "1")?;
+        }
+        session.write_error_response(response, body).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_error_has_its_response() {
+        use ErrorType::{ConnectRefused, ConnectTimedout, InternalError, ReadError, ReadTimedout};
+        let code = |error: Box<Error>, leader_failed| {
+            reply_to(&error, leader_failed).map(|reply| reply.code)
+        };
+        assert_eq!(code(Error::new_up(ConnectRefused), true), Some(503));
+        assert_eq!(code(Error::new_up(ConnectRefused), false), Some(502));
+        assert_eq!(code(Error::new_up(ConnectTimedout), false), Some(504));
+        assert_eq!(code(Error::new_up(ReadTimedout), true), Some(504));
+        assert_eq!(code(Error::new_down(ReadError), false), None);
+        assert_eq!(code(Error::new_down(InternalError), false), Some(400));
+        assert_eq!(code(Error::new_in(InternalError), false), Some(500));
+        let error = unavailable("there is no leader");
+        let expected = Reply {
+            code: 503,
+            reason: "there is no leader",
+        };
+        assert_eq!(reply_to(&error, false), Some(expected));
+    }
+}

@@ -1,0 +1,151 @@
+//! Whether a request that failed is tried again. Pure.
+
+/// How many pooled connections of a request may turn out to be closed before that counts as a
+/// failure of the backend.
+const MAX_STALE_CONNECTIONS: usize = 8;
+
+/// A request that failed after something of it may have been sent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Failure {
+    /// The method may be repeated: `GET`, `PUT`, `DELETE` and the like.
+    pub(super) is_idempotent: bool,
+    /// The method has no side effects: `GET`, `HEAD` and the like.
+    pub(super) is_safe: bool,
+    /// The whole request is still there to be sent again.
+    pub(super) is_repeatable: bool,
+    /// Nothing of a response has reached the client.
+    pub(super) is_unanswered: bool,
+    /// The backend, not the client or this process, is the cause.
+    pub(super) is_from_backend: bool,
+    /// What Pingora would do.
+    pub(super) retry: PingoraRetry,
+    /// How often this request has been tried on another backend.
+    pub(super) retries: usize,
+    /// How many pooled connections of this request turned out to be closed.
+    pub(super) stale_connections: usize,
+}
+
+/// Whether Pingora would try a request again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PingoraRetry {
+    Yes,
+    No,
+    /// The connection was taken from the pool, and turned out to be closed.
+    StaleConnection,
+}
+
+/// What to do with a request that failed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Decision {
+    /// Try again, also at the same backend, which may be the only one: an idle connection that was
+    /// closed says nothing about the backend. It does not count as a retry.
+    RetryAnywhere,
+    /// Try another backend.
+    RetryElsewhere,
+    /// Report the failure to the client, and count it against the backend.
+    GiveUp,
+    /// Report the failure to the client; it says nothing about the backend.
+    GiveUpWithoutBlame,
+}
+
+/// Pingora's own rules first, which repeat a request on a pooled connection that turned out to be
+/// closed. Beyond them, a method without side effects is tried on another backend as long as nothing
+/// has reached the client.
+pub(super) fn decide(failure: &Failure, max_retries: usize) -> Decision {
+    let is_stale = failure.retry == PingoraRetry::StaleConnection;
+    let may_repeat =
+        failure.is_idempotent && failure.is_repeatable && failure.retry != PingoraRetry::No;
+    if may_repeat && is_stale && failure.stale_connections < MAX_STALE_CONNECTIONS {
+        return Decision::RetryAnywhere;
+    }
+    let may_repeat_unanswered = failure.is_safe
+        && failure.is_repeatable
+        && failure.is_unanswered
+        && failure.is_from_backend;
+    if (may_repeat || may_repeat_unanswered) && failure.retries < max_retries {
+        return Decision::RetryElsewhere;
+    }
+    if is_stale && !may_repeat {
+        return Decision::GiveUpWithoutBlame;
+    }
+    Decision::GiveUp
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A `GET` that the backend failed before it answered.
+    const GET: Failure = Failure {
+        is_idempotent: true,
+        is_safe: true,
+        is_repeatable: true,
+        is_unanswered: true,
+        is_from_backend: true,
+        retry: PingoraRetry::No,
+        retries: 0,
+        stale_connections: 0,
+    };
+    const POST: Failure = Failure {
+        is_idempotent: false,
+        is_safe: false,
+        ..GET
+    };
+    const PUT: Failure = Failure {
+        is_safe: false,
+        ..GET
+    };
+
+    #[test]
+    fn each_case_is_decided() {
+        use Decision::{GiveUp, GiveUpWithoutBlame, RetryAnywhere, RetryElsewhere};
+        use PingoraRetry::{StaleConnection, Yes};
+        let stale = |failure| Failure {
+            retry: StaleConnection,
+            ..failure
+        };
+        let retried = |failure| Failure {
+            retries: 2,
+            ..failure
+        };
+        let yes = |failure| Failure {
+            retry: Yes,
+            ..failure
+        };
+        let many_stale = Failure {
+            stale_connections: MAX_STALE_CONNECTIONS,
+            ..stale(GET)
+        };
+        let answered = Failure {
+            is_unanswered: false,
+            ..GET
+        };
+        let truncated = Failure {
+            is_repeatable: false,
+            ..stale(GET)
+        };
+        let by_client = Failure {
+            is_from_backend: false,
+            ..GET
+        };
+        for (failure, expected) in [
+            (GET, RetryElsewhere),
+            (retried(GET), GiveUp),
+            (answered, GiveUp),
+            (by_client, GiveUp),
+            (PUT, GiveUp),
+            (POST, GiveUp),
+            (yes(PUT), RetryElsewhere),
+            (yes(POST), GiveUp),
+            (stale(GET), RetryAnywhere),
+            (stale(retried(GET)), RetryAnywhere),
+            (stale(PUT), RetryAnywhere),
+            (stale(POST), GiveUpWithoutBlame),
+            (truncated, GiveUpWithoutBlame),
+            (many_stale, RetryElsewhere),
+            (retried(many_stale), GiveUp),
+        ] {
+            assert_eq!(decide(&failure, 2), expected, "{failure:?}");
+        }
+    }
+}
