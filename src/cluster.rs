@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+#[cfg(feature = "discovery")]
 use crate::discovery::ServiceDiscoveryBuilder;
 use crate::error::ClusterError;
 use crate::store::{EtcdOptions, LazyStore, Store};
@@ -144,6 +145,7 @@ impl Cluster {
     }
 
     /// A builder for a discovery that uses this cluster's connection.
+    #[cfg(feature = "discovery")]
     pub fn discovery(&self, group: impl Into<String>) -> ServiceDiscoveryBuilder {
         ServiceDiscoveryBuilder::new(self.etcd.clone(), group).lazy_store(self.pool.store())
     }

@@ -68,6 +68,7 @@ impl GroupKeys {
 
     /// The node id in a registry key. `None` for a key of a nested group (`registry/app/blue/n1`
     /// belongs to group `app/blue`, not to `app`).
+    #[cfg(any(test, feature = "discovery"))]
     pub(crate) fn node_id<'k>(&self, key: &'k str) -> Option<&'k str> {
         Self::last(&self.registry, key)
     }

@@ -56,11 +56,15 @@
 //! `features = ["discovery"]`.
 #![forbid(unsafe_code)]
 #![deny(missing_docs, unreachable_pub)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod backoff;
+#[cfg(feature = "balance")]
 pub mod balance;
 mod cluster;
+#[cfg(feature = "config")]
 pub mod config;
+#[cfg(feature = "discovery")]
 pub mod discovery;
 pub mod error;
 // Pages only. Their examples are compiled where the features that they show are there.
@@ -91,6 +95,7 @@ mod view;
 pub mod worker;
 
 pub use cluster::{Cluster, ClusterBuilder};
+#[cfg(feature = "discovery")]
 pub use discovery::{ServiceDiscovery, ServiceDiscoveryBuilder};
 pub use error::ClusterError;
 pub use metadata::{Metadata, NodeMetadata, metadata_keys};
@@ -99,7 +104,9 @@ pub use metrics::MetricsCollector;
 pub use metrics::SystemMetricsCollector;
 pub use node::{HealthStatus, Node, NodeState};
 pub use store::EtcdOptions;
-pub use view::{Change, ClusterEvent, Leadership, Nodes};
+pub use view::Leadership;
+#[cfg(feature = "discovery")]
+pub use view::{Change, ClusterEvent, Nodes};
 pub use worker::{ClusterNode, ClusterNodeBuilder};
 
 // Names and modules of `photon-etcd-cluster`, for programs that come from there.
@@ -111,6 +118,7 @@ pub mod cluster_node {
     pub use crate::worker::{ClusterNode, ClusterNodeBuilder};
 }
 
+#[cfg(feature = "discovery")]
 #[doc(hidden)]
 pub mod event {
     pub use crate::view::ClusterEvent;

@@ -181,6 +181,7 @@ impl LoadReport {
     }
 
     /// The same report without the values that are out of range, for a report that was not parsed.
+    #[cfg(any(test, feature = "balance"))]
     pub(crate) fn sane(&self) -> Self {
         let mut sane = Self {
             refused: self.refused,
@@ -205,6 +206,7 @@ impl LoadReport {
     }
 
     /// Whether the report contains a sampled value.
+    #[cfg(any(test, feature = "balance"))]
     pub(crate) fn has_load(&self) -> bool {
         self.cpu.is_some() || self.memory.is_some() || self.queue.is_some()
     }

@@ -247,6 +247,7 @@ pub(crate) fn address(ip: IpAddr) -> Result<(), String> {
 
 /// The effective static weight: 1 if none is given, 0 for no traffic, otherwise the nearest value in
 /// the range. A value that is not a weight (negative, or `NaN`) counts as 1: see [`weight_fault`].
+#[cfg(any(test, feature = "balance"))]
 pub(crate) fn weight(given: Option<f64>) -> f64 {
     match given {
         Some(weight) if weight > 0.0 => weight.clamp(*WEIGHTS.start(), *WEIGHTS.end()),
@@ -256,6 +257,7 @@ pub(crate) fn weight(given: Option<f64>) -> f64 {
 }
 
 /// What is wrong with the weight of an entry, where `NaN` stands for a value that is not a number.
+#[cfg(any(test, feature = "discovery"))]
 pub(crate) fn weight_fault(given: Option<f64>) -> Option<String> {
     let weight = given.filter(|weight| weight.is_nan() || *weight < 0.0)?;
     let given = if weight.is_nan() {

@@ -1,12 +1,18 @@
 //! The vocabulary that following a group and balancing over it share: the immutable group, its
 //! changes, and its leader.
 
+#[cfg(feature = "discovery")]
 mod change;
+#[cfg(feature = "discovery")]
 mod event;
 mod leadership;
+#[cfg(feature = "discovery")]
 mod nodes;
 
+#[cfg(feature = "discovery")]
 pub use change::Change;
+#[cfg(feature = "discovery")]
 pub use event::ClusterEvent;
 pub use leadership::Leadership;
+#[cfg(feature = "discovery")]
 pub use nodes::Nodes;
