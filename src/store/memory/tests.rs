@@ -1,3 +1,5 @@
+//! Tests of the in-memory store beyond the conformance suite.
+
 use std::time::Duration;
 
 use super::MemoryStore;

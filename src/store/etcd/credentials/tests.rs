@@ -1,3 +1,5 @@
+//! Tests of reading passwords, and of hiding them.
+
 use super::*;
 
 #[test]

@@ -1,3 +1,5 @@
+//! Tests of the options' checks and of their form in a file.
+
 use super::*;
 
 #[test]

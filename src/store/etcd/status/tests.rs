@@ -1,3 +1,5 @@
+//! Tests of the classification of failed calls.
+
 use super::*;
 use crate::store::Credentials;
 use crate::store::Password;

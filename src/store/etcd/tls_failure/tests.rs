@@ -1,3 +1,5 @@
+//! Tests of the texts of TLS failures, with errors of `rustls` itself.
+
 use super::*;
 
 #[test]

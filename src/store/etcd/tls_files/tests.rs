@@ -1,3 +1,5 @@
+//! Tests of the checks of certificate files.
+
 use super::*;
 
 #[test]

@@ -1,3 +1,5 @@
+//! Tests of the watch table, with responses and requests as values.
+
 use std::time::Duration;
 
 use super::*;
