@@ -65,7 +65,7 @@ impl Balancer {
     /// [`Change::Reset`], which replaces everything that is known by a complete view, is
     /// proportional to it.
     ///
-    /// A node that has left is avoided from now on by the policies that look at outcomes
+    /// A node that has left ([`Change::Left`]) is avoided from now on by the policies that look at outcomes
     /// (`adaptive`, `headroom`, `consistent`). If it returns, it starts slowly. But if its process is
     /// the same one ([`Node::run`]) and has only lost its lease, what was learned about it still
     /// holds for two minutes.
