@@ -1,6 +1,6 @@
 //! Which file imports which. A path through a re-export leads to the file that defines the item.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use proc_macro2::{TokenStream, TokenTree};
 use quote::ToTokens;
@@ -150,7 +150,12 @@ fn paths(tokens: TokenStream) -> Vec<Vec<String>> {
             TokenTree::Group(group) => {
                 found.push(std::mem::take(&mut current));
                 colons = 0;
-                found.extend(paths(group.stream()));
+                // `pub(in crate::balance)` says who may import, and imports nothing.
+                let starts_with_in = matches!(group.stream().into_iter().next(),
+                    Some(TokenTree::Ident(first)) if first == "in");
+                if !starts_with_in {
+                    found.extend(paths(group.stream()));
+                }
             }
             _ => {
                 found.push(std::mem::take(&mut current));
@@ -163,62 +168,39 @@ fn paths(tokens: TokenStream) -> Vec<Vec<String>> {
     found
 }
 
-/// The groups of files that import each other, each in order: Tarjan's strongly connected
-/// components with more than one member.
+/// For each group of files that import each other, the shortest way round: `[a, b]` if `a` imports
+/// `b` and `b` imports `a`.
 pub fn cycles(graph: &Graph) -> Vec<Vec<String>> {
-    let mut search = Search {
-        graph,
-        index: BTreeMap::new(),
-        low: BTreeMap::new(),
-        stack: Vec::new(),
-        found: Vec::new(),
-    };
-    let files: BTreeSet<&str> = graph.edges().flat_map(|(from, to)| [from, to]).collect();
-    for file in files {
-        if !search.index.contains_key(file) {
-            search.visit(file);
+    let mut found: Vec<Vec<String>> = Vec::new();
+    let mut round: Vec<Vec<String>> = graph
+        .0
+        .keys()
+        .filter_map(|file| way_back(graph, file))
+        .collect();
+    round.sort_by_key(Vec::len);
+    for cycle in round {
+        if !found.iter().flatten().any(|file| cycle.contains(file)) {
+            found.push(cycle);
         }
     }
-    search.found
+    found
 }
 
-struct Search<'g> {
-    graph: &'g Graph,
-    index: BTreeMap<&'g str, usize>,
-    low: BTreeMap<&'g str, usize>,
-    stack: Vec<&'g str>,
-    found: Vec<Vec<String>>,
-}
-
-impl<'g> Search<'g> {
-    fn visit(&mut self, file: &'g str) {
-        let index = self.index.len();
-        self.index.insert(file, index);
-        self.low.insert(file, index);
-        self.stack.push(file);
-        for next in self.graph.0.get(file).into_iter().flatten() {
-            if !self.index.contains_key(next.as_str()) {
-                self.visit(next);
-                self.low
-                    .insert(file, self.low[file].min(self.low[next.as_str()]));
-            } else if self.stack.contains(&next.as_str()) {
-                self.low
-                    .insert(file, self.low[file].min(self.index[next.as_str()]));
+/// The shortest way from a file back to itself, breadth first.
+fn way_back(graph: &Graph, start: &str) -> Option<Vec<String>> {
+    let mut seen = BTreeSet::new();
+    let mut ways = VecDeque::from([vec![start]]);
+    while let Some(way) = ways.pop_front() {
+        for next in graph.0.get(*way.last()?).into_iter().flatten() {
+            if next == start {
+                return Some(way.into_iter().map(str::to_owned).collect());
             }
-        }
-        if self.low[file] != index {
-            return;
-        }
-        let mut group = Vec::new();
-        while let Some(member) = self.stack.pop() {
-            group.push(member.to_owned());
-            if member == file {
-                break;
+            if seen.insert(next.as_str()) {
+                let mut longer = way.clone();
+                longer.push(next);
+                ways.push_back(longer);
             }
-        }
-        if group.len() > 1 {
-            group.sort();
-            self.found.push(group);
         }
     }
+    None
 }

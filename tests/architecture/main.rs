@@ -85,7 +85,7 @@ fn upward_imports(graph: &Graph) -> Vec<String> {
 fn loops(graph: &Graph) -> Vec<String> {
     let described = cycles(graph).into_iter();
     described
-        .map(|files| format!("these files import each other: {}", files.join(", ")))
+        .map(|files| format!("a loop: {} -> {}", files.join(" -> "), files[0]))
         .collect()
 }
 
@@ -237,7 +237,7 @@ mod checks {
         ]));
         assert_eq!(
             loops(&graph),
-            ["these files import each other: src/store/a.rs, src/store/b.rs"]
+            ["a loop: src/store/a.rs -> src/store/b.rs -> src/store/a.rs"]
         );
     }
 

@@ -111,7 +111,7 @@ async fn a_task_that_renews_a_lease_is_replaced() {
 
 #[tokio::test]
 async fn a_task_that_gets_a_token_is_replaced() {
-    let (log, _guard) = PanicAt::start("token renewed");
+    let (log, _guard) = PanicAt::start("token refreshed");
     let guarded = Guarded::new(&["--auth-token-ttl=1"]).await;
     guarded.user("balancer", balancer()).await;
     let discovery = ready(&guarded.options("balancer"), "any").await;
