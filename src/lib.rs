@@ -56,6 +56,14 @@
 //! `features = ["discovery"]`.
 #![forbid(unsafe_code)]
 #![deny(missing_docs, unreachable_pub)]
+#![warn(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::unwrap_used
+)]
+// A test is one scenario, read from top to bottom.
+#![cfg_attr(test, allow(clippy::too_many_lines))]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod backoff;

@@ -1,5 +1,8 @@
 //! One suite for both stores, so that the in-memory store behaves like etcd.
 
+// A test is one scenario, read from top to bottom.
+#![allow(clippy::too_many_lines)]
+
 mod common;
 
 use std::collections::HashSet;

@@ -43,6 +43,7 @@ fn many_proxies(name: &'static str, load: f64, in_flight: bool) -> Scenario {
     })
 }
 
+#[allow(clippy::too_many_lines, reason = "a table of scenarios")]
 pub fn all() -> Vec<Row> {
     vec![
         row(1.20, with("50 % load", |it| it.load = 0.5)),
@@ -58,7 +59,7 @@ pub fn all() -> Vec<Row> {
         row(
             None,
             with("a third of the metrics frozen", |it| {
-                it.metrics = Metrics::Frozen
+                it.metrics = Metrics::Frozen;
             }),
         ),
         row(

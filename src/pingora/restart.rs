@@ -39,7 +39,7 @@ where
                 reason,
                 ?delay,
                 "a task that must not end has ended; it is started again"
-            )
+            );
         });
         tokio::time::sleep(delay).await;
     }

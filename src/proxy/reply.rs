@@ -26,7 +26,7 @@ pub(super) fn reply_to(error: &Error, leader_failed: bool) -> Option<Reply<'_>> 
             (503, "the leader cannot be reached")
         }
         (ErrorType::HTTPStatus(code), _) => {
-            let reason = error.context.as_ref().map(|reason| reason.as_str());
+            let reason = error.context.as_ref().map(pingora::ImmutStr::as_str);
             (*code, reason.unwrap_or("the request cannot be proxied"))
         }
         (ErrorType::ConnectTimedout | ErrorType::ReadTimedout, ErrorSource::Upstream) => {

@@ -474,7 +474,7 @@ async fn problems_in(
         &mut problems,
     );
 
-    candidates.sort_by_key(|entry| entry.create_revision());
+    candidates.sort_by_key(etcd_client::KeyValue::create_revision);
     if candidates.len() != expected.len() {
         problems.push(format!(
             "etcd: {} candidates instead of {}",
@@ -484,7 +484,7 @@ async fn problems_in(
     }
     let token = candidates
         .first()
-        .map_or(0, |entry| entry.create_revision());
+        .map_or(0, etcd_client::KeyValue::create_revision);
     let first = candidates.first().and_then(|entry| entry.value_str().ok());
 
     for (index, watching) in watching.iter().enumerate() {

@@ -11,6 +11,9 @@
 //! nodes are lost or left over, when a request fails, when a fencing token decreases, or when the
 //! cluster does not recover. Missed targets fail it only with `--seconds` or `--targets`.
 
+// A test is one scenario, read from top to bottom.
+#![allow(clippy::too_many_lines)]
+
 #[path = "../common/mod.rs"]
 mod common;
 

@@ -179,7 +179,7 @@ async fn the_predecessors_calls_compile_and_work() {
     // For a metric with several collectors the later one wins; the others are kept.
     eventually("the discovery shows the metrics", || {
         discovery.nodes().iter().any(|node| {
-            let number = |key: &str| node.metadata.get(key).and_then(|value| value.as_f64());
+            let number = |key: &str| node.metadata.get(key).and_then(serde_json::Value::as_f64);
             let cpu = number(metadata_keys::CPU_USAGE_PERCENT);
             cpu.is_some_and(|cpu| cpu >= 0.0) && number("queue_depth") == Some(150.0)
         })

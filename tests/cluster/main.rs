@@ -1,6 +1,9 @@
 //! Tests workers and discoveries on a real etcd: elections, faults, authentication, TLS, sharing
 //! and slow networks.
 
+// A test is one scenario, read from top to bottom.
+#![allow(clippy::too_many_lines)]
+
 #[path = "../common/mod.rs"]
 mod common;
 

@@ -137,7 +137,9 @@ impl Etcd {
     /// The etcd that the tests of this process share. No test may stop or compact it.
     pub fn shared() -> Arc<Etcd> {
         static SHARED: Mutex<Weak<Etcd>> = Mutex::new(Weak::new());
-        let mut shared = SHARED.lock().unwrap_or_else(|error| error.into_inner());
+        let mut shared = SHARED
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(etcd) = shared.upgrade() {
             return etcd;
         }
@@ -284,7 +286,7 @@ impl Etcd {
         match &self.server {
             Server::External | Server::Container(None) => unreachable!("there is no etcd to stop"),
             Server::Container(Some(container)) => {
-                block_on(container.stop_with_timeout(Some(0))).unwrap()
+                block_on(container.stop_with_timeout(Some(0))).unwrap();
             }
             Server::Process { running, .. } => {
                 let process = running.lock().unwrap().take().expect("etcd is running");

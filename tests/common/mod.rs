@@ -77,7 +77,9 @@ pub fn free_port() -> u16 {
     loop {
         let port = fastrand::u16(10_000..30_000);
         let free = std::net::TcpListener::bind((local(), port)).is_ok();
-        let mut given = GIVEN.lock().unwrap_or_else(|error| error.into_inner());
+        let mut given = GIVEN
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         if free && given.insert(port) {
             return port;
         }

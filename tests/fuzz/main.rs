@@ -10,6 +10,9 @@
 //! Most inputs are mutations of valid ones, some are valid, and some are random bytes. Before them come
 //! some attacks that chance would not find.
 
+// A test is one scenario, read from top to bottom.
+#![allow(clippy::too_many_lines)]
+
 mod corpora;
 mod hostile;
 mod mutate;

@@ -8,6 +8,9 @@
 //! mutants [--seeds N] [--first S] [--only NAME]
 //! ```
 
+// A test is one scenario, read from top to bottom.
+#![allow(clippy::too_many_lines)]
+
 mod copy;
 mod mutant;
 

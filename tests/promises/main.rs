@@ -1,6 +1,9 @@
 //! Tests the README's promises on the programs, which run as processes on the real clock and are
 //! observed from outside.
 
+// A test is one scenario, read from top to bottom.
+#![allow(clippy::too_many_lines)]
+
 #[path = "../common/mod.rs"]
 mod common;
 

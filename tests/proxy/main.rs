@@ -1,5 +1,8 @@
 //! Tests real Pingora servers, both in this process and as example programs.
 
+// A test is one scenario, read from top to bottom.
+#![allow(clippy::too_many_lines)]
+
 #[path = "../common/mod.rs"]
 mod common;
 

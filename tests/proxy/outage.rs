@@ -73,7 +73,7 @@ async fn an_outage_of_etcd_and_a_mass_expiry_cost_no_request() {
         .unwrap()
         .leases()
         .iter()
-        .map(|lease| lease.id())
+        .map(etcd_client::LeaseStatus::id)
         .collect();
     assert!(leases.len() >= BACKENDS);
     let epoch = discovery.leadership().unwrap().epoch;

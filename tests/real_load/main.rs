@@ -9,6 +9,9 @@
 //! make real-load
 //! ```
 
+// A test is one scenario, read from top to bottom.
+#![allow(clippy::too_many_lines)]
+
 #[path = "../common/mod.rs"]
 mod common;
 

@@ -7,6 +7,9 @@
 //!
 //! A seed determines everything: the world, its faults, every delay and every jitter.
 
+// A test is one scenario, read from top to bottom.
+#![allow(clippy::too_many_lines)]
+
 mod check;
 mod history;
 mod net;

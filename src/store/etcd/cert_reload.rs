@@ -61,7 +61,7 @@ pub(super) fn follow(connector: &Arc<Connector>, new: &NewConnection) {
                         error!(
                             panic,
                             "checking for new certificate files failed, will retry"
-                        )
+                        );
                     });
                 }
             }
@@ -76,7 +76,10 @@ impl CertReload {
         let tls = self.tls.clone();
         let read = tokio::task::spawn_blocking(move || {
             let files = tls_files::read(&tls);
-            let fingerprint = files.as_ref().ok().map(|files| files.fingerprint());
+            let fingerprint = files
+                .as_ref()
+                .ok()
+                .map(super::tls_files::TlsFiles::fingerprint);
             let checked = files.and_then(|files| tls_files::check(&tls, &files).map(drop));
             (fingerprint, checked)
         });

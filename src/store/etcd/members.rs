@@ -74,7 +74,7 @@ async fn update(connector: &Weak<Connector>, client: &Client, endpoint: &str) ->
         .iter()
         // A member that has not started yet has no URLs.
         .filter(|member| !member.is_learner())
-        .flat_map(|member| member.client_urls())
+        .flat_map(etcd_client::Member::client_urls)
         .map(|url| url.trim_end_matches('/'))
         .filter(|url| is_usable(&connector.options, url));
     connector.use_members(&urls.collect::<Vec<_>>());
