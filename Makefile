@@ -97,10 +97,10 @@ outage: deps ## stop etcd for OUTAGE_SECONDS=300 under traffic; a short run is p
 # Features change what is compiled, so each useful set of features is linted separately.
 lint: deps ## check formatting, clippy and rustdoc, without warnings
 	cargo fmt --check
-	cargo clippy --all-targets -- -D warnings
-	cargo clippy --all-targets --no-default-features -- -D warnings
-	cargo clippy --all-targets --no-default-features --features system-metrics,tower,tls -- -D warnings
 	cargo clippy --all-targets --all-features -- -D warnings
+	cargo clippy --lib --examples -- -D warnings
+	cargo clippy --lib --no-default-features -- -D warnings
+	cargo clippy --lib --no-default-features --features balance,system-metrics,tower,tls -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --no-default-features
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
 

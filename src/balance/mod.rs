@@ -45,7 +45,9 @@ pub use pick::PickOptions;
 pub use settings::{Adaptive, Consistent, Headroom, Policy, Zones};
 pub use upstream::Upstream;
 
+#[cfg(feature = "config")]
 pub(crate) use builder::DEFAULT_PORT;
+#[cfg(feature = "config")]
 pub(crate) use policy::DEFAULT_CANDIDATES;
 #[cfg(feature = "pingora")]
 pub(crate) use {

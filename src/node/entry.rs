@@ -23,7 +23,7 @@ pub struct Node {
     /// Unique within the group; the last segment of its key.
     #[serde(deserialize_with = "fields::id")]
     pub id: String,
-    /// The address to connect to. A [`ServiceDiscovery`](crate::ServiceDiscovery) skips an entry
+    /// The address to connect to. A `ServiceDiscovery` skips an entry
     /// whose address nobody can connect to: unspecified, multicast, broadcast, or link-local (IPv6).
     #[serde(deserialize_with = "fields::ip")]
     pub ip: IpAddr,

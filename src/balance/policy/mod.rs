@@ -11,6 +11,7 @@ mod routing;
 
 pub(crate) use active::ActivePolicy;
 pub(super) use active::PolicySettings;
+#[cfg(feature = "config")]
 pub(crate) use least_busy::DEFAULT_CANDIDATES;
 pub(super) use least_busy::MAX_CANDIDATES;
 pub(super) use routing::RoutingPolicy;

@@ -131,6 +131,7 @@ fn without_the_feature_tls_is_refused() {
     assert!(error.contains("feature \"tls\""), "{error}");
 }
 
+#[cfg(feature = "config")]
 #[test]
 fn a_file_has_the_same_fields_and_defaults() {
     let read = |text: &str| serde_saphyr::from_str::<EtcdOptions>(text);
