@@ -206,7 +206,7 @@ impl LoadReport {
     }
 
     /// Whether the report contains a sampled value.
-    #[cfg(any(test, feature = "balance"))]
+    #[cfg(feature = "balance")]
     pub(crate) fn has_load(&self) -> bool {
         self.cpu.is_some() || self.memory.is_some() || self.queue.is_some()
     }

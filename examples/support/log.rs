@@ -5,7 +5,7 @@
 //! write, which ends the calling task, and so does the formatter of `tracing-subscriber` when it
 //! reports that it could not write. A full pipe would block the task, possibly indefinitely.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
 
@@ -22,6 +22,8 @@ pub fn init() {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| NonBlocking)
+        // Colour codes are for a terminal: a file or a pipe gets plain text.
+        .with_ansi(io::stderr().is_terminal())
         // Otherwise the formatter reports write errors with `eprintln!`.
         .log_internal_errors(false)
         .init();

@@ -112,7 +112,7 @@ async fn without_etcd_it_answers_after_the_time_to_be_ready_and_asks_now_and_the
     assert!((1000..4000).contains(&took.as_millis()), "{took:?}");
     assert_eq!(balancer.get().await, "503");
     until("the open circuit is logged", async || {
-        balancer.log_text().contains("again and again")
+        balancer.log_text().contains("several times in a row")
     })
     .await;
 }

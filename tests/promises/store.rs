@@ -173,7 +173,8 @@ async fn after_so_many_failures_etcd_is_asked_after_a_pause_only() {
         setup("breaker_failures: 1, breaker_pause_ms: 60000"),
         setup("breaker_failures: 1000000"),
     );
-    let logs_open_circuit = |balancer: &Balancer| balancer.log_text().contains("again and again");
+    let logs_open_circuit =
+        |balancer: &Balancer| balancer.log_text().contains("several times in a row");
     until("the open circuit is logged", async || {
         logs_open_circuit(&once)
     })

@@ -35,6 +35,14 @@ pub enum Log {
     Stuck,
 }
 
+/// What a program has logged so far.
+fn read_log(file: &Path) -> String {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let has_colours = text.contains('\u{1b}') && !std::thread::panicking();
+    assert!(!has_colours, "colour codes in a file: {text}");
+    text
+}
+
 fn start(mut command: Command, log: Log, file: &Path) -> Program {
     let everything = "trace";
     match log {
@@ -214,7 +222,7 @@ impl Setup {
 
 impl Balancer {
     pub fn log_text(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
+        read_log(&self.log)
     }
 
     /// The node that served a GET request, or the status if none did.
@@ -319,7 +327,7 @@ impl Worker {
     }
 
     pub fn log_text(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
+        read_log(&self.log)
     }
 }
 
