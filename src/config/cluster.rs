@@ -10,7 +10,9 @@ use crate::balance::{
     Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, DEFAULT_PORT, Headroom,
     Policy, Zones,
 };
-use crate::discovery::{EntryLimits, NodeFilter, SelfPreservation, ServiceDiscovery, SnapshotFile};
+use crate::discovery::{
+    EntryLimits, NodeFilter, PUBLISH_INTERVAL, SelfPreservation, ServiceDiscovery, SnapshotFile,
+};
 use crate::error::{ClusterError, in_range};
 use crate::store::EtcdOptions;
 
@@ -124,8 +126,11 @@ pub struct ClusterConfig {
     pub leader_wait_ms: u64,
 }
 
+/// How long a service waits for the first complete view before it signals ready without one.
+pub(crate) const READY_TIMEOUT: Duration = Duration::from_secs(10);
+
 fn default_publish_interval_ms() -> u64 {
-    20
+    PUBLISH_INTERVAL.as_millis() as u64
 }
 
 fn default_listen() -> String {
@@ -153,7 +158,7 @@ fn default_upstream_read_timeout_ms() -> u64 {
 }
 
 fn default_ready_timeout_ms() -> u64 {
-    10_000
+    READY_TIMEOUT.as_millis() as u64
 }
 
 fn default_leader_wait_ms() -> u64 {

@@ -12,5 +12,7 @@ mod values;
 
 pub use cluster::ClusterConfig;
 #[cfg(feature = "pingora")]
+pub(crate) use cluster::READY_TIMEOUT;
+#[cfg(feature = "pingora")]
 pub use server::{load, server_conf};
 pub use values::{HashOn, Port};

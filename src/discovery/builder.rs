@@ -15,7 +15,7 @@ use crate::lifecycle::Lifecycle;
 use crate::store::{EtcdOptions, LazyStore, Store};
 
 /// The default of the minimum time between two publications.
-const PUBLISH_INTERVAL: Duration = Duration::from_millis(20);
+pub(crate) const PUBLISH_INTERVAL: Duration = Duration::from_millis(20);
 const MAX_PUBLISH_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Builds a [`ServiceDiscovery`].

@@ -31,6 +31,8 @@ mod suspects;
 mod tests;
 
 pub use admission::{EntryLimits, NodeFilter};
+#[cfg(feature = "config")]
+pub(crate) use builder::PUBLISH_INTERVAL;
 pub use builder::ServiceDiscoveryBuilder;
 pub use changes::Changes;
 pub use handle::ServiceDiscovery;

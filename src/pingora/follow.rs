@@ -2,20 +2,19 @@
 
 use std::time::Duration;
 
-use tracing::{Span, error, info_span};
+use tracing::{Span, error, error_span};
 
+pub(super) use crate::config::READY_TIMEOUT;
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 
-/// How long a service waits for the first complete view, by default, before it signals ready without
-/// one.
-pub(super) const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often to check whether a discovery that another service runs is still running.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The span of everything that a service does for this group.
 pub(super) fn balancer_span(discovery: &ServiceDiscovery) -> Span {
-    info_span!("balancer", group = discovery.group_name())
+    // At the level of errors: a filter for warnings would switch a lower one off, with its fields.
+    error_span!("balancer", group = discovery.group_name())
 }
 
 /// Waits for the first complete view, for at most `timeout`. Returns whether there is one.
