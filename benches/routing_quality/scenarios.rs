@@ -92,20 +92,20 @@ pub fn all() -> Vec<Row> {
         row(1.70, many_proxies("64 proxies, 90 %", 0.9, false)),
         row(
             1.40,
-            many_proxies("64 proxies, 75 %, in flight told", 0.75, true),
+            many_proxies("64 proxies, 75 %, in flight reported", 0.75, true),
         ),
         row(
             1.55,
-            many_proxies("64 proxies, 90 %, in flight told", 0.9, true),
+            many_proxies("64 proxies, 90 %, in flight reported", 0.9, true),
         ),
         row(1.25, {
-            let mut it = many_proxies("64 proxies, 100 servers, in flight told", 0.75, true);
+            let mut it = many_proxies("64 proxies, 100 servers, in flight reported", 0.75, true);
             it.servers = 100;
             it.measure = 60.0;
             it
         }),
         row(2.60, {
-            let mut it = many_proxies("64 proxies, all told is random", 0.75, true);
+            let mut it = many_proxies("64 proxies, all reports random", 0.75, true);
             it.metrics = Metrics::Random;
             it
         }),
