@@ -27,7 +27,7 @@ const REPEATED_LISTINGS: usize = 3;
 /// How long to wait for the store before a snapshot file is used.
 const FILE_PATIENCE: Duration = Duration::from_secs(1);
 /// The maximum time that a run which ends takes to write the last changes to the snapshot file.
-const LAST_WRITE: Duration = Duration::from_secs(1);
+const FINAL_SAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Follows a group, and publishes what it sees.
 pub(super) struct Follower<'d> {
@@ -173,7 +173,7 @@ impl<'d> Follower<'d> {
             _ => SystemTime::now(),
         };
         let write = saver.finish(self.group.nodes(), cluster_id, as_of);
-        let _ = timeout(LAST_WRITE, write).await;
+        let _ = timeout(FINAL_SAVE_TIMEOUT, write).await;
     }
 
     /// Lists the group, and publishes it. Returns from where to watch.
@@ -233,7 +233,7 @@ impl<'d> Follower<'d> {
                     repeated += 1;
                     debug!(
                         oldest,
-                        "the history was compacted during the listing, which is repeated"
+                        "the listing is repeated: its revision cannot be read any more"
                     );
                 }
                 error => return Err(error),
@@ -324,7 +324,7 @@ impl<'d> Follower<'d> {
             warn!(%error, ?delay, "disconnected; the last view stays in use");
             self.published.send(ClusterEvent::Disconnected);
         } else if matches!(error, ClusterError::Compacted { .. }) {
-            warn!(%error, ?delay, "events were missed; the group will be listed again");
+            warn!(%error, ?delay, "the watch cannot continue where it was; the group will be listed again");
         } else if self.published.is_ready() {
             debug!(%error, ?delay, "still disconnected");
         } else {

@@ -6,8 +6,8 @@ use super::admission::{Refusal, shortened};
 use super::log_once::LogOnce;
 use crate::store::Entry;
 
-/// How many entries were rejected since the start, by reason. Each key is logged once for each
-/// reason.
+/// How many entries were rejected since the start, by reason. Registrations are logged once for each
+/// key and reason, up to a limit of 10,000 lines.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RejectedEntries {

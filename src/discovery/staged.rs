@@ -12,7 +12,7 @@ use crate::store::Entry;
 use crate::validate;
 use crate::view::Nodes;
 
-/// What has been read of a listing. Costs memory only for what differs from the current view.
+/// What has been read of a listing. Nodes that have not changed are shared with the current view.
 #[derive(Default)]
 pub(super) struct Staged {
     /// Ordered by id.

@@ -44,10 +44,10 @@ pub(super) enum State {
     /// The store answers, but events are gone for good: its history was compacted, or is another
     /// one. The group has to be listed again. Readers are not notified, because the listing normally
     /// follows at once.
-    Overtaken { cluster_id: u64, since: Instant },
+    MustRelist { cluster_id: u64, since: Instant },
     /// Contact is lost, readers know it, and a watch cannot continue: the group has to be listed
     /// again.
-    Outdated { cluster_id: u64, since: Instant },
+    DisconnectedMustRelist { cluster_id: u64, since: Instant },
 }
 
 /// What has happened.
@@ -146,9 +146,9 @@ impl State {
             (Self::Listed { position } | Self::Watching { position }, failure) => {
                 let (cluster_id, since) = (position.cluster_id, now);
                 match failure {
-                    Failure::Missed => (Self::Overtaken { cluster_id, since }, None),
+                    Failure::Missed => (Self::MustRelist { cluster_id, since }, None),
                     Failure::TooLarge => {
-                        let outdated = Self::Outdated { cluster_id, since };
+                        let outdated = Self::DisconnectedMustRelist { cluster_id, since };
                         (outdated, Some(News::Disconnected))
                     }
                     Failure::Other => {
@@ -159,10 +159,10 @@ impl State {
             }
             (Self::Disconnected { position, since }, Failure::Missed | Failure::TooLarge) => {
                 let cluster_id = position.cluster_id;
-                (Self::Outdated { cluster_id, since }, None)
+                (Self::DisconnectedMustRelist { cluster_id, since }, None)
             }
-            (Self::Overtaken { cluster_id, since }, Failure::TooLarge | Failure::Other) => {
-                let outdated = Self::Outdated { cluster_id, since };
+            (Self::MustRelist { cluster_id, since }, Failure::TooLarge | Failure::Other) => {
+                let outdated = Self::DisconnectedMustRelist { cluster_id, since };
                 (outdated, Some(News::Disconnected))
             }
             // Nothing was listed yet, or it has to be listed again anyway.
@@ -174,10 +174,10 @@ impl State {
         match self {
             Self::Starting | Self::Empty => None,
             Self::FromDisk { .. } | Self::FromMember { .. } => Some(News::Connected),
-            Self::Inherited | Self::Disconnected { .. } | Self::Outdated { .. } => {
+            Self::Inherited | Self::Disconnected { .. } | Self::DisconnectedMustRelist { .. } => {
                 Some(News::Reconnected)
             }
-            Self::Listed { .. } | Self::Watching { .. } | Self::Overtaken { .. } => None,
+            Self::Listed { .. } | Self::Watching { .. } | Self::MustRelist { .. } => None,
         }
     }
 
@@ -200,8 +200,8 @@ impl State {
     pub(super) fn silent_since(&self) -> Option<Instant> {
         match self {
             Self::Disconnected { since, .. }
-            | Self::Overtaken { since, .. }
-            | Self::Outdated { since, .. } => Some(*since),
+            | Self::MustRelist { since, .. }
+            | Self::DisconnectedMustRelist { since, .. } => Some(*since),
             _ => None,
         }
     }
@@ -221,9 +221,8 @@ impl State {
             Self::Listed { position }
             | Self::Watching { position }
             | Self::Disconnected { position, .. } => Some(position.cluster_id),
-            Self::Overtaken { cluster_id, .. } | Self::Outdated { cluster_id, .. } => {
-                Some(*cluster_id)
-            }
+            Self::MustRelist { cluster_id, .. }
+            | Self::DisconnectedMustRelist { cluster_id, .. } => Some(*cluster_id),
             _ => None,
         }
     }

@@ -53,8 +53,8 @@ fn states(since: Instant) -> Vec<State> {
             position: position.clone(),
         },
         Disconnected { position, since },
-        Overtaken { cluster_id, since },
-        Outdated { cluster_id, since },
+        MustRelist { cluster_id, since },
+        DisconnectedMustRelist { cluster_id, since },
     ]
 }
 
@@ -80,7 +80,7 @@ fn after_a_listing_a_watch_is_opened_from_its_revision() {
         None, // Listed
         None, // Watching
         reconnected,
-        None, // Overtaken: readers do not know.
+        None, // MustRelist: readers do not know.
         reconnected,
     ];
     for (state, news) in states(now).into_iter().zip(news) {
@@ -123,7 +123,7 @@ fn a_failure_keeps_the_position_if_a_watch_can_continue() {
         (
             Listed { position: at(5) },
             missed(),
-            Overtaken {
+            MustRelist {
                 cluster_id,
                 since: now,
             },
@@ -132,7 +132,7 @@ fn a_failure_keeps_the_position_if_a_watch_can_continue() {
         (
             Watching { position: at(5) },
             missed(),
-            Overtaken {
+            MustRelist {
                 cluster_id,
                 since: now,
             },
@@ -141,7 +141,7 @@ fn a_failure_keeps_the_position_if_a_watch_can_continue() {
         (
             Watching { position: at(5) },
             too_large(),
-            Outdated {
+            DisconnectedMustRelist {
                 cluster_id,
                 since: now,
             },
@@ -165,7 +165,7 @@ fn a_failure_keeps_the_position_if_a_watch_can_continue() {
                 since: before,
             },
             missed(),
-            Outdated {
+            DisconnectedMustRelist {
                 cluster_id,
                 since: before,
             },
@@ -177,43 +177,43 @@ fn a_failure_keeps_the_position_if_a_watch_can_continue() {
                 since: before,
             },
             too_large(),
-            Outdated {
+            DisconnectedMustRelist {
                 cluster_id,
                 since: before,
             },
             None,
         ),
         (
-            Overtaken {
+            MustRelist {
                 cluster_id,
                 since: before,
             },
             missed(),
-            Overtaken {
+            MustRelist {
                 cluster_id,
                 since: before,
             },
             None,
         ),
         (
-            Overtaken {
+            MustRelist {
                 cluster_id,
                 since: before,
             },
             away(),
-            Outdated {
+            DisconnectedMustRelist {
                 cluster_id,
                 since: before,
             },
             disconnected,
         ),
         (
-            Outdated {
+            DisconnectedMustRelist {
                 cluster_id,
                 since: before,
             },
             missed(),
-            Outdated {
+            DisconnectedMustRelist {
                 cluster_id,
                 since: before,
             },
