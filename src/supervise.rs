@@ -1,9 +1,11 @@
 //! Catches panics in background tasks, so that they are logged and the work continues.
 
 use std::future::Future;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
 use std::task::Poll;
+
+use tracing::Span;
 
 /// Runs a future, and returns its output or the message of its panic.
 pub(crate) async fn caught<F: Future>(future: F) -> Result<F::Output, String> {
@@ -25,6 +27,37 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
         .map(|message| (*message).to_owned());
     let message = literal.or_else(|| panic.downcast_ref::<String>().cloned());
     format!("it panicked: {}", message.unwrap_or_default())
+}
+
+/// Runs a future within a span. A subscriber that panics when the span is entered, left or closed,
+/// because it cannot write, costs the span only: the future is polled and dropped all the same.
+pub(crate) fn in_span<F: Future>(
+    span: &Span,
+    future: F,
+) -> impl Future<Output = F::Output> + use<F> {
+    let span = QuietSpan(span.clone());
+    async move {
+        let mut future = Box::pin(future);
+        std::future::poll_fn(|context| {
+            let mut entered = None;
+            say(|| entered = Some(span.0.enter()));
+            // Left before the panic goes on: a second one during unwinding would end the process.
+            let poll = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(context)));
+            say(|| drop(entered));
+            poll.unwrap_or_else(|panic| resume_unwind(panic))
+        })
+        .await
+    }
+}
+
+/// A span whose end may be logged, or not.
+struct QuietSpan(Span);
+
+impl Drop for QuietSpan {
+    fn drop(&mut self) {
+        let span = std::mem::replace(&mut self.0, Span::none());
+        say(|| drop(span));
+    }
 }
 
 /// Runs a logging call, and ignores a panic in it: the subscriber may be what has panicked.

@@ -90,7 +90,8 @@ impl EndpointState {
 
     pub(super) fn succeeded(&self, latency: Duration) {
         let success = self.success.get();
-        if success < 1.0 {
+        // A backend that is gone stays gone, whatever becomes of its last requests.
+        if (0.0..1.0).contains(&success) {
             self.success.set(self.fleet.after_success(success));
         }
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
@@ -103,10 +104,14 @@ impl EndpointState {
     }
 
     pub(super) fn failed(&self) {
-        // Two failures at the same time may count as one; the next one corrects that.
-        let success = self.fleet.after_failure(self.success.get());
-        self.success.set(success);
         self.failures.fetch_add(1, Ordering::Relaxed);
+        let before = self.success.get();
+        if before < 0.0 {
+            return;
+        }
+        // Two failures at the same time may count as one; the next one corrects that.
+        let success = self.fleet.after_failure(before);
+        self.success.set(success);
         if self.fleet.acceptance(success) < 1.0 {
             self.fleet.set_some_fail();
         }

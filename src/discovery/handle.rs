@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use tokio::sync::{broadcast, watch};
-use tracing::{Instrument, error_span};
+use tracing::error_span;
 
 use super::changes::Changes;
 use super::follower::Follower;
@@ -17,6 +17,7 @@ use crate::error::ClusterError;
 use crate::lifecycle::Lifecycle;
 use crate::node::Node;
 use crate::store::{LazyStore, StoreStatus};
+use crate::supervise::in_span;
 use crate::view::{ClusterEvent, Leadership, Nodes};
 
 /// A live view of one group, kept current by a watch.
@@ -101,9 +102,9 @@ impl ServiceDiscovery {
         tokio::select! {
             biased;
             () = shutdown => {}
-            () = follower.follow().instrument(span.clone()) => {}
+            () = in_span(&span, follower.follow()) => {}
         }
-        follower.finish().instrument(span).await;
+        in_span(&span, follower.finish()).await;
         Ok(())
     }
 

@@ -11,7 +11,6 @@ use ::pingora::lb::discovery::ServiceDiscovery as PingoraDiscovery;
 use ::pingora::{Error, ErrorType, Result};
 use async_trait::async_trait;
 use tokio::task::JoinHandle;
-use tracing::Instrument;
 
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
 use super::pace::{every_tick, pause_after};
@@ -20,6 +19,7 @@ use super::weights::LiveWeights;
 use crate::balance::BalancerBuilder;
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
+use crate::supervise::in_span;
 use crate::sync::lock;
 
 /// A group as the discovery of a stock Pingora `LoadBalancer`.
@@ -125,12 +125,14 @@ impl ClusterBackends {
         let span = balancer_span(&discovery);
         let running = async move {
             tokio::join!(
-                restart_forever("discovery", || follow(&discovery)),
-                restart_forever("weights from metrics", || refresh(&discovery, &weights)),
-                restart_forever("weights", || every_tick(|now| weights.tick(now))),
+                restart_forever(&span, "discovery", || follow(&discovery)),
+                restart_forever(&span, "weights from metrics", || refresh(
+                    &discovery, &weights
+                )),
+                restart_forever(&span, "weights", || every_tick(|now| weights.tick(now))),
             );
         };
-        *task = Some(Task(tokio::spawn(running.instrument(span))));
+        *task = Some(Task(tokio::spawn(running)));
     }
 }
 
@@ -152,7 +154,7 @@ impl PingoraDiscovery for ClusterBackends {
         if !self.discovery.is_ready() {
             let span = balancer_span(&self.discovery);
             let waits = matches!(self.runner, Runner::OwnTask(_));
-            let waiting = wait_ready(&self.discovery, self.ready_timeout).instrument(span);
+            let waiting = in_span(&span, wait_ready(&self.discovery, self.ready_timeout));
             if !waits || !waiting.await {
                 let group = self.discovery.group_name();
                 return Error::e_explain(

@@ -7,14 +7,18 @@ use tracing::{Span, error, error_span};
 pub(super) use crate::config::READY_TIMEOUT;
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
+use crate::supervise::say;
 
 /// How often to check whether a discovery that another service runs is still running.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The span of everything that a service does for this group.
+/// None if the subscriber panics: it must not end a service.
 pub(super) fn balancer_span(discovery: &ServiceDiscovery) -> Span {
     // At the level of errors: a filter for warnings would switch a lower one off, with its fields.
-    error_span!("balancer", group = discovery.group_name())
+    let mut span = Span::none();
+    say(|| span = error_span!("balancer", group = discovery.group_name()));
+    span
 }
 
 /// Waits for the first complete view, for at most `timeout`. Returns whether there is one.

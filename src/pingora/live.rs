@@ -13,7 +13,7 @@ use ::pingora::services::ServiceReadyNotifier;
 use ::pingora::services::background::BackgroundService;
 use async_trait::async_trait;
 use tokio::sync::watch;
-use tracing::{Instrument, error};
+use tracing::error;
 
 use super::backends::ClusterBackends;
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
@@ -156,17 +156,17 @@ where
     /// Each part is restarted by itself: a health check that panics does not affect the view.
     async fn run(&self, mut ready: Option<ServiceReadyNotifier>) {
         let updated = &watch::Sender::new(false);
-        let parts = async {
-            tokio::join!(
-                restart_forever("discovery", || follow(&self.discovery)),
-                restart_forever("load balancer", || {
-                    self.keep_up_to_date(ready.take(), updated)
-                }),
-                restart_forever("health checks", || self.check_health(updated)),
-                restart_forever("weights", || every_tick(|now| self.weights.tick(now))),
-            );
-        };
-        parts.instrument(balancer_span(&self.discovery)).await;
+        let span = balancer_span(&self.discovery);
+        tokio::join!(
+            restart_forever(&span, "discovery", || follow(&self.discovery)),
+            restart_forever(&span, "load balancer", || {
+                self.keep_up_to_date(ready.take(), updated)
+            }),
+            restart_forever(&span, "health checks", || self.check_health(updated)),
+            restart_forever(&span, "weights", || every_tick(|now| self
+                .weights
+                .tick(now))),
+        );
     }
 }
 

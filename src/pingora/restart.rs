@@ -7,17 +7,18 @@ use std::fmt::Display;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use tracing::error;
+use tracing::{Span, error};
 
 use crate::backoff::Backoff;
-use crate::supervise::{caught, say};
+use crate::supervise::{caught, in_span, say};
 
 /// After a run of this length the next restart is as quick as the first one.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
 
 /// Runs a task that must not end. If it ends or panics, it is started again: after 1 s to 2 s, and
-/// after up to 30 s if that happens repeatedly.
-pub(super) async fn restart_forever<F>(task: &str, mut start: impl FnMut() -> F)
+/// after up to 30 s if that happens repeatedly. The span is entered inside the guard, because the
+/// subscriber may be what panics.
+pub(super) async fn restart_forever<F>(span: &Span, task: &str, mut start: impl FnMut() -> F)
 where
     F: Future,
     F::Output: Display,
@@ -25,7 +26,7 @@ where
     let mut backoff = Backoff::new();
     loop {
         let started = Instant::now();
-        let reason = match caught(start()).await {
+        let reason = match caught(in_span(span, start())).await {
             Ok(reason) => reason.to_string(),
             Err(panic) => panic,
         };
@@ -34,12 +35,14 @@ where
         }
         let delay = backoff.next_delay();
         say(|| {
-            error!(
-                task,
-                reason,
-                ?delay,
-                "a task that must not end has ended; it is started again"
-            );
+            span.in_scope(|| {
+                error!(
+                    task,
+                    reason,
+                    ?delay,
+                    "a task that must not end has ended; it is started again"
+                );
+            });
         });
         tokio::time::sleep(delay).await;
     }
@@ -53,7 +56,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_panics_or_ends_is_started_again() {
         let starts = Cell::new(0);
-        let restarted = restart_forever("t", async || {
+        let span = Span::none();
+        let restarted = restart_forever(&span, "t", async || {
             starts.set(starts.get() + 1);
             match starts.get() {
                 1 => panic!("on purpose"),

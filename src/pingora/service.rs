@@ -8,7 +8,6 @@ use ::pingora::server::ShutdownWatch;
 use ::pingora::services::ServiceReadyNotifier;
 use ::pingora::services::background::BackgroundService;
 use async_trait::async_trait;
-use tracing::Instrument;
 
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
 use super::pace::{every_tick, pause_after};
@@ -101,16 +100,16 @@ impl BalancerService {
     }
 
     async fn run(&self, mut ready: Option<ServiceReadyNotifier>) {
-        let parts = async {
-            tokio::join!(
-                restart_forever("discovery", || follow(&self.discovery)),
-                // It starts with a complete view, whatever it had applied before.
-                restart_forever("balancer", || self.apply_changes()),
-                restart_forever("weights", || every_tick(|now| self.balancer.tick(now))),
-                restart_forever("readiness", || self.signal_ready(ready.take())),
-            );
-        };
-        parts.instrument(balancer_span(&self.discovery)).await;
+        let span = balancer_span(&self.discovery);
+        tokio::join!(
+            restart_forever(&span, "discovery", || follow(&self.discovery)),
+            // It starts with a complete view, whatever it had applied before.
+            restart_forever(&span, "balancer", || self.apply_changes()),
+            restart_forever(&span, "weights", || every_tick(|now| self
+                .balancer
+                .tick(now))),
+            restart_forever(&span, "readiness", || self.signal_ready(ready.take())),
+        );
     }
 }
 

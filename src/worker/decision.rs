@@ -8,7 +8,7 @@ use crate::store::{Entry, LeaseId, Revision};
 #[cfg(test)]
 mod tests;
 
-/// The next thing that a node does in the election. The first six write, and are followed by
+/// The next thing that a node does in the election. The first five write, and are followed by
 /// another reading; the others wait for a change that matters.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Action {

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::time::{Instant, sleep};
-use tracing::Instrument;
 
 use super::command::{Command, Reply};
 use super::config::NodeConfig;
@@ -127,7 +126,7 @@ impl ClusterNode {
     ) -> Result<(), ClusterError> {
         self.check_valid()?;
         let state = &*self.state;
-        run(state, shutdown).instrument(state.span()).await
+        run(state, shutdown).await
     }
 
     /// Calls [`run_until`](Self::run_until) until a message arrives on `shutdown`, or its sender is

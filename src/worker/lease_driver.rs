@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tracing::{Instrument, Span, debug, error, warn};
+use tracing::{Span, debug, error, warn};
 
 use super::lease::{Pacing, SharedLease, UNHEALTHY_AFTER, until_replaced};
 use super::orphans::remove_orphans;
 use super::tenure::{Tenure, margin};
 use crate::error::ClusterError;
 use crate::store::Store;
+use crate::supervise::in_span;
 
 /// Renewals missed in a row until they are tried less often; or until the lease is given up, if
 /// the store refuses them permanently.
@@ -53,7 +54,7 @@ fn start(lease: &Arc<SharedLease>, store: &Arc<dyn Store>, span: &Span) {
         };
         let store_of_task = store.clone();
         let task = async move { match drive(&end.lease, &*store_of_task).await {} };
-        store.spawn(Box::pin(task.instrument(span.clone())))
+        store.spawn(Box::pin(in_span(span, task)))
     });
 }
 

@@ -25,6 +25,7 @@ use crate::error::ClusterError;
 use crate::metrics::Sampler;
 use crate::node::HealthStatus;
 use crate::store::{Condition, LeaseId, Store, Txn};
+use crate::supervise::in_span;
 
 /// How long leaving may take. What is not done by then ends with the lease.
 const LEAVE_BUDGET: Duration = Duration::from_millis(1500);
@@ -40,20 +41,21 @@ pub(super) async fn run(
     state: &WorkerState,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ClusterError> {
-    let (running, mut inbox) = Running::start(state)?;
+    let span = state.span();
+    let (running, mut inbox) = span.in_scope(|| Running::start(state))?;
     let store = state.store.get()?;
     // The task that keeps a lease of several nodes does not log as one of them.
     let lease_span = match state.config.pool {
         Some(_) => Span::none(),
-        None => Span::current(),
+        None => span.clone(),
     };
     tokio::select! {
         biased;
         () = shutdown => {}
-        never = keep_alive(&running.lease, &store, &lease_span) => match never {},
-        never = live(state, &*store, &running.lease, &mut inbox) => match never {},
+        never = in_span(&span, keep_alive(&running.lease, &store, &lease_span)) => match never {},
+        never = in_span(&span, live(state, &*store, &running.lease, &mut inbox)) => match never {},
     }
-    running.leave(&*store).await;
+    in_span(&span, running.leave(&*store)).await;
     Ok(())
 }
 
@@ -80,14 +82,15 @@ impl<'a> Running<'a> {
                 Arc::new(own)
             }
         };
-        state.entry().set_run(fastrand::u64(1..));
-        state.feed(Input::Start);
-        info!("node starts");
+        // From here on the clean-up happens, also if the subscriber panics.
         let running = Self {
             state,
             lease,
             has_left: false,
         };
+        state.entry().set_run(fastrand::u64(1..));
+        state.feed(Input::Start);
+        info!("node starts");
         Ok((running, inbox))
     }
 

@@ -172,7 +172,8 @@ impl Conditions<'_> {
         let slot = &self.table.slots[index];
         // How it was when the table was built is already part of how often it is drawn.
         let chance = self.fleet.acceptance(slot.endpoint.success()) / slot.acceptance;
-        if chance < 1.0 && random_unit(random) > chance {
+        let is_accepted = chance >= 1.0 || random_unit(random) <= chance;
+        if !is_accepted {
             return None;
         }
         Some(match self.now {

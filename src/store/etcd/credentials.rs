@@ -110,11 +110,15 @@ impl Credentials {
         })
     }
 
+    /// Checks which of the fields of a file are there.
+    pub(super) fn check_fields(&self) -> Result<(), ClusterError> {
+        self.fault
+            .map_or(Ok(()), |fault| Err(config("user", fault)))
+    }
+
     /// Checks the user, and that the password can be read. Blocks.
     pub(super) fn validate(&self) -> Result<(), ClusterError> {
-        if let Some(fault) = self.fault {
-            return Err(config("user", fault));
-        }
+        self.check_fields()?;
         if self.user.is_empty() {
             return Err(config("user", "must not be empty"));
         }

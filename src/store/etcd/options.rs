@@ -112,6 +112,9 @@ impl<'de> Deserialize<'de> for EtcdOptions {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         // The derived function, which `remote` has made an inherent one.
         let mut options = Self::deserialize(deserializer)?;
+        if options.endpoints.is_empty() {
+            return Err(serde::de::Error::missing_field("endpoints"));
+        }
         let text = options.password_field.take().map(Password::from);
         let file = options.password_file_field.take().map(Password::File);
         let env = options.password_env_field.take().map(Password::Env);
@@ -288,6 +291,9 @@ impl EtcdOptions {
 
     /// Checks every field, but not the contents of files.
     pub(crate) fn check_values(&self) -> Result<(), ClusterError> {
+        if let Some(credentials) = &self.credentials {
+            credentials.check_fields()?;
+        }
         if self.endpoints.is_empty() {
             return Err(ClusterError::config(
                 "endpoints",

@@ -140,9 +140,11 @@ impl Failure {
             Code::DeadlineExceeded => Self::DeadlineExceeded,
             Code::ResourceExhausted => Self::Exhausted(text.to_owned()),
             Code::OutOfRange if text.contains(ANSWER_TOO_LARGE) => Self::TooLarge(text.to_owned()),
-            Code::PermissionDenied => Self::PermissionDenied,
-            Code::Unauthenticated => Self::TokenRefused(text.to_owned()),
-            Code::InvalidArgument
+            // All of etcd's own refusals have a text that is known. These come from what stands before
+            // it, such as a proxy: another endpoint may do without.
+            Code::PermissionDenied
+            | Code::Unauthenticated
+            | Code::InvalidArgument
             | Code::NotFound
             | Code::FailedPrecondition
             | Code::Unimplemented => Self::Rejected(text.to_owned()),

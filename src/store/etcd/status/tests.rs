@@ -46,8 +46,12 @@ fn refusals_of_the_user() {
     ] {
         assert!(of_status(Code::InvalidArgument, text).is_token_refused());
     }
-    assert!(of_status(Code::Unauthenticated, "").is_token_refused());
-    assert!(of_status(Code::PermissionDenied, "").is_permission_denied());
+    // A proxy's own refusal is no refusal by etcd's users and roles: the next endpoint is tried.
+    assert!(!of_status(Code::Unauthenticated, "jwt is missing").is_token_refused());
+    let of_proxy = of_status(Code::PermissionDenied, "RBAC: access denied");
+    assert!(!of_proxy.is_permission_denied());
+    let shown = explained(&of_proxy, &options).to_string();
+    assert!(shown.contains("RBAC: access denied"), "{shown}");
     assert_eq!(
         Failure::of_message("etcdserver: mvcc: database space exceeded"),
         None
@@ -63,7 +67,11 @@ fn the_user_is_named_once() {
         explained(&wrong, &options).to_string(),
         "etcd at e does not accept the user: wrong user or password (user \"u\")"
     );
-    let denied = explained(&of_status(Code::PermissionDenied, ""), &options).to_string();
+    let denied = explained(
+        &of_status(Code::PermissionDenied, "etcdserver: permission denied"),
+        &options,
+    )
+    .to_string();
     assert!(
         denied.ends_with("no role of user \"u\" allows list of registry/app/"),
         "{denied}"
