@@ -145,8 +145,5 @@ fn a_file_has_the_same_fields_and_defaults() {
     let error = read("{ endpoints: ['h:1'], timeout: 1 }").unwrap_err();
     assert!(error.to_string().contains("timeout"), "{error}");
     let without = read("key_prefix: x").unwrap_err().to_string();
-    assert!(
-        without.contains("endpoints") && without.contains("line 1"),
-        "{without}"
-    );
+    assert!(without.contains("endpoints"), "{without}");
 }
