@@ -127,6 +127,12 @@ fn build(tree: &Tree, target: &Path) -> Result<PathBuf, String> {
         ])
         .args(["--no-run", "--message-format=json-render-diagnostics"])
         .stderr(Stdio::inherit());
+    // What cargo tells this program about its package. Build scripts look at it, and dependencies
+    // would be built again for each of the two packages in turn.
+    let inherited = std::env::vars_os().map(|(name, _)| name);
+    for name in inherited.filter(|name| is_of_package(&name.to_string_lossy())) {
+        cargo.env_remove(name);
+    }
     let output = cargo
         .output()
         .map_err(|error| format!("cargo test: {error}"))?;
@@ -143,6 +149,17 @@ fn build(tree: &Tree, target: &Path) -> Result<PathBuf, String> {
             .map(PathBuf::from)
     });
     program.ok_or_else(|| "cargo built no simulation".to_owned())
+}
+
+fn is_of_package(variable: &str) -> bool {
+    let of_package = [
+        "CARGO_BIN",
+        "CARGO_CRATE",
+        "CARGO_MANIFEST",
+        "CARGO_PKG",
+        "CARGO_TARGET_TMP",
+    ];
+    of_package.iter().any(|start| variable.starts_with(start))
 }
 
 /// Runs seeds with this bug. Returns what the simulation found, if it found anything.
