@@ -12,10 +12,13 @@ deps: ## install what a build needs besides Rust (protoc, cmake)
 demo: deps ## a load balancer on 127.0.0.1:6188 and three nodes, until Ctrl-C
 	@exec cargo run --example load_balancer -- --conf config/demo.yaml --demo 3
 
+# Tests that `cargo test` leaves out by default are not among all targets.
+CLIPPY = cargo clippy --all-targets --test simulation --test fuzz --test mutants --all-features -- -D warnings
+
 # What needs no etcd and no optimised build: an answer within two minutes of a small change.
 check: deps ## formatting, clippy, unit tests, the layout of the sources
 	cargo fmt --check
-	cargo clippy --all-targets --all-features -- -D warnings
+	$(CLIPPY)
 	cargo test --all-features --lib --test architecture
 
 # The integration tests start the example binaries, which `cargo test` alone does not
@@ -97,7 +100,7 @@ outage: deps ## stop etcd for OUTAGE_SECONDS=300 under traffic; a short run is p
 # Features change what is compiled, so each useful set of features is linted separately.
 lint: deps ## check formatting, clippy and rustdoc, without warnings
 	cargo fmt --check
-	cargo clippy --all-targets --all-features -- -D warnings
+	$(CLIPPY)
 	cargo clippy --lib --examples -- -D warnings
 	cargo clippy --lib --no-default-features -- -D warnings
 	cargo clippy --lib --no-default-features --features balance,system-metrics,tower,tls -- -D warnings

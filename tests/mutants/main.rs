@@ -21,7 +21,7 @@ use std::time::Instant;
 use clap::Parser;
 
 use copy::{Tree, put_in};
-use mutant::{Mutant, read_all};
+use mutant::read_all;
 
 #[derive(Parser)]
 struct Arguments {
