@@ -324,7 +324,7 @@ impl<'d> Follower<'d> {
             warn!(%error, ?delay, "disconnected; the last view stays in use");
             self.published.send(ClusterEvent::Disconnected);
         } else if matches!(error, ClusterError::Compacted { .. }) {
-            warn!(%error, ?delay, "the watch cannot continue where it was; the group will be listed again");
+            warn!(%error, ?delay, "events were missed, or the history is another one; the group will be listed again");
         } else if self.published.is_ready() {
             debug!(%error, ?delay, "still disconnected");
         } else {

@@ -17,7 +17,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) fn balancer_span(discovery: &ServiceDiscovery) -> Span {
     // At the level of errors: a filter for warnings would switch a lower one off, with its fields.
     let mut span = Span::none();
-    say(|| span = error_span!("balancer", group = discovery.group_name()));
+    say(|| span = error_span!("balancer", group = %discovery.group_name()));
     span
 }
 
