@@ -113,7 +113,8 @@ impl<'de> Deserialize<'de> for EtcdOptions {
         // The derived function, which `remote` has made an inherent one.
         let mut options = Self::deserialize(deserializer)?;
         if options.endpoints.is_empty() {
-            return Err(serde::de::Error::missing_field("endpoints"));
+            let reason = "endpoints: at least one is needed, such as http://127.0.0.1:2379";
+            return Err(serde::de::Error::custom(reason));
         }
         let text = options.password_field.take().map(Password::from);
         let file = options.password_file_field.take().map(Password::File);
