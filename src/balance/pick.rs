@@ -14,7 +14,7 @@ pub struct PickOptions<'a> {
     /// the pick reads the clock if it needs the time, which is only where backends report their
     /// requests in flight.
     pub now: Option<Instant>,
-    /// 64 random bits that everything follows from that is drawn for this pick: for a simulation
-    /// that can be repeated. Default: the bits come from the thread's own generator.
+    /// The seed of what is drawn for this pick, for a simulation that can be repeated. Default: a
+    /// seed from the thread's own generator.
     pub random: Option<u64>,
 }
