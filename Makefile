@@ -21,6 +21,9 @@ check: deps ## formatting, clippy, unit tests, the layout of the sources
 	$(CLIPPY)
 	cargo test --all-features --lib --test architecture
 
+# Integration tests mostly wait, for leases, silences and slow links: more of them at a time than cores.
+TEST_THREADS ?= 6
+
 # The integration tests start the example binaries, which `cargo test` alone does not
 # build. The tests of the README's promises start optimised ones, as users do.
 # ETCD_IMAGE (name:tag, run through testcontainers) replaces the etcd process.
@@ -37,7 +40,7 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 		export ETCD_BIN; \
 	fi; \
 	set -x; \
-	cargo test --all-features --lib --bins --examples --tests; \
+	RUST_TEST_THREADS=$(TEST_THREADS) cargo test --all-features --lib --bins --examples --tests; \
 	cargo test --all-features --doc; \
 	cargo test --no-default-features --lib; \
 	$(SIMULATION) --seeds 4000; \

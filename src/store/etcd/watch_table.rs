@@ -289,6 +289,11 @@ impl WatchTable {
         if is_end {
             self.watches.remove(&id);
             self.ids.remove(&number);
+            if self.numbering == Numbering::Server && number >= 0 {
+                // A proxy keeps the dead watch until it is cancelled, and attaches the next watch on
+                // the same range to it, which then gets no events (etcd-io/etcd#21813).
+                self.outgoing.push_back(Request::Cancel(number));
+            }
         }
         if let Err(mpsc::error::TrySendError::Full(_)) = sent {
             // The reader has missed something, so all of its ranges end. The end of its queue is what

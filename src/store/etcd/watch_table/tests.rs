@@ -109,6 +109,22 @@ fn a_server_with_its_own_numbers_gets_one_request_at_a_time() {
 }
 
 #[test]
+fn a_watch_that_the_server_ended_is_cancelled_where_a_proxy_keeps_it() {
+    for (number, expected) in [(50, vec![Request::Cancel(50)]), (1, vec![])] {
+        let mut world = World::new();
+        world.open(1, 7);
+        world.requests();
+        world.receive(confirmation(number));
+        world.receive(Response {
+            is_confirmation: false,
+            is_end: true,
+            ..confirmation(number)
+        });
+        assert_eq!(world.requests(), expected);
+    }
+}
+
+#[test]
 fn a_watch_is_replaced_without_its_reader() {
     let mut world = World::new();
     world.open(1, 0);
