@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::clients::Clients;
+use super::timeouts::Timeouts;
 use super::values::{HashOn, Port};
 use crate::balance::{
     Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, DEFAULT_PORT, Headroom,
@@ -109,13 +111,12 @@ pub struct ClusterConfig {
     /// effects. Default: 2. Range: 0 to 2.
     #[serde(default = "default_retries")]
     pub retries: usize,
-    /// How long to wait for a connection to a backend. Default: 1,000 ms. Range: 1 to 60,000.
-    #[serde(default = "default_upstream_connect_timeout_ms")]
-    pub upstream_connect_timeout_ms: u64,
-    /// How long to wait for a backend to send something. Default: 60,000 ms. Range: 1 to
-    /// 3,600,000.
-    #[serde(default = "default_upstream_read_timeout_ms")]
-    pub upstream_read_timeout_ms: u64,
+    /// How long to wait for clients and backends.
+    #[serde(default)]
+    pub timeouts: Timeouts,
+    /// What clients may do, and which of them are believed.
+    #[serde(default)]
+    pub clients: Clients,
     /// How long the start waits for the first view of the group. Default: 10,000 ms. Range: 0 to
     /// 600,000.
     #[serde(default = "default_ready_timeout_ms")]
@@ -147,14 +148,6 @@ fn default_port() -> u16 {
 
 fn default_retries() -> usize {
     2
-}
-
-fn default_upstream_connect_timeout_ms() -> u64 {
-    1_000
-}
-
-fn default_upstream_read_timeout_ms() -> u64 {
-    60_000
 }
 
 fn default_ready_timeout_ms() -> u64 {
@@ -190,13 +183,9 @@ impl ClusterConfig {
             ));
         }
         let millis = |name, value: u64, range| in_range("cluster", name, value, range);
-        let (connect, read) = (
-            self.upstream_connect_timeout_ms,
-            self.upstream_read_timeout_ms,
-        );
         in_range("cluster", "retries", self.retries, 0..=2)?;
-        millis("upstream_connect_timeout_ms", connect, 1..=60_000)?;
-        millis("upstream_read_timeout_ms", read, 1..=3_600_000)?;
+        self.timeouts.validate("cluster.timeouts")?;
+        self.clients.validate("cluster.clients")?;
         millis("ready_timeout_ms", self.ready_timeout_ms, 0..=600_000)?;
         millis("leader_wait_ms", self.leader_wait_ms, 0..=60_000)?;
         millis("publish_interval_ms", self.publish_interval_ms, 0..=10_000)?;

@@ -4,15 +4,19 @@
 //! not exist is an error that names it and its line, also in Pingora's part, where Pingora alone
 //! would ignore it. `config/load_balancer.yaml` shows every field.
 
+mod clients;
 mod cluster;
 mod file;
 #[cfg(feature = "pingora")]
 mod server;
+mod timeouts;
 mod values;
 
+pub use clients::{Clients, Network};
 pub use cluster::ClusterConfig;
 #[cfg(feature = "pingora")]
 pub(crate) use cluster::READY_TIMEOUT;
 #[cfg(feature = "pingora")]
 pub use server::{load, server_conf};
+pub use timeouts::Timeouts;
 pub use values::{HashOn, Port};

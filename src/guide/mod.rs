@@ -6,6 +6,7 @@
 //! | [Concepts](concepts) | what runs where, what is stored in etcd |
 //! | [Routing](routing) | how a backend is chosen, how near to the optimum, at what cost |
 //! | [Configuration](configuration) | what the YAML file says, and how it is checked |
+//! | [At the edge](edge) | time-outs, limits and headers of the bundled proxy |
 //! | [Leadership and fencing](fencing) | who leads, for how long, and how two leaders do no harm |
 //! | [When etcd is away](when_etcd_is_away) | outages, slow servers, silent connections, bad entries |
 //! | [Security](security) | TLS, users, the rights that each program needs |
@@ -76,6 +77,16 @@ pub mod routing {}
 /// [`config`](crate::config), [`ClusterConfig`](crate::config::ClusterConfig),
 /// [`config::load`](crate::config::load)
 pub mod configuration {}
+
+#[doc = include_str!("links.md")]
+#[doc = include_str!("edge.md")]
+///
+/// # In the API
+///
+/// [`ClusterProxy`](crate::proxy::ClusterProxy), [`TrustedProxies`](crate::proxy::TrustedProxies),
+/// [`FrontStatistics`](crate::proxy::FrontStatistics), [`Timeouts`](crate::config::Timeouts),
+/// [`Clients`](crate::config::Clients)
+pub mod edge {}
 
 #[doc = include_str!("links.md")]
 #[doc = include_str!("fencing.md")]

@@ -1,9 +1,12 @@
 //! The state of one request.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ::pingora::proxy::Session;
+
+use super::front::{Connection, Phase};
 use crate::balance::Upstream;
 use crate::ids::Revision;
 use crate::node::Node;
@@ -12,7 +15,18 @@ use crate::pingora::LeaderUpstream;
 /// What [`ClusterProxy`](super::ClusterProxy) keeps about a request.
 pub struct RequestContext {
     pub(super) started: Instant,
-    /// When the current backend was picked: earlier tries are not its fault.
+    /// The client's connection, if its listener has a front.
+    pub(super) connection: Option<Arc<Connection>>,
+    /// The client, behind trusted proxies; `None` for a Unix socket.
+    pub(super) client: Option<IpAddr>,
+    /// How much of the request's body has been received.
+    pub(super) body_bytes: u64,
+    /// Whether the request has been received completely.
+    pub(super) is_complete: bool,
+    /// Whether the connection has become a tunnel.
+    pub(super) is_tunnel: bool,
+    /// When the current backend could begin: when it was picked, because earlier tries are not its
+    /// fault, or when it had the whole request, because a slow upload is not either.
     pub(super) sent: Instant,
     /// How long the current backend took to answer. Not until the end of the response, which depends
     /// on how fast the client reads.
@@ -34,6 +48,11 @@ impl RequestContext {
         let now = Instant::now();
         Self {
             started: now,
+            connection: None,
+            client: None,
+            body_bytes: 0,
+            is_complete: true,
+            is_tunnel: false,
             sent: now,
             answered: None,
             upstream: None,
@@ -51,6 +70,65 @@ impl RequestContext {
             (Some(leader), _) => Some(leader.node.clone()),
             (None, Some(upstream)) => Some(upstream.node()),
             (None, None) => None,
+        }
+    }
+
+    /// The address that the request was sent to.
+    pub(super) fn addr(&self) -> Option<SocketAddr> {
+        match (&self.leader, &self.upstream) {
+            (Some(leader), _) => Some(leader.addr),
+            (None, Some(upstream)) => Some(upstream.addr()),
+            (None, None) => None,
+        }
+    }
+
+    /// The connection is a tunnel from now on.
+    pub(super) fn becomes_tunnel(&mut self) {
+        self.is_tunnel = true;
+        if let Some(connection) = &self.connection {
+            connection.enter(Phase::Tunnel);
+        }
+    }
+
+    /// The request has been received completely.
+    pub(super) fn completes(&mut self, is_http2: bool) {
+        if self.is_complete {
+            return;
+        }
+        self.is_complete = true;
+        if let Some(connection) = &self.connection {
+            if is_http2 {
+                connection.body_ends();
+            } else {
+                connection.enter(Phase::Answer);
+            }
+        }
+    }
+
+    /// The response is complete. The rest of the request, if there is one, has no more use.
+    pub(super) fn answer_ends(&self, is_http2: bool) {
+        if let Some(connection) = &self.connection
+            && !is_http2
+            && !self.is_complete
+            && !self.is_tunnel
+        {
+            connection.enter(Phase::Drain);
+        }
+    }
+
+    /// The request is over.
+    pub(super) fn end(&mut self, session: &Session) {
+        let was_complete = self.is_complete;
+        if session.is_http2() {
+            self.completes(true);
+        } else if let Some(connection) = &self.connection
+            && !self.is_tunnel
+        {
+            connection.enter(if was_complete {
+                Phase::Idle
+            } else {
+                Phase::Drain
+            });
         }
     }
 

@@ -1,16 +1,27 @@
 //! The bundled proxy: a complete HTTP load balancer over the adapters (feature `pingora`).
 
+mod client;
+mod cluster_proxy;
 mod context;
 mod front;
 mod headers;
+mod hop_by_hop;
 mod leader;
 mod listener;
 mod outcome;
 mod peers;
 mod pick;
 mod reply;
+mod requests;
 mod retry;
 mod server;
+mod via;
 
+pub use client::TrustedProxies;
+pub use cluster_proxy::ClusterProxy;
 pub use context::RequestContext;
-pub use front::ClusterProxy;
+#[cfg(any(test, feature = "test-util"))]
+#[doc(hidden)]
+pub use front::is_proxy_header;
+pub use front::{FrontCounts, FrontStatistics};
+pub use server::ProxyParts;

@@ -1,28 +1,119 @@
 //! Peers with the time-outs of the configuration.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use ::pingora::protocols::TcpKeepalive;
 use ::pingora::upstreams::peer::HttpPeer;
+use arc_swap::ArcSwap;
 
+use crate::config::Timeouts;
 use crate::node::Node;
 use crate::pingora::http_peer;
 
-/// How long to wait for a backend.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Timeouts {
-    pub(super) connect: Duration,
-    /// For reads and writes.
-    pub(super) read: Duration,
+/// A connection on which nothing is acknowledged is probed after this time, so that one that a
+/// firewall has forgotten costs seconds.
+const PROBE_AFTER: Duration = Duration::from_secs(15);
+const PROBE_EVERY: Duration = Duration::from_secs(5);
+const PROBES: usize = 3;
+/// Backends of which it is known how long they keep idle connections.
+const MOST_HINTS: usize = 10_000;
+
+/// How long to wait for backends, and how long to keep connections to them.
+#[derive(Debug)]
+pub(super) struct Peers {
+    connect: Duration,
+    response: Duration,
+    tunnel: Duration,
+    pool_idle: Duration,
+    /// How long backends keep idle connections, where they have said so and it is shorter.
+    hints: ArcSwap<HashMap<SocketAddr, Duration>>,
 }
 
-impl Timeouts {
-    pub(super) fn peer(&self, addr: SocketAddr, node: &Node) -> Box<HttpPeer> {
+impl Peers {
+    pub(super) fn new(timeouts: &Timeouts) -> Self {
+        let milliseconds = Duration::from_millis;
+        Self {
+            connect: milliseconds(timeouts.connect_ms),
+            response: milliseconds(timeouts.response_ms),
+            tunnel: milliseconds(timeouts.tunnel_ms),
+            pool_idle: milliseconds(timeouts.pool_idle_ms),
+            hints: ArcSwap::default(),
+        }
+    }
+
+    /// A peer at this address. Nothing takes longer than `left`, if that is given.
+    pub(super) fn peer(
+        &self,
+        addr: SocketAddr,
+        node: &Node,
+        is_upgrade: bool,
+        left: Option<Duration>,
+    ) -> Box<HttpPeer> {
         let mut peer = http_peer(addr, node);
-        peer.options.connection_timeout = Some(self.connect);
-        peer.options.total_connection_timeout = Some(self.connect);
-        peer.options.read_timeout = Some(self.read);
-        peer.options.write_timeout = Some(self.read);
+        let options = &mut peer.options;
+        let within = |time: Duration| Some(left.map_or(time, |left| time.min(left)));
+        options.connection_timeout = within(self.connect);
+        options.total_connection_timeout = within(self.connect);
+        // The same time-outs hold for the tunnel that such a request becomes.
+        let response = if is_upgrade {
+            self.tunnel
+        } else {
+            self.response
+        };
+        options.read_timeout = within(response);
+        options.write_timeout = within(response);
+        let hint = self.hints.load().get(&addr).copied();
+        options.idle_timeout = Some(hint.unwrap_or(self.pool_idle));
+        options.tcp_keepalive = Some(TcpKeepalive {
+            idle: PROBE_AFTER,
+            interval: PROBE_EVERY,
+            count: PROBES,
+            #[cfg(target_os = "linux")]
+            user_timeout: PROBE_AFTER + PROBE_EVERY * PROBES as u32,
+        });
         Box::new(peer)
+    }
+
+    /// A backend closes idle connections after this number of seconds. The pool has to let go of them
+    /// before.
+    pub(super) fn closes_after(&self, addr: SocketAddr, seconds: u64) {
+        let before = Duration::from_secs(seconds.saturating_sub(1).max(1));
+        let hint = (before < self.pool_idle).then_some(before);
+        if self.hints.load().get(&addr).copied() == hint {
+            return;
+        }
+        self.hints.rcu(|hints| {
+            let mut hints = HashMap::clone(hints);
+            if hints.len() >= MOST_HINTS {
+                // Mostly of backends that are gone.
+                hints.clear();
+            }
+            match hint {
+                Some(hint) => hints.insert(addr, hint),
+                None => hints.remove(&addr),
+            };
+            hints
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pool_lets_go_of_a_connection_before_the_backend_does() {
+        let peers = Peers::new(&Timeouts::default());
+        let addr: SocketAddr = "10.0.0.1:80".parse().unwrap();
+        let node = Node::new("a", addr.ip());
+        let idle = || peers.peer(addr, &node, false, None).options.idle_timeout;
+        assert_eq!(idle(), Some(Duration::from_secs(4)));
+        for (says, expected) in [(2, 1), (0, 1), (3, 2), (60, 4)] {
+            peers.closes_after(addr, says);
+            assert_eq!(idle(), Some(Duration::from_secs(expected)), "{says}");
+        }
+        assert!(peers.hints.load().is_empty());
     }
 }

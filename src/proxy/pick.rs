@@ -1,6 +1,7 @@
 //! Picking a backend for a request.
 
 use std::borrow::Cow;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use ::pingora::Result;
@@ -13,10 +14,10 @@ use crate::balance::{Balancer, PickOptions, Upstream};
 use crate::config::HashOn;
 
 /// What the policy `consistent` hashes of a request.
-fn hash_key<'s>(hash_on: &HashOn, session: &'s Session) -> Cow<'s, [u8]> {
+fn hash_key<'s>(hash_on: &HashOn, session: &'s Session, client: Option<IpAddr>) -> Cow<'s, [u8]> {
     match hash_on {
-        HashOn::ClientIp => match session.client_addr().and_then(|addr| addr.as_inet()) {
-            Some(addr) => Cow::Owned(addr.ip().to_string().into_bytes()),
+        HashOn::ClientIp => match client {
+            Some(client) => Cow::Owned(client.to_string().into_bytes()),
             None => Cow::Borrowed(&[]),
         },
         HashOn::Uri => {
@@ -30,16 +31,20 @@ fn hash_key<'s>(hash_on: &HashOn, session: &'s Session) -> Cow<'s, [u8]> {
     }
 }
 
-/// Picks a backend that has not been tried yet, and stores it in the context.
+/// Picks a backend that has not been tried yet, and stores it in the context. `hash_on` is for a policy
+/// that hashes.
 pub(super) fn pick<'c>(
     balancer: &Balancer,
-    hash_on: &HashOn,
+    hash_on: Option<&HashOn>,
     session: &Session,
     context: &'c mut RequestContext,
 ) -> Result<&'c Upstream> {
     // The backend that failed is not busy with this request any more.
     context.upstream = None;
-    let key = hash_key(hash_on, session);
+    let key = match hash_on {
+        Some(hash_on) => hash_key(hash_on, session, context.client),
+        None => Cow::Borrowed(&[][..]),
+    };
     let now = Instant::now();
     context.sent = now;
     context.answered = None;

@@ -6,6 +6,9 @@ use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 
+use super::context::RequestContext;
+use super::front::Ended;
+
 /// An error response, with its reason in plain text.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Reply<'a> {
@@ -15,7 +18,29 @@ pub(super) struct Reply<'a> {
 
 /// 503 with this reason.
 pub(super) fn unavailable(reason: &'static str) -> Box<Error> {
-    Error::explain(ErrorType::HTTPStatus(503), reason)
+    refused(503, reason)
+}
+
+/// This status, with this reason.
+pub(super) fn refused(code: u16, reason: &'static str) -> Box<Error> {
+    Error::explain(ErrorType::HTTPStatus(code), reason)
+}
+
+/// The response to a client that did not send its request in time; `None` if that is not the reason.
+pub(super) fn timed_out(context: &RequestContext, error: &Error) -> Option<Reply<'static>> {
+    let by_front = context.connection.as_ref()?.ended() == Some(Ended::ReadTimeout);
+    let by_backend = is_slow_upload(context, error);
+    (by_front || by_backend).then_some(Reply {
+        code: 408,
+        reason: "the request did not arrive in time",
+    })
+}
+
+/// Whether a backend only waited because the client has not sent the rest of its request.
+pub(super) fn is_slow_upload(context: &RequestContext, error: &Error) -> bool {
+    !context.is_complete
+        && error.esource() == &ErrorSource::Upstream
+        && error.etype() == &ErrorType::ReadTimedout
 }
 
 /// The response to an error; `None` if the client is gone. `leader_failed` means that a leader could

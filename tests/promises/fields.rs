@@ -297,7 +297,7 @@ async fn tries_time_outs_and_the_default_port() {
 
     // A backend that responds too late, and one that accepts no connection.
     good.set_delay(Duration::from_secs(5));
-    let fields = "retries: 0\nupstream_read_timeout_ms: 200\nupstream_connect_timeout_ms: 300";
+    let fields = "retries: 0\ntimeouts: { response_ms: 200, connect_ms: 300 }";
     let limited = setup.with(fields).serving().await;
     let start = Instant::now();
     assert_eq!(limited.get().await, "504");

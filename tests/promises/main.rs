@@ -12,10 +12,13 @@ mod common;
 mod etcd_cluster;
 
 mod away;
+mod clients;
 mod deaths;
 mod fields;
+mod headers;
 mod logs;
 mod members;
+mod raw;
 mod snapshot;
 mod store;
 mod table;

@@ -352,12 +352,92 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::fields::tries_time_outs_and_the_default_port"],
     ),
     (
-        "upstream_connect_timeout_ms",
+        "timeouts.client_header_ms",
+        &["promises::clients::a_head_has_to_arrive_as_a_whole_in_its_time_for_each_request"],
+    ),
+    (
+        "timeouts.client_body_ms",
+        &["promises::clients::a_stalled_body_is_the_clients_fault"],
+    ),
+    (
+        "timeouts.client_idle_ms",
+        &["promises::clients::a_connection_without_requests_is_closed_after_its_time"],
+    ),
+    (
+        "timeouts.client_write_ms",
+        &["promises::clients::a_client_that_does_not_read_is_given_up"],
+    ),
+    (
+        "timeouts.client_drain_ms",
+        &["promises::clients::a_body_that_nobody_wants_is_read_for_its_time"],
+    ),
+    (
+        "timeouts.tunnel_ms",
+        &["promises::clients::a_tunnel_may_be_silent_for_longer_than_a_response"],
+    ),
+    (
+        "timeouts.connect_ms",
         &["promises::fields::tries_time_outs_and_the_default_port"],
     ),
     (
-        "upstream_read_timeout_ms",
+        "timeouts.response_ms",
         &["promises::fields::tries_time_outs_and_the_default_port"],
+    ),
+    (
+        "timeouts.pool_idle_ms",
+        &["promises::clients::idle_connections_to_backends_end_before_the_backend_ends_them"],
+    ),
+    (
+        "timeouts.request_ms",
+        &["promises::clients::a_request_has_a_time_for_all_of_it"],
+    ),
+    (
+        "clients.connections",
+        &["promises::clients::connections_are_limited_in_all_and_per_client"],
+    ),
+    (
+        "clients.connections_per_client",
+        &["promises::clients::connections_are_limited_in_all_and_per_client"],
+    ),
+    (
+        "clients.requests_per_connection",
+        &["promises::clients::a_connection_ends_after_as_many_requests_as_are_set"],
+    ),
+    (
+        "clients.head_bytes",
+        &["promises::clients::heads_and_bodies_are_limited"],
+    ),
+    (
+        "clients.headers",
+        &["promises::clients::heads_and_bodies_are_limited"],
+    ),
+    (
+        "clients.body_bytes",
+        &["promises::clients::heads_and_bodies_are_limited"],
+    ),
+    (
+        "clients.least_rate",
+        &["promises::clients::a_client_that_does_not_read_is_given_up"],
+    ),
+    (
+        "clients.h2c",
+        &["promises::clients::http_2_without_tls_is_spoken_to_those_who_begin_with_it"],
+    ),
+    (
+        "clients.trusted_proxies",
+        &["promises::headers::backends_learn_who_the_client_is_from_trusted_proxies_only"],
+    ),
+    (
+        "clients.proxy_protocol",
+        &[
+            "promises::headers::a_proxy_header_names_the_client_if_it_comes_from_whom_it_is_expected",
+        ],
+    ),
+    (
+        "clients.proxy_protocol_timeout_ms",
+        &[
+            "promises::headers::a_proxy_header_names_the_client_if_it_comes_from_whom_it_is_expected",
+        ],
     ),
     (
         "ready_timeout_ms",
@@ -451,12 +531,15 @@ fn every_promise_of_the_readme_is_in_the_table_and_the_other_way_round() {
     }
 }
 
+/// The sections whose fields are in the table one by one.
+const SECTIONS: [&str; 3] = ["etcd", "timeouts", "clients"];
+
 #[test]
 fn every_field_of_the_yaml_file_is_in_the_table_and_the_other_way_round() {
     let yaml = read("config/load_balancer.yaml");
     let (_, cluster) = yaml.split_once("\ncluster:\n").expect("the section");
     let mut fields = BTreeSet::new();
-    let mut is_etcd = false;
+    let mut section = String::new();
     for line in cluster.lines() {
         let indent = line.len() - line.trim_start().len();
         let Some((name, _)) = line.trim_start().split_once(':') else {
@@ -467,12 +550,14 @@ fn every_field_of_the_yaml_file_is_in_the_table_and_the_other_way_round() {
         }
         match indent {
             2 => {
-                is_etcd = name == "etcd";
-                if !is_etcd {
+                section = name.to_owned();
+                if !SECTIONS.contains(&name) {
                     fields.insert(name.to_owned());
                 }
             }
-            4 if is_etcd => drop(fields.insert(format!("etcd.{name}"))),
+            4 if SECTIONS.contains(&&*section) => {
+                fields.insert(format!("{section}.{name}"));
+            }
             _ => {}
         }
     }

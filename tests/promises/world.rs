@@ -72,6 +72,7 @@ pub struct Balancer {
     pub program: Program,
     pub url: String,
     pub listen: String,
+    pub group: String,
     log: PathBuf,
     pub conf: PathBuf,
     _shared: Option<Arc<Etcd>>,
@@ -206,6 +207,7 @@ impl Setup {
             program: start(command, self.log, &log),
             url: format!("http://{listen}"),
             listen,
+            group: self.group.clone(),
             log,
             conf,
             _shared: self.shared.clone(),
@@ -267,6 +269,20 @@ impl Balancer {
                 self.log_text()
             );
         }
+    }
+
+    /// Whether the program still has a connection from this address.
+    pub fn has_connection_from(&self, client: std::net::SocketAddr) -> bool {
+        let port = format!("{:04X}", client.port());
+        let own: u16 = self.listen.rsplit_once(':').unwrap().1.parse().unwrap();
+        let own = format!("{own:04X}");
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        table.lines().skip(1).any(|line| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            // 01 is an established connection; one that was closed with unsent data is none.
+            let is_ours = fields[1].ends_with(&own) && fields[2].ends_with(&port);
+            is_ours && fields[3] == "01"
+        })
     }
 
     /// The CPU time that all threads of the process have used.

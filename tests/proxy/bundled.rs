@@ -22,7 +22,11 @@ pub(crate) async fn proxy(etcd: &EtcdOptions, group: &str, leader: bool, more: &
     let config = cluster_config(etcd, group, more);
     let mut balancer = None;
     let server = RunningServer::start(|server| {
-        balancer = Some(ClusterProxy::add_to(server, &config, leader).unwrap());
+        balancer = Some(
+            ClusterProxy::add_to(server, &config, leader)
+                .unwrap()
+                .balancer,
+        );
     });
     let url = format!("http://{}/", config.listen);
     until_it_answers(&url).await;

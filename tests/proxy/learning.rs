@@ -154,7 +154,7 @@ async fn time_outs_and_refused_connections_are_failures_and_a_client_that_leaves
     assert_eq!(status(&waiting, "slow").success, 1.0);
 
     // The proxy gives up before the response.
-    let more = "  upstream_read_timeout_ms: 100\n  retries: 0\n";
+    let more = "  timeouts: { response_ms: 100 }\n  retries: 0\n";
     let limited = proxy(&etcd.options(), &group, false, more).await;
     limited.until_it_has(1).await;
     let response = client().get(&limited.url).send().await.unwrap();

@@ -4,20 +4,29 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::pingora::http::{RequestHeader, ResponseHeader};
+use ::pingora::modules::http::HttpModules;
 use ::pingora::proxy::{FailToProxy, ProxyHttp, Session};
 use ::pingora::upstreams::peer::HttpPeer;
-use ::pingora::{Error, ErrorSource, Result, RetryType};
+use ::pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
 use async_trait::async_trait;
+use bytes::Bytes;
+use http::StatusCode;
+use http::header::TRANSFER_ENCODING;
 use tracing::debug;
 
+use super::client::{TrustedProxies, peer_of, remove_lookalikes, set_forwarded};
 use super::context::RequestContext;
 use super::headers::{set_leader_epoch, set_upstream_node, take_load_report};
+use super::hop_by_hop::{ends_with_connection, has_no_body, remove_hop_by_hop};
 use super::leader::find_leader;
 use super::outcome::{Outcome, outcome};
-use super::peers::Timeouts;
+use super::peers::Peers;
 use super::pick::pick;
-use super::reply::reply_to;
+use super::reply::{is_slow_upload, refused, reply_to, timed_out};
+use super::requests::RequestLimits;
 use super::retry::{Decision, Failure, PingoraRetry, decide};
+use super::via::ViaMark;
+use crate::balance::Policy;
 use crate::config::{ClusterConfig, HashOn};
 use crate::pingora::{BalancerService, LeaderRoute};
 
@@ -33,9 +42,15 @@ pub struct ClusterProxy {
     balancer: Arc<BalancerService>,
     leader: Option<LeaderRoute>,
     leader_wait: Duration,
-    hash_on: HashOn,
+    /// `None` for a policy that does not hash.
+    hash_on: Option<HashOn>,
     max_retries: usize,
-    timeouts: Timeouts,
+    peers: Peers,
+    /// The longest time for a whole request.
+    request_timeout: Option<Duration>,
+    limits: RequestLimits,
+    trusted: TrustedProxies,
+    via: ViaMark,
     load_reports: bool,
 }
 
@@ -46,12 +61,16 @@ impl ClusterProxy {
             balancer,
             leader: None,
             leader_wait: Duration::from_millis(config.leader_wait_ms),
-            hash_on: config.hash_on.clone(),
+            hash_on: (config.policy == Policy::Consistent).then(|| config.hash_on.clone()),
             max_retries: config.retries,
-            timeouts: Timeouts {
-                connect: Duration::from_millis(config.upstream_connect_timeout_ms),
-                read: Duration::from_millis(config.upstream_read_timeout_ms),
+            peers: Peers::new(&config.timeouts),
+            request_timeout: match config.timeouts.request_ms {
+                0 => None,
+                milliseconds => Some(Duration::from_millis(milliseconds)),
             },
+            limits: RequestLimits::new(config),
+            trusted: TrustedProxies::new(config.clients.trusted_proxies.iter().copied()),
+            via: ViaMark::new(),
             load_reports: config.load_reports,
         }
     }
@@ -66,6 +85,18 @@ impl ClusterProxy {
         self.leader = Some(leader);
         self
     }
+
+    /// How long the request may still take; `None` if it may take any time.
+    fn time_left(&self, context: &RequestContext) -> Result<Option<Duration>> {
+        let Some(timeout) = self.request_timeout else {
+            return Ok(None);
+        };
+        let left = timeout.saturating_sub(context.started.elapsed());
+        if left.is_zero() && !context.is_tunnel {
+            return Err(refused(504, "the request took too long"));
+        }
+        Ok(Some(left))
+    }
 }
 
 #[async_trait]
@@ -76,29 +107,74 @@ impl ProxyHttp for ClusterProxy {
         RequestContext::new()
     }
 
+    /// No module: the default one compresses, at a cost for each request.
+    fn init_downstream_modules(&self, _: &mut HttpModules) {}
+
+    async fn early_request_filter(
+        &self,
+        session: &mut Session,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        self.limits.begin(session, context);
+        Ok(())
+    }
+
+    async fn request_filter(
+        &self,
+        session: &mut Session,
+        context: &mut RequestContext,
+    ) -> Result<bool> {
+        if self.via.is_on(session.req_header()) {
+            return Err(refused(508, "the request has come back to where it was"));
+        }
+        self.limits.check_head(session, context)?;
+        context.client = peer_of(session)
+            .map(|peer| self.trusted.client_of(peer, &session.req_header().headers));
+        Ok(false)
+    }
+
+    async fn request_body_filter(
+        &self,
+        session: &mut Session,
+        body: &mut Option<Bytes>,
+        is_end: bool,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        let is_http2 = session.is_http2();
+        self.limits
+            .check_body(body.as_ref(), is_end, is_http2, context)
+    }
+
     async fn upstream_peer(
         &self,
         session: &mut Session,
         context: &mut RequestContext,
     ) -> Result<Box<HttpPeer>> {
+        let left = self.time_left(context)?;
+        let is_upgrade = session.is_upgrade_req();
         if let Some(route) = &self.leader
             && LeaderRoute::is_write(&session.req_header().method)
         {
             let leader = find_leader(route, self.leader_wait, context).await?;
-            let peer = self.timeouts.peer(leader.addr, &leader.node);
+            let peer = self.peers.peer(leader.addr, &leader.node, is_upgrade, left);
             context.leader = Some(leader);
             return Ok(peer);
         }
-        let upstream = pick(&self.balancer, &self.hash_on, session, context)?;
-        Ok(self.timeouts.peer(upstream.addr(), &upstream.node()))
+        let upstream = pick(&self.balancer, self.hash_on.as_ref(), session, context)?;
+        Ok(self
+            .peers
+            .peer(upstream.addr(), &upstream.node(), is_upgrade, left))
     }
 
     async fn upstream_request_filter(
         &self,
-        _: &mut Session,
+        session: &mut Session,
         request: &mut RequestHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
+        remove_lookalikes(request);
+        set_forwarded(&self.trusted, session, request)?;
+        self.via.add_to(request)?;
         set_leader_epoch(request, context.leader.as_ref())
     }
 
@@ -113,19 +189,57 @@ impl ProxyHttp for ClusterProxy {
         if self.load_reports {
             take_load_report(response, context.upstream.as_ref(), now);
         }
+        if let Some(seconds) = remove_hop_by_hop(response)
+            && let Some(addr) = context.addr()
+        {
+            self.peers.closes_after(addr, seconds);
+        }
         Ok(())
+    }
+
+    fn upstream_response_body_filter(
+        &self,
+        _: &mut Session,
+        _: &mut Option<Bytes>,
+        _: bool,
+        context: &mut RequestContext,
+    ) -> Result<Option<Duration>> {
+        self.time_left(context).map(|_| None)
     }
 
     async fn response_filter(
         &self,
-        _: &mut Session,
+        session: &mut Session,
         response: &mut ResponseHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
+        if response.status == StatusCode::SWITCHING_PROTOCOLS {
+            context.becomes_tunnel();
+        }
+        if ends_with_connection(session.req_header().version, response) {
+            response.remove_header(&TRANSFER_ENCODING);
+            session.set_keepalive(None);
+        }
+        if has_no_body(&session.req_header().method, response) {
+            context.answer_ends(session.is_http2());
+        }
         match context.node() {
             Some(node) => set_upstream_node(response, &node),
             None => Ok(()),
         }
+    }
+
+    fn response_body_filter(
+        &self,
+        session: &mut Session,
+        _: &mut Option<Bytes>,
+        is_end: bool,
+        context: &mut RequestContext,
+    ) -> Result<Option<Duration>> {
+        if is_end {
+            context.answer_ends(session.is_http2());
+        }
+        Ok(None)
     }
 
     /// Nothing has been sent: another backend may be tried, whatever the method.
@@ -168,7 +282,8 @@ impl ProxyHttp for ClusterProxy {
             is_safe: method.is_safe(),
             is_repeatable: !session.as_ref().retry_buffer_truncated(),
             is_unanswered: session.response_written().is_none(),
-            is_from_backend: error.esource() == &ErrorSource::Upstream,
+            is_from_backend: error.esource() == &ErrorSource::Upstream
+                && !is_slow_upload(context, &error),
             retry: match error.retry {
                 RetryType::ReusedOnly if client_reused => PingoraRetry::StaleConnection,
                 RetryType::Decided(true) => PingoraRetry::Yes,
@@ -177,6 +292,10 @@ impl ProxyHttp for ClusterProxy {
             retries: context.retries,
             stale_connections: context.stale_connections,
         };
+        if is_slow_upload(context, &error) {
+            // The backend waited for the client.
+            context.upstream = None;
+        }
         let decision = decide(&failure, self.max_retries);
         match decision {
             Decision::RetryAnywhere => {
@@ -208,8 +327,10 @@ impl ProxyHttp for ClusterProxy {
         error: &Error,
         context: &mut RequestContext,
     ) -> FailToProxy {
-        let reply = reply_to(error, context.failed_epoch.is_some());
-        if let Some(reply) = &reply
+        let reply =
+            timed_out(context, error).or_else(|| reply_to(error, context.failed_epoch.is_some()));
+        if session.response_written().is_none()
+            && let Some(reply) = &reply
             && let Err(error) = reply.send(session).await
         {
             debug!(%error, code = reply.code, "the error response could not be sent to the client");
@@ -220,12 +341,23 @@ impl ProxyHttp for ClusterProxy {
         }
     }
 
+    /// What clients do wrong, and what the proxy refuses by itself, are no errors of this process.
+    fn suppress_error_log(&self, _: &Session, _: &RequestContext, error: &Error) -> bool {
+        let is_refused = matches!(error.etype(), ErrorType::HTTPStatus(_));
+        if is_refused || error.esource() == &ErrorSource::Downstream {
+            debug!(%error, "a request was not served");
+            return true;
+        }
+        false
+    }
+
     async fn logging(
         &self,
         session: &mut Session,
         error: Option<&Error>,
         context: &mut RequestContext,
     ) {
+        context.end(session);
         let Some(upstream) = context.upstream.take() else {
             return;
         };

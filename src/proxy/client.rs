@@ -1,0 +1,233 @@
+//! Who the client is, and what backends are told about it.
+
+use std::net::IpAddr;
+
+use ::pingora::Result;
+use ::pingora::http::RequestHeader;
+use ::pingora::proxy::Session;
+use http::header::{FORWARDED, HOST};
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use crate::config::Network;
+
+const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+
+/// Which load balancers in front of this process are believed what they say about their clients.
+///
+/// ```
+/// use pingora_etcd::config::Network;
+/// use pingora_etcd::proxy::TrustedProxies;
+///
+/// let trusted: Network = "10.0.0.0/8".to_owned().try_into().unwrap();
+/// let trusted = TrustedProxies::new([trusted]);
+/// let ip = |text: &str| text.parse().unwrap();
+/// let says = |text: &str| http::HeaderMap::from_iter([(
+///     http::HeaderName::from_static("x-forwarded-for"),
+///     http::HeaderValue::from_str(text).unwrap(),
+/// )]);
+/// // What the client itself has written stands at the left of what the proxies have added.
+/// let headers = says("6.6.6.6, 192.0.2.7, 10.0.0.3");
+/// assert_eq!(trusted.client_of(ip("10.0.0.2"), &headers), ip("192.0.2.7"));
+/// assert_eq!(trusted.client_of(ip("192.0.2.1"), &headers), ip("192.0.2.1"));
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct TrustedProxies(Vec<Network>);
+
+impl TrustedProxies {
+    /// Those with an address in one of these networks.
+    pub fn new(networks: impl IntoIterator<Item = Network>) -> Self {
+        Self(networks.into_iter().collect())
+    }
+
+    fn contains(&self, address: IpAddr) -> bool {
+        self.0.iter().any(|network| network.contains(address))
+    }
+
+    /// The client's address: that of the peer, or, where the peer is trusted, the rightmost one in
+    /// `X-Forwarded-For` that is not. What is no address ends the list. IPv4 addresses that are
+    /// written as IPv6 ones are returned as IPv4 addresses, so that a client has one address on all
+    /// listeners.
+    pub fn client_of(&self, peer: IpAddr, headers: &HeaderMap) -> IpAddr {
+        let mut client = peer.to_canonical();
+        if !self.contains(client) {
+            return client;
+        }
+        let values = headers.get_all(FOR).into_iter().rev();
+        let texts = values.map(|value| value.to_str().unwrap_or_default());
+        for part in texts.flat_map(|text| text.rsplit(',')) {
+            let Some(address) = address(part.trim()) else {
+                break;
+            };
+            client = address;
+            if !self.contains(client) {
+                break;
+            }
+        }
+        client
+    }
+}
+
+/// An address, possibly with a port or in brackets.
+fn address(text: &str) -> Option<IpAddr> {
+    let plain = text.parse::<IpAddr>().ok();
+    let with_port = || text.parse().map(|socket: std::net::SocketAddr| socket.ip());
+    let in_brackets = || text.strip_prefix('[')?.strip_suffix(']')?.parse().ok();
+    let address = plain.or_else(|| with_port().ok()).or_else(in_brackets)?;
+    Some(address.to_canonical())
+}
+
+/// The address that a request came from, without a port; `None` for a Unix socket.
+pub(super) fn peer_of(session: &Session) -> Option<IpAddr> {
+    let address = session.client_addr()?.as_inet()?;
+    Some(address.ip().to_canonical())
+}
+
+/// Sets `X-Forwarded-For`, `-Proto`, `-Host` and `-Port`. What was in them is kept only if a trusted
+/// proxy sent it; `Forwarded` is not set, and kept under the same condition.
+pub(super) fn set_forwarded(
+    trusted: &TrustedProxies,
+    session: &Session,
+    request: &mut RequestHeader,
+) -> Result<()> {
+    let Some(peer) = peer_of(session) else {
+        // Whoever can connect to a Unix socket of this machine is trusted.
+        return Ok(());
+    };
+    let is_trusted = trusted.contains(peer);
+    if !is_trusted {
+        request.remove_header(&FORWARDED);
+    }
+    let added = peer.to_string();
+    let list = match is_trusted {
+        true => joined(request.headers.get_all(FOR), &added),
+        false => added,
+    };
+    request.insert_header(FOR, list)?;
+    let is_missing =
+        |request: &RequestHeader, name| !is_trusted || !request.headers.contains_key(name);
+    if is_missing(request, PROTO) {
+        let is_tls = session
+            .digest()
+            .is_some_and(|digest| digest.ssl_digest.is_some());
+        request.insert_header(PROTO, if is_tls { "https" } else { "http" })?;
+    }
+    if is_missing(request, FORWARDED_HOST) {
+        match host(session.req_header()) {
+            Some(host) => request.insert_header(FORWARDED_HOST, host)?,
+            None => drop(request.remove_header(&FORWARDED_HOST)),
+        }
+    }
+    if is_missing(request, PORT) {
+        match session.server_addr().and_then(|address| address.as_inet()) {
+            Some(address) => request.insert_header(PORT, HeaderValue::from(address.port()))?,
+            None => drop(request.remove_header(&PORT)),
+        }
+    }
+    Ok(())
+}
+
+/// The host that the client asked for, with a port if it named one.
+fn host(request: &RequestHeader) -> Option<HeaderValue> {
+    let from_header = request.headers.get(HOST).cloned();
+    from_header.or_else(|| HeaderValue::from_str(request.uri.authority()?.as_str()).ok())
+}
+
+fn joined<'a>(values: impl IntoIterator<Item = &'a HeaderValue>, last: &str) -> String {
+    let mut list = String::new();
+    for value in values {
+        if let Ok(text) = value.to_str() {
+            list.push_str(text);
+            list.push_str(", ");
+        }
+    }
+    list.push_str(last);
+    list
+}
+
+/// The headers that backends believe, because this proxy sets them.
+const SET_HERE: [&str; 7] = [
+    "x-leader-epoch",
+    "x-forwarded-for",
+    "x-forwarded-proto",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "forwarded",
+    "via",
+];
+
+/// Removes headers that CGI, WSGI and Rack cannot tell from those that this proxy sets: they make
+/// `X_LEADER_EPOCH` of `x-leader-epoch` and of `x_leader_epoch`.
+pub(super) fn remove_lookalikes(request: &mut RequestHeader) {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    let is_lookalike = |name: &&HeaderName| {
+        let name = name.as_str().as_bytes();
+        !name.iter().all(|byte| is_plain(*byte))
+            && SET_HERE.iter().any(|ours| {
+                let folded = name
+                    .iter()
+                    .map(|byte| if is_plain(*byte) { *byte } else { b'-' });
+                folded.eq(ours.bytes())
+            })
+    };
+    while let Some(name) = request.headers.keys().find(is_lookalike).cloned() {
+        request.remove_header(&name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn the_client_is_the_first_from_the_right_that_is_not_trusted() {
+        let networks = ["10.0.0.0/8", "::1"].map(|text| text.to_owned().try_into().unwrap());
+        let trusted = TrustedProxies::new(networks);
+        for (peer, values, client) in [
+            ("192.0.2.1", &["1.1.1.1"][..], "192.0.2.1"),
+            ("10.0.0.1", &[], "10.0.0.1"),
+            ("10.0.0.1", &["1.1.1.1"], "1.1.1.1"),
+            ("::ffff:10.0.0.1", &["1.1.1.1"], "1.1.1.1"),
+            ("::1", &["6.6.6.6", "1.1.1.1, 10.0.0.9"], "1.1.1.1"),
+            ("10.0.0.1", &["10.0.0.2,10.0.0.3"], "10.0.0.2"),
+            ("10.0.0.1", &["1.1.1.1, unknown, 10.0.0.3"], "10.0.0.3"),
+            ("10.0.0.1", &["[2001:db8::1]:80"], "2001:db8::1"),
+            ("10.0.0.1", &["[2001:db8::1]"], "2001:db8::1"),
+            ("10.0.0.1", &["1.1.1.1:5000"], "1.1.1.1"),
+        ] {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(FOR, HeaderValue::from_str(value).unwrap());
+            }
+            assert_eq!(
+                trusted.client_of(ip(peer), &headers),
+                ip(client),
+                "{values:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn names_that_differ_by_underscores_are_removed() {
+        let mut request = RequestHeader::build("GET", b"/", None).unwrap();
+        for name in [
+            "x_leader_epoch",
+            "X-Leader_Epoch",
+            "x.forwarded.for",
+            "x_custom",
+            "x-forwarded-for",
+        ] {
+            request.insert_header(name.to_owned(), "1").unwrap();
+        }
+        remove_lookalikes(&mut request);
+        let mut left: Vec<_> = request.headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["x-forwarded-for", "x_custom"]);
+    }
+}

@@ -1,0 +1,131 @@
+//! The state of one client connection, shared by its stream, which keeps the deadlines, and the
+//! proxy, which knows what is being read.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+
+use ::pingora::http::ResponseHeader;
+use ::pingora::protocols::raw_connect::ProxyDigest;
+use ::pingora::proxy::Session;
+
+use super::statistics::FrontStatistics;
+
+/// What is read from a client at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Nothing has been received on a connection that has just been accepted.
+    Accepted,
+    /// Nothing of the next request has been received.
+    Idle,
+    /// The head of a request is incomplete.
+    Head,
+    /// The client waits for `100 Continue` before it sends the body.
+    Expect,
+    /// The body of a request is incomplete.
+    Body,
+    /// The request is complete, so nothing is expected.
+    Answer,
+    /// The connection has become a tunnel.
+    Tunnel,
+    /// The response has been sent; the rest of a body that nobody wants, and then the head of the next
+    /// request.
+    Drain,
+}
+
+impl Phase {
+    const ALL: [Self; 8] = [
+        Self::Accepted,
+        Self::Idle,
+        Self::Head,
+        Self::Expect,
+        Self::Body,
+        Self::Answer,
+        Self::Tunnel,
+        Self::Drain,
+    ];
+}
+
+/// Why a connection was ended by this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// The head or the body of a request did not arrive in time.
+    ReadTimeout,
+    /// The client did not read a response in time.
+    WriteTimeout,
+    /// The head of a request was too large.
+    HeadTooLarge,
+}
+
+impl Ended {
+    const ALL: [Self; 3] = [Self::ReadTimeout, Self::WriteTimeout, Self::HeadTooLarge];
+}
+
+/// The state of one client connection.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    phase: AtomicU8,
+    /// 0, or one more than the index of an [`Ended`].
+    ended: AtomicU8,
+    /// HTTP/2 requests whose body is incomplete.
+    bodies: AtomicU32,
+    statistics: Arc<FrontStatistics>,
+}
+
+impl Connection {
+    pub(super) fn new(statistics: Arc<FrontStatistics>) -> Self {
+        Self {
+            statistics,
+            phase: AtomicU8::new(Phase::Accepted as u8),
+            ended: AtomicU8::new(0),
+            bodies: AtomicU32::new(0),
+        }
+    }
+
+    /// The connection of a request; `None` if its listener has no front.
+    pub(crate) fn of(session: &Session) -> Option<&Arc<Self>> {
+        let digest = session.digest()?.proxy_digest.as_ref()?;
+        digest.user_data.as_ref()?.downcast_ref()
+    }
+
+    /// Puts the connection where [`of`](Self::of) finds it.
+    pub(super) fn digest(self: &Arc<Self>) -> Option<Arc<ProxyDigest>> {
+        // The response that the digest is made for does not exist; this one is never read.
+        let response = ResponseHeader::build_no_case(200, None).ok()?;
+        let digest = ProxyDigest::new(Box::new(response), Some(Box::new(self.clone())));
+        Some(Arc::new(digest))
+    }
+
+    pub(crate) fn statistics(&self) -> &FrontStatistics {
+        &self.statistics
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        Phase::ALL[usize::from(self.phase.load(Ordering::Relaxed))]
+    }
+
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    pub(crate) fn ended(&self) -> Option<Ended> {
+        let ended = usize::from(self.ended.load(Ordering::Relaxed));
+        Some(Ended::ALL[ended.checked_sub(1)?])
+    }
+
+    pub(super) fn end(&self, why: Ended) {
+        self.ended.store(why as u8 + 1, Ordering::Relaxed);
+    }
+
+    /// Whether some HTTP/2 request's body is incomplete.
+    pub(super) fn reads_bodies(&self) -> bool {
+        self.bodies.load(Ordering::Relaxed) > 0
+    }
+
+    pub(crate) fn body_starts(&self) {
+        self.bodies.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn body_ends(&self) {
+        self.bodies.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,146 @@
+//! The front: between the listener and Pingora's proxy, it gives what no hook can, such as deadlines
+//! for whole heads, limits on connections, and the PROXY protocol.
+
+mod connection;
+mod deadline;
+mod limits;
+mod proxy_header;
+mod refusal;
+mod slots;
+mod statistics;
+mod stream;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ::pingora::apps::ServerApp;
+use ::pingora::protocols::{SocketDigest, Stream, l4};
+use ::pingora::server::ShutdownWatch;
+use async_trait::async_trait;
+use bytes::BytesMut;
+use tracing::debug;
+
+use slots::Slots;
+use stream::ClientStream;
+
+pub(crate) use connection::{Connection, Ended, Phase};
+pub(crate) use limits::{ClientTimeouts, FrontLimits};
+pub(crate) use proxy_header::ProxyHeaderRule;
+#[cfg(any(test, feature = "test-util"))]
+#[doc(hidden)]
+pub use proxy_header::is_proxy_header;
+pub use statistics::{FrontCounts, FrontStatistics};
+
+/// What a front is made with.
+#[derive(Debug, Clone)]
+pub(crate) struct FrontSettings {
+    pub(crate) limits: FrontLimits,
+    /// Connections in all; 0 for any number.
+    pub(crate) connections: usize,
+    /// Connections of one client; 0 for any number.
+    pub(crate) connections_per_client: usize,
+    /// Who sends PROXY headers, if anybody does.
+    pub(crate) proxy_header: Option<ProxyHeaderRule>,
+}
+
+/// A Pingora application behind the front.
+pub(crate) struct Front<A> {
+    app: Arc<A>,
+    limits: Arc<FrontLimits>,
+    slots: Arc<Slots>,
+    proxy_header: Option<ProxyHeaderRule>,
+    statistics: Arc<FrontStatistics>,
+}
+
+impl<A> Front<A> {
+    pub(crate) fn new(app: A, settings: FrontSettings, statistics: Arc<FrontStatistics>) -> Self {
+        Self {
+            app: Arc::new(app),
+            limits: Arc::new(settings.limits),
+            slots: Arc::new(Slots::new(
+                settings.connections,
+                settings.connections_per_client,
+            )),
+            proxy_header: settings.proxy_header,
+            statistics,
+        }
+    }
+
+    /// Reads the PROXY header, if this peer sends one: the addresses it names, and what follows it.
+    async fn read_proxy_header(
+        &self,
+        stream: &mut Stream,
+        peer: Option<IpAddr>,
+    ) -> std::io::Result<(Option<Arc<SocketDigest>>, BytesMut)> {
+        let mut ahead = BytesMut::new();
+        let rule = self.proxy_header.as_ref();
+        let Some(rule) = rule.filter(|rule| peer.is_some_and(|peer| rule.applies_to(peer))) else {
+            return Ok((None, ahead));
+        };
+        let named = rule.read(stream, &mut ahead).await?;
+        let digest = named.map(|(client, server)| {
+            let digest = SocketDigest::from_raw_fd(stream.id());
+            // The cells are new, so nothing is set yet.
+            let _ = digest
+                .peer_addr
+                .set(Some(l4::socket::SocketAddr::Inet(client)));
+            let _ = digest
+                .local_addr
+                .set(Some(l4::socket::SocketAddr::Inet(server)));
+            Arc::new(digest)
+        });
+        Ok((digest, ahead))
+    }
+}
+
+fn peer_of(digest: &SocketDigest) -> Option<SocketAddr> {
+    digest.peer_addr()?.as_inet().copied()
+}
+
+#[async_trait]
+impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
+    async fn process_new(
+        self: &Arc<Self>,
+        mut stream: Stream,
+        shutdown: &ShutdownWatch,
+    ) -> Option<Stream> {
+        self.statistics.count_accepted();
+        let Some(mut slot) = self.slots.take() else {
+            self.statistics.count_refused();
+            return None;
+        };
+        let peer = stream.get_socket_digest().as_deref().and_then(peer_of);
+        let peer = peer.map(|peer| peer.ip());
+        let (socket, ahead) = match self.read_proxy_header(&mut stream, peer).await {
+            Ok(read) => read,
+            Err(error) => {
+                self.statistics.count_bad_proxy_header();
+                debug!(?peer, %error, "a connection without its PROXY header is closed");
+                return None;
+            }
+        };
+        let client = socket
+            .as_deref()
+            .and_then(peer_of)
+            .map(|client| client.ip());
+        if let Some(client) = client.or(peer)
+            && !slot.is_within(client)
+        {
+            self.statistics.count_refused();
+            return None;
+        }
+        let stream = ClientStream::new(
+            stream,
+            ahead,
+            socket,
+            self.limits.clone(),
+            self.statistics.clone(),
+        );
+        self.app.process_new(Box::new(stream), shutdown).await;
+        None
+    }
+
+    async fn cleanup(&self) {
+        self.app.cleanup().await;
+    }
+}

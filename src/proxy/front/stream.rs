@@ -1,0 +1,392 @@
+//! The stream of a client: reads and writes as the one below it, within deadlines.
+
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use ::pingora::protocols::raw_connect::ProxyDigest;
+use ::pingora::protocols::tls::{SslDigest, TlsRef};
+use ::pingora::protocols::{
+    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl,
+    Stream, TimingDigest, UniqueID, UniqueIDType,
+};
+use async_trait::async_trait;
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
+
+use super::connection::{Connection, Ended, Phase};
+use super::deadline::Deadline;
+use super::limits::{FrontLimits, WriteClock};
+use super::refusal::Refusal;
+use super::statistics::FrontStatistics;
+
+/// With which an HTTP/2 connection begins (RFC 9113, section 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Follows a head that is given up, so that Pingora's parser refuses it and the connection ends
+/// without a line at the level of errors. A head in which a zero stands anywhere is none.
+const REFUSED_HEAD: &[u8] = b"\0\r\n\0\r\n\r\n";
+
+pub(super) struct ClientStream {
+    inner: Stream,
+    /// What was read to find out what the connection is.
+    ahead: BytesMut,
+    connection: Arc<Connection>,
+    limits: Arc<FrontLimits>,
+    statistics: Arc<FrontStatistics>,
+    digest: Option<Arc<ProxyDigest>>,
+    socket: Option<Arc<SocketDigest>>,
+    is_http2: bool,
+    /// When the phase began, or, in a body, when something was received last.
+    since: Instant,
+    /// The phase in which `since` was set.
+    phase: Phase,
+    /// How much of the head has been received.
+    head_bytes: usize,
+    read_deadline: Deadline,
+    write_deadline: Deadline,
+    writes: WriteClock,
+}
+
+impl ClientStream {
+    pub(super) fn new(
+        inner: Stream,
+        ahead: BytesMut,
+        socket: Option<Arc<SocketDigest>>,
+        limits: Arc<FrontLimits>,
+        statistics: Arc<FrontStatistics>,
+    ) -> Self {
+        let connection = Arc::new(Connection::new(statistics.clone()));
+        let digest = connection.digest();
+        let is_http2 = matches!(inner.selected_alpn_proto(), Some(ALPN::H2));
+        let socket = socket.or_else(|| inner.get_socket_digest());
+        Self {
+            inner,
+            ahead,
+            connection,
+            limits,
+            statistics,
+            digest,
+            socket,
+            is_http2,
+            since: Instant::now(),
+            phase: Phase::Accepted,
+            head_bytes: 0,
+            read_deadline: Deadline::default(),
+            write_deadline: Deadline::default(),
+            writes: WriteClock::default(),
+        }
+    }
+
+    /// The phase now. Where the proxy has changed it, its time begins.
+    fn phase(&mut self) -> Phase {
+        let phase = self.connection.phase();
+        if phase != self.phase {
+            self.phase = phase;
+            self.since = Instant::now();
+            self.head_bytes = 0;
+        }
+        phase
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.connection.enter(phase);
+        self.phase();
+    }
+
+    fn received(&mut self, count: usize) {
+        if count == 0 {
+            return;
+        }
+        match self.phase() {
+            Phase::Accepted if self.is_http2 => self.enter(Phase::Answer),
+            Phase::Accepted | Phase::Idle => {
+                self.enter(Phase::Head);
+                self.writes = WriteClock::default();
+            }
+            Phase::Expect => self.enter(Phase::Body),
+            Phase::Body | Phase::Tunnel => self.since = Instant::now(),
+            Phase::Answer if self.is_http2 => self.since = Instant::now(),
+            Phase::Head | Phase::Answer | Phase::Drain => {}
+        }
+        self.head_bytes += count;
+    }
+
+    /// How long to wait for the client now, from `since` on.
+    fn read_deadline(&mut self) -> Option<Instant> {
+        let phase = self.phase();
+        let timeouts = &self.limits.timeouts;
+        let within = if self.is_http2 {
+            match (phase, self.connection.reads_bodies()) {
+                (Phase::Accepted, _) => timeouts.client_header,
+                (_, true) => timeouts.client_body,
+                // Pingora ends a connection without requests.
+                (_, false) => return None,
+            }
+        } else {
+            match phase {
+                Phase::Accepted | Phase::Head => timeouts.client_header,
+                Phase::Idle => timeouts.client_idle,
+                Phase::Body => timeouts.client_body,
+                Phase::Tunnel => timeouts.tunnel,
+                Phase::Drain => timeouts.client_drain,
+                Phase::Expect | Phase::Answer => return None,
+            }
+        };
+        self.since.checked_add(within)
+    }
+
+    /// Gives up reading, with an answer to an HTTP/1 client that has begun a request.
+    fn give_up(
+        &mut self,
+        why: Ended,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> io::Result<()> {
+        self.connection.end(why);
+        let phase = self.phase;
+        match phase {
+            Phase::Head if !self.is_http2 => {
+                let refusal = match why {
+                    Ended::HeadTooLarge => Refusal::HeadTooLarge,
+                    Ended::ReadTimeout | Ended::WriteTimeout => Refusal::Timeout,
+                };
+                self.statistics.count(refusal);
+                // What does not fit into the socket at once is lost: this client does not read.
+                let _ = Pin::new(&mut self.inner).poll_write(context, refusal.response());
+                let _ = Pin::new(&mut self.inner).poll_flush(context);
+                buffer.put_slice(&REFUSED_HEAD[..REFUSED_HEAD.len().min(buffer.remaining())]);
+                Ok(())
+            }
+            // Nothing has been requested: the connection ends as if the client had ended it.
+            Phase::Accepted | Phase::Idle => {
+                self.statistics.count_idle();
+                Ok(())
+            }
+            _ => {
+                self.statistics.count_read_timeout();
+                Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "the client sent nothing for too long",
+                ))
+            }
+        }
+    }
+
+    /// Whether the answer to the client has been given here, so that no other must follow.
+    fn is_answered(&self) -> bool {
+        !self.is_http2 && self.connection.ended().is_some() && self.phase == Phase::Head
+    }
+
+    /// Counts what Pingora answers before the proxy sees a request.
+    fn look_at(&mut self, written: &[u8]) {
+        if !self.is_http2 && matches!(self.phase(), Phase::Accepted | Phase::Head) {
+            self.statistics.count_status(written);
+        }
+    }
+
+    /// Ends a write that waits for too long.
+    fn blocked<T>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<T>> {
+        let write = self.limits.write_limit(self.phase);
+        let Some(deadline) = self.writes.deadline(Instant::now(), write) else {
+            return Poll::Pending;
+        };
+        ready!(self.write_deadline.poll(deadline, context));
+        self.connection.end(Ended::WriteTimeout);
+        self.statistics.count_write_timeout();
+        Poll::Ready(Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the client did not read in time",
+        )))
+    }
+
+    fn after_write(
+        &mut self,
+        context: &mut Context<'_>,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        match written {
+            Poll::Ready(Ok(count)) => {
+                self.writes.wrote(count);
+                match self.phase() {
+                    Phase::Expect => self.enter(Phase::Body),
+                    Phase::Tunnel => self.since = Instant::now(),
+                    _ => {}
+                }
+                Poll::Ready(Ok(count))
+            }
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Pending => self.blocked(context),
+        }
+    }
+}
+
+impl AsyncRead for ClientStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.ahead.is_empty() {
+            let count = this.ahead.len().min(buffer.remaining());
+            buffer.put_slice(&this.ahead[..count]);
+            this.ahead.advance(count);
+            this.received(count);
+            return Poll::Ready(Ok(()));
+        }
+        if this.connection.ended().is_some() {
+            return Poll::Ready(Ok(()));
+        }
+        // The parser asks for more, so the head is incomplete.
+        if this.phase() == Phase::Head && this.head_bytes > this.limits.head_bytes {
+            return Poll::Ready(this.give_up(Ended::HeadTooLarge, context, buffer));
+        }
+        let before = buffer.filled().len();
+        if let Poll::Ready(result) = Pin::new(&mut this.inner).poll_read(context, buffer) {
+            this.received(buffer.filled().len() - before);
+            return Poll::Ready(result);
+        }
+        let Some(deadline) = this.read_deadline() else {
+            return Poll::Pending;
+        };
+        ready!(this.read_deadline.poll(deadline, context));
+        Poll::Ready(this.give_up(Ended::ReadTimeout, context, buffer))
+    }
+}
+
+impl AsyncWrite for ClientStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if this.is_answered() {
+            return Poll::Ready(Ok(bytes.len()));
+        }
+        this.look_at(bytes);
+        let written = Pin::new(&mut this.inner).poll_write(context, bytes);
+        this.after_write(context, written)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if this.is_answered() {
+            return Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()));
+        }
+        this.look_at(slices.first().map_or(&[], |slice| slice));
+        let written = Pin::new(&mut this.inner).poll_write_vectored(context, slices);
+        this.after_write(context, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        match Pin::new(&mut this.inner).poll_flush(context) {
+            Poll::Ready(result) => {
+                this.writes.flushed();
+                Poll::Ready(result)
+            }
+            Poll::Pending => this.blocked(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        match Pin::new(&mut this.inner).poll_shutdown(context) {
+            Poll::Ready(result) => Poll::Ready(result),
+            Poll::Pending => this.blocked(context),
+        }
+    }
+}
+
+#[async_trait]
+impl Peek for ClientStream {
+    /// Whether the connection begins with the preface of HTTP/2. Reads no further than the first byte
+    /// that differs, so that a short request does not wait for more of it.
+    async fn try_peek(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
+        let mut start = [0; PREFACE.len()];
+        let mut count = 0;
+        while count < PREFACE.len() && start[..count] == PREFACE[..count] {
+            match self.read(&mut start[count..]).await? {
+                0 => break,
+                read => count += read,
+            }
+        }
+        self.is_http2 = start == *PREFACE;
+        if self.is_http2 {
+            self.enter(Phase::Answer);
+        }
+        self.ahead = BytesMut::from_iter(start[..count].iter().chain(&self.ahead));
+        // What was read is read again from `ahead`.
+        self.head_bytes = 0;
+        let shown = buffer.len().min(count);
+        buffer[..shown].copy_from_slice(&start[..shown]);
+        Ok(true)
+    }
+}
+
+#[async_trait]
+impl Shutdown for ClientStream {
+    async fn shutdown(&mut self) {
+        self.inner.shutdown().await;
+    }
+}
+
+impl UniqueID for ClientStream {
+    fn id(&self) -> UniqueIDType {
+        self.inner.id()
+    }
+}
+
+impl Ssl for ClientStream {
+    fn get_ssl(&self) -> Option<&TlsRef> {
+        self.inner.get_ssl()
+    }
+
+    fn get_ssl_digest(&self) -> Option<Arc<SslDigest>> {
+        self.inner.get_ssl_digest()
+    }
+
+    fn selected_alpn_proto(&self) -> Option<ALPN> {
+        self.inner.selected_alpn_proto()
+    }
+}
+
+impl GetTimingDigest for ClientStream {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        self.inner.get_timing_digest()
+    }
+}
+
+impl GetProxyDigest for ClientStream {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        self.digest.clone()
+    }
+}
+
+impl GetSocketDigest for ClientStream {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.socket.clone()
+    }
+}
+
+impl fmt::Debug for ClientStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientStream")
+            .field("inner", &self.inner)
+            .field("phase", &self.phase)
+            .finish_non_exhaustive()
+    }
+}

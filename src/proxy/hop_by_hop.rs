@@ -1,0 +1,112 @@
+//! Fields of a response that are about the connection to the backend, not for the client.
+
+use ::pingora::http::ResponseHeader;
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, PROXY_AUTHENTICATE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+use http::{HeaderName, Method, StatusCode, Version};
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const PROXY_INFO: HeaderName = HeaderName::from_static("proxy-authentication-info");
+
+/// Removes them (RFC 9110, section 7.6.1). `Connection` and `Transfer-Encoding` are Pingora's, which
+/// sets them anew. Returns after how many seconds the backend closes the connection, if it says so.
+pub(super) fn remove_hop_by_hop(response: &mut ResponseHeader) -> Option<u64> {
+    let seconds = response.headers.get(KEEP_ALIVE).and_then(|value| {
+        let text = value.to_str().ok()?;
+        let parameter = |part: &str| {
+            let (name, value) = part.split_once('=')?;
+            let is_timeout = name.trim().eq_ignore_ascii_case("timeout");
+            is_timeout.then(|| value.trim().parse().ok())?
+        };
+        text.split(',').find_map(parameter)
+    });
+    if response.headers.contains_key(CONNECTION) {
+        for name in nominated(response) {
+            response.remove_header(&name);
+        }
+    }
+    for name in [
+        KEEP_ALIVE,
+        TRAILER,
+        PROXY_CONNECTION,
+        PROXY_AUTHENTICATE,
+        PROXY_INFO,
+    ] {
+        response.remove_header(&name);
+    }
+    seconds
+}
+
+/// The fields that `Connection` names, without those that the message needs.
+fn nominated(response: &ResponseHeader) -> Vec<HeaderName> {
+    let is_upgrade = response.status == StatusCode::SWITCHING_PROTOCOLS;
+    let values = response.headers.get_all(CONNECTION).into_iter();
+    let texts = values.map(|value| value.to_str().unwrap_or_default());
+    texts
+        .flat_map(|text| text.split(','))
+        .filter_map(|name| name.trim().parse::<HeaderName>().ok())
+        .filter(|name| ![CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name))
+        .filter(|name| !(is_upgrade && name == UPGRADE))
+        .collect()
+}
+
+/// Whether a response to this method consists of a head only.
+pub(super) fn has_no_body(method: &Method, response: &ResponseHeader) -> bool {
+    let length = response.headers.get(CONTENT_LENGTH);
+    let is_empty = length.is_some_and(|length| length.as_bytes() == b"0");
+    let status = response.status;
+    is_empty
+        || method == Method::HEAD
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+/// Whether the response to a client of this version has to end with its connection: HTTP/1.0 knows no
+/// chunks, so without a length there is no other end.
+pub(super) fn ends_with_connection(client: Version, response: &ResponseHeader) -> bool {
+    client < Version::HTTP_11
+        && !response.headers.contains_key(CONTENT_LENGTH)
+        && !matches!(
+            response.status,
+            StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED
+        )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_the_connection_are_removed_and_those_of_the_message_kept() {
+        let mut response = ResponseHeader::build(200, None).unwrap();
+        for (name, value) in [
+            ("connection", "x-a, close, Content-Length"),
+            ("connection", "X-B"),
+            ("keep-alive", "max=100, Timeout=5"),
+            ("proxy-authenticate", "Basic"),
+            ("trailer", "x-sum"),
+            ("x-a", "1"),
+            ("x-b", "1"),
+            ("x-c", "1"),
+            ("content-length", "0"),
+        ] {
+            response.append_header(name, value).unwrap();
+        }
+        assert_eq!(remove_hop_by_hop(&mut response), Some(5));
+        let mut left: Vec<_> = response.headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["connection", "content-length", "x-c"]);
+    }
+
+    #[test]
+    fn an_upgrade_keeps_its_field() {
+        for (status, is_kept) in [(101, true), (200, false)] {
+            let mut response = ResponseHeader::build(status, None).unwrap();
+            response.append_header(CONNECTION, "upgrade").unwrap();
+            response.append_header(UPGRADE, "websocket").unwrap();
+            assert_eq!(remove_hop_by_hop(&mut response), None);
+            assert_eq!(response.headers.contains_key(UPGRADE), is_kept);
+        }
+    }
+}

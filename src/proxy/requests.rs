@@ -1,0 +1,108 @@
+//! What a request may be: limits of its head and its body.
+
+use std::time::{Duration, Instant};
+
+use ::pingora::Result;
+use ::pingora::proxy::Session;
+use bytes::Bytes;
+use http::header::{CONTENT_LENGTH, EXPECT};
+
+use super::context::RequestContext;
+use super::front::{Connection, Phase};
+use super::reply::refused;
+use crate::config::ClusterConfig;
+
+/// The limits of a request, and the times that Pingora keeps for HTTP/2 clients.
+#[derive(Debug)]
+pub(super) struct RequestLimits {
+    head_bytes: usize,
+    headers: usize,
+    body_bytes: u64,
+    client_write: Duration,
+}
+
+impl RequestLimits {
+    pub(super) fn new(config: &ClusterConfig) -> Self {
+        let clients = &config.clients;
+        Self {
+            head_bytes: clients.head_bytes,
+            headers: clients.headers,
+            body_bytes: clients.body_bytes,
+            client_write: Duration::from_millis(config.timeouts.client_write_ms),
+        }
+    }
+
+    /// A request begins: its head is complete.
+    pub(super) fn begin(&self, session: &mut Session, context: &mut RequestContext) {
+        context.connection = Connection::of(session).cloned();
+        context.is_complete = session.is_body_empty();
+        session.set_pipelining_enabled(true);
+        let Some(connection) = &context.connection else {
+            return;
+        };
+        if session.is_http2() {
+            // A client that gives no room on its stream blocks nothing of the connection, so only
+            // Pingora notices.
+            session.set_write_timeout(Some(self.client_write));
+            if !context.is_complete {
+                connection.body_starts();
+            }
+            return;
+        }
+        // The front keeps the time.
+        session.set_read_timeout(None);
+        connection.enter(match context.is_complete {
+            true => Phase::Answer,
+            false if session.req_header().headers.contains_key(EXPECT) => Phase::Expect,
+            false => Phase::Body,
+        });
+    }
+
+    /// Refuses a head that is too large, and a body that says it is.
+    pub(super) fn check_head(&self, session: &Session, context: &RequestContext) -> Result<()> {
+        let headers = &session.req_header().headers;
+        let count = headers.len();
+        // The separators and the end of a line are four bytes.
+        let bytes = |name: &str, value: &[u8]| name.len() + value.len() + 4;
+        let fields: usize = headers
+            .iter()
+            .map(|(name, value)| bytes(name.as_str(), value.as_bytes()))
+            .sum();
+        let target = session.req_header().raw_path().len();
+        if count > self.headers || fields + target > self.head_bytes {
+            if let Some(connection) = &context.connection {
+                connection.statistics().count_head_too_large();
+            }
+            return Err(refused(431, "the head of the request is too large"));
+        }
+        let length = headers.get(CONTENT_LENGTH);
+        let length = length.and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+        self.check_length(length.unwrap_or(0))
+    }
+
+    /// A part of the body has been received.
+    pub(super) fn check_body(
+        &self,
+        body: Option<&Bytes>,
+        is_end: bool,
+        is_http2: bool,
+        context: &mut RequestContext,
+    ) -> Result<()> {
+        context.body_bytes += body.map_or(0, |body| body.len() as u64);
+        self.check_length(context.body_bytes)?;
+        if is_end && !context.is_complete {
+            context.completes(is_http2);
+            if context.answered.is_none() {
+                context.sent = Instant::now();
+            }
+        }
+        Ok(())
+    }
+
+    fn check_length(&self, length: u64) -> Result<()> {
+        if self.body_bytes > 0 && length > self.body_bytes {
+            return Err(refused(413, "the body of the request is too large"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,299 @@
+//! Tests of what clients may do: times, limits, and who is believed.
+
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+
+use super::raw::{Raw, RawBackend, in_front_of, is_closed_within, ok, status};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_has_to_arrive_as_a_whole_in_its_time_for_each_request() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "timeouts: { client_header_ms: 600, client_idle_ms: 30000 }";
+    let balancer = in_front_of(&backend, "heads", fields).await;
+    // A byte now and then does not help. The second one is a request on a connection that has
+    // served one.
+    for served in [false, true] {
+        let mut client = Raw::to(&balancer).await;
+        if served {
+            assert_eq!(status(&client.get("").await), "200");
+            // Longer than a head may take: nothing of one has been sent.
+            tokio::time::sleep(SECOND).await;
+        }
+        let start = Instant::now();
+        client.send(b"GET / HTTP/1.1\r\nHost: a\r\n").await;
+        let answer = client.drip(b"x: 1\r\n", SECOND / 10).await;
+        assert_eq!(status(&answer), "408", "{answer:?}");
+        let took = start.elapsed();
+        assert!(took > SECOND / 2 && took < 5 * SECOND, "{took:?}");
+    }
+    // Nothing of them has been taken for a request.
+    assert_eq!(backend.requests().len(), 1);
+    // One that sends nothing is closed without a response.
+    let mut silent = Raw::to(&balancer).await;
+    assert_eq!(silent.rest().await, "");
+    assert_eq!(
+        balancer.log_text().matches("ERROR").count(),
+        0,
+        "{}",
+        balancer.log_text()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_without_requests_is_closed_after_its_time() {
+    let backend = RawBackend::start(ok).await;
+    let balancer = in_front_of(&backend, "idle", "timeouts: { client_idle_ms: 500 }").await;
+    let mut client = Raw::to(&balancer).await;
+    for _ in 0..3 {
+        assert_eq!(status(&client.get("").await), "200");
+        assert!(!is_closed_within(&mut client.0, SECOND / 4).await);
+    }
+    let start = Instant::now();
+    assert!(is_closed_within(&mut client.0, 5 * SECOND).await);
+    assert!(start.elapsed() < 2 * SECOND);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stalled_body_is_the_clients_fault() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "timeouts: { client_body_ms: 500, response_ms: 60000 }";
+    let balancer = in_front_of(&backend, "bodies", fields).await;
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n12345")
+        .await;
+    let start = Instant::now();
+    let response = client.rest().await;
+    assert_eq!(status(&response), "408", "{response:?}");
+    assert!(start.elapsed() < 5 * SECOND);
+    // The other way round: the backend's time is over first.
+    let fields = "timeouts: { client_body_ms: 60000, response_ms: 500 }";
+    let balancer = in_front_of(&backend, "bodies-2", fields).await;
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n12345")
+        .await;
+    let response = client.rest().await;
+    assert_eq!(status(&response), "408", "{response:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_read_is_given_up() {
+    let large = |_: &str| {
+        let head = b"HTTP/1.1 200 OK\r\nContent-Length: 50000000\r\n\r\n";
+        [&head[..], &vec![b'x'; 50_000_000]].concat()
+    };
+    let backend = RawBackend::start(large).await;
+    for (name, fields) in [
+        ("writes", "timeouts: { client_write_ms: 500 }"),
+        ("rates", "clients: { least_rate: 1000000000 }"),
+    ] {
+        let balancer = in_front_of(&backend, name, fields).await;
+        let mut client = Raw::to(&balancer).await;
+        client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        super::world::until("the client is given up", async || {
+            // What is in the buffers is still there, then the connection ends.
+            !balancer.has_connection_from(client.0.local_addr().unwrap())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_are_limited_in_all_and_per_client() {
+    let backend = RawBackend::start(ok).await;
+    for (name, fields) in [
+        ("all", "clients: { connections: 3 }"),
+        ("one", "clients: { connections_per_client: 3 }"),
+    ] {
+        let balancer = in_front_of(&backend, name, fields).await;
+        let served = async |client: &mut TcpStream| {
+            use tokio::io::AsyncWriteExt;
+            let request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+            client.write_all(request).await.is_ok()
+                && super::raw::read_message(client).await.is_some()
+        };
+        let mut open = Vec::new();
+        super::world::until("the connections of the start are gone", async || {
+            open.clear();
+            for _ in 0..3 {
+                let mut client = TcpStream::connect(&balancer.listen).await.unwrap();
+                if served(&mut client).await {
+                    open.push(client);
+                }
+            }
+            open.len() == 3
+        })
+        .await;
+        let mut fourth = TcpStream::connect(&balancer.listen).await.unwrap();
+        assert!(!served(&mut fourth).await);
+        assert!(served(&mut open[1]).await);
+        drop(open);
+        super::world::until("there is room again", async || {
+            let mut client = TcpStream::connect(&balancer.listen).await.unwrap();
+            served(&mut client).await
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn heads_and_bodies_are_limited() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "clients: { head_bytes: 1024, headers: 8, body_bytes: 100 }";
+    let balancer = in_front_of(&backend, "sizes", fields).await;
+    let many: String = (0..9).map(|index| format!("x-{index}: 1\r\n")).collect();
+    let long = format!("x: {}\r\n", "y".repeat(1_024));
+    for head in [many, long] {
+        let mut client = Raw::to(&balancer).await;
+        assert_eq!(status(&client.get(&head).await), "431", "{head}");
+    }
+    // A head that has no end.
+    let mut client = Raw::to(&balancer).await;
+    client.send(b"GET / HTTP/1.1\r\nHost: a\r\n").await;
+    let answer = client.drip(b"x: 01234567890123456789\r\n", SECOND / 500);
+    assert_eq!(status(&answer.await), "431");
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 101\r\n\r\n")
+        .await;
+    assert_eq!(status(&client.rest().await), "413");
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        .await;
+    for _ in 0..11 {
+        client.send(b"a\r\n0123456789\r\n").await;
+    }
+    assert_eq!(status(&client.rest().await), "413");
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc")
+        .await;
+    assert_eq!(status(&client.response().await), "200");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_ends_after_as_many_requests_as_are_set() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "clients: { requests_per_connection: 3 }";
+    let balancer = in_front_of(&backend, "requests", fields).await;
+    let mut client = Raw::to(&balancer).await;
+    for last in [false, false, true] {
+        let response = client.get("").await;
+        assert_eq!(status(&response), "200");
+        let says_so = response.to_ascii_lowercase().contains("connection: close");
+        assert_eq!(says_so, last, "{response}");
+    }
+    assert!(is_closed_within(&mut client.0, SECOND).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn http_2_without_tls_is_spoken_to_those_who_begin_with_it() {
+    let backend = RawBackend::start(ok).await;
+    for (name, fields, is_spoken) in [("h2c", "", true), ("h1", "clients: { h2c: false }", false)] {
+        let balancer = in_front_of(&backend, name, fields).await;
+        let client = reqwest::Client::builder().http2_prior_knowledge();
+        let client = client.build().unwrap();
+        for _ in 0..3 {
+            let response = client.get(&balancer.url).send().await;
+            let spoken = response.is_ok_and(|response| {
+                response.status() == 200 && response.version() == reqwest::Version::HTTP_2
+            });
+            assert_eq!(spoken, is_spoken);
+        }
+        // A request that is shorter than the preface of HTTP/2, and one that begins like it.
+        for request in ["GET / HTTP/1.0\r\n\r\n", "PRI / HTTP/1.0\r\n\r\n"] {
+            let mut client = Raw::to(&balancer).await;
+            client.send(request.as_bytes()).await;
+            assert_eq!(status(&client.rest().await), "200", "{request}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tunnel_may_be_silent_for_longer_than_a_response() {
+    let upgrade = |request: &str| {
+        if !request.to_ascii_lowercase().contains("upgrade: websocket") {
+            return ok(request);
+        }
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+            .to_vec()
+    };
+    let backend = RawBackend::start(upgrade).await;
+    let head = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+    let times = "client_body_ms: 300, client_idle_ms: 300, client_header_ms: 300, response_ms: 300";
+    for (tunnel, lives) in [(30_000, true), (600, false)] {
+        let fields = format!("timeouts: {{ tunnel_ms: {tunnel}, {times} }}");
+        let balancer = in_front_of(&backend, "tunnels", &fields).await;
+        let mut client = Raw::to(&balancer).await;
+        assert_eq!(status(&client.get(head).await), "101");
+        let is_closed = is_closed_within(&mut client.0, 2 * SECOND).await;
+        assert_eq!(is_closed, !lives);
+        if lives {
+            // It still carries bytes both ways: the backend answers whatever looks like a request.
+            assert_eq!(status(&client.get("").await), "200");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_connections_to_backends_end_before_the_backend_ends_them() {
+    let says_so =
+        |_: &str| b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nKeep-Alive: timeout=2\r\n\r\n".to_vec();
+    for (name, fields, backend) in [
+        (
+            "pool",
+            "timeouts: { pool_idle_ms: 1000 }",
+            RawBackend::start(ok).await,
+        ),
+        (
+            "hint",
+            "timeouts: { pool_idle_ms: 60000 }",
+            RawBackend::start(says_so).await,
+        ),
+    ] {
+        let balancer = in_front_of(&backend, name, fields).await;
+        // The first response says for how long the next connections are kept.
+        assert_eq!(balancer.get().await, "a");
+        assert_eq!(balancer.get().await, "a");
+        let before = backend.connections();
+        assert_eq!(balancer.get().await, "a");
+        assert_eq!(backend.connections(), before, "{name}: it is used again");
+        tokio::time::sleep(2 * SECOND).await;
+        assert_eq!(balancer.get().await, "a");
+        assert_eq!(backend.connections(), before + 1, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_has_a_time_for_all_of_it() {
+    let slow = |_: &str| {
+        std::thread::sleep(SECOND);
+        ok("")
+    };
+    let backend = RawBackend::start(slow).await;
+    let fields = "timeouts: { request_ms: 300, response_ms: 60000 }\nretries: 2";
+    let balancer = in_front_of(&backend, "whole", fields).await;
+    let mut client = Raw::to(&balancer).await;
+    let start = Instant::now();
+    assert_eq!(status(&client.get("").await), "504");
+    assert!(start.elapsed() < 2 * SECOND, "{:?}", start.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_that_nobody_wants_is_read_for_its_time() {
+    let early = RawBackend::start_early(ok).await;
+    let balancer = in_front_of(&early, "drains", "timeouts: { client_drain_ms: 700 }").await;
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 20000000\r\n\r\n")
+        .await;
+    assert_eq!(status(&client.response().await), "200");
+    let start = Instant::now();
+    assert!(is_closed_within(&mut client.0, 5 * SECOND).await);
+    assert!(start.elapsed() < 3 * SECOND, "{:?}", start.elapsed());
+}
