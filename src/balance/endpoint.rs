@@ -88,12 +88,17 @@ impl EndpointState {
         self.success.get()
     }
 
-    pub(super) fn succeeded(&self, latency: Duration) {
+    /// It works, and how fast is not known.
+    pub(super) fn answered(&self) {
         let success = self.success.get();
         // A backend that is gone stays gone, whatever becomes of its last requests.
         if (0.0..1.0).contains(&success) {
             self.success.set(self.fleet.after_success(success));
         }
+    }
+
+    pub(super) fn succeeded(&self, latency: Duration) {
+        self.answered();
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
         let nanos = nanos.min(MAX_LATENCY_NANOS);
         self.latency_sum.fetch_add(nanos, Ordering::Relaxed);

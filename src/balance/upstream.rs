@@ -56,8 +56,15 @@ impl Upstream {
         self.state.succeeded(latency);
     }
 
-    /// Reports that the backend failed the request: no connection, a time-out, a 5xx response. Do
-    /// not call it for a client that went away: drop the guard instead.
+    /// Reports that the backend works, but answered without doing what it usually does, such as with
+    /// 401 or 404. How fast it did so says nothing, and does not attract requests.
+    pub fn answered(self) {
+        self.state.answered();
+    }
+
+    /// Reports that the backend failed the request: no connection, a time-out, a 5xx response, or 429,
+    /// by which it says that it has too much to do. Do not call it for a client that went away: drop
+    /// the guard instead.
     pub fn failed(self) {
         self.state.failed();
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::clients::Clients;
+use super::retry::Retry;
 use super::timeouts::Timeouts;
 use super::values::{HashOn, Port};
 use crate::balance::{
@@ -111,6 +112,9 @@ pub struct ClusterConfig {
     /// effects. Default: 2. Range: 0 to 2.
     #[serde(default = "default_retries")]
     pub retries: usize,
+    /// When else a request is tried on another backend.
+    #[serde(default)]
+    pub retry: Retry,
     /// How long to wait for clients and backends.
     #[serde(default)]
     pub timeouts: Timeouts,
@@ -184,6 +188,7 @@ impl ClusterConfig {
         }
         let millis = |name, value: u64, range| in_range("cluster", name, value, range);
         in_range("cluster", "retries", self.retries, 0..=2)?;
+        self.retry.validate("cluster.retry")?;
         self.timeouts.validate("cluster.timeouts")?;
         self.clients.validate("cluster.clients")?;
         millis("ready_timeout_ms", self.ready_timeout_ms, 0..=600_000)?;

@@ -7,6 +7,7 @@
 mod clients;
 mod cluster;
 mod file;
+mod retry;
 #[cfg(feature = "pingora")]
 mod server;
 mod timeouts;
@@ -16,6 +17,7 @@ pub use clients::{Clients, Network};
 pub use cluster::ClusterConfig;
 #[cfg(feature = "pingora")]
 pub(crate) use cluster::READY_TIMEOUT;
+pub use retry::Retry;
 #[cfg(feature = "pingora")]
 pub use server::{load, server_conf};
 pub use timeouts::Timeouts;

@@ -7,24 +7,26 @@ use ::pingora::http::{RequestHeader, ResponseHeader};
 use ::pingora::modules::http::HttpModules;
 use ::pingora::proxy::{FailToProxy, ProxyHttp, Session};
 use ::pingora::upstreams::peer::HttpPeer;
-use ::pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
+use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::StatusCode;
 use http::header::TRANSFER_ENCODING;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::client::{TrustedProxies, peer_of, remove_lookalikes, set_forwarded};
 use super::context::RequestContext;
+use super::failure::{failure, is_local, retried_status};
 use super::headers::{set_leader_epoch, set_upstream_node, take_load_report};
 use super::hop_by_hop::{ends_with_connection, has_no_body, remove_hop_by_hop};
 use super::leader::find_leader;
 use super::outcome::{Outcome, outcome};
 use super::peers::Peers;
 use super::pick::pick;
-use super::reply::{is_slow_upload, refused, reply_to, timed_out};
+use super::reply::{is_slow_upload, refused, reply_to, timed_out, unavailable, unavailable_reply};
 use super::requests::RequestLimits;
-use super::retry::{Decision, Failure, PingoraRetry, decide};
+use super::retry::{Decision, RetryRules, decide};
+use super::retry_budget::RetryBudget;
 use super::via::ViaMark;
 use crate::balance::Policy;
 use crate::config::{ClusterConfig, HashOn};
@@ -44,7 +46,9 @@ pub struct ClusterProxy {
     leader_wait: Duration,
     /// `None` for a policy that does not hash.
     hash_on: Option<HashOn>,
-    max_retries: usize,
+    retries: RetryRules,
+    retry_on_status: Vec<u16>,
+    retry_budget: RetryBudget,
     peers: Peers,
     /// The longest time for a whole request.
     request_timeout: Option<Duration>,
@@ -62,7 +66,12 @@ impl ClusterProxy {
             leader: None,
             leader_wait: Duration::from_millis(config.leader_wait_ms),
             hash_on: (config.policy == Policy::Consistent).then(|| config.hash_on.clone()),
-            max_retries: config.retries,
+            retries: RetryRules {
+                most: config.retries,
+                on_timeout: config.retry.on_timeout,
+            },
+            retry_on_status: config.retry.on_status.clone(),
+            retry_budget: RetryBudget::new(&config.retry),
             peers: Peers::new(&config.timeouts),
             request_timeout: match config.timeouts.request_ms {
                 0 => None,
@@ -84,6 +93,45 @@ impl ClusterProxy {
     pub fn leader_route(mut self, leader: LeaderRoute) -> Self {
         self.leader = Some(leader);
         self
+    }
+
+    /// The way to the leader, if this request is for the leader.
+    fn leader_for(&self, session: &Session) -> Option<&LeaderRoute> {
+        let route = self.leader.as_ref()?;
+        LeaderRoute::is_write(&session.req_header().method).then_some(route)
+    }
+
+    /// Finds out whether there is a backend at all; the error is the reason why not. The leader is
+    /// stored in the context.
+    async fn find_backend(
+        &self,
+        session: &Session,
+        context: &mut RequestContext,
+    ) -> Result<(), &'static str> {
+        if let Some(route) = self.leader_for(session) {
+            context.leader = Some(find_leader(route, self.leader_wait, context).await?);
+        } else if self.balancer.is_empty() {
+            return Err("no backend is registered");
+        }
+        Ok(())
+    }
+
+    /// Whether the request may be sent once more; if so, that counts.
+    fn may_send_again(&self, context: &mut RequestContext) -> bool {
+        self.may_try(context)
+            && self.retry_budget.take(Instant::now())
+            && self.may_try_again(context)
+    }
+
+    fn may_try(&self, context: &RequestContext) -> bool {
+        context.retries < self.retries.most && self.time_left(context).is_ok()
+    }
+
+    /// Whether the request may be tried once more; if so, that counts.
+    fn may_try_again(&self, context: &mut RequestContext) -> bool {
+        let may = self.may_try(context);
+        context.retries += usize::from(may);
+        may
     }
 
     /// How long the request may still take; `None` if it may take any time.
@@ -115,6 +163,7 @@ impl ProxyHttp for ClusterProxy {
         session: &mut Session,
         context: &mut RequestContext,
     ) -> Result<()> {
+        self.retry_budget.count_request();
         self.limits.begin(session, context);
         Ok(())
     }
@@ -130,7 +179,14 @@ impl ProxyHttp for ClusterProxy {
         self.limits.check_head(session, context)?;
         context.client = peer_of(session)
             .map(|peer| self.trusted.client_of(peer, &session.req_header().headers));
-        Ok(false)
+        let Err(reason) = self.find_backend(session, context).await else {
+            return Ok(false);
+        };
+        debug!(reason, "a request was not served");
+        if let Err(error) = unavailable_reply(reason).answer(session).await {
+            debug!(%error, "the response could not be sent to the client");
+        }
+        Ok(true)
     }
 
     async fn request_body_filter(
@@ -152,10 +208,14 @@ impl ProxyHttp for ClusterProxy {
     ) -> Result<Box<HttpPeer>> {
         let left = self.time_left(context)?;
         let is_upgrade = session.is_upgrade_req();
-        if let Some(route) = &self.leader
-            && LeaderRoute::is_write(&session.req_header().method)
-        {
-            let leader = find_leader(route, self.leader_wait, context).await?;
+        if let Some(route) = self.leader_for(session) {
+            // The one that was found before the first try, or another one.
+            let leader = match context.leader.take() {
+                Some(leader) => leader,
+                None => find_leader(route, self.leader_wait, context)
+                    .await
+                    .map_err(unavailable)?,
+            };
             let peer = self.peers.peer(leader.addr, &leader.node, is_upgrade, left);
             context.leader = Some(leader);
             return Ok(peer);
@@ -180,10 +240,18 @@ impl ProxyHttp for ClusterProxy {
 
     async fn upstream_response_filter(
         &self,
-        _: &mut Session,
+        session: &mut Session,
         response: &mut ResponseHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
+        if self.retry_on_status.contains(&response.status.as_u16())
+            && session.req_header().method.is_safe()
+            && !session.as_ref().retry_buffer_truncated()
+            && self.may_send_again(context)
+        {
+            context.is_retried_for_status = true;
+            return Err(retried_status(response.status));
+        }
         let now = Instant::now();
         context.answered = Some(now.saturating_duration_since(context.sent));
         if self.load_reports {
@@ -251,15 +319,20 @@ impl ProxyHttp for ClusterProxy {
         mut error: Box<Error>,
     ) -> Box<Error> {
         debug!(%peer, %error, "cannot connect to the backend");
-        if let Some(upstream) = context.upstream.take() {
+        let upstream = context.upstream.take();
+        if is_local(&error) {
+            warn!(%error, "this process cannot connect to any backend");
+            return refused(503, "this proxy cannot make a connection");
+        }
+        if let Some(upstream) = upstream {
             upstream.failed();
         }
         if let Some(leader) = context.leader.take() {
             context.failed_epoch = Some(leader.epoch);
             error.set_retry(context.started.elapsed() < self.leader_wait);
-        } else if context.retries < self.max_retries {
-            context.retries += 1;
-            error.set_retry(true);
+        } else {
+            // Nothing was sent, so no backend gets more than there are requests: without the budget.
+            error.set_retry(self.may_try_again(context));
         }
         error
     }
@@ -276,48 +349,42 @@ impl ProxyHttp for ClusterProxy {
         client_reused: bool,
     ) -> Box<Error> {
         let mut error = error.more_context(format!("Peer: {peer}"));
-        let method = &session.req_header().method;
-        let failure = Failure {
-            is_idempotent: method.is_idempotent(),
-            is_safe: method.is_safe(),
-            is_repeatable: !session.as_ref().retry_buffer_truncated(),
-            is_unanswered: session.response_written().is_none(),
-            is_from_backend: error.esource() == &ErrorSource::Upstream
-                && !is_slow_upload(context, &error),
-            retry: match error.retry {
-                RetryType::ReusedOnly if client_reused => PingoraRetry::StaleConnection,
-                RetryType::Decided(true) => PingoraRetry::Yes,
-                RetryType::ReusedOnly | RetryType::Decided(false) => PingoraRetry::No,
-            },
-            retries: context.retries,
-            stale_connections: context.stale_connections,
-        };
+        context.answered = None;
+        if std::mem::take(&mut context.is_retried_for_status) {
+            if let Some(upstream) = context.upstream.take() {
+                upstream.failed();
+            }
+            error.set_retry(true);
+            return error;
+        }
         if is_slow_upload(context, &error) {
             // The backend waited for the client.
             context.upstream = None;
         }
-        let decision = decide(&failure, self.max_retries);
-        match decision {
+        let failure = failure(session, context, &error, client_reused);
+        let decision = decide(&failure, self.retries);
+        let is_retried = match decision {
             Decision::RetryAnywhere => {
                 context.stale_connections += 1;
                 context.tried.pop();
+                true
             }
-            Decision::RetryElsewhere => {
-                context.retries += 1;
+            Decision::RetryElsewhere if self.may_send_again(context) => {
                 if let Some(upstream) = context.upstream.take()
                     && failure.is_from_backend
                 {
                     upstream.failed();
                 }
+                true
             }
             // `logging` reports the failure.
-            Decision::GiveUp => {}
-            Decision::GiveUpWithoutBlame => context.upstream = None,
-        }
-        error.set_retry(matches!(
-            decision,
-            Decision::RetryAnywhere | Decision::RetryElsewhere
-        ));
+            Decision::RetryElsewhere | Decision::GiveUp => false,
+            Decision::GiveUpWithoutBlame => {
+                context.upstream = None;
+                false
+            }
+        };
+        error.set_retry(is_retried);
         error
     }
 
@@ -364,6 +431,7 @@ impl ProxyHttp for ClusterProxy {
         let status = session.response_written().map(|response| response.status);
         match outcome(error.map(Error::esource), status) {
             Outcome::Succeeded => upstream.succeeded(context.latency()),
+            Outcome::Answered => upstream.answered(),
             Outcome::Failed => upstream.failed(),
             Outcome::Unknown => {}
         }

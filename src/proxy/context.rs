@@ -36,6 +36,8 @@ pub struct RequestContext {
     pub(super) upstream: Option<Upstream>,
     pub(super) tried: Vec<SocketAddr>,
     pub(super) retries: usize,
+    /// The response of a backend is not passed on, because of its status.
+    pub(super) is_retried_for_status: bool,
     /// How many pooled connections turned out to be closed.
     pub(super) stale_connections: usize,
     pub(super) leader: Option<LeaderUpstream>,
@@ -58,6 +60,7 @@ impl RequestContext {
             upstream: None,
             tried: Vec::new(),
             retries: 0,
+            is_retried_for_status: false,
             stale_connections: 0,
             leader: None,
             failed_epoch: None,

@@ -2,21 +2,19 @@
 
 use std::time::Duration;
 
-use ::pingora::Result;
-
 use super::context::RequestContext;
-use super::reply::unavailable;
 use crate::pingora::{LeaderRoute, LeaderUpstream};
 
 /// How long to wait for another leader before one that could not be reached is tried again.
 const RETRY_SAME_AFTER: Duration = Duration::from_millis(200);
 
-/// Finds the leader, waiting for at most `max_wait` from the start of the request.
+/// Finds the leader, waiting for at most `max_wait` from the start of the request. The error is the
+/// reason why there is none.
 pub(super) async fn find_leader(
     route: &LeaderRoute,
     max_wait: Duration,
     context: &RequestContext,
-) -> Result<LeaderUpstream> {
+) -> Result<LeaderUpstream, &'static str> {
     let remaining = || max_wait.saturating_sub(context.started.elapsed());
     // A leader that could not be reached may have crashed: its successor has another term. Or it
     // may be back in a moment.
@@ -31,5 +29,5 @@ pub(super) async fn find_leader(
         return Ok(leader);
     }
     let leader = route.wait(remaining()).await;
-    leader.ok_or_else(|| unavailable("there is no leader"))
+    leader.ok_or("there is no leader")
 }

@@ -3,6 +3,7 @@
 mod client;
 mod cluster_proxy;
 mod context;
+mod failure;
 mod front;
 mod headers;
 mod hop_by_hop;
@@ -14,6 +15,7 @@ mod pick;
 mod reply;
 mod requests;
 mod retry;
+mod retry_budget;
 mod server;
 mod via;
 

@@ -8,7 +8,9 @@ use http::StatusCode;
 pub(super) enum Outcome {
     /// It did its work.
     Succeeded,
-    /// It failed the request.
+    /// It works, but did not do what it usually does, so its latency says nothing.
+    Answered,
+    /// It failed the request, or is overloaded.
     Failed,
     /// Nothing: the client or this process ended the request.
     Unknown,
@@ -23,6 +25,9 @@ pub(super) fn outcome(error: Option<&ErrorSource>, status: Option<StatusCode>) -
         (Some(ErrorSource::Upstream), _) => Outcome::Failed,
         (Some(_), _) | (None, None) => Outcome::Unknown,
         (None, Some(status)) if status.is_server_error() => Outcome::Failed,
+        // Otherwise a backend that refuses at once would look like the fastest, and get all requests.
+        (None, Some(StatusCode::TOO_MANY_REQUESTS)) => Outcome::Failed,
+        (None, Some(status)) if status.is_client_error() => Outcome::Answered,
         (None, Some(_)) => Outcome::Succeeded,
     }
 }
@@ -34,10 +39,11 @@ mod tests {
     #[test]
     fn a_backend_is_judged_by_its_own_failures() {
         use ErrorSource::{Downstream, Upstream};
-        use Outcome::{Failed, Succeeded, Unknown};
+        use Outcome::{Answered, Failed, Succeeded, Unknown};
         for (error, status, expected) in [
             (None, Some(StatusCode::OK), Succeeded),
-            (None, Some(StatusCode::NOT_FOUND), Succeeded),
+            (None, Some(StatusCode::NOT_FOUND), Answered),
+            (None, Some(StatusCode::TOO_MANY_REQUESTS), Failed),
             (None, Some(StatusCode::BAD_GATEWAY), Failed),
             (None, None, Unknown),
             (Some(Upstream), None, Failed),

@@ -79,8 +79,27 @@ fn is_connect_error(etype: &ErrorType) -> bool {
     )
 }
 
+/// 503 with this reason, as a response.
+pub(super) fn unavailable_reply(reason: &str) -> Reply<'_> {
+    Reply { code: 503, reason }
+}
+
 impl Reply<'_> {
+    /// Sends the response, and ends the client's connection.
     pub(super) async fn send(&self, session: &mut Session) -> Result<()> {
+        let (head, body) = self.parts()?;
+        session.write_error_response(head, body).await
+    }
+
+    /// Sends the response to a request for which no backend has been used. The client's connection
+    /// stays.
+    pub(super) async fn answer(&self, session: &mut Session) -> Result<()> {
+        let (head, body) = self.parts()?;
+        session.write_response_header(Box::new(head), false).await?;
+        session.write_response_body(Some(body), true).await
+    }
+
+    fn parts(&self) -> Result<(ResponseHeader, Bytes)> {
         let body = Bytes::from(format!("{}\n", self.reason));
         let mut response = ResponseHeader::build(self.code, Some(4))?;
         response.insert_header(CONTENT_TYPE, "text/plain; charset=utf-8")?;
@@ -88,7 +107,7 @@ impl Reply<'_> {
         if self.code == 503 {
             response.insert_header(RETRY_AFTER, "1")?;
         }
-        session.write_error_response(response, body).await
+        Ok((response, body))
     }
 }
 

@@ -17,6 +17,10 @@ pub(super) struct Failure {
     pub(super) is_unanswered: bool,
     /// The backend, not the client or this process, is the cause.
     pub(super) is_from_backend: bool,
+    /// The backend did not answer in time.
+    pub(super) is_timeout: bool,
+    /// The backend cannot have read anything of the request.
+    pub(super) is_unread: bool,
     /// What Pingora would do.
     pub(super) retry: PingoraRetry,
     /// How often this request has been tried on another backend.
@@ -48,21 +52,31 @@ pub(super) enum Decision {
     GiveUpWithoutBlame,
 }
 
+/// What is tried again beyond failed connections.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RetryRules {
+    /// Tries on other backends.
+    pub(super) most: usize,
+    /// Whether a backend that did not answer in time is one reason.
+    pub(super) on_timeout: bool,
+}
+
 /// Pingora's own rules first, which repeat a request on a pooled connection that turned out to be
 /// closed. Beyond them, a method without side effects is tried on another backend as long as nothing
-/// has reached the client.
-pub(super) fn decide(failure: &Failure, max_retries: usize) -> Decision {
-    let is_stale = failure.retry == PingoraRetry::StaleConnection;
-    let may_repeat =
-        failure.is_idempotent && failure.is_repeatable && failure.retry != PingoraRetry::No;
+/// has reached the client, and any method of which the backend cannot have read anything.
+pub(super) fn decide(failure: &Failure, rules: RetryRules) -> Decision {
+    let is_stale = failure.retry == PingoraRetry::StaleConnection || failure.is_unread;
+    let may_repeat = failure.is_repeatable
+        && (failure.is_unread || failure.is_idempotent && failure.retry != PingoraRetry::No);
     if may_repeat && is_stale && failure.stale_connections < MAX_STALE_CONNECTIONS {
         return Decision::RetryAnywhere;
     }
     let may_repeat_unanswered = failure.is_safe
         && failure.is_repeatable
         && failure.is_unanswered
-        && failure.is_from_backend;
-    if (may_repeat || may_repeat_unanswered) && failure.retries < max_retries {
+        && failure.is_from_backend
+        && (rules.on_timeout || !failure.is_timeout);
+    if (may_repeat || may_repeat_unanswered) && failure.retries < rules.most {
         return Decision::RetryElsewhere;
     }
     if is_stale && !may_repeat {
@@ -82,6 +96,8 @@ mod tests {
         is_repeatable: true,
         is_unanswered: true,
         is_from_backend: true,
+        is_timeout: false,
+        is_unread: false,
         retry: PingoraRetry::No,
         retries: 0,
         stale_connections: 0,
@@ -128,8 +144,25 @@ mod tests {
             is_from_backend: false,
             ..GET
         };
+        let late = Failure {
+            is_timeout: true,
+            ..GET
+        };
+        let unread = |failure| Failure {
+            is_unread: true,
+            ..failure
+        };
         for (failure, expected) in [
             (GET, RetryElsewhere),
+            (late, GiveUp),
+            (unread(POST), RetryAnywhere),
+            (
+                Failure {
+                    is_repeatable: false,
+                    ..unread(POST)
+                },
+                GiveUpWithoutBlame,
+            ),
             (retried(GET), GiveUp),
             (answered, GiveUp),
             (by_client, GiveUp),
@@ -145,7 +178,16 @@ mod tests {
             (many_stale, RetryElsewhere),
             (retried(many_stale), GiveUp),
         ] {
-            assert_eq!(decide(&failure, 2), expected, "{failure:?}");
+            let rules = RetryRules {
+                most: 2,
+                on_timeout: false,
+            };
+            assert_eq!(decide(&failure, rules), expected, "{failure:?}");
         }
+        let rules = RetryRules {
+            most: 2,
+            on_timeout: true,
+        };
+        assert_eq!(decide(&late, rules), RetryElsewhere);
     }
 }

@@ -271,11 +271,7 @@ async fn idle_connections_to_backends_end_before_the_backend_ends_them() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_has_a_time_for_all_of_it() {
-    let slow = |_: &str| {
-        std::thread::sleep(SECOND);
-        ok("")
-    };
-    let backend = RawBackend::start(slow).await;
+    let backend = RawBackend::start_slow(SECOND).await;
     let fields = "timeouts: { request_ms: 300, response_ms: 60000 }\nretries: 2";
     let balancer = in_front_of(&backend, "whole", fields).await;
     let mut client = Raw::to(&balancer).await;

@@ -19,6 +19,7 @@ mod headers;
 mod logs;
 mod members;
 mod raw;
+mod retries;
 mod snapshot;
 mod store;
 mod table;

@@ -126,15 +126,20 @@ pub struct RawBackend {
 impl RawBackend {
     /// A connection ends after an empty answer, and after one that says so.
     pub async fn start(answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static) -> Self {
-        Self::started(Arc::new(answer), false).await
+        Self::started(Arc::new(answer), false, Duration::ZERO).await
     }
 
     /// One that does not wait for the body of a request.
     pub async fn start_early(answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static) -> Self {
-        Self::started(Arc::new(answer), true).await
+        Self::started(Arc::new(answer), true, Duration::ZERO).await
     }
 
-    async fn started(answer: Answer, is_early: bool) -> Self {
+    /// One that answers with [`ok`] after this time.
+    pub async fn start_slow(after: Duration) -> Self {
+        Self::started(Arc::new(ok), false, after).await
+    }
+
+    async fn started(answer: Answer, is_early: bool, after: Duration) -> Self {
         let listener = TcpListener::bind((local(), 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -157,6 +162,7 @@ impl RawBackend {
                             return;
                         };
                         recorded.lock().unwrap().push(request.clone());
+                        tokio::time::sleep(after).await;
                         let bytes = answer(&request);
                         let _ = stream.write_all(&bytes).await;
                         let text = String::from_utf8_lossy(&bytes).to_ascii_lowercase();

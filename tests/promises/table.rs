@@ -352,6 +352,22 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::fields::tries_time_outs_and_the_default_port"],
     ),
     (
+        "retry.on_status",
+        &["promises::retries::a_status_that_is_listed_is_tried_elsewhere"],
+    ),
+    (
+        "retry.on_timeout",
+        &["promises::retries::one_slow_request_is_one_request"],
+    ),
+    (
+        "retry.budget",
+        &["promises::retries::retries_are_limited_to_a_part_of_all_requests"],
+    ),
+    (
+        "retry.least_per_second",
+        &["promises::retries::retries_are_limited_to_a_part_of_all_requests"],
+    ),
+    (
         "timeouts.client_header_ms",
         &["promises::clients::a_head_has_to_arrive_as_a_whole_in_its_time_for_each_request"],
     ),
@@ -532,7 +548,7 @@ fn every_promise_of_the_readme_is_in_the_table_and_the_other_way_round() {
 }
 
 /// The sections whose fields are in the table one by one.
-const SECTIONS: [&str; 3] = ["etcd", "timeouts", "clients"];
+const SECTIONS: [&str; 4] = ["etcd", "retry", "timeouts", "clients"];
 
 #[test]
 fn every_field_of_the_yaml_file_is_in_the_table_and_the_other_way_round() {

@@ -1,0 +1,63 @@
+//! What Pingora's errors say about a request that failed.
+
+use ::pingora::proxy::Session;
+use ::pingora::{Error, ErrorSource, ErrorType, RetryType};
+use http::StatusCode;
+
+use super::context::RequestContext;
+use super::reply::is_slow_upload;
+use super::retry::{Failure, PingoraRetry};
+
+/// What is known about a request that failed after a connection was there.
+pub(super) fn failure(
+    session: &Session,
+    context: &RequestContext,
+    error: &Error,
+    client_reused: bool,
+) -> Failure {
+    let method = &session.req_header().method;
+    Failure {
+        is_idempotent: method.is_idempotent(),
+        is_safe: method.is_safe(),
+        is_repeatable: !session.as_ref().retry_buffer_truncated(),
+        is_unanswered: session.response_written().is_none(),
+        is_from_backend: error.esource() == &ErrorSource::Upstream
+            && !is_slow_upload(context, error),
+        is_timeout: error.etype() == &ErrorType::ReadTimedout,
+        is_unread: client_reused && is_head_unsent(context, error),
+        retry: match error.retry {
+            RetryType::ReusedOnly if client_reused => PingoraRetry::StaleConnection,
+            RetryType::Decided(true) => PingoraRetry::Yes,
+            RetryType::ReusedOnly | RetryType::Decided(false) => PingoraRetry::No,
+        },
+        retries: context.retries,
+        stale_connections: context.stale_connections,
+    }
+}
+
+/// Whether even the head of the request could not be written: the system refuses to write only to a
+/// connection that it knows to be gone, so nothing has been sent.
+fn is_head_unsent(context: &RequestContext, error: &Error) -> bool {
+    error.esource() == &ErrorSource::Upstream
+        && error.etype() == &ErrorType::WriteError
+        && context.body_bytes == 0
+}
+
+/// Whether a connection failed for a reason of this process or machine: no descriptor, no port, no
+/// permission. No backend can do anything about it.
+pub(super) fn is_local(error: &Error) -> bool {
+    matches!(
+        error.etype(),
+        ErrorType::InternalError | ErrorType::SocketError | ErrorType::BindError
+    )
+}
+
+/// The error by which a response with this status is not passed on, but tried elsewhere.
+pub(super) fn retried_status(status: StatusCode) -> Box<Error> {
+    let mut error = Error::explain(
+        ErrorType::HTTPStatus(status.as_u16()),
+        "the backend answered with an error",
+    );
+    error.as_up();
+    error
+}

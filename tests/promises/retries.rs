@@ -1,0 +1,226 @@
+//! Tests of what is tried again, and of whom is blamed.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::common::etcd::Etcd;
+use super::common::group;
+use super::raw::{Raw, RawBackend, in_front_of, ok, status};
+use super::world::{Balancer, Setup, entry, put, until};
+
+/// A balancer in front of these backends, which takes turns.
+async fn before(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer {
+    let balancer = started(backends, name, fields).await;
+    until("it serves", async || {
+        !["503", "error"].contains(&&*served(&balancer).await)
+    })
+    .await;
+    balancer
+}
+
+async fn started(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let mut keys = etcd.raw_client().await;
+    for (index, backend) in backends.iter().enumerate() {
+        let entry = entry(
+            &format!("n{index}"),
+            Some(backend.address.port()),
+            json!({}),
+        );
+        put(&mut keys, &group, &entry, None).await;
+    }
+    let policy = match fields.starts_with("adaptive") {
+        true => "adaptive",
+        false => "round_robin",
+    };
+    let fields = format!("policy: {policy}\n{fields}");
+    Setup::shared(&group).with(&fields).start()
+}
+
+async fn served(balancer: &Balancer) -> String {
+    let served = balancer.get().await;
+    if served.contains("Error") {
+        "error".to_owned()
+    } else {
+        served
+    }
+}
+
+fn unavailable(_: &str) -> Vec<u8> {
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbusy".to_vec()
+}
+
+fn count(backend: &RawBackend, method: &str) -> usize {
+    let requests = backend.requests();
+    requests
+        .iter()
+        .filter(|request| request.starts_with(method))
+        .count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_status_that_is_listed_is_tried_elsewhere() {
+    let (busy, good) = (
+        RawBackend::start(unavailable).await,
+        RawBackend::start(ok).await,
+    );
+    let listed = before(
+        &[&busy, &good],
+        "listed",
+        "retry: { on_status: [503], budget: 1 }",
+    )
+    .await;
+    let answers = listed.gets(20).await;
+    assert_eq!(answers.get("n1"), Some(&20), "{answers:?}");
+    assert!(count(&busy, "GET") >= 5);
+    // Not one that may have side effects, and not unless it is listed.
+    let tried = count(&good, "POST");
+    let mut posts = Vec::new();
+    for _ in 0..8 {
+        posts.push(listed.post().await);
+    }
+    assert!(posts.iter().any(|answer| answer == "503"), "{posts:?}");
+    assert_eq!(
+        count(&good, "POST") - tried,
+        posts.iter().filter(|answer| *answer == "n1").count()
+    );
+    let unlisted = before(&[&busy, &good], "unlisted", "").await;
+    let answers = unlisted.gets(20).await;
+    assert!(answers.contains_key("503"), "{answers:?}");
+    // Where it is not tried again, the client gets the backend's own response.
+    let once = started(&[&busy], "once", "retries: 0\nretry: { on_status: [503] }").await;
+    until("the backend's response arrives", async || {
+        let Ok(stream) = tokio::net::TcpStream::connect(&once.listen).await else {
+            return false;
+        };
+        Raw(stream).get("").await.ends_with("busy")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_slow_request_is_one_request() {
+    let slow = Duration::from_millis(600);
+    let backends = [
+        RawBackend::start_slow(slow).await,
+        RawBackend::start_slow(slow).await,
+    ];
+    let [a, b] = &backends;
+    for (name, on_timeout, expected) in [("once", false, 1), ("twice", true, 2)] {
+        let fields = format!(
+            "retries: 1\ntimeouts: {{ response_ms: 200 }}\nretry: {{ on_timeout: {on_timeout} }}"
+        );
+        let balancer = before(&[a, b], name, &fields).await;
+        let requests = || count(a, "GET") + count(b, "GET");
+        let sent = requests();
+        assert_eq!(balancer.get().await, "504");
+        until("the requests have arrived", async || {
+            requests() - sent >= expected
+        })
+        .await;
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        assert_eq!(requests() - sent, expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retries_are_limited_to_a_part_of_all_requests() {
+    let (busy, good) = (
+        RawBackend::start(unavailable).await,
+        RawBackend::start(ok).await,
+    );
+    let fields = "retry: { on_status: [503], budget: 0.1, least_per_second: 2 }";
+    let balancer = before(&[&busy, &good], "budget", fields).await;
+    let start = Instant::now();
+    let answers = balancer.gets(200).await;
+    let (served, refused) = (answers["n1"], answers["503"]);
+    assert_eq!(served + refused, 200, "{answers:?}");
+    // Half of the requests need a retry. A tenth of all get one, and two a second.
+    let allowed = 20 + 2 * (start.elapsed().as_secs() as usize + 2);
+    assert!(served >= 100 && served <= 105 + allowed, "{answers:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_fails_here_is_no_backends_fault() {
+    // No connection stays in the pool.
+    let backend = RawBackend::start(|_| {
+        b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec()
+    })
+    .await;
+    let balancer = in_front_of(&backend, "descriptors", "policy: adaptive").await;
+    let limit = |descriptors: u32| {
+        let pid = balancer.program.child.id().to_string();
+        let limit = format!("--nofile={descriptors}:4096");
+        let set = Command::new("prlimit")
+            .args(["--pid", &pid, &limit])
+            .status();
+        assert!(set.unwrap().success());
+    };
+    let mut clients = Vec::new();
+    for _ in 0..30 {
+        let mut client = Raw::to(&balancer).await;
+        assert_eq!(status(&client.get("").await), "200");
+        clients.push(client);
+    }
+    limit(3);
+    for client in &mut clients {
+        let response = client.get("").await;
+        assert_eq!(status(&response), "503", "{response}");
+        assert!(response.contains("cannot make a connection"), "{response}");
+    }
+    limit(1_024);
+    until("it serves again", async || balancer.get().await == "a").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_backend_a_client_keeps_its_connection_and_no_error_is_logged() {
+    let backend = RawBackend::start(ok).await;
+    let balancer = in_front_of(&backend, "nobody", "").await;
+    let mut client = Raw::to(&balancer).await;
+    assert_eq!(status(&client.get("").await), "200");
+    let mut keys = Etcd::shared().raw_client().await;
+    super::world::delete(&mut keys, &balancer.group, "a").await;
+    until("nobody is left", async || {
+        status(&client.get("").await) == "503"
+    })
+    .await;
+    for _ in 0..20 {
+        let response = client.get("").await;
+        assert_eq!(status(&response), "503", "{response}");
+        assert!(response.to_ascii_lowercase().contains("retry-after: 1"));
+    }
+    let entry = entry("a", Some(backend.address.port()), json!({}));
+    put(&mut keys, &balancer.group, &entry, None).await;
+    until("it serves again", async || {
+        status(&client.get("").await) == "200"
+    })
+    .await;
+    assert_eq!(balancer.log_text().matches("ERROR").count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_refuses_at_once_does_not_attract_requests() {
+    for (status, most) in [("429 Too Many Requests", 150), ("404 Not Found", 700)] {
+        let good = RawBackend::start_slow(Duration::from_millis(3)).await;
+        let head = format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n");
+        let bad = RawBackend::start(move |_| head.clone().into_bytes()).await;
+        let balancer = started(&[&bad, &good], "refusing", "adaptive: { slow_start_ms: 0 }").await;
+        until("both are there", async || {
+            let before = (bad.requests().len(), good.requests().len());
+            balancer.gets(10).await;
+            bad.requests().len() > before.0 && good.requests().len() > before.1
+        })
+        .await;
+        // Long enough for latencies to count.
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(3) {
+            balancer.gets(20).await;
+        }
+        let before = bad.requests().len();
+        balancer.gets(1_000).await;
+        let refused = bad.requests().len() - before;
+        assert!(refused <= most, "{status}: {refused} of 1000");
+    }
+}
