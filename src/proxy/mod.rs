@@ -24,6 +24,6 @@ pub use cluster_proxy::ClusterProxy;
 pub use context::RequestContext;
 #[cfg(any(test, feature = "test-util"))]
 #[doc(hidden)]
-pub use front::is_proxy_header;
+pub use front::proxy_header_length;
 pub use front::{FrontCounts, FrontStatistics};
 pub use server::ProxyParts;

@@ -318,3 +318,41 @@ pub(crate) fn candidates() -> Corpus {
         is_json: false,
     }
 }
+
+/// PROXY headers of both versions, each followed by the start of a request.
+pub(crate) fn proxy_headers() -> Corpus {
+    let signature = b"\r\n\r\n\0\r\nQUIT\n";
+    let v2 = |command: u8, family: u8, rest: &[u8]| {
+        let length = u16::try_from(rest.len()).unwrap_or(u16::MAX).to_be_bytes();
+        [signature, &[0x20 | command, family][..], &length, rest].concat()
+    };
+    let v4 = [192, 0, 2, 7, 192, 0, 2, 8, 0x13, 0x88, 0x20, 0xfb];
+    let v6 = [[0x20; 32].as_slice(), &[0x13, 0x88, 0x01, 0xbb]].concat();
+    let with_values = [&v4[..], &[0x04, 0, 3, 1, 2, 3, 0x05, 0, 1, 9]].concat();
+    let headers = [
+        b"PROXY TCP4 192.0.2.7 192.0.2.8 5000 8443\r\n".to_vec(),
+        b"PROXY TCP6 2001:db8::1 2001:db8::2 1 65535\r\n".to_vec(),
+        b"PROXY UNKNOWN\r\n".to_vec(),
+        b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n".to_vec(),
+        v2(1, 0x11, &v4),
+        v2(1, 0x21, &v6),
+        v2(1, 0x12, &v4),
+        v2(0, 0, &[]),
+        v2(1, 0x11, &with_values),
+    ];
+    let long = v2(1, 0x11, &[&v4[..], &[0; 3_000]].concat());
+    Corpus {
+        small: headers
+            .into_iter()
+            .flat_map(|header| {
+                let with_request = [&header[..], b"GET / HTTP/1.1\r\n"].concat();
+                [header, with_request]
+            })
+            .collect(),
+        big: vec![long],
+        tokens: &[
+            "PROXY ", "TCP4 ", "TCP6 ", "\r\n", " ", "QUIT\n", "\0", "0", "65536",
+        ],
+        is_json: false,
+    }
+}

@@ -9,6 +9,7 @@ use pingora_etcd::balance::{Balancer, PickOptions};
 use pingora_etcd::config::ClusterConfig;
 use pingora_etcd::discovery::{EntryLimits, fuzzing};
 use pingora_etcd::metrics::LoadReport;
+use pingora_etcd::proxy::proxy_header_length;
 use pingora_etcd::store::{Entry, LeaseId, WatchEvent};
 use pingora_etcd::{Change, Metadata, Node, Nodes};
 use serde_json::Value;
@@ -31,7 +32,7 @@ pub(crate) struct Target {
     pub(crate) accepted: (f64, f64),
 }
 
-pub(crate) const TARGETS: [Target; 6] = [
+pub(crate) const TARGETS: [Target; 7] = [
     Target {
         name: "node",
         feed: node,
@@ -68,6 +69,12 @@ pub(crate) const TARGETS: [Target; 6] = [
         share: 1090,
         accepted: (30.0, 95.0),
     },
+    Target {
+        name: "proxy_header",
+        feed: proxy_header,
+        share: 400,
+        accepted: (10.0, 90.0),
+    },
 ];
 
 static NODES: LazyLock<Corpus> = LazyLock::new(corpora::nodes);
@@ -75,6 +82,7 @@ static CANDIDATES: LazyLock<Corpus> = LazyLock::new(corpora::candidates);
 static METADATA: LazyLock<Corpus> = LazyLock::new(corpora::metadata);
 static SNAPSHOTS: LazyLock<Corpus> = LazyLock::new(corpora::snapshots);
 static YAML: LazyLock<Corpus> = LazyLock::new(corpora::yaml);
+static PROXY_HEADERS: LazyLock<Corpus> = LazyLock::new(corpora::proxy_headers);
 static REPORTS: LazyLock<Corpus> = LazyLock::new(corpora::reports);
 
 fn registration(world: &mut World, rng: &mut Rng) -> Entry {
@@ -381,5 +389,20 @@ fn report(rng: &mut Rng, trace: &mut Trace) {
             assert!(weight.is_finite() && weight > 0.0, "a weight of {weight}");
         }
         trace.done(parsed.is_ok());
+    }
+}
+
+/// A header is the same whatever follows it, and no part of it is one.
+fn proxy_header(rng: &mut Rng, trace: &mut Trace) {
+    for _ in 0..4 {
+        let (_, bytes) = PROXY_HEADERS.next(rng);
+        trace.input(&bytes);
+        let length = proxy_header_length(&bytes);
+        if let Some(length) = length {
+            assert_eq!(proxy_header_length(&bytes[..length]), Some(length));
+            let part = rng.usize(..length);
+            assert_eq!(proxy_header_length(&bytes[..part]), None, "{part}");
+        }
+        trace.done(length.is_some());
     }
 }

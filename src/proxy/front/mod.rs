@@ -28,7 +28,7 @@ pub(crate) use limits::{ClientTimeouts, FrontLimits};
 pub(crate) use proxy_header::ProxyHeaderRule;
 #[cfg(any(test, feature = "test-util"))]
 #[doc(hidden)]
-pub use proxy_header::is_proxy_header;
+pub use proxy_header::proxy_header_length;
 pub use statistics::{FrontCounts, FrontStatistics};
 
 /// What a front is made with.

@@ -96,11 +96,14 @@ fn parse(bytes: &[u8]) -> (Start, usize) {
     }
 }
 
-/// Entry point for `tests/fuzz`: whether these bytes are a whole header.
+/// Entry point for `tests/fuzz`: the length of the header with which these bytes begin.
 #[cfg(any(test, feature = "test-util"))]
 #[doc(hidden)]
-pub fn is_proxy_header(bytes: &[u8]) -> bool {
-    matches!(parse(bytes).0, Start::Proxied(..) | Start::Local)
+pub fn proxy_header_length(bytes: &[u8]) -> Option<usize> {
+    match parse(bytes) {
+        (Start::Proxied(..) | Start::Local, length) => Some(length),
+        (Start::Incomplete | Start::Invalid, _) => None,
+    }
 }
 
 #[cfg(test)]

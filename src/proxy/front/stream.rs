@@ -390,3 +390,6 @@ impl fmt::Debug for ClientStream {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;
