@@ -18,7 +18,7 @@ pub struct Clients {
     /// Connections of one client at one time. A client is an IPv4 address, or an IPv6 network of 64
     /// bits. Default: 0, any number. Range: 0 to 10,000,000.
     pub connections_per_client: usize,
-    /// Requests on one connection, which is closed after the last one. Default: 0, any number. Range:
+    /// Requests on one connection of HTTP/1, which is closed after the last one. Default: 0, any number. Range:
     /// 0 to 4,294,967,295.
     pub requests_per_connection: u32,
     /// Bytes of a request's head: request line and header fields. More gets 431. Default: 65,536.

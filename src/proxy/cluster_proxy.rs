@@ -16,7 +16,7 @@ use tracing::{debug, warn};
 
 use super::client::{TrustedProxies, peer_of, remove_lookalikes, set_forwarded};
 use super::context::RequestContext;
-use super::failure::{failure, is_local, retried_status};
+use super::failure::{failure, is_local, is_unanswered, retried_status};
 use super::headers::{set_leader_epoch, set_upstream_node, take_load_report};
 use super::hop_by_hop::{ends_with_connection, has_no_body, remove_hop_by_hop};
 use super::leader::find_leader;
@@ -176,7 +176,7 @@ impl ProxyHttp for ClusterProxy {
         if self.via.is_on(session.req_header()) {
             return Err(refused(508, "the request has come back to where it was"));
         }
-        self.limits.check_head(session, context)?;
+        self.limits.check_head(session)?;
         context.client = peer_of(session)
             .map(|peer| self.trusted.client_of(peer, &session.req_header().headers));
         let Err(reason) = self.find_backend(session, context).await else {
@@ -191,14 +191,13 @@ impl ProxyHttp for ClusterProxy {
 
     async fn request_body_filter(
         &self,
-        session: &mut Session,
+        _: &mut Session,
         body: &mut Option<Bytes>,
         is_end: bool,
         context: &mut RequestContext,
     ) -> Result<()> {
-        let is_http2 = session.is_http2();
-        self.limits
-            .check_body(body.as_ref(), is_end, is_http2, context)
+        self.time_left(context)?;
+        self.limits.check_body(body.as_ref(), is_end, context)
     }
 
     async fn upstream_peer(
@@ -207,6 +206,8 @@ impl ProxyHttp for ClusterProxy {
         context: &mut RequestContext,
     ) -> Result<Box<HttpPeer>> {
         let left = self.time_left(context)?;
+        // It is sent from its start.
+        context.body_bytes = 0;
         let is_upgrade = session.is_upgrade_req();
         if let Some(route) = self.leader_for(session) {
             // The one that was found before the first try, or another one.
@@ -244,13 +245,18 @@ impl ProxyHttp for ClusterProxy {
         response: &mut ResponseHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
-        if self.retry_on_status.contains(&response.status.as_u16())
+        let status = response.status;
+        if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(());
+        }
+        if self.retry_on_status.contains(&status.as_u16())
+            && context.tried.len() < self.balancer.len()
             && session.req_header().method.is_safe()
             && !session.as_ref().retry_buffer_truncated()
             && self.may_send_again(context)
         {
             context.is_retried_for_status = true;
-            return Err(retried_status(response.status));
+            return Err(retried_status(status));
         }
         let now = Instant::now();
         context.answered = Some(now.saturating_duration_since(context.sent));
@@ -289,7 +295,7 @@ impl ProxyHttp for ClusterProxy {
             session.set_keepalive(None);
         }
         if has_no_body(&session.req_header().method, response) {
-            context.answer_ends(session.is_http2());
+            context.answer_ends();
         }
         match context.node() {
             Some(node) => set_upstream_node(response, &node),
@@ -299,13 +305,13 @@ impl ProxyHttp for ClusterProxy {
 
     fn response_body_filter(
         &self,
-        session: &mut Session,
+        _: &mut Session,
         _: &mut Option<Bytes>,
         is_end: bool,
         context: &mut RequestContext,
     ) -> Result<Option<Duration>> {
         if is_end {
-            context.answer_ends(session.is_http2());
+            context.answer_ends();
         }
         Ok(None)
     }
@@ -324,7 +330,9 @@ impl ProxyHttp for ClusterProxy {
             warn!(%error, "this process cannot connect to any backend");
             return refused(503, "this proxy cannot make a connection");
         }
-        if let Some(upstream) = upstream {
+        if let Some(upstream) = upstream
+            && self.time_left(context).is_ok()
+        {
             upstream.failed();
         }
         if let Some(leader) = context.leader.take() {
@@ -357,8 +365,8 @@ impl ProxyHttp for ClusterProxy {
             error.set_retry(true);
             return error;
         }
-        if is_slow_upload(context, &error) {
-            // The backend waited for the client.
+        if is_slow_upload(context, &error) || self.time_left(context).is_err() {
+            // The backend waited for the client, or others have used the time of the request.
             context.upstream = None;
         }
         let failure = failure(session, context, &error, client_reused);
@@ -396,7 +404,7 @@ impl ProxyHttp for ClusterProxy {
     ) -> FailToProxy {
         let reply =
             timed_out(context, error).or_else(|| reply_to(error, context.failed_epoch.is_some()));
-        if session.response_written().is_none()
+        if is_unanswered(session)
             && let Some(reply) = &reply
             && let Err(error) = reply.send(session).await
         {
@@ -424,7 +432,7 @@ impl ProxyHttp for ClusterProxy {
         error: Option<&Error>,
         context: &mut RequestContext,
     ) {
-        context.end(session);
+        context.end();
         let Some(upstream) = context.upstream.take() else {
             return;
         };

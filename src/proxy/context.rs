@@ -4,8 +4,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ::pingora::proxy::Session;
-
 use super::front::{Connection, Phase};
 use crate::balance::Upstream;
 use crate::ids::Revision;
@@ -15,7 +13,8 @@ use crate::pingora::LeaderUpstream;
 /// What [`ClusterProxy`](super::ClusterProxy) keeps about a request.
 pub struct RequestContext {
     pub(super) started: Instant,
-    /// The client's connection, if its listener has a front.
+    /// The client's connection, if its listener has a front and it has one request at a time: over
+    /// HTTP/2 it has no phases.
     pub(super) connection: Option<Arc<Connection>>,
     /// The client, behind trusted proxies; `None` for a Unix socket.
     pub(super) client: Option<IpAddr>,
@@ -94,24 +93,16 @@ impl RequestContext {
     }
 
     /// The request has been received completely.
-    pub(super) fn completes(&mut self, is_http2: bool) {
-        if self.is_complete {
-            return;
-        }
+    pub(super) fn completes(&mut self) {
         self.is_complete = true;
         if let Some(connection) = &self.connection {
-            if is_http2 {
-                connection.body_ends();
-            } else {
-                connection.enter(Phase::Answer);
-            }
+            connection.enter(Phase::Answer);
         }
     }
 
     /// The response is complete. The rest of the request, if there is one, has no more use.
-    pub(super) fn answer_ends(&self, is_http2: bool) {
+    pub(super) fn answer_ends(&self) {
         if let Some(connection) = &self.connection
-            && !is_http2
             && !self.is_complete
             && !self.is_tunnel
         {
@@ -120,17 +111,13 @@ impl RequestContext {
     }
 
     /// The request is over.
-    pub(super) fn end(&mut self, session: &Session) {
-        let was_complete = self.is_complete;
-        if session.is_http2() {
-            self.completes(true);
-        } else if let Some(connection) = &self.connection
+    pub(super) fn end(&self) {
+        if let Some(connection) = &self.connection
             && !self.is_tunnel
         {
-            connection.enter(if was_complete {
-                Phase::Idle
-            } else {
-                Phase::Drain
+            connection.enter(match self.is_complete {
+                true => Phase::Idle,
+                false => Phase::Drain,
             });
         }
     }

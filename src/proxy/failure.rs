@@ -20,7 +20,7 @@ pub(super) fn failure(
         is_idempotent: method.is_idempotent(),
         is_safe: method.is_safe(),
         is_repeatable: !session.as_ref().retry_buffer_truncated(),
-        is_unanswered: session.response_written().is_none(),
+        is_unanswered: is_unanswered(session),
         is_from_backend: error.esource() == &ErrorSource::Upstream
             && !is_slow_upload(context, error),
         is_timeout: error.etype() == &ErrorType::ReadTimedout,
@@ -33,6 +33,14 @@ pub(super) fn failure(
         retries: context.retries,
         stale_connections: context.stale_connections,
     }
+}
+
+/// Whether nothing of a final response has reached the client. `100 Continue` is none.
+pub(super) fn is_unanswered(session: &Session) -> bool {
+    session.response_written().is_none_or(|response| {
+        let status = response.status;
+        status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS
+    })
 }
 
 /// Whether even the head of the request could not be written: the system refuses to write only to a

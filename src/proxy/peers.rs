@@ -57,13 +57,12 @@ impl Peers {
         options.connection_timeout = within(self.connect);
         options.total_connection_timeout = within(self.connect);
         // The same time-outs hold for the tunnel that such a request becomes.
-        let response = if is_upgrade {
-            self.tunnel
-        } else {
-            self.response
+        let response = match is_upgrade {
+            true => Some(self.tunnel),
+            false => within(self.response),
         };
-        options.read_timeout = within(response);
-        options.write_timeout = within(response);
+        options.read_timeout = response;
+        options.write_timeout = response;
         let hint = self.hints.load().get(&addr).copied();
         options.idle_timeout = Some(hint.unwrap_or(self.pool_idle));
         options.tcp_keepalive = Some(TcpKeepalive {

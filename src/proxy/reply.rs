@@ -28,7 +28,9 @@ pub(super) fn refused(code: u16, reason: &'static str) -> Box<Error> {
 
 /// The response to a client that did not send its request in time; `None` if that is not the reason.
 pub(super) fn timed_out(context: &RequestContext, error: &Error) -> Option<Reply<'static>> {
-    let by_front = context.connection.as_ref()?.ended() == Some(Ended::ReadTimeout);
+    let connection = context.connection.as_ref();
+    let by_front =
+        connection.is_some_and(|connection| connection.ended() == Some(Ended::ReadTimeout));
     let by_backend = is_slow_upload(context, error);
     (by_front || by_backend).then_some(Reply {
         code: 408,

@@ -34,19 +34,15 @@ impl RequestLimits {
 
     /// A request begins: its head is complete.
     pub(super) fn begin(&self, session: &mut Session, context: &mut RequestContext) {
-        context.connection = Connection::of(session).cloned();
         context.is_complete = session.is_body_empty();
         session.set_pipelining_enabled(true);
-        let Some(connection) = &context.connection else {
+        let Some(connection) = Connection::of(session).cloned() else {
             return;
         };
         if session.is_http2() {
             // A client that gives no room on its stream blocks nothing of the connection, so only
             // Pingora notices.
             session.set_write_timeout(Some(self.client_write));
-            if !context.is_complete {
-                connection.body_starts();
-            }
             return;
         }
         // The front keeps the time.
@@ -56,10 +52,11 @@ impl RequestLimits {
             false if session.req_header().headers.contains_key(EXPECT) => Phase::Expect,
             false => Phase::Body,
         });
+        context.connection = Some(connection);
     }
 
     /// Refuses a head that is too large, and a body that says it is.
-    pub(super) fn check_head(&self, session: &Session, context: &RequestContext) -> Result<()> {
+    pub(super) fn check_head(&self, session: &Session) -> Result<()> {
         let headers = &session.req_header().headers;
         let count = headers.len();
         // The separators and the end of a line are four bytes.
@@ -70,7 +67,7 @@ impl RequestLimits {
             .sum();
         let target = session.req_header().raw_path().len();
         if count > self.headers || fields + target > self.head_bytes {
-            if let Some(connection) = &context.connection {
+            if let Some(connection) = Connection::of(session) {
                 connection.statistics().count_head_too_large();
             }
             return Err(refused(431, "the head of the request is too large"));
@@ -85,13 +82,15 @@ impl RequestLimits {
         &self,
         body: Option<&Bytes>,
         is_end: bool,
-        is_http2: bool,
         context: &mut RequestContext,
     ) -> Result<()> {
+        if context.is_tunnel {
+            return Ok(());
+        }
         context.body_bytes += body.map_or(0, |body| body.len() as u64);
         self.check_length(context.body_bytes)?;
         if is_end && !context.is_complete {
-            context.completes(is_http2);
+            context.completes();
             if context.answered.is_none() {
                 context.sent = Instant::now();
             }

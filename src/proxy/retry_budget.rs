@@ -54,7 +54,10 @@ impl RetryBudget {
         let elapsed = now.saturating_duration_since(balance.settled).as_secs_f64();
         balance.settled = balance.settled.max(now);
         // What was not used fades, so that quiet hours do not pay for a storm.
-        let kept = balance.retries * (1.0 - elapsed / WINDOW.as_secs_f64()).max(0.0);
+        let window = WINDOW.as_secs_f64();
+        let kept = balance.retries * (1.0 - elapsed / window).max(0.0);
+        // Only the requests of the last ten seconds count, as far as that is known.
+        let requests = requests * (window / elapsed.max(window));
         let least = self.per_second * elapsed.min(1.0);
         balance.retries = kept + requests * self.part + least;
         if balance.retries < 1.0 {
@@ -86,6 +89,12 @@ mod tests {
             budget.count_request();
         }
         assert_eq!(taken(&budget, start + second), 20);
+        // Of an hour of requests only ten seconds count.
+        for _ in 0..3_600 {
+            budget.count_request();
+        }
+        assert_eq!(taken(&budget, start + 3_600 * second), 3 + 2);
+        let start = start + 3_600 * second;
         // A quiet minute earns no more than a second does.
         assert_eq!(taken(&budget, start + 60 * second), 3);
         let none = RetryBudget::new(&Retry {

@@ -44,7 +44,7 @@ impl Balancer {
         let text = format!(
             "version: 1\nthreads: 1\ncluster:\n  etcd: {{ endpoints: [{}] }}\n  group: {group}\n  \
              listen: '{listen}'\n  policy: adaptive\n  adaptive: {{ slow_start_ms: 1000 }}\n  \
-             timeouts: {{ connect_ms: 500, response_ms: 1000 }}\n",
+             timeouts: {{ connect_ms: 500, response_ms: 1000 }}\n  retry: {{ on_timeout: true }}\n",
             endpoints.join(", ")
         );
         let files = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{group}-balancer"));

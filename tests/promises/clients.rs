@@ -225,9 +225,11 @@ async fn a_tunnel_may_be_silent_for_longer_than_a_response() {
     };
     let backend = RawBackend::start(upgrade).await;
     let head = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
-    let times = "client_body_ms: 300, client_idle_ms: 300, client_header_ms: 300, response_ms: 300";
+    let times = "client_body_ms: 300, client_idle_ms: 300, client_header_ms: 300, \
+                 response_ms: 300, request_ms: 500";
     for (tunnel, lives) in [(30_000, true), (600, false)] {
-        let fields = format!("timeouts: {{ tunnel_ms: {tunnel}, {times} }}");
+        let limits = "clients: { body_bytes: 10 }";
+        let fields = format!("timeouts: {{ tunnel_ms: {tunnel}, {times} }}\n{limits}");
         let balancer = in_front_of(&backend, "tunnels", &fields).await;
         let mut client = Raw::to(&balancer).await;
         assert_eq!(status(&client.get(head).await), "101");
@@ -292,4 +294,28 @@ async fn a_body_that_nobody_wants_is_read_for_its_time() {
     let start = Instant::now();
     assert!(is_closed_within(&mut client.0, 5 * SECOND).await);
     assert!(start.elapsed() < 3 * SECOND, "{:?}", start.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_100_continue_there_is_still_a_response() {
+    let continues = |request: &str| {
+        let head = request.to_ascii_lowercase();
+        match head.contains("expect: 100-continue") && !request.ends_with("abc") {
+            true => b"HTTP/1.1 100 Continue\r\n\r\n".to_vec(),
+            false => ok(request),
+        }
+    };
+    let backend = RawBackend::start_early(continues).await;
+    let fields = "clients: { body_bytes: 10 }\ntimeouts: { client_body_ms: 600 }";
+    let balancer = in_front_of(&backend, "continues", fields).await;
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n\
+                Transfer-Encoding: chunked\r\n\r\n";
+    for (body, expected) in [("b\r\n01234567890\r\n", "413"), ("", "408")] {
+        let mut client = Raw::to(&balancer).await;
+        client.send(head.as_bytes()).await;
+        assert_eq!(status(&client.response().await), "100");
+        client.send(body.as_bytes()).await;
+        let rest = client.rest().await;
+        assert_eq!(status(&rest), expected, "{rest:?}");
+    }
 }

@@ -2,7 +2,7 @@
 //! proxy, which knows what is being read.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use ::pingora::http::ResponseHeader;
 use ::pingora::protocols::raw_connect::ProxyDigest;
@@ -66,8 +66,6 @@ pub(crate) struct Connection {
     phase: AtomicU8,
     /// 0, or one more than the index of an [`Ended`].
     ended: AtomicU8,
-    /// HTTP/2 requests whose body is incomplete.
-    bodies: AtomicU32,
     statistics: Arc<FrontStatistics>,
 }
 
@@ -77,7 +75,6 @@ impl Connection {
             statistics,
             phase: AtomicU8::new(Phase::Accepted as u8),
             ended: AtomicU8::new(0),
-            bodies: AtomicU32::new(0),
         }
     }
 
@@ -114,18 +111,5 @@ impl Connection {
 
     pub(super) fn end(&self, why: Ended) {
         self.ended.store(why as u8 + 1, Ordering::Relaxed);
-    }
-
-    /// Whether some HTTP/2 request's body is incomplete.
-    pub(super) fn reads_bodies(&self) -> bool {
-        self.bodies.load(Ordering::Relaxed) > 0
-    }
-
-    pub(crate) fn body_starts(&self) {
-        self.bodies.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn body_ends(&self) {
-        self.bodies.fetch_sub(1, Ordering::Relaxed);
     }
 }

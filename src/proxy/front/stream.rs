@@ -14,7 +14,7 @@ use ::pingora::protocols::{
 };
 use async_trait::async_trait;
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Instant;
 
 use super::connection::{Connection, Ended, Phase};
@@ -109,7 +109,6 @@ impl ClientStream {
             }
             Phase::Expect => self.enter(Phase::Body),
             Phase::Body | Phase::Tunnel => self.since = Instant::now(),
-            Phase::Answer if self.is_http2 => self.since = Instant::now(),
             Phase::Head | Phase::Answer | Phase::Drain => {}
         }
         self.head_bytes += count;
@@ -119,22 +118,14 @@ impl ClientStream {
     fn read_deadline(&mut self) -> Option<Instant> {
         let phase = self.phase();
         let timeouts = &self.limits.timeouts;
-        let within = if self.is_http2 {
-            match (phase, self.connection.reads_bodies()) {
-                (Phase::Accepted, _) => timeouts.client_header,
-                (_, true) => timeouts.client_body,
-                // Pingora ends a connection without requests.
-                (_, false) => return None,
-            }
-        } else {
-            match phase {
-                Phase::Accepted | Phase::Head => timeouts.client_header,
-                Phase::Idle => timeouts.client_idle,
-                Phase::Body => timeouts.client_body,
-                Phase::Tunnel => timeouts.tunnel,
-                Phase::Drain => timeouts.client_drain,
-                Phase::Expect | Phase::Answer => return None,
-            }
+        let within = match phase {
+            Phase::Accepted | Phase::Head => timeouts.client_header,
+            Phase::Idle => timeouts.client_idle,
+            Phase::Body => timeouts.client_body,
+            Phase::Tunnel => timeouts.tunnel,
+            Phase::Drain => timeouts.client_drain,
+            // All the time over HTTP/2, where Pingora ends a connection without requests.
+            Phase::Expect | Phase::Answer => return None,
         };
         self.since.checked_add(within)
     }
@@ -340,7 +331,8 @@ impl Peek for ClientStream {
 #[async_trait]
 impl Shutdown for ClientStream {
     async fn shutdown(&mut self) {
-        self.inner.shutdown().await;
+        // Not by the stream below, which would wait for the client for any time.
+        let _ = AsyncWriteExt::shutdown(self).await;
     }
 }
 
