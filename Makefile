@@ -123,8 +123,9 @@ bench-routing: SEEDS = 3
 bench-routing: deps ## simulate routing: SEEDS=n seeds starting at FIRST=s; a short run is part of test
 	cargo bench --all-features --bench routing_quality -- --seeds $(SEEDS) --first $(FIRST)
 
-bench-build: deps ## compile the benchmarks without running them
+bench-build: deps ## compile the benchmarks, and run those of the pick once without measuring
 	cargo bench --all-features --no-run
+	cargo bench --all-features --bench pick -- --test
 
 clean: ## remove target/, downloaded tools included
 	cargo clean

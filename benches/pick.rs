@@ -338,12 +338,16 @@ fn group(runtime: &tokio::runtime::Runtime, count: usize) -> ServiceDiscovery {
     runtime.block_on(async {
         let store = Arc::new(MemoryStore::new());
         let nodes: Vec<_> = (0..count).map(node).collect();
-        for node in &nodes {
+        // Only a node whose candidacy and registration have one lease leads.
+        let lease = store.grant(Duration::from_secs(3_600)).await.unwrap().id;
+        for (index, node) in nodes.iter().enumerate() {
             let key = format!("registry/bench/{}", node.id);
-            let txn = Txn::new().put(key, serde_json::to_vec(node).unwrap(), None);
+            let lease = (index == 0).then_some(lease);
+            let txn = Txn::new().put(key, serde_json::to_vec(node).unwrap(), lease);
             store.txn(txn).await.unwrap();
         }
-        let leads = Txn::new().put("election/bench/1", nodes[0].id.clone().into_bytes(), None);
+        let id = nodes[0].id.clone().into_bytes();
+        let leads = Txn::new().put("election/bench/1", id, Some(lease));
         store.txn(leads).await.unwrap();
         let discovery = ServiceDiscovery::builder(EtcdOptions::memory(""), "bench")
             .store(store)
