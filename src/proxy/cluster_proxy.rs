@@ -208,6 +208,7 @@ impl ProxyHttp for ClusterProxy {
         let left = self.time_left(context)?;
         // It is sent from its start.
         context.body_bytes = 0;
+        context.has_body_begun = false;
         let is_upgrade = session.is_upgrade_req();
         if let Some(route) = self.leader_for(session) {
             // The one that was found before the first try, or another one.

@@ -20,6 +20,8 @@ pub struct RequestContext {
     pub(super) client: Option<IpAddr>,
     /// How much of the request's body has been received.
     pub(super) body_bytes: u64,
+    /// Whether the current try has gone beyond the head of the request.
+    pub(super) has_body_begun: bool,
     /// Whether the request has been received completely.
     pub(super) is_complete: bool,
     /// Whether the connection has become a tunnel.
@@ -52,6 +54,7 @@ impl RequestContext {
             connection: None,
             client: None,
             body_bytes: 0,
+            has_body_begun: false,
             is_complete: true,
             is_tunnel: false,
             sent: now,

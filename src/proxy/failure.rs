@@ -48,7 +48,7 @@ pub(super) fn is_unanswered(session: &Session) -> bool {
 fn is_head_unsent(context: &RequestContext, error: &Error) -> bool {
     error.esource() == &ErrorSource::Upstream
         && error.etype() == &ErrorType::WriteError
-        && context.body_bytes == 0
+        && !context.has_body_begun
 }
 
 /// Whether a connection failed for a reason of this process or machine: no descriptor, no port, no

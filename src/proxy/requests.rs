@@ -87,6 +87,7 @@ impl RequestLimits {
         if context.is_tunnel {
             return Ok(());
         }
+        context.has_body_begun = true;
         context.body_bytes += body.map_or(0, |body| body.len() as u64);
         self.check_length(context.body_bytes)?;
         if is_end && !context.is_complete {
