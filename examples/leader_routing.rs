@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use pingora::server::Server;
 use pingora_etcd::config;
-use pingora_etcd::proxy::ClusterProxy;
+use pingora_etcd::proxy::{self, ClusterProxy};
 
 /// An HTTP proxy that sends writes to the leader and reads to any node.
 #[derive(Parser)]
@@ -30,7 +30,7 @@ struct Arguments {
 fn main() -> ExitCode {
     log::init();
     match build(&Arguments::parse().conf) {
-        Ok(server) => server.run_forever(),
+        Ok(server) => proxy::run(server),
         Err(error) => {
             log::print_error(format_args!("leader_routing: {error}"));
             ExitCode::FAILURE
@@ -42,6 +42,5 @@ fn build(path: &str) -> Result<Server, Box<dyn std::error::Error>> {
     let (config, server_conf) = config::load(path)?;
     let mut server = Server::new_with_opt_and_conf(None, server_conf);
     ClusterProxy::add_to(&mut server, &config, true)?;
-    server.bootstrap();
     Ok(server)
 }

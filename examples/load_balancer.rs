@@ -22,12 +22,12 @@ use pingora::server::{Server, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
 use pingora_etcd::Cluster;
 use pingora_etcd::config::{self, ClusterConfig};
-use pingora_etcd::proxy::ClusterProxy;
+use pingora_etcd::proxy::{self, ClusterProxy, Shutdown};
 use support::{WorkerOptions, run_worker};
 use tokio::task::JoinSet;
 
 const FIRST_DEMO_PORT: u16 = 9001;
-/// Less than the time that Pingora gives a background service to end.
+/// How long they may take for requests in flight, within the grace period of the process.
 const DEMO_GRACE: Duration = Duration::from_secs(10);
 
 /// A complete HTTP load balancer from one YAML file.
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
     log::init();
     let arguments = Arguments::parse();
     match build(&arguments) {
-        Ok(server) if !arguments.test => server.run_forever(),
+        Ok(server) if !arguments.test => proxy::run(server),
         Ok(_) => {
             log::print(format_args!("{}: ok", arguments.conf));
             ExitCode::SUCCESS
@@ -79,11 +79,8 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
         };
         server.add_service(background_service("demo workers", workers));
     }
-    if !arguments.test {
-        server.bootstrap();
-        if arguments.demo > 0 {
-            print_suggestions(&config, arguments.demo);
-        }
+    if !arguments.test && arguments.demo > 0 {
+        print_suggestions(&config, arguments.demo);
     }
     Ok(server)
 }
@@ -97,6 +94,8 @@ struct Workers {
 #[async_trait]
 impl BackgroundService for Workers {
     async fn start(&self, shutdown: ShutdownWatch) {
+        // The process does not end before they have left.
+        let _hold = Shutdown::of_process().hold();
         let mut workers = JoinSet::new();
         let cluster = match Cluster::connect(self.config.etcd.clone()) {
             Ok(cluster) => cluster,

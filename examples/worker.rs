@@ -9,9 +9,9 @@
 //! curl -X POST 127.0.0.1:9001/crash                             # exit at once
 //! ```
 //!
-//! SIGTERM and Ctrl-C also leave gracefully: the worker drains, so that balancers send it no new
-//! requests, finishes the requests in flight within `--grace`, and leaves. A second signal ends it
-//! immediately, like a crash.
+//! SIGTERM, SIGQUIT and Ctrl-C also leave gracefully: the worker drains, so that balancers send it no
+//! new requests, finishes the requests in flight within `--grace`, and leaves. A second signal ends it
+//! immediately, like a crash. SIGHUP, SIGUSR1 and SIGUSR2 have no effect.
 //!
 //! With `--priority 1` it takes leadership over from workers with a lower priority.
 //!
@@ -33,6 +33,7 @@ mod support;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::task::Poll;
 use std::time::Duration;
 
 use clap::Parser;
@@ -41,6 +42,7 @@ use pingora_etcd::{
     store::{Credentials, Password, TlsOptions},
 };
 use support::{Ended, WorkerOptions, run_worker};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// A small HTTP server that registers in a group.
 #[derive(Parser)]
@@ -120,18 +122,19 @@ async fn main() -> ExitCode {
             .slots
             .map(|slots| (slots, Duration::from_millis(arguments.service_ms))),
     };
-    // Only a signal after the first one counts as the second.
-    let (received, mut again) = tokio::sync::oneshot::channel();
-    let first = async move {
-        signal().await;
-        let _ = received.send(());
-    };
-    let second = async {
-        // Without a first signal there is no second one.
-        if (&mut again).await.is_err() {
-            std::future::pending::<()>().await;
+    let mut signals = match Signals::new() {
+        Ok(signals) => signals,
+        Err(error) => {
+            log::print_error(format_args!("worker: signals cannot be handled: {error}"));
+            return ExitCode::FAILURE;
         }
-        signal().await;
+    };
+    let (told, first) = tokio::sync::oneshot::channel::<()>();
+    let first = async { drop(first.await) };
+    let second = async {
+        signals.end().await;
+        let _ = told.send(());
+        signals.end().await;
     };
     let ended = tokio::select! {
         ended = run_worker(options, first) => ended,
@@ -174,16 +177,44 @@ fn etcd(arguments: &Arguments) -> EtcdOptions {
     options
 }
 
-async fn signal() {
-    let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
-    let terminate = async {
-        match terminate {
-            Ok(mut terminate) => drop(terminate.recv().await),
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = terminate => {}
-        _ = tokio::signal::ctrl_c() => {}
+/// Signals that end the worker, and others, whose default is to end a process.
+struct Signals {
+    ending: Vec<Signal>,
+    others: Vec<Signal>,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let ending = [
+            SignalKind::terminate(),
+            SignalKind::interrupt(),
+            SignalKind::quit(),
+        ];
+        let others = [
+            SignalKind::hangup(),
+            SignalKind::user_defined1(),
+            SignalKind::user_defined2(),
+        ];
+        Ok(Self {
+            ending: ending.into_iter().map(signal).collect::<Result<_, _>>()?,
+            others: others.into_iter().map(signal).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Waits for a signal that ends the worker.
+    async fn end(&mut self) {
+        std::future::poll_fn(|context| {
+            for other in &mut self.others {
+                while other.poll_recv(context).is_ready() {
+                    tracing::info!("a signal without effect");
+                }
+            }
+            let mut ending = self.ending.iter_mut();
+            match ending.any(|signal| signal.poll_recv(context).is_ready()) {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }
+        })
+        .await;
     }
 }

@@ -3,8 +3,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{Query, State};
@@ -192,6 +192,8 @@ async fn run_until_end(
 ) -> Result<Ended, Box<dyn std::error::Error + Send + Sync>> {
     let mut ended = end.subscribe();
     let mut left = end.subscribe();
+    let told = OnceLock::new();
+    let first = &told;
     let serving = axum::serve(listener, app).with_graceful_shutdown(async move {
         // The wait fails when the worker has ended, which also stops the server.
         let _ = left.wait_for(Option::is_some).await;
@@ -201,6 +203,7 @@ async fn run_until_end(
             () = shutdown => {}
             _ = ended.wait_for(Option::is_some) => {}
         }
+        let _ = first.set(Instant::now());
         // Still registered, and still serving the requests that balancers have already sent.
         if !node.drain_until_idle(grace).await {
             tracing::warn!(id = node.id(), grace = ?grace, "leaving with requests in flight");
@@ -214,8 +217,18 @@ async fn run_until_end(
             end.send_if_modified(|end| end.is_none() && end.replace(Ended::Left).is_none());
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
         };
-        let serving = async { Ok(serving.into_future().await?) };
-        tokio::try_join!(leaving, serving)?;
+        let mut serving = std::pin::pin!(serving.into_future());
+        tokio::select! {
+            left = leaving => left?,
+            // Not before the other one, unless it fails.
+            served = &mut serving => return Ok(served.map(|()| Ended::Left)?),
+        }
+        let used = told.get().map_or(Duration::ZERO, Instant::elapsed);
+        match tokio::time::timeout(grace.saturating_sub(used), serving).await {
+            Ok(served) => served?,
+            // Clients that have not sent the whole of a request, for example.
+            Err(_) => tracing::warn!(id = node.id(), "ending with open connections"),
+        }
         Ok(Ended::Left)
     };
     tokio::select! {

@@ -33,6 +33,10 @@ pub struct Clients {
     pub least_rate: u64,
     /// Whether HTTP/2 is spoken to clients that begin with it without TLS. Default: `true`.
     pub h2c: bool,
+    /// The path of a request that this process answers itself, for load balancers in front and for
+    /// probes: 200 while it serves and has a backend, otherwise, and as soon as it is to end, 503.
+    /// Default: none.
+    pub ready_path: Option<String>,
     /// Load balancers in front of this one, as networks or addresses. Only they are believed what
     /// they say about their clients in `X-Forwarded-*`. Default: none.
     pub trusted_proxies: Vec<Network>,
@@ -79,6 +83,7 @@ impl Default for Clients {
             body_bytes: 0,
             least_rate: 0,
             h2c: true,
+            ready_path: None,
             trusted_proxies: Vec::new(),
             proxy_protocol: Vec::new(),
             proxy_protocol_timeout_ms: 3_000,
@@ -100,6 +105,12 @@ impl Clients {
         check("connections_per_client", per_client, 0..=MANY)?;
         check("head_bytes", self.head_bytes, 1_024..=1_000_000)?;
         check("headers", self.headers, 8..=250)?;
+        if let Some(path) = &self.ready_path
+            && !path.starts_with('/')
+        {
+            let reason = format!("{path:?} does not begin with a slash");
+            return Err(ClusterError::config(format!("{field}.ready_path"), reason));
+        }
         let timeout = self.proxy_protocol_timeout_ms;
         in_range(field, "proxy_protocol_timeout_ms", timeout, 10..=60_000)
     }

@@ -125,6 +125,10 @@ pub struct ClusterConfig {
     /// 600,000.
     #[serde(default = "default_ready_timeout_ms")]
     pub ready_timeout_ms: u64,
+    /// How long connections are still accepted after SIGTERM, so that load balancers in front notice
+    /// that this process is about to end. Default: 5,000 ms. Range: 0 to 600,000.
+    #[serde(default = "default_drain_delay_ms")]
+    pub drain_delay_ms: u64,
     /// How long a write waits for a leader, where writes go to the leader. Default: 2,000 ms.
     /// Range: 0 to 60,000.
     #[serde(default = "default_leader_wait_ms")]
@@ -158,6 +162,10 @@ fn default_ready_timeout_ms() -> u64 {
     READY_TIMEOUT.as_millis() as u64
 }
 
+fn default_drain_delay_ms() -> u64 {
+    5_000
+}
+
 fn default_leader_wait_ms() -> u64 {
     2_000
 }
@@ -174,12 +182,7 @@ impl ClusterConfig {
         self.etcd.validate().map_err(etcd)?;
         let section = |error| as_in_file(error, "cluster.", "");
         self.balancer().map_err(section)?;
-        if self.listen.parse::<SocketAddr>().is_err() {
-            return Err(ClusterError::config(
-                "cluster.listen",
-                format!("{:?} is not an address and a port", self.listen),
-            ));
-        }
+        self.check_listen()?;
         if self.zone.is_some() && self.zone_of.is_some() {
             return Err(ClusterError::config(
                 "cluster.zone_of",
@@ -192,10 +195,21 @@ impl ClusterConfig {
         self.timeouts.validate("cluster.timeouts")?;
         self.clients.validate("cluster.clients")?;
         millis("ready_timeout_ms", self.ready_timeout_ms, 0..=600_000)?;
+        millis("drain_delay_ms", self.drain_delay_ms, 0..=600_000)?;
         millis("leader_wait_ms", self.leader_wait_ms, 0..=60_000)?;
         millis("publish_interval_ms", self.publish_interval_ms, 0..=10_000)?;
         self.discovery().map_err(section)?;
         Ok(())
+    }
+
+    fn check_listen(&self) -> Result<(), ClusterError> {
+        let reason = match self.listen.parse::<SocketAddr>() {
+            Ok(address) if address.port() > 0 => return Ok(()),
+            Ok(_) => "has port 0, so nobody would know which one it is",
+            Err(_) => "is not an address and a port",
+        };
+        let reason = format!("{:?} {reason}", self.listen);
+        Err(ClusterError::config("cluster.listen", reason))
     }
 
     /// The discovery that this section describes.

@@ -1,6 +1,8 @@
 //! Pingora's part of the file, and the file as a whole.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use pingora::server::configuration::ServerConf;
@@ -10,6 +12,37 @@ use serde_saphyr::Spanned;
 use super::cluster::ClusterConfig;
 use super::file::{in_file, unreadable};
 use crate::error::ClusterError;
+
+/// Fields of Pingora 0.9 that change nothing here, and what does instead.
+const WITHOUT_EFFECT: &[(&str, &str)] = &[
+    (
+        "graceful_shutdown_timeout_seconds",
+        "set grace_period_seconds: requests in flight have all of that time",
+    ),
+    (
+        "upgrade_sock_connect_accept_max_retries",
+        "a successor is waited for, and waits, as long as it takes",
+    ),
+    (
+        "daemon_wait_for_ready",
+        "let a service manager start the process and wait for sd_notify",
+    ),
+    ("daemon_ready_timeout_seconds", "see daemon_wait_for_ready"),
+    ("daemon_notify_timeout_seconds", "see daemon_wait_for_ready"),
+    ("ca_file", "it is for TLS to backends in Pingora's own way"),
+    (
+        "downstream_tls_offload_threadpools",
+        "it is for TLS to clients in Pingora's own way",
+    ),
+    (
+        "downstream_tls_offload_thread_per_pool",
+        "it is for TLS to clients in Pingora's own way",
+    ),
+    (
+        "upstream_debug_ssl_keylog",
+        "it is for TLS to backends in Pingora's own way",
+    ),
+];
 
 /// Reads Pingora's part of the text of a file, and checks it for fields that do not exist; `name` is
 /// used in errors.
@@ -23,6 +56,15 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
         serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, &error))?;
     let known: Fields<String> = serde_saphyr::from_str(&ServerConf::default().to_yaml())
         .map_err(|error| in_file("Pingora's defaults", error))?;
+    for (field, instead) in WITHOUT_EFFECT {
+        if let Some(given) = given.keys().find(|given| given.value == *field) {
+            let line = given.referenced.line();
+            return Err(in_file(
+                name,
+                format!("line {line}: the field {field} has no effect ({instead})"),
+            ));
+        }
+    }
     let mut unknown: Vec<_> = given
         .keys()
         .filter(|field| field.value != "cluster" && !known.contains_key(&field.value))
@@ -51,7 +93,44 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
             ));
         }
     }
+    check(&conf).map_err(|reason| in_file(name, reason))?;
     conf.validate().map_err(|error| in_file(name, error))
+}
+
+/// Checks what Pingora takes silently, or panics at.
+fn check(conf: &ServerConf) -> Result<(), String> {
+    if conf.version != 1 {
+        return Err(format!("version: {} is unknown, only 1 is", conf.version));
+    }
+    for address in &conf.client_bind_to_ipv4 {
+        let parsed = address.parse::<Ipv4Addr>();
+        parsed.map_err(|_| format!("client_bind_to_ipv4: {address:?} is no IPv4 address"))?;
+    }
+    for address in &conf.client_bind_to_ipv6 {
+        let parsed = address.parse::<Ipv6Addr>();
+        parsed.map_err(|_| format!("client_bind_to_ipv6: {address:?} is no IPv6 address"))?;
+    }
+    if !conf.daemon {
+        for (field, is_given) in [
+            ("user", conf.user.is_some()),
+            ("group", conf.group.is_some()),
+            ("error_log", conf.error_log.is_some()),
+            ("working_directory", conf.working_directory.is_some()),
+        ] {
+            if is_given {
+                return Err(format!("{field}: has an effect only with daemon: true"));
+            }
+        }
+        return Ok(());
+    }
+    if conf.user.is_some() && conf.group.is_none() {
+        return Err("group: is needed with user, or the process keeps its group".to_owned());
+    }
+    if let Some(file) = &conf.error_log {
+        let opened = File::options().create(true).append(true).open(file);
+        opened.map_err(|error| format!("error_log: cannot write to {file}: {error}"))?;
+    }
+    Ok(())
 }
 
 /// Reads both parts of a file, from which the bundled load balancer starts.

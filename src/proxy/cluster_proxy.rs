@@ -23,7 +23,10 @@ use super::leader::find_leader;
 use super::outcome::{Outcome, outcome};
 use super::peers::Peers;
 use super::pick::pick;
-use super::reply::{is_slow_upload, refused, reply_to, timed_out, unavailable, unavailable_reply};
+use super::readiness::Readiness;
+use super::reply::{
+    Reply, is_slow_upload, refused, reply_to, timed_out, unavailable, unavailable_reply,
+};
 use super::requests::RequestLimits;
 use super::retry::{Decision, RetryRules, decide};
 use super::retry_budget::RetryBudget;
@@ -53,6 +56,7 @@ pub struct ClusterProxy {
     /// The longest time for a whole request.
     request_timeout: Option<Duration>,
     limits: RequestLimits,
+    readiness: Readiness,
     trusted: TrustedProxies,
     via: ViaMark,
     load_reports: bool,
@@ -78,6 +82,7 @@ impl ClusterProxy {
                 milliseconds => Some(Duration::from_millis(milliseconds)),
             },
             limits: RequestLimits::new(config),
+            readiness: Readiness::new(config.clients.ready_path.clone()),
             trusted: TrustedProxies::new(config.clients.trusted_proxies.iter().copied()),
             via: ViaMark::new(),
             load_reports: config.load_reports,
@@ -147,6 +152,14 @@ impl ClusterProxy {
     }
 }
 
+/// Answers a request for which no backend is needed.
+async fn answered(reply: &Reply<'_>, session: &mut Session) -> Result<bool> {
+    if let Err(error) = reply.answer(session).await {
+        debug!(%error, "the response could not be sent to the client");
+    }
+    Ok(true)
+}
+
 #[async_trait]
 impl ProxyHttp for ClusterProxy {
     type CTX = RequestContext;
@@ -177,16 +190,17 @@ impl ProxyHttp for ClusterProxy {
             return Err(refused(508, "the request has come back to where it was"));
         }
         self.limits.check_head(session)?;
+        let reply = self.readiness.reply(session, !self.balancer.is_empty());
+        if let Some(reply) = reply {
+            return answered(&reply, session).await;
+        }
         context.client = peer_of(session)
             .map(|peer| self.trusted.client_of(peer, &session.req_header().headers));
         let Err(reason) = self.find_backend(session, context).await else {
             return Ok(false);
         };
         debug!(reason, "a request was not served");
-        if let Err(error) = unavailable_reply(reason).answer(session).await {
-            debug!(%error, "the response could not be sent to the client");
-        }
-        Ok(true)
+        answered(&unavailable_reply(reason), session).await
     }
 
     async fn request_body_filter(

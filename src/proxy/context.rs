@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::front::{Connection, Phase};
+use super::shutdown::Hold;
 use crate::balance::Upstream;
 use crate::ids::Revision;
 use crate::node::Node;
@@ -16,6 +17,8 @@ pub struct RequestContext {
     /// The client's connection, if its listener has a front and it has one request at a time: over
     /// HTTP/2 it has no phases.
     pub(super) connection: Option<Arc<Connection>>,
+    /// The process waits for the request; where there are phases, the connection keeps this.
+    pub(super) in_flight: Option<Hold>,
     /// The client, behind trusted proxies; `None` for a Unix socket.
     pub(super) client: Option<IpAddr>,
     /// How much of the request's body has been received.
@@ -52,6 +55,7 @@ impl RequestContext {
         Self {
             started: now,
             connection: None,
+            in_flight: None,
             client: None,
             body_bytes: 0,
             has_body_begun: false,

@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-#[cfg(unix)]
-use ::pingora::server::ListenFds;
-use ::pingora::server::{RuntimeOpts, ShutdownWatch};
+use ::pingora::server::{ListenFds, RuntimeOpts, ShutdownWatch};
 use ::pingora::services::{ServiceReadyNotifier, ServiceWithDependents};
 use async_trait::async_trait;
-use tracing::error;
+use tracing::{error, warn};
 
+use super::shutdown::{Shutdown, check_address, confirm, take_over};
 use crate::supervise::{caught, say};
 
 /// The runtimes of a server that was asked to end at once have ended within this time.
@@ -21,25 +20,80 @@ const RUNTIMES_END_WITHIN: Duration = Duration::from_millis(500);
 pub(super) struct RequiredListener<S> {
     service: S,
     address: String,
-    /// Another process has the address until it hands it over: wait for that.
-    takes_over: bool,
+    /// Where another process, which has the address, hands its socket over.
+    takes_over_at: Option<String>,
 }
 
+/// How often to look whether the address is listened on.
+const STEP: Duration = Duration::from_millis(5);
+
 impl<S: ServiceWithDependents> RequiredListener<S> {
-    pub(super) fn new(service: S, address: &str, takes_over: bool) -> Self {
+    pub(super) fn new(service: S, address: &str, takes_over_at: Option<String>) -> Self {
         Self {
             service,
             address: address.to_owned(),
-            takes_over,
+            takes_over_at,
         }
+    }
+
+    /// Makes sure that the address can be listened on: because nobody does, or because the process
+    /// that does hands its socket over.
+    async fn prepare(&self, sockets: &ListenFds) -> Result<(), String> {
+        let is_inherited = sockets.lock().get(&self.address).is_some();
+        if is_inherited {
+            return Ok(());
+        }
+        if let Some(path) = &self.takes_over_at
+            && take_over(sockets, path, &self.address).await
+        {
+            return Ok(());
+        }
+        check_address(&self.address)
+    }
+
+    /// Listens until the shutdown. Otherwise, the reason why nothing is listened on.
+    async fn listen(
+        &mut self,
+        sockets: ListenFds,
+        shutdown: ShutdownWatch,
+        listeners_per_fd: usize,
+        ready: ServiceReadyNotifier,
+    ) -> Result<(), String> {
+        Shutdown::of_process().listeners().are_in(&sockets);
+        self.prepare(&sockets).await?;
+        let path = self.takes_over_at.clone();
+        tokio::spawn(tell_when_open(sockets.clone(), self.address.clone(), path));
+        let serving =
+            self.service
+                .start_service(Some(sockets), shutdown.clone(), listeners_per_fd, ready);
+        caught(serving).await?;
+        if !*shutdown.borrow() {
+            // At Ctrl-C, Pingora's runtimes end without notice, and this one may end after that of
+            // the tasks that accept connections.
+            tokio::time::sleep(RUNTIMES_END_WITHIN).await;
+        }
+        // The shutdown was requested, or the server is gone.
+        if *shutdown.borrow() || shutdown.has_changed().is_err() {
+            return Ok(());
+        }
+        Err("the listener ended without a shutdown request".to_owned())
     }
 }
 
-/// Checks whether an address can be listened on now; the error says why it cannot.
-pub(super) fn check_address(address: &str) -> Result<(), String> {
-    match std::net::TcpListener::bind(address) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(format!("cannot listen on {address}: {error}")),
+/// Tells everybody who wants to know when the address is listened on.
+async fn tell_when_open(sockets: ListenFds, address: String, takes_over_at: Option<String>) {
+    while sockets.lock().get(&address).is_none() {
+        tokio::time::sleep(STEP).await;
+    }
+    // Connections of a socket that was there before are accepted a moment later.
+    tokio::time::sleep(STEP).await;
+    let listeners = Shutdown::of_process().listeners();
+    let are_all_open = listeners.is_open(&address);
+    if let Some(path) = takes_over_at
+        && are_all_open
+        && listeners.are_taken_over()
+    {
+        confirm(&path).await;
     }
 }
 
@@ -47,49 +101,30 @@ pub(super) fn check_address(address: &str) -> Result<(), String> {
 impl<S: ServiceWithDependents> ServiceWithDependents for RequiredListener<S> {
     async fn start_service(
         &mut self,
-        #[cfg(unix)] fds: Option<ListenFds>,
+        fds: Option<ListenFds>,
         shutdown: ShutdownWatch,
         listeners_per_fd: usize,
         ready: ServiceReadyNotifier,
     ) {
-        #[cfg(unix)]
-        let is_inherited = fds
-            .as_ref()
-            .is_some_and(|fds| fds.lock().get(&self.address).is_some());
-        #[cfg(not(unix))]
-        let is_inherited = false;
-        let checked = if is_inherited || self.takes_over {
-            Ok(())
-        } else {
-            check_address(&self.address)
-        };
-        let reason = match checked {
-            Err(reason) => reason,
-            Ok(()) => {
-                let serving = self.service.start_service(
-                    #[cfg(unix)]
-                    fds,
-                    shutdown.clone(),
-                    listeners_per_fd,
-                    ready,
+        if !Shutdown::of_process().is_watched() {
+            say(|| {
+                warn!(
+                    "Pingora handles the signals of this process, because it does not call pingora_etcd::proxy::run"
                 );
-                let ended = caught(serving).await;
-                if ended.is_ok() && !*shutdown.borrow() {
-                    // At Ctrl-C the runtimes end without notice, and this one may end after that of
-                    // the tasks that accept connections.
-                    tokio::time::sleep(RUNTIMES_END_WITHIN).await;
-                }
-                match ended {
-                    // The shutdown was requested, or the server is gone.
-                    Ok(()) if *shutdown.borrow() || shutdown.has_changed().is_err() => return,
-                    Ok(()) => "the listener ended without a shutdown request".to_owned(),
-                    Err(panic) => panic,
-                }
+            });
+        }
+        let listened = match fds {
+            Some(sockets) => {
+                self.listen(sockets, shutdown, listeners_per_fd, ready)
+                    .await
             }
+            None => Err("the server has no table of sockets".to_owned()),
         };
-        let address = self.address.as_str();
-        say(|| error!(address, reason, "there is no listener, the process ends"));
-        std::process::exit(1);
+        if let Err(reason) = listened {
+            let address = self.address.as_str();
+            say(|| error!(address, reason, "there is no listener, the process ends"));
+            std::process::exit(1);
+        }
     }
 
     fn name(&self) -> &str {

@@ -12,11 +12,13 @@ mod listener;
 mod outcome;
 mod peers;
 mod pick;
+mod readiness;
 mod reply;
 mod requests;
 mod retry;
 mod retry_budget;
 mod server;
+mod shutdown;
 mod via;
 
 pub use client::TrustedProxies;
@@ -27,3 +29,4 @@ pub use context::RequestContext;
 pub use front::proxy_header_length;
 pub use front::{FrontCounts, FrontStatistics};
 pub use server::ProxyParts;
+pub use shutdown::{Hold, Shutdown, run};

@@ -81,6 +81,17 @@ fn is_connect_error(etype: &ErrorType) -> bool {
     )
 }
 
+/// Whether this process is to get requests.
+pub(super) fn readiness(is_ready: bool) -> Reply<'static> {
+    match is_ready {
+        true => Reply {
+            code: 200,
+            reason: "ready",
+        },
+        false => unavailable_reply("not ready"),
+    }
+}
+
 /// 503 with this reason, as a response.
 pub(super) fn unavailable_reply(reason: &str) -> Reply<'_> {
     Reply { code: 503, reason }

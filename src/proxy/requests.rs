@@ -10,6 +10,7 @@ use http::header::{CONTENT_LENGTH, EXPECT};
 use super::context::RequestContext;
 use super::front::{Connection, Phase};
 use super::reply::refused;
+use super::shutdown::Shutdown;
 use crate::config::ClusterConfig;
 
 /// The limits of a request, and the times that Pingora keeps for HTTP/2 clients.
@@ -36,10 +37,18 @@ impl RequestLimits {
     pub(super) fn begin(&self, session: &mut Session, context: &mut RequestContext) {
         context.is_complete = session.is_body_empty();
         session.set_pipelining_enabled(true);
-        let Some(connection) = Connection::of(session).cloned() else {
+        let process = Shutdown::of_process();
+        if process.is_draining() && !session.is_http2() {
+            // The response says that the connection ends.
+            session.set_keepalive(None);
+        }
+        let connection = Connection::of(session).cloned();
+        let Some(connection) = connection else {
+            context.in_flight = Some(process.request());
             return;
         };
         if session.is_http2() {
+            context.in_flight = Some(process.request());
             // A client that gives no room on its stream blocks nothing of the connection, so only
             // Pingora notices.
             session.set_write_timeout(Some(self.client_write));

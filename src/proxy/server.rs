@@ -6,6 +6,7 @@ use std::time::Duration;
 use ::pingora::apps::HttpServerOptions;
 use ::pingora::proxy::{HttpProxy, http_proxy};
 use ::pingora::server::Server;
+use ::pingora::server::configuration::ServerConf;
 use ::pingora::services::background::background_service;
 use ::pingora::services::listening::Service;
 
@@ -13,7 +14,8 @@ use super::cluster_proxy::ClusterProxy;
 use super::front::{
     ClientTimeouts, Front, FrontLimits, FrontSettings, FrontStatistics, ProxyHeaderRule,
 };
-use super::listener::{RequiredListener, check_address};
+use super::listener::RequiredListener;
+use super::shutdown::{Shutdown, check_address};
 use crate::config::ClusterConfig;
 use crate::error::ClusterError;
 use crate::pingora::{BalancerService, LeaderRoute};
@@ -31,7 +33,10 @@ impl ClusterProxy {
     /// Adds a balancer, and a proxy that waits for it, to a Pingora server; `writes_to_leader` as
     /// [`leader_route`](Self::leader_route). Connects to nothing and listens on nothing before the
     /// server runs, but checks whether the address can be listened on, unless the server is to take
-    /// over sockets or only to be tested.
+    /// over sockets or only to be tested. Run it with [`run`](super::run), which handles signals.
+    ///
+    /// A server that is to take over sockets listens as soon as it has a view of the group and the
+    /// process that has the sockets hands them over, however long both take.
     ///
     /// Without its listener the process is useless: if the address is taken when the server runs, or
     /// the listener ends without a shutdown request, the process ends with status 1 and an error in
@@ -46,9 +51,22 @@ impl ClusterProxy {
         writes_to_leader: bool,
     ) -> Result<ProxyParts, ClusterError> {
         config.validate()?;
+        let options = server.options.as_ref();
+        let takes_over = options.is_some_and(|options| options.upgrade);
+        let is_test = options.is_some_and(|options| options.test);
+        if !takes_over && !is_test {
+            let checked = check_address(&config.listen);
+            checked.map_err(|reason| ClusterError::config("cluster.listen", reason))?;
+        }
+        check_user(&server.configuration, &config.listen)?;
         let discovery = config.discovery()?;
+        let ready_timeout = match takes_over {
+            // The predecessor serves until then.
+            true => Duration::MAX,
+            false => Duration::from_millis(config.ready_timeout_ms),
+        };
         let balancer = BalancerService::new(discovery.clone(), config.balancer()?)
-            .ready_timeout(Duration::from_millis(config.ready_timeout_ms));
+            .ready_timeout(ready_timeout);
         let balancer = background_service("balancer", balancer);
         let task = balancer.task();
         let mut proxy = Self::new(task.clone(), config);
@@ -61,21 +79,42 @@ impl ClusterProxy {
         let front = Front::new(proxy, front_settings(config), statistics.clone());
         let mut proxy = Service::new("proxy".to_owned(), front);
         proxy.add_tcp(&config.listen);
-        let options = server.options.as_ref();
-        let takes_over = options.is_some_and(|options| options.upgrade);
-        let is_test = options.is_some_and(|options| options.test);
-        if !takes_over && !is_test {
-            let checked = check_address(&config.listen);
-            checked.map_err(|reason| ClusterError::config("cluster.listen", reason))?;
-        }
+        let shutdown = Shutdown::of_process();
+        shutdown.listeners().add(&config.listen);
+        shutdown.accepts_for(Duration::from_millis(config.drain_delay_ms));
+        let takes_over_at = takes_over.then(|| server.configuration.upgrade_sock.clone());
         let balancer = server.add_service(balancer);
-        let proxy = RequiredListener::new(proxy, &config.listen, takes_over);
+        let proxy = RequiredListener::new(proxy, &config.listen, takes_over_at);
         server.add_service(proxy).add_dependency(balancer);
         Ok(ProxyParts {
             balancer: task,
             clients: statistics,
         })
     }
+}
+
+/// Pingora changes the user before it listens, and goes on without a listener if that user may not.
+fn check_user(server: &ServerConf, address: &str) -> Result<(), ClusterError> {
+    const SETTING: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
+    let Some(user) = &server.user else {
+        return Ok(());
+    };
+    let first = std::fs::read_to_string(SETTING).ok();
+    let first = first.and_then(|text| text.trim().parse().ok());
+    let first: u16 = first.unwrap_or(1024);
+    let port = address.rsplit_once(':').map(|(_, port)| port.parse());
+    let Some(Ok(port)) = port else {
+        return Ok(());
+    };
+    if (1..first).contains(&port) {
+        return Err(ClusterError::config(
+            "cluster.listen",
+            format!(
+                "{address}: the user {user:?} may not listen on ports below {first}; choose another port, or start as that user with the capability CAP_NET_BIND_SERVICE and without the field user"
+            ),
+        ));
+    }
+    Ok(())
 }
 
 fn server_options(config: &ClusterConfig) -> HttpServerOptions {

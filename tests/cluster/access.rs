@@ -765,7 +765,16 @@ async fn a_file_that_is_missing_for_a_while_ends_nobody() {
         }
     })
     .await;
+    // One that is without a watch would find everything gone afterwards, and keep the node for a while.
+    eventually("both discoveries are live", || {
+        [&discovery, &shared]
+            .iter()
+            .all(|discovery| discovery.status() == DiscoveryStatus::Live)
+    })
+    .await;
     running.stop().await;
+    let left = root.get(format!("registry/{group}/n1"), None).await;
+    assert_eq!(left.unwrap().count(), 0, "the node has removed its entry");
     eventually("the node can leave", || discovery.nodes().is_empty()).await;
     assert!(!following.is_finished() && !also.is_finished());
 }

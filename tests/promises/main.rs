@@ -20,6 +20,7 @@ mod logs;
 mod members;
 mod raw;
 mod retries;
+mod shutdown;
 mod snapshot;
 mod store;
 mod table;

@@ -13,6 +13,7 @@ const TEXTS: &[&str] = &[
     "src/guide/concepts.md",
     "src/guide/configuration.md",
     "src/guide/routing.md",
+    "src/guide/edge.md",
 ];
 
 /// A promise, as its text begins, and the tests that show it: `crate::module::test`.
@@ -125,6 +126,49 @@ const PROMISES: &[(&str, &[&str])] = &[
         "So is one that is too large, or points to an address or port that is not allowed.",
         &[
             "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
+        ],
+    ),
+    // "How it ends", in "At the edge".
+    (
+        "SIGTERM turns readiness off, and connections are still accepted",
+        &[
+            "promises::shutdown::at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_flight",
+        ],
+    ),
+    (
+        "The process ends as soon as nothing is in flight",
+        &[
+            "promises::shutdown::an_idle_process_ends_after_the_delay_and_at_ctrl_c_at_once",
+            "promises::shutdown::the_grace_period_and_a_second_signal_end_it_with_a_request_in_flight",
+            "promises::shutdown::as_the_first_process_of_a_container_it_ends_all_the_same",
+            "promises::shutdown::a_worker_ends_within_its_grace_period_whatever_its_clients_do",
+        ],
+    ),
+    (
+        "SIGHUP, SIGUSR1 and SIGUSR2 never end it",
+        &[
+            "promises::shutdown::sighup_and_sigusr_never_end_a_program",
+            "promises::shutdown::a_program_that_waits_for_etcd_survives_sighup_and_ends_at_sigterm",
+        ],
+    ),
+    (
+        "SIGQUIT hands the listening sockets over to a successor that is ready",
+        &[
+            "promises::shutdown::sockets_are_handed_over_without_a_refused_or_waiting_connection",
+            "promises::shutdown::without_a_view_of_the_group_nothing_is_handed_over",
+            "promises::shutdown::a_successor_that_dies_in_between_costs_nothing",
+        ],
+    ),
+    (
+        "A service manager is told",
+        &["promises::shutdown::a_service_manager_is_told"],
+    ),
+    (
+        "A process that cannot listen ends with an error",
+        &[
+            "promises::shutdown::a_daemon_listens_or_its_start_is_an_error",
+            "promises::deaths::a_port_that_is_taken_is_an_error_and_an_exit",
+            "promises::deaths::a_port_that_is_taken_later_is_an_error_and_an_exit_too",
         ],
     ),
     // "The settings", in "When etcd is away, slow, or hostile".
@@ -440,6 +484,12 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::clients::http_2_without_tls_is_spoken_to_those_who_begin_with_it"],
     ),
     (
+        "clients.ready_path",
+        &[
+            "promises::shutdown::at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_flight",
+        ],
+    ),
+    (
         "clients.trusted_proxies",
         &["promises::headers::backends_learn_who_the_client_is_from_trusted_proxies_only"],
     ),
@@ -459,6 +509,13 @@ const FIELDS: &[(&str, &[&str])] = &[
         "ready_timeout_ms",
         &[
             "promises::away::without_etcd_it_answers_after_the_time_to_be_ready_and_asks_now_and_then",
+        ],
+    ),
+    (
+        "drain_delay_ms",
+        &[
+            "promises::shutdown::an_idle_process_ends_after_the_delay_and_at_ctrl_c_at_once",
+            "promises::shutdown::at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_flight",
         ],
     ),
     (

@@ -102,6 +102,12 @@ pub struct Setup {
     pub log: Log,
     pub listen: Option<String>,
     pub argument: Option<&'static str>,
+    /// Further lines of Pingora's part.
+    pub server: String,
+    /// Variables of the program's environment.
+    pub variables: Vec<(&'static str, String)>,
+    /// What starts the program, as `unshare` does.
+    pub starter: Vec<&'static str>,
     /// The file that replaces `/etc/hosts` for the program.
     pub hosts: Option<PathBuf>,
 }
@@ -118,6 +124,9 @@ impl Setup {
             log: Log::File,
             listen: None,
             argument: None,
+            server: "grace_period_seconds: 0".to_owned(),
+            variables: Vec::new(),
+            starter: Vec::new(),
             hosts: None,
         }
     }
@@ -159,6 +168,23 @@ impl Setup {
         self
     }
 
+    /// Lines of Pingora's part instead of a grace period of 0.
+    pub fn server(mut self, lines: &str) -> Self {
+        lines.clone_into(&mut self.server);
+        self
+    }
+
+    pub fn variable(mut self, name: &'static str, value: &str) -> Self {
+        self.variables.push((name, value.to_owned()));
+        self
+    }
+
+    /// Starts the program by another one.
+    pub fn starter(mut self, words: &[&'static str]) -> Self {
+        words.clone_into(&mut self.starter);
+        self
+    }
+
     pub fn argument(mut self, argument: &'static str) -> Self {
         self.argument = Some(argument);
         self
@@ -183,9 +209,10 @@ impl Setup {
         );
         let text = format!(
             "version: 1\nthreads: 1\nupgrade_sock: {socket}\n\
-             grace_period_seconds: 0\ngraceful_shutdown_timeout_seconds: 1\n\
+             {server}\n\
              cluster:\n  etcd: {{ endpoints: {endpoints:?}{etcd} }}\n  group: {group}\n  listen: '{listen}'\n{more}",
             socket = scratch(&format!("{name}.sock")).display(),
+            server = self.server,
             endpoints = self.endpoints,
             etcd = self.fields_of_etcd,
             group = self.group,
@@ -193,7 +220,14 @@ impl Setup {
         );
         std::fs::write(&conf, text).unwrap();
         let mut command = match &self.hosts {
-            None => Command::new(optimised(self.program)),
+            None => match self.starter.split_first() {
+                None => Command::new(optimised(self.program)),
+                Some((starter, words)) => {
+                    let mut command = Command::new(starter);
+                    command.args(words).arg(optimised(self.program));
+                    command
+                }
+            },
             Some(hosts) => {
                 let mut command = Command::new("unshare");
                 let script = r#"mount --bind "$0" /etc/hosts && exec "$@""#;
@@ -203,6 +237,7 @@ impl Setup {
             }
         };
         command.arg("--conf").arg(&conf).args(self.argument);
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         Balancer {
             program: start(command, self.log, &log),
             url: format!("http://{listen}"),

@@ -23,6 +23,7 @@ use tracing::debug;
 use slots::Slots;
 use stream::ClientStream;
 
+use super::shutdown::Shutdown;
 pub(crate) use connection::{Connection, Ended, Phase};
 pub(crate) use limits::{ClientTimeouts, FrontLimits};
 pub(crate) use proxy_header::ProxyHeaderRule;
@@ -105,6 +106,7 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
         self.statistics.count_accepted();
+        let _open = Shutdown::of_process().connection();
         let Some(mut slot) = self.slots.take() else {
             self.statistics.count_refused();
             return None;
@@ -140,7 +142,10 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         None
     }
 
+    /// Nothing is accepted any more. Pingora's part closes idle connections, and those on which it
+    /// waits for the rest of a head.
     async fn cleanup(&self) {
+        Shutdown::of_process().settle().await;
         self.app.cleanup().await;
     }
 }

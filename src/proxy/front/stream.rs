@@ -22,6 +22,7 @@ use super::deadline::Deadline;
 use super::limits::{FrontLimits, WriteClock};
 use super::refusal::Refusal;
 use super::statistics::FrontStatistics;
+use crate::proxy::shutdown::{self, Hold};
 
 /// With which an HTTP/2 connection begins (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -49,6 +50,8 @@ pub(super) struct ClientStream {
     read_deadline: Deadline,
     write_deadline: Deadline,
     writes: WriteClock,
+    /// While there is a request. Over HTTP/2 each request has its own.
+    request: Option<Hold>,
 }
 
 impl ClientStream {
@@ -78,6 +81,7 @@ impl ClientStream {
             read_deadline: Deadline::default(),
             write_deadline: Deadline::default(),
             writes: WriteClock::default(),
+            request: None,
         }
     }
 
@@ -88,6 +92,12 @@ impl ClientStream {
             self.phase = phase;
             self.since = Instant::now();
             self.head_bytes = 0;
+            match phase {
+                Phase::Accepted | Phase::Idle => self.request = None,
+                _ if self.is_http2 => self.request = None,
+                _ if self.request.is_some() => {}
+                _ => self.request = Some(shutdown::Shutdown::of_process().request()),
+            }
         }
         phase
     }
