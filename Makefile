@@ -106,6 +106,7 @@ lint: deps ## check formatting, clippy and rustdoc, without warnings
 	$(CLIPPY)
 	cargo clippy --lib --examples -- -D warnings
 	cargo clippy --lib --no-default-features -- -D warnings
+	cargo clippy --lib --no-default-features --features proxy-tls -- -D warnings
 	cargo clippy --lib --no-default-features --features balance,system-metrics,tower,tls -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --no-default-features
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features

@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pingora::server::Server;
+use pingora::server::configuration::Opt;
 use pingora_etcd::config;
 use pingora_etcd::proxy::{self, ClusterProxy};
 
@@ -25,11 +26,14 @@ struct Arguments {
     /// The configuration file.
     #[arg(long, short)]
     conf: String,
+    /// Take the listening sockets over from a running process.
+    #[arg(long, short)]
+    upgrade: bool,
 }
 
 fn main() -> ExitCode {
     log::init();
-    match build(&Arguments::parse().conf) {
+    match build(&Arguments::parse()) {
         Ok(server) => proxy::run(server),
         Err(error) => {
             log::print_error(format_args!("leader_routing: {error}"));
@@ -38,9 +42,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn build(path: &str) -> Result<Server, Box<dyn std::error::Error>> {
-    let (config, server_conf) = config::load(path)?;
-    let mut server = Server::new_with_opt_and_conf(None, server_conf);
+fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
+    let (config, server_conf) = config::load(&arguments.conf)?;
+    let options = Opt {
+        upgrade: arguments.upgrade,
+        ..Opt::default()
+    };
+    let mut server = Server::new_with_opt_and_conf(options, server_conf);
     ClusterProxy::add_to(&mut server, &config, true)?;
     Ok(server)
 }

@@ -88,6 +88,8 @@ mod load_report;
 mod metadata;
 pub mod metrics;
 mod node;
+#[cfg(any(feature = "tls", feature = "proxy-tls"))]
+mod pem;
 #[cfg(feature = "pingora")]
 pub mod pingora;
 #[cfg(feature = "pingora")]

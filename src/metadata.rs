@@ -29,6 +29,11 @@ pub mod metadata_keys {
     pub const REQUESTS_PER_SECOND: &str = "requests_per_second";
     /// Items of work that wait to be processed (`u32`).
     pub const QUEUE_DEPTH: &str = "queue_depth";
+    /// How the node is spoken to (`str`: `http1`, `h2c`, `https` or `h2`), for proxies that believe
+    /// nodes in that.
+    pub const PROTOCOL: &str = "protocol";
+    /// The name that the node's certificate is for (`str`), for such proxies.
+    pub const SERVER_NAME: &str = "server_name";
 }
 
 /// The metadata of a [`Node`](crate::Node). Dereferences to the [`NodeMetadata`] (a

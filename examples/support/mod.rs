@@ -218,10 +218,15 @@ async fn run_until_end(
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
         };
         let mut serving = std::pin::pin!(serving.into_future());
+        let mut leaving = std::pin::pin!(leaving);
         tokio::select! {
-            left = leaving => left?,
-            // Not before the other one, unless it fails.
-            served = &mut serving => return Ok(served.map(|()| Ended::Left)?),
+            left = &mut leaving => left?,
+            served = &mut serving => {
+                served?;
+                // Everybody has been served before; the registration still has to be removed.
+                leaving.await?;
+                return Ok(Ended::Left);
+            }
         }
         let used = told.get().map_or(Duration::ZERO, Instant::elapsed);
         match tokio::time::timeout(grace.saturating_sub(used), serving).await {

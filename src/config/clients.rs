@@ -106,9 +106,9 @@ impl Clients {
         check("head_bytes", self.head_bytes, 1_024..=1_000_000)?;
         check("headers", self.headers, 8..=250)?;
         if let Some(path) = &self.ready_path
-            && !path.starts_with('/')
+            && (!path.starts_with('/') || path.contains(['?', '#', ' ']))
         {
-            let reason = format!("{path:?} does not begin with a slash");
+            let reason = format!("{path:?} is not a path such as /ready, without a query");
             return Err(ClusterError::config(format!("{field}.ready_path"), reason));
         }
         let timeout = self.proxy_protocol_timeout_ms;

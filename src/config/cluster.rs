@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::backends::Backends;
 use super::clients::Clients;
 use super::retry::Retry;
 use super::timeouts::Timeouts;
+use super::tls::ListenerTls;
 use super::values::{HashOn, Port};
 use crate::balance::{
     Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, DEFAULT_PORT, Headroom,
@@ -118,6 +120,12 @@ pub struct ClusterConfig {
     /// How long to wait for clients and backends.
     #[serde(default)]
     pub timeouts: Timeouts,
+    /// TLS to clients. Default: none, plain text.
+    #[serde(default)]
+    pub tls: Option<ListenerTls>,
+    /// How backends are spoken to.
+    #[serde(default)]
+    pub backends: Backends,
     /// What clients may do, and which of them are believed.
     #[serde(default)]
     pub clients: Clients,
@@ -193,6 +201,10 @@ impl ClusterConfig {
         in_range("cluster", "retries", self.retries, 0..=2)?;
         self.retry.validate("cluster.retry")?;
         self.timeouts.validate("cluster.timeouts")?;
+        self.backends.validate("cluster.backends")?;
+        if let Some(tls) = &self.tls {
+            tls.validate("cluster.tls")?;
+        }
         self.clients.validate("cluster.clients")?;
         millis("ready_timeout_ms", self.ready_timeout_ms, 0..=600_000)?;
         millis("drain_delay_ms", self.drain_delay_ms, 0..=600_000)?;

@@ -4,6 +4,7 @@
 //! not exist is an error that names it and its line, also in Pingora's part, where Pingora alone
 //! would ignore it. `config/load_balancer.yaml` shows every field.
 
+mod backends;
 mod clients;
 mod cluster;
 mod file;
@@ -11,8 +12,10 @@ mod retry;
 #[cfg(feature = "pingora")]
 mod server;
 mod timeouts;
+mod tls;
 mod values;
 
+pub use backends::{Backends, Protocol};
 pub use clients::{Clients, Network};
 pub use cluster::ClusterConfig;
 #[cfg(feature = "pingora")]
@@ -21,4 +24,5 @@ pub use retry::Retry;
 #[cfg(feature = "pingora")]
 pub use server::{load, server_conf};
 pub use timeouts::Timeouts;
+pub use tls::{CertificateFiles, ClientCertificate, ListenerTls};
 pub use values::{HashOn, Port};

@@ -99,7 +99,8 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
 
 /// Checks what Pingora takes silently, or panics at.
 fn check(conf: &ServerConf) -> Result<(), String> {
-    if conf.version != 1 {
+    // 0 if the field is missing.
+    if conf.version > 1 {
         return Err(format!("version: {} is unknown, only 1 is", conf.version));
     }
     for address in &conf.client_bind_to_ipv4 {
@@ -109,6 +110,13 @@ fn check(conf: &ServerConf) -> Result<(), String> {
     for address in &conf.client_bind_to_ipv6 {
         let parsed = address.parse::<Ipv6Addr>();
         parsed.map_err(|_| format!("client_bind_to_ipv6: {address:?} is no IPv6 address"))?;
+    }
+    // One byte of the system's address is its end.
+    if conf.upgrade_sock.len() > 107 {
+        let length = conf.upgrade_sock.len();
+        return Err(format!(
+            "upgrade_sock: {length} bytes are too long, at most 107"
+        ));
     }
     if !conf.daemon {
         for (field, is_given) in [
@@ -126,11 +134,34 @@ fn check(conf: &ServerConf) -> Result<(), String> {
     if conf.user.is_some() && conf.group.is_none() {
         return Err("group: is needed with user, or the process keeps its group".to_owned());
     }
-    if let Some(file) = &conf.error_log {
-        let opened = File::options().create(true).append(true).open(file);
-        opened.map_err(|error| format!("error_log: cannot write to {file}: {error}"))?;
+    match &conf.error_log {
+        Some(file) => {
+            check_log(Path::new(file)).map_err(|error| format!("error_log: {file}: {error}"))
+        }
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Checks that a file can be written to, without making it.
+fn check_log(file: &Path) -> Result<(), String> {
+    match std::fs::metadata(file) {
+        Ok(about) if about.is_dir() => Err("is a directory".to_owned()),
+        // What is no file may wait for a reader.
+        Ok(about) if !about.is_file() => Ok(()),
+        Ok(_) => {
+            let opened = File::options().append(true).open(file);
+            opened.map(drop).map_err(|error| error.to_string())
+        }
+        Err(_) => {
+            let parent = file
+                .parent()
+                .filter(|parent| !parent.as_os_str().is_empty());
+            match parent.is_none_or(Path::is_dir) {
+                true => Ok(()),
+                false => Err("its directory does not exist".to_owned()),
+            }
+        }
+    }
 }
 
 /// Reads both parts of a file, from which the bundled load balancer starts.

@@ -32,6 +32,8 @@ pub struct Timeouts {
     pub tunnel_ms: u64,
     /// For a connection to a backend. Default: 1,000. Range: 1 to 60,000.
     pub connect_ms: u64,
+    /// For the TLS handshake with a backend, once it is connected. Default: 1,000. Range: 1 to 60,000.
+    pub handshake_ms: u64,
     /// From one part of a response to the next, and until a backend has read a part of a request; also
     /// until a response begins. Then 504. Default: 60,000. Range: 1 to 3,600,000.
     pub response_ms: u64,
@@ -55,6 +57,7 @@ impl Default for Timeouts {
             client_drain_ms: 10_000,
             tunnel_ms: 3_600_000,
             connect_ms: 1_000,
+            handshake_ms: 1_000,
             response_ms: 60_000,
             pool_idle_ms: 4_000,
             request_ms: 0,
@@ -79,6 +82,7 @@ impl Timeouts {
         check("client_drain_ms", self.client_drain_ms, 10..=600_000)?;
         check("tunnel_ms", self.tunnel_ms, 10..=DAY)?;
         check("connect_ms", self.connect_ms, 1..=60_000)?;
+        check("handshake_ms", self.handshake_ms, 1..=60_000)?;
         check("response_ms", self.response_ms, 1..=3_600_000)?;
         check("pool_idle_ms", self.pool_idle_ms, 1_000..=3_600_000)?;
         check("request_ms", self.request_ms, 0..=DAY)

@@ -62,6 +62,14 @@ impl BalancerService {
         &self.discovery
     }
 
+    /// Publishes a table of the current view, which may be newer than the last table.
+    pub(crate) fn catch_up(&self) {
+        let now = Instant::now();
+        let view = Change::Reset(self.discovery.nodes());
+        self.balancer.apply(&view, now);
+        self.balancer.publish(now);
+    }
+
     /// Applies changes as they come, and publishes tables: the first at once, the next ones at
     /// intervals that leave almost all of a core to others.
     async fn apply_changes(&self) -> Infallible {
@@ -89,11 +97,7 @@ impl BalancerService {
     async fn signal_ready(&self, ready: Option<ServiceReadyNotifier>) -> Infallible {
         if let Some(ready) = ready {
             wait_ready(&self.discovery, self.ready_timeout).await;
-            // The view may be newer than the table.
-            let now = Instant::now();
-            let view = Change::Reset(self.discovery.nodes());
-            self.balancer.apply(&view, now);
-            self.balancer.publish(now);
+            self.catch_up();
             ready.notify_ready();
         }
         std::future::pending().await

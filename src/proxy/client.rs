@@ -8,12 +8,16 @@ use ::pingora::proxy::Session;
 use http::header::{FORWARDED, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use super::front::Connection;
 use crate::config::Network;
 
 const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+/// RFC 9440.
+const CLIENT_CERT: HeaderName = HeaderName::from_static("client-cert");
+const CLIENT_CERT_CHAIN: HeaderName = HeaderName::from_static("client-cert-chain");
 
 /// Which load balancers in front of this process are believed what they say about their clients.
 ///
@@ -100,6 +104,14 @@ pub(super) fn set_forwarded(
     if !is_trusted {
         request.remove_header(&FORWARDED);
     }
+    let shown = Connection::of(session).and_then(|connection| connection.certificate());
+    if shown.is_some() || !is_trusted {
+        request.remove_header(&CLIENT_CERT);
+        request.remove_header(&CLIENT_CERT_CHAIN);
+    }
+    if let Some(certificate) = shown {
+        request.insert_header(CLIENT_CERT, certificate)?;
+    }
     let added = peer.to_string();
     let list = match is_trusted {
         true => joined(request.headers.get_all(FOR), &added),
@@ -148,7 +160,9 @@ fn joined<'a>(values: impl IntoIterator<Item = &'a HeaderValue>, last: &str) -> 
 }
 
 /// The headers that backends believe, because this proxy sets them.
-const SET_HERE: [&str; 7] = [
+const SET_HERE: [&str; 9] = [
+    "client-cert",
+    "client-cert-chain",
     "x-leader-epoch",
     "x-forwarded-for",
     "x-forwarded-proto",

@@ -1,35 +1,22 @@
-//! The proxy: what happens in each phase of a request.
+//! The proxy: what it is made of, and what it decides.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ::pingora::http::{RequestHeader, ResponseHeader};
-use ::pingora::modules::http::HttpModules;
-use ::pingora::proxy::{FailToProxy, ProxyHttp, Session};
-use ::pingora::upstreams::peer::HttpPeer;
-use ::pingora::{Error, ErrorSource, ErrorType, Result};
-use async_trait::async_trait;
-use bytes::Bytes;
-use http::StatusCode;
-use http::header::TRANSFER_ENCODING;
-use tracing::{debug, warn};
+use ::pingora::Result;
+use ::pingora::proxy::Session;
 
-use super::client::{TrustedProxies, peer_of, remove_lookalikes, set_forwarded};
+use super::client::TrustedProxies;
 use super::context::RequestContext;
-use super::failure::{failure, is_local, is_unanswered, retried_status};
-use super::headers::{set_leader_epoch, set_upstream_node, take_load_report};
-use super::hop_by_hop::{ends_with_connection, has_no_body, remove_hop_by_hop};
+use super::grpc::Call;
 use super::leader::find_leader;
-use super::outcome::{Outcome, outcome};
 use super::peers::Peers;
-use super::pick::pick;
 use super::readiness::Readiness;
-use super::reply::{
-    Reply, is_slow_upload, refused, reply_to, timed_out, unavailable, unavailable_reply,
-};
+use super::reply::refused;
 use super::requests::RequestLimits;
-use super::retry::{Decision, RetryRules, decide};
+use super::retry::RetryRules;
 use super::retry_budget::RetryBudget;
+use super::tls::BackendTls;
 use super::via::ViaMark;
 use crate::balance::Policy;
 use crate::config::{ClusterConfig, HashOn};
@@ -44,22 +31,22 @@ use crate::pingora::{BalancerService, LeaderRoute};
 /// [`add_to`](Self::add_to) puts it into a Pingora server, as the example `load_balancer` does
 /// with a YAML file. Take it apart, or wrap it, when you need more.
 pub struct ClusterProxy {
-    balancer: Arc<BalancerService>,
-    leader: Option<LeaderRoute>,
-    leader_wait: Duration,
+    pub(super) balancer: Arc<BalancerService>,
+    pub(super) leader: Option<LeaderRoute>,
+    pub(super) leader_wait: Duration,
     /// `None` for a policy that does not hash.
-    hash_on: Option<HashOn>,
-    retries: RetryRules,
-    retry_on_status: Vec<u16>,
-    retry_budget: RetryBudget,
-    peers: Peers,
+    pub(super) hash_on: Option<HashOn>,
+    pub(super) retries: RetryRules,
+    pub(super) retry_on_status: Vec<u16>,
+    pub(super) retry_budget: RetryBudget,
+    pub(super) peers: Peers,
     /// The longest time for a whole request.
-    request_timeout: Option<Duration>,
-    limits: RequestLimits,
-    readiness: Readiness,
-    trusted: TrustedProxies,
-    via: ViaMark,
-    load_reports: bool,
+    pub(super) request_timeout: Option<Duration>,
+    pub(super) limits: RequestLimits,
+    pub(super) readiness: Readiness,
+    pub(super) trusted: TrustedProxies,
+    pub(super) via: ViaMark,
+    pub(super) load_reports: bool,
 }
 
 impl ClusterProxy {
@@ -76,7 +63,7 @@ impl ClusterProxy {
             },
             retry_on_status: config.retry.on_status.clone(),
             retry_budget: RetryBudget::new(&config.retry),
-            peers: Peers::new(&config.timeouts),
+            peers: Peers::new(&config.timeouts, &config.backends, None),
             request_timeout: match config.timeouts.request_ms {
                 0 => None,
                 milliseconds => Some(Duration::from_millis(milliseconds)),
@@ -87,6 +74,12 @@ impl ClusterProxy {
             via: ViaMark::new(),
             load_reports: config.load_reports,
         }
+    }
+
+    /// Uses this TLS to backends.
+    pub(super) fn backend_tls(mut self, config: &ClusterConfig, tls: BackendTls) -> Self {
+        self.peers = Peers::new(&config.timeouts, &config.backends, Some(tls));
+        self
     }
 
     /// Sends writes (`POST`, `PUT`, `PATCH`, `DELETE`) to the leader, with its fencing token in
@@ -101,14 +94,14 @@ impl ClusterProxy {
     }
 
     /// The way to the leader, if this request is for the leader.
-    fn leader_for(&self, session: &Session) -> Option<&LeaderRoute> {
+    pub(super) fn leader_for(&self, session: &Session) -> Option<&LeaderRoute> {
         let route = self.leader.as_ref()?;
         LeaderRoute::is_write(&session.req_header().method).then_some(route)
     }
 
     /// Finds out whether there is a backend at all; the error is the reason why not. The leader is
     /// stored in the context.
-    async fn find_backend(
+    pub(super) async fn find_backend(
         &self,
         session: &Session,
         context: &mut RequestContext,
@@ -122,7 +115,7 @@ impl ClusterProxy {
     }
 
     /// Whether the request may be sent once more; if so, that counts.
-    fn may_send_again(&self, context: &mut RequestContext) -> bool {
+    pub(super) fn may_send_again(&self, context: &mut RequestContext) -> bool {
         self.may_try(context)
             && self.retry_budget.take(Instant::now())
             && self.may_try_again(context)
@@ -133,15 +126,16 @@ impl ClusterProxy {
     }
 
     /// Whether the request may be tried once more; if so, that counts.
-    fn may_try_again(&self, context: &mut RequestContext) -> bool {
+    pub(super) fn may_try_again(&self, context: &mut RequestContext) -> bool {
         let may = self.may_try(context);
         context.retries += usize::from(may);
         may
     }
 
     /// How long the request may still take; `None` if it may take any time.
-    fn time_left(&self, context: &RequestContext) -> Result<Option<Duration>> {
-        let Some(timeout) = self.request_timeout else {
+    pub(super) fn time_left(&self, context: &RequestContext) -> Result<Option<Duration>> {
+        let of_call = context.call.and_then(Call::timeout);
+        let Some(timeout) = self.request_timeout.into_iter().chain(of_call).min() else {
             return Ok(None);
         };
         let left = timeout.saturating_sub(context.started.elapsed());
@@ -149,314 +143,5 @@ impl ClusterProxy {
             return Err(refused(504, "the request took too long"));
         }
         Ok(Some(left))
-    }
-}
-
-/// Answers a request for which no backend is needed.
-async fn answered(reply: &Reply<'_>, session: &mut Session) -> Result<bool> {
-    if let Err(error) = reply.answer(session).await {
-        debug!(%error, "the response could not be sent to the client");
-    }
-    Ok(true)
-}
-
-#[async_trait]
-impl ProxyHttp for ClusterProxy {
-    type CTX = RequestContext;
-
-    fn new_ctx(&self) -> RequestContext {
-        RequestContext::new()
-    }
-
-    /// No module: the default one compresses, at a cost for each request.
-    fn init_downstream_modules(&self, _: &mut HttpModules) {}
-
-    async fn early_request_filter(
-        &self,
-        session: &mut Session,
-        context: &mut RequestContext,
-    ) -> Result<()> {
-        self.retry_budget.count_request();
-        self.limits.begin(session, context);
-        Ok(())
-    }
-
-    async fn request_filter(
-        &self,
-        session: &mut Session,
-        context: &mut RequestContext,
-    ) -> Result<bool> {
-        if self.via.is_on(session.req_header()) {
-            return Err(refused(508, "the request has come back to where it was"));
-        }
-        self.limits.check_head(session)?;
-        let reply = self.readiness.reply(session, !self.balancer.is_empty());
-        if let Some(reply) = reply {
-            return answered(&reply, session).await;
-        }
-        context.client = peer_of(session)
-            .map(|peer| self.trusted.client_of(peer, &session.req_header().headers));
-        let Err(reason) = self.find_backend(session, context).await else {
-            return Ok(false);
-        };
-        debug!(reason, "a request was not served");
-        answered(&unavailable_reply(reason), session).await
-    }
-
-    async fn request_body_filter(
-        &self,
-        _: &mut Session,
-        body: &mut Option<Bytes>,
-        is_end: bool,
-        context: &mut RequestContext,
-    ) -> Result<()> {
-        self.time_left(context)?;
-        self.limits.check_body(body.as_ref(), is_end, context)
-    }
-
-    async fn upstream_peer(
-        &self,
-        session: &mut Session,
-        context: &mut RequestContext,
-    ) -> Result<Box<HttpPeer>> {
-        let left = self.time_left(context)?;
-        // It is sent from its start.
-        context.body_bytes = 0;
-        context.has_body_begun = false;
-        let is_upgrade = session.is_upgrade_req();
-        if let Some(route) = self.leader_for(session) {
-            // The one that was found before the first try, or another one.
-            let leader = match context.leader.take() {
-                Some(leader) => leader,
-                None => find_leader(route, self.leader_wait, context)
-                    .await
-                    .map_err(unavailable)?,
-            };
-            let peer = self.peers.peer(leader.addr, &leader.node, is_upgrade, left);
-            context.leader = Some(leader);
-            return Ok(peer);
-        }
-        let upstream = pick(&self.balancer, self.hash_on.as_ref(), session, context)?;
-        Ok(self
-            .peers
-            .peer(upstream.addr(), &upstream.node(), is_upgrade, left))
-    }
-
-    async fn upstream_request_filter(
-        &self,
-        session: &mut Session,
-        request: &mut RequestHeader,
-        context: &mut RequestContext,
-    ) -> Result<()> {
-        remove_lookalikes(request);
-        set_forwarded(&self.trusted, session, request)?;
-        self.via.add_to(request)?;
-        set_leader_epoch(request, context.leader.as_ref())
-    }
-
-    async fn upstream_response_filter(
-        &self,
-        session: &mut Session,
-        response: &mut ResponseHeader,
-        context: &mut RequestContext,
-    ) -> Result<()> {
-        let status = response.status;
-        if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
-            return Ok(());
-        }
-        if self.retry_on_status.contains(&status.as_u16())
-            && context.tried.len() < self.balancer.len()
-            && session.req_header().method.is_safe()
-            && !session.as_ref().retry_buffer_truncated()
-            && self.may_send_again(context)
-        {
-            context.is_retried_for_status = true;
-            return Err(retried_status(status));
-        }
-        let now = Instant::now();
-        context.answered = Some(now.saturating_duration_since(context.sent));
-        if self.load_reports {
-            take_load_report(response, context.upstream.as_ref(), now);
-        }
-        if let Some(seconds) = remove_hop_by_hop(response)
-            && let Some(addr) = context.addr()
-        {
-            self.peers.closes_after(addr, seconds);
-        }
-        Ok(())
-    }
-
-    fn upstream_response_body_filter(
-        &self,
-        _: &mut Session,
-        _: &mut Option<Bytes>,
-        _: bool,
-        context: &mut RequestContext,
-    ) -> Result<Option<Duration>> {
-        self.time_left(context).map(|_| None)
-    }
-
-    async fn response_filter(
-        &self,
-        session: &mut Session,
-        response: &mut ResponseHeader,
-        context: &mut RequestContext,
-    ) -> Result<()> {
-        if response.status == StatusCode::SWITCHING_PROTOCOLS {
-            context.becomes_tunnel();
-        }
-        if ends_with_connection(session.req_header().version, response) {
-            response.remove_header(&TRANSFER_ENCODING);
-            session.set_keepalive(None);
-        }
-        if has_no_body(&session.req_header().method, response) {
-            context.answer_ends();
-        }
-        match context.node() {
-            Some(node) => set_upstream_node(response, &node),
-            None => Ok(()),
-        }
-    }
-
-    fn response_body_filter(
-        &self,
-        _: &mut Session,
-        _: &mut Option<Bytes>,
-        is_end: bool,
-        context: &mut RequestContext,
-    ) -> Result<Option<Duration>> {
-        if is_end {
-            context.answer_ends();
-        }
-        Ok(None)
-    }
-
-    /// Nothing has been sent: another backend may be tried, whatever the method.
-    fn fail_to_connect(
-        &self,
-        _: &mut Session,
-        peer: &HttpPeer,
-        context: &mut RequestContext,
-        mut error: Box<Error>,
-    ) -> Box<Error> {
-        debug!(%peer, %error, "cannot connect to the backend");
-        let upstream = context.upstream.take();
-        if is_local(&error) {
-            warn!(%error, "this process cannot connect to any backend");
-            return refused(503, "this proxy cannot make a connection");
-        }
-        if let Some(upstream) = upstream
-            && self.time_left(context).is_ok()
-        {
-            upstream.failed();
-        }
-        if let Some(leader) = context.leader.take() {
-            context.failed_epoch = Some(leader.epoch);
-            error.set_retry(context.started.elapsed() < self.leader_wait);
-        } else {
-            // Nothing was sent, so no backend gets more than there are requests: without the budget.
-            error.set_retry(self.may_try_again(context));
-        }
-        error
-    }
-
-    /// Something may have been sent. Pingora's own rules decide first, which repeat a request on a
-    /// pooled connection that turned out to be closed. Beyond them, a method without side effects is
-    /// tried on another backend as long as nothing has reached the client.
-    fn error_while_proxy(
-        &self,
-        peer: &HttpPeer,
-        session: &mut Session,
-        error: Box<Error>,
-        context: &mut RequestContext,
-        client_reused: bool,
-    ) -> Box<Error> {
-        let mut error = error.more_context(format!("Peer: {peer}"));
-        context.answered = None;
-        if std::mem::take(&mut context.is_retried_for_status) {
-            if let Some(upstream) = context.upstream.take() {
-                upstream.failed();
-            }
-            error.set_retry(true);
-            return error;
-        }
-        if is_slow_upload(context, &error) || self.time_left(context).is_err() {
-            // The backend waited for the client, or others have used the time of the request.
-            context.upstream = None;
-        }
-        let failure = failure(session, context, &error, client_reused);
-        let decision = decide(&failure, self.retries);
-        let is_retried = match decision {
-            Decision::RetryAnywhere => {
-                context.stale_connections += 1;
-                context.tried.pop();
-                true
-            }
-            Decision::RetryElsewhere if self.may_send_again(context) => {
-                if let Some(upstream) = context.upstream.take()
-                    && failure.is_from_backend
-                {
-                    upstream.failed();
-                }
-                true
-            }
-            // `logging` reports the failure.
-            Decision::RetryElsewhere | Decision::GiveUp => false,
-            Decision::GiveUpWithoutBlame => {
-                context.upstream = None;
-                false
-            }
-        };
-        error.set_retry(is_retried);
-        error
-    }
-
-    async fn fail_to_proxy(
-        &self,
-        session: &mut Session,
-        error: &Error,
-        context: &mut RequestContext,
-    ) -> FailToProxy {
-        let reply =
-            timed_out(context, error).or_else(|| reply_to(error, context.failed_epoch.is_some()));
-        if is_unanswered(session)
-            && let Some(reply) = &reply
-            && let Err(error) = reply.send(session).await
-        {
-            debug!(%error, code = reply.code, "the error response could not be sent to the client");
-        }
-        FailToProxy {
-            error_code: reply.map_or(0, |reply| reply.code),
-            can_reuse_downstream: false,
-        }
-    }
-
-    /// What clients do wrong, and what the proxy refuses by itself, are no errors of this process.
-    fn suppress_error_log(&self, _: &Session, _: &RequestContext, error: &Error) -> bool {
-        let is_refused = matches!(error.etype(), ErrorType::HTTPStatus(_));
-        if is_refused || error.esource() == &ErrorSource::Downstream {
-            debug!(%error, "a request was not served");
-            return true;
-        }
-        false
-    }
-
-    async fn logging(
-        &self,
-        session: &mut Session,
-        error: Option<&Error>,
-        context: &mut RequestContext,
-    ) {
-        context.end();
-        let Some(upstream) = context.upstream.take() else {
-            return;
-        };
-        let status = session.response_written().map(|response| response.status);
-        match outcome(error.map(Error::esource), status) {
-            Outcome::Succeeded => upstream.succeeded(context.latency()),
-            Outcome::Answered => upstream.answered(),
-            Outcome::Failed => upstream.failed(),
-            Outcome::Unknown => {}
-        }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::front::{Connection, Phase};
+use super::grpc::Call;
 use super::shutdown::Hold;
 use crate::balance::Upstream;
 use crate::ids::Revision;
@@ -19,6 +20,8 @@ pub struct RequestContext {
     pub(super) connection: Option<Arc<Connection>>,
     /// The process waits for the request; where there are phases, the connection keeps this.
     pub(super) in_flight: Option<Hold>,
+    /// If the request is a call of gRPC.
+    pub(super) call: Option<Call>,
     /// The client, behind trusted proxies; `None` for a Unix socket.
     pub(super) client: Option<IpAddr>,
     /// How much of the request's body has been received.
@@ -56,6 +59,7 @@ impl RequestContext {
             started: now,
             connection: None,
             in_flight: None,
+            call: None,
             client: None,
             body_bytes: 0,
             has_body_begun: false,

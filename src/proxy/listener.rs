@@ -1,5 +1,6 @@
 //! A service whose listener the process cannot do without.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ::pingora::server::{ListenFds, RuntimeOpts, ShutdownWatch};
@@ -7,7 +8,8 @@ use ::pingora::services::{ServiceReadyNotifier, ServiceWithDependents};
 use async_trait::async_trait;
 use tracing::{error, warn};
 
-use super::shutdown::{Shutdown, check_address, confirm, take_over};
+use super::shutdown::{Shutdown, Successor, check_address, take_over};
+use crate::pingora::BalancerService;
 use crate::supervise::{caught, say};
 
 /// The runtimes of a server that was asked to end at once have ended within this time.
@@ -22,33 +24,58 @@ pub(super) struct RequiredListener<S> {
     address: String,
     /// Where another process, which has the address, hands its socket over.
     takes_over_at: Option<String>,
+    balancer: Arc<BalancerService>,
 }
 
 /// How often to look whether the address is listened on.
 const STEP: Duration = Duration::from_millis(5);
+/// A socket that was taken over is accepted from within this time.
+const ACCEPTED_WITHIN: Duration = Duration::from_millis(100);
+/// How often to look whether there is a view of the group.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 impl<S: ServiceWithDependents> RequiredListener<S> {
-    pub(super) fn new(service: S, address: &str, takes_over_at: Option<String>) -> Self {
+    pub(super) fn new(
+        service: S,
+        address: &str,
+        takes_over_at: Option<String>,
+        balancer: Arc<BalancerService>,
+    ) -> Self {
         Self {
             service,
+            balancer,
             address: address.to_owned(),
             takes_over_at,
         }
     }
 
     /// Makes sure that the address can be listened on: because nobody does, or because the process
-    /// that does hands its socket over.
-    async fn prepare(&self, sockets: &ListenFds) -> Result<(), String> {
+    /// that does hands its socket over. Whoever has taken sockets over has to confirm that.
+    async fn prepare(&self, sockets: &ListenFds) -> Result<Option<Successor>, String> {
         let is_inherited = sockets.lock().get(&self.address).is_some();
         if is_inherited {
-            return Ok(());
+            return Ok(None);
         }
-        if let Some(path) = &self.takes_over_at
-            && take_over(sockets, path, &self.address).await
-        {
-            return Ok(());
+        if let Some(path) = &self.takes_over_at {
+            self.wait_for_view().await;
+            let listeners = Shutdown::of_process().listeners();
+            listeners.until_prepared(&self.address).await;
+            let successor = take_over(sockets, path, &self.address).await?;
+            if sockets.lock().get(&self.address).is_some() {
+                return Ok(successor);
+            }
         }
-        check_address(&self.address)
+        check_address(&self.address).map(|()| None)
+    }
+
+    /// The predecessor serves better than this process without a view of the group, as long as it
+    /// lives.
+    async fn wait_for_view(&self) {
+        let discovery = self.balancer.discovery();
+        while !discovery.is_ready() && check_address(&self.address).is_err() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        self.balancer.catch_up();
     }
 
     /// Listens until the shutdown. Otherwise, the reason why nothing is listened on.
@@ -60,9 +87,9 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
         ready: ServiceReadyNotifier,
     ) -> Result<(), String> {
         Shutdown::of_process().listeners().are_in(&sockets);
-        self.prepare(&sockets).await?;
-        let path = self.takes_over_at.clone();
-        tokio::spawn(tell_when_open(sockets.clone(), self.address.clone(), path));
+        let successor = self.prepare(&sockets).await?;
+        let address = self.address.clone();
+        tokio::spawn(tell_when_open(sockets.clone(), address, successor));
         let serving =
             self.service
                 .start_service(Some(sockets), shutdown.clone(), listeners_per_fd, ready);
@@ -81,19 +108,17 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
 }
 
 /// Tells everybody who wants to know when the address is listened on.
-async fn tell_when_open(sockets: ListenFds, address: String, takes_over_at: Option<String>) {
+async fn tell_when_open(sockets: ListenFds, address: String, successor: Option<Successor>) {
     while sockets.lock().get(&address).is_none() {
         tokio::time::sleep(STEP).await;
     }
-    // Connections of a socket that was there before are accepted a moment later.
-    tokio::time::sleep(STEP).await;
-    let listeners = Shutdown::of_process().listeners();
-    let are_all_open = listeners.is_open(&address);
-    if let Some(path) = takes_over_at
-        && are_all_open
-        && listeners.are_taken_over()
-    {
-        confirm(&path).await;
+    if successor.is_some() {
+        // The socket was there before it is accepted from.
+        tokio::time::sleep(ACCEPTED_WITHIN).await;
+    }
+    Shutdown::of_process().listeners().is_open(&address);
+    if let Some(successor) = successor {
+        successor.confirm().await;
     }
 }
 

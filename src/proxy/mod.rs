@@ -5,7 +5,9 @@ mod cluster_proxy;
 mod context;
 mod failure;
 mod front;
+mod grpc;
 mod headers;
+mod hooks;
 mod hop_by_hop;
 mod leader;
 mod listener;
@@ -19,6 +21,7 @@ mod retry;
 mod retry_budget;
 mod server;
 mod shutdown;
+mod tls;
 mod via;
 
 pub use client::TrustedProxies;

@@ -3,6 +3,8 @@
 use ::pingora::ErrorSource;
 use http::StatusCode;
 
+use super::grpc::{Call, Verdict};
+
 /// What the end of a request says about its backend.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
@@ -17,8 +19,19 @@ pub(super) enum Outcome {
 }
 
 /// The outcome of a request that ended with this error, if any, after this status of the response, if
-/// any was written.
-pub(super) fn outcome(error: Option<&ErrorSource>, status: Option<StatusCode>) -> Outcome {
+/// any was written; a call of gRPC has a status of its own.
+pub(super) fn outcome(
+    error: Option<&ErrorSource>,
+    status: Option<StatusCode>,
+    call: Option<Call>,
+) -> Outcome {
+    if let (None, Some(StatusCode::OK), Some(call)) = (error, status, call) {
+        return match call.verdict() {
+            Verdict::Succeeded => Outcome::Succeeded,
+            Verdict::Answered => Outcome::Answered,
+            Verdict::Failed => Outcome::Failed,
+        };
+    }
     match (error, status) {
         // However such a connection ended, possibly after a long silence.
         (_, Some(StatusCode::SWITCHING_PROTOCOLS)) => Outcome::Succeeded,
@@ -55,7 +68,13 @@ mod tests {
                 Succeeded,
             ),
         ] {
-            assert_eq!(outcome(error.as_ref(), status), expected);
+            assert_eq!(outcome(error.as_ref(), status, None), expected);
         }
+        let broken_off = Some(Call::default());
+        assert_eq!(outcome(None, Some(StatusCode::OK), broken_off), Failed);
+        assert_eq!(
+            outcome(Some(&Downstream), Some(StatusCode::OK), broken_off),
+            Unknown
+        );
     }
 }

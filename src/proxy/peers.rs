@@ -5,10 +5,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ::pingora::protocols::TcpKeepalive;
-use ::pingora::upstreams::peer::HttpPeer;
+use ::pingora::upstreams::peer::{HttpPeer, Scheme};
 use arc_swap::ArcSwap;
 
-use crate::config::Timeouts;
+use super::tls::BackendTls;
+use crate::config::{Backends, Protocol, Timeouts};
+use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::pingora::http_peer;
 
@@ -17,24 +19,31 @@ use crate::pingora::http_peer;
 const PROBE_AFTER: Duration = Duration::from_secs(15);
 const PROBE_EVERY: Duration = Duration::from_secs(5);
 const PROBES: usize = 3;
+/// A connection of HTTP/2 that is not used is asked for a sign of life this often.
+const H2_PING_EVERY: Duration = Duration::from_secs(30);
 /// Backends of which it is known how long they keep idle connections.
 const MOST_HINTS: usize = 10_000;
 
 /// How long to wait for backends, and how long to keep connections to them.
-#[derive(Debug)]
 pub(super) struct Peers {
     connect: Duration,
     response: Duration,
     tunnel: Duration,
     pool_idle: Duration,
+    handshake: Duration,
+    backends: Backends,
+    tls: Option<BackendTls>,
     /// How long backends keep idle connections, where they have said so and it is shorter.
     hints: ArcSwap<HashMap<SocketAddr, Duration>>,
 }
 
 impl Peers {
-    pub(super) fn new(timeouts: &Timeouts) -> Self {
+    pub(super) fn new(timeouts: &Timeouts, backends: &Backends, tls: Option<BackendTls>) -> Self {
         let milliseconds = Duration::from_millis;
         Self {
+            handshake: milliseconds(timeouts.handshake_ms),
+            backends: backends.clone(),
+            tls,
             connect: milliseconds(timeouts.connect_ms),
             response: milliseconds(timeouts.response_ms),
             tunnel: milliseconds(timeouts.tunnel_ms),
@@ -43,19 +52,60 @@ impl Peers {
         }
     }
 
-    /// A peer at this address. Nothing takes longer than `left`, if that is given.
+    /// How a node is spoken to, and the name that its certificate has to be for.
+    fn protocol_of<'p>(&'p self, node: &'p Node) -> (Protocol, &'p str) {
+        let group = self.backends.protocol;
+        let name = self.backends.server_name.as_deref();
+        if !self.backends.protocol_of_node {
+            return (group, name.unwrap_or_default());
+        }
+        let said = |key| node.metadata.get(key).and_then(|value| value.as_str());
+        let own = said(metadata_keys::PROTOCOL).and_then(Protocol::from_name);
+        let own = own.filter(|own| own.is_tls() || !group.is_tls());
+        let name = said(metadata_keys::SERVER_NAME).or(name);
+        (own.unwrap_or(group), name.unwrap_or_default())
+    }
+
+    /// A peer at this address. Nothing takes longer than `left`, if that is given. The error is why
+    /// the node cannot be spoken to.
     pub(super) fn peer(
         &self,
         addr: SocketAddr,
         node: &Node,
         is_upgrade: bool,
         left: Option<Duration>,
-    ) -> Box<HttpPeer> {
+    ) -> Result<Box<HttpPeer>, &'static str> {
+        let (protocol, server_name) = self.protocol_of(node);
         let mut peer = http_peer(addr, node);
+        if protocol.is_tls() {
+            // Pingora verifies nothing if the name is empty.
+            if server_name.is_empty() {
+                return Err("there is no name to verify the backend's certificate by");
+            }
+            let Some(tls) = &self.tls else {
+                return Err("this proxy is built without TLS to backends");
+            };
+            peer.scheme = Scheme::HTTPS;
+            server_name.clone_into(&mut peer.sni);
+            tls.add_to(&mut peer);
+        }
+        if protocol.is_http2() {
+            peer.options.set_http_version(2, 2);
+            peer.options.max_h2_streams = self.backends.streams;
+            peer.options.h2_ping_interval = Some(H2_PING_EVERY);
+        }
         let options = &mut peer.options;
         let within = |time: Duration| Some(left.map_or(time, |left| time.min(left)));
-        options.connection_timeout = within(self.connect);
-        options.total_connection_timeout = within(self.connect);
+        // Pingora takes the first one for the TLS handshake, too.
+        let (connect, total) = match protocol.is_tls() {
+            true => (
+                self.connect.max(self.handshake),
+                self.connect + self.handshake,
+            ),
+            false => (self.connect, self.connect),
+        };
+        options.connection_timeout = within(connect);
+        options.total_connection_timeout = within(total);
         // The same time-outs hold for the tunnel that such a request becomes.
         let response = match is_upgrade {
             true => Some(self.tunnel),
@@ -72,7 +122,7 @@ impl Peers {
             #[cfg(target_os = "linux")]
             user_timeout: PROBE_AFTER + PROBE_EVERY * PROBES as u32,
         });
-        Box::new(peer)
+        Ok(Box::new(peer))
     }
 
     /// A backend closes idle connections after this number of seconds. The pool has to let go of them
@@ -104,10 +154,13 @@ mod tests {
 
     #[test]
     fn the_pool_lets_go_of_a_connection_before_the_backend_does() {
-        let peers = Peers::new(&Timeouts::default());
+        let peers = Peers::new(&Timeouts::default(), &Backends::default(), None);
         let addr: SocketAddr = "10.0.0.1:80".parse().unwrap();
         let node = Node::new("a", addr.ip());
-        let idle = || peers.peer(addr, &node, false, None).options.idle_timeout;
+        let idle = || {
+            let peer = peers.peer(addr, &node, false, None).unwrap();
+            peer.options.idle_timeout
+        };
         assert_eq!(idle(), Some(Duration::from_secs(4)));
         for (says, expected) in [(2, 1), (0, 1), (3, 2), (60, 4)] {
             peers.closes_after(addr, says);

@@ -8,6 +8,7 @@ use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 
 use super::context::RequestContext;
 use super::front::Ended;
+use super::grpc::{Call, status_of};
 
 /// An error response, with its reason in plain text.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,6 +20,11 @@ pub(super) struct Reply<'a> {
 /// 503 with this reason.
 pub(super) fn unavailable(reason: &'static str) -> Box<Error> {
     refused(503, reason)
+}
+
+/// 502 with this reason.
+pub(super) fn bad_gateway(reason: &'static str) -> Box<Error> {
+    refused(502, reason)
 }
 
 /// This status, with this reason.
@@ -97,9 +103,17 @@ pub(super) fn unavailable_reply(reason: &str) -> Reply<'_> {
     Reply { code: 503, reason }
 }
 
+/// Whether the client expects a status of gRPC; over HTTP/1 it could not be a client of gRPC.
+fn is_call(session: &Session) -> bool {
+    session.is_http2() && Call::of(&session.req_header().headers).is_some()
+}
+
 impl Reply<'_> {
     /// Sends the response, and ends the client's connection.
     pub(super) async fn send(&self, session: &mut Session) -> Result<()> {
+        if is_call(session) {
+            return self.send_status(session).await;
+        }
         let (head, body) = self.parts()?;
         session.write_error_response(head, body).await
     }
@@ -107,9 +121,24 @@ impl Reply<'_> {
     /// Sends the response to a request for which no backend has been used. The client's connection
     /// stays.
     pub(super) async fn answer(&self, session: &mut Session) -> Result<()> {
+        if is_call(session) {
+            return self.send_status(session).await;
+        }
         let (head, body) = self.parts()?;
         session.write_response_header(Box::new(head), false).await?;
         session.write_response_body(Some(body), true).await
+    }
+
+    /// Sends the response to a call of gRPC: its status is in the head, and there is nothing else.
+    async fn send_status(&self, session: &mut Session) -> Result<()> {
+        let mut response = ResponseHeader::build(200, Some(4))?;
+        response.insert_header(CONTENT_TYPE, "application/grpc")?;
+        response.insert_header("grpc-status", status_of(self.code))?;
+        // The reasons are plain words, which need no encoding.
+        response.insert_header("grpc-message", self.reason)?;
+        session
+            .write_response_header(Box::new(response), true)
+            .await
     }
 
     fn parts(&self) -> Result<(ResponseHeader, Bytes)> {

@@ -13,6 +13,11 @@ use super::reply::refused;
 use super::shutdown::Shutdown;
 use crate::config::ClusterConfig;
 
+/// Whether the response has to say that the connection ends. Over HTTP/2 it does not say that.
+pub(super) fn is_ending(session: &Session) -> bool {
+    Shutdown::of_process().is_draining() && !session.is_http2()
+}
+
 /// The limits of a request, and the times that Pingora keeps for HTTP/2 clients.
 #[derive(Debug)]
 pub(super) struct RequestLimits {
@@ -38,8 +43,7 @@ impl RequestLimits {
         context.is_complete = session.is_body_empty();
         session.set_pipelining_enabled(true);
         let process = Shutdown::of_process();
-        if process.is_draining() && !session.is_http2() {
-            // The response says that the connection ends.
+        if is_ending(session) {
             session.set_keepalive(None);
         }
         let connection = Connection::of(session).cloned();

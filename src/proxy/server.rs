@@ -16,6 +16,7 @@ use super::front::{
 };
 use super::listener::RequiredListener;
 use super::shutdown::{Shutdown, check_address};
+use super::tls::{BackendTls, ClientTls, Reload};
 use crate::config::ClusterConfig;
 use crate::error::ClusterError;
 use crate::pingora::{BalancerService, LeaderRoute};
@@ -60,31 +61,41 @@ impl ClusterProxy {
         }
         check_user(&server.configuration, &config.listen)?;
         let discovery = config.discovery()?;
-        let ready_timeout = match takes_over {
-            // The predecessor serves until then.
-            true => Duration::MAX,
-            false => Duration::from_millis(config.ready_timeout_ms),
-        };
         let balancer = BalancerService::new(discovery.clone(), config.balancer()?)
-            .ready_timeout(ready_timeout);
+            .ready_timeout(Duration::from_millis(config.ready_timeout_ms));
         let balancer = background_service("balancer", balancer);
         let task = balancer.task();
         let mut proxy = Self::new(task.clone(), config);
+        let mut files = Vec::new();
+        if config.backends.may_use_tls() {
+            let tls = BackendTls::new(&config.backends)?;
+            files.push(tls.files());
+            proxy = proxy.backend_tls(config, tls);
+        }
+        let client_tls = config.tls.as_ref().map(ClientTls::new).transpose()?;
+        files.extend(client_tls.as_ref().map(ClientTls::files));
         if writes_to_leader {
             proxy = proxy.leader_route(LeaderRoute::new(discovery, config.default_port));
         }
         let mut proxy: HttpProxy<Self> = http_proxy(&server.configuration, proxy);
         proxy.server_options = Some(server_options(config));
         let statistics = Arc::<FrontStatistics>::default();
-        let front = Front::new(proxy, front_settings(config), statistics.clone());
+        let front = Front::new(
+            proxy,
+            front_settings(config, client_tls),
+            statistics.clone(),
+        );
         let mut proxy = Service::new("proxy".to_owned(), front);
         proxy.add_tcp(&config.listen);
         let shutdown = Shutdown::of_process();
         shutdown.listeners().add(&config.listen);
         shutdown.accepts_for(Duration::from_millis(config.drain_delay_ms));
         let takes_over_at = takes_over.then(|| server.configuration.upgrade_sock.clone());
+        if !files.is_empty() {
+            server.add_service(background_service("certificates", Reload::of(files)));
+        }
         let balancer = server.add_service(balancer);
-        let proxy = RequiredListener::new(proxy, &config.listen, takes_over_at);
+        let proxy = RequiredListener::new(proxy, &config.listen, takes_over_at, task.clone());
         server.add_service(proxy).add_dependency(balancer);
         Ok(ProxyParts {
             balancer: task,
@@ -96,9 +107,12 @@ impl ClusterProxy {
 /// Pingora changes the user before it listens, and goes on without a listener if that user may not.
 fn check_user(server: &ServerConf, address: &str) -> Result<(), ClusterError> {
     const SETTING: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
-    let Some(user) = &server.user else {
+    let Some(user) = server.user.as_deref().filter(|_| server.daemon) else {
         return Ok(());
     };
+    if ["root", "0"].contains(&user) {
+        return Ok(());
+    }
     let first = std::fs::read_to_string(SETTING).ok();
     let first = first.and_then(|text| text.trim().parse().ok());
     let first: u16 = first.unwrap_or(1024);
@@ -129,7 +143,7 @@ fn server_options(config: &ClusterConfig) -> HttpServerOptions {
     options
 }
 
-fn front_settings(config: &ClusterConfig) -> FrontSettings {
+fn front_settings(config: &ClusterConfig, tls: Option<ClientTls>) -> FrontSettings {
     let (timeouts, clients) = (&config.timeouts, &config.clients);
     let milliseconds = Duration::from_millis;
     FrontSettings {
@@ -151,5 +165,6 @@ fn front_settings(config: &ClusterConfig) -> FrontSettings {
             from: clients.proxy_protocol.clone(),
             within: milliseconds(clients.proxy_protocol_timeout_ms),
         }),
+        tls,
     }
 }

@@ -22,6 +22,7 @@ const FLOORS: &[(u8, &[&str])] = &[
         &[
             "backoff",
             "error",
+            "pem",
             "ids",
             "keys",
             "lifecycle",

@@ -128,6 +128,26 @@ const PROMISES: &[(&str, &[&str])] = &[
             "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",
         ],
     ),
+    // "TLS" and "HTTP/2 and gRPC", in "At the edge".
+    (
+        "A client gets the first certificate that is for the name it asks for",
+        &["promises::tls::certificates_are_chosen_by_name_and_reloaded_but_bad_ones_are_not"],
+    ),
+    (
+        "A backend is never spoken to without a name to verify its certificate by",
+        &[
+            "promises::tls::backends_are_verified_by_name",
+            "promises::tls::a_node_says_how_it_is_spoken_to_but_cannot_switch_tls_off",
+        ],
+    ),
+    (
+        "The `grpc-status` of a call is its outcome",
+        &["promises::grpc::the_status_of_a_call_is_its_outcome"],
+    ),
+    (
+        "What the proxy answers itself is a status of gRPC",
+        &["promises::grpc::what_the_proxy_says_itself_is_a_status_too"],
+    ),
     // "How it ends", in "At the edge".
     (
         "SIGTERM turns readiness off, and connections are still accepted",
@@ -452,6 +472,51 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::clients::a_request_has_a_time_for_all_of_it"],
     ),
     (
+        "timeouts.handshake_ms",
+        &["promises::tls::a_backend_that_does_not_go_on_with_a_handshake_is_left"],
+    ),
+    (
+        "tls",
+        &[
+            "promises::tls::certificates_are_chosen_by_name_and_reloaded_but_bad_ones_are_not",
+            "promises::tls::clients_show_certificates_and_backends_get_them",
+            "promises::tls::a_proxy_header_comes_before_tls_and_a_handshake_has_its_time",
+            "promises::tls::files_that_cannot_be_used_at_the_start_are_named",
+        ],
+    ),
+    (
+        "backends.protocol",
+        &[
+            "promises::grpc::calls_streams_deadlines_and_cancellation_pass_through",
+            "promises::tls::backends_are_verified_by_name",
+            "promises::tls::grpc_over_tls_at_both_ends",
+        ],
+    ),
+    (
+        "backends.protocol_of_node",
+        &["promises::tls::a_node_says_how_it_is_spoken_to_but_cannot_switch_tls_off"],
+    ),
+    (
+        "backends.server_name",
+        &["promises::tls::backends_are_verified_by_name"],
+    ),
+    (
+        "backends.ca_file",
+        &["promises::tls::backends_are_verified_by_name"],
+    ),
+    (
+        "backends.cert_file",
+        &["promises::tls::backends_are_verified_by_name"],
+    ),
+    (
+        "backends.key_file",
+        &["promises::tls::backends_are_verified_by_name"],
+    ),
+    (
+        "backends.streams",
+        &["promises::grpc::many_calls_share_connections_and_large_messages_pass"],
+    ),
+    (
         "clients.connections",
         &["promises::clients::connections_are_limited_in_all_and_per_client"],
     ),
@@ -605,7 +670,7 @@ fn every_promise_of_the_readme_is_in_the_table_and_the_other_way_round() {
 }
 
 /// The sections whose fields are in the table one by one.
-const SECTIONS: [&str; 4] = ["etcd", "retry", "timeouts", "clients"];
+const SECTIONS: [&str; 5] = ["etcd", "retry", "timeouts", "backends", "clients"];
 
 #[test]
 fn every_field_of_the_yaml_file_is_in_the_table_and_the_other_way_round() {

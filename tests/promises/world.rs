@@ -202,7 +202,9 @@ impl Setup {
     pub fn start(&self) -> Balancer {
         let listen = self.listen.clone();
         let listen = listen.unwrap_or_else(|| format!("{}:{}", local(), free_port()));
-        let name = format!("{}-{}", self.group, listen.replace(':', "-"));
+        // A successor has the address of its predecessor, and its upgrade socket.
+        let socket = scratch(&format!("{}.sock", listen.replace(':', "-")));
+        let name = format!("{}-{}", self.group, fastrand::u32(..));
         let (conf, log) = (
             scratch(&format!("{name}.yaml")),
             scratch(&format!("{name}.log")),
@@ -211,7 +213,7 @@ impl Setup {
             "version: 1\nthreads: 1\nupgrade_sock: {socket}\n\
              {server}\n\
              cluster:\n  etcd: {{ endpoints: {endpoints:?}{etcd} }}\n  group: {group}\n  listen: '{listen}'\n{more}",
-            socket = scratch(&format!("{name}.sock")).display(),
+            socket = socket.display(),
             server = self.server,
             endpoints = self.endpoints,
             etcd = self.fields_of_etcd,

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use ::pingora::http::ResponseHeader;
 use ::pingora::protocols::raw_connect::ProxyDigest;
 use ::pingora::proxy::Session;
+use http::HeaderValue;
 
 use super::statistics::FrontStatistics;
 
@@ -66,12 +67,15 @@ pub(crate) struct Connection {
     phase: AtomicU8,
     /// 0, or one more than the index of an [`Ended`].
     ended: AtomicU8,
+    /// What the client has shown, as a field for backends.
+    certificate: Option<HeaderValue>,
     statistics: Arc<FrontStatistics>,
 }
 
 impl Connection {
-    pub(super) fn new(statistics: Arc<FrontStatistics>) -> Self {
+    pub(super) fn new(certificate: Option<HeaderValue>, statistics: Arc<FrontStatistics>) -> Self {
         Self {
+            certificate,
             statistics,
             phase: AtomicU8::new(Phase::Accepted as u8),
             ended: AtomicU8::new(0),
@@ -90,6 +94,11 @@ impl Connection {
         let response = ResponseHeader::build_no_case(200, None).ok()?;
         let digest = ProxyDigest::new(Box::new(response), Some(Box::new(self.clone())));
         Some(Arc::new(digest))
+    }
+
+    /// The client's certificate, for the field `Client-Cert`.
+    pub(crate) fn certificate(&self) -> Option<&HeaderValue> {
+        self.certificate.as_ref()
     }
 
     pub(crate) fn statistics(&self) -> &FrontStatistics {

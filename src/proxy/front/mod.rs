@@ -18,12 +18,14 @@ use ::pingora::protocols::{SocketDigest, Stream, l4};
 use ::pingora::server::ShutdownWatch;
 use async_trait::async_trait;
 use bytes::BytesMut;
+use http::HeaderValue;
 use tracing::debug;
 
 use slots::Slots;
 use stream::ClientStream;
 
 use super::shutdown::Shutdown;
+use super::tls::ClientTls;
 pub(crate) use connection::{Connection, Ended, Phase};
 pub(crate) use limits::{ClientTimeouts, FrontLimits};
 pub(crate) use proxy_header::ProxyHeaderRule;
@@ -33,7 +35,6 @@ pub use proxy_header::proxy_header_length;
 pub use statistics::{FrontCounts, FrontStatistics};
 
 /// What a front is made with.
-#[derive(Debug, Clone)]
 pub(crate) struct FrontSettings {
     pub(crate) limits: FrontLimits,
     /// Connections in all; 0 for any number.
@@ -42,6 +43,8 @@ pub(crate) struct FrontSettings {
     pub(crate) connections_per_client: usize,
     /// Who sends PROXY headers, if anybody does.
     pub(crate) proxy_header: Option<ProxyHeaderRule>,
+    /// TLS to clients.
+    pub(crate) tls: Option<ClientTls>,
 }
 
 /// A Pingora application behind the front.
@@ -50,6 +53,7 @@ pub(crate) struct Front<A> {
     limits: Arc<FrontLimits>,
     slots: Arc<Slots>,
     proxy_header: Option<ProxyHeaderRule>,
+    tls: Option<ClientTls>,
     statistics: Arc<FrontStatistics>,
 }
 
@@ -63,6 +67,7 @@ impl<A> Front<A> {
                 settings.connections_per_client,
             )),
             proxy_header: settings.proxy_header,
+            tls: settings.tls,
             statistics,
         }
     }
@@ -91,6 +96,23 @@ impl<A> Front<A> {
             Arc::new(digest)
         });
         Ok((digest, ahead))
+    }
+}
+
+impl<A> Front<A> {
+    /// Does the TLS handshake, if there is TLS; otherwise nothing.
+    async fn handshake(
+        &self,
+        stream: Stream,
+        ahead: BytesMut,
+    ) -> Result<(Stream, BytesMut, Option<HeaderValue>), String> {
+        let Some(tls) = &self.tls else {
+            return Ok((stream, ahead, None));
+        };
+        let within = self.limits.timeouts.client_header;
+        let done = tokio::time::timeout(within, tls.handshake(stream, &ahead)).await;
+        let (stream, certificate) = done.map_err(|_| "it took too long".to_owned())??;
+        Ok((stream, BytesMut::new(), certificate))
     }
 }
 
@@ -131,9 +153,18 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             self.statistics.count_refused();
             return None;
         }
+        let (stream, ahead, certificate) = match self.handshake(stream, ahead).await {
+            Ok(ready) => ready,
+            Err(error) => {
+                self.statistics.count_failed_handshake();
+                debug!(?peer, error, "a TLS handshake with a client failed");
+                return None;
+            }
+        };
         let stream = ClientStream::new(
             stream,
             ahead,
+            certificate,
             socket,
             self.limits.clone(),
             self.statistics.clone(),
@@ -145,7 +176,9 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
     /// Nothing is accepted any more. Pingora's part closes idle connections, and those on which it
     /// waits for the rest of a head.
     async fn cleanup(&self) {
-        Shutdown::of_process().settle().await;
+        let process = Shutdown::of_process();
+        process.listeners().closes();
+        process.settle().await;
         self.app.cleanup().await;
     }
 }

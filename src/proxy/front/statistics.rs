@@ -16,6 +16,7 @@ pub struct FrontStatistics {
     request_timeouts: AtomicU64,
     heads_too_large: AtomicU64,
     bad_proxy_headers: AtomicU64,
+    failed_handshakes: AtomicU64,
 }
 
 /// The counts of [`FrontStatistics`] at one time.
@@ -41,6 +42,8 @@ pub struct FrontCounts {
     pub heads_too_large: u64,
     /// Connections that were closed because of their PROXY header.
     pub bad_proxy_headers: u64,
+    /// TLS handshakes that failed or took too long.
+    pub failed_handshakes: u64,
 }
 
 fn add(count: &AtomicU64) {
@@ -61,6 +64,7 @@ impl FrontStatistics {
             request_timeouts: get(&self.request_timeouts),
             heads_too_large: get(&self.heads_too_large),
             bad_proxy_headers: get(&self.bad_proxy_headers),
+            failed_handshakes: get(&self.failed_handshakes),
         }
     }
 
@@ -86,6 +90,10 @@ impl FrontStatistics {
 
     pub(super) fn count_bad_proxy_header(&self) {
         add(&self.bad_proxy_headers);
+    }
+
+    pub(super) fn count_failed_handshake(&self) {
+        add(&self.failed_handshakes);
     }
 
     /// Counts a response of the front.

@@ -14,6 +14,7 @@ use ::pingora::protocols::{
 };
 use async_trait::async_trait;
 use bytes::{Buf, BytesMut};
+use http::HeaderValue;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Instant;
 
@@ -41,6 +42,8 @@ pub(super) struct ClientStream {
     digest: Option<Arc<ProxyDigest>>,
     socket: Option<Arc<SocketDigest>>,
     is_http2: bool,
+    /// It is being found out whether that is so.
+    is_peeking: bool,
     /// When the phase began, or, in a body, when something was received last.
     since: Instant,
     /// The phase in which `since` was set.
@@ -58,11 +61,12 @@ impl ClientStream {
     pub(super) fn new(
         inner: Stream,
         ahead: BytesMut,
+        certificate: Option<HeaderValue>,
         socket: Option<Arc<SocketDigest>>,
         limits: Arc<FrontLimits>,
         statistics: Arc<FrontStatistics>,
     ) -> Self {
-        let connection = Arc::new(Connection::new(statistics.clone()));
+        let connection = Arc::new(Connection::new(certificate, statistics.clone()));
         let digest = connection.digest();
         let is_http2 = matches!(inner.selected_alpn_proto(), Some(ALPN::H2));
         let socket = socket.or_else(|| inner.get_socket_digest());
@@ -75,6 +79,7 @@ impl ClientStream {
             digest,
             socket,
             is_http2,
+            is_peeking: false,
             since: Instant::now(),
             phase: Phase::Accepted,
             head_bytes: 0,
@@ -94,12 +99,18 @@ impl ClientStream {
             self.head_bytes = 0;
             match phase {
                 Phase::Accepted | Phase::Idle => self.request = None,
-                _ if self.is_http2 => self.request = None,
-                _ if self.request.is_some() => {}
-                _ => self.request = Some(shutdown::Shutdown::of_process().request()),
+                // What it is, is not known yet.
+                _ if self.is_http2 || self.is_peeking => self.request = None,
+                _ => self.count_request(),
             }
         }
         phase
+    }
+
+    /// The process does not end before the request of this connection has.
+    fn count_request(&mut self) {
+        let process = shutdown::Shutdown::of_process();
+        self.request.get_or_insert_with(|| process.request());
     }
 
     fn enter(&mut self, phase: Phase) {
@@ -191,6 +202,10 @@ impl ClientStream {
 
     /// Ends a write that waits for too long.
     fn blocked<T>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<T>> {
+        if self.is_http2 {
+            // The requests are over as soon as their responses are in the buffers of HTTP/2.
+            self.count_request();
+        }
         let write = self.limits.write_limit(self.phase);
         let Some(deadline) = self.writes.deadline(Instant::now(), write) else {
             return Poll::Pending;
@@ -297,6 +312,9 @@ impl AsyncWrite for ClientStream {
         match Pin::new(&mut this.inner).poll_flush(context) {
             Poll::Ready(result) => {
                 this.writes.flushed();
+                if this.is_http2 {
+                    this.request = None;
+                }
                 Poll::Ready(result)
             }
             Poll::Pending => this.blocked(context),
@@ -317,6 +335,7 @@ impl Peek for ClientStream {
     /// Whether the connection begins with the preface of HTTP/2. Reads no further than the first byte
     /// that differs, so that a short request does not wait for more of it.
     async fn try_peek(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
+        self.is_peeking = true;
         let mut start = [0; PREFACE.len()];
         let mut count = 0;
         while count < PREFACE.len() && start[..count] == PREFACE[..count] {
@@ -325,9 +344,12 @@ impl Peek for ClientStream {
                 read => count += read,
             }
         }
+        self.is_peeking = false;
         self.is_http2 = start == *PREFACE;
         if self.is_http2 {
             self.enter(Phase::Answer);
+        } else if count > 0 {
+            self.count_request();
         }
         self.ahead = BytesMut::from_iter(start[..count].iter().chain(&self.ahead));
         // What was read is read again from `ahead`.

@@ -1,20 +1,28 @@
 //! The addresses that the process listens on.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::fmt;
+use std::io;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use ::pingora::server::ListenFds;
 
 use super::service_manager::{Notice, notify};
 use crate::sync::lock;
 
+const STEP: Duration = Duration::from_millis(20);
+
 /// The addresses that the process is to listen on, and its sockets.
 pub(in crate::proxy) struct Listeners(Mutex<State>);
 
 struct State {
     wanted: BTreeSet<String>,
+    /// Those that could be served.
+    prepared: BTreeSet<String>,
     open: BTreeSet<String>,
+    /// How many accept nothing any more.
+    closed: usize,
     sockets: Option<ListenFds>,
     /// Whether the sockets are those of a process that has ended or is about to.
     are_taken_over: bool,
@@ -24,7 +32,9 @@ impl Listeners {
     pub(super) const fn new() -> Self {
         Self(Mutex::new(State {
             wanted: BTreeSet::new(),
+            prepared: BTreeSet::new(),
             open: BTreeSet::new(),
+            closed: 0,
             sockets: None,
             are_taken_over: false,
         }))
@@ -35,13 +45,34 @@ impl Listeners {
         lock(&self.0).wanted.insert(address.to_owned());
     }
 
+    pub(super) fn wants(&self, address: &str) -> bool {
+        lock(&self.0).wanted.contains(address)
+    }
+
     /// The sockets that Pingora opens, or that were taken over, are in this table.
     pub(in crate::proxy) fn are_in(&self, sockets: &ListenFds) {
         lock(&self.0).sockets = Some(sockets.clone());
     }
 
-    pub(super) fn sockets(&self) -> Option<ListenFds> {
-        lock(&self.0).sockets.clone()
+    /// What is listened on at this address could be served. Waits until that is true of all.
+    pub(in crate::proxy) async fn until_prepared(&self, address: &str) {
+        lock(&self.0).prepared.insert(address.to_owned());
+        loop {
+            {
+                let state = lock(&self.0);
+                if state.prepared.is_superset(&state.wanted) {
+                    return;
+                }
+            }
+            tokio::time::sleep(STEP).await;
+        }
+    }
+
+    /// The table of sockets, if every address is listened on.
+    pub(super) fn open_sockets(&self) -> Option<ListenFds> {
+        let state = lock(&self.0);
+        let is_open = !state.wanted.is_empty() && state.open.is_superset(&state.wanted);
+        state.sockets.clone().filter(|_| is_open)
     }
 
     /// Whether there are sockets of others than this crate's proxy.
@@ -52,22 +83,13 @@ impl Listeners {
             return state.wanted.is_empty();
         };
         let (addresses, _) = sockets.lock().serialize();
-        addresses
-            .iter()
-            .any(|address| !state.wanted.contains(address))
+        let mut addresses = addresses.iter();
+        addresses.any(|address| !state.wanted.contains(address))
     }
 
-    /// The sockets come from another process. Those on addresses that are not listened on here are
-    /// closed: clients would wait there for ever.
-    pub(super) fn were_taken_over(&self, sockets: &ListenFds) -> Vec<String> {
-        let mut state = lock(&self.0);
-        state.are_taken_over = true;
-        let wanted: HashSet<String> = state.wanted.iter().cloned().collect();
-        sockets.lock().close_unclaimed(&wanted)
-    }
-
-    pub(in crate::proxy) fn are_taken_over(&self) -> bool {
-        lock(&self.0).are_taken_over
+    /// Sockets come from another process.
+    pub(super) fn take_over(&self) {
+        lock(&self.0).are_taken_over = true;
     }
 
     /// This address is listened on now. Returns whether all of them are then, which is what a service
@@ -84,14 +106,33 @@ impl Listeners {
         }
         are_all_open
     }
+
+    /// At one more address nothing is accepted any more.
+    pub(in crate::proxy) fn closes(&self) {
+        lock(&self.0).closed += 1;
+    }
+
+    pub(super) fn are_closed(&self) -> bool {
+        let state = lock(&self.0);
+        state.closed >= state.open.len()
+    }
 }
 
 /// Checks whether an address can be listened on now; the error says why it cannot.
 pub(in crate::proxy) fn check_address(address: &str) -> Result<(), String> {
-    match std::net::TcpListener::bind(address) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(format!("cannot listen on {address}: {error}")),
+    match listen_error(address) {
+        None => Ok(()),
+        Some(error) => Err(format!("cannot listen on {address}: {error}")),
     }
+}
+
+/// Why an address cannot be listened on now.
+pub(super) fn listen_error(address: &str) -> Option<io::Error> {
+    std::net::TcpListener::bind(address).err()
+}
+
+pub(super) fn is_in_use(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AddrInUse
 }
 
 impl fmt::Debug for Listeners {

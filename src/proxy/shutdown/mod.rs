@@ -7,7 +7,7 @@ mod run;
 mod service_manager;
 mod signals;
 
-pub(super) use handover::{confirm, take_over};
+pub(super) use handover::{Successor, take_over};
 pub(super) use listeners::check_address;
 pub use process::{Hold, Shutdown};
 pub use run::run;

@@ -151,7 +151,12 @@ impl Shutdown {
         !self.is_all_held.load(Ordering::Relaxed) && self.listeners.has_unknown()
     }
 
-    pub(super) fn connections(&self) -> usize {
+    /// Whether nothing is accepted any more and every connection has ended.
+    pub(super) fn is_closed_and_empty(&self) -> bool {
+        self.listeners.are_closed() && self.connections() == 0
+    }
+
+    fn connections(&self) -> usize {
         self.connections.load(Ordering::Acquire)
     }
 }

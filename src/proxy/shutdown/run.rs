@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use ::pingora::server::configuration::ServerConf;
@@ -16,6 +17,7 @@ use super::handover::hand_over;
 use super::process::Shutdown;
 use super::signals::{Ended, Signals, until_end};
 use crate::supervise::{caught, say};
+use crate::sync::lock;
 
 /// Without `grace_period_seconds`. With the drain delay it stays below the 30 s after which Kubernetes
 /// kills.
@@ -32,7 +34,7 @@ const LONGER_THAN_OURS: u64 = 60;
 /// | SIGINT (Ctrl-C) | the same without the drain delay |
 /// | SIGTERM or SIGINT again | the process ends at once |
 /// | SIGQUIT | hands the listening sockets over to a successor that was started with `upgrade` and is ready, and then ends as after SIGINT. If there is none within 60 s, or it does not confirm that it accepts connections, this process goes on. Linux only |
-/// | SIGHUP, SIGUSR1, SIGUSR2 | no effect |
+/// | SIGHUP, SIGUSR1, SIGUSR2 | no effect, from this call on |
 ///
 /// The grace period is `grace_period_seconds` of the server's configuration (default here: 20), the
 /// drain delay is `cluster.drain_delay_ms`. The status is 0 if everything was served, and 1 if a
@@ -44,13 +46,17 @@ const LONGER_THAN_OURS: u64 = 60;
 pub fn run(mut server: Server) -> ExitCode {
     Shutdown::of_process().watch();
     // From here on, because they would end a process that is starting.
-    if let Err(error) = handle_signals_from_now_on() {
-        say(|| error!(%error, "signals cannot be handled"));
-        return ExitCode::FAILURE;
-    }
+    let signals = match handled_from_now_on() {
+        Ok(signals) => Mutex::new(Some(signals)),
+        Err(error) => {
+            say(|| error!(%error, "signals cannot be handled"));
+            return ExitCode::FAILURE;
+        }
+    };
     let configuration = &server.configuration;
     let seconds = configuration.grace_period_seconds;
     let watch = Watch {
+        signals,
         grace: seconds.map_or(GRACE, Duration::from_secs),
         upgrade_sock: configuration.upgrade_sock.clone().into(),
     };
@@ -63,13 +69,13 @@ pub fn run(mut server: Server) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// The runtime is gone at the end, but what it has registered with the system stays.
-fn handle_signals_from_now_on() -> std::io::Result<()> {
+/// The signals do not depend on the runtime that they are registered with.
+fn handled_from_now_on() -> std::io::Result<Signals> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     let _entered = runtime.enter();
-    Signals::new().map(drop)
+    Signals::new()
 }
 
 /// Pingora waits for the whole of its grace period, even when there is nothing to wait for.
@@ -82,6 +88,8 @@ fn with_longer_grace(configuration: &ServerConf, grace: Duration) -> Option<Serv
 /// Watches signals in a thread of its own, which ends the process: Pingora's has its own plan from the
 /// first signal on.
 struct Watch {
+    /// Until they are watched.
+    signals: Mutex<Option<Signals>>,
     grace: Duration,
     upgrade_sock: PathBuf,
 }
@@ -91,9 +99,10 @@ impl ShutdownSignalWatch for Watch {
     async fn recv(&self) -> ShutdownSignal {
         let (close, closed) = oneshot::channel();
         let (grace, path) = (self.grace, self.upgrade_sock.clone());
+        let signals = lock(&self.signals).take();
         // Not before: Pingora may have become another process in between, without its threads.
         let thread = std::thread::Builder::new().name("signals".to_owned());
-        let started = thread.spawn(move || watch(grace, &path, close));
+        let started = thread.spawn(move || watch(signals, grace, &path, close));
         let failed = match started {
             Err(error) => error.to_string(),
             Ok(_) => match closed.await {
@@ -111,7 +120,12 @@ impl ShutdownSignalWatch for Watch {
     }
 }
 
-fn watch(grace: Duration, path: &std::path::Path, close: oneshot::Sender<()>) {
+fn watch(
+    signals: Option<Signals>,
+    grace: Duration,
+    path: &std::path::Path,
+    close: oneshot::Sender<()>,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -121,7 +135,10 @@ fn watch(grace: Duration, path: &std::path::Path, close: oneshot::Sender<()>) {
     };
     let shutdown = Shutdown::of_process();
     let ended = runtime.block_on(caught(async {
-        let mut signals = Signals::new()?;
+        let mut signals = match signals {
+            Some(signals) => signals,
+            None => Signals::new()?,
+        };
         let next = async || signals.next().await;
         let hand_over = async || hand_over(shutdown, path).await;
         let close = || {

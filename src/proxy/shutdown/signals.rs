@@ -167,7 +167,10 @@ async fn served(shutdown: &Shutdown) {
             since = None;
         } else {
             let since = *since.get_or_insert(now);
-            if shutdown.connections() == 0 || now - since >= IDLE_CONNECTIONS_WITHIN {
+            let waited = now - since;
+            // A connection that has just been accepted is counted a moment later.
+            let is_empty = shutdown.is_closed_and_empty() && waited >= STEP;
+            if is_empty || waited >= IDLE_CONNECTIONS_WITHIN {
                 return;
             }
         }
@@ -233,10 +236,10 @@ mod tests {
         let idle = shutdown();
         // Idle: the delay, and nothing more.
         let ended = ended_after(&idle, &[start(Nothing("SIGHUP")), start(Terminate)], None).await;
-        assert_eq!(ended, (Ended::Served, 7 * SECOND, Some(7 * SECOND)));
+        assert_eq!(ended, (Ended::Served, 7 * SECOND + STEP, Some(7 * SECOND)));
         assert!(idle.is_draining());
         let ended = ended_after(&shutdown(), &[start(Interrupt)], None).await;
-        assert_eq!(ended, (Ended::Served, SECOND, Some(SECOND)));
+        assert_eq!(ended, (Ended::Served, SECOND + STEP, Some(SECOND)));
         // A request that is never answered: the whole of the grace period.
         static BUSY: Shutdown = Shutdown::new();
         BUSY.waits_only_for_holds();
@@ -269,14 +272,17 @@ mod tests {
         use Asked::{HandOver, Terminate};
         let handed = [(SECOND, HandOver)];
         let ended = ended_after(&shutdown(), &handed, Some(3 * SECOND)).await;
-        assert_eq!(ended, (Ended::Served, 4 * SECOND, Some(4 * SECOND)));
+        assert_eq!(ended, (Ended::Served, 4 * SECOND + STEP, Some(4 * SECOND)));
         // Nobody is there: it goes on until it is told to end.
         let signals = [(SECOND, HandOver), (60 * SECOND, Terminate)];
         let ended = ended_after(&shutdown(), &signals, None).await;
-        assert_eq!(ended, (Ended::Served, 66 * SECOND, Some(66 * SECOND)));
+        assert_eq!(
+            ended,
+            (Ended::Served, 66 * SECOND + STEP, Some(66 * SECOND))
+        );
         // The end is asked for while a successor is waited for.
         let signals = [(SECOND, HandOver), (SECOND, Terminate)];
         let ended = ended_after(&shutdown(), &signals, Some(60 * SECOND)).await;
-        assert_eq!(ended, (Ended::Served, 7 * SECOND, Some(7 * SECOND)));
+        assert_eq!(ended, (Ended::Served, 7 * SECOND + STEP, Some(7 * SECOND)));
     }
 }

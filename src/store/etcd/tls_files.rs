@@ -2,17 +2,15 @@
 //! client can use them.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use rustls::client::WantsClientCert;
-use rustls::crypto::{CryptoProvider, ring};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ConfigBuilder, Error, InconsistentKeys, RootCertStore};
 
 use super::files::read_file;
 use super::tls::TlsOptions;
 use crate::error::ClusterError;
+use crate::pem::{certificates, invalid_file, private_key, provider, trusted_roots};
 
 /// The contents of the files.
 #[derive(Clone, PartialEq, Eq)]
@@ -74,16 +72,12 @@ pub(super) fn load(tls: &TlsOptions) -> Result<TlsFiles, ClusterError> {
 /// Checks that these contents can be used. Returns the configuration of a client that uses them;
 /// without a CA file it trusts nobody.
 pub(super) fn check(tls: &TlsOptions, files: &TlsFiles) -> Result<ClientConfig, ClusterError> {
-    // The same choice as the TLS client of the connection makes.
-    let provider = match CryptoProvider::get_default() {
-        Some(provider) => provider.clone(),
-        None => Arc::new(ring::default_provider()),
-    };
     let roots = match &files.ca {
-        Some(ca) => trusted_roots(tls.ca_file.as_deref(), ca)?,
+        Some(ca) => trusted_roots("tls.ca_file", of(&tls.ca_file), ca)?,
         None => RootCertStore::empty(),
     };
-    let client = ClientConfig::builder_with_provider(provider)
+    // The same choice as the TLS client of the connection makes.
+    let client = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(|error| ClusterError::config("tls", error.to_string()))?
         .with_root_certificates(roots);
@@ -100,57 +94,29 @@ pub(super) fn check(tls: &TlsOptions, files: &TlsFiles) -> Result<ClientConfig, 
     Ok(client)
 }
 
-fn trusted_roots(path: Option<&Path>, pem: &[u8]) -> Result<RootCertStore, ClusterError> {
-    let field = "tls.ca_file";
-    let mut roots = RootCertStore::empty();
-    // As the TLS client does: a bundle may contain some that it does not understand.
-    let (usable, _) = roots.add_parsable_certificates(certificates(field, path, pem)?);
-    if usable == 0 {
-        return Err(invalid_file(field, path, "has no usable certificate"));
-    }
-    Ok(roots)
-}
-
 fn with_identity(
     client: ConfigBuilder<ClientConfig, WantsClientCert>,
     tls: &TlsOptions,
     cert: &[u8],
     key: &[u8],
 ) -> Result<ClientConfig, ClusterError> {
-    let (cert_file, key_file) = (tls.cert_file.as_deref(), tls.key_file.as_deref());
+    let (cert_file, key_file) = (of(&tls.cert_file), of(&tls.key_file));
     let invalid_key = |reason: &str| invalid_file("tls.key_file", key_file, reason);
     let chain = certificates("tls.cert_file", cert_file, cert)?;
-    let key = PrivateKeyDer::from_pem_slice(key)
-        .map_err(|_| invalid_key("has no complete PEM private key"))?;
+    let key = private_key("tls.key_file", key_file, key)?;
     client
         .with_client_auth_cert(chain, key)
         .map_err(|error| match error {
             Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
-                let cert = cert_file.unwrap_or(Path::new("")).display();
+                let cert = cert_file.display();
                 invalid_key(&format!("is not the key of the certificate in {cert}"))
             }
             other => invalid_key(&other.to_string()),
         })
 }
 
-/// The certificates in a PEM file. Errors of the PEM parser are not passed on: they may show a line of
-/// a key.
-fn certificates(
-    field: &str,
-    path: Option<&Path>,
-    pem: &[u8],
-) -> Result<Vec<CertificateDer<'static>>, ClusterError> {
-    let all = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
-    match all {
-        Ok(all) if !all.is_empty() => Ok(all),
-        Ok(_) => Err(invalid_file(field, path, "has no PEM certificate")),
-        Err(_) => Err(invalid_file(field, path, "is not a complete PEM file")),
-    }
-}
-
-fn invalid_file(field: &str, path: Option<&Path>, reason: &str) -> ClusterError {
-    let path = path.unwrap_or(Path::new("")).display();
-    ClusterError::config(field, format!("{path}: {reason}"))
+fn of(path: &Option<PathBuf>) -> &Path {
+    path.as_deref().unwrap_or(Path::new(""))
 }
 
 #[cfg(test)]

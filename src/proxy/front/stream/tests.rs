@@ -27,7 +27,7 @@ fn pair() -> (DuplexStream, ClientStream) {
     };
     let (limits, statistics) = (Arc::new(limits), Arc::default());
     let ahead = BytesMut::new();
-    let stream = ClientStream::new(Box::new(server), ahead, None, limits, statistics);
+    let stream = ClientStream::new(Box::new(server), ahead, None, None, limits, statistics);
     (client, stream)
 }
 

@@ -1,0 +1,167 @@
+//! gRPC: which requests are calls, and what their status says. Pure.
+
+use std::time::Duration;
+
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderValue};
+
+/// The field that carries the status of a call, in the trailers or in the head of a response.
+const STATUS: &str = "grpc-status";
+
+/// The field that says how long the client waits.
+const TIMEOUT: &str = "grpc-timeout";
+
+/// Up to eight digits and a unit.
+fn timeout(value: &HeaderValue) -> Option<Duration> {
+    let text = value.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(number * 3_600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    })
+}
+
+/// A call of gRPC, and its status as far as it is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Call {
+    status: Option<u16>,
+    /// How long the client waits.
+    timeout: Option<Duration>,
+}
+
+/// What the status of a call says about its backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Succeeded,
+    /// The application says no.
+    Answered,
+    /// The backend is not there, overloaded or too slow.
+    Failed,
+}
+
+impl Call {
+    /// The call that a request is, by its fields.
+    pub(super) fn of(request: &HeaderMap) -> Option<Self> {
+        let content_type = request.get(CONTENT_TYPE)?.as_bytes();
+        let rest = content_type.strip_prefix(b"application/grpc")?;
+        let is_call = matches!(rest.first(), None | Some(b'+' | b';' | b' '));
+        is_call.then(|| Self {
+            status: None,
+            timeout: request.get(TIMEOUT).and_then(timeout),
+        })
+    }
+
+    /// How long the client waits for the end of the call, if it says so.
+    pub(super) fn timeout(self) -> Option<Duration> {
+        self.timeout
+    }
+
+    /// Takes the status from the head or the trailers of a response.
+    pub(super) fn take_status(&mut self, fields: &HeaderMap) {
+        let status = fields.get(STATUS).and_then(|value| value.to_str().ok());
+        if let Some(status) = status {
+            // What is no number is as bad as UNKNOWN (2).
+            self.status = Some(status.parse().unwrap_or(2));
+        }
+    }
+
+    /// What a complete response says. One without a status was broken off.
+    pub(super) fn verdict(self) -> Verdict {
+        match self.status {
+            Some(0) => Verdict::Succeeded,
+            // DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE.
+            Some(4 | 8 | 14) | None => Verdict::Failed,
+            Some(_) => Verdict::Answered,
+        }
+    }
+}
+
+/// The status of a call for a response that this process gives, as gRPC's table for HTTP statuses
+/// has it (doc/http-grpc-status-mapping.md), but for what is certain here.
+pub(super) fn status_of(code: u16) -> u16 {
+    match code {
+        // INVALID_ARGUMENT would be the application's; INTERNAL.
+        400 => 13,
+        // DEADLINE_EXCEEDED.
+        408 | 504 => 4,
+        // RESOURCE_EXHAUSTED.
+        413 | 429 | 431 => 8,
+        // UNAVAILABLE.
+        502 | 503 => 14,
+        // INTERNAL.
+        500 | 508 => 13,
+        // UNKNOWN.
+        _ => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_that_a_client_waits_has_a_unit() {
+        let read = |text| timeout(&HeaderValue::from_static(text));
+        for (text, milliseconds) in [("1H", 3_600_000), ("2M", 120_000), ("3S", 3_000), ("4m", 4)] {
+            assert_eq!(
+                read(text),
+                Some(Duration::from_millis(milliseconds)),
+                "{text}"
+            );
+        }
+        assert_eq!(read("5u"), Some(Duration::from_micros(5)));
+        assert_eq!(read("6n"), Some(Duration::from_nanos(6)));
+        for text in ["", "S", "1", "1s", "-1S", "+1S", "123456789S", "1.5S"] {
+            assert_eq!(read(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn calls_are_known_by_their_content_type() {
+        for (content_type, is_call) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc; charset=x", true),
+            ("application/grpc-web+proto", false),
+            ("application/json", false),
+        ] {
+            let mut fields = HeaderMap::new();
+            assert_eq!(Call::of(&fields), None);
+            fields.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+            assert_eq!(Call::of(&fields).is_some(), is_call, "{content_type}");
+        }
+    }
+
+    #[test]
+    fn the_status_says_whose_fault_it_is() {
+        use Verdict::{Answered, Failed, Succeeded};
+        for (status, expected) in [
+            (None, Failed),
+            (Some("0"), Succeeded),
+            (Some("5"), Answered),
+            (Some("13"), Answered),
+            (Some("4"), Failed),
+            (Some("8"), Failed),
+            (Some("14"), Failed),
+            (Some("what"), Answered),
+        ] {
+            let (mut call, mut fields) = (Call::default(), HeaderMap::new());
+            if let Some(status) = status {
+                fields.insert(STATUS, HeaderValue::from_static(status));
+            }
+            call.take_status(&fields);
+            // A status of the head is not lost by trailers without one.
+            call.take_status(&HeaderMap::new());
+            assert_eq!(call.verdict(), expected, "{status:?}");
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! What stands for TLS where the feature `proxy-tls` is off: nothing of it can exist.
+
+use std::sync::Arc;
+
+use ::pingora::protocols::Stream;
+use ::pingora::server::ShutdownWatch;
+use ::pingora::services::background::BackgroundService;
+use ::pingora::upstreams::peer::HttpPeer;
+use async_trait::async_trait;
+use bytes::BytesMut;
+use http::HeaderValue;
+
+use crate::config::{Backends, ListenerTls};
+use crate::error::ClusterError;
+
+pub(in crate::proxy) enum ClientTls {}
+
+pub(in crate::proxy) enum BackendTls {}
+
+pub(in crate::proxy) enum Files {}
+
+fn absent(field: &str) -> ClusterError {
+    ClusterError::config(field, "TLS needs the feature proxy-tls of this crate")
+}
+
+impl ClientTls {
+    pub(in crate::proxy) fn new(_: &ListenerTls) -> Result<Self, ClusterError> {
+        Err(absent("cluster.tls"))
+    }
+
+    pub(in crate::proxy) fn files(&self) -> Arc<Files> {
+        match *self {}
+    }
+
+    pub(in crate::proxy) async fn handshake(
+        &self,
+        _: Stream,
+        _: &BytesMut,
+    ) -> Result<(Stream, Option<HeaderValue>), String> {
+        match *self {}
+    }
+}
+
+impl BackendTls {
+    pub(in crate::proxy) fn new(_: &Backends) -> Result<Self, ClusterError> {
+        Err(absent("cluster.backends"))
+    }
+
+    pub(in crate::proxy) fn files(&self) -> Arc<Files> {
+        match *self {}
+    }
+
+    pub(in crate::proxy) fn add_to(&self, _: &mut HttpPeer) {
+        match *self {}
+    }
+}
+
+pub(in crate::proxy) struct Reload(Vec<Arc<Files>>);
+
+impl Reload {
+    pub(in crate::proxy) fn of(files: Vec<Arc<Files>>) -> Self {
+        Self(files)
+    }
+}
+
+#[async_trait]
+impl BackgroundService for Reload {
+    async fn start(&self, _: ShutdownWatch) {
+        if let Some(files) = self.0.first() {
+            match **files {}
+        }
+    }
+}

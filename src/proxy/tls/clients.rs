@@ -1,0 +1,184 @@
+//! TLS to clients: which certificate they get, and which ones of theirs are accepted.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ::pingora::listeners::tls::Acceptor;
+use ::pingora::protocols::l4::stream::Stream as L4Stream;
+use ::pingora::protocols::{Ssl, Stream};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::BytesMut;
+use http::HeaderValue;
+use rustls::client::verify_server_name;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{
+    ClientHello, NoClientAuth, ParsedCertificate, ResolvesServerCert, ServerConfig,
+    WebPkiClientVerifier,
+};
+use rustls::sign::CertifiedKey;
+
+use super::reload::{Check, Named, Reloaded};
+use crate::config::{ClientCertificate, ListenerTls};
+use crate::error::ClusterError;
+use crate::pem::{certificates, invalid_file, private_key, provider, trusted_roots};
+
+const FIELD: &str = "cluster.tls";
+
+/// TLS to clients.
+pub(in crate::proxy) struct ClientTls(Arc<Reloaded<Acceptor>>);
+
+impl ClientTls {
+    pub(in crate::proxy) fn new(config: &ListenerTls) -> Result<Self, ClusterError> {
+        let mut files = Vec::new();
+        for (index, pair) in config.certificates.iter().enumerate() {
+            let field = format!("{FIELD}.certificates[{index}]");
+            files.push(Named::new(&format!("{field}.cert_file"), &pair.cert_file));
+            files.push(Named::new(&format!("{field}.key_file"), &pair.key_file));
+        }
+        if let Some(file) = &config.client_ca_file {
+            files.push(Named::new(&format!("{FIELD}.client_ca_file"), file));
+        }
+        let (config, named) = (config.clone(), files.clone());
+        let make = move |contents: &[Vec<u8>]| {
+            let server = server_config(&config, &named, contents)?;
+            Ok(Acceptor::from_server_config(Arc::new(server)))
+        };
+        Reloaded::new(files, make).map(|acceptor| Self(Arc::new(acceptor)))
+    }
+
+    pub(in crate::proxy) fn files(&self) -> Arc<dyn Check> {
+        self.0.clone()
+    }
+
+    /// Does the handshake on a connection that has just been accepted, of which `ahead` has been read
+    /// already. Also returns the client's certificate, as a field for backends.
+    pub(in crate::proxy) async fn handshake(
+        &self,
+        stream: Stream,
+        ahead: &BytesMut,
+    ) -> Result<(Stream, Option<HeaderValue>), String> {
+        let stream = stream.into_any().downcast::<L4Stream>();
+        let mut stream =
+            stream.map_err(|_| "the connection is none of the listener's".to_owned())?;
+        stream.rewind(ahead);
+        let handshake = self.0.current();
+        let handshake = handshake.tls_handshake(*stream).await;
+        let stream = handshake.map_err(|error| error.to_string())?;
+        let certificate = stream.get_ssl().and_then(|tls| tls.peer_certificate_der());
+        let certificate = certificate.and_then(as_field);
+        Ok((Box::new(stream), certificate))
+    }
+}
+
+/// A certificate as RFC 9440 has it: a byte sequence of a structured field.
+fn as_field(certificate: &[u8]) -> Option<HeaderValue> {
+    let text = format!(":{}:", STANDARD.encode(certificate));
+    HeaderValue::from_str(&text).ok()
+}
+
+fn server_config(
+    config: &ListenerTls,
+    files: &[Named],
+    contents: &[Vec<u8>],
+) -> Result<ServerConfig, ClusterError> {
+    let invalid = |error: rustls::Error| ClusterError::config(FIELD, error.to_string());
+    let mut read = files.iter().zip(contents);
+    let mut keys = Vec::new();
+    for _ in &config.certificates {
+        if let (Some((cert, cert_pem)), Some((key, key_pem))) = (read.next(), read.next()) {
+            keys.push(certified_key(cert, cert_pem, key, key_pem)?);
+        }
+    }
+    let verifier = match read.next() {
+        Some((file, pem)) => verifier(config, &file.field, &file.path, pem)?,
+        None => Arc::new(NoClientAuth),
+    };
+    let mut server = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(invalid)?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(Arc::new(ByName(keys)));
+    if config.http2 {
+        server.alpn_protocols.push(b"h2".to_vec());
+    }
+    server.alpn_protocols.push(b"http/1.1".to_vec());
+    Ok(server)
+}
+
+fn certified_key(
+    cert: &Named,
+    cert_pem: &[u8],
+    key: &Named,
+    key_pem: &[u8],
+) -> Result<Arc<CertifiedKey>, ClusterError> {
+    let chain = certificates(&cert.field, &cert.path, cert_pem)?;
+    let pem = private_key(&key.field, &key.path, key_pem)?;
+    if chain
+        .first()
+        .is_none_or(|leaf| ParsedCertificate::try_from(leaf).is_err())
+    {
+        return Err(invalid_file(&cert.field, &cert.path, "cannot be parsed"));
+    }
+    let certified = CertifiedKey::from_der(chain, pem, &provider());
+    let certified = certified.map_err(|error| {
+        let reason = match error {
+            rustls::Error::InconsistentKeys(_) => {
+                format!(
+                    "is not the key of the certificate in {}",
+                    cert.path.display()
+                )
+            }
+            other => other.to_string(),
+        };
+        invalid_file(&key.field, &key.path, &reason)
+    })?;
+    Ok(Arc::new(certified))
+}
+
+fn verifier(
+    config: &ListenerTls,
+    field: &str,
+    path: &Path,
+    pem: &[u8],
+) -> Result<Arc<dyn ClientCertVerifier>, ClusterError> {
+    let roots = trusted_roots(field, path, pem)?;
+    let builder = WebPkiClientVerifier::builder_with_provider(roots.into(), provider());
+    let builder = match config.client_certificate {
+        ClientCertificate::Optional => builder.allow_unauthenticated(),
+        ClientCertificate::None | ClientCertificate::Required => builder,
+    };
+    let built = builder.build();
+    match built {
+        Ok(verifier) => Ok(verifier),
+        Err(error) => Err(invalid_file(field, path, &error.to_string())),
+    }
+}
+
+/// Certificates by the names that they are for. The cost of a handshake grows with their number, by
+/// about a microsecond each.
+#[derive(Debug)]
+struct ByName(Vec<Arc<CertifiedKey>>);
+
+impl ByName {
+    fn find(&self, name: Option<&str>) -> Option<Arc<CertifiedKey>> {
+        let name = name.and_then(|name| ServerName::try_from(name).ok());
+        let named = name.and_then(|name| {
+            let is_for = |leaf: &CertificateDer<'_>| {
+                let parsed = ParsedCertificate::try_from(leaf);
+                parsed.is_ok_and(|parsed| verify_server_name(&parsed, &name).is_ok())
+            };
+            self.0
+                .iter()
+                .find(|key| key.cert.first().is_some_and(is_for))
+        });
+        named.or(self.0.first()).cloned()
+    }
+}
+
+impl ResolvesServerCert for ByName {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.find(hello.server_name())
+    }
+}

@@ -1,0 +1,149 @@
+//! Something that is made from files, and made again when they change.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ::pingora::server::ShutdownWatch;
+use ::pingora::services::background::BackgroundService;
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use tracing::{error, info, warn};
+
+use crate::error::ClusterError;
+use crate::pem::invalid_file;
+use crate::supervise::{caught, say};
+
+/// How often to look whether a file has changed.
+const INTERVAL: Duration = Duration::from_secs(3);
+
+/// A file that the configuration names.
+#[derive(Debug, Clone)]
+pub(super) struct Named {
+    pub(super) field: String,
+    pub(super) path: PathBuf,
+}
+
+impl Named {
+    pub(super) fn new(field: &str, path: &Path) -> Self {
+        Self {
+            field: field.to_owned(),
+            path: path.to_owned(),
+        }
+    }
+}
+
+type Make<T> = Box<dyn Fn(&[Vec<u8>]) -> Result<T, ClusterError> + Send + Sync>;
+
+/// What was made from the files last.
+pub(in crate::proxy) struct Reloaded<T> {
+    current: ArcSwap<T>,
+    files: Vec<Named>,
+    make: Make<T>,
+    /// A hash of the contents that were tried last, so that no key stays in memory.
+    tried: std::sync::Mutex<u128>,
+}
+
+impl<T: Send + Sync + 'static> Reloaded<T> {
+    /// Makes it from the contents of these files, in their order.
+    pub(super) fn new(
+        files: Vec<Named>,
+        make: impl Fn(&[Vec<u8>]) -> Result<T, ClusterError> + Send + Sync + 'static,
+    ) -> Result<Self, ClusterError> {
+        let contents = read(&files)?;
+        Ok(Self {
+            current: ArcSwap::from_pointee(make(&contents)?),
+            tried: fingerprint(&contents).into(),
+            files,
+            make: Box::new(make),
+        })
+    }
+
+    pub(super) fn current(&self) -> Arc<T> {
+        self.current.load_full()
+    }
+
+    /// Makes it again if the files have changed. Files that cannot be used change nothing. Blocks.
+    pub(super) fn check(&self) {
+        let first = || {
+            self.files
+                .first()
+                .map(|file| file.path.display().to_string())
+        };
+        let contents = match read(&self.files) {
+            Ok(contents) => contents,
+            // As while it is being replaced.
+            Err(error) => return say(|| warn!(%error, "a certificate file cannot be read")),
+        };
+        let found = fingerprint(&contents);
+        if std::mem::replace(&mut *crate::sync::lock(&self.tried), found) == found {
+            return;
+        }
+        match (self.make)(&contents) {
+            Ok(made) => {
+                self.current.store(Arc::new(made));
+                say(|| info!(first = first(), "changed certificate files are in use"));
+            }
+            Err(error) => {
+                say(
+                    || error!(%error, "changed certificate files cannot be used; the former ones are still in use"),
+                );
+            }
+        }
+    }
+}
+
+fn read(files: &[Named]) -> Result<Vec<Vec<u8>>, ClusterError> {
+    let read = |file: &Named| {
+        std::fs::read(&file.path)
+            .map_err(|error| invalid_file(&file.field, &file.path, &error.to_string()))
+    };
+    files.iter().map(read).collect()
+}
+
+fn fingerprint(contents: &[Vec<u8>]) -> u128 {
+    let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+    for content in contents {
+        hasher.update(&content.len().to_le_bytes());
+        hasher.update(content);
+    }
+    hasher.digest128()
+}
+
+/// Something that looks at its files.
+pub(in crate::proxy) trait Check: Send + Sync {
+    fn check_files(&self);
+}
+
+impl<T: Send + Sync + 'static> Check for Reloaded<T> {
+    fn check_files(&self) {
+        self.check();
+    }
+}
+
+/// The service that looks at files for as long as the server runs.
+pub(in crate::proxy) struct Reload(Vec<Arc<dyn Check>>);
+
+impl Reload {
+    pub(in crate::proxy) fn of(files: Vec<Arc<dyn Check>>) -> Self {
+        Self(files)
+    }
+}
+
+#[async_trait]
+impl BackgroundService for Reload {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        while tokio::time::timeout(INTERVAL, shutdown.changed())
+            .await
+            .is_err()
+        {
+            for check in &self.0 {
+                let check = check.clone();
+                let checking = tokio::task::spawn_blocking(move || check.check_files());
+                if let Ok(Err(error)) = caught(checking).await {
+                    say(|| error!(%error, "looking at certificate files failed"));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Tests of gRPC through the proxy, with tonic at both ends.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request};
+
+use super::common::etcd::Etcd;
+use super::common::{free_port, group};
+use super::echo::{EchoClient, EchoServer};
+use super::world::{Balancer, Setup, entry, put, until};
+
+/// A balancer in front of servers at these ports, and a client.
+async fn before(
+    ports: &[u16],
+    name: &str,
+    metadata: Value,
+    fields: &str,
+) -> (Balancer, EchoClient) {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let mut keys = etcd.raw_client().await;
+    for (index, port) in ports.iter().enumerate() {
+        let more = json!({ "metadata": metadata });
+        let entry = entry(&format!("n{index}"), Some(*port), more);
+        put(&mut keys, &group, &entry, None).await;
+    }
+    let balancer = Setup::shared(&group).with(fields).serving().await;
+    let client = EchoClient::to(&balancer.url).await;
+    (balancer, client)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_streams_deadlines_and_cancellation_pass_through() {
+    let server = EchoServer::start("s").await;
+    let port = server.address.port();
+    for (name, metadata, fields) in [
+        ("grpc", Value::Null, "backends: { protocol: h2c }"),
+        (
+            "grpc-node",
+            json!({ "protocol": "h2c" }),
+            "backends: { protocol_of_node: true }",
+        ),
+    ] {
+        let (_balancer, mut client) = before(&[port], name, metadata, fields).await;
+        assert_eq!(client.call("one").await.unwrap(), "s: one");
+        // Each message is answered before the next one is sent.
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        let mut answers = client.stream(ReceiverStream::new(receiver)).await.unwrap();
+        for index in 0..20 {
+            sender.send(index.to_string()).await.unwrap();
+            let answer = answers.message().await.unwrap();
+            assert_eq!(answer.unwrap(), format!("s: {index}"));
+        }
+        // The status of a stream is in its trailers.
+        sender.send("fail 9".to_owned()).await.unwrap();
+        let status = answers.message().await.unwrap_err();
+        assert_eq!(
+            (status.code(), status.message()),
+            (Code::FailedPrecondition, "as asked")
+        );
+        // That of a call that fails at once is in the head.
+        let mut request = Request::new(String::new());
+        request.metadata_mut().insert("fail", "5".parse().unwrap());
+        assert_eq!(
+            client.send(request).await.unwrap_err().code(),
+            Code::NotFound
+        );
+        drop((sender, answers));
+
+        // The server's own deadline, and a client that gives up: the call ends at the server.
+        let start = Instant::now();
+        let late = client.call_within("wait", Duration::from_millis(300)).await;
+        let code = late.unwrap_err().code();
+        assert!(
+            [Code::DeadlineExceeded, Code::Cancelled].contains(&code),
+            "{code:?}"
+        );
+        assert!(start.elapsed() < Duration::from_secs(5));
+        let (sender, receiver) = tokio::sync::mpsc::channel(1);
+        sender.send("one".to_owned()).await.unwrap();
+        let mut answers = client.stream(ReceiverStream::new(receiver)).await.unwrap();
+        answers.message().await.unwrap();
+        assert!(server.open() >= 1);
+        drop((answers, sender));
+        until("the calls have ended at the server", async || {
+            server.open() == 0
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_calls_share_connections_and_large_messages_pass() {
+    let server = EchoServer::start("s").await;
+    let fields = "backends: { protocol: h2c }";
+    let port = server.address.port();
+    let (_balancer, mut client) = before(&[port], "grpc-many", Value::Null, fields).await;
+    let large = "x".repeat(3_000_000);
+    assert_eq!(client.call(&large).await.unwrap().len(), large.len() + 3);
+    let texts = tokio_stream::iter((0..500).map(|index| index.to_string()));
+    let answers = client.stream(texts).await.unwrap();
+    let answers: Vec<_> = answers.collect().await;
+    assert_eq!(answers.len(), 500);
+    assert_eq!(answers[499].as_ref().unwrap(), "s: 499");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_status_of_a_call_is_its_outcome() {
+    // UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED are the backend's fault; NOT_FOUND is not.
+    for (status, is_fault) in [(14, true), (8, true), (4, true), (5, false)] {
+        let good = EchoServer::start("good").await;
+        let bad = EchoServer::start_failing("bad", status).await;
+        let ports = [good.address.port(), bad.address.port()];
+        let fields = "backends: { protocol: h2c }\npolicy: adaptive";
+        let name = format!("grpc-status-{status}");
+        let (_balancer, mut client) = before(&ports, &name, Value::Null, fields).await;
+        let mut call = async |count| {
+            let start = bad.calls();
+            for _ in 0..count {
+                let _ = client.call("one").await;
+            }
+            bad.calls() - start
+        };
+        call(200).await;
+        let of_200 = call(200).await;
+        assert_eq!(of_200 < 20, is_fault, "{status}: {of_200}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_proxy_says_itself_is_a_status_too() {
+    let nowhere = free_port();
+    let fields = "backends: { protocol: h2c }";
+    let (etcd, group) = (Etcd::shared(), group("grpc-none"));
+    let balancer = Setup::shared(&group).with(fields).start();
+    until("it answers", async || balancer.get().await == "503").await;
+    let mut client = EchoClient::to(&balancer.url).await;
+    let status = client.call("one").await.unwrap_err();
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::Unavailable, "no backend is registered")
+    );
+    // Nobody listens there.
+    let dead = entry("n0", Some(nowhere), json!({}));
+    put(&mut etcd.raw_client().await, &group, &dead, None).await;
+    until("the node is tried", async || {
+        let status = client.call("one").await.unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable, "{status}");
+        status.message() != "no backend is registered"
+    })
+    .await;
+}

@@ -1,0 +1,479 @@
+//! Tests of TLS, to clients and to backends, on the release programs.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
+
+use super::common::certificates::{Authority, Directory, Pair};
+use super::common::etcd::Etcd;
+use super::common::{DEADLINE, group, local};
+use super::echo::{EchoClient, EchoServer};
+use super::raw::{Raw, RawBackend, ok, status};
+use super::world::{Balancer, Setup, entry, put, until};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn provider() -> Arc<rustls::crypto::CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn roots(authority: &Authority) -> RootCertStore {
+    let mut roots = RootCertStore::empty();
+    let ca = CertificateDer::from_pem_slice(authority.pem().as_bytes());
+    roots.add(ca.unwrap()).unwrap();
+    roots
+}
+
+fn parsed(pair: &Pair) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+    let cert = CertificateDer::from_pem_slice(pair.cert.as_bytes()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).unwrap();
+    (vec![cert], key)
+}
+
+/// Connects with TLS, asking for this name.
+async fn connect(
+    address: &str,
+    name: &str,
+    authority: &Authority,
+    shows: Option<&Pair>,
+    protocols: &[&str],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(address).await?;
+    handshake(stream, name, authority, shows, protocols).await
+}
+
+async fn handshake(
+    stream: TcpStream,
+    name: &str,
+    authority: &Authority,
+    shows: Option<&Pair>,
+    protocols: &[&str],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots(authority));
+    let mut config = match shows.map(parsed) {
+        Some((chain, key)) => config.with_client_auth_cert(chain, key).unwrap(),
+        None => config.with_no_client_auth(),
+    };
+    let protocols = protocols.iter().map(|name| name.as_bytes().to_vec());
+    config.alpn_protocols = protocols.collect();
+    let name = ServerName::try_from(name.to_owned()).unwrap();
+    let connector = TlsConnector::from(Arc::new(config));
+    connector.connect(name, stream).await
+}
+
+/// Sends a request and reads up to the end of the connection.
+async fn get(stream: &mut TlsStream<TcpStream>) -> String {
+    let request = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+    let mut answer = Vec::new();
+    // A server that refuses a client's certificate ends the connection at any time.
+    let _ = stream.write_all(request).await;
+    let _ = tokio::time::timeout(DEADLINE, stream.read_to_end(&mut answer)).await;
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// A balancer with these fields in front of a backend at this port. It listens when it has a view.
+async fn before(port: u16, name: &str, fields: &str) -> Balancer {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let entry = entry("a", Some(port), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let balancer = Setup::shared(&group).with(fields).start();
+    until("it listens", async || {
+        TcpStream::connect(&balancer.listen).await.is_ok()
+    })
+    .await;
+    balancer
+}
+
+fn certificates(files: &[(&Path, &Path)]) -> String {
+    let pairs: Vec<_> = files
+        .iter()
+        .map(|(cert, key)| {
+            format!(
+                "{{ cert_file: {}, key_file: {} }}",
+                cert.display(),
+                key.display()
+            )
+        })
+        .collect();
+    format!("[{}]", pairs.join(", "))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_are_chosen_by_name_and_reloaded_but_bad_ones_are_not() {
+    let backend = RawBackend::start(ok).await;
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let one = files.write_pair("one", &authority.server(&["one.test"]));
+    let two = files.write_pair("two", &authority.server(&["two.test", "*.wild.test"]));
+    let listed = certificates(&[(&one.0, &one.1), (&two.0, &two.1)]);
+    let fields = format!("tls: {{ certificates: {listed} }}");
+    let balancer = before(backend.address.port(), "tls", &fields).await;
+    let address = &balancer.listen;
+    for name in ["one.test", "two.test", "a.wild.test"] {
+        let mut client = connect(address, name, &authority, None, &[]).await.unwrap();
+        assert_eq!(status(&get(&mut client).await), "200", "{name}");
+        assert!(
+            backend.last().contains("x-forwarded-proto: https"),
+            "{}",
+            backend.last()
+        );
+    }
+    // The first one for any other name, which this client does not accept.
+    let error = connect(address, "other.test", &authority, None, &[])
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("one.test"), "{error}");
+    // HTTP/2 is offered.
+    let client = connect(address, "one.test", &authority, None, &["h2", "http/1.1"]).await;
+    assert_eq!(
+        client.unwrap().get_ref().1.alpn_protocol(),
+        Some(&b"h2"[..])
+    );
+    // Without TLS nobody is answered.
+    let mut plain = Raw::to(&balancer).await;
+    plain.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    assert!(!plain.rest().await.contains("HTTP/"));
+
+    // A key that does not fit: the former pair is still in use.
+    let new = authority.server(&["new.test"]);
+    std::fs::write(&one.1, &new.key).unwrap();
+    until("it is refused", async || {
+        balancer
+            .log_text()
+            .contains("is not the key of the certificate")
+    })
+    .await;
+    connect(address, "one.test", &authority, None, &[])
+        .await
+        .unwrap();
+    std::fs::write(&one.0, &new.cert).unwrap();
+    until("the new one is in use", async || {
+        connect(address, "new.test", &authority, None, &[])
+            .await
+            .is_ok()
+    })
+    .await;
+    connect(address, "two.test", &authority, None, &[])
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_show_certificates_and_backends_get_them() {
+    let backend = RawBackend::start(ok).await;
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let (known, strangers) = (Authority::new("clients"), Authority::new("strangers"));
+    let pair = files.write_pair("one", &authority.server(&["one.test"]));
+    let ca = files.write("clients.pem", known.pem());
+    let listed = certificates(&[(&pair.0, &pair.1)]);
+    let (client, stranger) = (known.client("c"), strangers.client("s"));
+    for (mode, without) in [("required", false), ("optional", true)] {
+        let fields = format!(
+            "tls: {{ certificates: {listed}, client_certificate: {mode}, client_ca_file: {} }}",
+            ca.display()
+        );
+        let balancer = before(backend.address.port(), "mtls", &fields).await;
+        let served = async |shows: Option<&Pair>| {
+            let stream = connect(&balancer.listen, "one.test", &authority, shows, &[]).await;
+            match stream {
+                Ok(mut stream) => status(&get(&mut stream).await) == "200",
+                Err(_) => false,
+            }
+        };
+        assert!(served(Some(&client)).await, "{mode}");
+        assert!(
+            backend.last().contains("client-cert: :mii"),
+            "{}",
+            backend.last()
+        );
+        assert!(!served(Some(&stranger)).await, "{mode}");
+        assert_eq!(served(None).await, without, "{mode}");
+        if without {
+            assert!(
+                !backend.last().contains("client-cert"),
+                "{}",
+                backend.last()
+            );
+            // One that the client has written itself does not reach backends.
+            let mut stream = connect(&balancer.listen, "one.test", &authority, None, &[])
+                .await
+                .unwrap();
+            let request = b"GET / HTTP/1.1\r\nHost: a\r\nClient-Cert: :AA==:\r\nclient_cert: x\r\nConnection: close\r\n\r\n";
+            stream.write_all(request).await.unwrap();
+            assert_eq!(status(&get(&mut stream).await), "200");
+            let requests = backend.requests();
+            assert!(requests.iter().all(|request| !request.contains("AA==")));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_header_comes_before_tls_and_a_handshake_has_its_time() {
+    let backend = RawBackend::start(ok).await;
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let pair = files.write_pair("one", &authority.server(&["one.test"]));
+    let listed = certificates(&[(&pair.0, &pair.1)]);
+    let fields = format!(
+        "tls: {{ certificates: {listed} }}\nclients: {{ proxy_protocol: [127.0.0.0/8] }}\n\
+         timeouts: {{ client_header_ms: 700 }}"
+    );
+    let balancer = before(backend.address.port(), "tls-proxy", &fields).await;
+    let mut stream = TcpStream::connect(&balancer.listen).await.unwrap();
+    let header = b"PROXY TCP4 192.0.2.7 192.0.2.8 5000 443\r\n";
+    stream.write_all(header).await.unwrap();
+    let mut stream = handshake(stream, "one.test", &authority, None, &[])
+        .await
+        .unwrap();
+    assert_eq!(status(&get(&mut stream).await), "200");
+    let last = backend.last();
+    assert!(last.contains("x-forwarded-for: 192.0.2.7"), "{last}");
+    assert!(last.contains("x-forwarded-port: 443"), "{last}");
+    // A client that does not go on with the handshake.
+    let mut stream = TcpStream::connect(&balancer.listen).await.unwrap();
+    stream.write_all(header).await.unwrap();
+    stream.write_all(b"\x16\x03\x01").await.unwrap();
+    let start = Instant::now();
+    assert_eq!(Raw(stream).rest().await, "");
+    assert!(start.elapsed() > SECOND / 2 && start.elapsed() < 5 * SECOND);
+}
+
+/// A backend that speaks HTTP/1.1 over TLS and answers with the name of the client's certificate's
+/// existence.
+async fn tls_backend(pair: &Pair, clients: Option<&Authority>) -> (u16, JoinSet<()>) {
+    let builder = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .unwrap();
+    let builder = match clients {
+        Some(authority) => {
+            let roots = Arc::new(roots(authority));
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider());
+            builder.with_client_cert_verifier(verifier.build().unwrap())
+        }
+        None => builder.with_no_client_auth(),
+    };
+    let (chain, key) = parsed(pair);
+    let config = builder.with_single_cert(chain, key).unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut serving = JoinSet::new();
+    serving.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            connections.spawn(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else {
+                    return;
+                };
+                let mut request = [0; 4_096];
+                while matches!(stream.read(&mut request).await, Ok(1..)) {
+                    let _ = stream.write_all(&ok("")).await;
+                }
+            });
+        }
+    });
+    (port, serving)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn backends_are_verified_by_name() {
+    let (files, authority) = (Directory::new(), Authority::new("backends"));
+    let (others, clients) = (Authority::new("others"), Authority::new("clients"));
+    let ca = files.write("ca.pem", authority.pem());
+    let other_ca = files.write("others.pem", others.pem());
+    let (cert, key) = files.write_pair("client", &clients.client("proxy"));
+    let (port, _serving) = tls_backend(&authority.server(&["b.test"]), None).await;
+    let (careful, _also) = tls_backend(&authority.server(&["b.test"]), Some(&clients)).await;
+    let field = |name: &str, ca: &Path| {
+        format!(
+            "protocol: https, server_name: {name}, ca_file: {}",
+            ca.display()
+        )
+    };
+    let shows = format!("cert_file: {}, key_file: {}", cert.display(), key.display());
+    for (port, fields, is_served) in [
+        (port, field("b.test", &ca), true),
+        (port, field("c.test", &ca), false),
+        (port, field("b.test", &other_ca), false),
+        // Nobody has signed it that the system knows.
+        (
+            port,
+            "protocol: https, server_name: b.test".to_owned(),
+            false,
+        ),
+        (careful, field("b.test", &ca), false),
+        (careful, format!("{}, {shows}", field("b.test", &ca)), true),
+    ] {
+        let section = format!("backends: {{ {fields} }}");
+        let balancer = before(port, "https", &section).await;
+        let served = balancer.get().await;
+        assert_eq!(served == "a", is_served, "{fields}: {served}");
+    }
+    // The CA is replaced in a running process.
+    let changing = files.write("changing.pem", others.pem());
+    let section = format!("backends: {{ {} }}", field("b.test", &changing));
+    let balancer = before(port, "https-ca", &section).await;
+    assert_ne!(balancer.get().await, "a");
+    std::fs::write(&changing, authority.pem()).unwrap();
+    until("the new CA is in use", async || balancer.get().await == "a").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backend_that_does_not_go_on_with_a_handshake_is_left() {
+    let listener = TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    for (milliseconds, least, most) in [
+        (300, SECOND / 4, 2 * SECOND),
+        (2_500, 2 * SECOND, 9 * SECOND),
+    ] {
+        let fields = format!(
+            "backends: {{ protocol: https, server_name: b.test }}\nretries: 0\n\
+             timeouts: {{ connect_ms: 300, handshake_ms: {milliseconds} }}"
+        );
+        let balancer = before(port, "handshake", &fields).await;
+        let start = Instant::now();
+        assert_eq!(balancer.get().await, "504");
+        let took = start.elapsed();
+        assert!(took > least && took < most, "{milliseconds}: {took:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_says_how_it_is_spoken_to_but_cannot_switch_tls_off() {
+    let (files, authority) = (Directory::new(), Authority::new("backends"));
+    let ca = files.write("ca.pem", authority.pem());
+    let (port, _serving) = tls_backend(&authority.server(&["n.test"]), None).await;
+    let plain = RawBackend::start(ok).await;
+    let etcd = Etcd::shared();
+    let mut keys = etcd.raw_client().await;
+    let ca = format!("protocol_of_node: true, ca_file: {}", ca.display());
+    let tls = format!("{ca}, protocol: https, server_name: n.test");
+    for (port, metadata, fields, is_served) in [
+        (
+            port,
+            json!({ "protocol": "https", "server_name": "n.test" }),
+            &ca,
+            true,
+        ),
+        (
+            port,
+            json!({ "protocol": "https", "server_name": "x.test" }),
+            &ca,
+            false,
+        ),
+        (
+            port,
+            json!({ "protocol": "https", "server_name": "" }),
+            &ca,
+            false,
+        ),
+        (port, json!({ "protocol": "https" }), &ca, false),
+        (
+            plain.address.port(),
+            json!({ "protocol": "grpc" }),
+            &ca,
+            true,
+        ),
+        (
+            plain.address.port(),
+            json!({ "protocol": "http1" }),
+            &tls,
+            false,
+        ),
+        (port, json!({}), &tls, true),
+    ] {
+        let group = group("node-tls");
+        let entry = entry("a", Some(port), json!({ "metadata": metadata }));
+        put(&mut keys, &group, &entry, None).await;
+        let setup = Setup::shared(&group).with(&format!("backends: {{ {fields} }}"));
+        let balancer = setup.serving().await;
+        let served = balancer.get().await;
+        assert_eq!(served == "a", is_served, "{metadata} {fields}: {served}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn grpc_over_tls_at_both_ends() {
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let ca = files.write("ca.pem", authority.pem());
+    let backend = authority.server(&["b.test"]);
+    let identity = Identity::from_pem(&backend.cert, &backend.key);
+    let server = EchoServer::start_tls("s", identity).await;
+    let pair = files.write_pair("one", &authority.server(&["one.test"]));
+    let fields = format!(
+        "tls: {{ certificates: {} }}\n\
+         backends: {{ protocol: h2, server_name: b.test, ca_file: {} }}",
+        certificates(&[(&pair.0, &pair.1)]),
+        ca.display()
+    );
+    let balancer = before(server.address.port(), "grpcs", &fields).await;
+    let tls = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(authority.pem()))
+        .domain_name("one.test");
+    let url = format!("https://{}", balancer.listen);
+    let endpoint = Channel::from_shared(url).unwrap().tls_config(tls).unwrap();
+    let mut client = EchoClient::new(endpoint.connect().await.unwrap());
+    for _ in 0..10 {
+        assert_eq!(client.call("one").await.unwrap(), "s: one");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_that_cannot_be_used_at_the_start_are_named() {
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let pair = files.write_pair("one", &authority.server(&["one.test"]));
+    let other = files.write_pair("two", &authority.server(&["two.test"]));
+    let empty = files.write("empty.pem", "");
+    let tls = |cert: &Path, key: &Path| {
+        format!("tls: {{ certificates: {} }}", certificates(&[(cert, key)]))
+    };
+    for (fields, reason) in [
+        (
+            tls(Path::new("/nowhere"), &pair.1),
+            "cluster.tls.certificates[0].cert_file",
+        ),
+        (tls(&pair.0, &other.1), "is not the key of the certificate"),
+        (tls(&pair.0, &empty), "cluster.tls.certificates[0].key_file"),
+        (tls(&empty, &pair.1), "has no PEM certificate"),
+        (
+            "tls: { certificates: [] }".to_owned(),
+            "cluster.tls.certificates",
+        ),
+        (
+            "backends: { protocol: https }".to_owned(),
+            "cluster.backends.server_name",
+        ),
+        (
+            "backends: { protocol: https, server_name: '' }".to_owned(),
+            "cluster.backends.server_name",
+        ),
+        (
+            "backends: { server_name: b.test }".to_owned(),
+            "has no effect without TLS",
+        ),
+        ("backends: { protocol: http3 }".to_owned(), "http3"),
+    ] {
+        let setup = Setup::shared(&group("bad-tls")).with(&fields);
+        let mut balancer = setup.start();
+        assert_eq!(balancer.program.ended().await.0.code(), Some(1), "{fields}");
+        let text = balancer.log_text();
+        assert!(
+            text.contains(reason) && !text.contains("panicked"),
+            "{fields}: {text}"
+        );
+    }
+}
