@@ -258,7 +258,9 @@ async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
             .max(own);
         if epoch < greatest {
             let reason = format!("token {epoch} is from an older term than {greatest}\n");
-            return (StatusCode::CONFLICT, reason).into_response();
+            // A proxy that sees the newer token sends the request to the new leader.
+            let newer = [("x-leader-epoch", greatest.to_string())];
+            return (StatusCode::CONFLICT, newer, reason).into_response();
         }
     }
     let request = shared.reporter.enter();

@@ -155,6 +155,31 @@ impl Balancer {
         Some(Upstream::new(state, picked.in_flight))
     }
 
+    /// The backend at this address, whatever the policy would pick, if it is one that can be picked;
+    /// for requests that have to go to a certain node. The first call after a table was published
+    /// costs time in proportion to the number of nodes.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::time::Instant;
+    /// use pingora_etcd::{Change, Node, balance::Balancer};
+    ///
+    /// let balancer = Balancer::builder().try_build()?;
+    /// let node = Node::new("a", "10.0.0.1".parse().unwrap());
+    /// let addr = node.addr(80);
+    /// balancer.apply(&Change::Joined(Arc::new(node)), Instant::now());
+    /// balancer.publish(Instant::now());
+    /// let upstream = balancer.upstream_at(addr).unwrap();
+    /// assert_eq!(upstream.in_flight(), 1);
+    /// assert!(balancer.upstream_at("10.0.0.2:80".parse().unwrap()).is_none());
+    /// # Ok::<(), pingora_etcd::ClusterError>(())
+    /// ```
+    pub fn upstream_at(&self, addr: SocketAddr) -> Option<Upstream> {
+        let table = self.table.load();
+        let slot = table.at(addr)?;
+        Some(Upstream::new(slot.endpoint.enter(), None))
+    }
+
     /// How many backends can be picked.
     pub fn len(&self) -> usize {
         self.table.load().slots.len()

@@ -1,7 +1,8 @@
 //! The table that picks read: immutable, and replaced as a whole.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::alias::AliasTable;
 use super::endpoint::{Endpoint, InFlightCounter};
@@ -40,6 +41,8 @@ pub(super) struct Table {
     /// How many draws it takes on average to get the wanted number of different candidates; 0 if all
     /// backends are candidates.
     pub(super) draws: usize,
+    /// Where the backend at an address is; made when it is needed.
+    pub(super) by_addr: OnceLock<HashMap<SocketAddr, usize>>,
     /// The shares it was built from, under a policy whose shares rarely change.
     pub(super) built_from: Box<[Share]>,
 }
@@ -72,6 +75,17 @@ impl Table {
         built
             .map(|(slot, share)| (Arc::as_ptr(&slot.endpoint), *share))
             .eq(endpoints.map(|endpoint| (Arc::as_ptr(endpoint), endpoint.share())))
+    }
+
+    /// The backend at an address.
+    pub(super) fn at(&self, addr: SocketAddr) -> Option<&Slot> {
+        let by_addr = self.by_addr.get_or_init(|| {
+            let slots = self.slots.iter().enumerate();
+            slots
+                .map(|(index, slot)| (slot.endpoint.addr(), index))
+                .collect()
+        });
+        by_addr.get(&addr).map(|index| &self.slots[*index])
     }
 
     pub(super) fn is_excluded(&self, index: usize, exclude: &[SocketAddr]) -> bool {

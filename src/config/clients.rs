@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use super::values::Upgrade;
 use crate::error::{ClusterError, in_range};
 
 /// What clients of the bundled proxy may do, and which of them are believed.
@@ -33,6 +34,9 @@ pub struct Clients {
     pub least_rate: u64,
     /// Whether HTTP/2 is spoken to clients that begin with it without TLS. Default: `true`.
     pub h2c: bool,
+    /// What happens to requests that want to go on in another protocol. `h2c` is none: such a request is
+    /// answered in HTTP/1.1. Default: `websocket`.
+    pub upgrade: Upgrade,
     /// The path of a request that this process answers itself, for load balancers in front and for
     /// probes: 200 while it serves and has a backend, otherwise, and as soon as it is to end, 503.
     /// Default: none.
@@ -83,6 +87,7 @@ impl Default for Clients {
             body_bytes: 0,
             least_rate: 0,
             h2c: true,
+            upgrade: Upgrade::Websocket,
             ready_path: None,
             trusted_proxies: Vec::new(),
             proxy_protocol: Vec::new(),

@@ -7,10 +7,12 @@ use serde::Deserialize;
 
 use super::backends::Backends;
 use super::clients::Clients;
+use super::leader::Leader;
+use super::overload::Overload;
 use super::retry::Retry;
 use super::timeouts::Timeouts;
 use super::tls::ListenerTls;
-use super::values::{HashOn, Port};
+use super::values::{HashOn, Port, is_token};
 use crate::balance::{
     Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, DEFAULT_PORT, Headroom,
     Policy, Zones,
@@ -120,6 +122,16 @@ pub struct ClusterConfig {
     /// How long to wait for clients and backends.
     #[serde(default)]
     pub timeouts: Timeouts,
+    /// What happens when there are more requests than backends can take.
+    #[serde(default)]
+    pub overload: Overload,
+    /// Which requests go to the leader, where writes do.
+    #[serde(default)]
+    pub leader: Leader,
+    /// The name of a cookie that names the node, so that a client stays with it while the node serves.
+    /// Default: none.
+    #[serde(default)]
+    pub sticky_cookie: Option<String>,
     /// TLS to clients. Default: none, plain text.
     #[serde(default)]
     pub tls: Option<ListenerTls>,
@@ -201,6 +213,14 @@ impl ClusterConfig {
         in_range("cluster", "retries", self.retries, 0..=2)?;
         self.retry.validate("cluster.retry")?;
         self.timeouts.validate("cluster.timeouts")?;
+        self.overload.validate("cluster.overload")?;
+        self.leader.validate("cluster.leader")?;
+        if let Some(name) = &self.sticky_cookie
+            && !is_token(name)
+        {
+            let reason = format!("{name:?} is not the name of a cookie");
+            return Err(ClusterError::config("cluster.sticky_cookie", reason));
+        }
         self.backends.validate("cluster.backends")?;
         if let Some(tls) = &self.tls {
             tls.validate("cluster.tls")?;

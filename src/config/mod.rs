@@ -8,6 +8,8 @@ mod backends;
 mod clients;
 mod cluster;
 mod file;
+mod leader;
+mod overload;
 mod retry;
 #[cfg(feature = "pingora")]
 mod server;
@@ -20,9 +22,11 @@ pub use clients::{Clients, Network};
 pub use cluster::ClusterConfig;
 #[cfg(feature = "pingora")]
 pub(crate) use cluster::READY_TIMEOUT;
+pub use leader::Leader;
+pub use overload::Overload;
 pub use retry::Retry;
 #[cfg(feature = "pingora")]
 pub use server::{load, server_conf};
 pub use timeouts::Timeouts;
 pub use tls::{CertificateFiles, ClientCertificate, ListenerTls};
-pub use values::{HashOn, Port};
+pub use values::{HashOn, Port, Upgrade};

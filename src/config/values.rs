@@ -32,24 +32,53 @@ pub enum HashOn {
     ClientIp,
     /// `uri`: path and query.
     Uri,
-    /// `header:NAME`: the value of a request header; empty if the request has none.
+    /// `header:NAME`: the first value of a request header; empty if the request has none.
     Header(http::HeaderName),
+    /// `cookie:NAME`: the value of a cookie; empty if the request has none.
+    Cookie(String),
+    /// `query:NAME`: the value of a parameter of the query, as it is written there; empty if there is
+    /// none.
+    Query(String),
 }
 
 impl TryFrom<String> for HashOn {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        match (text.as_str(), text.strip_prefix("header:")) {
-            ("client_ip", _) => Ok(Self::ClientIp),
-            ("uri", _) => Ok(Self::Uri),
-            (_, Some(name)) => name
+        let (kind, name) = text.split_once(':').unwrap_or((&text, ""));
+        match (kind, name) {
+            ("client_ip", "") => Ok(Self::ClientIp),
+            ("uri", "") => Ok(Self::Uri),
+            ("header", name) => name
                 .parse()
                 .map(Self::Header)
                 .map_err(|_| format!("hash_on: {name:?} is not the name of a header")),
+            ("cookie", name) if is_token(name) => Ok(Self::Cookie(name.to_owned())),
+            ("cookie", name) => Err(format!("hash_on: {name:?} is not the name of a cookie")),
+            ("query", name) if !name.is_empty() => Ok(Self::Query(name.to_owned())),
             _ => Err(format!(
-                "hash_on: {text:?} is none of client_ip, uri, header:NAME"
+                "hash_on: {text:?} is none of client_ip, uri, header:NAME, cookie:NAME, query:NAME"
             )),
         }
     }
+}
+
+/// Whether a text is a token (RFC 9110, section 5.6.2), as names of cookies are.
+pub(crate) fn is_token(text: &str) -> bool {
+    // Names of fields are tokens.
+    http::HeaderName::from_bytes(text.as_bytes()).is_ok()
+}
+
+/// What happens to requests that want to go on in another protocol.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Upgrade {
+    /// WebSocket is passed on; others get 501.
+    #[default]
+    Websocket,
+    /// All are passed on, as they are.
+    Any,
+    /// All get 501.
+    None,
 }

@@ -91,8 +91,10 @@ impl LeaderRoute {
         tokio::time::timeout(at_most, waiting).await.ok()?
     }
 
-    /// Whether a request with this method goes to the leader: `POST`, `PUT`, `PATCH`, `DELETE`.
+    /// Whether a request with this method goes to the leader: with any but `GET`, `HEAD`, `OPTIONS` and
+    /// `TRACE`, which have no side effects (RFC 9110, section 9.2.1). A method that is not known, such
+    /// as `get`, may have some.
     pub fn is_write(method: &http::Method) -> bool {
-        matches!(method.as_str(), "POST" | "PUT" | "PATCH" | "DELETE")
+        !method.is_safe()
     }
 }

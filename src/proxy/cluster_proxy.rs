@@ -9,8 +9,9 @@ use ::pingora::proxy::Session;
 use super::client::TrustedProxies;
 use super::context::RequestContext;
 use super::grpc::Call;
-use super::leader::find_leader;
+use super::leader::{LeaderRequests, find_leader};
 use super::peers::Peers;
+use super::pick::Picker;
 use super::readiness::Readiness;
 use super::reply::refused;
 use super::requests::RequestLimits;
@@ -18,8 +19,7 @@ use super::retry::RetryRules;
 use super::retry_budget::RetryBudget;
 use super::tls::BackendTls;
 use super::via::ViaMark;
-use crate::balance::Policy;
-use crate::config::{ClusterConfig, HashOn};
+use crate::config::ClusterConfig;
 use crate::pingora::{BalancerService, LeaderRoute};
 
 /// The bundled load balancer: a complete HTTP proxy over a [`BalancerService`].
@@ -33,9 +33,8 @@ use crate::pingora::{BalancerService, LeaderRoute};
 pub struct ClusterProxy {
     pub(super) balancer: Arc<BalancerService>,
     pub(super) leader: Option<LeaderRoute>,
-    pub(super) leader_wait: Duration,
-    /// `None` for a policy that does not hash.
-    pub(super) hash_on: Option<HashOn>,
+    pub(super) leader_requests: LeaderRequests,
+    pub(super) picker: Picker,
     pub(super) retries: RetryRules,
     pub(super) retry_on_status: Vec<u16>,
     pub(super) retry_budget: RetryBudget,
@@ -55,15 +54,15 @@ impl ClusterProxy {
         Self {
             balancer,
             leader: None,
-            leader_wait: Duration::from_millis(config.leader_wait_ms),
-            hash_on: (config.policy == Policy::Consistent).then(|| config.hash_on.clone()),
+            leader_requests: LeaderRequests::new(config),
+            picker: Picker::new(config),
             retries: RetryRules {
                 most: config.retries,
                 on_timeout: config.retry.on_timeout,
             },
             retry_on_status: config.retry.on_status.clone(),
             retry_budget: RetryBudget::new(&config.retry),
-            peers: Peers::new(&config.timeouts, &config.backends, None),
+            peers: peers(config, None),
             request_timeout: match config.timeouts.request_ms {
                 0 => None,
                 milliseconds => Some(Duration::from_millis(milliseconds)),
@@ -78,40 +77,39 @@ impl ClusterProxy {
 
     /// Uses this TLS to backends.
     pub(super) fn backend_tls(mut self, config: &ClusterConfig, tls: BackendTls) -> Self {
-        self.peers = Peers::new(&config.timeouts, &config.backends, Some(tls));
+        self.peers = peers(config, Some(tls));
         self
     }
 
-    /// Sends writes (`POST`, `PUT`, `PATCH`, `DELETE`) to the leader, with its fencing token in
-    /// `x-leader-epoch`. Without a leader a write waits, and then gets 503 with `retry-after`.
+    /// Sends writes to the leader, with its fencing token in `x-leader-epoch`: every request but `GET`,
+    /// `HEAD`, `OPTIONS` and `TRACE`, and those that become a tunnel. Without a leader a write waits, and
+    /// then gets 503 with `retry-after`. A node that answers 421, or refuses with a newer token in
+    /// `x-leader-epoch`, does not lead any more: the request is sent once more, to the new leader.
     ///
-    /// Writes are not counted as in flight: where the leader also answers reads, the pick sees how
-    /// busy it is with writes by its metrics only.
+    /// Writes count as in flight where the leader also answers reads.
     #[must_use]
     pub fn leader_route(mut self, leader: LeaderRoute) -> Self {
         self.leader = Some(leader);
         self
     }
 
-    /// The way to the leader, if this request is for the leader.
-    pub(super) fn leader_for(&self, session: &Session) -> Option<&LeaderRoute> {
-        let route = self.leader.as_ref()?;
-        LeaderRoute::is_write(&session.req_header().method).then_some(route)
-    }
-
-    /// Finds out whether there is a backend at all; the error is the reason why not. The leader is
-    /// stored in the context.
+    /// Finds the backend or the leader for a try, and stores it in the context; the error is the reason
+    /// why there is none.
     pub(super) async fn find_backend(
         &self,
         session: &Session,
         context: &mut RequestContext,
     ) -> Result<(), &'static str> {
-        if let Some(route) = self.leader_for(session) {
-            context.leader = Some(find_leader(route, self.leader_wait, context).await?);
-        } else if self.balancer.is_empty() {
-            return Err("no backend is registered");
+        match &self.leader {
+            Some(route) if context.is_for_leader => {
+                context.leader_load = None;
+                let leader = find_leader(route, self.leader_requests.wait, context).await?;
+                context.leader_load = self.balancer.upstream_at(leader.addr);
+                context.leader = Some(leader);
+                Ok(())
+            }
+            _ => self.picker.pick(&self.balancer, session, context).await,
         }
-        Ok(())
     }
 
     /// Whether the request may be sent once more; if so, that counts.
@@ -144,4 +142,9 @@ impl ClusterProxy {
         }
         Ok(Some(left))
     }
+}
+
+fn peers(config: &ClusterConfig, tls: Option<BackendTls>) -> Peers {
+    let upgrade = config.clients.upgrade;
+    Peers::new(&config.timeouts, &config.backends, upgrade, tls)
 }

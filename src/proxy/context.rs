@@ -4,6 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::OwnedSemaphorePermit;
+
 use super::front::{Connection, Phase};
 use super::grpc::Call;
 use super::shutdown::Hold;
@@ -20,6 +22,15 @@ pub struct RequestContext {
     pub(super) connection: Option<Arc<Connection>>,
     /// The process waits for the request; where there are phases, the connection keeps this.
     pub(super) in_flight: Option<Hold>,
+    /// The request's place among those in flight.
+    pub(super) place: Option<OwnedSemaphorePermit>,
+    /// The backend or leader for the first try has been found.
+    pub(super) is_found: bool,
+    pub(super) is_for_leader: bool,
+    /// The leader is busy with this request; nothing is said of its outcome.
+    pub(super) leader_load: Option<Upstream>,
+    /// A node has said that it does not lead.
+    pub(super) is_misdirected: bool,
     /// If the request is a call of gRPC.
     pub(super) call: Option<Call>,
     /// The client, behind trusted proxies; `None` for a Unix socket.
@@ -59,6 +70,11 @@ impl RequestContext {
             started: now,
             connection: None,
             in_flight: None,
+            place: None,
+            is_found: false,
+            is_for_leader: false,
+            leader_load: None,
+            is_misdirected: false,
             call: None,
             client: None,
             body_bytes: 0,

@@ -15,7 +15,7 @@ use crate::pingora::LeaderUpstream;
 /// On every proxied response: the id of the node that answered.
 const UPSTREAM_NODE: HeaderName = HeaderName::from_static("x-upstream-node");
 /// On requests to the leader: the fencing token of its term.
-const LEADER_EPOCH: HeaderName = HeaderName::from_static("x-leader-epoch");
+pub(super) const LEADER_EPOCH: HeaderName = HeaderName::from_static("x-leader-epoch");
 
 /// Adds the fencing token to a request for the leader.
 pub(super) fn set_leader_epoch(

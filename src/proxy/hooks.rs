@@ -20,9 +20,8 @@ use super::failure::{failure, is_local, is_unanswered, retried_status};
 use super::grpc::Call;
 use super::headers::{set_leader_epoch, set_upstream_node, take_load_report};
 use super::hop_by_hop::{ends_with_connection, has_no_body, remove_hop_by_hop};
-use super::leader::find_leader;
+use super::leader::is_misdirected;
 use super::outcome::{Outcome, outcome};
-use super::pick::pick;
 use super::reply::{
     Reply, bad_gateway, is_slow_upload, refused, reply_to, timed_out, unavailable,
     unavailable_reply,
@@ -75,7 +74,17 @@ impl ProxyHttp for ClusterProxy {
         context.call = Call::of(&session.req_header().headers);
         context.client = peer_of(session)
             .map(|peer| self.trusted.client_of(peer, &session.req_header().headers));
-        let Err(reason) = self.find_backend(session, context).await else {
+        self.limits.check_upgrade(session)?;
+        context.is_for_leader = self.leader.is_some() && self.leader_requests.include(session);
+        let found = match self.picker.overload.enter().await {
+            Ok(place) => {
+                context.place = place;
+                self.find_backend(session, context).await
+            }
+            Err(reason) => Err(reason),
+        };
+        let Err(reason) = found else {
+            context.is_found = true;
             return Ok(false);
         };
         debug!(reason, "a request was not served");
@@ -102,21 +111,14 @@ impl ProxyHttp for ClusterProxy {
         // It is sent from its start.
         context.body_bytes = 0;
         context.has_body_begun = false;
-        let is_upgrade = session.is_upgrade_req();
-        if let Some(route) = self.leader_for(session) {
-            // The one that was found before the first try, or another one.
-            let leader = match context.leader.take() {
-                Some(leader) => leader,
-                None => find_leader(route, self.leader_wait, context)
-                    .await
-                    .map_err(unavailable)?,
-            };
-            let peer = self.peers.peer(leader.addr, &leader.node, is_upgrade, left);
-            context.leader = Some(leader);
-            return peer.map_err(bad_gateway);
+        if !std::mem::take(&mut context.is_found) {
+            let found = self.find_backend(session, context).await;
+            found.map_err(unavailable)?;
         }
-        let upstream = pick(&self.balancer, self.hash_on.as_ref(), session, context)?;
-        let (addr, node) = (upstream.addr(), upstream.node());
+        let (Some(addr), Some(node)) = (context.addr(), context.node()) else {
+            return Err(unavailable("no backend is registered"));
+        };
+        let is_upgrade = session.is_upgrade_req();
         let peer = self.peers.peer(addr, &node, is_upgrade, left);
         peer.map_err(bad_gateway)
     }
@@ -142,6 +144,22 @@ impl ProxyHttp for ClusterProxy {
         let status = response.status;
         if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
             return Ok(());
+        }
+        if let Some(addr) = context.addr() {
+            self.picker
+                .overload
+                .answered(addr, status, &response.headers);
+        }
+        if let Some(leader) = &context.leader
+            && is_misdirected(response, leader.epoch)
+            && !context.is_misdirected
+            && !session.as_ref().retry_buffer_truncated()
+        {
+            context.is_misdirected = true;
+            context.failed_epoch = Some(leader.epoch);
+            context.leader = None;
+            context.is_retried_for_status = true;
+            return Err(retried_status(status));
         }
         if self.retry_on_status.contains(&status.as_u16())
             && context.tried.len() < self.balancer.len()
@@ -209,6 +227,10 @@ impl ProxyHttp for ClusterProxy {
         if is_ending(session) {
             session.set_keepalive(None);
         }
+        self.picker.set_cookie(session, response, context)?;
+        let method = &session.req_header().method;
+        let leader = context.leader.as_ref();
+        self.leader_requests.answer(method, response, leader)?;
         match context.node() {
             Some(node) => set_upstream_node(response, &node),
             None => Ok(()),
@@ -249,7 +271,7 @@ impl ProxyHttp for ClusterProxy {
         }
         if let Some(leader) = context.leader.take() {
             context.failed_epoch = Some(leader.epoch);
-            error.set_retry(context.started.elapsed() < self.leader_wait);
+            error.set_retry(context.started.elapsed() < self.leader_requests.wait);
         } else {
             // Nothing was sent, so no backend gets more than there are requests: without the budget.
             error.set_retry(self.may_try_again(context));
@@ -345,7 +367,10 @@ impl ProxyHttp for ClusterProxy {
         context: &mut RequestContext,
     ) {
         context.end();
-        let Some(upstream) = context.upstream.take() else {
+        context.leader_load = None;
+        let upstream = context.upstream.take();
+        self.picker.overload.freed();
+        let Some(upstream) = upstream else {
             return;
         };
         let status = session.response_written().map(|response| response.status);

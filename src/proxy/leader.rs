@@ -1,12 +1,109 @@
-//! Finding the leader for a request.
+//! Which requests are for the leader, and finding it.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ::pingora::Result;
+use ::pingora::http::ResponseHeader;
+use ::pingora::proxy::Session;
+use http::{HeaderName, Method, StatusCode};
 
 use super::context::RequestContext;
+use super::headers::LEADER_EPOCH;
+use crate::config::ClusterConfig;
+use crate::ids::Revision;
 use crate::pingora::{LeaderRoute, LeaderUpstream};
 
 /// How long to wait for another leader before one that could not be reached is tried again.
 const RETRY_SAME_AFTER: Duration = Duration::from_millis(200);
+
+/// On responses to writes, and on a client's reads after it: until when these go to the leader, in
+/// milliseconds since 1970.
+const READS_UNTIL: HeaderName = HeaderName::from_static("x-leader-reads-until");
+
+/// Which requests are for the leader.
+#[derive(Debug)]
+pub(super) struct LeaderRequests {
+    paths: Vec<String>,
+    read_your_writes: Duration,
+    pub(super) wait: Duration,
+}
+
+impl LeaderRequests {
+    pub(super) fn new(config: &ClusterConfig) -> Self {
+        Self {
+            paths: config.leader.paths.clone(),
+            read_your_writes: Duration::from_millis(config.leader.read_your_writes_ms),
+            wait: Duration::from_millis(config.leader_wait_ms),
+        }
+    }
+
+    /// Whether a request is for the leader.
+    pub(super) fn include(&self, session: &Session) -> bool {
+        let request = session.req_header();
+        // What comes through a tunnel is not known.
+        LeaderRoute::is_write(&request.method)
+            || session.is_upgrade_req()
+            || is_below(request.uri.path(), &self.paths)
+            || self.reads_own_write(session, now())
+    }
+
+    /// Whether the client has written a short while ago. The time is the client's word, so it is
+    /// believed only as far as it could come from here.
+    fn reads_own_write(&self, session: &Session, now: u64) -> bool {
+        if self.read_your_writes.is_zero() {
+            return false;
+        }
+        let value = session.get_header(&READS_UNTIL);
+        let until = value.and_then(|value| value.to_str().ok()?.parse().ok());
+        until.is_some_and(|until: u64| {
+            let left = until.saturating_sub(now);
+            left > 0 && u128::from(left) <= self.read_your_writes.as_millis()
+        })
+    }
+
+    /// Tells a client that has written until when its reads go to the leader.
+    pub(super) fn answer(
+        &self,
+        method: &Method,
+        response: &mut ResponseHeader,
+        leader: Option<&LeaderUpstream>,
+    ) -> Result<()> {
+        response.remove_header(&READS_UNTIL);
+        let is_written = response.status.is_success() && LeaderRoute::is_write(method);
+        if leader.is_none() || !is_written || self.read_your_writes.is_zero() {
+            return Ok(());
+        }
+        let until = u128::from(now()) + self.read_your_writes.as_millis();
+        response
+            .insert_header(READS_UNTIL, until.to_string())
+            .map(drop)
+    }
+}
+
+/// The time in milliseconds since 1970.
+fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
+}
+
+fn is_below(path: &str, paths: &[String]) -> bool {
+    paths.iter().any(|above| {
+        let rest = path.strip_prefix(above.as_str());
+        rest.is_some_and(|rest| above.ends_with('/') || rest.is_empty() || rest.starts_with('/'))
+    })
+}
+
+/// Whether a node says that it does not lead any more, and has not done what it was asked for: by 421,
+/// or by another refusal with a newer token.
+pub(super) fn is_misdirected(response: &ResponseHeader, sent: Revision) -> bool {
+    let newer = || {
+        let token = response.headers.get(&LEADER_EPOCH);
+        let token = token.and_then(|token| token.to_str().ok()?.parse::<i64>().ok());
+        token.is_some_and(|token| token > sent)
+    };
+    let status = response.status;
+    status == StatusCode::MISDIRECTED_REQUEST || (status.is_client_error() && newer())
+}
 
 /// Finds the leader, waiting for at most `max_wait` from the start of the request. The error is the
 /// reason why there is none.
@@ -17,10 +114,10 @@ pub(super) async fn find_leader(
 ) -> Result<LeaderUpstream, &'static str> {
     let remaining = || max_wait.saturating_sub(context.started.elapsed());
     // A leader that could not be reached may have crashed: its successor has another term. Or it
-    // may be back in a moment.
+    // may be back in a moment. One that says that it does not lead will not be back.
     let patience = match context.failed_epoch {
-        Some(_) => remaining().min(RETRY_SAME_AFTER),
-        None => remaining(),
+        Some(_) if !context.is_misdirected => remaining().min(RETRY_SAME_AFTER),
+        _ => remaining(),
     };
     let other = route
         .wait_for_other_than(context.failed_epoch, patience)
@@ -30,4 +127,43 @@ pub(super) async fn find_leader(
     }
     let leader = route.wait(remaining()).await;
     leader.ok_or("there is no leader")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_includes_what_is_below_it() {
+        let paths = ["/admin".to_owned(), "/files/".to_owned()];
+        for (path, expected) in [
+            ("/admin", true),
+            ("/admin/x", true),
+            ("/administrator", false),
+            ("/files/x", true),
+            ("/files", false),
+            ("/", false),
+        ] {
+            assert_eq!(is_below(path, &paths), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_with_a_newer_token_is_misdirected() {
+        for (status, token, expected) in [
+            (421, None, true),
+            (409, Some("8"), true),
+            (409, Some("7"), false),
+            (409, None, false),
+            (200, Some("8"), false),
+            (500, Some("8"), false),
+            (409, Some("x"), false),
+        ] {
+            let mut response = ResponseHeader::build(status, None).unwrap();
+            if let Some(token) = token {
+                response.insert_header(LEADER_EPOCH, token).unwrap();
+            }
+            assert_eq!(is_misdirected(&response, 7), expected, "{status} {token:?}");
+        }
+    }
 }

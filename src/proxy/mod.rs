@@ -12,6 +12,7 @@ mod hop_by_hop;
 mod leader;
 mod listener;
 mod outcome;
+mod overload;
 mod peers;
 mod pick;
 mod readiness;
@@ -21,6 +22,7 @@ mod retry;
 mod retry_budget;
 mod server;
 mod shutdown;
+mod sticky;
 mod tls;
 mod via;
 

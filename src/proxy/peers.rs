@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ::pingora::protocols::TcpKeepalive;
-use ::pingora::upstreams::peer::{HttpPeer, Scheme};
+use ::pingora::upstreams::peer::{H1UpgradePolicy, HttpPeer, Scheme};
 use arc_swap::ArcSwap;
 
 use super::tls::BackendTls;
-use crate::config::{Backends, Protocol, Timeouts};
+use crate::config::{Backends, Protocol, Timeouts, Upgrade};
 use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::pingora::http_peer;
@@ -32,17 +32,28 @@ pub(super) struct Peers {
     pool_idle: Duration,
     handshake: Duration,
     backends: Backends,
+    upgrade: H1UpgradePolicy,
     tls: Option<BackendTls>,
     /// How long backends keep idle connections, where they have said so and it is shorter.
     hints: ArcSwap<HashMap<SocketAddr, Duration>>,
 }
 
 impl Peers {
-    pub(super) fn new(timeouts: &Timeouts, backends: &Backends, tls: Option<BackendTls>) -> Self {
+    pub(super) fn new(
+        timeouts: &Timeouts,
+        backends: &Backends,
+        upgrade: Upgrade,
+        tls: Option<BackendTls>,
+    ) -> Self {
         let milliseconds = Duration::from_millis;
         Self {
             handshake: milliseconds(timeouts.handshake_ms),
             backends: backends.clone(),
+            upgrade: match upgrade {
+                Upgrade::Websocket => H1UpgradePolicy::WebSocketOnly,
+                Upgrade::Any => H1UpgradePolicy::Preserve,
+                Upgrade::None => H1UpgradePolicy::Deny,
+            },
             tls,
             connect: milliseconds(timeouts.connect_ms),
             response: milliseconds(timeouts.response_ms),
@@ -95,6 +106,7 @@ impl Peers {
             peer.options.h2_ping_interval = Some(H2_PING_EVERY);
         }
         let options = &mut peer.options;
+        options.http_upstream_request_policy.h1_upgrade = self.upgrade;
         let within = |time: Duration| Some(left.map_or(time, |left| time.min(left)));
         // Pingora takes the first one for the TLS handshake, too.
         let (connect, total) = match protocol.is_tls() {
@@ -154,7 +166,12 @@ mod tests {
 
     #[test]
     fn the_pool_lets_go_of_a_connection_before_the_backend_does() {
-        let peers = Peers::new(&Timeouts::default(), &Backends::default(), None);
+        let peers = Peers::new(
+            &Timeouts::default(),
+            &Backends::default(),
+            Upgrade::Any,
+            None,
+        );
         let addr: SocketAddr = "10.0.0.1:80".parse().unwrap();
         let node = Node::new("a", addr.ip());
         let idle = || {

@@ -1,66 +1,213 @@
 //! Picking a backend for a request.
 
 use std::borrow::Cow;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use ::pingora::Result;
+use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use http::HeaderValue;
 
 use super::context::RequestContext;
-use super::reply::unavailable;
-use crate::balance::{Balancer, PickOptions, Upstream};
-use crate::config::HashOn;
+use super::overload::Overload;
+use super::sticky;
+use crate::balance::{PickOptions, Policy, Upstream};
+use crate::config::{ClusterConfig, HashOn};
+use crate::pingora::BalancerService;
+
+/// How often another backend is looked for, because one has as many requests as it may have.
+const MOST_FULL: usize = 32;
+
+/// How backends are picked, beyond the policy.
+#[derive(Debug)]
+pub(super) struct Picker {
+    /// `None` for a policy that does not hash.
+    hash_on: Option<HashOn>,
+    sticky_cookie: Option<String>,
+    default_port: u16,
+    pub(super) overload: Overload,
+}
+
+/// Why nothing was picked.
+enum Nothing {
+    /// There is no backend, or no other than those that have been tried.
+    Left,
+    /// Each of them has as many requests as it may have.
+    Full,
+}
+
+impl Picker {
+    pub(super) fn new(config: &ClusterConfig) -> Self {
+        Self {
+            hash_on: (config.policy == Policy::Consistent).then(|| config.hash_on.clone()),
+            sticky_cookie: config.sticky_cookie.clone(),
+            default_port: config.default_port,
+            overload: Overload::new(&config.overload),
+        }
+    }
+
+    /// Picks a backend that has not been tried yet, and stores it in the context. The error is why there
+    /// is none.
+    pub(super) async fn pick(
+        &self,
+        balancer: &BalancerService,
+        session: &Session,
+        context: &mut RequestContext,
+    ) -> Result<(), &'static str> {
+        // The backend that failed is not busy with this request any more.
+        context.upstream = None;
+        let mut picked = self.pick_now(balancer, session, context);
+        if matches!(picked, Err(Nothing::Full)) {
+            let again = || match self.pick_now(balancer, session, context) {
+                Err(Nothing::Full) => None,
+                other => Some(other),
+            };
+            picked = self.overload.wait_for(again).await.unwrap_or(picked);
+        }
+        let upstream = picked.map_err(|nothing| match nothing {
+            Nothing::Full => "every backend has as many requests as it may have",
+            Nothing::Left if context.tried.is_empty() => "no backend is registered",
+            Nothing::Left => "every backend has been tried",
+        })?;
+        context.sent = Instant::now();
+        context.answered = None;
+        context.tried.push(upstream.addr());
+        context.upstream = Some(upstream);
+        Ok(())
+    }
+
+    fn pick_now(
+        &self,
+        balancer: &BalancerService,
+        session: &Session,
+        context: &RequestContext,
+    ) -> Result<Upstream, Nothing> {
+        if let Some(upstream) = self.named_by_cookie(balancer, session, context) {
+            return Ok(upstream);
+        }
+        let key = match &self.hash_on {
+            Some(hash_on) => hash_key(hash_on, session, context.client),
+            None => Cow::Borrowed(&[][..]),
+        };
+        let now = Instant::now();
+        let pick = |exclude: &[SocketAddr]| {
+            balancer.pick_with(PickOptions {
+                key: &key,
+                exclude,
+                now: Some(now),
+                random: None,
+            })
+        };
+        let paused = self.overload.paused(now);
+        let first = match paused.is_empty() {
+            true => pick(&context.tried),
+            // While there is nobody else, a pause helps nobody.
+            false => pick(&[&context.tried[..], &paused].concat()).or_else(|| pick(&context.tried)),
+        };
+        let mut upstream = first.ok_or(Nothing::Left)?;
+        if self.overload.allows(upstream.in_flight()) {
+            return Ok(upstream);
+        }
+        let mut exclude = [&context.tried[..], &paused].concat();
+        for _ in 0..MOST_FULL {
+            exclude.push(upstream.addr());
+            upstream = pick(&exclude).ok_or(Nothing::Full)?;
+            if self.overload.allows(upstream.in_flight()) {
+                return Ok(upstream);
+            }
+        }
+        Err(Nothing::Full)
+    }
+
+    /// The backend that the client's cookie names, while it takes requests.
+    fn named_by_cookie(
+        &self,
+        balancer: &BalancerService,
+        session: &Session,
+        context: &RequestContext,
+    ) -> Option<Upstream> {
+        let name = self.sticky_cookie.as_deref()?;
+        let id = sticky::node_of(session, name)?;
+        let node = balancer.discovery().nodes().get(&id).cloned()?;
+        let addr = node.addr(self.default_port);
+        if context.tried.contains(&addr) {
+            return None;
+        }
+        let upstream = balancer.upstream_at(addr)?;
+        self.overload
+            .allows(upstream.in_flight())
+            .then_some(upstream)
+    }
+
+    /// Names the node in the client's cookie.
+    pub(super) fn set_cookie(
+        &self,
+        session: &Session,
+        response: &mut ResponseHeader,
+        context: &RequestContext,
+    ) -> Result<()> {
+        match (&self.sticky_cookie, &context.upstream) {
+            (Some(name), Some(upstream)) => {
+                sticky::set_cookie(session, response, name, &upstream.node().id)
+            }
+            _ => Ok(()),
+        }
+    }
+}
 
 /// What the policy `consistent` hashes of a request.
 fn hash_key<'s>(hash_on: &HashOn, session: &'s Session, client: Option<IpAddr>) -> Cow<'s, [u8]> {
+    let request = session.req_header();
     match hash_on {
         HashOn::ClientIp => match client {
             Some(client) => Cow::Owned(client.to_string().into_bytes()),
             None => Cow::Borrowed(&[]),
         },
         HashOn::Uri => {
-            let uri = session.req_header().uri.path_and_query();
+            let uri = request.uri.path_and_query();
             Cow::Borrowed(uri.map_or(&[], |uri| uri.as_str().as_bytes()))
         }
         HashOn::Header(name) => {
             let value = session.get_header(name);
-            Cow::Borrowed(value.map_or(&[], HeaderValue::as_bytes))
+            Cow::Borrowed(value.map_or(&[], |value| first(value)))
+        }
+        HashOn::Cookie(name) => {
+            let value = sticky::cookie(session, name);
+            Cow::Borrowed(value.unwrap_or_default().as_bytes())
+        }
+        HashOn::Query(name) => {
+            let value = request.uri.query().and_then(|query| parameter(query, name));
+            Cow::Borrowed(value.unwrap_or_default().as_bytes())
         }
     }
 }
 
-/// Picks a backend that has not been tried yet, and stores it in the context. `hash_on` is for a policy
-/// that hashes.
-pub(super) fn pick<'c>(
-    balancer: &Balancer,
-    hash_on: Option<&HashOn>,
-    session: &Session,
-    context: &'c mut RequestContext,
-) -> Result<&'c Upstream> {
-    // The backend that failed is not busy with this request any more.
-    context.upstream = None;
-    let key = match hash_on {
-        Some(hash_on) => hash_key(hash_on, session, context.client),
-        None => Cow::Borrowed(&[][..]),
-    };
-    let now = Instant::now();
-    context.sent = now;
-    context.answered = None;
-    let options = PickOptions {
-        key: &key,
-        exclude: &context.tried,
-        now: Some(now),
-        random: None,
-    };
-    let Some(upstream) = balancer.pick_with(options) else {
-        return Err(unavailable(if context.tried.is_empty() {
-            "no backend is registered"
-        } else {
-            "every backend has been tried"
-        }));
-    };
-    context.tried.push(upstream.addr());
-    Ok(context.upstream.insert(upstream))
+/// The first value of a field that may be a list.
+fn first(value: &HeaderValue) -> &[u8] {
+    let value = value.as_bytes();
+    let end = value.iter().position(|byte| *byte == b',');
+    value[..end.unwrap_or(value.len())].trim_ascii()
+}
+
+fn parameter<'q>(query: &'q str, name: &str) -> Option<&'q str> {
+    query.split('&').find_map(|pair| {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        (key == name).then_some(value)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_the_first_of_their_kind() {
+        let value = |text| HeaderValue::from_static(text);
+        assert_eq!(first(&value(" a , b")), b"a");
+        assert_eq!(first(&value("")), b"");
+        assert_eq!(parameter("x=1&user=7&user=8", "user"), Some("7"));
+        assert_eq!(parameter("user", "user"), Some(""));
+        assert_eq!(parameter("users=1", "user"), None);
+    }
 }

@@ -5,13 +5,21 @@ use std::time::{Duration, Instant};
 use ::pingora::Result;
 use ::pingora::proxy::Session;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, EXPECT};
+use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, UPGRADE};
+use http::{HeaderMap, HeaderName};
 
 use super::context::RequestContext;
 use super::front::{Connection, Phase};
 use super::reply::refused;
 use super::shutdown::Shutdown;
-use crate::config::ClusterConfig;
+use crate::config::{ClusterConfig, Upgrade};
+
+/// The elements of the lists in a field.
+fn lists<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h str> {
+    let values = headers.get_all(name).into_iter();
+    let texts = values.filter_map(|value| value.to_str().ok());
+    texts.flat_map(|text| text.split(',')).map(str::trim)
+}
 
 /// Whether the response has to say that the connection ends. Over HTTP/2 it does not say that.
 pub(super) fn is_ending(session: &Session) -> bool {
@@ -25,6 +33,7 @@ pub(super) struct RequestLimits {
     headers: usize,
     body_bytes: u64,
     client_write: Duration,
+    upgrade: Upgrade,
 }
 
 impl RequestLimits {
@@ -34,6 +43,7 @@ impl RequestLimits {
             head_bytes: clients.head_bytes,
             headers: clients.headers,
             body_bytes: clients.body_bytes,
+            upgrade: clients.upgrade,
             client_write: Duration::from_millis(config.timeouts.client_write_ms),
         }
     }
@@ -88,6 +98,33 @@ impl RequestLimits {
         let length = headers.get(CONTENT_LENGTH);
         let length = length.and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
         self.check_length(length.unwrap_or(0))
+    }
+
+    /// Refuses a request that wants to go on in a protocol that is not passed on: in HTTP/1.1 it would
+    /// look as if the backend refused.
+    pub(super) fn check_upgrade(&self, session: &Session) -> Result<()> {
+        let headers = &session.req_header().headers;
+        if self.upgrade == Upgrade::Any || session.is_http2() || !headers.contains_key(UPGRADE) {
+            return Ok(());
+        }
+        let is_asked = lists(headers, &CONNECTION).any(|name| name.eq_ignore_ascii_case("upgrade"));
+        let is_refused = |protocol: &str| {
+            let name = protocol
+                .split('/')
+                .next()
+                .unwrap_or_default()
+                .to_ascii_lowercase();
+            match name.as_str() {
+                // Of this connection only, and everybody may ignore them.
+                "h2c" | "http" | "tls" => false,
+                "websocket" => self.upgrade == Upgrade::None,
+                _ => true,
+            }
+        };
+        if is_asked && lists(headers, &UPGRADE).any(is_refused) {
+            return Err(refused(501, "this protocol is not passed on"));
+        }
+        Ok(())
     }
 
     /// A part of the body has been received.

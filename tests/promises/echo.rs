@@ -108,9 +108,8 @@ impl StreamingService<String> for Echo {
             let state = (messages, name, open);
             let answers =
                 futures_util::stream::unfold(state, async |(mut messages, name, open)| {
-                    let text = match messages.message().await {
-                        Ok(Some(text)) => text,
-                        _ => return None,
+                    let Ok(Some(text)) = messages.message().await else {
+                        return None;
                     };
                     let answer = match text.split_once(' ') {
                         Some(("fail", code)) => {

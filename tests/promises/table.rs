@@ -549,6 +549,47 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::clients::http_2_without_tls_is_spoken_to_those_who_begin_with_it"],
     ),
     (
+        "clients.upgrade",
+        &["promises::overload::protocols_are_passed_on_as_is_set_and_others_are_refused"],
+    ),
+    (
+        "overload.max_in_flight",
+        &["promises::overload::requests_beyond_the_limit_wait_and_then_get_503"],
+    ),
+    (
+        "overload.max_in_flight_per_node",
+        &[
+            "promises::overload::a_backend_gets_no_more_requests_at_a_time_than_it_may",
+            "promises::leader::writes_count_as_in_flight_at_the_leader",
+        ],
+    ),
+    (
+        "overload.queue",
+        &["promises::overload::requests_beyond_the_limit_wait_and_then_get_503"],
+    ),
+    (
+        "overload.queue_timeout_ms",
+        &["promises::overload::requests_beyond_the_limit_wait_and_then_get_503"],
+    ),
+    (
+        "overload.retry_after_most_ms",
+        &["promises::overload::a_backend_that_asks_for_a_pause_gets_one_within_bounds"],
+    ),
+    (
+        "leader.paths",
+        &[
+            "promises::leader::everything_but_safe_methods_goes_to_the_leader_and_so_do_paths_and_tunnels",
+        ],
+    ),
+    (
+        "leader.read_your_writes_ms",
+        &["promises::leader::a_client_reads_its_own_writes_for_as_long_as_is_set"],
+    ),
+    (
+        "sticky_cookie",
+        &["promises::overload::a_sticky_cookie_names_the_node_and_holds_while_it_serves"],
+    ),
+    (
         "clients.ready_path",
         &[
             "promises::shutdown::at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_flight",
@@ -670,7 +711,9 @@ fn every_promise_of_the_readme_is_in_the_table_and_the_other_way_round() {
 }
 
 /// The sections whose fields are in the table one by one.
-const SECTIONS: [&str; 5] = ["etcd", "retry", "timeouts", "backends", "clients"];
+const SECTIONS: [&str; 7] = [
+    "etcd", "retry", "timeouts", "backends", "clients", "overload", "leader",
+];
 
 #[test]
 fn every_field_of_the_yaml_file_is_in_the_table_and_the_other_way_round() {

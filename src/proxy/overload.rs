@@ -1,0 +1,229 @@
+//! More requests than backends can take: limits, a queue, and pauses that backends ask for.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use http::header::RETRY_AFTER;
+use http::{HeaderMap, StatusCode};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+use crate::config;
+
+/// Somebody who waits looks again after this time, in case an end was not told.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Backends that may be paused at one time; more of them are overload of all, where a pause does not
+/// help.
+const MOST_PAUSED: usize = 64;
+
+/// The limits, and who waits.
+#[derive(Debug)]
+pub(super) struct Overload {
+    in_all: Option<Arc<Semaphore>>,
+    /// `u32::MAX` for any number.
+    per_node: u32,
+    queue: usize,
+    waiting: AtomicUsize,
+    patience: Duration,
+    freed: Notify,
+    most_pause: Duration,
+    paused: ArcSwap<HashMap<SocketAddr, Instant>>,
+}
+
+/// A place in the queue.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Overload {
+    pub(super) fn new(config: &config::Overload) -> Self {
+        let limit = |limit: usize| (limit > 0).then_some(limit);
+        let per_node = limit(config.max_in_flight_per_node);
+        Self {
+            in_all: limit(config.max_in_flight).map(|limit| Arc::new(Semaphore::new(limit))),
+            per_node: per_node.map_or(u32::MAX, |limit| u32::try_from(limit).unwrap_or(u32::MAX)),
+            queue: config.queue,
+            waiting: AtomicUsize::new(0),
+            patience: Duration::from_millis(config.queue_timeout_ms),
+            freed: Notify::new(),
+            most_pause: Duration::from_millis(config.retry_after_most_ms),
+            paused: ArcSwap::default(),
+        }
+    }
+
+    /// Lets a request in; what it gets has to be kept as long as the request. The error is why it is
+    /// not served.
+    pub(super) async fn enter(&self) -> Result<Option<OwnedSemaphorePermit>, &'static str> {
+        const FULL: &str = "too many requests are being served";
+        let Some(places) = &self.in_all else {
+            return Ok(None);
+        };
+        if let Ok(place) = places.clone().try_acquire_owned() {
+            return Ok(Some(place));
+        }
+        match self.wait(places.clone().acquire_owned()).await {
+            Some(Ok(place)) => Ok(Some(place)),
+            Some(Err(_)) | None => Err(FULL),
+        }
+    }
+
+    /// Whether a backend may have this number of requests in flight.
+    pub(super) fn allows(&self, in_flight: u32) -> bool {
+        in_flight <= self.per_node
+    }
+
+    /// Waits in the queue until `try_again` gives something.
+    pub(super) async fn wait_for<T>(&self, mut try_again: impl FnMut() -> Option<T>) -> Option<T> {
+        self.wait(async {
+            loop {
+                let _ = tokio::time::timeout(LOOK_EVERY, self.freed.notified()).await;
+                if let Some(given) = try_again() {
+                    return given;
+                }
+            }
+        })
+        .await
+    }
+
+    async fn wait<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        let place = Waiting(&self.waiting);
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= self.queue {
+            drop(place);
+            return None;
+        }
+        tokio::time::timeout(self.patience, future).await.ok()
+    }
+
+    /// A request has ended.
+    pub(super) fn freed(&self) {
+        if self.per_node < u32::MAX {
+            self.freed.notify_one();
+        }
+    }
+
+    /// Takes notice of what a backend says in a response.
+    pub(super) fn answered(&self, addr: SocketAddr, status: StatusCode, fields: &HeaderMap) {
+        let is_overload =
+            status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::SERVICE_UNAVAILABLE;
+        if !is_overload || self.most_pause.is_zero() {
+            return;
+        }
+        // A date instead of seconds is rare, and depends on clocks.
+        let seconds = fields
+            .get(RETRY_AFTER)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
+        if let Some(seconds @ 1_u64..) = seconds {
+            let pause = Duration::from_secs(seconds).min(self.most_pause);
+            self.pause(addr, Instant::now() + pause);
+        }
+    }
+
+    fn pause(&self, addr: SocketAddr, until: Instant) {
+        let now = Instant::now();
+        self.paused.rcu(|paused| {
+            let mut paused = HashMap::clone(paused);
+            paused.retain(|_, until| *until > now);
+            if paused.len() < MOST_PAUSED {
+                paused.insert(addr, until);
+            }
+            paused
+        });
+    }
+
+    /// The backends that are given nothing now.
+    pub(super) fn paused(&self, now: Instant) -> Vec<SocketAddr> {
+        let paused = self.paused.load();
+        if paused.is_empty() {
+            return Vec::new();
+        }
+        let still = paused.iter().filter(|(_, until)| **until > now);
+        still.map(|(addr, _)| *addr).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn overload(change: impl FnOnce(&mut config::Overload)) -> Overload {
+        let mut config = config::Overload::default();
+        change(&mut config);
+        Overload::new(&config)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_wait_for_a_place_in_a_bounded_queue() {
+        let overload = overload(|config| {
+            config.max_in_flight = 1;
+            config.queue = 1;
+        });
+        let place = overload.enter().await.unwrap();
+        let start = tokio::time::Instant::now();
+        let (first, second) = tokio::join!(overload.enter(), overload.enter());
+        // The queue has room for one, which waits in vain.
+        assert!(first.is_err() && second.is_err());
+        assert_eq!(start.elapsed(), Duration::from_secs(1));
+        let (waited, ()) = tokio::join!(overload.enter(), async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            drop(place);
+        });
+        assert!(waited.is_ok());
+        assert_eq!(overload.waiting.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_waits_for_a_backend_is_told_when_one_is_free() {
+        let overload = overload(|config| config.max_in_flight_per_node = 2);
+        assert!(overload.allows(2) && !overload.allows(3));
+        let free = std::cell::Cell::new(false);
+        let (got, ()) = tokio::join!(overload.wait_for(|| free.get().then_some(7)), async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            free.set(true);
+            overload.freed();
+        });
+        assert_eq!(got, Some(7));
+        free.set(false);
+        assert_eq!(overload.wait_for(|| free.get().then_some(7)).await, None);
+    }
+
+    #[test]
+    fn a_pause_is_heeded_within_bounds() {
+        let overload = overload(|config| config.retry_after_most_ms = 2_000);
+        let addr = |port| SocketAddr::from(([10, 0, 0, 1], port));
+        let says = |port, status, text: &'static str| {
+            let fields = HeaderMap::from_iter([(RETRY_AFTER, text.parse().unwrap())]);
+            overload.answered(addr(port), status, &fields);
+        };
+        let (busy, many) = (
+            StatusCode::SERVICE_UNAVAILABLE,
+            StatusCode::TOO_MANY_REQUESTS,
+        );
+        says(1, busy, "1");
+        says(2, many, "3600");
+        says(3, StatusCode::OK, "5");
+        says(4, busy, "soon");
+        says(5, busy, "0");
+        overload.answered(addr(6), busy, &HeaderMap::new());
+        let paused = |after| {
+            let now = Instant::now() + Duration::from_millis(after);
+            let mut paused = overload.paused(now);
+            paused.sort_unstable();
+            paused
+        };
+        assert_eq!(paused(0), [addr(1), addr(2)]);
+        assert_eq!(paused(1_500), [addr(2)]);
+        assert!(paused(2_500).is_empty());
+        for port in 100..1_000 {
+            says(port, busy, "1");
+        }
+        assert_eq!(paused(0).len(), MOST_PAUSED);
+    }
+}

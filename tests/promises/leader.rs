@@ -1,0 +1,232 @@
+//! Tests of what goes to the leader, and of when it is sent once more.
+
+use std::time::Duration;
+
+use etcd_client::{Client, PutOptions};
+use serde_json::json;
+
+use super::common::etcd::Etcd;
+use super::common::group;
+use super::raw::{Raw, RawBackend, read_head, status};
+use super::world::{Balancer, Setup, entry, put, until};
+
+/// A response that names who gave it.
+fn named(name: &'static str) -> impl Fn(&str) -> Vec<u8> + Send + Sync {
+    move |_| {
+        let length = name.len();
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{name}").into_bytes()
+    }
+}
+
+/// Registers a node under a lease of its own, and makes it a candidate.
+async fn candidate(keys: &mut Client, group: &str, id: &str, backend: &RawBackend) -> String {
+    let lease = keys.lease_grant(600, None).await.unwrap().id();
+    let entry = entry(id, Some(backend.address.port()), json!({}));
+    put(keys, group, &entry, Some(lease)).await;
+    let key = format!("election/{group}/{lease:x}");
+    let options = PutOptions::new().with_lease(lease);
+    keys.put(key.clone(), id, Some(options)).await.unwrap();
+    key
+}
+
+/// Two nodes, the first of which leads, and a `leader_routing` in front of them; and the key by which
+/// the first one leads.
+async fn before(
+    name: &str,
+    backends: [&RawBackend; 2],
+    fields: &str,
+) -> (Balancer, Client, String) {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let mut keys = etcd.raw_client().await;
+    let first = candidate(&mut keys, &group, "leader", backends[0]).await;
+    candidate(&mut keys, &group, "other", backends[1]).await;
+    let setup = Setup::shared(&group).program("leader_routing");
+    let fields = format!("policy: round_robin\n{fields}");
+    let balancer = setup.with(&fields).serving().await;
+    balancer.until_served_by(&["leader", "other"]).await;
+    (balancer, keys, first)
+}
+
+/// Who answers requests with this head, in turns that would reach everybody.
+async fn served_by(balancer: &Balancer, head: &str) -> Vec<String> {
+    let mut nodes = Vec::new();
+    for _ in 0..6 {
+        let mut client = Raw::to(balancer).await;
+        client.send(format!("{head}\r\n\r\n").as_bytes()).await;
+        let response = read_head(&mut client.0).await.unwrap_or_default();
+        let node = response
+            .lines()
+            .find_map(|line| line.strip_prefix("x-upstream-node: "));
+        nodes.push(node.unwrap_or(status(&response)).to_owned());
+    }
+    nodes.sort();
+    nodes.dedup();
+    nodes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_but_safe_methods_goes_to_the_leader_and_so_do_paths_and_tunnels() {
+    let (leader, other) = (
+        RawBackend::start(named("l")).await,
+        RawBackend::start(named("o")).await,
+    );
+    let fields = "leader: { paths: [/admin] }";
+    let (balancer, _, _) = before("leads", [&leader, &other], fields).await;
+    let both = ["leader", "other"];
+    for method in ["GET", "HEAD", "OPTIONS", "TRACE"] {
+        let nodes = served_by(&balancer, &format!("{method} / HTTP/1.1\r\nHost: a")).await;
+        assert_eq!(nodes, both, "{method}");
+    }
+    for method in [
+        "POST",
+        "PUT",
+        "PATCH",
+        "DELETE",
+        "PROPPATCH",
+        "MKCOL",
+        "MOVE",
+        "COPY",
+        "LOCK",
+        "UNLOCK",
+        "PURGE",
+        "ACL",
+        "post",
+        "Delete",
+        "UNKNOWN",
+    ] {
+        let head = format!("{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 0");
+        assert_eq!(served_by(&balancer, &head).await, ["leader"], "{method}");
+    }
+    for (path, expected) in [
+        ("/admin", &both[..1]),
+        ("/admin/x?y", &both[..1]),
+        ("/administrator", &both),
+    ] {
+        let nodes = served_by(&balancer, &format!("GET {path} HTTP/1.1\r\nHost: a")).await;
+        assert_eq!(nodes, expected, "{path}");
+    }
+    let websocket = "GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                     Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13";
+    assert_eq!(served_by(&balancer, websocket).await, ["leader"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_does_not_lead_any_more_has_the_request_sent_once_more() {
+    for refusal in [
+        "HTTP/1.1 421 Misdirected Request\r\nContent-Length: 0\r\n\r\n",
+        // A token that is newer than any.
+        "HTTP/1.1 409 Conflict\r\nx-leader-epoch: 9000000000000000000\r\nContent-Length: 0\r\n\r\n",
+    ] {
+        let refuses = move |request: &str| match request.starts_with("POST") {
+            true => refusal.as_bytes().to_vec(),
+            false => named("l")(request),
+        };
+        let (leader, other) = (
+            RawBackend::start(refuses).await,
+            RawBackend::start(named("o")).await,
+        );
+        let (balancer, mut keys, key) = before("resigns", [&leader, &other], "").await;
+        let mut client = Raw::to(&balancer).await;
+        let request = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody";
+        client.send(request.as_bytes()).await;
+        until("the former leader has refused", async || {
+            leader
+                .requests()
+                .iter()
+                .any(|request| request.starts_with("POST"))
+        })
+        .await;
+        keys.delete(key, None).await.unwrap();
+        let response = client.response().await;
+        assert_eq!(status(&response), "200", "{response}");
+        assert!(response.contains("x-upstream-node: other"), "{response}");
+        assert!(other.last().ends_with("\r\n\r\nbody"), "{}", other.last());
+    }
+    // If there is no other, the client gets what the node says, after one more try.
+    let always =
+        |_: &str| b"HTTP/1.1 421 Misdirected Request\r\nContent-Length: 0\r\n\r\n".to_vec();
+    let (leader, other) = (
+        RawBackend::start(always).await,
+        RawBackend::start(named("o")).await,
+    );
+    let (etcd, group) = (Etcd::shared(), group("stays"));
+    let mut keys = etcd.raw_client().await;
+    candidate(&mut keys, &group, "leader", &leader).await;
+    let entry = entry("other", Some(other.address.port()), json!({}));
+    put(&mut keys, &group, &entry, None).await;
+    let setup = Setup::shared(&group)
+        .program("leader_routing")
+        .with("leader_wait_ms: 500");
+    let balancer = setup.serving().await;
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        .await;
+    assert_eq!(status(&client.response().await), "421");
+    let posts = leader
+        .requests()
+        .iter()
+        .filter(|request| request.starts_with("POST"))
+        .count();
+    assert_eq!(posts, 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_reads_its_own_writes_for_as_long_as_is_set() {
+    let (leader, other) = (
+        RawBackend::start(named("l")).await,
+        RawBackend::start(named("o")).await,
+    );
+    let fields = "leader: { read_your_writes_ms: 1500 }";
+    let (balancer, _, _) = before("own-writes", [&leader, &other], fields).await;
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        .await;
+    let response = client.response().await;
+    let field = "x-leader-reads-until: ";
+    let until_then = response.lines().find_map(|line| line.strip_prefix(field));
+    let until_then = until_then.unwrap_or_else(|| panic!("{response}"));
+    let head = format!("GET / HTTP/1.1\r\nHost: a\r\n{field}{until_then}");
+    assert_eq!(served_by(&balancer, &head).await, ["leader"]);
+    tokio::time::sleep(Duration::from_millis(1_600)).await;
+    assert_eq!(served_by(&balancer, &head).await, ["leader", "other"]);
+    // Nobody gets more than that by a time of his own.
+    let far: u64 = until_then.parse::<u64>().unwrap() + 1_000_000;
+    for value in [far.to_string(), "x".to_owned(), "0".to_owned()] {
+        let head = format!("GET / HTTP/1.1\r\nHost: a\r\n{field}{value}");
+        assert_eq!(
+            served_by(&balancer, &head).await,
+            ["leader", "other"],
+            "{value}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writes_count_as_in_flight_at_the_leader() {
+    let leader = RawBackend::start_slow(Duration::from_secs(2)).await;
+    let other = RawBackend::start(named("o")).await;
+    let (etcd, group) = (Etcd::shared(), group("in-flight"));
+    let mut keys = etcd.raw_client().await;
+    candidate(&mut keys, &group, "leader", &leader).await;
+    candidate(&mut keys, &group, "other", &other).await;
+    let setup = Setup::shared(&group).program("leader_routing");
+    let fields = "policy: round_robin\noverload: { max_in_flight_per_node: 1 }";
+    let balancer = setup.with(fields).serving().await;
+    let mut writer = Raw::to(&balancer).await;
+    writer
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        .await;
+    until("the leader has the write", async || {
+        leader
+            .requests()
+            .iter()
+            .any(|request| request.starts_with("POST"))
+    })
+    .await;
+    for _ in 0..10 {
+        assert_eq!(balancer.get().await, "other");
+    }
+    assert_eq!(status(&writer.response().await), "200");
+}

@@ -1,0 +1,287 @@
+//! Tests of limits, the queue, pauses that backends ask for, and of keys and cookies.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::task::JoinSet;
+
+use super::common::etcd::Etcd;
+use super::common::group;
+use super::raw::{Raw, RawBackend, ok, read_message, status};
+use super::world::{Balancer, Setup, entry, put, until};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A balancer in front of these backends, `n0` and so on.
+async fn before(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let mut keys = etcd.raw_client().await;
+    for (index, backend) in backends.iter().enumerate() {
+        let id = format!("n{index}");
+        let entry = entry(&id, Some(backend.address.port()), json!({}));
+        put(&mut keys, &group, &entry, None).await;
+    }
+    let balancer = Setup::shared(&group).with(fields).start();
+    until("it listens", async || {
+        tokio::net::TcpStream::connect(&balancer.listen)
+            .await
+            .is_ok()
+    })
+    .await;
+    balancer
+}
+
+/// Sends this number of requests at once: the responses, and how long each took.
+async fn at_once(balancer: &Balancer, count: usize) -> Vec<(String, Duration)> {
+    let mut requests = JoinSet::new();
+    for _ in 0..count {
+        let mut client = Raw::to(balancer).await;
+        requests.spawn(async move {
+            let start = Instant::now();
+            (client.get("").await, start.elapsed())
+        });
+    }
+    requests.join_all().await
+}
+
+fn count(responses: &[(String, Duration)], code: &str) -> usize {
+    let matching = responses
+        .iter()
+        .filter(|(response, _)| status(response) == code);
+    matching.count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_beyond_the_limit_wait_and_then_get_503() {
+    let backend = RawBackend::start_slow(SECOND / 2).await;
+    let fields = "overload: { max_in_flight: 2, queue: 2, queue_timeout_ms: 5000 }";
+    let balancer = before(&[&backend], "limit", fields).await;
+    let responses = at_once(&balancer, 6).await;
+    assert_eq!(
+        (count(&responses, "200"), count(&responses, "503")),
+        (4, 2),
+        "{responses:?}"
+    );
+    for (response, took) in &responses {
+        if status(response) == "503" {
+            assert!(*took < SECOND / 4, "{took:?}");
+            assert!(
+                response.to_ascii_lowercase().contains("retry-after: 1"),
+                "{response}"
+            );
+            // The client keeps its connection.
+            assert!(response.contains("Connection: keep-alive"), "{response}");
+        }
+    }
+    let waited = responses.iter().filter(|(_, took)| *took > SECOND * 9 / 10);
+    assert_eq!(waited.count(), 2);
+    // Whoever waits too long gets 503, too.
+    let fields = "overload: { max_in_flight: 1, queue: 9, queue_timeout_ms: 100 }";
+    let balancer = before(&[&backend], "patience", fields).await;
+    let responses = at_once(&balancer, 3).await;
+    assert_eq!(
+        (count(&responses, "200"), count(&responses, "503")),
+        (1, 2),
+        "{responses:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backend_gets_no_more_requests_at_a_time_than_it_may() {
+    let (one, two) = (
+        RawBackend::start_slow(SECOND / 2).await,
+        RawBackend::start_slow(SECOND / 2).await,
+    );
+    for policy in [
+        "adaptive",
+        "headroom",
+        "round_robin",
+        "random",
+        "consistent",
+    ] {
+        let fields = format!(
+            "policy: {policy}\noverload: {{ max_in_flight_per_node: 2, queue: 1, queue_timeout_ms: 5000 }}"
+        );
+        let balancer = before(&[&one, &two], "per-node", &fields).await;
+        // Four at once, one waits, and one too many.
+        let responses = at_once(&balancer, 6).await;
+        let got = (count(&responses, "200"), count(&responses, "503"));
+        assert_eq!(got, (5, 1), "{policy}: {responses:?}");
+        let mut times: Vec<_> = responses.iter().map(|(_, took)| *took).collect();
+        times.sort_unstable();
+        assert!(
+            times[4] < SECOND * 9 / 10 && times[5] > SECOND * 9 / 10,
+            "{policy}: {times:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backend_that_asks_for_a_pause_gets_one_within_bounds() {
+    for code in ["503 Busy", "429 Too Many"] {
+        let busy = RawBackend::start(move |_| {
+            format!("HTTP/1.1 {code}\r\nRetry-After: 3600\r\nContent-Length: 0\r\n\r\n")
+                .into_bytes()
+        })
+        .await;
+        let fine = RawBackend::start(ok).await;
+        let fields = "policy: round_robin\noverload: { retry_after_most_ms: 1500 }";
+        let balancer = before(&[&busy, &fine], "pause", fields).await;
+        let counted = balancer.gets(40).await;
+        assert_eq!(counted.get("n1"), Some(&39), "{counted:?}");
+        assert_eq!(busy.requests().len(), 1);
+        until("it is tried again", async || {
+            balancer.get().await;
+            busy.requests().len() > 1
+        })
+        .await;
+        // Alone, it gets everything.
+        let balancer = before(&[&busy], "alone", fields).await;
+        let requests = busy.requests().len();
+        balancer.gets(5).await;
+        assert_eq!(busy.requests().len(), requests + 5);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_is_a_cookie_a_parameter_or_the_first_value_of_a_header() {
+    let backends = [
+        RawBackend::start(ok).await,
+        RawBackend::start(ok).await,
+        RawBackend::start(ok).await,
+    ];
+    let all: Vec<_> = backends.iter().collect();
+    for (hash_on, request) in [
+        (
+            "cookie:user",
+            "GET / HTTP/1.1\r\nHost: a\r\nCookie: a=1; user=KEY; b=2",
+        ),
+        ("query:user", "GET /?a=1&user=KEY&b=2 HTTP/1.1\r\nHost: a"),
+        (
+            "header:x-user",
+            "GET / HTTP/1.1\r\nHost: a\r\nX-User: KEY, other",
+        ),
+    ] {
+        let fields = format!("policy: consistent\nhash_on: '{hash_on}'");
+        let balancer = before(&all, "keys", &fields).await;
+        let mut nodes = BTreeSet::new();
+        for key in 0..30 {
+            let mut of_key = BTreeSet::new();
+            for noise in 0..3 {
+                let head = request
+                    .replace("KEY", &format!("k{key}"))
+                    .replace("a=1", &format!("a={noise}"));
+                let head = head.replace("other", &format!("other{noise}"));
+                let mut client = Raw::to(&balancer).await;
+                client.send(format!("{head}\r\n\r\n").as_bytes()).await;
+                of_key.insert(node(&client.response().await));
+            }
+            assert_eq!(of_key.len(), 1, "{hash_on} {key}: {of_key:?}");
+            nodes.extend(of_key);
+        }
+        assert_eq!(nodes.len(), 3, "{hash_on}");
+    }
+}
+
+fn node(response: &str) -> String {
+    let node = response
+        .lines()
+        .find_map(|line| line.strip_prefix("x-upstream-node: "));
+    node.unwrap_or_else(|| panic!("{response}")).to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sticky_cookie_names_the_node_and_holds_while_it_serves() {
+    let backends = [RawBackend::start(ok).await, RawBackend::start(ok).await];
+    let all: Vec<_> = backends.iter().collect();
+    let fields = "policy: round_robin\nsticky_cookie: node";
+    let balancer = before(&all, "sticky", fields).await;
+    let mut client = Raw::to(&balancer).await;
+    let response = client.get("").await;
+    let first = node(&response);
+    let cookie = response
+        .lines()
+        .find_map(|line| line.strip_prefix("Set-Cookie: "));
+    let cookie = cookie.or(response
+        .lines()
+        .find_map(|line| line.strip_prefix("set-cookie: ")));
+    let cookie = cookie.unwrap_or_else(|| panic!("{response}"));
+    assert!(
+        cookie.ends_with("; Path=/; HttpOnly; SameSite=Lax"),
+        "{cookie}"
+    );
+    let cookie = cookie.split(';').next().unwrap();
+    let head = format!("Cookie: other=1; {cookie}\r\n");
+    for _ in 0..10 {
+        let response = client.get(&head).await;
+        assert_eq!(node(&response), first);
+        assert!(
+            !response.to_ascii_lowercase().contains("set-cookie"),
+            "{response}"
+        );
+    }
+    // The node drains: another one, and a cookie that names it.
+    let at: usize = first[1..].parse().unwrap();
+    let entry = entry(
+        &first,
+        Some(backends[at].address.port()),
+        json!({ "state": "draining" }),
+    );
+    let mut keys = Etcd::shared().raw_client().await;
+    put(&mut keys, &balancer.group, &entry, None).await;
+    until("another node serves", async || {
+        let response = client.get(&head).await;
+        node(&response) != first && response.to_ascii_lowercase().contains("set-cookie")
+    })
+    .await;
+    // What names nobody is ignored.
+    for value in ["zz", "", "6e39", "ff"] {
+        let response = client.get(&format!("Cookie: node={value}\r\n")).await;
+        assert_eq!(status(&response), "200", "{value}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn protocols_are_passed_on_as_is_set_and_others_are_refused() {
+    // Answers with another protocol if it is asked for one, and then with what it reads.
+    let backend = RawBackend::start(|request| {
+        let asked = request.lines().find_map(|line| {
+            let (name, value) = line.split_once(": ")?;
+            name.eq_ignore_ascii_case("upgrade").then_some(value)
+        });
+        match asked {
+            Some(protocol) => format!(
+                "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n\r\n"
+            )
+            .into_bytes(),
+            None => ok(""),
+        }
+    })
+    .await;
+    let websocket = "Upgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+                     Sec-WebSocket-Version: 13\r\n";
+    for (fields, [of_websocket, of_tcp]) in [
+        ("", ["101", "501"]),
+        ("clients: { upgrade: any }", ["101", "101"]),
+        ("clients: { upgrade: none }", ["501", "501"]),
+    ] {
+        let balancer = before(&[&backend], "upgrades", fields).await;
+        for (more, expected) in [
+            (format!("Connection: Upgrade\r\n{websocket}"), of_websocket),
+            ("Connection: upgrade\r\nUpgrade: tcp\r\n".to_owned(), of_tcp),
+            // Of the connection to the proxy only: everybody may ignore it.
+            ("Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n".to_owned(), "200"),
+        ] {
+            if fields.contains("any") && expected == "200" {
+                continue;
+            }
+            let mut client = Raw::to(&balancer).await;
+            client
+                .send(format!("GET / HTTP/1.1\r\nHost: a\r\n{more}\r\n").as_bytes())
+                .await;
+            let response = read_message(&mut client.0).await.unwrap_or_default();
+            assert_eq!(status(&response), expected, "{fields} {more}: {response}");
+        }
+    }
+}
