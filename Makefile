@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo check test promises test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-scale bench-fleets bench-routing bench-build clean
+.PHONY: help deps demo check test promises test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-proxy bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -114,6 +114,9 @@ lint: deps ## check formatting, clippy and rustdoc, without warnings
 bench: deps ## run the benchmarks that measure time
 	cargo bench --all-features --bench pick --bench propagation --bench scale
 
+bench-proxy: deps ## CPU per request beside a bare Pingora proxy, nginx and HAProxy, where they are installed
+	cargo bench --all-features --bench proxy
+
 bench-scale: deps ## measure what 100 to 100,000 nodes cost: memory, loading, each change; part of bench
 	cargo bench --all-features --bench scale
 
@@ -127,6 +130,7 @@ bench-routing: deps ## simulate routing: SEEDS=n seeds starting at FIRST=s; a sh
 bench-build: deps ## compile the benchmarks, and run those of the pick once without measuring
 	cargo bench --all-features --no-run
 	cargo bench --all-features --bench pick -- --test
+	cargo bench --all-features --bench proxy -- --test
 
 clean: ## remove target/, downloaded tools included
 	cargo clean

@@ -177,7 +177,14 @@ impl Balancer {
     pub fn upstream_at(&self, addr: SocketAddr) -> Option<Upstream> {
         let table = self.table.load();
         let slot = table.at(addr)?;
-        Some(Upstream::new(slot.endpoint.enter(), None))
+        Some(Upstream::new(slot.endpoint.enter(), self.policy.count()))
+    }
+
+    /// Whether the backend at this address can be picked and is not known to fail.
+    #[cfg_attr(not(feature = "pingora"), allow(dead_code))]
+    pub(crate) fn works_at(&self, addr: SocketAddr) -> bool {
+        let table = self.table.load();
+        table.at(addr).is_some_and(|slot| slot.acceptance >= 0.5)
     }
 
     /// How many backends can be picked.

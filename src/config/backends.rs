@@ -18,7 +18,7 @@ pub struct Backends {
     /// [`protocol`](Self::protocol) has TLS, so that nobody can switch it off. Default: `false`.
     pub protocol_of_node: bool,
     /// The name that certificates of backends have to be for, and that is sent as SNI. Required for
-    /// `https` and `h2`. Default: none.
+    /// `https` and `h2`; before what a node says. Default: none.
     pub server_name: Option<String>,
     /// PEM, the CAs that may have signed certificates of backends. Read again when it changes.
     /// Default: none, those of the system.
@@ -72,6 +72,16 @@ impl Protocol {
     }
 }
 
+/// Whether a certificate can be for this name.
+pub(crate) fn is_name(name: &str) -> bool {
+    let is_part = |part: &str| {
+        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        !part.is_empty() && part.len() <= 63 && part.bytes().all(is_allowed)
+    };
+    let host = name.strip_suffix('.').unwrap_or(name);
+    name.parse::<std::net::IpAddr>().is_ok() || (name.len() <= 253 && host.split('.').all(is_part))
+}
+
 impl Default for Backends {
     fn default() -> Self {
         Self {
@@ -101,10 +111,10 @@ impl Backends {
         let error =
             |name: &str, reason: &str| Err(ClusterError::config(format!("{field}.{name}"), reason));
         let name = self.server_name.as_deref();
-        if name.is_some_and(str::is_empty) {
+        if name.is_some_and(|name| !is_name(name)) {
             return error(
                 "server_name",
-                "is empty, so certificates could not be verified",
+                "is neither a host name nor an address, so certificates could not be verified",
             );
         }
         if self.protocol.is_tls() {

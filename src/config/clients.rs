@@ -44,6 +44,8 @@ pub struct Clients {
     /// Load balancers in front of this one, as networks or addresses. Only they are believed what
     /// they say about their clients in `X-Forwarded-*`. Default: none.
     pub trusted_proxies: Vec<Network>,
+    /// Whether backends also get `Forwarded` (RFC 7239), beside `X-Forwarded-*`. Default: `false`.
+    pub forwarded: bool,
     /// Who sends a PROXY header, version 1 or 2, at the start of each connection, as networks or
     /// addresses. From them the header is required, from others it is refused. Default: none.
     pub proxy_protocol: Vec<Network>,
@@ -90,6 +92,7 @@ impl Default for Clients {
             upgrade: Upgrade::Websocket,
             ready_path: None,
             trusted_proxies: Vec::new(),
+            forwarded: false,
             proxy_protocol: Vec::new(),
             proxy_protocol_timeout_ms: 3_000,
         }

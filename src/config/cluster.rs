@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::access_log::AccessLog;
 use super::backends::Backends;
 use super::clients::Clients;
 use super::leader::Leader;
@@ -122,6 +123,13 @@ pub struct ClusterConfig {
     /// How long to wait for clients and backends.
     #[serde(default)]
     pub timeouts: Timeouts,
+    /// A line for each request. Default: none.
+    #[serde(default)]
+    pub access_log: Option<AccessLog>,
+    /// Whether a request without a valid `traceparent` (W3C Trace Context) gets one on its way to the
+    /// backend; a valid one is passed on in any case. Default: `true`.
+    #[serde(default = "default_traceparent")]
+    pub traceparent: bool,
     /// What happens when there are more requests than backends can take.
     #[serde(default)]
     pub overload: Overload,
@@ -186,6 +194,10 @@ fn default_drain_delay_ms() -> u64 {
     5_000
 }
 
+fn default_traceparent() -> bool {
+    true
+}
+
 fn default_leader_wait_ms() -> u64 {
     2_000
 }
@@ -213,6 +225,9 @@ impl ClusterConfig {
         in_range("cluster", "retries", self.retries, 0..=2)?;
         self.retry.validate("cluster.retry")?;
         self.timeouts.validate("cluster.timeouts")?;
+        if let Some(log) = &self.access_log {
+            log.validate("cluster.access_log")?;
+        }
         self.overload.validate("cluster.overload")?;
         self.leader.validate("cluster.leader")?;
         if let Some(name) = &self.sticky_cookie

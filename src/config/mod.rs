@@ -4,6 +4,7 @@
 //! not exist is an error that names it and its line, also in Pingora's part, where Pingora alone
 //! would ignore it. `config/load_balancer.yaml` shows every field.
 
+mod access_log;
 mod backends;
 mod clients;
 mod cluster;
@@ -17,6 +18,9 @@ mod timeouts;
 mod tls;
 mod values;
 
+pub use access_log::{AccessLog, LogFormat};
+#[cfg(feature = "pingora")]
+pub(crate) use backends::is_name;
 pub use backends::{Backends, Protocol};
 pub use clients::{Clients, Network};
 pub use cluster::ClusterConfig;

@@ -95,6 +95,7 @@ pub(super) fn set_forwarded(
     trusted: &TrustedProxies,
     session: &Session,
     request: &mut RequestHeader,
+    sends_forwarded: bool,
 ) -> Result<()> {
     let Some(peer) = peer_of(session) else {
         // Whoever can connect to a Unix socket of this machine is trusted.
@@ -132,6 +133,17 @@ pub(super) fn set_forwarded(
             None => drop(request.remove_header(&FORWARDED_HOST)),
         }
     }
+    if sends_forwarded {
+        let proto = request
+            .headers
+            .get(PROTO)
+            .and_then(|value| value.to_str().ok());
+        let host = host(session.req_header());
+        let host = host.as_ref().and_then(|value| value.to_str().ok());
+        let element = forwarded(peer, host, proto);
+        let list = joined(request.headers.get_all(FORWARDED), &element);
+        request.insert_header(FORWARDED, list)?;
+    }
     if is_missing(request, PORT) {
         match session.server_addr().and_then(|address| address.as_inet()) {
             Some(address) => request.insert_header(PORT, HeaderValue::from(address.port()))?,
@@ -139,6 +151,24 @@ pub(super) fn set_forwarded(
         }
     }
     Ok(())
+}
+
+/// What this process knows of the hop before it, as RFC 7239 has it.
+fn forwarded(peer: IpAddr, host: Option<&str>, proto: Option<&str>) -> String {
+    let mut element = match peer {
+        IpAddr::V4(address) => format!("for={address}"),
+        IpAddr::V6(address) => format!("for=\"[{address}]\""),
+    };
+    // A colon and brackets need quotes; neither has any in it.
+    if let Some(host) = host.filter(|host| !host.contains(['"', '\\'])) {
+        element.push_str(&format!(";host=\"{host}\""));
+    }
+    if let Some(proto) =
+        proto.filter(|proto| proto.bytes().all(|byte| byte.is_ascii_alphanumeric()))
+    {
+        element.push_str(&format!(";proto={proto}"));
+    }
+    element
 }
 
 /// The host that the client asked for, with a port if it named one.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use ::pingora::Result;
 use ::pingora::proxy::Session;
 
+use super::access_log::AccessLog;
 use super::client::TrustedProxies;
 use super::context::RequestContext;
 use super::grpc::Call;
@@ -44,8 +45,13 @@ pub struct ClusterProxy {
     pub(super) limits: RequestLimits,
     pub(super) readiness: Readiness,
     pub(super) trusted: TrustedProxies,
+    /// Whether backends get `Forwarded`.
+    pub(super) sends_forwarded: bool,
     pub(super) via: ViaMark,
     pub(super) load_reports: bool,
+    /// Whether a missing `traceparent` is made.
+    pub(super) traceparent: bool,
+    pub(super) access_log: Option<AccessLog>,
 }
 
 impl ClusterProxy {
@@ -70,9 +76,18 @@ impl ClusterProxy {
             limits: RequestLimits::new(config),
             readiness: Readiness::new(config.clients.ready_path.clone()),
             trusted: TrustedProxies::new(config.clients.trusted_proxies.iter().copied()),
+            sends_forwarded: config.clients.forwarded,
             via: ViaMark::new(),
             load_reports: config.load_reports,
+            traceparent: config.traceparent,
+            access_log: None,
         }
+    }
+
+    /// Writes this access log.
+    pub(super) fn access_log(mut self, log: AccessLog) -> Self {
+        self.access_log = Some(log);
+        self
     }
 
     /// Uses this TLS to backends.
@@ -91,6 +106,23 @@ impl ClusterProxy {
     pub fn leader_route(mut self, leader: LeaderRoute) -> Self {
         self.leader = Some(leader);
         self
+    }
+
+    /// Lets a request in, and finds its backend. A leader is waited for before, because a request that
+    /// waits for one is no load.
+    pub(super) async fn enter(
+        &self,
+        session: &Session,
+        context: &mut RequestContext,
+    ) -> Result<(), &'static str> {
+        if context.is_for_leader {
+            self.find_backend(session, context).await?;
+        }
+        context.place = self.picker.overload.enter().await?;
+        match context.is_for_leader {
+            true => Ok(()),
+            false => self.find_backend(session, context).await,
+        }
     }
 
     /// Finds the backend or the leader for a try, and stores it in the context; the error is the reason

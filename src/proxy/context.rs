@@ -27,10 +27,14 @@ pub struct RequestContext {
     /// The backend or leader for the first try has been found.
     pub(super) is_found: bool,
     pub(super) is_for_leader: bool,
+    /// It will become a tunnel, if the backend agrees.
+    pub(super) is_upgrade: bool,
     /// The leader is busy with this request; nothing is said of its outcome.
     pub(super) leader_load: Option<Upstream>,
     /// A node has said that it does not lead.
     pub(super) is_misdirected: bool,
+    /// The field that the backend got, for the access log.
+    pub(super) traceparent: Option<String>,
     /// If the request is a call of gRPC.
     pub(super) call: Option<Call>,
     /// The client, behind trusted proxies; `None` for a Unix socket.
@@ -54,6 +58,8 @@ pub struct RequestContext {
     pub(super) upstream: Option<Upstream>,
     pub(super) tried: Vec<SocketAddr>,
     pub(super) retries: usize,
+    /// How often it has been sent, or a connection for it was tried.
+    pub(super) tries: usize,
     /// The response of a backend is not passed on, because of its status.
     pub(super) is_retried_for_status: bool,
     /// How many pooled connections turned out to be closed.
@@ -73,8 +79,10 @@ impl RequestContext {
             place: None,
             is_found: false,
             is_for_leader: false,
+            is_upgrade: false,
             leader_load: None,
             is_misdirected: false,
+            traceparent: None,
             call: None,
             client: None,
             body_bytes: 0,
@@ -86,6 +94,7 @@ impl RequestContext {
             upstream: None,
             tried: Vec::new(),
             retries: 0,
+            tries: 0,
             is_retried_for_status: false,
             stale_connections: 0,
             leader: None,

@@ -24,7 +24,7 @@ pub(super) fn failure(
         is_from_backend: error.esource() == &ErrorSource::Upstream
             && !is_slow_upload(context, error),
         is_timeout: error.etype() == &ErrorType::ReadTimedout,
-        is_unread: client_reused && is_head_unsent(context, error),
+        is_unread: client_reused && is_head_unsent(context, error) || is_unprocessed(error),
         retry: match error.retry {
             RetryType::ReusedOnly if client_reused => PingoraRetry::StaleConnection,
             RetryType::Decided(true) => PingoraRetry::Yes,
@@ -49,6 +49,18 @@ fn is_head_unsent(context: &RequestContext, error: &Error) -> bool {
     error.esource() == &ErrorSource::Upstream
         && error.etype() == &ErrorType::WriteError
         && !context.has_body_begun
+}
+
+/// Whether the backend says that it has not processed a stream of HTTP/2, as it does when it ends
+/// gracefully (RFC 9113, section 8.7).
+fn is_unprocessed(error: &Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<h2::Error>();
+    cause.is_some_and(|cause| {
+        let reason = cause.reason();
+        let is_refused = reason == Some(h2::Reason::REFUSED_STREAM);
+        let is_over = cause.is_go_away() && reason == Some(h2::Reason::NO_ERROR);
+        cause.is_remote() && (is_refused || is_over) && error.retry()
+    })
 }
 
 /// Whether a connection failed for a reason of this process or machine: no descriptor, no port, no

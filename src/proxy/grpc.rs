@@ -8,6 +8,12 @@ use http::{HeaderMap, HeaderValue};
 /// The field that carries the status of a call, in the trailers or in the head of a response.
 const STATUS: &str = "grpc-status";
 
+fn is_grpc(fields: &HeaderMap) -> bool {
+    let content_type = fields.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let rest = content_type.and_then(|text| text.strip_prefix(b"application/grpc"));
+    rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';' | b' ')))
+}
+
 /// The field that says how long the client waits.
 const TIMEOUT: &str = "grpc-timeout";
 
@@ -34,6 +40,8 @@ fn timeout(value: &HeaderValue) -> Option<Duration> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Call {
     status: Option<u16>,
+    /// Whether the response is one of gRPC.
+    is_answered: bool,
     /// How long the client waits.
     timeout: Option<Duration>,
 }
@@ -51,18 +59,27 @@ pub(super) enum Verdict {
 impl Call {
     /// The call that a request is, by its fields.
     pub(super) fn of(request: &HeaderMap) -> Option<Self> {
-        let content_type = request.get(CONTENT_TYPE)?.as_bytes();
-        let rest = content_type.strip_prefix(b"application/grpc")?;
-        let is_call = matches!(rest.first(), None | Some(b'+' | b';' | b' '));
-        is_call.then(|| Self {
+        is_grpc(request).then(|| Self {
             status: None,
+            is_answered: false,
             timeout: request.get(TIMEOUT).and_then(timeout),
         })
+    }
+
+    pub(super) fn status(self) -> Option<u16> {
+        self.status
     }
 
     /// How long the client waits for the end of the call, if it says so.
     pub(super) fn timeout(self) -> Option<Duration> {
         self.timeout
+    }
+
+    /// Takes notice of the head of the response: a server that does not speak gRPC has no status, and is
+    /// not to blame for that.
+    pub(super) fn take_head(&mut self, fields: &HeaderMap) {
+        self.is_answered = is_grpc(fields);
+        self.take_status(fields);
     }
 
     /// Takes the status from the head or the trailers of a response.
@@ -74,14 +91,18 @@ impl Call {
         }
     }
 
-    /// What a complete response says. One without a status was broken off.
-    pub(super) fn verdict(self) -> Verdict {
-        match self.status {
+    /// What a complete response says that took this long; `None` if it is none of gRPC. One without a
+    /// status was broken off.
+    pub(super) fn verdict(self, took: Duration) -> Option<Verdict> {
+        let is_late = self.timeout.is_some_and(|timeout| took >= timeout);
+        self.is_answered.then_some(match self.status {
             Some(0) => Verdict::Succeeded,
+            // DEADLINE_EXCEEDED of the client's own making.
+            Some(4) if is_late => Verdict::Answered,
             // DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE.
             Some(4 | 8 | 14) | None => Verdict::Failed,
             Some(_) => Verdict::Answered,
-        }
+        })
     }
 }
 
@@ -158,10 +179,15 @@ mod tests {
             if let Some(status) = status {
                 fields.insert(STATUS, HeaderValue::from_static(status));
             }
-            call.take_status(&fields);
+            assert_eq!(call.verdict(Duration::ZERO), None);
+            fields.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            call.take_head(&fields);
             // A status of the head is not lost by trailers without one.
             call.take_status(&HeaderMap::new());
-            assert_eq!(call.verdict(), expected, "{status:?}");
+            assert_eq!(call.verdict(Duration::ZERO), Some(expected), "{status:?}");
+            call.timeout = Some(Duration::from_secs(1));
+            let late = call.verdict(Duration::from_secs(2));
+            assert_eq!(late == Some(expected), status != Some("4"), "{status:?}");
         }
     }
 }

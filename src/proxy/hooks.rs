@@ -13,6 +13,7 @@ use http::header::TRANSFER_ENCODING;
 use http::{HeaderMap, StatusCode};
 use tracing::{debug, warn};
 
+use super::access_entry::entry;
 use super::client::{peer_of, remove_lookalikes, set_forwarded};
 use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
@@ -28,6 +29,7 @@ use super::reply::{
 };
 use super::requests::is_ending;
 use super::retry::{Decision, decide};
+use super::trace::{set_traceparent, traceparent};
 
 /// Answers a request for which no backend is needed.
 async fn answered(reply: &Reply<'_>, session: &mut Session) -> Result<bool> {
@@ -75,14 +77,12 @@ impl ProxyHttp for ClusterProxy {
         context.client = peer_of(session)
             .map(|peer| self.trusted.client_of(peer, &session.req_header().headers));
         self.limits.check_upgrade(session)?;
-        context.is_for_leader = self.leader.is_some() && self.leader_requests.include(session);
-        let found = match self.picker.overload.enter().await {
-            Ok(place) => {
-                context.place = place;
-                self.find_backend(session, context).await
-            }
-            Err(reason) => Err(reason),
-        };
+        context.is_for_leader = self.leader.is_some()
+            && self
+                .leader_requests
+                .include(session, self.limits.will_be_upgraded(session));
+        context.is_upgrade = self.limits.will_be_upgraded(session);
+        let found = self.enter(session, context).await;
         let Err(reason) = found else {
             context.is_found = true;
             return Ok(false);
@@ -111,16 +111,27 @@ impl ProxyHttp for ClusterProxy {
         // It is sent from its start.
         context.body_bytes = 0;
         context.has_body_begun = false;
-        if !std::mem::take(&mut context.is_found) {
-            let found = self.find_backend(session, context).await;
-            found.map_err(unavailable)?;
+        loop {
+            if !std::mem::take(&mut context.is_found) {
+                let found = self.find_backend(session, context).await;
+                found.map_err(unavailable)?;
+            }
+            let (Some(addr), Some(node)) = (context.addr(), context.node()) else {
+                return Err(unavailable("no backend is registered"));
+            };
+            context.tries += 1;
+            let peer = self.peers.peer(addr, &node, context.is_upgrade, left);
+            let reason = match peer {
+                Ok(peer) => return Ok(peer),
+                Err(reason) => reason,
+            };
+            warn!(node = node.id, reason, "a node cannot be spoken to");
+            // The next one, of those that have not been tried.
+            let Some(upstream) = context.upstream.take() else {
+                return Err(bad_gateway(reason));
+            };
+            upstream.failed();
         }
-        let (Some(addr), Some(node)) = (context.addr(), context.node()) else {
-            return Err(unavailable("no backend is registered"));
-        };
-        let is_upgrade = session.is_upgrade_req();
-        let peer = self.peers.peer(addr, &node, is_upgrade, left);
-        peer.map_err(bad_gateway)
     }
 
     async fn upstream_request_filter(
@@ -130,7 +141,13 @@ impl ProxyHttp for ClusterProxy {
         context: &mut RequestContext,
     ) -> Result<()> {
         remove_lookalikes(request);
-        set_forwarded(&self.trusted, session, request)?;
+        set_forwarded(&self.trusted, session, request, self.sends_forwarded)?;
+        if self.traceparent {
+            set_traceparent(request)?;
+        }
+        if self.access_log.is_some() {
+            context.traceparent = traceparent(request).map(str::to_owned);
+        }
         self.via.add_to(request)?;
         set_leader_epoch(request, context.leader.as_ref())
     }
@@ -171,7 +188,7 @@ impl ProxyHttp for ClusterProxy {
             return Err(retried_status(status));
         }
         if let Some(call) = &mut context.call {
-            call.take_status(&response.headers);
+            call.take_head(&response.headers);
         }
         let now = Instant::now();
         context.answered = Some(now.saturating_duration_since(context.sent));
@@ -368,17 +385,26 @@ impl ProxyHttp for ClusterProxy {
     ) {
         context.end();
         context.leader_load = None;
-        let upstream = context.upstream.take();
-        self.picker.overload.freed();
-        let Some(upstream) = upstream else {
-            return;
-        };
+        context.place = None;
         let status = session.response_written().map(|response| response.status);
-        match outcome(error.map(Error::esource), status, context.call) {
-            Outcome::Succeeded => upstream.succeeded(context.latency()),
-            Outcome::Answered => upstream.answered(),
-            Outcome::Failed => upstream.failed(),
-            Outcome::Unknown => {}
+        let verdict = context
+            .call
+            .and_then(|call| call.verdict(context.started.elapsed()));
+        let outcome = outcome(error.map(Error::esource), status, verdict);
+        if let Some(log) = &self.access_log
+            && log.takes(status.map(|status| status.as_u16()))
+        {
+            log.write(entry(session, context, error, &outcome));
         }
+        if let Some(upstream) = context.upstream.take() {
+            match outcome {
+                Outcome::Succeeded => upstream.succeeded(context.latency()),
+                Outcome::Answered => upstream.answered(),
+                Outcome::Failed => upstream.failed(),
+                Outcome::Unknown => drop(upstream),
+            }
+        }
+        // Now there is room at the backend.
+        self.picker.overload.freed();
     }
 }

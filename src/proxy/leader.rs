@@ -38,11 +38,11 @@ impl LeaderRequests {
     }
 
     /// Whether a request is for the leader.
-    pub(super) fn include(&self, session: &Session) -> bool {
+    pub(super) fn include(&self, session: &Session, is_upgrade: bool) -> bool {
         let request = session.req_header();
         // What comes through a tunnel is not known.
         LeaderRoute::is_write(&request.method)
-            || session.is_upgrade_req()
+            || is_upgrade
             || is_below(request.uri.path(), &self.paths)
             || self.reads_own_write(session, now())
     }

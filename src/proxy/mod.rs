@@ -1,5 +1,7 @@
 //! The bundled proxy: a complete HTTP load balancer over the adapters (feature `pingora`).
 
+mod access_entry;
+mod access_log;
 mod client;
 mod cluster_proxy;
 mod context;
@@ -24,6 +26,7 @@ mod server;
 mod shutdown;
 mod sticky;
 mod tls;
+mod trace;
 mod via;
 
 pub use client::TrustedProxies;

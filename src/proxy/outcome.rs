@@ -3,7 +3,7 @@
 use ::pingora::ErrorSource;
 use http::StatusCode;
 
-use super::grpc::{Call, Verdict};
+use super::grpc::Verdict;
 
 /// What the end of a request says about its backend.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,14 +19,14 @@ pub(super) enum Outcome {
 }
 
 /// The outcome of a request that ended with this error, if any, after this status of the response, if
-/// any was written; a call of gRPC has a status of its own.
+/// any was written; a call of gRPC says more.
 pub(super) fn outcome(
     error: Option<&ErrorSource>,
     status: Option<StatusCode>,
-    call: Option<Call>,
+    call: Option<Verdict>,
 ) -> Outcome {
-    if let (None, Some(StatusCode::OK), Some(call)) = (error, status, call) {
-        return match call.verdict() {
+    if let (None, Some(StatusCode::OK), Some(verdict)) = (error, status, call) {
+        return match verdict {
             Verdict::Succeeded => Outcome::Succeeded,
             Verdict::Answered => Outcome::Answered,
             Verdict::Failed => Outcome::Failed,
@@ -70,7 +70,7 @@ mod tests {
         ] {
             assert_eq!(outcome(error.as_ref(), status, None), expected);
         }
-        let broken_off = Some(Call::default());
+        let broken_off = Some(Verdict::Failed);
         assert_eq!(outcome(None, Some(StatusCode::OK), broken_off), Failed);
         assert_eq!(
             outcome(Some(&Downstream), Some(StatusCode::OK), broken_off),

@@ -15,7 +15,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use crate::config;
 
 /// Somebody who waits looks again after this time, in case an end was not told.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Backends that may be paused at one time; more of them are overload of all, where a pause does not
 /// help.
 const MOST_PAUSED: usize = 64;
@@ -84,10 +84,13 @@ impl Overload {
     pub(super) async fn wait_for<T>(&self, mut try_again: impl FnMut() -> Option<T>) -> Option<T> {
         self.wait(async {
             loop {
-                let _ = tokio::time::timeout(LOOK_EVERY, self.freed.notified()).await;
+                let mut freed = std::pin::pin!(self.freed.notified());
+                // In line before looking, so that no end in between is missed.
+                freed.as_mut().enable();
                 if let Some(given) = try_again() {
                     return given;
                 }
+                let _ = tokio::time::timeout(LOOK_EVERY, freed).await;
             }
         })
         .await
@@ -138,14 +141,24 @@ impl Overload {
         });
     }
 
-    /// The backends that are given nothing now.
-    pub(super) fn paused(&self, now: Instant) -> Vec<SocketAddr> {
+    /// The backends that are given nothing now, of this number: none if more than half of them asked for
+    /// that, because the others could not carry it.
+    pub(super) fn paused(&self, now: Instant, backends: usize) -> Vec<SocketAddr> {
         let paused = self.paused.load();
         if paused.is_empty() {
             return Vec::new();
         }
         let still = paused.iter().filter(|(_, until)| **until > now);
-        still.map(|(addr, _)| *addr).collect()
+        let still: Vec<_> = still.map(|(addr, _)| *addr).collect();
+        match still.len() * 2 <= backends {
+            true => still,
+            false => Vec::new(),
+        }
+    }
+
+    /// Whether requests wait for a backend that has room.
+    pub(super) fn has_waiting(&self) -> bool {
+        self.per_node < u32::MAX && self.waiting.load(Ordering::Relaxed) > 0
     }
 }
 
@@ -214,7 +227,7 @@ mod tests {
         overload.answered(addr(6), busy, &HeaderMap::new());
         let paused = |after| {
             let now = Instant::now() + Duration::from_millis(after);
-            let mut paused = overload.paused(now);
+            let mut paused = overload.paused(now, 1_000);
             paused.sort_unstable();
             paused
         };
@@ -225,5 +238,7 @@ mod tests {
             says(port, busy, "1");
         }
         assert_eq!(paused(0).len(), MOST_PAUSED);
+        // More than half of all: that would be the end of the others.
+        assert!(overload.paused(Instant::now(), 100).is_empty());
     }
 }

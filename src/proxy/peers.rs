@@ -9,7 +9,7 @@ use ::pingora::upstreams::peer::{H1UpgradePolicy, HttpPeer, Scheme};
 use arc_swap::ArcSwap;
 
 use super::tls::BackendTls;
-use crate::config::{Backends, Protocol, Timeouts, Upgrade};
+use crate::config::{Backends, Protocol, Timeouts, Upgrade, is_name};
 use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::pingora::http_peer;
@@ -73,7 +73,8 @@ impl Peers {
         let said = |key| node.metadata.get(key).and_then(|value| value.as_str());
         let own = said(metadata_keys::PROTOCOL).and_then(Protocol::from_name);
         let own = own.filter(|own| own.is_tls() || !group.is_tls());
-        let name = said(metadata_keys::SERVER_NAME).or(name);
+        // What the file says, nobody who registers can change.
+        let name = name.or_else(|| said(metadata_keys::SERVER_NAME).filter(|name| is_name(name)));
         (own.unwrap_or(group), name.unwrap_or_default())
     }
 
@@ -119,7 +120,7 @@ impl Peers {
         options.connection_timeout = within(connect);
         options.total_connection_timeout = within(total);
         // The same time-outs hold for the tunnel that such a request becomes.
-        let response = match is_upgrade {
+        let response = match is_upgrade && !protocol.is_http2() {
             true => Some(self.tunnel),
             false => within(self.response),
         };

@@ -57,7 +57,11 @@ impl Picker {
     ) -> Result<(), &'static str> {
         // The backend that failed is not busy with this request any more.
         context.upstream = None;
-        let mut picked = self.pick_now(balancer, session, context);
+        // Whoever waits comes first.
+        let mut picked = match self.overload.has_waiting() {
+            true => Err(Nothing::Full),
+            false => self.pick_now(balancer, session, context),
+        };
         if matches!(picked, Err(Nothing::Full)) {
             let again = || match self.pick_now(balancer, session, context) {
                 Err(Nothing::Full) => None,
@@ -83,14 +87,15 @@ impl Picker {
         session: &Session,
         context: &RequestContext,
     ) -> Result<Upstream, Nothing> {
-        if let Some(upstream) = self.named_by_cookie(balancer, session, context) {
+        let now = Instant::now();
+        let paused = self.overload.paused(now, balancer.len());
+        if let Some(upstream) = self.named_by_cookie(balancer, session, context, &paused) {
             return Ok(upstream);
         }
         let key = match &self.hash_on {
             Some(hash_on) => hash_key(hash_on, session, context.client),
             None => Cow::Borrowed(&[][..]),
         };
-        let now = Instant::now();
         let pick = |exclude: &[SocketAddr]| {
             balancer.pick_with(PickOptions {
                 key: &key,
@@ -99,7 +104,6 @@ impl Picker {
                 random: None,
             })
         };
-        let paused = self.overload.paused(now);
         let first = match paused.is_empty() {
             true => pick(&context.tried),
             // While there is nobody else, a pause helps nobody.
@@ -120,18 +124,19 @@ impl Picker {
         Err(Nothing::Full)
     }
 
-    /// The backend that the client's cookie names, while it takes requests.
+    /// The backend that the client's cookie names, while it takes requests and works.
     fn named_by_cookie(
         &self,
         balancer: &BalancerService,
         session: &Session,
         context: &RequestContext,
+        paused: &[SocketAddr],
     ) -> Option<Upstream> {
         let name = self.sticky_cookie.as_deref()?;
         let id = sticky::node_of(session, name)?;
         let node = balancer.discovery().nodes().get(&id).cloned()?;
         let addr = node.addr(self.default_port);
-        if context.tried.contains(&addr) {
+        if context.tried.contains(&addr) || paused.contains(&addr) || !balancer.works_at(addr) {
             return None;
         }
         let upstream = balancer.upstream_at(addr)?;

@@ -100,6 +100,24 @@ impl RequestLimits {
         self.check_length(length.unwrap_or(0))
     }
 
+    /// Whether a request becomes a tunnel, if the backend agrees. Other fields of that name, such as
+    /// `h2c`, are not passed on.
+    pub(super) fn will_be_upgraded(&self, session: &Session) -> bool {
+        let headers = &session.req_header().headers;
+        if session.is_http2() || !headers.contains_key(UPGRADE) {
+            return false;
+        }
+        match self.upgrade {
+            Upgrade::Any => true,
+            Upgrade::None => false,
+            Upgrade::Websocket => {
+                let is_named = |name: &str| name.eq_ignore_ascii_case("websocket");
+                lists(headers, &UPGRADE).any(is_named)
+                    && lists(headers, &CONNECTION).any(|name| name.eq_ignore_ascii_case("upgrade"))
+            }
+        }
+    }
+
     /// Refuses a request that wants to go on in a protocol that is not passed on: in HTTP/1.1 it would
     /// look as if the backend refused.
     pub(super) fn check_upgrade(&self, session: &Session) -> Result<()> {

@@ -1,5 +1,6 @@
 //! The proxy as a part of a Pingora server.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use ::pingora::server::configuration::ServerConf;
 use ::pingora::services::background::background_service;
 use ::pingora::services::listening::Service;
 
+use super::access_log::AccessLog;
 use super::cluster_proxy::ClusterProxy;
 use super::front::{
     ClientTimeouts, Front, FrontLimits, FrontSettings, FrontStatistics, ProxyHeaderRule,
@@ -67,17 +69,22 @@ impl ClusterProxy {
         let task = balancer.task();
         let mut proxy = Self::new(task.clone(), config);
         let mut files = Vec::new();
-        if config.backends.may_use_tls() {
+        // Without the feature, nodes that say that they want TLS cannot be spoken to.
+        let has_tls = cfg!(feature = "proxy-tls");
+        if config.backends.protocol.is_tls() || has_tls && config.backends.may_use_tls() {
             let tls = BackendTls::new(&config.backends)?;
             files.push(tls.files());
             proxy = proxy.backend_tls(config, tls);
+        }
+        if let Some(log) = &config.access_log {
+            proxy = proxy.access_log(AccessLog::new(log)?);
         }
         let client_tls = config.tls.as_ref().map(ClientTls::new).transpose()?;
         files.extend(client_tls.as_ref().map(ClientTls::files));
         if writes_to_leader {
             proxy = proxy.leader_route(LeaderRoute::new(discovery, config.default_port));
         }
-        let mut proxy: HttpProxy<Self> = http_proxy(&server.configuration, proxy);
+        let mut proxy = made(&server.configuration, proxy)?;
         proxy.server_options = Some(server_options(config));
         let statistics = Arc::<FrontStatistics>::default();
         let front = Front::new(
@@ -102,6 +109,18 @@ impl ClusterProxy {
             clients: statistics,
         })
     }
+}
+
+/// Pingora panics if it cannot use a certificate of the system, which it reads in any case.
+fn made(
+    server: &Arc<ServerConf>,
+    proxy: ClusterProxy,
+) -> Result<HttpProxy<ClusterProxy>, ClusterError> {
+    let make = AssertUnwindSafe(|| http_proxy(server, proxy));
+    catch_unwind(make).map_err(|_| {
+        let reason = "the CAs of the system (or SSL_CERT_FILE, SSL_CERT_DIR) cannot be used";
+        ClusterError::config("cluster.backends", reason)
+    })
 }
 
 /// Pingora changes the user before it listens, and goes on without a listener if that user may not.

@@ -11,6 +11,7 @@ mod common;
 #[allow(dead_code)] // the chaos test uses the rest
 mod etcd_cluster;
 
+mod access_log;
 mod away;
 mod clients;
 mod deaths;

@@ -148,6 +148,10 @@ const PROMISES: &[(&str, &[&str])] = &[
         "What the proxy answers itself is a status of gRPC",
         &["promises::grpc::what_the_proxy_says_itself_is_a_status_too"],
     ),
+    (
+        "Lines go through a bounded queue to a thread of their own, so a request never waits",
+        &["promises::access_log::a_log_that_cannot_be_written_costs_only_its_lines"],
+    ),
     // "How it ends", in "At the edge".
     (
         "SIGTERM turns readiness off, and connections are still accepted",
@@ -588,6 +592,22 @@ const FIELDS: &[(&str, &[&str])] = &[
     (
         "sticky_cookie",
         &["promises::overload::a_sticky_cookie_names_the_node_and_holds_while_it_serves"],
+    ),
+    (
+        "clients.forwarded",
+        &["promises::access_log::a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish"],
+    ),
+    (
+        "traceparent",
+        &["promises::access_log::a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish"],
+    ),
+    (
+        "access_log",
+        &[
+            "promises::access_log::each_request_has_a_line_that_says_what_happened",
+            "promises::access_log::lines_are_combined_sampled_and_written_before_the_end",
+            "promises::access_log::a_log_that_cannot_be_written_costs_only_its_lines",
+        ],
     ),
     (
         "clients.ready_path",

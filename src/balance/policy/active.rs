@@ -1,5 +1,6 @@
 //! The policy that a balancer uses: one of them all, without a virtual call for each pick.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::adaptive::AdaptivePolicy;
@@ -79,6 +80,10 @@ macro_rules! dispatch {
 }
 
 impl RoutingPolicy for ActivePolicy {
+    fn count(&self) -> Option<Arc<()>> {
+        dispatch!(self, policy => policy.count())
+    }
+
     fn is_static(&self) -> bool {
         dispatch!(self, policy => policy.is_static())
     }

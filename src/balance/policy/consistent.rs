@@ -80,6 +80,10 @@ impl RoutingPolicy for ConsistentPolicy {
         false
     }
 
+    fn count(&self) -> Option<Arc<()>> {
+        Some(self.in_flight.clone())
+    }
+
     fn index(&self, table: &mut Table, shares: &[Share]) {
         let addrs = table.slots.iter().map(|slot| slot.endpoint.addr());
         table.ring = Ring::new(addrs.zip(shares.iter().copied()));

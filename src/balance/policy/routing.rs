@@ -53,6 +53,12 @@ pub(in crate::balance) trait RoutingPolicy {
             .collect()
     }
 
+    /// Counts a request that was not picked among all requests in flight, where the policy needs their
+    /// number.
+    fn count(&self) -> Option<Arc<()>> {
+        None
+    }
+
     /// Adds to a new table what [`pick`](Self::pick) needs to find.
     fn index(&self, table: &mut Table, shares: &[Share]);
 

@@ -3,7 +3,10 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tracing::info;
+
 use super::listeners::Listeners;
+use crate::supervise::say;
 
 /// How this process ends. There is one for the process, because signals are sent to processes:
 /// [`of_process`](Self::of_process). The function [`run`](super::run) says what happens at each signal.
@@ -31,6 +34,7 @@ pub struct Shutdown {
     /// Whatever the process serves is a hold, if it is not a request of this crate's proxy.
     is_all_held: AtomicBool,
     drain_delay_ms: AtomicU64,
+    log_generation: AtomicU64,
     listeners: Listeners,
 }
 
@@ -65,6 +69,7 @@ impl Shutdown {
             holds: AtomicUsize::new(0),
             is_all_held: AtomicBool::new(false),
             drain_delay_ms: AtomicU64::new(0),
+            log_generation: AtomicU64::new(0),
             listeners: Listeners::new(),
         }
     }
@@ -132,6 +137,16 @@ impl Shutdown {
         while self.connections() > 0 && start.elapsed() < WITHIN {
             tokio::time::sleep(STEP).await;
         }
+    }
+
+    /// How often logs were asked to be opened again.
+    pub(in crate::proxy) fn log_generation(&self) -> u64 {
+        self.log_generation.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn open_logs(&self) {
+        self.log_generation.fetch_add(1, Ordering::Relaxed);
+        say(|| info!("logs are opened again"));
     }
 
     pub(super) fn begin_draining(&self) {

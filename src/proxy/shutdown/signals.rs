@@ -26,7 +26,9 @@ pub(super) enum Asked {
     Interrupt,
     /// SIGQUIT: hand the sockets over to a successor, and end.
     HandOver,
-    /// SIGHUP, SIGUSR1, SIGUSR2, which end a process that does not handle them.
+    /// SIGUSR1: open logs again, which have been moved.
+    OpenLogs,
+    /// SIGHUP, SIGUSR2, which end a process that does not handle them.
     Nothing(&'static str),
 }
 
@@ -41,7 +43,7 @@ impl Signals {
             (Asked::Interrupt, SignalKind::interrupt()),
             (Asked::HandOver, SignalKind::quit()),
             (Asked::Nothing("SIGHUP"), SignalKind::hangup()),
-            (Asked::Nothing("SIGUSR1"), SignalKind::user_defined1()),
+            (Asked::OpenLogs, SignalKind::user_defined1()),
             (Asked::Nothing("SIGUSR2"), SignalKind::user_defined2()),
         ];
         let handled = handled
@@ -91,7 +93,7 @@ pub(super) async fn until_end(
         // After a handover, the successor is the service.
         notify(Notice::Stopping);
         say(|| info!(?delay, "the process ends; it still accepts connections"));
-        if timeout(delay, ending(&mut next)).await.is_ok() {
+        if timeout(delay, ending(shutdown, &mut next)).await.is_ok() {
             return Ended::SecondSignal;
         }
     }
@@ -100,7 +102,7 @@ pub(super) async fn until_end(
     close();
     tokio::select! {
         biased;
-        _ = ending(&mut next) => Ended::SecondSignal,
+        _ = ending(shutdown, &mut next) => Ended::SecondSignal,
         () = served(shutdown) => Ended::Served,
         () = sleep(grace) => match shutdown.in_flight() {
             0 => Ended::Served,
@@ -123,7 +125,7 @@ async fn drain_delay(
             Asked::Interrupt => return Some(Duration::ZERO),
             Asked::HandOver => tokio::select! {
                 biased;
-                asked = ending(&mut next) => asked,
+                asked = ending(shutdown, &mut next) => asked,
                 handed_over = hand_over() => match handed_over {
                     Ok(()) => return None,
                     Err(reason) => {
@@ -132,6 +134,10 @@ async fn drain_delay(
                     }
                 },
             },
+            Asked::OpenLogs => {
+                shutdown.open_logs();
+                next().await
+            }
             Asked::Nothing(signal) => {
                 without_effect(signal);
                 next().await
@@ -141,11 +147,12 @@ async fn drain_delay(
 }
 
 /// The next signal that asks for the end.
-async fn ending(mut next: impl AsyncFnMut() -> Asked) -> Asked {
+async fn ending(shutdown: &Shutdown, mut next: impl AsyncFnMut() -> Asked) -> Asked {
     loop {
         match next().await {
             asked @ (Asked::Terminate | Asked::Interrupt) => return asked,
             Asked::HandOver => without_effect("SIGQUIT"),
+            Asked::OpenLogs => shutdown.open_logs(),
             Asked::Nothing(signal) => without_effect(signal),
         }
     }

@@ -7,7 +7,7 @@ use ::pingora::upstreams::peer::HttpPeer;
 use ::pingora::utils::tls::{CertKey, WrappedX509, parse_x509};
 use rustls::sign::CertifiedKey;
 
-use super::reload::{Check, Named, Reloaded};
+use super::reload::{Check, Named, Reloaded, fingerprint};
 use crate::config::Backends;
 use crate::error::ClusterError;
 use crate::pem::{certificates, invalid_file, private_key, provider, trusted_roots};
@@ -22,6 +22,8 @@ struct Material {
     /// `None` for the CAs of the system.
     roots: Option<Arc<[WrappedX509]>>,
     identity: Option<Arc<CertKey>>,
+    /// Keeps connections apart that were made with other files.
+    mark: u64,
 }
 
 impl BackendTls {
@@ -39,7 +41,10 @@ impl BackendTls {
         let (has_roots, named) = (config.ca_file.is_some(), files.clone());
         let make = move |contents: &[Vec<u8>]| {
             let mut read = named.iter().zip(contents);
-            let mut material = Material::default();
+            let mut material = Material {
+                mark: fingerprint(contents) as u64,
+                ..Material::default()
+            };
             if has_roots && let Some((file, pem)) = read.next() {
                 material.roots = Some(roots(file, pem)?);
             }
@@ -60,6 +65,7 @@ impl BackendTls {
         let material = self.0.current();
         peer.options.ca.clone_from(&material.roots);
         peer.client_cert_key.clone_from(&material.identity);
+        peer.group_key ^= material.mark;
     }
 }
 

@@ -101,7 +101,8 @@ fn read(files: &[Named]) -> Result<Vec<Vec<u8>>, ClusterError> {
     files.iter().map(read).collect()
 }
 
-fn fingerprint(contents: &[Vec<u8>]) -> u128 {
+/// A hash of contents.
+pub(super) fn fingerprint(contents: &[Vec<u8>]) -> u128 {
     let mut hasher = xxhash_rust::xxh3::Xxh3::new();
     for content in contents {
         hasher.update(&content.len().to_le_bytes());

@@ -1,0 +1,64 @@
+//! What the access log says of a request.
+
+use std::time::SystemTime;
+
+use ::pingora::Error;
+use ::pingora::proxy::Session;
+use http::header::{HOST, REFERER, USER_AGENT};
+use http::{HeaderName, Version};
+
+use super::access_log::Entry;
+use super::context::RequestContext;
+use super::grpc::Call;
+use super::outcome::Outcome;
+
+/// The line of a request that has ended.
+pub(super) fn entry(
+    session: &Session,
+    context: &RequestContext,
+    error: Option<&Error>,
+    outcome: &Outcome,
+) -> Entry {
+    let request = session.req_header();
+    let field = |name: &HeaderName| {
+        let value = request.headers.get(name)?;
+        Some(String::from_utf8_lossy(value.as_bytes()).into_owned())
+    };
+    let duration = context.started.elapsed();
+    Entry {
+        time: SystemTime::now() - duration,
+        client: context.client,
+        method: request.method.as_str().to_owned(),
+        target: String::from_utf8_lossy(request.raw_path()).into_owned(),
+        host: field(&HOST).or_else(|| Some(request.uri.authority()?.to_string())),
+        protocol: match request.version {
+            Version::HTTP_10 => "HTTP/1.0",
+            Version::HTTP_2 => "HTTP/2.0",
+            _ => "HTTP/1.1",
+        },
+        tls: session
+            .digest()
+            .is_some_and(|digest| digest.ssl_digest.is_some()),
+        status: session
+            .response_written()
+            .map(|response| response.status.as_u16()),
+        bytes_received: session.body_bytes_read(),
+        bytes_sent: session.body_bytes_sent(),
+        node: context.node().map(|node| node.id.clone()),
+        upstream: context.addr().map(|addr| addr.to_string()),
+        tries: context.tries,
+        outcome: match outcome {
+            Outcome::Succeeded => "succeeded",
+            Outcome::Answered => "answered",
+            Outcome::Failed => "failed",
+            Outcome::Unknown => "unknown",
+        },
+        duration,
+        latency: context.answered,
+        grpc_status: context.call.and_then(Call::status),
+        traceparent: context.traceparent.clone(),
+        referer: field(&REFERER),
+        user_agent: field(&USER_AGENT),
+        error: error.map(ToString::to_string),
+    }
+}

@@ -1,0 +1,77 @@
+//! The access log: a line for each request, written by a thread of its own.
+
+mod entry;
+mod writer;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, OnceLock};
+
+use tracing::error;
+
+use crate::config;
+use crate::error::ClusterError;
+use crate::supervise::say;
+
+pub(super) use entry::Entry;
+use writer::{Writer, open};
+
+/// Where lines go.
+#[derive(Debug)]
+pub(super) struct AccessLog {
+    config: config::AccessLog,
+    /// The thread is started by the first line: before, the process may still become another one.
+    lines: OnceLock<Option<SyncSender<Entry>>>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl AccessLog {
+    /// # Errors
+    ///
+    /// When the file cannot be written to.
+    pub(super) fn new(config: &config::AccessLog) -> Result<Self, ClusterError> {
+        if config.file != Path::new("-") {
+            open(&config.file).map_err(|error| {
+                let reason = format!("{}: {error}", config.file.display());
+                ClusterError::config("cluster.access_log.file", reason)
+            })?;
+        }
+        Ok(Self {
+            config: config.clone(),
+            lines: OnceLock::new(),
+            dropped: Arc::default(),
+        })
+    }
+
+    /// Whether a request with this status has a line.
+    pub(super) fn takes(&self, status: Option<u16>) -> bool {
+        let sample = self.config.sample;
+        sample >= 1.0 || status.is_none_or(|status| status >= 500) || fastrand::f64() < sample
+    }
+
+    /// Gives a line to the thread that writes. Never waits: a line for which there is no room is
+    /// counted.
+    pub(super) fn write(&self, entry: Entry) {
+        let lines = self.lines.get_or_init(|| self.start());
+        let is_queued = lines
+            .as_ref()
+            .is_some_and(|lines| lines.try_send(entry).is_ok());
+        if !is_queued {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn start(&self) -> Option<SyncSender<Entry>> {
+        let (sender, lines) = sync_channel(self.config.queue);
+        let writer = Writer::new(&self.config.file, self.config.format, self.dropped.clone());
+        let thread = std::thread::Builder::new().name("access log".to_owned());
+        match thread.spawn(move || writer.run(&lines)) {
+            Ok(_) => Some(sender),
+            Err(error) => {
+                say(|| error!(%error, "there is no access log"));
+                None
+            }
+        }
+    }
+}

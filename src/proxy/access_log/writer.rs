@@ -1,0 +1,142 @@
+//! The thread that writes lines.
+
+use std::fs::File;
+use std::io::{BufWriter, Stdout, Write, stdout};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+use tracing::warn;
+
+use super::entry::Entry;
+use crate::config::LogFormat;
+use crate::proxy::shutdown::Shutdown;
+use crate::supervise::say;
+
+/// How long a line may wait before it is in the file.
+const FLUSH_AFTER: Duration = Duration::from_millis(200);
+
+/// Writes lines until nobody gives any more.
+pub(super) struct Writer {
+    path: PathBuf,
+    format: LogFormat,
+    /// Lines for which there was no room.
+    dropped: Arc<AtomicU64>,
+    output: Option<Output>,
+    /// How often logs had been asked to be opened again when this one was opened.
+    generation: u64,
+    /// Whether it has been said that it cannot be written to.
+    is_reported: bool,
+}
+
+enum Output {
+    File(BufWriter<File>),
+    Standard(BufWriter<Stdout>),
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match self {
+            Self::File(file) => file.write(bytes),
+            Self::Standard(standard) => standard.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        match self {
+            Self::File(file) => file.flush(),
+            Self::Standard(standard) => standard.flush(),
+        }
+    }
+}
+
+impl Writer {
+    pub(super) fn new(path: &Path, format: LogFormat, dropped: Arc<AtomicU64>) -> Self {
+        Self {
+            path: path.to_owned(),
+            format,
+            dropped,
+            output: None,
+            generation: 0,
+            is_reported: false,
+        }
+    }
+
+    pub(super) fn run(mut self, lines: &Receiver<Entry>) {
+        let process = Shutdown::of_process();
+        loop {
+            // The process does not end before what it has got is written.
+            let received = lines.recv_timeout(FLUSH_AFTER);
+            let _hold = process.hold();
+            match received {
+                Ok(entry) => self.write(&entry),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return self.flush(),
+            }
+            while let Ok(entry) = lines.try_recv() {
+                self.write(&entry);
+            }
+            self.flush();
+        }
+    }
+
+    fn write(&mut self, entry: &Entry) {
+        let dropped = self.dropped.swap(0, Ordering::Relaxed);
+        if dropped > 0 {
+            say(|| warn!(dropped, "lines of the access log were dropped"));
+        }
+        let generation = Shutdown::of_process().log_generation();
+        if self.output.is_none() || generation != self.generation {
+            self.flush();
+            self.generation = generation;
+            self.open();
+        }
+        let text = line(self.format, entry);
+        let written = self.output.as_mut().map(|output| output.write_all(&text));
+        if let Some(Err(error)) = written {
+            self.fails(&error);
+        }
+    }
+
+    fn open(&mut self) {
+        self.output = match self.path == Path::new("-") {
+            true => Some(Output::Standard(BufWriter::new(stdout()))),
+            false => match open(&self.path) {
+                Ok(file) => Some(Output::File(BufWriter::new(file))),
+                Err(error) => return self.fails(&error),
+            },
+        };
+    }
+
+    fn flush(&mut self) {
+        if let Some(Err(error)) = self.output.as_mut().map(Write::flush) {
+            self.fails(&error);
+        }
+    }
+
+    /// Lines that cannot be written are lost. The next one tries again.
+    fn fails(&mut self, error: &std::io::Error) {
+        // What is in the buffer would be written when it is dropped, in vain.
+        if let Some(Output::File(file)) = self.output.take() {
+            drop(file.into_parts());
+        }
+        if !std::mem::replace(&mut self.is_reported, true) {
+            let path = self.path.display().to_string();
+            say(|| warn!(path, %error, "the access log cannot be written; lines are lost"));
+        }
+    }
+}
+
+pub(super) fn open(file: &Path) -> std::io::Result<File> {
+    File::options().create(true).append(true).open(file)
+}
+
+/// How an entry looks as a line.
+fn line(format: LogFormat, entry: &Entry) -> Vec<u8> {
+    match format {
+        LogFormat::Json => entry.json(),
+        LogFormat::Combined => entry.combined(),
+    }
+}

@@ -1,0 +1,221 @@
+//! Tests of the access log, and of traces.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::common::etcd::Etcd;
+use super::common::{free_port, group};
+use super::raw::{Raw, RawBackend, in_front_of, ok, status};
+use super::world::{Balancer, Setup, entry, put, scratch, until};
+
+/// A balancer with this access log in front of backends at these ports.
+async fn before(ports: &[u16], name: &str, log: &str, more: &str) -> (Balancer, PathBuf) {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let mut keys = etcd.raw_client().await;
+    for (index, port) in ports.iter().enumerate() {
+        let entry = entry(&format!("n{index}"), Some(*port), json!({}));
+        put(&mut keys, &group, &entry, None).await;
+    }
+    let file = scratch(&format!("{group}.access"));
+    let log = log.replace("FILE", file.to_str().unwrap());
+    let fields = format!("access_log: {{ {log} }}\n{more}");
+    let balancer = Setup::shared(&group).with(&fields).start();
+    until("it listens", async || {
+        tokio::net::TcpStream::connect(&balancer.listen)
+            .await
+            .is_ok()
+    })
+    .await;
+    (balancer, file)
+}
+
+fn lines(file: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
+}
+
+async fn until_lines(file: &Path, count: usize) -> Vec<String> {
+    until("the lines are there", async || lines(file).len() >= count).await;
+    lines(file)
+}
+
+async fn get(balancer: &Balancer, head: &str) -> String {
+    let mut client = Raw::to(balancer).await;
+    client.get(head).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_request_has_a_line_that_says_what_happened() {
+    let backend = RawBackend::start(ok).await;
+    let ports = [backend.address.port(), free_port()];
+    let fields = "policy: round_robin\nclients: { trusted_proxies: [127.0.0.0/8] }";
+    let (balancer, file) = before(&ports, "log", "file: FILE", fields).await;
+    for _ in 0..4 {
+        let response = get(
+            &balancer,
+            "X-Forwarded-For: 192.0.2.9\r\nUser-Agent: \"x\r\n",
+        )
+        .await;
+        assert_eq!(status(&response), "200");
+    }
+    let read: Vec<Value> = until_lines(&file, 4)
+        .await
+        .iter()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    for line in &read {
+        assert_eq!(line["client"], "192.0.2.9", "{line}");
+        assert_eq!(line["method"], "GET");
+        assert_eq!(line["status"], 200);
+        assert_eq!(line["node"], "n0");
+        assert_eq!(line["outcome"], "succeeded");
+        assert_eq!(line["bytes_sent"], 3);
+        assert_eq!(line["user_agent"], "\"x");
+        assert_eq!(line["protocol"], "HTTP/1.1");
+        assert!(line["duration_ms"].as_f64().unwrap() >= line["upstream_ms"].as_f64().unwrap());
+        let trace = line["traceparent"].as_str().unwrap();
+        assert!(
+            backend
+                .requests()
+                .iter()
+                .any(|request| request.contains(trace))
+        );
+    }
+    // The one that nobody answers at is tried by some, until it is known.
+    assert!(read.iter().any(|line| line["tries"] == 2), "{read:?}");
+
+    // The file is moved, and opened again at SIGUSR1.
+    let moved = file.with_extension("moved");
+    std::fs::rename(&file, &moved).unwrap();
+    balancer.program.signal("USR1");
+    until("it has the signal", async || {
+        balancer.log_text().contains("opened again")
+    })
+    .await;
+    get(&balancer, "").await;
+    assert_eq!(until_lines(&file, 1).await.len(), 1);
+    assert_eq!(lines(&moved).len(), 4);
+    let _ = (std::fs::remove_file(file), std::fs::remove_file(moved));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lines_are_combined_sampled_and_written_before_the_end() {
+    let backend = RawBackend::start(|request| match request.contains("/bad") {
+        true => b"HTTP/1.1 500 Bad\r\nContent-Length: 0\r\n\r\n".to_vec(),
+        false => ok(""),
+    })
+    .await;
+    let port = [backend.address.port()];
+    let log = "file: FILE, format: combined, sample: 0";
+    let (mut balancer, file) = before(&port, "combined", log, "").await;
+    for path in ["/", "/bad", "/", "/bad"] {
+        let mut client = Raw::to(&balancer).await;
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: a\r\nReferer: r\r\nUser-Agent: u\r\n\r\n");
+        client.send(request.as_bytes()).await;
+        client.response().await;
+    }
+    // Nothing that was logged is lost at the end.
+    balancer.program.signal("INT");
+    balancer.program.ended().await;
+    let read = lines(&file);
+    assert_eq!(read.len(), 2, "{read:?}");
+    for line in read {
+        let (client, rest) = line.split_once(" - - [").unwrap();
+        assert!(client.starts_with("127.0.0."), "{line}");
+        let (_, rest) = rest.split_once("] ").unwrap();
+        assert!(
+            rest.starts_with("\"GET /bad HTTP/1.1\" 500 0 \"r\" \"u\" n0 1 0."),
+            "{line}"
+        );
+    }
+    let _ = std::fs::remove_file(file);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_cannot_be_written_costs_only_its_lines() {
+    let backend = RawBackend::start(ok).await;
+    let port = [backend.address.port()];
+    let (balancer, _) = before(&port, "full", "file: /dev/full, queue: 1", "").await;
+    for _ in 0..50 {
+        assert_eq!(status(&get(&balancer, "").await), "200");
+    }
+    until("it is said once", async || {
+        balancer.log_text().contains("lines are lost")
+    })
+    .await;
+    assert_eq!(balancer.log_text().matches("lines are lost").count(), 1);
+    // More lines than there is room for: none waits, and it is counted.
+    let (balancer, file) = before(&port, "queue", "file: FILE, queue: 1", "").await;
+    let mut requests = tokio::task::JoinSet::new();
+    for _ in 0..40 {
+        let mut client = Raw::to(&balancer).await;
+        requests.spawn(async move {
+            for _ in 0..50 {
+                assert_eq!(status(&client.get("").await), "200");
+            }
+        });
+    }
+    requests.join_all().await;
+    until("lines were dropped or written", async || {
+        let _ = get(&balancer, "").await;
+        let text = balancer.log_text();
+        let dropped = text.lines().filter_map(|line| {
+            line.split_once("dropped=")?
+                .1
+                .split(' ')
+                .next()?
+                .parse::<usize>()
+                .ok()
+        });
+        let dropped: usize = dropped.sum();
+        dropped + lines(&file).len() >= 2_000
+    })
+    .await;
+    let _ = std::fs::remove_file(file);
+    // A file that cannot be opened is an error at the start.
+    let setup = Setup::shared(&group("nowhere")).with("access_log: { file: /nowhere/access }");
+    let mut refused = setup.start();
+    assert_eq!(refused.program.ended().await.0.code(), Some(1));
+    assert!(
+        refused.log_text().contains("cluster.access_log.file"),
+        "{}",
+        refused.log_text()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish() {
+    let backend = RawBackend::start(ok).await;
+    let given = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    for (fields, is_made) in [("", true), ("traceparent: false", false)] {
+        let balancer = in_front_of(&backend, "trace", fields).await;
+        get(
+            &balancer,
+            &format!("traceparent: {given}\r\ntracestate: a=1\r\n"),
+        )
+        .await;
+        let last = backend.last();
+        assert!(
+            last.contains(given) && last.contains("tracestate: a=1"),
+            "{last}"
+        );
+        get(&balancer, "").await;
+        assert_eq!(backend.last().contains("\r\ntraceparent: 00-"), is_made);
+    }
+    let fields = "clients: { forwarded: true, trusted_proxies: [127.0.0.0/8] }";
+    let balancer = in_front_of(&backend, "forwarded", fields).await;
+    get(&balancer, "Forwarded: for=192.0.2.1\r\n").await;
+    let last = backend.last();
+    assert!(
+        last.contains("\r\nforwarded: for=192.0.2.1, for=127.0.0."),
+        "{last}"
+    );
+    assert!(last.contains(";host=\"a\";proto=http\r\n"), "{last}");
+    // Of somebody who is not trusted nothing stays.
+    let balancer = in_front_of(&backend, "forwarded", "clients: { forwarded: true }").await;
+    get(&balancer, "Forwarded: for=192.0.2.1\r\n").await;
+    let last = backend.last();
+    assert!(last.contains("\r\nforwarded: for=127.0.0."), "{last}");
+}
