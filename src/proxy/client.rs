@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
-use ::pingora::Result;
+use ::pingora::ErrorType::InternalError;
 use ::pingora::http::RequestHeader;
 use ::pingora::proxy::Session;
+use ::pingora::{OrErr, Result};
 use http::header::{FORWARDED, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -106,30 +107,38 @@ pub(super) fn set_forwarded(
         request.remove_header(&FORWARDED);
     }
     let shown = Connection::of(session).and_then(|connection| connection.certificate());
-    if shown.is_some() || !is_trusted {
+    let is_certificate = |name: &HeaderName| name.as_str().starts_with("client-cert");
+    if (shown.is_some() || !is_trusted) && request.headers.keys().any(is_certificate) {
         request.remove_header(&CLIENT_CERT);
         request.remove_header(&CLIENT_CERT_CHAIN);
     }
     if let Some(certificate) = shown {
         request.insert_header(CLIENT_CERT, certificate)?;
     }
-    let added = peer.to_string();
     let list = match is_trusted {
-        true => joined(request.headers.get_all(FOR), &added),
-        false => added,
+        true => {
+            let list = joined(request.headers.get_all(FOR), &peer.to_string());
+            HeaderValue::from_str(&list).or_err(InternalError, "the list of clients")?
+        }
+        // The same for each request of the connection.
+        false => match Connection::of(session) {
+            Some(connection) => connection.peer_value(|| value_of(peer)).clone(),
+            None => value_of(peer),
+        },
     };
-    request.insert_header(FOR, list)?;
+    request.insert_header("x-forwarded-for", list)?;
     let is_missing =
         |request: &RequestHeader, name| !is_trusted || !request.headers.contains_key(name);
     if is_missing(request, PROTO) {
         let is_tls = session
             .digest()
             .is_some_and(|digest| digest.ssl_digest.is_some());
-        request.insert_header(PROTO, if is_tls { "https" } else { "http" })?;
+        let proto = if is_tls { "https" } else { "http" };
+        request.insert_header("x-forwarded-proto", HeaderValue::from_static(proto))?;
     }
     if is_missing(request, FORWARDED_HOST) {
         match host(session.req_header()) {
-            Some(host) => request.insert_header(FORWARDED_HOST, host)?,
+            Some(host) => request.insert_header("x-forwarded-host", host)?,
             None => drop(request.remove_header(&FORWARDED_HOST)),
         }
     }
@@ -146,7 +155,9 @@ pub(super) fn set_forwarded(
     }
     if is_missing(request, PORT) {
         match session.server_addr().and_then(|address| address.as_inet()) {
-            Some(address) => request.insert_header(PORT, HeaderValue::from(address.port()))?,
+            Some(address) => {
+                request.insert_header("x-forwarded-port", HeaderValue::from(address.port()))?
+            }
             None => drop(request.remove_header(&PORT)),
         }
     }
@@ -169,6 +180,11 @@ fn forwarded(peer: IpAddr, host: Option<&str>, proto: Option<&str>) -> String {
         element.push_str(&format!(";proto={proto}"));
     }
     element
+}
+
+fn value_of(peer: IpAddr) -> HeaderValue {
+    // Digits, dots and colons are always a value.
+    HeaderValue::from_str(&peer.to_string()).unwrap_or(HeaderValue::from_static("unknown"))
 }
 
 /// The host that the client asked for, with a port if it named one.

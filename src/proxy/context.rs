@@ -45,6 +45,8 @@ pub struct RequestContext {
     pub(super) has_body_begun: bool,
     /// Whether the request has been received completely.
     pub(super) is_complete: bool,
+    /// Whether it is so short that a backend cannot be late in reading it.
+    pub(super) is_short: bool,
     /// Whether the connection has become a tunnel.
     pub(super) is_tunnel: bool,
     /// When the current backend could begin: when it was picked, because earlier tries are not its
@@ -88,6 +90,7 @@ impl RequestContext {
             body_bytes: 0,
             has_body_begun: false,
             is_complete: true,
+            is_short: false,
             is_tunnel: false,
             sent: now,
             answered: None,

@@ -13,7 +13,7 @@ use crate::node::Node;
 use crate::pingora::LeaderUpstream;
 
 /// On every proxied response: the id of the node that answered.
-const UPSTREAM_NODE: HeaderName = HeaderName::from_static("x-upstream-node");
+const UPSTREAM_NODE: &str = "x-upstream-node";
 /// On requests to the leader: the fencing token of its term.
 pub(super) const LEADER_EPOCH: HeaderName = HeaderName::from_static("x-leader-epoch");
 
@@ -23,7 +23,9 @@ pub(super) fn set_leader_epoch(
     leader: Option<&LeaderUpstream>,
 ) -> Result<()> {
     // A client must not be able to send a token of its own.
-    request.remove_header(&LEADER_EPOCH);
+    if request.headers.keys().any(|name| *name == LEADER_EPOCH) {
+        request.remove_header(&LEADER_EPOCH);
+    }
     if let Some(leader) = leader {
         request.insert_header(LEADER_EPOCH, leader.epoch.to_string())?;
     }

@@ -68,7 +68,7 @@ impl ProxyHttp for ClusterProxy {
         if self.via.is_on(session.req_header()) {
             return Err(refused(508, "the request has come back to where it was"));
         }
-        self.limits.check_head(session)?;
+        self.limits.check_head(session, context)?;
         let reply = self.readiness.reply(session, !self.balancer.is_empty());
         if let Some(reply) = reply {
             return answered(&reply, session).await;
@@ -120,7 +120,10 @@ impl ProxyHttp for ClusterProxy {
                 return Err(unavailable("no backend is registered"));
             };
             context.tries += 1;
-            let peer = self.peers.peer(addr, &node, context.is_upgrade, left);
+            let is_short = context.is_short;
+            let peer = self
+                .peers
+                .peer(addr, &node, context.is_upgrade, is_short, left);
             let reason = match peer {
                 Ok(peer) => return Ok(peer),
                 Err(reason) => reason,

@@ -13,7 +13,7 @@ const PROXY_INFO: HeaderName = HeaderName::from_static("proxy-authentication-inf
 /// Removes them (RFC 9110, section 7.6.1). `Connection` and `Transfer-Encoding` are Pingora's, which
 /// sets them anew. Returns after how many seconds the backend closes the connection, if it says so.
 pub(super) fn remove_hop_by_hop(response: &mut ResponseHeader) -> Option<u64> {
-    let seconds = response.headers.get(KEEP_ALIVE).and_then(|value| {
+    let seconds = response.headers.get("keep-alive").and_then(|value| {
         let text = value.to_str().ok()?;
         let parameter = |part: &str| {
             let (name, value) = part.split_once('=')?;
@@ -27,13 +27,20 @@ pub(super) fn remove_hop_by_hop(response: &mut ResponseHeader) -> Option<u64> {
             response.remove_header(&name);
         }
     }
-    for name in [
-        KEEP_ALIVE,
-        TRAILER,
-        PROXY_CONNECTION,
-        PROXY_AUTHENTICATE,
-        PROXY_INFO,
-    ] {
+    // Looking at the few names that there are costs less than looking for each of these.
+    let is_ours = |name: &&HeaderName| {
+        let text = name.as_str();
+        (text.starts_with('k') || text.starts_with('t') || text.starts_with('p'))
+            && [
+                KEEP_ALIVE,
+                TRAILER,
+                PROXY_CONNECTION,
+                PROXY_AUTHENTICATE,
+                PROXY_INFO,
+            ]
+            .contains(name)
+    };
+    while let Some(name) = response.headers.keys().find(is_ours).cloned() {
         response.remove_header(&name);
     }
     seconds

@@ -68,9 +68,12 @@ impl LeaderRequests {
         response: &mut ResponseHeader,
         leader: Option<&LeaderUpstream>,
     ) -> Result<()> {
+        if leader.is_none() {
+            return Ok(());
+        }
         response.remove_header(&READS_UNTIL);
         let is_written = response.status.is_success() && LeaderRoute::is_write(method);
-        if leader.is_none() || !is_written || self.read_your_writes.is_zero() {
+        if !is_written || self.read_your_writes.is_zero() {
             return Ok(());
         }
         let until = u128::from(now()) + self.read_your_writes.as_millis();

@@ -85,6 +85,7 @@ impl Peers {
         addr: SocketAddr,
         node: &Node,
         is_upgrade: bool,
+        is_short: bool,
         left: Option<Duration>,
     ) -> Result<Box<HttpPeer>, &'static str> {
         let (protocol, server_name) = self.protocol_of(node);
@@ -125,7 +126,8 @@ impl Peers {
             false => within(self.response),
         };
         options.read_timeout = response;
-        options.write_timeout = response;
+        // A short request finds room in the socket's buffer: a timer would cost more than it is worth.
+        options.write_timeout = response.filter(|_| !is_short || is_upgrade);
         let hint = self.hints.load().get(&addr).copied();
         options.idle_timeout = Some(hint.unwrap_or(self.pool_idle));
         options.tcp_keepalive = Some(TcpKeepalive {
@@ -176,7 +178,7 @@ mod tests {
         let addr: SocketAddr = "10.0.0.1:80".parse().unwrap();
         let node = Node::new("a", addr.ip());
         let idle = || {
-            let peer = peers.peer(addr, &node, false, None).unwrap();
+            let peer = peers.peer(addr, &node, false, false, None).unwrap();
             peer.options.idle_timeout
         };
         assert_eq!(idle(), Some(Duration::from_secs(4)));

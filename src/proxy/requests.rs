@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use ::pingora::Result;
 use ::pingora::proxy::Session;
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, UPGRADE};
-use http::{HeaderMap, HeaderName};
+use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, UPGRADE};
+use http::{HeaderMap, HeaderName, Version};
 
 use super::context::RequestContext;
 use super::front::{Connection, Phase};
@@ -25,6 +25,9 @@ fn lists<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = 
 pub(super) fn is_ending(session: &Session) -> bool {
     Shutdown::of_process().is_draining() && !session.is_http2()
 }
+
+/// A request of less than this finds room in the buffer of a socket at once.
+const SHORT: usize = 4_096;
 
 /// The limits of a request, and the times that Pingora keeps for HTTP/2 clients.
 #[derive(Debug)]
@@ -79,7 +82,7 @@ impl RequestLimits {
     }
 
     /// Refuses a head that is too large, and a body that says it is.
-    pub(super) fn check_head(&self, session: &Session) -> Result<()> {
+    pub(super) fn check_head(&self, session: &Session, context: &mut RequestContext) -> Result<()> {
         let headers = &session.req_header().headers;
         let count = headers.len();
         // The separators and the end of a line are four bytes.
@@ -95,6 +98,11 @@ impl RequestLimits {
             }
             return Err(refused(431, "the head of the request is too large"));
         }
+        // RFC 9112, section 3.2. Over HTTP/2 the authority stands for it.
+        if session.req_header().version == Version::HTTP_11 && !headers.contains_key(HOST) {
+            return Err(refused(400, "a request of HTTP/1.1 needs a host"));
+        }
+        context.is_short = fields + target < SHORT && context.is_complete;
         let length = headers.get(CONTENT_LENGTH);
         let length = length.and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
         self.check_length(length.unwrap_or(0))

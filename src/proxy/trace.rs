@@ -1,8 +1,9 @@
 //! `traceparent` (W3C Trace Context): passed on, and made where it is missing.
 
-use ::pingora::Result;
+use ::pingora::ErrorType::InternalError;
 use ::pingora::http::RequestHeader;
-use http::HeaderName;
+use ::pingora::{OrErr, Result};
+use http::{HeaderName, HeaderValue};
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
@@ -10,17 +11,39 @@ const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 /// Makes sure that a request has a valid field. This process takes part in no trace of its own, so a
 /// field that is there is passed on as it is.
 pub(super) fn set_traceparent(request: &mut RequestHeader) -> Result<()> {
-    let mut given = request.headers.get_all(TRACEPARENT).into_iter();
+    let mut given = request.headers.get_all(TRACEPARENT).into_iter().peekable();
+    if given.peek().is_none() && !request.headers.contains_key(TRACESTATE) {
+        return add_new(request);
+    }
     let one = given.next().and_then(|value| value.to_str().ok());
     if one.is_some_and(is_valid) && given.next().is_none() {
         return Ok(());
     }
     // What belongs to no trace is not passed on (section 3.3.1.1).
     request.remove_header(&TRACESTATE);
+    add_new(request)
+}
+
+fn add_new(request: &mut RequestHeader) -> Result<()> {
     // Not zero, which would be invalid; and not sampled, because nobody here records anything.
     let (trace, parent) = (fastrand::u128(1..), fastrand::u64(1..));
-    let text = format!("00-{trace:032x}-{parent:016x}-00");
-    request.insert_header(TRACEPARENT, text).map(drop)
+    let value = HeaderValue::from_bytes(&written(trace, parent));
+    let value = value.or_err(InternalError, "traceparent")?;
+    request.insert_header("traceparent", value)
+}
+
+/// Each request has one, so this is not left to formatting.
+fn written(trace: u128, parent: u64) -> [u8; 55] {
+    let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+    let digits = |text: &mut [u8], bytes: &[u8]| {
+        for (pair, byte) in text.chunks_exact_mut(2).zip(bytes) {
+            pair[0] = b"0123456789abcdef"[usize::from(byte >> 4)];
+            pair[1] = b"0123456789abcdef"[usize::from(byte & 15)];
+        }
+    };
+    digits(&mut text[3..35], &trace.to_be_bytes());
+    digits(&mut text[36..52], &parent.to_be_bytes());
+    text
 }
 
 /// The field of a request.
@@ -52,6 +75,16 @@ fn is_valid(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_new_one_is_written_digit_by_digit() {
+        let text = written(
+            0x0123_4567_89ab_cdef_0011_2233_4455_6677,
+            0xfeed_0000_0000_0001,
+        );
+        let expected = b"00-0123456789abcdef0011223344556677-feed000000000001-00";
+        assert_eq!(&text, expected);
+    }
 
     #[test]
     fn a_valid_field_stays_and_any_other_is_replaced() {

@@ -36,7 +36,7 @@ impl ViaMark {
     }
 
     pub(super) fn add_to(&self, request: &mut RequestHeader) -> Result<()> {
-        request.append_header(VIA, self.value.clone()).map(drop)
+        request.append_header("via", self.value.clone()).map(drop)
     }
 }
 

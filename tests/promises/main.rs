@@ -12,6 +12,7 @@ mod common;
 mod etcd_cluster;
 
 mod access_log;
+mod attacks;
 mod away;
 mod clients;
 mod deaths;
@@ -25,6 +26,7 @@ mod members;
 mod overload;
 mod raw;
 mod retries;
+mod rfc;
 mod shutdown;
 mod snapshot;
 mod store;

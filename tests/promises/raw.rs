@@ -89,8 +89,7 @@ pub async fn read_message(stream: &mut TcpStream) -> Option<String> {
 
 /// Reads a head, and what comes with it of a body.
 pub async fn read_head(stream: &mut TcpStream) -> Option<String> {
-    let head = read_until(stream, |_, _| true);
-    tokio::time::timeout(DEADLINE, head).await.expect("a head")
+    read_until(stream, |_, _| true).await
 }
 
 /// Reads a message until it is whole, by its head and what there is of its body.

@@ -1,8 +1,8 @@
 //! The state of one client connection, shared by its stream, which keeps the deadlines, and the
 //! proxy, which knows what is being read.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use ::pingora::http::ResponseHeader;
 use ::pingora::protocols::raw_connect::ProxyDigest;
@@ -69,6 +69,8 @@ pub(crate) struct Connection {
     ended: AtomicU8,
     /// What the client has shown, as a field for backends.
     certificate: Option<HeaderValue>,
+    /// The address of the other end, as a value of a field.
+    peer: OnceLock<HeaderValue>,
     statistics: Arc<FrontStatistics>,
 }
 
@@ -76,6 +78,7 @@ impl Connection {
     pub(super) fn new(certificate: Option<HeaderValue>, statistics: Arc<FrontStatistics>) -> Self {
         Self {
             certificate,
+            peer: OnceLock::new(),
             statistics,
             phase: AtomicU8::new(Phase::Accepted as u8),
             ended: AtomicU8::new(0),
@@ -94,6 +97,11 @@ impl Connection {
         let response = ResponseHeader::build_no_case(200, None).ok()?;
         let digest = ProxyDigest::new(Box::new(response), Some(Box::new(self.clone())));
         Some(Arc::new(digest))
+    }
+
+    /// The address of the other end, as a value of a field; `make` makes it once.
+    pub(crate) fn peer_value(&self, make: impl FnOnce() -> HeaderValue) -> &HeaderValue {
+        self.peer.get_or_init(make)
     }
 
     /// The client's certificate, for the field `Client-Cert`.

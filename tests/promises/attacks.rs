@@ -1,0 +1,220 @@
+//! Attacks, with numbers: what a client costs that sends slowly, does not read, does nothing, or resets.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::common::etcd::Etcd;
+use super::common::{group, local};
+use super::raw::{Raw, RawBackend, in_front_of, ok, read_head, status};
+use super::world::{Balancer, Setup, entry, put, until};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Resident memory, in KiB.
+fn memory(balancer: &Balancer) -> u64 {
+    let file = format!("/proc/{}/status", balancer.program.child.id());
+    let text = std::fs::read_to_string(file).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.unwrap()
+        .trim()
+        .split(' ')
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap()
+}
+
+/// How long a request of somebody else takes meanwhile.
+async fn others(balancer: &Balancer) -> Duration {
+    let start = Instant::now();
+    let mut client = Raw::to(balancer).await;
+    assert_eq!(status(&client.get("").await), "200");
+    start.elapsed()
+}
+
+async fn connections(balancer: &Balancer, count: usize) -> Vec<Raw> {
+    let mut clients = Vec::with_capacity(count);
+    for _ in 0..count {
+        clients.push(Raw::to(balancer).await);
+    }
+    clients
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_thousand_slow_heads_cost_nobody_else_and_are_cut() {
+    let backend = RawBackend::start(ok).await;
+    let balancer = in_front_of(
+        &backend,
+        "slow-heads",
+        "timeouts: { client_header_ms: 3000 }",
+    )
+    .await;
+    let before = memory(&balancer);
+    let start = Instant::now();
+    let mut clients = connections(&balancer, 2_000).await;
+    let request = b"GET / HTTP/1.1\r\nHost: a\r\nX: ";
+    for byte in 0..6 {
+        for client in &mut clients {
+            client.send(&request[byte..=byte]).await;
+        }
+        let took = others(&balancer).await;
+        assert!(took < SECOND, "{took:?}");
+    }
+    println!(
+        "2,000 slow heads: {} KiB more",
+        memory(&balancer).saturating_sub(before)
+    );
+    for client in clients {
+        let mut client = client;
+        assert_eq!(status(&client.rest().await), "408");
+    }
+    let took = start.elapsed();
+    assert!(took < 20 * SECOND, "{took:?}");
+    assert_eq!(
+        backend
+            .requests()
+            .iter()
+            .filter(|request| request.contains("X:"))
+            .count(),
+        0
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_hundred_that_never_read_are_given_up_with_their_backends() {
+    // A large response in parts, so that this test needs no memory for it.
+    let listener = TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let open = Arc::new(AtomicUsize::new(0));
+    let counter = open.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let counter = counter.clone();
+            counter.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move {
+                serve_large(stream).await;
+                counter.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+    });
+    let (etcd, group) = (Etcd::shared(), group("never-read"));
+    let entry = entry("a", Some(port), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let setup =
+        Setup::shared(&group).with("timeouts: { client_write_ms: 2000, pool_idle_ms: 1000 }");
+    let balancer = setup.serving().await;
+    let mut clients = connections(&balancer, 500).await;
+    for client in &mut clients {
+        client.send(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    }
+    let took = others(&balancer).await;
+    assert!(took < 5 * SECOND, "{took:?}");
+    println!("500 that do not read: {} KiB", memory(&balancer));
+    until("their backends are free", async || {
+        open.load(Ordering::Relaxed) == 0
+    })
+    .await;
+    for client in &mut clients {
+        assert!(ends(client).await);
+    }
+}
+
+/// Answers with ten megabytes, or less if nobody reads it.
+async fn serve_large(mut stream: TcpStream) {
+    while let Some(request) = read_head(&mut stream).await {
+        if !request.contains("/large") {
+            let _ = stream.write_all(&ok("")).await;
+            continue;
+        }
+        let head = b"HTTP/1.1 200 OK\r\nContent-Length: 10240000\r\n\r\n";
+        let _ = stream.write_all(head).await;
+        let part = vec![b'x'; 64_000];
+        for _ in 0..160 {
+            if stream.write_all(&part).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Whether a connection ends, behind what is in its buffers.
+async fn ends(client: &mut Raw) -> bool {
+    let mut buffer = vec![0; 65_536];
+    let reading = async { while matches!(client.0.read(&mut buffer).await, Ok(1..)) {} };
+    tokio::time::timeout(10 * SECOND, reading).await.is_ok()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_connections_cost_memory_that_is_known_and_end() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "timeouts: { client_idle_ms: 6000, client_header_ms: 6000 }";
+    let balancer = in_front_of(&backend, "idle-many", fields).await;
+    let before = memory(&balancer);
+    // As many as the descriptors of this process allow, up to 10,000.
+    let count = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let count = usize::try_from(count.unwrap_or(20_000))
+        .unwrap()
+        .min(20_000)
+        / 2
+        - 500;
+    let mut clients = connections(&balancer, count.min(10_000)).await;
+    for client in &mut clients {
+        client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    }
+    for client in &mut clients {
+        assert_eq!(status(&client.response().await), "200");
+    }
+    let each = memory(&balancer).saturating_sub(before) * 1_024 / clients.len() as u64;
+    println!("{} idle connections: {each} bytes each", clients.len());
+    // Pingora's buffer for reading is 64 KiB, of which only touched pages count.
+    assert!(each < 100_000, "{each}");
+    for client in &mut clients {
+        assert_eq!(client.rest().await, "");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_resets_over_http_2_ends_its_connection_only() {
+    let backend = RawBackend::start_slow(SECOND).await;
+    let balancer = in_front_of(&backend, "resets", "").await;
+    let stream = tokio::net::TcpStream::connect(&balancer.listen)
+        .await
+        .unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    let driving =
+        tokio::spawn(async move { connection.await.err().map(|error| error.to_string()) });
+    let start = Instant::now();
+    let mut sent = 0;
+    let mut sender = sender;
+    while start.elapsed() < 10 * SECOND && !driving.is_finished() {
+        let Ok(mut ready) = sender.clone().ready().await else {
+            break;
+        };
+        let request = http::Request::get("http://a/").body(()).unwrap();
+        let Ok((response, mut body)) = ready.send_request(request, true) else {
+            break;
+        };
+        body.send_reset(h2::Reason::CANCEL);
+        drop(response);
+        sent += 1;
+        if sent % 50 == 0 {
+            tokio::task::yield_now().await;
+        }
+        sender = ready;
+    }
+    println!(
+        "{sent} resets in {:?}: {:?}",
+        start.elapsed(),
+        driving.is_finished()
+    );
+    let took = others(&balancer).await;
+    assert!(took < 3 * SECOND, "{took:?}");
+    // Most of them have never reached the backend.
+    let reached = backend.requests().len();
+    assert!(reached < 1_000 + sent / 10, "{reached} of {sent}");
+}

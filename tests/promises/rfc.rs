@@ -1,0 +1,267 @@
+//! A table of raw requests against the running program: what the RFCs ask for, and what HAProxy, nginx
+//! and Envoy do with the same bytes.
+
+use std::time::Duration;
+
+use super::raw::{Raw, RawBackend, in_front_of, ok, status};
+use super::world::Balancer;
+
+/// One request, byte by byte.
+struct Case {
+    name: &'static str,
+    /// What the RFCs say, and what others do.
+    why: &'static str,
+    bytes: &'static [u8],
+    /// The statuses of all responses on the connection, in order.
+    statuses: &'static [&'static str],
+    /// How many requests reach the backend.
+    forwarded: usize,
+}
+
+const CASES: &[Case] = &[
+    Case {
+        name: "length twice, equal",
+        why: "RFC 9112 6.3: may be folded. HAProxy folds, nginx and Envoy refuse",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nContent-Length: 2\r\nConnection: close\r\n\r\nab",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "length twice, unequal",
+        why: "RFC 9112 6.3: an error. All refuse with 400",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nab",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a length that is no number",
+        why: "RFC 9112 6.3: an error. All refuse with 400",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +2\r\n\r\nab",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "length and chunks",
+        why: "RFC 9112 6.1: chunks win and the connection ends, or 400. HAProxy and nginx do the first, Envoy refuses",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "chunked is not last",
+        why: "RFC 9112 6.1: 400. All refuse",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "an unknown coding",
+        why: "RFC 9112 6.1: 501 or 400. All refuse",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "chunks in HTTP/1.0",
+        why: "RFC 9112 6.1: faulty framing. HAProxy and Envoy refuse",
+        bytes: b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a space before the colon",
+        why: "RFC 9112 5.1: 400. All refuse",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length : 0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "no host",
+        why: "RFC 9112 3.2: 400. HAProxy forwards, nginx and Envoy refuse",
+        bytes: b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "host twice",
+        why: "RFC 9112 3.2: 400. All refuse",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "absolute form",
+        why: "RFC 9112 3.2.2: must be accepted. All accept",
+        bytes: b"GET http://a/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "a zero in a field",
+        why: "RFC 9110 5.5: 400, or a space. All refuse",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nX: a\0b\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "CONNECT",
+        why: "RFC 9110 9.3.6: only for proxies that offer it. nginx gives 405",
+        bytes: b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n",
+        statuses: &["405"],
+        forwarded: 0,
+    },
+    Case {
+        name: "garbage",
+        why: "RFC 9112 3: 400. All refuse",
+        bytes: b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "an empty line first",
+        why: "RFC 9112 2.2: should be ignored. All ignore it",
+        bytes: b"\r\nGET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "two at once",
+        why: "RFC 9112 9.3.2: answered in order. All do",
+        bytes: b"GET /1 HTTP/1.1\r\nHost: a\r\n\r\nGET /2 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["200", "200"],
+        forwarded: 2,
+    },
+    Case {
+        name: "HEAD",
+        why: "RFC 9110 9.3.2: a length and no body. All do",
+        bytes: b"HEAD / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "a request in HTTP/1.0",
+        why: "RFC 9112 9.3: the connection ends after the response. All do",
+        bytes: b"GET / HTTP/1.0\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "chunks with extensions and trailers",
+        why: "RFC 9112 7.1: extensions may be ignored, trailers dropped. All do",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n2;x=y\r\nab\r\n0\r\nX-Trailer: 1\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "a chunk whose length is no number",
+        why: "RFC 9112 7.1: an error, and the connection ends. All refuse",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nab\r\n0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a loop",
+        why: "RFC 9110 7.6.3: Via shows it; 508 of RFC 5842. Others loop",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nVia: 1.1 other\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+];
+
+fn statuses(text: &str) -> Vec<String> {
+    let lines = text.lines().filter(|line| line.starts_with("HTTP/1."));
+    lines.map(|line| status(line).to_owned()).collect()
+}
+
+/// What comes back until the connection ends, or until nothing comes any more.
+async fn sent(balancer: &Balancer, bytes: &[u8]) -> String {
+    let mut client = Raw::to(balancer).await;
+    client.send(bytes).await;
+    client.rest().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn raw_requests_are_answered_as_the_rfcs_ask() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "timeouts: { client_header_ms: 2000, client_idle_ms: 500, client_body_ms: 2000 }";
+    let balancer = in_front_of(&backend, "rfc", fields).await;
+    let mut wrong = Vec::new();
+    for case in CASES {
+        let before = backend.requests().len();
+        let text = sent(&balancer, case.bytes).await;
+        let forwarded = backend.requests().len() - before;
+        if statuses(&text) != case.statuses || forwarded != case.forwarded {
+            wrong.push(format!(
+                "{} ({}): {forwarded} forwarded, {text:?}",
+                case.name, case.why
+            ));
+        }
+        if case.name == "HEAD" && !text.ends_with("\r\n\r\n") {
+            wrong.push(format!("a body for HEAD: {text:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    let smuggled = backend
+        .requests()
+        .iter()
+        .any(|request| request.contains("/smuggled"));
+    assert!(!smuggled, "a second request in the body of the first one");
+    // Bad requests of clients are no errors of the program.
+    assert_eq!(
+        balancer.log_text().matches("ERROR").count(),
+        0,
+        "{}",
+        balancer.log_text()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expectation_is_passed_on_and_an_early_answer_ends_an_upload() {
+    // Only the head is waited for.
+    let backend = RawBackend::start_early(|request| match request.contains("/early") {
+        true => {
+            b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec()
+        }
+        false => b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n"
+            .to_vec(),
+    })
+    .await;
+    let balancer = in_front_of(&backend, "expect", "timeouts: { client_drain_ms: 1000 }").await;
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
+        .await;
+    let first = super::raw::read_head(&mut client.0).await.unwrap();
+    assert!(first.starts_with("HTTP/1.1 100 Continue"), "{first}");
+    client.send(b"body").await;
+    // 20 MB of which nobody wants anything: the answer comes at once, and the rest is not waited for.
+    let mut client = Raw::to(&balancer).await;
+    let start = std::time::Instant::now();
+    client
+        .send(b"POST /early HTTP/1.1\r\nHost: a\r\nContent-Length: 20000000\r\n\r\n")
+        .await;
+    let (read, write) = client.0.into_split();
+    let uploading = tokio::spawn(async move {
+        let mut write = write;
+        let part = vec![b'x'; 65_536];
+        for _ in 0..306 {
+            if tokio::io::AsyncWriteExt::write_all(&mut write, &part)
+                .await
+                .is_err()
+            {
+                return;
+            }
+        }
+    });
+    let mut read = read;
+    let mut text = vec![0; 1_024];
+    let answer = tokio::io::AsyncReadExt::read(&mut read, &mut text);
+    let count = tokio::time::timeout(Duration::from_secs(5), answer)
+        .await
+        .unwrap()
+        .unwrap();
+    let answer = String::from_utf8_lossy(&text[..count]).into_owned();
+    assert_eq!(status(&answer), "413", "{answer}");
+    assert!(start.elapsed() < Duration::from_secs(3));
+    uploading.await.unwrap();
+}
