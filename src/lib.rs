@@ -49,6 +49,7 @@
 //! | `discovery` | by `pingora` | `ServiceDiscovery`, the snapshot file |
 //! | `system-metrics` | no | `SystemMetricsCollector` |
 //! | `tls` | no | `https://` endpoints, by rustls with ring |
+//! | `proxy-tls` | no | TLS to clients and backends in the bundled proxy, by rustls with ring; implies `pingora` |
 //! | `tower` | no | `LoadReporter::layer`: counts requests and reports load with every response |
 //! | `test-util` | no | controls of the in-memory store: compaction, expiry, refusal, silence |
 //!

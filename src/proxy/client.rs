@@ -106,15 +106,7 @@ pub(super) fn set_forwarded(
     if !is_trusted {
         request.remove_header(&FORWARDED);
     }
-    let shown = Connection::of(session).and_then(|connection| connection.certificate());
-    let is_certificate = |name: &HeaderName| name.as_str().starts_with("client-cert");
-    if (shown.is_some() || !is_trusted) && request.headers.keys().any(is_certificate) {
-        request.remove_header(&CLIENT_CERT);
-        request.remove_header(&CLIENT_CERT_CHAIN);
-    }
-    if let Some(certificate) = shown {
-        request.insert_header(CLIENT_CERT, certificate)?;
-    }
+    set_client_cert(session, request, is_trusted)?;
     let list = match is_trusted {
         true => {
             let list = joined(request.headers.get_all(FOR), &peer.to_string());
@@ -156,7 +148,7 @@ pub(super) fn set_forwarded(
     if is_missing(request, PORT) {
         match session.server_addr().and_then(|address| address.as_inet()) {
             Some(address) => {
-                request.insert_header("x-forwarded-port", HeaderValue::from(address.port()))?
+                request.insert_header("x-forwarded-port", HeaderValue::from(address.port()))?;
             }
             None => drop(request.remove_header(&PORT)),
         }
@@ -180,6 +172,21 @@ fn forwarded(peer: IpAddr, host: Option<&str>, proto: Option<&str>) -> String {
         element.push_str(&format!(";proto={proto}"));
     }
     element
+}
+
+/// Sets `Client-Cert` to what the client has shown here. What was in it is kept only if a trusted proxy
+/// sent it.
+fn set_client_cert(session: &Session, request: &mut RequestHeader, is_trusted: bool) -> Result<()> {
+    let shown = Connection::of(session).and_then(|connection| connection.certificate());
+    let is_certificate = |name: &HeaderName| name.as_str().starts_with("client-cert");
+    if (shown.is_some() || !is_trusted) && request.headers.keys().any(is_certificate) {
+        request.remove_header(&CLIENT_CERT);
+        request.remove_header(&CLIENT_CERT_CHAIN);
+    }
+    if let Some(certificate) = shown {
+        request.insert_header(CLIENT_CERT, certificate)?;
+    }
+    Ok(())
 }
 
 fn value_of(peer: IpAddr) -> HeaderValue {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::pingora::apps::HttpServerOptions;
+use ::pingora::listeners::{L4BufferSettings, ListenerConfig};
 use ::pingora::proxy::{HttpProxy, http_proxy};
 use ::pingora::server::Server;
 use ::pingora::server::configuration::ServerConf;
@@ -22,6 +23,10 @@ use super::tls::{BackendTls, ClientTls, Reload};
 use crate::config::ClusterConfig;
 use crate::error::ClusterError;
 use crate::pingora::{BalancerService, LeaderRoute};
+
+/// Of a client's connection, instead of Pingora's 64 KiB, which each idle connection would keep.
+/// Larger parts of a body are read past it.
+const READ_BUFFER: usize = 8_192;
 
 /// What [`ClusterProxy::add_to`] has added to a server, for a status page or metrics.
 #[non_exhaustive]
@@ -93,7 +98,8 @@ impl ClusterProxy {
             statistics.clone(),
         );
         let mut proxy = Service::new("proxy".to_owned(), front);
-        proxy.add_tcp(&config.listen);
+        let buffers = L4BufferSettings::default().read(READ_BUFFER);
+        proxy.add_listener(ListenerConfig::tcp(&*config.listen).l4_buffer(buffers));
         let shutdown = Shutdown::of_process();
         shutdown.listeners().add(&config.listen);
         shutdown.accepts_for(Duration::from_millis(config.drain_delay_ms));
