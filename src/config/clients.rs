@@ -37,6 +37,10 @@ pub struct Clients {
     /// What happens to requests that want to go on in another protocol. `h2c` is none: such a request is
     /// answered in HTTP/1.1. Default: `websocket`.
     pub upgrade: Upgrade,
+    /// Whether a client of HTTP/1 that ends its side of the connection after its request still gets the
+    /// response (RFC 9112, section 9.6). Most clients that do so are gone, so the request is given up by
+    /// default, as nginx and HAProxy do. Default: `false`.
+    pub half_closed: bool,
     /// The path of a request that this process answers itself, for load balancers in front and for
     /// probes: 200 while it serves and has a backend, otherwise, and as soon as it is to end, 503.
     /// Default: none.
@@ -90,6 +94,7 @@ impl Default for Clients {
             least_rate: 0,
             h2c: true,
             upgrade: Upgrade::Websocket,
+            half_closed: false,
             ready_path: None,
             trusted_proxies: Vec::new(),
             forwarded: false,

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use serde::Deserialize;
+use serde_saphyr::UserMessageFormatter;
 
 use super::cluster::ClusterConfig;
 use crate::error::ClusterError;
@@ -41,7 +42,10 @@ pub(super) fn in_file(path: impl fmt::Display, reason: impl fmt::Display) -> Clu
 pub(super) fn unreadable(path: &str, text: &str, error: &serde_saphyr::Error) -> ClusterError {
     // An endpoint may contain a user and a password. That is refused, but only after it has been
     // read, and errors of the parser repeat what they cannot read.
-    let bare = error.without_snippet().to_string();
+    // In words for those who write files, not programs.
+    let bare = error
+        .without_snippet()
+        .render_with_formatter(&UserMessageFormatter);
     if bare.contains('@') {
         let at = error.location();
         let at = at.map_or(String::new(), |at| {
@@ -57,7 +61,7 @@ pub(super) fn unreadable(path: &str, text: &str, error: &serde_saphyr::Error) ->
     if has_password(text) || text.contains('@') {
         in_file(path, bare)
     } else {
-        in_file(path, error)
+        in_file(path, error.render_with_formatter(&UserMessageFormatter))
     }
 }
 

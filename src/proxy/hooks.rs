@@ -77,11 +77,9 @@ impl ProxyHttp for ClusterProxy {
         context.client = peer_of(session)
             .map(|peer| self.trusted.client_of(peer, &session.req_header().headers));
         self.limits.check_upgrade(session)?;
-        context.is_for_leader = self.leader.is_some()
-            && self
-                .leader_requests
-                .include(session, self.limits.will_be_upgraded(session));
         context.is_upgrade = self.limits.will_be_upgraded(session);
+        context.is_for_leader =
+            self.leader.is_some() && self.leader_requests.include(session, context.is_upgrade);
         let found = self.enter(session, context).await;
         let Err(reason) = found else {
             context.is_found = true;
@@ -128,7 +126,7 @@ impl ProxyHttp for ClusterProxy {
                 Ok(peer) => return Ok(peer),
                 Err(reason) => reason,
             };
-            warn!(node = node.id, reason, "a node cannot be spoken to");
+            debug!(node = node.id, reason, "a node cannot be spoken to");
             // The next one, of those that have not been tried.
             let Some(upstream) = context.upstream.take() else {
                 return Err(bad_gateway(reason));

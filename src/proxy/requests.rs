@@ -37,6 +37,7 @@ pub(super) struct RequestLimits {
     body_bytes: u64,
     client_write: Duration,
     upgrade: Upgrade,
+    half_closed: bool,
 }
 
 impl RequestLimits {
@@ -47,6 +48,7 @@ impl RequestLimits {
             headers: clients.headers,
             body_bytes: clients.body_bytes,
             upgrade: clients.upgrade,
+            half_closed: clients.half_closed,
             client_write: Duration::from_millis(config.timeouts.client_write_ms),
         }
     }
@@ -70,6 +72,9 @@ impl RequestLimits {
             // Pingora notices.
             session.set_write_timeout(Some(self.client_write));
             return;
+        }
+        if self.half_closed {
+            session.set_abort_on_close(false);
         }
         // The front keeps the time.
         session.set_read_timeout(None);

@@ -265,3 +265,17 @@ async fn an_expectation_is_passed_on_and_an_early_answer_ends_an_upload() {
     assert!(start.elapsed() < Duration::from_secs(3));
     uploading.await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_ends_its_side_is_served_if_that_is_set() {
+    let backend = RawBackend::start_slow(Duration::from_millis(300)).await;
+    for (fields, expected) in [("", "none"), ("clients: { half_closed: true }", "200")] {
+        let balancer = in_front_of(&backend, "half-closed", fields).await;
+        let mut client = Raw::to(&balancer).await;
+        client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        tokio::io::AsyncWriteExt::shutdown(&mut client.0)
+            .await
+            .unwrap();
+        assert_eq!(status(&client.rest().await), expected, "{fields}");
+    }
+}

@@ -610,6 +610,10 @@ const FIELDS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "clients.half_closed",
+        &["promises::rfc::a_client_that_ends_its_side_is_served_if_that_is_set"],
+    ),
+    (
         "clients.ready_path",
         &[
             "promises::shutdown::at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_flight",

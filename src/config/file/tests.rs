@@ -253,3 +253,16 @@ fn the_part_of_pingora_is_strict_too() {
         assert!(error.contains(named), "{error}");
     }
 }
+
+#[test]
+fn errors_are_for_those_who_write_files() {
+    let twice = MINIMAL.replace("  group: workers\n", "  group: workers\n  group: others\n");
+    let nothing = MINIMAL.replace("group: workers", "group: null");
+    let several = format!("{MINIMAL}---\n{MINIMAL}");
+    for text in [twice, nothing, several] {
+        let error = error(&text);
+        for word in ["Option", "Policy", "from_", "::"] {
+            assert!(!error.contains(word), "{error}");
+        }
+    }
+}
