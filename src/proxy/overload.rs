@@ -28,6 +28,8 @@ pub(super) struct Overload {
     per_node: u32,
     queue: usize,
     waiting: AtomicUsize,
+    /// Those of them that wait for a backend with room; the others wait for a place in all.
+    waiting_for_backend: AtomicUsize,
     patience: Duration,
     freed: Notify,
     most_pause: Duration,
@@ -52,6 +54,7 @@ impl Overload {
             per_node: per_node.map_or(u32::MAX, |limit| u32::try_from(limit).unwrap_or(u32::MAX)),
             queue: config.queue,
             waiting: AtomicUsize::new(0),
+            waiting_for_backend: AtomicUsize::new(0),
             patience: Duration::from_millis(config.queue_timeout_ms),
             freed: Notify::new(),
             most_pause: Duration::from_millis(config.retry_after_most_ms),
@@ -82,6 +85,8 @@ impl Overload {
 
     /// Waits in the queue until `try_again` gives something.
     pub(super) async fn wait_for<T>(&self, mut try_again: impl FnMut() -> Option<T>) -> Option<T> {
+        self.waiting_for_backend.fetch_add(1, Ordering::Relaxed);
+        let _counted = Waiting(&self.waiting_for_backend);
         self.wait(async {
             loop {
                 let mut freed = std::pin::pin!(self.freed.notified());
@@ -158,7 +163,7 @@ impl Overload {
 
     /// Whether requests wait for a backend that has room.
     pub(super) fn has_waiting(&self) -> bool {
-        self.per_node < u32::MAX && self.waiting.load(Ordering::Relaxed) > 0
+        self.waiting_for_backend.load(Ordering::Relaxed) > 0
     }
 }
 
@@ -188,8 +193,15 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(500)).await;
             drop(place);
         });
-        assert!(waited.is_ok());
         assert_eq!(overload.waiting.load(Ordering::Relaxed), 0);
+        // Whoever waits for a place does not stand in the way of those who have one.
+        let _place = waited.unwrap();
+        let (waited, ()) = tokio::join!(overload.enter(), async {
+            tokio::task::yield_now().await;
+            assert_eq!(overload.waiting.load(Ordering::Relaxed), 1);
+            assert!(!overload.has_waiting());
+        });
+        assert!(waited.is_err());
     }
 
     #[tokio::test(start_paused = true)]
