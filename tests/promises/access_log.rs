@@ -20,13 +20,7 @@ async fn before(ports: &[u16], name: &str, log: &str, more: &str) -> (Balancer, 
     let file = scratch(&format!("{group}.access"));
     let log = log.replace("FILE", file.to_str().unwrap());
     let fields = format!("access_log: {{ {log} }}\n{more}");
-    let balancer = Setup::shared(&group).with(&fields).start();
-    until("it listens", async || {
-        tokio::net::TcpStream::connect(&balancer.listen)
-            .await
-            .is_ok()
-    })
-    .await;
+    let balancer = Setup::shared(&group).with(&fields).listening().await;
     (balancer, file)
 }
 

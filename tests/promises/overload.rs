@@ -22,14 +22,7 @@ async fn before(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer 
         let entry = entry(&id, Some(backend.address.port()), json!({}));
         put(&mut keys, &group, &entry, None).await;
     }
-    let balancer = Setup::shared(&group).with(fields).start();
-    until("it listens", async || {
-        tokio::net::TcpStream::connect(&balancer.listen)
-            .await
-            .is_ok()
-    })
-    .await;
-    balancer
+    Setup::shared(&group).with(fields).listening().await
 }
 
 /// Sends this number of requests at once: the responses, and how long each took.

@@ -91,12 +91,7 @@ async fn before(port: u16, name: &str, fields: &str) -> Balancer {
     let (etcd, group) = (Etcd::shared(), group(name));
     let entry = entry("a", Some(port), json!({}));
     put(&mut etcd.raw_client().await, &group, &entry, None).await;
-    let balancer = Setup::shared(&group).with(fields).start();
-    until("it listens", async || {
-        TcpStream::connect(&balancer.listen).await.is_ok()
-    })
-    .await;
-    balancer
+    Setup::shared(&group).with(fields).listening().await
 }
 
 fn certificates(files: &[(&Path, &Path)]) -> String {

@@ -251,6 +251,18 @@ impl Setup {
         }
     }
 
+    /// Starts the balancer and waits until it listens, which it does as soon as it has a view.
+    pub async fn listening(&self) -> Balancer {
+        let balancer = self.start();
+        until("it listens", async || {
+            tokio::net::TcpStream::connect(&balancer.listen)
+                .await
+                .is_ok()
+        })
+        .await;
+        balancer
+    }
+
     /// Starts the balancer and waits until it responds.
     pub async fn serving(&self) -> Balancer {
         let balancer = self.start();
