@@ -30,6 +30,7 @@ TEST_THREADS ?= 6
 # ETCD_ENDPOINTS (a running etcd) replaces it only for tests that do not stop etcd,
 # so a binary is needed as well.
 test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS is set
+	@.ci/install-clients
 	cargo build --all-features --examples
 	cargo build --profile bench --all-features --examples
 	@set -e; \

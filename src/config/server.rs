@@ -2,8 +2,11 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use pingora::server::configuration::ServerConf;
 use serde::de::IgnoredAny;
@@ -171,7 +174,21 @@ fn check_log(file: &Path) -> Result<(), String> {
 /// [`ConfigFile`](ClusterError::ConfigFile) with file, field and, where known, line.
 pub fn load(path: impl AsRef<Path>) -> Result<(ClusterConfig, ServerConf), ClusterError> {
     let name = path.as_ref().display().to_string();
-    let text = std::fs::read_to_string(path).map_err(|error| in_file(&name, error))?;
+    let text = read_in_time(path.as_ref()).map_err(|error| in_file(&name, error))?;
     let cluster = ClusterConfig::from_yaml(&text, &name)?;
     Ok((cluster, server_conf(&text, &name)?))
+}
+
+/// How long a disk, or whoever writes into a pipe, may take to give a file.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Reads a file in a thread of its own, because a pipe that nobody writes to blocks for any time.
+fn read_in_time(path: &Path) -> io::Result<String> {
+    let (read, result) = mpsc::channel();
+    let path = path.to_owned();
+    std::thread::spawn(move || read.send(std::fs::read_to_string(path)));
+    result.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+        let reason = "it could not be read within 5 s; if it is a pipe, nobody writes to it";
+        Err(io::Error::new(io::ErrorKind::TimedOut, reason))
+    })
 }

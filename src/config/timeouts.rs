@@ -42,6 +42,11 @@ pub struct Timeouts {
     /// because a request that meets the closing may be lost. Default: 4,000. Range: 1,000 to
     /// 3,600,000, in whole seconds.
     pub pool_idle_ms: u64,
+    /// How long the machine of a backend may leave what was sent to it unacknowledged, and a quiet
+    /// connection without a sign of life (`TCP_USER_TIMEOUT` and keep-alive probes). Then the connection
+    /// is over: so a firewall that drops packets in silence does not cost `response_ms`. Default: 15,000.
+    /// Range: 3,000 to 600,000, in whole seconds.
+    pub tcp_user_timeout_ms: u64,
     /// For a whole request, from its head to the end of its response, with all of its tries. Then
     /// 504. Default: 0, none. Range: 0 to 86,400,000.
     pub request_ms: u64,
@@ -60,6 +65,7 @@ impl Default for Timeouts {
             handshake_ms: 1_000,
             response_ms: 60_000,
             pool_idle_ms: 4_000,
+            tcp_user_timeout_ms: 15_000,
             request_ms: 0,
         }
     }
@@ -85,6 +91,11 @@ impl Timeouts {
         check("handshake_ms", self.handshake_ms, 1..=60_000)?;
         check("response_ms", self.response_ms, 1..=3_600_000)?;
         check("pool_idle_ms", self.pool_idle_ms, 1_000..=3_600_000)?;
+        check(
+            "tcp_user_timeout_ms",
+            self.tcp_user_timeout_ms,
+            3_000..=600_000,
+        )?;
         check("request_ms", self.request_ms, 0..=DAY)
     }
 }

@@ -103,7 +103,7 @@ pub(super) fn set_forwarded(
         return Ok(());
     };
     let is_trusted = trusted.contains(peer);
-    if !is_trusted {
+    if !is_trusted && request.headers.keys().any(|name| *name == FORWARDED) {
         request.remove_header(&FORWARDED);
     }
     set_client_cert(session, request, is_trusted)?;

@@ -38,6 +38,14 @@ pub(super) fn take_load_report(
     upstream: Option<&Upstream>,
     now: Instant,
 ) {
+    // Looking at the few names that there are costs less than looking for each of these.
+    let is_report = |name: &HeaderName| {
+        let name = name.as_str();
+        name.starts_with('e') && [BINARY_HEADER, LOAD_REPORT_HEADER].contains(&name)
+    };
+    if !response.headers.keys().any(is_report) {
+        return;
+    }
     response.remove_header(BINARY_HEADER);
     if let Some(report) = response.remove_header(LOAD_REPORT_HEADER)
         && let Some(upstream) = upstream

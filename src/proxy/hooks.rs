@@ -369,9 +369,10 @@ impl ProxyHttp for ClusterProxy {
     }
 
     /// What clients do wrong, and what the proxy refuses by itself, are no errors of this process.
-    fn suppress_error_log(&self, _: &Session, _: &RequestContext, error: &Error) -> bool {
+    fn suppress_error_log(&self, _: &Session, context: &RequestContext, error: &Error) -> bool {
         let is_refused = matches!(error.etype(), ErrorType::HTTPStatus(_));
-        if is_refused || error.esource() == &ErrorSource::Downstream {
+        let is_of_client = error.esource() == &ErrorSource::Downstream;
+        if is_refused || is_of_client || is_slow_upload(context, error) {
             debug!(%error, "a request was not served");
             return true;
         }

@@ -53,7 +53,10 @@ fn nominated(response: &ResponseHeader) -> Vec<HeaderName> {
     let texts = values.map(|value| value.to_str().unwrap_or_default());
     texts
         .flat_map(|text| text.split(','))
-        .filter_map(|name| name.trim().parse::<HeaderName>().ok())
+        .map(str::trim)
+        // What most backends say, and is no name of a field, or is looked for below.
+        .filter(|name| !["keep-alive", "close"].contains(name))
+        .filter_map(|name| name.parse::<HeaderName>().ok())
         .filter(|name| ![CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name))
         .filter(|name| !(is_upgrade && name == UPGRADE))
         .collect()

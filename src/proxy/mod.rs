@@ -17,6 +17,8 @@ mod outcome;
 mod overload;
 mod peers;
 mod pick;
+#[cfg(any(test, feature = "test-util"))]
+mod piped;
 mod readiness;
 mod reply;
 mod requests;
@@ -36,5 +38,8 @@ pub use context::RequestContext;
 #[doc(hidden)]
 pub use front::proxy_header_length;
 pub use front::{FrontCounts, FrontStatistics};
+#[cfg(any(test, feature = "test-util"))]
+#[doc(hidden)]
+pub use piped::PipedProxy;
 pub use server::ProxyParts;
 pub use shutdown::{Hold, Shutdown, run};

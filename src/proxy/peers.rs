@@ -14,11 +14,8 @@ use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::pingora::http_peer;
 
-/// A connection on which nothing is acknowledged is probed after this time, so that one that a
-/// firewall has forgotten costs seconds.
-const PROBE_AFTER: Duration = Duration::from_secs(15);
-const PROBE_EVERY: Duration = Duration::from_secs(5);
-const PROBES: usize = 3;
+/// How many probes without an answer end a quiet connection.
+const PROBES: u32 = 3;
 /// A connection of HTTP/2 that is not used is asked for a sign of life this often.
 const H2_PING_EVERY: Duration = Duration::from_secs(30);
 /// Backends of which it is known how long they keep idle connections.
@@ -30,6 +27,7 @@ pub(super) struct Peers {
     response: Duration,
     tunnel: Duration,
     pool_idle: Duration,
+    user_timeout: Duration,
     handshake: Duration,
     backends: Backends,
     upgrade: H1UpgradePolicy,
@@ -59,6 +57,7 @@ impl Peers {
             response: milliseconds(timeouts.response_ms),
             tunnel: milliseconds(timeouts.tunnel_ms),
             pool_idle: milliseconds(timeouts.pool_idle_ms),
+            user_timeout: milliseconds(timeouts.tcp_user_timeout_ms),
             hints: ArcSwap::default(),
         }
     }
@@ -130,14 +129,20 @@ impl Peers {
         options.write_timeout = response.filter(|_| !is_short || is_upgrade);
         let hint = self.hints.load().get(&addr).copied();
         options.idle_timeout = Some(hint.unwrap_or(self.pool_idle));
-        options.tcp_keepalive = Some(TcpKeepalive {
-            idle: PROBE_AFTER,
-            interval: PROBE_EVERY,
-            count: PROBES,
-            #[cfg(target_os = "linux")]
-            user_timeout: PROBE_AFTER + PROBE_EVERY * PROBES as u32,
-        });
+        options.tcp_keepalive = Some(self.keepalive());
         Ok(Box::new(peer))
+    }
+
+    /// A quiet connection is probed from half of the time on, so that it is over after all of it.
+    fn keepalive(&self) -> TcpKeepalive {
+        let second = Duration::from_secs(1);
+        TcpKeepalive {
+            idle: (self.user_timeout / 2).max(second),
+            interval: (self.user_timeout / 2 / PROBES).max(second),
+            count: PROBES as usize,
+            #[cfg(target_os = "linux")]
+            user_timeout: self.user_timeout,
+        }
     }
 
     /// A backend closes idle connections after this number of seconds. The pool has to let go of them

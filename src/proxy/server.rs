@@ -24,10 +24,6 @@ use crate::config::ClusterConfig;
 use crate::error::ClusterError;
 use crate::pingora::{BalancerService, LeaderRoute};
 
-/// Of a client's connection, instead of Pingora's 64 KiB, which each idle connection would keep.
-/// Larger parts of a body are read past it.
-const READ_BUFFER: usize = 8_192;
-
 /// What [`ClusterProxy::add_to`] has added to a server, for a status page or metrics.
 #[non_exhaustive]
 pub struct ProxyParts {
@@ -98,7 +94,9 @@ impl ClusterProxy {
             statistics.clone(),
         );
         let mut proxy = Service::new("proxy".to_owned(), front);
-        let buffers = L4BufferSettings::default().read(READ_BUFFER);
+        // The parsers have buffers of their own, and the front holds what is short: each idle connection
+        // would keep 64 KiB.
+        let buffers = L4BufferSettings::unbuffered();
         proxy.add_listener(ListenerConfig::tcp(&*config.listen).l4_buffer(buffers));
         let shutdown = Shutdown::of_process();
         shutdown.listeners().add(&config.listen);
@@ -118,7 +116,7 @@ impl ClusterProxy {
 }
 
 /// Pingora panics if it cannot use a certificate of the system, which it reads in any case.
-fn made(
+pub(super) fn made(
     server: &Arc<ServerConf>,
     proxy: ClusterProxy,
 ) -> Result<HttpProxy<ClusterProxy>, ClusterError> {
@@ -156,7 +154,7 @@ fn check_user(server: &ServerConf, address: &str) -> Result<(), ClusterError> {
     Ok(())
 }
 
-fn server_options(config: &ClusterConfig) -> HttpServerOptions {
+pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
     let mut options = HttpServerOptions::default();
     options.h2c = config.clients.h2c;
     options.h2_idle_timeout = Some(Duration::from_millis(config.timeouts.client_idle_ms));
@@ -168,7 +166,7 @@ fn server_options(config: &ClusterConfig) -> HttpServerOptions {
     options
 }
 
-fn front_settings(config: &ClusterConfig, tls: Option<ClientTls>) -> FrontSettings {
+pub(super) fn front_settings(config: &ClusterConfig, tls: Option<ClientTls>) -> FrontSettings {
     let (timeouts, clients) = (&config.timeouts, &config.clients);
     let milliseconds = Duration::from_millis;
     FrontSettings {

@@ -6,6 +6,7 @@ pub mod certificates;
 pub mod etcd;
 pub mod link;
 pub mod load;
+pub mod namespace;
 pub mod programs;
 pub mod scripted;
 

@@ -356,3 +356,60 @@ pub(crate) fn proxy_headers() -> Corpus {
         is_json: false,
     }
 }
+
+/// What clients send: one or several requests each.
+pub(crate) fn connections() -> Corpus {
+    let text = |text: &str| text.replace('\n', "\r\n").into_bytes();
+    let mut small: Vec<_> = [
+        "GET / HTTP/1.1\nHost: a\n\n",
+        "GET /?q=%20 HTTP/1.0\n\n",
+        "GET / HTTP/1.0\nConnection: keep-alive\n\n",
+        "HEAD /x HTTP/1.1\nHost: a\nConnection: close\n\n",
+        "POST / HTTP/1.1\nHost: a\nContent-Length: 5\n\nhello",
+        "POST / HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n",
+        "PUT / HTTP/1.1\nHost: a\nTransfer-Encoding: chunked\nTrailer: t\n\n1;x=y\nh\n0\nt: 1\n\n",
+        "POST / HTTP/1.1\nHost: a\nExpect: 100-continue\nContent-Length: 3\n\nabc",
+        "GET http://a/path HTTP/1.1\nHost: a\n\n",
+        "OPTIONS * HTTP/1.1\nHost: a\n\n",
+        "CONNECT a:443 HTTP/1.1\nHost: a\n\n",
+        "GET / HTTP/1.1\nHost: a\nConnection: Upgrade\nUpgrade: websocket\n\n",
+        "GET / HTTP/1.1\nHost: a\nX-Forwarded-For: 1.2.3.4, 5.6.7.8\nx_leader_epoch: 9\n\n",
+        "GET /1 HTTP/1.1\nHost: a\n\nGET /2 HTTP/1.1\nHost: a\n\nGET /3 HTTP/1.1\nHost: a\n\n",
+    ]
+    .map(text)
+    .into();
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    // SETTINGS, then HEADERS that end the stream: GET, http, /, and the authority "a".
+    let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    let head = [0, 0, 6, 1, 5, 0, 0, 0, 1, 0x82, 0x86, 0x84, 0x41, 1, b'a'];
+    let going = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    small.push([&preface[..], &settings, &head].concat());
+    small.push([&preface[..], &settings, &head, &going].concat());
+    Corpus {
+        small,
+        big: vec![text(&format!(
+            "GET / HTTP/1.1\nHost: a\nx: {}\n\n",
+            "y".repeat(60_000)
+        ))],
+        tokens: &[
+            "GET ",
+            "HTTP/1.1",
+            "\r\n",
+            "\r\n\r\n",
+            "Host: b\r\n",
+            "Content-Length: 0\r\n",
+            "Content-Length: 5\r\n",
+            "Transfer-Encoding: chunked\r\n",
+            "Connection: close\r\n",
+            "Connection: keep-alive\r\n",
+            "0\r\n\r\n",
+            " ",
+            ":",
+            "\t",
+            "\0",
+            "\n",
+            "ffffffffffffffff",
+        ],
+        is_json: false,
+    }
+}

@@ -1,5 +1,5 @@
 //! Feeds damaged inputs to everything that reads what others write: nodes, candidates, metadata,
-//! snapshot files, YAML, load reports.
+//! snapshot files, YAML, load reports, PROXY headers, and the connections of clients.
 //!
 //! ```text
 //! fuzz [--inputs N] [--first S]          about N inputs, beginning with seed S
@@ -14,6 +14,7 @@
 #![allow(clippy::too_many_lines)]
 
 mod corpora;
+mod front;
 mod hostile;
 mod mutate;
 mod targets;

@@ -32,7 +32,7 @@ pub(crate) struct Target {
     pub(crate) accepted: (f64, f64),
 }
 
-pub(crate) const TARGETS: [Target; 7] = [
+pub(crate) const TARGETS: [Target; 8] = [
     Target {
         name: "node",
         feed: node,
@@ -74,6 +74,12 @@ pub(crate) const TARGETS: [Target; 7] = [
         feed: proxy_header,
         share: 400,
         accepted: (10.0, 90.0),
+    },
+    Target {
+        name: "front",
+        feed: crate::front::connection,
+        share: 60,
+        accepted: (15.0, 80.0),
     },
 ];
 

@@ -218,3 +218,38 @@ async fn a_flood_of_resets_over_http_2_ends_its_connection_only() {
     let reached = backend.requests().len();
     assert!(reached < 1_000 + sent / 10, "{reached} of {sent}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn heads_and_bodies_over_http_2_that_do_not_go_on_end() {
+    let backend = RawBackend::start(ok).await;
+    let times = "timeouts: { response_ms: 1000, client_idle_ms: 1000, client_header_ms: 1000 }";
+    let balancer = in_front_of(&backend, "h2-stalls", times).await;
+    let connect = || tokio::net::TcpStream::connect(&balancer.listen);
+    let (sender, connection) = h2::client::handshake(connect().await.unwrap())
+        .await
+        .unwrap();
+    let driving = tokio::spawn(connection);
+    let mut ready = sender.ready().await.unwrap();
+    let request = http::Request::post("http://a/").body(()).unwrap();
+    let (response, mut body) = ready.send_request(request, false).unwrap();
+    body.send_data("a part".into(), false).unwrap();
+    let start = Instant::now();
+    let response = response.await.unwrap();
+    // The client's fault: its backend had to wait.
+    assert_eq!(response.status(), 408);
+    assert!(start.elapsed() < 5 * SECOND, "{:?}", start.elapsed());
+    let log = balancer.log_text();
+    assert!(!log.contains("ERROR"), "{log}");
+    drop((ready, body, response));
+    assert!(tokio::time::timeout(5 * SECOND, driving).await.is_ok());
+    // SETTINGS, and the first part of a head that CONTINUATION would have to complete.
+    let mut client = connect().await.unwrap();
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    client.write_all(preface).await.unwrap();
+    let head = b"\0\0\x03\x01\0\0\0\0\x01\x82\x86\x84";
+    client.write_all(head).await.unwrap();
+    // Whatever the proxy sends before.
+    let mut received = Vec::new();
+    let reading = client.read_to_end(&mut received);
+    assert!(tokio::time::timeout(5 * SECOND, reading).await.is_ok());
+}

@@ -18,6 +18,7 @@ mod clients;
 mod deaths;
 mod echo;
 mod fields;
+mod foreign;
 mod grpc;
 mod headers;
 mod leader;

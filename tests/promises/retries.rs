@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::common::etcd::Etcd;
+use super::common::etcd::{Etcd, Process};
 use super::common::group;
+use super::common::namespace::Namespace;
+use super::common::programs::optimised;
 use super::raw::{Raw, RawBackend, in_front_of, ok, status};
-use super::world::{Balancer, Setup, entry, put, until};
+use super::world::{Balancer, Setup, entry, put, scratch, until};
 
 /// A balancer in front of these backends, which takes turns.
 async fn before(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer {
@@ -223,4 +225,48 @@ async fn who_refuses_at_once_does_not_attract_requests() {
         let refused = bad.requests().len() - before;
         assert!(refused <= most, "{status}: {refused} of 1000");
     }
+}
+
+/// As a firewall does that has forgotten a connection, or a machine that has lost its network.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_that_drops_packets_in_silence_costs_seconds() {
+    let namespace = match Namespace::create() {
+        Ok(namespace) => namespace,
+        Err(reason) => {
+            eprintln!("skipped, because this machine cannot drop packets: {reason}");
+            return;
+        }
+    };
+    let listen = format!("{}:8080", namespace.inner_ip);
+    let mut command = namespace.command(optimised("worker"));
+    command.args(["--etcd", "memory://far", "--id", "far", "--listen", &listen]);
+    let _far = Process::spawn(&command, &scratch(&format!("{}-far", namespace.name)));
+    until("the far backend listens", async || {
+        tokio::net::TcpStream::connect(&listen).await.is_ok()
+    })
+    .await;
+    let (etcd, group) = (Etcd::shared(), group("silent-network"));
+    let mut keys = etcd.raw_client().await;
+    let near = RawBackend::start(ok).await;
+    for (id, ip, port) in [
+        ("far", namespace.inner_ip.to_string(), 8080),
+        ("near", near.address.ip().to_string(), near.address.port()),
+    ] {
+        let entry = entry(id, Some(port), json!({ "ip": ip }));
+        put(&mut keys, &group, &entry, None).await;
+    }
+    let fields =
+        "policy: round_robin\ntimeouts: { tcp_user_timeout_ms: 3000, pool_idle_ms: 60000 }";
+    let balancer = Setup::shared(&group).with(fields).serving().await;
+    balancer.until_served_by(&["far", "near"]).await;
+    namespace.cut().unwrap();
+    let start = Instant::now();
+    // On the connection that the pool has, and on a new one, which has a second to connect.
+    let served = balancer.gets(4).await;
+    assert_eq!(served.keys().collect::<Vec<_>>(), ["near"], "{served:?}");
+    let took = start.elapsed();
+    assert!(
+        (Duration::from_secs(2)..Duration::from_secs(10)).contains(&took),
+        "{took:?}"
+    );
 }

@@ -472,6 +472,10 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::clients::idle_connections_to_backends_end_before_the_backend_ends_them"],
     ),
     (
+        "timeouts.tcp_user_timeout_ms",
+        &["promises::retries::a_network_that_drops_packets_in_silence_costs_seconds"],
+    ),
+    (
         "timeouts.request_ms",
         &["promises::clients::a_request_has_a_time_for_all_of_it"],
     ),

@@ -87,14 +87,14 @@ async fn get(stream: &mut TlsStream<TcpStream>) -> String {
 }
 
 /// A balancer with these fields in front of a backend at this port. It listens when it has a view.
-async fn before(port: u16, name: &str, fields: &str) -> Balancer {
+pub(super) async fn before(port: u16, name: &str, fields: &str) -> Balancer {
     let (etcd, group) = (Etcd::shared(), group(name));
     let entry = entry("a", Some(port), json!({}));
     put(&mut etcd.raw_client().await, &group, &entry, None).await;
     Setup::shared(&group).with(fields).listening().await
 }
 
-fn certificates(files: &[(&Path, &Path)]) -> String {
+pub(super) fn certificates(files: &[(&Path, &Path)]) -> String {
     let pairs: Vec<_> = files
         .iter()
         .map(|(cert, key)| {

@@ -228,6 +228,32 @@ fn wrong_configurations_are_explained() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipe_can_be_the_configuration_and_one_that_nobody_writes_to_is_an_error() {
+    let pipe = Path::new(env!("CARGO_TARGET_TMPDIR")).join(group("pipe"));
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, mode).unwrap();
+    let start = || {
+        let mut command = Command::new(binary("load_balancer"));
+        command.args(["--test", "--conf", pipe.to_str().unwrap()]);
+        Program {
+            child: command.stderr(Stdio::piped()).spawn().unwrap(),
+        }
+    };
+    let mut program = start();
+    let good = std::fs::read_to_string(config_file("load_balancer.yaml")).unwrap();
+    std::fs::write(&pipe, good).unwrap();
+    let (status, _) = program.ended().await;
+    assert!(status.success(), "{status}");
+    let mut program = start();
+    let (status, took) = program.ended().await;
+    assert!(!status.success(), "{status} {took:?}");
+    let output = program.child.stderr.take().unwrap();
+    let message = std::io::read_to_string(output).unwrap();
+    assert!(message.contains("nobody writes to it"), "{message}");
+    std::fs::remove_file(&pipe).unwrap();
+}
+
 /// The shipped files must show every field.
 #[test]
 fn every_field_is_in_every_configuration_file() {

@@ -32,6 +32,10 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// without a line at the level of errors. A head in which a zero stands anywhere is none.
 const REFUSED_HEAD: &[u8] = b"\0\r\n\0\r\n\r\n";
 
+/// Up to this number of bytes wait for what follows them, so that the head of a response and its body
+/// leave in one system call. The stream below keeps nothing back.
+const HELD: usize = 2_048;
+
 pub(super) struct ClientStream {
     inner: Stream,
     /// What was read to find out what the connection is.
@@ -53,6 +57,8 @@ pub(super) struct ClientStream {
     read_deadline: Deadline,
     write_deadline: Deadline,
     writes: WriteClock,
+    /// Written by the proxy, and not yet to the stream below.
+    held: Vec<u8>,
     /// While there is a request. Over HTTP/2 each request has its own.
     request: Option<Hold>,
 }
@@ -86,6 +92,7 @@ impl ClientStream {
             read_deadline: Deadline::default(),
             write_deadline: Deadline::default(),
             writes: WriteClock::default(),
+            held: Vec::new(),
             request: None,
         }
     }
@@ -139,13 +146,19 @@ impl ClientStream {
     fn read_deadline(&mut self) -> Option<Instant> {
         let phase = self.phase();
         let timeouts = &self.limits.timeouts;
+        if self.is_http2 && phase == Phase::Answer {
+            // Whatever is received meanwhile, such as a ping or a part of a head, is no request.
+            if self.connection.has_open_requests() {
+                self.since = Instant::now();
+            }
+            return self.since.checked_add(timeouts.client_idle);
+        }
         let within = match phase {
             Phase::Accepted | Phase::Head => timeouts.client_header,
             Phase::Idle => timeouts.client_idle,
             Phase::Body => timeouts.client_body,
             Phase::Tunnel => timeouts.tunnel,
             Phase::Drain => timeouts.client_drain,
-            // All the time over HTTP/2, where Pingora ends a connection without requests.
             Phase::Expect | Phase::Answer => return None,
         };
         self.since.checked_add(within)
@@ -174,7 +187,7 @@ impl ClientStream {
                 Ok(())
             }
             // Nothing has been requested: the connection ends as if the client had ended it.
-            Phase::Accepted | Phase::Idle => {
+            Phase::Accepted | Phase::Idle | Phase::Answer => {
                 self.statistics.count_idle();
                 Ok(())
             }
@@ -219,23 +232,51 @@ impl ClientStream {
         )))
     }
 
-    fn after_write(
+    /// The client has taken `count` bytes of those that were held and of those that followed them:
+    /// returns how many of the latter.
+    fn taken(&mut self, count: usize) -> usize {
+        self.writes.wrote(count);
+        let of_held = count.min(self.held.len());
+        self.held.drain(..of_held);
+        match self.phase() {
+            Phase::Expect => self.enter(Phase::Body),
+            Phase::Tunnel => self.since = Instant::now(),
+            _ => {}
+        }
+        count - of_held
+    }
+
+    /// Writes what is held, and then `next`, in one call if the stream below can do that. Ready with how
+    /// much of `next` was written: 0 only if it is empty.
+    fn poll_write_held(
         &mut self,
         context: &mut Context<'_>,
-        written: Poll<io::Result<usize>>,
+        next: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match written {
-            Poll::Ready(Ok(count)) => {
-                self.writes.wrote(count);
-                match self.phase() {
-                    Phase::Expect => self.enter(Phase::Body),
-                    Phase::Tunnel => self.since = Instant::now(),
-                    _ => {}
-                }
-                Poll::Ready(Ok(count))
+        loop {
+            let is_last = self.held.is_empty();
+            if is_last && next.iter().all(|slice| slice.is_empty()) {
+                return Poll::Ready(Ok(0));
             }
-            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-            Poll::Pending => self.blocked(context),
+            let inner = Pin::new(&mut self.inner);
+            let written = match (is_last, next) {
+                (true, [one]) => inner.poll_write(context, one),
+                (true, _) => inner.poll_write_vectored(context, next),
+                (false, [one]) if inner.is_write_vectored() => {
+                    let both = [io::IoSlice::new(&self.held), io::IoSlice::new(one)];
+                    inner.poll_write_vectored(context, &both)
+                }
+                (false, _) => inner.poll_write(context, &self.held),
+            };
+            match written {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(count)) => match self.taken(count) {
+                    0 => {}
+                    of_next => return Poll::Ready(Ok(of_next)),
+                },
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return self.blocked(context),
+            }
         }
     }
 }
@@ -266,11 +307,16 @@ impl AsyncRead for ClientStream {
             this.received(buffer.filled().len() - before);
             return Poll::Ready(result);
         }
-        let Some(deadline) = this.read_deadline() else {
-            return Poll::Pending;
-        };
-        ready!(this.read_deadline.poll(deadline, context));
-        Poll::Ready(this.give_up(Ended::ReadTimeout, context, buffer))
+        loop {
+            let Some(deadline) = this.read_deadline() else {
+                return Poll::Pending;
+            };
+            ready!(this.read_deadline.poll(deadline, context));
+            // It may have been put off meanwhile.
+            if this.read_deadline() == Some(deadline) {
+                return Poll::Ready(this.give_up(Ended::ReadTimeout, context, buffer));
+            }
+        }
     }
 }
 
@@ -280,13 +326,7 @@ impl AsyncWrite for ClientStream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        if this.is_answered() {
-            return Poll::Ready(Ok(bytes.len()));
-        }
-        this.look_at(bytes);
-        let written = Pin::new(&mut this.inner).poll_write(context, bytes);
-        this.after_write(context, written)
+        self.poll_write_vectored(context, &[io::IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
@@ -295,12 +335,18 @@ impl AsyncWrite for ClientStream {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        let count: usize = slices.iter().map(|slice| slice.len()).sum();
         if this.is_answered() {
-            return Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()));
+            return Poll::Ready(Ok(count));
         }
         this.look_at(slices.first().map_or(&[], |slice| slice));
-        let written = Pin::new(&mut this.inner).poll_write_vectored(context, slices);
-        this.after_write(context, written)
+        if this.held.len() + count <= HELD {
+            for slice in slices {
+                this.held.extend_from_slice(slice);
+            }
+            return Poll::Ready(Ok(count));
+        }
+        this.poll_write_held(context, slices)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -309,6 +355,7 @@ impl AsyncWrite for ClientStream {
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        ready!(this.poll_write_held(context, &[]))?;
         match Pin::new(&mut this.inner).poll_flush(context) {
             Poll::Ready(result) => {
                 this.writes.flushed();
@@ -323,6 +370,7 @@ impl AsyncWrite for ClientStream {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        ready!(this.poll_write_held(context, &[]))?;
         match Pin::new(&mut this.inner).poll_shutdown(context) {
             Poll::Ready(result) => Poll::Ready(result),
             Poll::Pending => this.blocked(context),

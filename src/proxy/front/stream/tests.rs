@@ -12,7 +12,11 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// A client, and the stream of its connection.
 fn pair() -> (DuplexStream, ClientStream) {
-    let (client, server) = duplex(64);
+    pair_with(64)
+}
+
+fn pair_with(pipe: usize) -> (DuplexStream, ClientStream) {
+    let (client, server) = duplex(pipe);
     let limits = FrontLimits {
         timeouts: ClientTimeouts {
             client_header: 10 * SECOND,
@@ -107,6 +111,7 @@ async fn a_body_and_a_tunnel_live_as_long_as_something_moves() {
     stream.phase();
     tokio::time::advance(3_000 * SECOND).await;
     stream.write_all(b"x").await.unwrap();
+    stream.flush().await.unwrap();
     assert_eq!(read(&mut stream).await.1, 3_600 * SECOND);
 }
 
@@ -114,8 +119,8 @@ async fn a_body_and_a_tunnel_live_as_long_as_something_moves() {
 async fn a_client_that_does_not_read_is_given_up() {
     let (_client, mut stream) = pair();
     let start = Instant::now();
-    // More than the pipe holds.
-    let written = stream.write_all(&[0; 100]).await;
+    // More than the pipe and the stream hold.
+    let written = stream.write_all(&[0; HELD + 100]).await;
     assert_eq!(written.unwrap_err().kind(), io::ErrorKind::TimedOut);
     assert_eq!(start.elapsed(), 40 * SECOND);
     assert_eq!(stream.connection.ended(), Some(Ended::WriteTimeout));
@@ -172,5 +177,32 @@ proptest! {
             read
         });
         prop_assert_eq!(read, sent);
+    }
+}
+
+/// Whatever is written, in whatever parts, arrives as it is; and what is short leaves with what follows.
+#[tokio::test(start_paused = true)]
+async fn short_writes_leave_with_what_follows_them() {
+    for (lengths, pipe) in [
+        (&[10, 20, 30][..], 64),
+        (&[10, HELD * 3], 64),
+        (&[10, HELD * 3], 1 << 20),
+        (&[HELD, 1, HELD + 1, 5], 7),
+        (&[HELD * 2, 0, HELD * 2], 1 << 20),
+    ] {
+        let (mut client, mut stream) = pair_with(pipe);
+        let parts: Vec<Vec<u8>> = lengths.iter().map(|length| vec![b'a'; *length]).collect();
+        let expected = lengths.iter().sum();
+        let writing = async {
+            for part in &parts {
+                stream.write_all(part).await.unwrap();
+            }
+            stream.flush().await.unwrap();
+            assert!(stream.held.is_empty());
+        };
+        let mut received = vec![0; expected];
+        let (_, read) = tokio::join!(writing, client.read_exact(&mut received));
+        assert_eq!(read.unwrap(), expected, "{lengths:?} {pipe}");
+        assert!(received.iter().all(|byte| *byte == b'a'));
     }
 }
