@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo check test promises test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-proxy bench-scale bench-fleets bench-routing bench-build clean
+.PHONY: help deps demo install check test promises test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-proxy bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,8 +31,8 @@ TEST_THREADS ?= 6
 # so a binary is needed as well.
 test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS is set
 	@.ci/install-clients
-	cargo build --all-features --examples
-	cargo build --profile bench --all-features --examples
+	cargo build --all-features --examples --bins
+	cargo build --profile bench --all-features --examples --bins
 	@set -e; \
 	if [ -n "$$ETCD_IMAGE" ]; then \
 		unset ETCD_BIN; \
@@ -54,7 +54,7 @@ SIMULATION = cargo test --profile bench --all-features --test simulation --
 SEEDS ?= 2000
 FIRST ?= 1
 promises: deps ## test the README's promises on the optimised programs; part of test
-	cargo build --profile bench --all-features --examples
+	cargo build --profile bench --all-features --examples --bins
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test promises
 
 simulate: deps ## simulate coordination under faults: SEEDS=n FIRST=s; part of test
@@ -80,7 +80,7 @@ fuzz: deps ## feed broken nodes, files, YAML, reports: INPUTS=n FIRST=s, TARGET=
 	$(FUZZ) --inputs $(INPUTS) --first $(FIRST) $(if $(TARGET),--target $(TARGET))
 
 test-docker: deps ## run the etcd tests against etcd in containers
-	cargo build --all-features --examples
+	cargo build --all-features --examples --bins
 	@set -e; \
 	image=$$(.ci/etcd-image); \
 	unset ETCD_BIN ETCD_ENDPOINTS; \
@@ -88,13 +88,13 @@ test-docker: deps ## run the etcd tests against etcd in containers
 	ETCD_IMAGE=$$image cargo test --all-features --test store_conformance --test cluster --test proxy -- --skip slow::
 
 real-load: deps ## compare the policies under load with real processes; part of test
-	cargo build --all-features --examples
+	cargo build --all-features --examples --bins
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test real_load
 
 # Optimised, like a release, because it judges how long things take, with 60 workers in one process.
 CHAOS_SECONDS ?= 600
 chaos: deps ## inject faults into a real etcd cluster for CHAOS_SECONDS=600; a short run is part of test
-	cargo build --profile bench --all-features --examples
+	cargo build --profile bench --all-features --examples --bins
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --profile bench --all-features --test chaos -- --seconds $(CHAOS_SECONDS)
 
 OUTAGE_SECONDS ?= 300
@@ -132,6 +132,9 @@ bench-build: deps ## compile the benchmarks, and run those of the pick once with
 	cargo bench --all-features --no-run
 	cargo bench --all-features --bench pick -- --test
 	cargo bench --all-features --bench proxy -- --test
+
+install: deps ## install the command pingora-etcd
+	cargo install --locked --path . --features cli
 
 clean: ## remove target/, downloaded tools included
 	cargo clean

@@ -9,7 +9,7 @@
 //!
 //! While there is no leader, a write waits up to 2 s and then gets 503 with `retry-after`.
 
-#[path = "support/log.rs"]
+#[path = "../src/bin/pingora-etcd/log.rs"]
 mod log;
 
 use std::process::ExitCode;
@@ -32,7 +32,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    log::init();
+    log::init(log::FOR_SERVICES);
     match build(&Arguments::parse()) {
         Ok(server) => proxy::run(server),
         Err(error) => {

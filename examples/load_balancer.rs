@@ -7,7 +7,7 @@
 //!
 //! With `--demo N`, N workers run in the same process, on 127.0.0.1:9001 and up.
 
-#[path = "support/log.rs"]
+#[path = "../src/bin/pingora-etcd/log.rs"]
 mod log;
 mod support;
 
@@ -48,7 +48,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    log::init();
+    log::init(log::FOR_SERVICES);
     let arguments = Arguments::parse();
     match build(&arguments) {
         Ok(server) if !arguments.test => proxy::run(server),

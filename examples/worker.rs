@@ -26,7 +26,7 @@
 //! average, and reports how much of that capacity is in use; `PUT /slots?count=2` reduces it to two
 //! slots, as if a neighbour had taken the others.
 
-#[path = "support/log.rs"]
+#[path = "../src/bin/pingora-etcd/log.rs"]
 mod log;
 mod support;
 
@@ -99,7 +99,7 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    log::init();
+    log::init(log::FOR_SERVICES);
     let arguments = Arguments::parse();
     let cluster = Cluster::builder(etcd(&arguments)).ttl(arguments.ttl);
     let cluster = match cluster.try_build() {

@@ -32,7 +32,7 @@
 //! # The guide
 //!
 //! [Getting started](guide::getting_started), [concepts](guide::concepts), [routing](guide::routing),
-//! [configuration](guide::configuration), [leadership and fencing](guide::fencing),
+//! [configuration](guide::configuration), [the command](guide::command), [leadership and fencing](guide::fencing),
 //! [when etcd is away](guide::when_etcd_is_away), [security](guide::security),
 //! [scale](guide::scale), [how it is tested](guide::testing), [limits](guide::limits),
 //! [coming from photon-etcd-cluster](guide::migrating).
@@ -50,6 +50,7 @@
 //! | `system-metrics` | no | `SystemMetricsCollector` |
 //! | `tls` | no | `https://` endpoints, by rustls with ring |
 //! | `proxy-tls` | no | TLS to clients and backends in the bundled proxy, by rustls with ring; implies `pingora` |
+//! | `cli` | no | the command `pingora-etcd`, for `cargo install` |
 //! | `tower` | no | `LoadReporter::layer`: counts requests and reports load with every response |
 //! | `test-util` | no | controls of the in-memory store: compaction, expiry, refusal, silence |
 //!

@@ -77,21 +77,33 @@ impl Drop for Program {
     }
 }
 
-/// The program beside the test binary, in `target/*/examples`.
+/// The command of this crate.
+pub const COMMAND: &str = "pingora-etcd";
+
+/// Where a program is below `target/*`: the command itself, or an example.
+fn place(profile: &Path, name: &str) -> PathBuf {
+    match name {
+        COMMAND => profile.join(name),
+        example => profile.join("examples").join(example),
+    }
+}
+
+/// The program that was built as the test binary was.
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    let target = test.parent().and_then(Path::parent).unwrap();
-    target.join("examples").join(name)
+    let profile = test.parent().and_then(Path::parent).unwrap();
+    place(profile, name)
 }
 
 /// The optimised program, as users run it: built by `cargo build --profile bench --all-features
-/// --examples`. If it is missing or older than the sources, a line on standard error reports that,
+/// --examples --bins`. If it is missing or older than the sources, a line on standard error reports that,
 /// and the program beside the test binary is used.
 pub fn optimised(name: &str) -> PathBuf {
     static SAID: std::sync::Once = std::sync::Once::new();
     let debug = binary(name);
-    let target = debug.ancestors().nth(3).unwrap_or(Path::new(""));
-    let optimised = target.join("release").join("examples").join(name);
+    let test = std::env::current_exe().unwrap();
+    let target = test.ancestors().nth(3).unwrap_or(Path::new(""));
+    let optimised = place(&target.join("release"), name);
     let built = |file: &Path| std::fs::metadata(file).and_then(|about| about.modified());
     match built(&optimised) {
         Ok(built) if built >= newest_source() => optimised,

@@ -15,6 +15,7 @@ mod access_log;
 mod attacks;
 mod away;
 mod clients;
+mod command;
 mod deaths;
 mod echo;
 mod fields;

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
 use super::common::load::{client, until_it_answers};
-use super::common::programs::{Program, optimised};
+use super::common::programs::{COMMAND, Program, optimised};
 use super::common::{DEADLINE, free_port, local};
 
 /// A file that belongs to this test run.
@@ -238,6 +238,9 @@ impl Setup {
                 command
             }
         };
+        if self.program == COMMAND {
+            command.arg("serve");
+        }
         command.arg("--conf").arg(&conf).args(self.argument);
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         Balancer {

@@ -1,4 +1,4 @@
-//! Where log lines and other output of the examples go.
+//! Where log lines and other output of the command and of the examples go.
 //!
 //! Output that nobody accepts is lost, and nothing else is affected: a full disk, a pipe whose
 //! reader has ended, or a pipe that nobody reads. `println!` and `eprintln!` panic when they cannot
@@ -14,11 +14,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// A pipe that has room at all accepts this many bytes without blocking.
 const CHUNK: usize = 4096;
 
-/// Writes log lines of this crate and its examples, and warnings of other crates, to standard
-/// error; `RUST_LOG` overrides the filter.
-pub fn init() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| "warn,pingora_etcd=info,load_balancer=info,worker=info".into());
+/// For programs that run for long: lines of this crate and its programs, and warnings of other crates.
+pub const FOR_SERVICES: &str = "warn,pingora_etcd=info,load_balancer=info,worker=info";
+
+/// Writes log lines to standard error. `RUST_LOG` overrides the filter.
+pub fn init(filter: &str) {
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| filter.into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| NonBlocking)

@@ -1,0 +1,109 @@
+//! Which etcd, and which group.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use pingora_etcd::store::{Credentials, Password, TlsOptions};
+use pingora_etcd::{Cluster, ClusterError, EtcdOptions, config};
+
+const GROUP: &str = "workers";
+const ENDPOINT: &str = "http://127.0.0.1:2379";
+
+/// Each option overrides the file.
+#[derive(Args)]
+pub struct Connection {
+    /// Take what is not given here from the section `cluster` of this file.
+    #[arg(long, short, env = "PINGORA_ETCD_CONF", value_name = "FILE")]
+    conf: Option<PathBuf>,
+    /// The group. Default: that of the file, or `workers`.
+    #[arg(long, short, env = "PINGORA_ETCD_GROUP")]
+    group: Option<String>,
+    /// The endpoints of etcd. Default: those of the file, or <http://127.0.0.1:2379>.
+    #[arg(
+        long,
+        short,
+        env = "ETCD_ENDPOINTS",
+        value_delimiter = ',',
+        value_name = "URL"
+    )]
+    endpoints: Vec<String>,
+    /// The prefix of all keys.
+    #[arg(long, env = "PINGORA_ETCD_KEY_PREFIX", value_name = "PREFIX")]
+    key_prefix: Option<String>,
+    /// The CAs that may have signed etcd's certificate. Default: those of the system.
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// The client certificate to present to etcd.
+    #[arg(long, requires = "key", value_name = "FILE")]
+    cert: Option<PathBuf>,
+    /// The private key of the client certificate.
+    #[arg(long, requires = "cert", value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// The etcd user. The password is in --password-file, or in the variable `ETCD_PASSWORD`.
+    #[arg(long, env = "ETCD_USER")]
+    user: Option<String>,
+    /// The file that contains the password.
+    #[arg(long, requires = "user", value_name = "FILE")]
+    password_file: Option<PathBuf>,
+}
+
+/// A connection to etcd, and the name of a group.
+pub struct Target {
+    pub etcd: EtcdOptions,
+    pub group: String,
+}
+
+impl Connection {
+    /// # Errors
+    ///
+    /// If the file cannot be read.
+    pub fn target(&self) -> Result<Target, ClusterError> {
+        let file = self.conf.as_ref().map(config::load).transpose()?;
+        let file = file.map(|(cluster, _)| cluster);
+        let (mut etcd, mut group) = match file {
+            Some(file) => (file.etcd, file.group),
+            None => (EtcdOptions::new([ENDPOINT]), GROUP.to_owned()),
+        };
+        if !self.endpoints.is_empty() {
+            self.endpoints.clone_into(&mut etcd.endpoints);
+        }
+        if let Some(prefix) = &self.key_prefix {
+            etcd = etcd.key_prefix(prefix);
+        }
+        if self.ca.is_some() || self.cert.is_some() {
+            etcd = etcd.tls(self.tls());
+        }
+        if let Some(user) = &self.user {
+            // Never as an argument, because those are visible to everybody on the machine.
+            let password = match &self.password_file {
+                Some(file) => Password::File(file.clone()),
+                None => Password::Env("ETCD_PASSWORD".to_owned()),
+            };
+            etcd = etcd.credentials(Credentials::new(user, password));
+        }
+        if let Some(given) = &self.group {
+            given.clone_into(&mut group);
+        }
+        Ok(Target { etcd, group })
+    }
+
+    fn tls(&self) -> TlsOptions {
+        let mut tls = TlsOptions::new();
+        if let Some(file) = &self.ca {
+            tls = tls.ca_file(file);
+        }
+        if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
+            tls = tls.identity(cert, key);
+        }
+        tls
+    }
+}
+
+impl Target {
+    /// # Errors
+    ///
+    /// If the options are wrong. Connects to nothing.
+    pub fn cluster(&self) -> Result<Cluster, ClusterError> {
+        Cluster::connect(self.etcd.clone())
+    }
+}

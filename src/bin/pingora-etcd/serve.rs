@@ -1,0 +1,46 @@
+//! `serve`: the bundled load balancer.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use pingora::server::Server;
+use pingora::server::configuration::Opt;
+use pingora_etcd::config;
+use pingora_etcd::proxy::{self, ClusterProxy};
+
+use crate::{Result, effective, output};
+
+#[derive(Args)]
+pub struct Arguments {
+    /// The file.
+    #[arg(long, short, env = "PINGORA_ETCD_CONF", value_name = "FILE")]
+    conf: PathBuf,
+    /// Send writes to the leader of the group, with its fencing token.
+    #[arg(long)]
+    leader_routing: bool,
+    /// Check the file, print every value in it and where it comes from, and end.
+    #[arg(long)]
+    check: bool,
+    /// Take the listening sockets over from the process that has them, without a gap.
+    #[arg(long)]
+    upgrade: bool,
+}
+
+pub fn run(arguments: &Arguments) -> Result {
+    let (config, server_conf) = config::load(&arguments.conf)?;
+    let options = Opt {
+        upgrade: arguments.upgrade,
+        test: arguments.check,
+        ..Opt::default()
+    };
+    let mut server = Server::new_with_opt_and_conf(options, server_conf);
+    ClusterProxy::add_to(&mut server, &config, arguments.leader_routing)?;
+    if arguments.check {
+        let text = std::fs::read_to_string(&arguments.conf)?;
+        let name = arguments.conf.display().to_string();
+        output::line(effective::described(&text, &name)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    Ok(proxy::run(server))
+}

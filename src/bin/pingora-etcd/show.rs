@@ -1,0 +1,275 @@
+//! `nodes`, `leader` and `watch`: what is in a group.
+
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use clap::Args;
+use pingora_etcd::{Change, Leadership, Node, Nodes, ServiceDiscovery};
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use crate::connection::Connection;
+use crate::table::table;
+use crate::{Failure, Result, log, output};
+
+#[derive(Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    connection: Connection,
+    /// Print JSON: an array for `nodes`, an object for `leader`, an object a line for `watch`.
+    #[arg(long)]
+    json: bool,
+    /// How long to wait for etcd, in seconds.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    timeout: u64,
+}
+
+/// Runs `show` while the group is followed, once there is a view of it.
+fn with_group<T>(
+    arguments: &Arguments,
+    show: impl AsyncFnOnce(&ServiceDiscovery) -> Result<T>,
+) -> Result<T> {
+    let target = arguments.connection.target()?;
+    let runtime = Runtime::new()?;
+    runtime.block_on(async {
+        let discovery = target.cluster()?.discovery(&target.group).try_build()?;
+        let within = Duration::from_secs(arguments.timeout);
+        let following = discovery.run_until(std::future::pending());
+        let shown = async {
+            match tokio::time::timeout(within, discovery.until_ready()).await {
+                Ok(ready) => ready?,
+                Err(_) => {
+                    let reason = format!("no answer from etcd within {within:?}");
+                    return Err(Failure::Error(reason.into()));
+                }
+            }
+            show(&discovery).await
+        };
+        tokio::select! {
+            ended = following => Err(match ended {
+                Ok(()) => "the group is not followed any more".into(),
+                Err(error) => error.into(),
+            }),
+            shown = shown => shown,
+        }
+    })
+}
+
+pub fn nodes(arguments: &Arguments) -> Result {
+    with_group(arguments, async |discovery| {
+        let (nodes, leadership) = (discovery.nodes(), discovery.leadership());
+        output::line(match arguments.json {
+            true => format!("{:#}", Value::from(as_json(&nodes, leadership.as_ref()))),
+            false => as_table(&nodes, leadership.as_ref()),
+        })?;
+        if nodes.is_empty() {
+            let group = discovery.group_name();
+            log::print_error(format_args!("the group {group} has no nodes"));
+        }
+        let rejected = discovery.rejected_entries().total();
+        if rejected > 0 {
+            log::print_error(format_args!("{rejected} entries were refused, see above"));
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn sorted(nodes: &Nodes) -> Vec<&Node> {
+    let mut sorted: Vec<_> = nodes.iter().map(AsRef::as_ref).collect();
+    sorted.sort_by(|one, other| one.id.cmp(&other.id));
+    sorted
+}
+
+/// The state in one word.
+fn state(nodes: &Nodes, node: &Node) -> &'static str {
+    match () {
+        () if nodes.is_suspect(&node.id) => "suspect",
+        () if node.is_leaving() => "leaving",
+        () if !node.is_serving() => "draining",
+        () => "serving",
+    }
+}
+
+fn is_leader(leadership: Option<&Leadership>, node: &Node) -> bool {
+    leadership.is_some_and(|leadership| leadership.node.id == node.id)
+}
+
+fn as_json(nodes: &Nodes, leadership: Option<&Leadership>) -> Vec<Value> {
+    let with_state = |node: &Node| {
+        let mut value = json!(node);
+        if let Some(fields) = value.as_object_mut() {
+            fields.insert("state".to_owned(), json!(state(nodes, node)));
+            fields.insert("leader".to_owned(), json!(is_leader(leadership, node)));
+            fields.insert(
+                "lease".to_owned(),
+                json!(node.lease().map(|lease| lease.to_string())),
+            );
+        }
+        value
+    };
+    sorted(nodes).into_iter().map(with_state).collect()
+}
+
+fn as_table(nodes: &Nodes, leadership: Option<&Leadership>) -> String {
+    let metric = |node: &Node, key| {
+        node.metric(key)
+            .map_or(String::new(), |value| format!("{value:.1}"))
+    };
+    let row = |node: &Node| {
+        [
+            node.id.clone(),
+            match node.port {
+                Some(_) => node.addr(0).to_string(),
+                None => node.ip.to_string(),
+            },
+            state(nodes, node).to_owned(),
+            if is_leader(leadership, node) {
+                "yes".to_owned()
+            } else {
+                String::new()
+            },
+            node.zone.clone().unwrap_or_default(),
+            node.weight
+                .map_or(String::new(), |weight| weight.to_string()),
+            metric(node, "cpu_usage_percent"),
+            metric(node, "memory_usage_percent"),
+            metric(node, "queue_depth"),
+            age(node),
+        ]
+    };
+    let rows: Vec<_> = sorted(nodes).into_iter().map(row).collect();
+    let names = [
+        "ID", "ADDRESS", "STATE", "LEADER", "ZONE", "WEIGHT", "CPU", "MEMORY", "QUEUE", "WRITTEN",
+    ];
+    table(names, &rows)
+}
+
+/// How long ago a node has written its entry, by two clocks.
+fn age(node: &Node) -> String {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let written = Duration::from_millis(node.last_seen.try_into().unwrap_or(0));
+    match now.saturating_sub(written).as_secs() {
+        seconds @ 0..=119 => format!("{seconds} s ago"),
+        seconds @ 120..=7_199 => format!("{} min ago", seconds / 60),
+        seconds => format!("{} h ago", seconds / 3_600),
+    }
+}
+
+pub fn leader(arguments: &Arguments) -> Result {
+    with_group(arguments, async |discovery| {
+        let Some(Leadership { node, epoch, .. }) = discovery.leadership() else {
+            let group = discovery.group_name();
+            return Err(Failure::NotFound(format!(
+                "the group {group} has no leader"
+            )));
+        };
+        output::line(match arguments.json {
+            true => format!("{:#}", json!({ "node": *node, "epoch": epoch })),
+            false => {
+                let address = node.addr(0);
+                format!("{} at {address}, fencing token {epoch}", node.id)
+            }
+        })?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+pub fn watch(arguments: &Arguments) -> Result {
+    with_group(arguments, async |discovery| {
+        let mut changes = discovery.changes();
+        let mut status = discovery.watch_status();
+        let mut interrupt = std::pin::pin!(tokio::signal::ctrl_c());
+        loop {
+            let happened = tokio::select! {
+                change = changes.next() => happened(&change),
+                Ok(()) = status.changed() => {
+                    vec![Happened::plain(&status.borrow_and_update().to_string())]
+                }
+                _ = &mut interrupt => return Ok(ExitCode::SUCCESS),
+            };
+            for event in happened {
+                output::line(match arguments.json {
+                    true => event.as_json().to_string(),
+                    false => event.as_text(),
+                })?;
+            }
+        }
+    })
+}
+
+/// A line of `watch`.
+struct Happened {
+    what: String,
+    node: Option<Value>,
+    text: String,
+    epoch: Option<i64>,
+}
+
+impl Happened {
+    fn plain(what: &str) -> Self {
+        Self {
+            what: what.to_owned(),
+            node: None,
+            text: String::new(),
+            epoch: None,
+        }
+    }
+
+    fn to(what: &str, node: &Node) -> Self {
+        let mut text = format!("{} at {}", node.id, node.addr(0));
+        if !node.is_serving() {
+            text.push_str(", draining");
+        }
+        if !node.metadata.is_null() {
+            text.push_str(&format!(" {}", node.metadata.as_json()));
+        }
+        Self {
+            node: Some(json!(node)),
+            text,
+            ..Self::plain(what)
+        }
+    }
+
+    fn as_json(&self) -> Value {
+        json!({ "time": now(), "event": self.what, "node": self.node, "epoch": self.epoch })
+    }
+
+    fn as_text(&self) -> String {
+        let token = self
+            .epoch
+            .map_or(String::new(), |epoch| format!(", fencing token {epoch}"));
+        let line = format!("{}  {:8}  {}{token}", now(), self.what, self.text);
+        line.trim_end().to_owned()
+    }
+}
+
+fn now() -> String {
+    DateTime::<Utc>::from(SystemTime::now()).to_rfc3339_opts(SecondsFormat::Millis, true)
+}
+
+fn happened(change: &Change) -> Vec<Happened> {
+    match change {
+        Change::Reset(nodes) => {
+            let mut all = vec![Happened::plain(&format!("view of {} nodes", nodes.len()))];
+            all.extend(
+                sorted(nodes)
+                    .into_iter()
+                    .map(|node| Happened::to("present", node)),
+            );
+            all
+        }
+        Change::Joined(node) => vec![Happened::to("joined", node)],
+        Change::Updated { new, .. } => vec![Happened::to("updated", new)],
+        Change::Left(node) => vec![Happened::to("left", node)],
+        Change::Leader(Some(leadership)) => vec![Happened {
+            epoch: Some(leadership.epoch),
+            text: leadership.node.id.clone(),
+            ..Happened::to("leader", &leadership.node)
+        }],
+        Change::Leader(None) => vec![Happened::plain("no leader")],
+        _ => Vec::new(),
+    }
+}

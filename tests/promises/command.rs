@@ -1,0 +1,355 @@
+//! Tests of the command `pingora-etcd`, on the release program.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::common::etcd::Etcd;
+use super::common::programs::{COMMAND, Program, optimised};
+use super::common::{free_port, group, local};
+use super::world::{Setup, delete, entry, put, registered, scratch, until, until_registered};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// The command with the arguments that name etcd and the group.
+fn command(etcd: &Etcd, group: &str, name: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(optimised(COMMAND));
+    command
+        .arg(name)
+        .args(["--endpoints", &etcd.endpoints().join(",")]);
+    command.args(["--group", group]).args(arguments);
+    command
+}
+
+fn run(etcd: &Etcd, group: &str, name: &str, arguments: &[&str]) -> (Output, String) {
+    let output = command(etcd, group, name, arguments).output().unwrap();
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    (output, text)
+}
+
+fn status(output: &Output) -> i32 {
+    output.status.code().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_shows_nodes_and_leader_and_what_happens() {
+    let (etcd, group) = (Etcd::shared(), group("shown"));
+    let mut keys = etcd.raw_client().await;
+    let (none, text) = run(&etcd, &group, "leader", &[]);
+    assert_eq!((status(&none), &*text), (3, ""), "{none:?}");
+    let (none, text) = run(&etcd, &group, "nodes", &["--json"]);
+    assert_eq!((status(&none), text.trim()), (0, "[]"));
+
+    let mut watching = command(&etcd, &group, "watch", &["--json"]);
+    let file = scratch(&format!("{group}.watch"));
+    watching.stdout(std::fs::File::create(&file).unwrap());
+    let mut watching = Program::spawn(&mut watching);
+    let events = || -> Vec<Value> {
+        let text = std::fs::read_to_string(&file).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    };
+    let has = |event: &str, id: Option<&str>| {
+        let is_it = |line: &Value| line["event"] == event && line["node"]["id"].as_str() == id;
+        events().iter().any(is_it)
+    };
+    until("it watches", async || has("live", None)).await;
+    let more = json!({ "zone": "z1", "weight": 2, "metadata": { "cpu_usage_percent": 12.5 } });
+    put(&mut keys, &group, &entry("a", Some(80), more), None).await;
+    let draining = json!({ "state": "draining" });
+    put(&mut keys, &group, &entry("b", None, draining), None).await;
+    until("both are seen", async || {
+        has("joined", Some("a")) && has("joined", Some("b"))
+    })
+    .await;
+
+    let (_, table) = run(&etcd, &group, "nodes", &[]);
+    let words = |line: &str| {
+        line.split_whitespace()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let lines: Vec<_> = table.lines().map(words).collect();
+    assert_eq!(
+        lines[1][..5],
+        ["a", "127.0.0.1:80", "serving", "z1", "2"],
+        "{table}"
+    );
+    assert_eq!(lines[1][5], "12.5", "{table}");
+    assert_eq!(lines[2][..3], ["b", "127.0.0.1", "draining"], "{table}");
+    let (_, text) = run(&etcd, &group, "nodes", &["--json"]);
+    let nodes: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(nodes[1]["state"], "draining", "{nodes}");
+    assert_eq!(nodes[0]["leader"], false);
+
+    delete(&mut keys, &group, "a").await;
+    until("it is gone", async || has("left", Some("a"))).await;
+    watching.signal("INT");
+    assert!(watching.ended().await.0.success());
+    std::fs::remove_file(&file).unwrap();
+
+    // Nobody is there.
+    let nowhere = format!("http://{}:{}", local(), free_port());
+    let started = Instant::now();
+    let away = Command::new(optimised(COMMAND))
+        .args(["nodes", "--timeout", "1", "--endpoints", &nowhere])
+        .output()
+        .unwrap();
+    assert_eq!(status(&away), 1);
+    assert!(started.elapsed() < 5 * SECOND);
+    let wrong = Command::new(optimised(COMMAND))
+        .arg("nodse")
+        .output()
+        .unwrap();
+    assert_eq!(status(&wrong), 2);
+}
+
+/// A member that is some other program: the example `worker`, which registers elsewhere.
+struct Member {
+    program: Program,
+    port: u16,
+    log: std::path::PathBuf,
+}
+
+impl Member {
+    fn start(etcd: &Etcd, group: &str, arguments: &[&str], child: &[&str]) -> Self {
+        let port = free_port();
+        let port_text = port.to_string();
+        let listen = format!("{}:{port}", local());
+        let log = scratch(&format!("{group}-{port}.log"));
+        let fixed = [
+            "--id",
+            "m",
+            "--port",
+            &port_text,
+            "--ip",
+            "127.0.0.1",
+            "--ttl",
+            "2",
+        ];
+        let mut command = command(etcd, group, "register", &fixed);
+        command.args(arguments).arg("--");
+        match child {
+            [] => {
+                let worker = optimised("worker");
+                let arguments = ["--etcd", "memory://m", "--id", "m", "--listen", &listen];
+                command.arg(worker).args(arguments);
+            }
+            child => {
+                command.args(child);
+            }
+        }
+        command
+            .stderr(std::fs::File::create(&log).unwrap())
+            .stdout(Stdio::null());
+        Self {
+            program: Program::spawn(&mut command),
+            port,
+            log,
+        }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.log());
+        }
+        let _ = std::fs::remove_file(&self.log);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_program_is_a_member_with_its_load_and_is_taken_out_while_its_check_fails() {
+    let (etcd, group) = (Etcd::shared(), group("member"));
+    let mut keys = etcd.raw_client().await;
+    let queue = scratch(&format!("{group}.queue"));
+    std::fs::write(&queue, "4\n").unwrap();
+    let file = queue.to_str().unwrap();
+    let arguments = [
+        "--check-http",
+        "/",
+        "--check-interval-ms",
+        "100",
+        "--check-timeout-ms",
+        "200",
+        "--zone",
+        "z",
+        "--tags",
+        "x,y",
+        "--weight",
+        "3",
+        "--drain",
+        "1",
+        "--metrics-file",
+        file,
+    ];
+    let mut member = Member::start(&etcd, &group, &arguments, &[]);
+    until_registered(&mut keys, &group, "m", |entry, _| {
+        let metadata = &entry["metadata"];
+        entry["port"] == member.port
+            && entry["zone"] == "z"
+            && entry["weight"] == 3.0
+            && metadata["queue_depth"] == 4.0
+            && metadata["memory_usage_percent"].is_number()
+            && metadata["cpu_usage_percent"].is_number()
+    })
+    .await;
+    let balancer = Setup::shared(&group).serving().await;
+    assert_eq!(balancer.get().await, "m");
+    std::fs::write(&queue, "50").unwrap();
+    until_registered(&mut keys, &group, "m", |entry, _| {
+        entry["metadata"]["queue_depth"] == 50.0
+    })
+    .await;
+
+    // A program that answers nothing any more, and then does.
+    let id = std::process::id();
+    let worker = child_of(member.program.child.id());
+    assert!(worker != id);
+    signal(worker, "STOP");
+    until("it is out", async || {
+        registered(&mut keys, &group, "m").await.is_none()
+    })
+    .await;
+    assert!(
+        member
+            .log()
+            .contains("the node leaves until its check passes again")
+    );
+    signal(worker, "CONT");
+    until_registered(&mut keys, &group, "m", |_, _| true).await;
+    balancer.until_served_by(&["m"]).await;
+
+    // First it drains, then it leaves, then its program gets the signal.
+    member.program.signal("TERM");
+    until_registered(&mut keys, &group, "m", |entry, _| {
+        entry["state"] == "draining"
+    })
+    .await;
+    assert!(is_alive(worker));
+    let (status, _) = member.program.ended().await;
+    assert_eq!(status.code(), Some(0), "{}", member.log());
+    assert!(registered(&mut keys, &group, "m").await.is_none());
+    assert!(!is_alive(worker));
+    let log = member.log();
+    let place = |what: &str| log.find(what).unwrap_or_else(|| panic!("{what} in {log}"));
+    assert!(
+        place("the node has left") < place("the command has ended"),
+        "{log}"
+    );
+    std::fs::remove_file(&queue).unwrap();
+}
+
+fn child_of(parent: u32) -> u32 {
+    let children = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
+    let tasks = std::fs::read_dir(format!("/proc/{parent}/task"))
+        .unwrap()
+        .flatten();
+    let texts = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    let all = texts.chain(children).collect::<String>();
+    all.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+fn signal(process: u32, name: &str) {
+    let arguments = [format!("-{name}"), process.to_string()];
+    assert!(
+        Command::new("kill")
+            .args(arguments)
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+fn is_alive(process: u32) -> bool {
+    Path::new(&format!("/proc/{process}")).exists()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_ends_with_the_status_of_its_program_whatever_happens() {
+    let (etcd, group) = (Etcd::shared(), group("ends"));
+    let mut keys = etcd.raw_client().await;
+    for (script, signal, arguments, code) in [
+        ("sleep 1; exit 3", None, &[][..], 3),
+        ("kill -9 $$", None, &[], 137),
+        (
+            "trap 'exit 5' TERM; while :; do sleep 0.05; done",
+            Some("TERM"),
+            &["--drain", "0"],
+            5,
+        ),
+        (
+            "trap '' TERM; while :; do sleep 0.05; done",
+            Some("TERM"),
+            &["--grace", "1"],
+            137,
+        ),
+        (
+            "trap 'exit 6' HUP; while :; do sleep 0.05; done",
+            Some("HUP"),
+            &[],
+            6,
+        ),
+    ] {
+        let mut member = Member::start(&etcd, &group, arguments, &["sh", "-c", script]);
+        if let Some(signal) = signal {
+            until_registered(&mut keys, &group, "m", |_, _| true).await;
+            member.program.signal(signal);
+        }
+        let (status, _) = member.program.ended().await;
+        assert_eq!(status.code(), Some(code), "{script}: {}", member.log());
+        assert!(
+            registered(&mut keys, &group, "m").await.is_none(),
+            "{script}"
+        );
+    }
+    let mut missing = Member::start(&etcd, &group, &[], &["/no/such/program"]);
+    let (status, _) = missing.program.ended().await;
+    assert_eq!(status.code(), Some(1));
+    assert!(
+        missing.log().contains("/no/such/program cannot be started"),
+        "{}",
+        missing.log()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_serves_from_the_file_and_says_where_each_value_comes_from() {
+    let (etcd, group) = (Etcd::shared(), group("served"));
+    let mut keys = etcd.raw_client().await;
+    let mut setup = Setup::shared(&group).with("timeouts: { connect_ms: 77 }");
+    setup.program = COMMAND;
+    let backend = super::world::Backend::start("a").await;
+    put(&mut keys, &group, &backend.entry(json!({})), None).await;
+    let balancer = setup.serving().await;
+    assert_eq!(balancer.get().await, "a");
+    let conf = balancer.conf.to_str().unwrap();
+    let output = Command::new(optimised(COMMAND))
+        .args(["serve", "--check", "--conf", conf])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}");
+    let line = |field: &str| {
+        let found = text.lines().find(|line| line.starts_with(field));
+        found
+            .unwrap_or_else(|| panic!("{field} in {text}"))
+            .to_owned()
+    };
+    assert!(
+        line("cluster.timeouts.connect_ms: 77").contains(".yaml:"),
+        "{text}"
+    );
+    assert!(
+        line("cluster.timeouts.handshake_ms: 1000").ends_with("# default"),
+        "{text}"
+    );
+}
