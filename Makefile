@@ -9,8 +9,8 @@ deps: ## install what a build needs besides Rust (protoc, cmake)
 
 # With exec, no shell stands between the terminal and the example, so that only the
 # example decides how it ends on Ctrl-C.
-demo: deps ## a load balancer on 127.0.0.1:6188 and three nodes, until Ctrl-C
-	@exec cargo run --example load_balancer -- --conf config/demo.yaml --demo 3
+demo: deps ## a load balancer on 127.0.0.1:6188, a page on :6189 and three nodes, until Ctrl-C
+	@exec cargo run --features admin --example load_balancer -- --conf config/demo.yaml --demo 3
 
 # Tests that `cargo test` leaves out by default are not among all targets.
 CLIPPY = cargo clippy --all-targets --test simulation --test fuzz --test mutants --all-features -- -D warnings

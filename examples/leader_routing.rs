@@ -49,6 +49,10 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
         ..Opt::default()
     };
     let mut server = Server::new_with_opt_and_conf(options, server_conf);
-    ClusterProxy::add_to(&mut server, &config, true)?;
+    let parts = ClusterProxy::add_to(&mut server, &config, true)?;
+    #[cfg(feature = "admin")]
+    pingora_etcd::admin::add_to(&mut server, &config, &parts)?;
+    #[cfg(not(feature = "admin"))]
+    drop(parts);
     Ok(server)
 }

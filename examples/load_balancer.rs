@@ -71,7 +71,11 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
         ..Opt::default()
     };
     let mut server = Server::new_with_opt_and_conf(options, server_conf);
-    ClusterProxy::add_to(&mut server, &config, false)?;
+    let parts = ClusterProxy::add_to(&mut server, &config, false)?;
+    #[cfg(feature = "admin")]
+    pingora_etcd::admin::add_to(&mut server, &config, &parts)?;
+    #[cfg(not(feature = "admin"))]
+    drop(parts);
     if arguments.demo > 0 {
         let workers = Workers {
             config: config.clone(),

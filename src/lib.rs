@@ -50,6 +50,7 @@
 //! | `system-metrics` | no | `SystemMetricsCollector` |
 //! | `tls` | no | `https://` endpoints, by rustls with ring |
 //! | `proxy-tls` | no | TLS to clients and backends in the bundled proxy, by rustls with ring; implies `pingora` |
+//! | `admin` | no | the module `admin`: a live page, JSON and metrics of a process; implies `pingora` |
 //! | `cli` | no | the command `pingora-etcd`, for `cargo install` |
 //! | `tower` | no | `LoadReporter::layer`: counts requests and reports load with every response |
 //! | `test-util` | no | controls of the in-memory store: compaction, expiry, refusal, silence |
@@ -68,6 +69,8 @@
 #![cfg_attr(test, allow(clippy::too_many_lines))]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "admin")]
+pub mod admin;
 mod backoff;
 #[cfg(feature = "balance")]
 pub mod balance;

@@ -46,12 +46,14 @@ pub struct Balancer {
     table: ArcSwap<Table>,
     fleet: Arc<Fleet>,
     weigher: Mutex<Weigher>,
+    default_port: u16,
 }
 
 impl Balancer {
-    pub(super) fn new(policy: ActivePolicy, weigher: Weigher) -> Self {
+    pub(super) fn new(policy: ActivePolicy, weigher: Weigher, default_port: u16) -> Self {
         Self {
             policy,
+            default_port,
             table: ArcSwap::from_pointee(Table::default()),
             fleet: weigher.fleet().clone(),
             weigher: Mutex::new(weigher),
@@ -190,6 +192,11 @@ impl Balancer {
     /// How many backends can be picked.
     pub fn len(&self) -> usize {
         self.table.load().slots.len()
+    }
+
+    /// Where requests for a node are sent, whether it can be picked or not.
+    pub fn address_of(&self, node: &Node) -> SocketAddr {
+        node.addr(self.default_port)
     }
 
     /// Whether there is no backend to pick.

@@ -112,7 +112,11 @@ impl BalancerBuilder {
     /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field and its range.
     pub fn try_build(self) -> Result<Balancer, ClusterError> {
         self.validate()?;
-        Ok(Balancer::new(self.active_policy(), self.weigher(true)))
+        Ok(Balancer::new(
+            self.active_policy(),
+            self.weigher(true),
+            self.default_port,
+        ))
     }
 
     pub(crate) fn validate(&self) -> Result<(), ClusterError> {

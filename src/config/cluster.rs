@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::access_log::AccessLog;
+use super::admin::Admin;
 use super::backends::Backends;
 use super::clients::Clients;
 use super::leader::Leader;
@@ -126,6 +127,9 @@ pub struct ClusterConfig {
     /// A line for each request. Default: none.
     #[serde(default)]
     pub access_log: Option<AccessLog>,
+    /// A page, JSON and metrics of the process, on a listener of their own. Default: none.
+    #[serde(default)]
+    pub admin: Option<Admin>,
     /// Whether a request without a valid `traceparent` (W3C Trace Context) gets one on its way to the
     /// backend; a valid one is passed on in any case. Default: `true`.
     #[serde(default = "default_traceparent")]
@@ -227,6 +231,13 @@ impl ClusterConfig {
         self.timeouts.validate("cluster.timeouts")?;
         if let Some(log) = &self.access_log {
             log.validate("cluster.access_log")?;
+        }
+        if let Some(admin) = &self.admin {
+            if !cfg!(feature = "admin") {
+                let reason = "this program is built without the feature admin";
+                return Err(ClusterError::config("cluster.admin", reason));
+            }
+            admin.validate("cluster.admin")?;
         }
         self.overload.validate("cluster.overload")?;
         self.leader.validate("cluster.leader")?;

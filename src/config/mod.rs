@@ -5,6 +5,7 @@
 //! would ignore it. `config/load_balancer.yaml` shows every field.
 
 mod access_log;
+mod admin;
 mod backends;
 mod clients;
 mod cluster;
@@ -19,6 +20,7 @@ mod tls;
 mod values;
 
 pub use access_log::{AccessLog, LogFormat};
+pub use admin::Admin;
 #[cfg(feature = "pingora")]
 pub(crate) use backends::is_name;
 pub use backends::{Backends, Protocol};

@@ -1,5 +1,6 @@
 //! The proxy: what it is made of, and what it decides.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use super::client::TrustedProxies;
 use super::context::RequestContext;
 use super::grpc::Call;
 use super::leader::{LeaderRequests, find_leader};
+use super::outcome::Outcome;
 use super::peers::Peers;
 use super::pick::Picker;
 use super::readiness::Readiness;
@@ -18,8 +20,10 @@ use super::reply::refused;
 use super::requests::RequestLimits;
 use super::retry::RetryRules;
 use super::retry_budget::RetryBudget;
+use super::statistics::RequestStatistics;
 use super::tls::BackendTls;
 use super::via::ViaMark;
+use crate::balance::Upstream;
 use crate::config::ClusterConfig;
 use crate::pingora::{BalancerService, LeaderRoute};
 
@@ -52,6 +56,7 @@ pub struct ClusterProxy {
     /// Whether a missing `traceparent` is made.
     pub(super) traceparent: bool,
     pub(super) access_log: Option<AccessLog>,
+    pub(super) statistics: Arc<RequestStatistics>,
 }
 
 impl ClusterProxy {
@@ -81,7 +86,13 @@ impl ClusterProxy {
             load_reports: config.load_reports,
             traceparent: config.traceparent,
             access_log: None,
+            statistics: Arc::default(),
         }
+    }
+
+    /// What this proxy counts, for a page or metrics.
+    pub fn statistics(&self) -> Arc<RequestStatistics> {
+        self.statistics.clone()
     }
 
     /// Writes this access log.
@@ -141,6 +152,29 @@ impl ClusterProxy {
                 Ok(())
             }
             _ => self.picker.pick(&self.balancer, session, context).await,
+        }
+    }
+
+    /// A backend has failed in an earlier try.
+    pub(super) fn blame(&self, upstream: Upstream) {
+        self.statistics.backend_ends(upstream.addr(), None);
+        upstream.failed();
+    }
+
+    /// Counts what has become of a request at its last backend.
+    pub(super) fn count_backend(
+        &self,
+        addr: SocketAddr,
+        outcome: &Outcome,
+        context: &RequestContext,
+    ) {
+        match outcome {
+            Outcome::Succeeded | Outcome::Answered => {
+                let latency = context.latency();
+                self.statistics.backend_ends(addr, Some(latency));
+            }
+            Outcome::Failed => self.statistics.backend_ends(addr, None),
+            Outcome::Unknown => {}
         }
     }
 

@@ -56,6 +56,7 @@ impl ProxyHttp for ClusterProxy {
         context: &mut RequestContext,
     ) -> Result<()> {
         self.retry_budget.count_request();
+        self.statistics.begins();
         self.limits.begin(session, context);
         Ok(())
     }
@@ -131,7 +132,7 @@ impl ProxyHttp for ClusterProxy {
             let Some(upstream) = context.upstream.take() else {
                 return Err(bad_gateway(reason));
             };
-            upstream.failed();
+            self.blame(upstream);
         }
     }
 
@@ -285,7 +286,7 @@ impl ProxyHttp for ClusterProxy {
         if let Some(upstream) = upstream
             && self.time_left(context).is_ok()
         {
-            upstream.failed();
+            self.blame(upstream);
         }
         if let Some(leader) = context.leader.take() {
             context.failed_epoch = Some(leader.epoch);
@@ -312,7 +313,7 @@ impl ProxyHttp for ClusterProxy {
         context.answered = None;
         if std::mem::take(&mut context.is_retried_for_status) {
             if let Some(upstream) = context.upstream.take() {
-                upstream.failed();
+                self.blame(upstream);
             }
             error.set_retry(true);
             return error;
@@ -333,7 +334,7 @@ impl ProxyHttp for ClusterProxy {
                 if let Some(upstream) = context.upstream.take()
                     && failure.is_from_backend
                 {
-                    upstream.failed();
+                    self.blame(upstream);
                 }
                 true
             }
@@ -397,6 +398,12 @@ impl ProxyHttp for ClusterProxy {
             && log.takes(status.map(|status| status.as_u16()))
         {
             log.write(entry(session, context, error, &outcome));
+        }
+        let status = status.map(|status| status.as_u16());
+        self.statistics
+            .ends(status, context.tries, context.started.elapsed());
+        if let Some(addr) = context.addr() {
+            self.count_backend(addr, &outcome, context);
         }
         if let Some(upstream) = context.upstream.take() {
             match outcome {

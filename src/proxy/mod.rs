@@ -26,6 +26,7 @@ mod retry;
 mod retry_budget;
 mod server;
 mod shutdown;
+mod statistics;
 mod sticky;
 mod tls;
 mod trace;
@@ -43,3 +44,6 @@ pub use front::{FrontCounts, FrontStatistics};
 pub use piped::PipedProxy;
 pub use server::ProxyParts;
 pub use shutdown::{Hold, Shutdown, run};
+pub use statistics::{
+    BackendCounts, LATENCY_BUCKETS, LatencyCounts, RequestCounts, RequestStatistics,
+};

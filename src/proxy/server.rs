@@ -19,6 +19,7 @@ use super::front::{
 };
 use super::listener::RequiredListener;
 use super::shutdown::{Shutdown, check_address};
+use super::statistics::RequestStatistics;
 use super::tls::{BackendTls, ClientTls, Reload};
 use crate::config::ClusterConfig;
 use crate::error::ClusterError;
@@ -31,6 +32,8 @@ pub struct ProxyParts {
     pub balancer: Arc<BalancerService>,
     /// What has happened to client connections.
     pub clients: Arc<FrontStatistics>,
+    /// What has become of requests.
+    pub requests: Arc<RequestStatistics>,
 }
 
 impl ClusterProxy {
@@ -85,6 +88,7 @@ impl ClusterProxy {
         if writes_to_leader {
             proxy = proxy.leader_route(LeaderRoute::new(discovery, config.default_port));
         }
+        let requests = proxy.statistics();
         let mut proxy = made(&server.configuration, proxy)?;
         proxy.server_options = Some(server_options(config));
         let statistics = Arc::<FrontStatistics>::default();
@@ -111,6 +115,7 @@ impl ClusterProxy {
         Ok(ProxyParts {
             balancer: task,
             clients: statistics,
+            requests,
         })
     }
 }

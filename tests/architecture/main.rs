@@ -42,6 +42,7 @@ const FLOORS: &[(u8, &[&str])] = &[
     (5, &["config"]),
     (6, &["pingora"]),
     (7, &["proxy"]),
+    (8, &["admin"]),
 ];
 
 /// Documentation and what the crate shows at its root: they name everything.

@@ -160,6 +160,9 @@ pub fn adapted(name: &str, etcd: &str, group: &str) -> (PathBuf, String) {
             Some(("      - http" | "      - memory", _)) => format!("      - {etcd}"),
             Some(("  group", _)) => format!("  group: {group}"),
             Some(("  listen", _)) => format!("  listen: \"{listen}\""),
+            Some(("  admin", value)) if value.contains("listen") => {
+                format!("  admin: {{ listen: \"{}:{}\" }}", local(), free_port())
+            }
             _ => line.to_owned(),
         };
         adapted.push_str(&value);

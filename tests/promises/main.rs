@@ -26,6 +26,7 @@ mod leader;
 mod logs;
 mod members;
 mod overload;
+mod page;
 mod raw;
 mod retries;
 mod rfc;

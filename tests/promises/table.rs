@@ -602,6 +602,14 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::access_log::a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish"],
     ),
     (
+        "admin",
+        &[
+            "promises::page::the_page_shows_nodes_load_events_and_that_etcd_is_away",
+            "promises::page::the_page_is_for_its_own_names_and_only_reads",
+            "promises::page::metrics_are_those_of_the_requests_and_prometheus_reads_them",
+        ],
+    ),
+    (
         "traceparent",
         &["promises::access_log::a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish"],
     ),

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use clap::Args;
 use pingora::server::Server;
 use pingora::server::configuration::Opt;
-use pingora_etcd::config;
 use pingora_etcd::proxy::{self, ClusterProxy};
+use pingora_etcd::{admin, config};
 
 use crate::{Result, effective, output};
 
@@ -35,7 +35,8 @@ pub fn run(arguments: &Arguments) -> Result {
         ..Opt::default()
     };
     let mut server = Server::new_with_opt_and_conf(options, server_conf);
-    ClusterProxy::add_to(&mut server, &config, arguments.leader_routing)?;
+    let parts = ClusterProxy::add_to(&mut server, &config, arguments.leader_routing)?;
+    admin::add_to(&mut server, &config, &parts)?;
     if arguments.check {
         let text = std::fs::read_to_string(&arguments.conf)?;
         let name = arguments.conf.display().to_string();

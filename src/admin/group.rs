@@ -1,0 +1,46 @@
+//! A group as a page shows it.
+
+use std::sync::Arc;
+
+use crate::pingora::BalancerService;
+use crate::proxy::{FrontStatistics, ProxyParts, RequestStatistics};
+
+/// A group to show: its balancer, and what a proxy counts of its requests, if there is one.
+#[derive(Clone)]
+pub struct Group {
+    pub(super) balancer: Arc<BalancerService>,
+    pub(super) requests: Option<Arc<RequestStatistics>>,
+    pub(super) clients: Option<Arc<FrontStatistics>>,
+}
+
+impl Group {
+    /// The group that this balancer follows.
+    pub fn new(balancer: Arc<BalancerService>) -> Self {
+        Self {
+            balancer,
+            requests: None,
+            clients: None,
+        }
+    }
+
+    /// Shows these counts, too.
+    #[must_use]
+    pub fn requests(mut self, requests: Arc<RequestStatistics>) -> Self {
+        self.requests = Some(requests);
+        self
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.balancer.discovery().group_name()
+    }
+}
+
+impl From<&ProxyParts> for Group {
+    fn from(parts: &ProxyParts) -> Self {
+        Self {
+            balancer: parts.balancer.clone(),
+            requests: Some(parts.requests.clone()),
+            clients: Some(parts.clients.clone()),
+        }
+    }
+}

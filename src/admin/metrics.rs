@@ -1,0 +1,282 @@
+//! Metrics for Prometheus, made from the current state at each request for them.
+
+use std::fmt;
+use std::time::SystemTime;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, prometheus_text,
+};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use super::group::Group;
+use super::status::{GroupStatus, NodeStatus, Status};
+use crate::proxy::{LATENCY_BUCKETS, LatencyCounts};
+
+/// The states that a node can be in.
+const STATES: [&str; 6] = [
+    "serving", "draining", "leaving", "suspect", "failing", "unused",
+];
+/// The name under which the figures of the nodes beyond the limit are added up.
+const OTHER: &str = "other";
+/// The classes of a status; the first one is for requests that ended without one.
+const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
+
+/// The text of `/metrics`.
+pub(super) fn text(
+    groups: &[Group],
+    started: SystemTime,
+    most_nodes: usize,
+) -> Result<String, fmt::Error> {
+    let status = Status::of(groups, started);
+    let durations = groups.iter().map(|group| {
+        let counts = group.requests.as_ref()?.counts();
+        Some(counts.by_class)
+    });
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(State {
+        durations: durations.collect(),
+        status,
+        most_nodes,
+    }));
+    let mut text = String::new();
+    prometheus_text::encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+/// What there is to tell at one time.
+#[derive(Debug)]
+struct State {
+    status: Status,
+    /// By group and class.
+    durations: Vec<Option<[LatencyCounts; 6]>>,
+    most_nodes: usize,
+}
+
+type Labels<'l> = Vec<(&'static str, &'l str)>;
+
+/// Writes metrics, each with all of its label sets.
+struct Writer<'w, 'e>(&'w mut DescriptorEncoder<'e>);
+
+impl Writer<'_, '_> {
+    fn gauges<'l, V: EncodeGaugeValue>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels<'l>, V)>,
+    ) -> fmt::Result {
+        let name = format!("pingora_etcd_{name}");
+        let kind = MetricType::Gauge;
+        let mut encoder = self.0.encode_descriptor(&name, help, None, kind)?;
+        for (labels, value) in values {
+            encoder.encode_family(&labels)?.encode_gauge(&value)?;
+        }
+        Ok(())
+    }
+
+    fn counters<'l, V: EncodeCounterValue>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels<'l>, V)>,
+    ) -> fmt::Result {
+        // The encoder adds `_total`.
+        let name = format!("pingora_etcd_{name}");
+        let kind = MetricType::Counter;
+        let mut encoder = self.0.encode_descriptor(&name, help, None, kind)?;
+        for (labels, value) in values {
+            let mut encoder = encoder.encode_family(&labels)?;
+            encoder.encode_counter::<Labels<'_>, V, f64>(&value, None)?;
+        }
+        Ok(())
+    }
+
+    fn histograms<'l>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels<'l>, LatencyCounts)>,
+    ) -> fmt::Result {
+        let name = format!("pingora_etcd_{name}");
+        let kind = MetricType::Histogram;
+        let mut encoder = self.0.encode_descriptor(&name, help, None, kind)?;
+        for (labels, counts) in values {
+            // The encoder adds the last one, and adds up.
+            let buckets: Vec<_> = LATENCY_BUCKETS.into_iter().zip(counts.buckets).collect();
+            let (sum, count) = (counts.sum.as_secs_f64(), counts.count());
+            let mut encoder = encoder.encode_family(&labels)?;
+            encoder.encode_histogram::<Labels<'_>>(sum, count, &buckets, None)?;
+        }
+        Ok(())
+    }
+}
+
+impl Collector for State {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut writer = Writer(&mut encoder);
+        self.process(&mut writer)?;
+        self.views(&mut writer)?;
+        self.requests(&mut writer)?;
+        self.nodes(&mut writer)
+    }
+}
+
+fn flag(value: bool) -> i64 {
+    i64::from(value)
+}
+
+impl State {
+    /// One value for each group.
+    fn by_group<'s, V>(
+        &'s self,
+        value: impl Fn(&'s GroupStatus) -> V,
+    ) -> impl Iterator<Item = (Labels<'s>, V)> {
+        let groups = self.status.groups.iter();
+        groups.map(move |group| (vec![("group", &*group.name)], value(group)))
+    }
+
+    fn process(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
+        let status = &self.status;
+        let version = vec![("version", status.version)];
+        writer.gauges(
+            "build_info",
+            "The version of the balancer; always 1",
+            [(version, 1)],
+        )?;
+        let started = status.started_ms as f64 / 1e3;
+        let help = "When the process started, in Unix seconds";
+        writer.gauges("start_time_seconds", help, [(vec![], started)])?;
+        let help = "1 while every group has a view with nodes and the process does not drain";
+        writer.gauges("ready", help, [(vec![], flag(status.ready))])?;
+        let help = "1 while the process is about to end";
+        writer.gauges("draining", help, [(vec![], flag(status.draining))])
+    }
+
+    fn views(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
+        let live = self.by_group(|group| flag(group.view == "live"));
+        writer.gauges(
+            "view_live",
+            "1 while the view of the group follows etcd",
+            live,
+        )?;
+        let stale = self.by_group(|group| group.stale_for_ms as f64 / 1e3);
+        let help = "For how many seconds the view has not followed etcd; 0 while it does";
+        writer.gauges("view_stale_seconds", help, stale)?;
+        let revision = self.by_group(|group| group.revision);
+        writer.gauges(
+            "view_revision",
+            "The revision of etcd that the view has",
+            revision,
+        )?;
+        let open = self.by_group(|group| flag(group.breaker_open_after.is_some()));
+        let help = "1 while calls to etcd fail at once, because too many have failed";
+        writer.gauges("breaker_open", help, open)?;
+        let leads = self.by_group(|group| flag(group.leader.is_some()));
+        writer.gauges("has_leader", "1 while the group has a leader", leads)?;
+        let epoch = self.by_group(|group| group.leader.as_ref().map_or(0, |leader| leader.epoch));
+        let help = "The fencing token of the leader; 0 without a leader";
+        writer.gauges("leader_epoch", help, epoch)?;
+        let rejected = self.status.groups.iter().flat_map(|group| {
+            let by_reason = group.rejected.iter();
+            by_reason
+                .map(|(reason, count)| (vec![("group", &*group.name), ("reason", *reason)], *count))
+        });
+        let help = "Entries in etcd that were refused, by reason";
+        writer.counters("rejected_entries", help, rejected)?;
+        let nodes = self.status.groups.iter().flat_map(|group| {
+            STATES.map(|state| {
+                let count = group
+                    .nodes
+                    .iter()
+                    .filter(|node| node.state == state)
+                    .count();
+                (
+                    vec![("group", &*group.name), ("state", state)],
+                    count as i64,
+                )
+            })
+        });
+        writer.gauges("nodes", "Nodes of the group, by state", nodes)
+    }
+
+    fn requests(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
+        let groups = || {
+            let with_requests = self.status.groups.iter();
+            with_requests.filter_map(|group| Some((group, group.requests.as_ref()?)))
+        };
+        let in_flight = groups()
+            .map(|(group, requests)| (vec![("group", &*group.name)], requests.in_flight as i64));
+        writer.gauges("requests_in_flight", "Requests in flight", in_flight)?;
+        let retried =
+            groups().map(|(group, requests)| (vec![("group", &*group.name)], requests.retried));
+        let help = "How often a request was sent again, or another backend was tried";
+        writer.counters("retries", help, retried)?;
+        let durations = self.status.groups.iter().zip(&self.durations);
+        let durations = durations.flat_map(|(group, durations)| {
+            let by_class = CLASSES.into_iter().zip(durations.iter().flatten());
+            by_class
+                .map(|(class, counts)| (vec![("group", &*group.name), ("status", class)], *counts))
+        });
+        let help = "How long requests took, by the class of the status; none without one";
+        writer.histograms("request_duration_seconds", help, durations)?;
+        let clients = self.status.groups.iter().flat_map(|group| {
+            let counts = group.clients.iter();
+            counts.map(|(what, count)| (vec![("group", &*group.name), ("event", *what)], *count))
+        });
+        let help = "What has happened to client connections";
+        writer.counters("client_connections", help, clients)
+    }
+
+    /// Nodes up to the limit, and the sum of the others.
+    fn by_node<'s>(
+        &'s self,
+        value: impl Fn(&NodeStatus) -> f64 + 's,
+    ) -> impl Iterator<Item = (Labels<'s>, f64)> + 's {
+        self.status.groups.iter().flat_map(move |group| {
+            let most = self.most_nodes.min(group.nodes.len());
+            let (shown, others) = group.nodes.split_at(most);
+            let mut values: Vec<_> = shown
+                .iter()
+                .map(|node| {
+                    (
+                        vec![("group", &*group.name), ("node", &*node.id)],
+                        value(node),
+                    )
+                })
+                .collect();
+            if !others.is_empty() {
+                let sum = others.iter().map(&value).sum();
+                values.push((vec![("group", &*group.name), ("node", OTHER)], sum));
+            }
+            values
+        })
+    }
+
+    fn nodes(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
+        let help = "The part of requests that the node is drawn for, 0 to 1";
+        let share = self.by_node(|node| node.share.unwrap_or(0.0));
+        writer.gauges("node_share_ratio", help, share)?;
+        let success = self.by_node(|node| node.success.unwrap_or(0.0));
+        writer.gauges(
+            "node_success_ratio",
+            "The recent success rate of the node",
+            success,
+        )?;
+        let in_flight = self.by_node(|node| f64::from(node.in_flight));
+        let help = "Requests of this process that the node is working on";
+        writer.gauges("node_requests_in_flight", help, in_flight)?;
+        let answered = self.by_node(|node| node.answered as f64);
+        writer.counters(
+            "node_answered",
+            "Requests that the node has answered",
+            answered,
+        )?;
+        let failed = self.by_node(|node| node.failed as f64);
+        writer.counters(
+            "node_failed",
+            "Requests that have failed at the node",
+            failed,
+        )
+    }
+}

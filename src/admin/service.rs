@@ -1,0 +1,169 @@
+//! The listener of its own.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ::pingora::server::{Server, ShutdownWatch};
+use ::pingora::services::background::{BackgroundService, background_service};
+use async_trait::async_trait;
+use axum::Router;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use super::events::{Event, Events};
+use super::group::Group;
+use super::router::{host_of, is_local_name, router};
+use super::status::Status;
+use crate::config::{self, ClusterConfig};
+use crate::error::ClusterError;
+use crate::proxy::ProxyParts;
+
+/// How often to try to listen: the predecessor has the address until it ends.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// The page, the JSON and the metrics of some groups: a background service for a Pingora server, or a
+/// router.
+pub struct Admin {
+    options: config::Admin,
+    groups: Vec<Group>,
+}
+
+/// What is shown to those who ask.
+pub(super) struct Shown {
+    pub(super) options: config::Admin,
+    pub(super) groups: Vec<Group>,
+    pub(super) events: Events,
+    pub(super) started: SystemTime,
+}
+
+impl Shown {
+    pub(super) fn status(&self) -> Status {
+        Status::of(&self.groups, self.started)
+    }
+
+    pub(super) fn is_own_name(&self, host: &str) -> bool {
+        let Some(host) = host_of(host) else {
+            return false;
+        };
+        let mut hosts = self.options.hosts.iter();
+        is_local_name(&host) || hosts.any(|own| own.eq_ignore_ascii_case(&host))
+    }
+}
+
+impl Admin {
+    /// Shows nothing yet. The options say where the service listens.
+    pub fn new(options: config::Admin) -> Self {
+        Self {
+            options,
+            groups: Vec::new(),
+        }
+    }
+
+    /// Shows this group, too.
+    #[must_use]
+    pub fn group(mut self, group: Group) -> Self {
+        self.groups.push(group);
+        self
+    }
+
+    fn shown(&self) -> Arc<Shown> {
+        Arc::new(Shown {
+            options: self.options.clone(),
+            groups: self.groups.clone(),
+            events: Events::default(),
+            started: SystemTime::now(),
+        })
+    }
+
+    /// The paths as a router, for a listener of your own. It shows no events of the groups.
+    pub fn router(&self) -> Router {
+        router(self.shown())
+    }
+
+    async fn serve(&self) -> io::Result<()> {
+        let shown = self.shown();
+        let mut following = JoinSet::new();
+        for group in &self.groups {
+            following.spawn(follow(group.clone(), shown.clone()));
+        }
+        let listener = self.listen().await;
+        info!(listen = %self.options.listen, "the admin page is served");
+        axum::serve(listener, router(shown)).await
+    }
+
+    async fn listen(&self) -> TcpListener {
+        let mut is_logged = false;
+        loop {
+            let error = match TcpListener::bind(self.options.listen).await {
+                Ok(listener) => return listener,
+                Err(error) => error,
+            };
+            if !is_logged {
+                let listen = self.options.listen;
+                warn!(%listen, %error, "the admin page cannot be served yet, trying again");
+                is_logged = true;
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+/// Keeps what happens in a group.
+async fn follow(group: Group, shown: Arc<Shown>) {
+    let mut events = group.balancer.discovery().subscribe();
+    loop {
+        match events.recv().await {
+            Ok(event) => shown
+                .events
+                .add(Event::now(group.name(), event.to_string())),
+            Err(tokio::sync::broadcast::error::RecvError::Lagged(missed)) => {
+                let text = format!("{missed} events were too many to be shown");
+                shown.events.add(Event::now(group.name(), text));
+            }
+            Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
+        }
+    }
+}
+
+#[async_trait]
+impl BackgroundService for Admin {
+    async fn start(&self, _: ShutdownWatch) {
+        // Until the runtime ends: the page shows how the process drains.
+        if let Err(error) = self.serve().await {
+            warn!(%error, "the admin page is not served any more");
+        }
+    }
+}
+
+/// Adds the page to a server, if the file wants it: for the proxy that
+/// [`ClusterProxy::add_to`](crate::proxy::ClusterProxy::add_to) has added.
+///
+/// # Errors
+///
+/// When the address cannot be listened on, unless the server is to take over sockets or only to be tested.
+pub fn add_to(
+    server: &mut Server,
+    config: &ClusterConfig,
+    parts: &ProxyParts,
+) -> Result<(), ClusterError> {
+    let Some(options) = &config.admin else {
+        return Ok(());
+    };
+    options.validate("cluster.admin")?;
+    let is_free_later = server
+        .options
+        .as_ref()
+        .is_some_and(|options| options.upgrade || options.test);
+    if !is_free_later {
+        let listener = std::net::TcpListener::bind(options.listen);
+        listener.map_err(|error| {
+            let reason = format!("{}: {error}", options.listen);
+            ClusterError::config("cluster.admin.listen", reason)
+        })?;
+    }
+    let admin = Admin::new(options.clone()).group(Group::from(parts));
+    server.add_service(background_service("admin", admin));
+    Ok(())
+}

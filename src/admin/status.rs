@@ -1,0 +1,337 @@
+//! Everything that is shown, as plain values.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use super::group::Group;
+use crate::balance::BackendStatus;
+use crate::discovery::DiscoveryStatus;
+use crate::metadata::metadata_keys;
+use crate::node::Node;
+use crate::proxy::{BackendCounts, FrontCounts, LatencyCounts, RequestCounts, Shutdown};
+use crate::store::Circuit;
+use crate::view::Nodes;
+
+/// The answer of `/api/v1/status`.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct Status {
+    /// The version of this crate.
+    pub version: &'static str,
+    /// Since when the process runs: Unix time in milliseconds.
+    pub started_ms: u64,
+    /// The time of this answer: Unix time in milliseconds.
+    pub now_ms: u64,
+    /// Whether every group has a view with nodes, and the process does not drain.
+    pub ready: bool,
+    /// Whether the process is about to end.
+    pub draining: bool,
+    /// The groups.
+    pub groups: Vec<GroupStatus>,
+}
+
+/// A group.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct GroupStatus {
+    /// Its name.
+    pub name: String,
+    /// `connecting`, `live`, `stale`, `from disk` or `ended`.
+    pub view: &'static str,
+    /// For how long the view has not followed etcd, in milliseconds; 0 while it does.
+    pub stale_for_ms: u64,
+    /// The revision of the view.
+    pub revision: i64,
+    /// The endpoint of the connection to etcd, if there is one.
+    pub etcd: Option<String>,
+    /// How many calls to etcd have failed in a row, if that is why none are sent.
+    pub breaker_open_after: Option<u32>,
+    /// Who leads.
+    pub leader: Option<LeaderStatus>,
+    /// Entries that were refused, by reason.
+    pub rejected: HashMap<&'static str, u64>,
+    /// What has become of requests; `None` where no proxy counts them.
+    pub requests: Option<RequestStatus>,
+    /// What has happened to client connections, by what it was.
+    pub clients: HashMap<&'static str, u64>,
+    /// The nodes, by id.
+    pub nodes: Vec<NodeStatus>,
+}
+
+/// Who leads a group.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct LeaderStatus {
+    /// The id of the node.
+    pub id: String,
+    /// The fencing token.
+    pub epoch: i64,
+}
+
+/// What has become of requests since the start.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct RequestStatus {
+    /// Those in flight.
+    pub in_flight: u64,
+    /// How often one was sent again.
+    pub retried: u64,
+    /// Those that have ended, by the first digit of the status; the first one is for those without.
+    pub by_class: [u64; 6],
+    /// How long they took, by bucket; see [`LATENCY_BUCKETS`](crate::proxy::LATENCY_BUCKETS).
+    pub buckets: Vec<u64>,
+}
+
+/// A node.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct NodeStatus {
+    /// Its id.
+    pub id: String,
+    /// Where requests are sent.
+    pub address: SocketAddr,
+    /// Its zone.
+    pub zone: Option<String>,
+    /// `serving`, `draining`, `leaving`, `suspect` or `unused`.
+    pub state: &'static str,
+    /// Why it is in this state.
+    pub reason: &'static str,
+    /// Whether it leads.
+    pub leader: bool,
+    /// What it reports of its CPU, in percent.
+    pub cpu: Option<f64>,
+    /// What it reports of its memory, in percent.
+    pub memory: Option<f64>,
+    /// What it reports of its queue.
+    pub queue: Option<f64>,
+    /// The weight that it has registered.
+    pub registered_weight: Option<f64>,
+    /// The weight that the balancer gives it.
+    pub weight: Option<f64>,
+    /// The part of requests that it is drawn for, 0 to 1.
+    pub share: Option<f64>,
+    /// Its recent success rate, 0 to 1.
+    pub success: Option<f64>,
+    /// Requests of this process that it is working on.
+    pub in_flight: u32,
+    /// Requests that it has answered.
+    pub answered: u64,
+    /// Requests that have failed there.
+    pub failed: u64,
+    /// How long it took until it answered, by bucket.
+    pub buckets: Vec<u64>,
+    /// When it has written its entry, by its own clock: Unix time in milliseconds.
+    pub last_seen_ms: i64,
+}
+
+fn unix_millis(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Whether every group has nodes, and the process does not drain.
+pub(super) fn is_ready(groups: &[Group]) -> bool {
+    let is_usable =
+        |group: &Group| group.balancer.discovery().is_ready() && !group.balancer.is_empty();
+    !Shutdown::of_process().is_draining() && groups.iter().all(is_usable)
+}
+
+impl Status {
+    pub(super) fn of(groups: &[Group], started: SystemTime) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            started_ms: unix_millis(started),
+            now_ms: unix_millis(SystemTime::now()),
+            ready: is_ready(groups),
+            draining: Shutdown::of_process().is_draining(),
+            groups: groups.iter().map(GroupStatus::of).collect(),
+        }
+    }
+}
+
+/// The word for a state of a view, and since when it is old.
+pub(super) fn view(status: DiscoveryStatus) -> (&'static str, Option<SystemTime>) {
+    match status {
+        DiscoveryStatus::Connecting => ("connecting", None),
+        DiscoveryStatus::Live => ("live", None),
+        DiscoveryStatus::Stale { since } => ("stale", Some(since)),
+        DiscoveryStatus::FromDisk { written } => ("from disk", Some(written)),
+        DiscoveryStatus::Ended { since } => ("ended", Some(since)),
+    }
+}
+
+pub(super) fn age(since: Option<SystemTime>) -> Duration {
+    since
+        .and_then(|since| since.elapsed().ok())
+        .unwrap_or_default()
+}
+
+/// What has happened to client connections, by name.
+pub(super) fn named(counts: &FrontCounts) -> [(&'static str, u64); 10] {
+    [
+        ("accepted", counts.accepted),
+        ("refused", counts.refused),
+        ("idle", counts.idle),
+        ("read_timeout", counts.read_timeouts),
+        ("write_timeout", counts.write_timeouts),
+        ("bad_request", counts.bad_requests),
+        ("request_timeout", counts.request_timeouts),
+        ("head_too_large", counts.heads_too_large),
+        ("bad_proxy_header", counts.bad_proxy_headers),
+        ("failed_handshake", counts.failed_handshakes),
+    ]
+}
+
+impl GroupStatus {
+    fn of(group: &Group) -> Self {
+        let discovery = group.balancer.discovery();
+        let (nodes, leadership) = (discovery.nodes(), discovery.leadership());
+        let (view, since) = view(discovery.status());
+        let store = discovery.store_status();
+        let rejected = discovery.rejected_entries();
+        let clients = group
+            .clients
+            .as_ref()
+            .map(|clients| named(&clients.counts()));
+        Self {
+            name: group.name().to_owned(),
+            view,
+            stale_for_ms: u64::try_from(age(since).as_millis()).unwrap_or(u64::MAX),
+            revision: nodes.revision(),
+            etcd: store.endpoint,
+            breaker_open_after: match store.circuit {
+                Circuit::Closed => None,
+                Circuit::Open { failures } | Circuit::HalfOpen { failures } => Some(failures),
+            },
+            leader: leadership.as_ref().map(|leadership| LeaderStatus {
+                id: leadership.node.id.clone(),
+                epoch: leadership.epoch,
+            }),
+            rejected: HashMap::from([
+                ("malformed", rejected.malformed),
+                ("too_large", rejected.too_large),
+                ("not_allowed", rejected.not_allowed),
+                ("weight", rejected.weights),
+            ]),
+            requests: group
+                .requests
+                .as_ref()
+                .map(|requests| RequestStatus::of(&requests.counts())),
+            clients: clients.into_iter().flatten().collect(),
+            nodes: nodes_of(
+                group,
+                &nodes,
+                leadership.map(|leadership| leadership.node.id.clone()),
+            ),
+        }
+    }
+}
+
+impl RequestStatus {
+    fn of(counts: &RequestCounts) -> Self {
+        let sum_of = |bucket: usize| {
+            counts
+                .by_class
+                .iter()
+                .map(|class| class.buckets[bucket])
+                .sum()
+        };
+        Self {
+            in_flight: counts.in_flight(),
+            retried: counts.retried,
+            by_class: std::array::from_fn(|class| counts.by_class[class].count()),
+            buckets: (0..LatencyCounts::default().buckets.len())
+                .map(sum_of)
+                .collect(),
+        }
+    }
+}
+
+/// The nodes by id, with what the balancer makes of each. Also lets the counts go of backends that are
+/// gone.
+pub(super) fn nodes_of(group: &Group, nodes: &Nodes, leader: Option<String>) -> Vec<NodeStatus> {
+    let backends = group.balancer.backends();
+    let all: f64 = backends.iter().map(|backend| backend.share).sum();
+    let by_id: HashMap<&str, &BackendStatus> = backends
+        .iter()
+        .map(|backend| (&*backend.node.id, backend))
+        .collect();
+    let mut shown: Vec<_> = nodes
+        .iter()
+        .map(|node| {
+            let backend = by_id.get(&*node.id).copied();
+            let address = group.balancer.address_of(node);
+            let counts = group.requests.as_ref();
+            let counts =
+                counts.map_or_else(BackendCounts::default, |counts| counts.backend(address));
+            let mut status = NodeStatus::of(node, address, nodes, backend, all, &counts);
+            status.leader = leader.as_deref() == Some(&*node.id);
+            status
+        })
+        .collect();
+    shown.sort_by(|one, other| one.id.cmp(&other.id));
+    if let Some(requests) = &group.requests {
+        let known: HashSet<_> = shown.iter().map(|node| node.address).collect();
+        requests.retain(&known);
+    }
+    shown
+}
+
+impl NodeStatus {
+    fn of(
+        node: &Node,
+        address: SocketAddr,
+        nodes: &Nodes,
+        backend: Option<&BackendStatus>,
+        all: f64,
+        counts: &BackendCounts,
+    ) -> Self {
+        let (state, reason) = state(node, nodes, backend);
+        Self {
+            id: node.id.clone(),
+            address,
+            zone: node.zone.clone(),
+            state,
+            reason,
+            leader: false,
+            cpu: node.metric(metadata_keys::CPU_USAGE_PERCENT),
+            memory: node.metric(metadata_keys::MEMORY_USAGE_PERCENT),
+            queue: node.metric(metadata_keys::QUEUE_DEPTH),
+            registered_weight: node.weight.filter(|weight| weight.is_finite()),
+            weight: backend.map(|backend| backend.weight),
+            share: backend.map(|backend| if all > 0.0 { backend.share / all } else { 0.0 }),
+            success: backend.map(|backend| backend.success),
+            in_flight: backend.map_or(0, |backend| backend.in_flight),
+            answered: counts.answered.count(),
+            failed: counts.failed,
+            buckets: counts.answered.buckets.to_vec(),
+            last_seen_ms: node.last_seen,
+        }
+    }
+}
+
+/// Below this success rate a node counts as failing.
+const FAILING: f64 = 0.5;
+
+fn state(
+    node: &Node,
+    nodes: &Nodes,
+    backend: Option<&BackendStatus>,
+) -> (&'static str, &'static str) {
+    let is_failing = backend.is_some_and(|backend| backend.success < FAILING);
+    match () {
+        () if nodes.is_suspect(&node.id) => (
+            "suspect",
+            "its lease is gone, together with those of many others",
+        ),
+        () if node.is_leaving() => ("leaving", "it has announced that it leaves"),
+        () if !node.is_serving() => ("draining", "it takes no new requests"),
+        () if node.weight == Some(0.0) => ("unused", "it has registered a weight of 0"),
+        () if backend.is_none() => ("unused", "the balancer has no place for it"),
+        () if is_failing => ("failing", "most requests to it fail"),
+        () => ("serving", "all is well"),
+    }
+}

@@ -1,0 +1,60 @@
+//! The `admin` section.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use serde::Deserialize;
+
+use crate::error::{ClusterError, in_range};
+
+/// Where the page, the JSON and the metrics of the process are shown (feature `admin`). Nothing can be
+/// changed there.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Admin {
+    /// `address:port` to listen on. Default: `127.0.0.1:6189`.
+    pub listen: SocketAddr,
+    /// Whether the address may be another one than of this machine only. Everybody who can connect sees
+    /// everything. Default: false.
+    pub public: bool,
+    /// The names by which it may be asked for, beside addresses and `localhost`: a page of others must
+    /// not read it under a name of theirs. Default: none.
+    pub hosts: BTreeSet<String>,
+    /// How many nodes have metrics of their own; the figures of the others are added up under the name
+    /// `other`. Default: 200. Range: 0 to 10,000.
+    pub metrics_nodes: usize,
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 6189)),
+            public: false,
+            hosts: BTreeSet::new(),
+            metrics_nodes: 200,
+        }
+    }
+}
+
+impl Admin {
+    /// Checks every field. Errors name it as a part of `field`.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field and what is allowed.
+    pub fn validate(&self, field: &str) -> Result<(), ClusterError> {
+        if !self.listen.ip().is_loopback() && !self.public {
+            let listen = self.listen;
+            let reason = format!(
+                "{listen} can be reached from other machines; say public: true if that is meant"
+            );
+            return Err(ClusterError::config(format!("{field}.listen"), reason));
+        }
+        if self.listen.port() == 0 {
+            let reason = "has port 0, so nobody would know which one it is";
+            return Err(ClusterError::config(format!("{field}.listen"), reason));
+        }
+        in_range(field, "metrics_nodes", self.metrics_nodes, 0..=10_000)
+    }
+}

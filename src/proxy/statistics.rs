@@ -1,0 +1,268 @@
+//! What the proxy counts of its requests, in all and for each backend, for pages and metrics.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+
+/// The upper limits of the buckets of a [`LatencyCounts`], in seconds. Above the last one there is one more
+/// bucket.
+pub const LATENCY_BUCKETS: [f64; 16] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    60.0,
+];
+
+/// The same in microseconds.
+const MICROSECONDS: [u64; LATENCY_BUCKETS.len()] = [
+    500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
+    2_500_000, 5_000_000, 10_000_000, 30_000_000, 60_000_000,
+];
+
+/// Durations, counted by bucket.
+#[derive(Debug, Default)]
+struct Latencies {
+    buckets: [AtomicU64; LATENCY_BUCKETS.len() + 1],
+    microseconds: AtomicU64,
+}
+
+impl Latencies {
+    fn count(&self, duration: Duration) {
+        let microseconds = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let bucket = MICROSECONDS.partition_point(|limit| *limit < microseconds);
+        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        self.microseconds.fetch_add(microseconds, Ordering::Relaxed);
+    }
+
+    fn counts(&self) -> LatencyCounts {
+        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        LatencyCounts {
+            buckets: std::array::from_fn(|index| get(&self.buckets[index])),
+            sum: Duration::from_micros(get(&self.microseconds)),
+        }
+    }
+}
+
+/// Durations since the start, by bucket.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LatencyCounts {
+    /// How many were at most as long as the limit in [`LATENCY_BUCKETS`], and longer than the one before.
+    pub buckets: [u64; LATENCY_BUCKETS.len() + 1],
+    /// The sum of all.
+    pub sum: Duration,
+}
+
+impl LatencyCounts {
+    /// How many there are.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+
+    /// The duration that a part of them, from 0 to 1, does not exceed: interpolated within its bucket, and
+    /// 60 s for all that were longer. `None` if there are none.
+    pub fn quantile(&self, part: f64) -> Option<Duration> {
+        let wanted = self.count() as f64 * part.clamp(0.0, 1.0);
+        let (mut below, mut from) = (0.0, 0.0);
+        for (count, to) in self.buckets.iter().zip(LATENCY_BUCKETS) {
+            let count = *count as f64;
+            if count > 0.0 && below + count >= wanted {
+                let seconds = from + (to - from) * ((wanted - below) / count);
+                return Some(Duration::from_secs_f64(seconds));
+            }
+            below += count;
+            from = to;
+        }
+        (self.count() > 0).then(|| Duration::from_secs_f64(from))
+    }
+}
+
+/// The requests to one backend.
+#[derive(Debug, Default)]
+struct BackendCounters {
+    answered: Latencies,
+    failed: AtomicU64,
+}
+
+/// The requests to one backend since it has been known.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BackendCounts {
+    /// How long it took until it answered, for those that it has answered.
+    pub answered: LatencyCounts,
+    /// The requests that failed, or were answered by a failure.
+    pub failed: u64,
+}
+
+/// What has become of requests since the start.
+#[derive(Debug, Default)]
+pub struct RequestStatistics {
+    begun: AtomicU64,
+    retried: AtomicU64,
+    /// By the first digit of the status; 0 for those without one.
+    by_class: [Latencies; 6],
+    backends: ArcSwap<HashMap<SocketAddr, Arc<BackendCounters>>>,
+}
+
+/// The counts of [`RequestStatistics`] at one time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RequestCounts {
+    /// Requests that have begun.
+    pub begun: u64,
+    /// How often a request was sent again, or another backend was tried.
+    pub retried: u64,
+    /// How long requests took, by the first digit of the status that the client got; 0 for those that
+    /// ended without one, because the client was gone.
+    pub by_class: [LatencyCounts; 6],
+}
+
+impl RequestCounts {
+    /// Requests that have ended.
+    pub fn ended(&self) -> u64 {
+        self.by_class.iter().map(LatencyCounts::count).sum()
+    }
+
+    /// Requests in flight.
+    pub fn in_flight(&self) -> u64 {
+        self.begun.saturating_sub(self.ended())
+    }
+}
+
+impl RequestStatistics {
+    /// The counts of all requests now.
+    pub fn counts(&self) -> RequestCounts {
+        // The ended ones first, so that there are never more of them than have begun.
+        let by_class = std::array::from_fn(|class| self.by_class[class].counts());
+        RequestCounts {
+            by_class,
+            begun: self.begun.load(Ordering::Relaxed),
+            retried: self.retried.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The counts of one backend.
+    pub fn backend(&self, addr: SocketAddr) -> BackendCounts {
+        let backends = self.backends.load();
+        backends
+            .get(&addr)
+            .map_or_else(BackendCounts::default, |counters| BackendCounts {
+                answered: counters.answered.counts(),
+                failed: counters.failed.load(Ordering::Relaxed),
+            })
+    }
+
+    pub(super) fn begins(&self) {
+        self.begun.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn ends(&self, status: Option<u16>, tries: usize, took: Duration) {
+        let class = status.map_or(0, |status| usize::from(status / 100));
+        self.by_class[if class < 6 { class } else { 0 }].count(took);
+        if tries > 1 {
+            self.retried.fetch_add(tries as u64 - 1, Ordering::Relaxed);
+        }
+    }
+
+    /// A backend has answered after this time, or has failed.
+    pub(super) fn backend_ends(&self, addr: SocketAddr, answered: Option<Duration>) {
+        let backends = self.backends.load();
+        let counters = match backends.get(&addr) {
+            Some(counters) => counters.clone(),
+            None => self.insert(addr),
+        };
+        match answered {
+            Some(after) => counters.answered.count(after),
+            None => _ = counters.failed.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+
+    fn insert(&self, addr: SocketAddr) -> Arc<BackendCounters> {
+        let new = Arc::<BackendCounters>::default();
+        self.backends.rcu(|backends| {
+            let mut backends = HashMap::clone(backends);
+            backends.entry(addr).or_insert_with(|| new.clone());
+            backends
+        });
+        self.backends.load().get(&addr).cloned().unwrap_or(new)
+    }
+
+    /// Forgets all other backends.
+    pub fn retain(&self, backends: &HashSet<SocketAddr>) {
+        if self
+            .backends
+            .load()
+            .keys()
+            .all(|addr| backends.contains(addr))
+        {
+            return;
+        }
+        self.backends.rcu(|known| {
+            let known = known.iter().filter(|(addr, _)| backends.contains(addr));
+            known
+                .map(|(addr, counters)| (*addr, counters.clone()))
+                .collect::<HashMap<_, _>>()
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limits_are_the_same_in_both_units() {
+        for (seconds, microseconds) in LATENCY_BUCKETS.iter().zip(MICROSECONDS) {
+            assert_eq!((seconds * 1e6).round() as u64, microseconds);
+        }
+    }
+
+    #[test]
+    fn durations_are_counted_by_bucket_and_quantiles_lie_within() {
+        let latencies = Latencies::default();
+        assert_eq!(latencies.counts().quantile(0.5), None);
+        for milliseconds in [1, 1, 2, 200, 100_000] {
+            latencies.count(Duration::from_millis(milliseconds));
+        }
+        let counts = latencies.counts();
+        assert_eq!(
+            (counts.count(), counts.buckets[1], counts.buckets[16]),
+            (5, 2, 1)
+        );
+        let quantile = |part| counts.quantile(part).unwrap().as_secs_f64();
+        assert!(
+            (0.0005..=0.001).contains(&quantile(0.3)),
+            "{}",
+            quantile(0.3)
+        );
+        assert!((0.1..=0.25).contains(&quantile(0.8)));
+        assert_eq!(quantile(1.0), 60.0);
+    }
+
+    #[test]
+    fn requests_and_backends_are_counted_and_backends_forgotten() {
+        let statistics = RequestStatistics::default();
+        let addr: SocketAddr = "10.0.0.1:80".parse().unwrap();
+        for status in [Some(200), Some(503), None, Some(999)] {
+            statistics.begins();
+            statistics.ends(status, 2, Duration::from_millis(3));
+        }
+        statistics.begins();
+        let counts = statistics.counts();
+        assert_eq!(
+            (counts.in_flight(), counts.ended(), counts.retried),
+            (1, 4, 4)
+        );
+        assert_eq!(counts.by_class[0].count(), 2);
+        statistics.backend_ends(addr, Some(Duration::from_millis(1)));
+        statistics.backend_ends(addr, None);
+        let backend = statistics.backend(addr);
+        assert_eq!((backend.answered.count(), backend.failed), (1, 1));
+        statistics.retain(&HashSet::from([addr]));
+        assert_eq!(statistics.backend(addr).failed, 1);
+        statistics.retain(&HashSet::new());
+        assert_eq!(statistics.backend(addr), BackendCounts::default());
+    }
+}
