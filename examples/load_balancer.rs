@@ -147,6 +147,10 @@ fn exit_with(reason: &dyn std::fmt::Display) -> ! {
 
 fn print_suggestions(config: &ClusterConfig, count: u16) {
     let listen = &config.listen;
+    let page = config.admin.as_ref().map(|admin| {
+        let address = format!("http://{}/", admin.listen);
+        format!("  {address:62}  # in a browser: the live page\n")
+    });
     let (first, last) = (FIRST_DEMO_PORT, FIRST_DEMO_PORT + count - 1);
     log::print(format_args!(
         "\
@@ -154,7 +158,7 @@ load balancer on http://{listen}, {count} workers on ports {first} to {last}, gr
 
 Try, in another terminal:
 
-  curl -i http://{listen}/                                         # see x-upstream-node
+{page}  curl -i http://{listen}/                                         # see x-upstream-node
   for i in $(seq 1000); do curl -s http://{listen}/; done | sort | uniq -c
   curl -X PUT 'http://127.0.0.1:{first}/load?cpu=95&memory=40&queue=12'   # load worker-1, count again
   curl -X PUT 'http://127.0.0.1:{first}/load?cpu=0&memory=0&queue=0'
@@ -164,5 +168,6 @@ Try, in another terminal:
 Press Ctrl-C to end.
 ",
         group = config.group,
+        page = page.unwrap_or_default(),
     ));
 }

@@ -18,8 +18,6 @@ use crate::proxy::{LATENCY_BUCKETS, LatencyCounts};
 const STATES: [&str; 6] = [
     "serving", "draining", "leaving", "suspect", "failing", "unused",
 ];
-/// The name under which the figures of the nodes beyond the limit are added up.
-const OTHER: &str = "other";
 /// The classes of a status; the first one is for requests that ended without one.
 const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
@@ -228,51 +226,40 @@ impl State {
         writer.counters("client_connections", help, clients)
     }
 
-    /// Nodes up to the limit, and the sum of the others.
+    /// Nodes up to the limit that have this value.
     fn by_node<'s>(
         &'s self,
-        value: impl Fn(&NodeStatus) -> f64 + 's,
+        value: impl Fn(&NodeStatus) -> Option<f64> + 's,
     ) -> impl Iterator<Item = (Labels<'s>, f64)> + 's {
         self.status.groups.iter().flat_map(move |group| {
-            let most = self.most_nodes.min(group.nodes.len());
-            let (shown, others) = group.nodes.split_at(most);
-            let mut values: Vec<_> = shown
-                .iter()
-                .map(|node| {
-                    (
-                        vec![("group", &*group.name), ("node", &*node.id)],
-                        value(node),
-                    )
-                })
-                .collect();
-            if !others.is_empty() {
-                let sum = others.iter().map(&value).sum();
-                values.push((vec![("group", &*group.name), ("node", OTHER)], sum));
-            }
-            values
+            let shown = group.nodes.iter().take(self.most_nodes);
+            let with_value = shown.filter_map(|node| Some((node, value(node)?)));
+            let labelled = with_value
+                .map(|(node, value)| (vec![("group", &*group.name), ("node", &*node.id)], value));
+            labelled.collect::<Vec<_>>()
         })
     }
 
     fn nodes(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
         let help = "The part of requests that the node is drawn for, 0 to 1";
-        let share = self.by_node(|node| node.share.unwrap_or(0.0));
+        let share = self.by_node(|node| node.share);
         writer.gauges("node_share_ratio", help, share)?;
-        let success = self.by_node(|node| node.success.unwrap_or(0.0));
+        let success = self.by_node(|node| node.success);
         writer.gauges(
             "node_success_ratio",
             "The recent success rate of the node",
             success,
         )?;
-        let in_flight = self.by_node(|node| f64::from(node.in_flight));
+        let in_flight = self.by_node(|node| Some(f64::from(node.in_flight)));
         let help = "Requests of this process that the node is working on";
         writer.gauges("node_requests_in_flight", help, in_flight)?;
-        let answered = self.by_node(|node| node.answered as f64);
+        let answered = self.by_node(|node| Some(node.answered as f64));
         writer.counters(
             "node_answered",
             "Requests that the node has answered",
             answered,
         )?;
-        let failed = self.by_node(|node| node.failed as f64);
+        let failed = self.by_node(|node| Some(node.failed as f64));
         writer.counters(
             "node_failed",
             "Requests that have failed at the node",

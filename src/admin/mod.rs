@@ -35,6 +35,7 @@ mod metrics;
 mod page;
 mod router;
 mod service;
+mod shown;
 mod status;
 
 pub use group::Group;

@@ -1,24 +1,24 @@
 //! The paths, and who may ask for them.
 
 use std::convert::Infallible;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
+use axum::http::StatusCode;
 use axum::http::header::{CONTENT_TYPE, HOST};
-use axum::http::{StatusCode, Uri};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use futures_core::Stream;
+use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::{BroadcastStream, IntervalStream};
 use tokio_stream::{StreamExt, iter};
 
 use super::page::page;
-use super::service::Shown;
+use super::shown::Shown;
 use super::status::is_ready;
 use super::{metrics, status::Status};
 
@@ -55,19 +55,6 @@ async fn check_host(State(shown): State<Arc<Shown>>, request: Request, next: Nex
     }
 }
 
-/// The host of a `Host` field, without port and brackets.
-pub(super) fn host_of(text: &str) -> Option<String> {
-    let uri: Uri = format!("http://{text}/").parse().ok()?;
-    let host = uri.host()?;
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    Some(host.to_ascii_lowercase())
-}
-
-/// Whether a host is an address or `localhost`, which no page of others can have.
-pub(super) fn is_local_name(host: &str) -> bool {
-    host == "localhost" || host.parse::<IpAddr>().is_ok()
-}
-
 async fn status(State(shown): State<Arc<Shown>>) -> Json<Status> {
     Json(shown.status())
 }
@@ -97,32 +84,14 @@ async fn events(
     let happened = iter(kept)
         .chain(new)
         .filter_map(|event| sse::Event::default().event("event").json_data(event).ok());
-    let ticks = IntervalStream::new(tokio::time::interval(EVERY));
+    let mut ticks = tokio::time::interval(EVERY);
+    // Whoever was asleep wants the status now, and not all of those since then.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let ticks = IntervalStream::new(ticks);
     let status = ticks.filter_map(move |_| {
         let status = sse::Event::default().event("status");
         status.json_data(shown.status()).ok()
     });
     let stream = happened.merge(status).map(Ok);
     Sse::new(stream).keep_alive(KeepAlive::default())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_addresses_and_localhost_are_local_names() {
-        for (text, host, is_local) in [
-            ("127.0.0.1:6189", "127.0.0.1", true),
-            ("[::1]:6189", "::1", true),
-            ("LocalHost", "localhost", true),
-            ("evil.example:6189", "evil.example", false),
-            ("127.0.0.1.evil.example", "127.0.0.1.evil.example", false),
-        ] {
-            let found = host_of(text).unwrap();
-            assert_eq!((&*found, is_local_name(&found)), (host, is_local), "{text}");
-        }
-        assert_eq!(host_of("a b"), None);
-        assert_eq!(host_of(""), None);
-    }
 }

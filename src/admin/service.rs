@@ -14,11 +14,11 @@ use tracing::{info, warn};
 
 use super::events::{Event, Events};
 use super::group::Group;
-use super::router::{host_of, is_local_name, router};
-use super::status::Status;
+use super::router::router;
+use super::shown::Shown;
 use crate::config::{self, ClusterConfig};
 use crate::error::ClusterError;
-use crate::proxy::ProxyParts;
+use crate::proxy::{ProxyParts, Shutdown};
 
 /// How often to try to listen: the predecessor has the address until it ends.
 const RETRY: Duration = Duration::from_millis(200);
@@ -28,28 +28,6 @@ const RETRY: Duration = Duration::from_millis(200);
 pub struct Admin {
     options: config::Admin,
     groups: Vec<Group>,
-}
-
-/// What is shown to those who ask.
-pub(super) struct Shown {
-    pub(super) options: config::Admin,
-    pub(super) groups: Vec<Group>,
-    pub(super) events: Events,
-    pub(super) started: SystemTime,
-}
-
-impl Shown {
-    pub(super) fn status(&self) -> Status {
-        Status::of(&self.groups, self.started)
-    }
-
-    pub(super) fn is_own_name(&self, host: &str) -> bool {
-        let Some(host) = host_of(host) else {
-            return false;
-        };
-        let mut hosts = self.options.hosts.iter();
-        is_local_name(&host) || hosts.any(|own| own.eq_ignore_ascii_case(&host))
-    }
 }
 
 impl Admin {
@@ -90,7 +68,9 @@ impl Admin {
         }
         let listener = self.listen().await;
         info!(listen = %self.options.listen, "the admin page is served");
-        axum::serve(listener, router(shown)).await
+        axum::serve(listener, router(shown))
+            .with_graceful_shutdown(closing())
+            .await
     }
 
     async fn listen(&self) -> TcpListener {
@@ -107,6 +87,13 @@ impl Admin {
             }
             tokio::time::sleep(RETRY).await;
         }
+    }
+}
+
+/// A successor listens here as soon as this process accepts nothing any more. Open pages stay open.
+async fn closing() {
+    while !Shutdown::of_process().has_closed() {
+        tokio::time::sleep(RETRY).await;
     }
 }
 

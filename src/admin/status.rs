@@ -95,7 +95,7 @@ pub struct NodeStatus {
     pub address: SocketAddr,
     /// Its zone.
     pub zone: Option<String>,
-    /// `serving`, `draining`, `leaving`, `suspect` or `unused`.
+    /// `serving`, `failing`, `draining`, `leaving`, `suspect` or `unused`.
     pub state: &'static str,
     /// Why it is in this state.
     pub reason: &'static str,
@@ -250,8 +250,7 @@ impl RequestStatus {
     }
 }
 
-/// The nodes by id, with what the balancer makes of each. Also lets the counts go of backends that are
-/// gone.
+/// The nodes by id, with what the balancer makes of each.
 pub(super) fn nodes_of(group: &Group, nodes: &Nodes, leader: Option<String>) -> Vec<NodeStatus> {
     let backends = group.balancer.backends();
     let all: f64 = backends.iter().map(|backend| backend.share).sum();
@@ -259,12 +258,15 @@ pub(super) fn nodes_of(group: &Group, nodes: &Nodes, leader: Option<String>) -> 
         .iter()
         .map(|backend| (&*backend.node.id, backend))
         .collect();
+    // Of several nodes at one address the balancer knows one, which has the requests.
+    let held: HashSet<SocketAddr> = backends.iter().map(|backend| backend.addr).collect();
     let mut shown: Vec<_> = nodes
         .iter()
         .map(|node| {
             let backend = by_id.get(&*node.id).copied();
             let address = group.balancer.address_of(node);
             let counts = group.requests.as_ref();
+            let counts = counts.filter(|_| backend.is_some() || !held.contains(&address));
             let counts =
                 counts.map_or_else(BackendCounts::default, |counts| counts.backend(address));
             let mut status = NodeStatus::of(node, address, nodes, backend, all, &counts);
@@ -273,10 +275,6 @@ pub(super) fn nodes_of(group: &Group, nodes: &Nodes, leader: Option<String>) -> 
         })
         .collect();
     shown.sort_by(|one, other| one.id.cmp(&other.id));
-    if let Some(requests) = &group.requests {
-        let known: HashSet<_> = shown.iter().map(|node| node.address).collect();
-        requests.retain(&known);
-    }
     shown
 }
 

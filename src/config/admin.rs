@@ -21,8 +21,7 @@ pub struct Admin {
     /// The names by which it may be asked for, beside addresses and `localhost`: a page of others must
     /// not read it under a name of theirs. Default: none.
     pub hosts: BTreeSet<String>,
-    /// How many nodes have metrics of their own; the figures of the others are added up under the name
-    /// `other`. Default: 200. Range: 0 to 10,000.
+    /// How many nodes have metrics of their own, the first ones by id. Default: 200. Range: 0 to 10,000.
     pub metrics_nodes: usize,
 }
 
@@ -54,6 +53,15 @@ impl Admin {
         if self.listen.port() == 0 {
             let reason = "has port 0, so nobody would know which one it is";
             return Err(ClusterError::config(format!("{field}.listen"), reason));
+        }
+        // A port or a space in it would never be equal to the name that is asked for.
+        let is_name = |host: &String| {
+            let is_part = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+            !host.is_empty() && host.bytes().all(is_part)
+        };
+        if let Some(host) = self.hosts.iter().find(|host| !is_name(host)) {
+            let reason = format!("{host:?} is not a name; it has no port");
+            return Err(ClusterError::config(format!("{field}.hosts"), reason));
         }
         in_range(field, "metrics_nodes", self.metrics_nodes, 0..=10_000)
     }

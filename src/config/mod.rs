@@ -32,7 +32,7 @@ pub use leader::Leader;
 pub use overload::Overload;
 pub use retry::Retry;
 #[cfg(feature = "pingora")]
-pub use server::{load, server_conf};
+pub use server::{load, read, server_conf};
 pub use timeouts::Timeouts;
 pub use tls::{CertificateFiles, ClientCertificate, ListenerTls};
 pub use values::{HashOn, Port, Upgrade};

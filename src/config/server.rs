@@ -174,9 +174,19 @@ fn check_log(file: &Path) -> Result<(), String> {
 /// [`ConfigFile`](ClusterError::ConfigFile) with file, field and, where known, line.
 pub fn load(path: impl AsRef<Path>) -> Result<(ClusterConfig, ServerConf), ClusterError> {
     let name = path.as_ref().display().to_string();
-    let text = read_in_time(path.as_ref()).map_err(|error| in_file(&name, error))?;
+    let text = read(path)?;
     let cluster = ClusterConfig::from_yaml(&text, &name)?;
     Ok((cluster, server_conf(&text, &name)?))
+}
+
+/// Reads the text of a file, which may be a pipe, once.
+///
+/// # Errors
+///
+/// [`ConfigFile`](ClusterError::ConfigFile) when it cannot be read within 5 s.
+pub fn read(path: impl AsRef<Path>) -> Result<String, ClusterError> {
+    let path = path.as_ref();
+    read_in_time(path).map_err(|error| in_file(path.display(), error))
 }
 
 /// How long a disk, or whoever writes into a pipe, may take to give a file.

@@ -42,10 +42,11 @@ pub struct Timeouts {
     /// because a request that meets the closing may be lost. Default: 4,000. Range: 1,000 to
     /// 3,600,000, in whole seconds.
     pub pool_idle_ms: u64,
-    /// How long the machine of a backend may leave what was sent to it unacknowledged, and a quiet
-    /// connection without a sign of life (`TCP_USER_TIMEOUT` and keep-alive probes). Then the connection
-    /// is over: so a firewall that drops packets in silence does not cost `response_ms`. Default: 15,000.
-    /// Range: 3,000 to 600,000, in whole seconds.
+    /// How long a backend may take nothing of what is sent to it, because its machine acknowledges nothing
+    /// or its program reads nothing, and how long a quiet connection may be without a sign of life
+    /// (`TCP_USER_TIMEOUT` and keep-alive probes). Then the connection is over: so a firewall that drops
+    /// packets in silence does not cost `response_ms` or `tunnel_ms`. Default: 30,000. Range: 3,000 to
+    /// 600,000.
     pub tcp_user_timeout_ms: u64,
     /// For a whole request, from its head to the end of its response, with all of its tries. Then
     /// 504. Default: 0, none. Range: 0 to 86,400,000.
@@ -65,7 +66,7 @@ impl Default for Timeouts {
             handshake_ms: 1_000,
             response_ms: 60_000,
             pool_idle_ms: 4_000,
-            tcp_user_timeout_ms: 15_000,
+            tcp_user_timeout_ms: 30_000,
             request_ms: 0,
         }
     }

@@ -7,6 +7,7 @@
 //! | [Routing](routing) | how a backend is chosen, how near to the optimum, at what cost |
 //! | [Configuration](configuration) | what the YAML file says, and how it is checked |
 //! | [The command](command) | run a balancer, look at a group, make any program a member |
+//! | [Watching a process](operating) | the live page, JSON, metrics, alerts |
 //! | [At the edge](edge) | time-outs, limits and headers of the bundled proxy |
 //! | [Leadership and fencing](fencing) | who leads, for how long, and how two leaders do no harm |
 //! | [When etcd is away](when_etcd_is_away) | outages, slow servers, silent connections, bad entries |
@@ -82,6 +83,10 @@ pub mod configuration {}
 #[doc = include_str!("links.md")]
 #[doc = include_str!("command.md")]
 pub mod command {}
+
+#[doc = include_str!("links.md")]
+#[doc = include_str!("operating.md")]
+pub mod operating {}
 
 #[doc = include_str!("links.md")]
 #[doc = include_str!("edge.md")]

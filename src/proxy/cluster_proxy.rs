@@ -27,6 +27,9 @@ use crate::balance::Upstream;
 use crate::config::ClusterConfig;
 use crate::pingora::{BalancerService, LeaderRoute};
 
+/// More backends than twice those that there are and these are not counted.
+const KEPT_BACKENDS: usize = 100;
+
 /// The bundled load balancer: a complete HTTP proxy over a [`BalancerService`].
 ///
 /// Picks a backend for each request, tries another one while nothing has reached the client,
@@ -173,8 +176,16 @@ impl ClusterProxy {
                 let latency = context.latency();
                 self.statistics.backend_ends(addr, Some(latency));
             }
-            Outcome::Failed => self.statistics.backend_ends(addr, None),
-            Outcome::Unknown => {}
+            Outcome::Failed if !context.is_blameless => {
+                self.statistics.backend_ends(addr, None);
+            }
+            Outcome::Failed | Outcome::Unknown => {}
+        }
+        // Backends that are gone are not kept for ever.
+        if self.statistics.backends() > 2 * self.balancer.len() + KEPT_BACKENDS {
+            let backends = self.balancer.backends();
+            let known = backends.iter().map(|backend| backend.addr).collect();
+            self.statistics.retain(&known);
         }
     }
 

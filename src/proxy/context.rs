@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::front::{Connection, OpenRequest, Phase};
+use super::front::{Connection, Phase};
 use super::grpc::Call;
 use super::shutdown::Hold;
 use crate::balance::Upstream;
@@ -20,8 +20,8 @@ pub struct RequestContext {
     /// The client's connection, if its listener has a front and it has one request at a time: over
     /// HTTP/2 it has no phases.
     pub(super) connection: Option<Arc<Connection>>,
-    /// Over HTTP/2: the connection has this request.
-    pub(super) open: Option<OpenRequest>,
+    /// Whatever becomes of the request, its backend is not to blame.
+    pub(super) is_blameless: bool,
     /// The process waits for the request; where there are phases, the connection keeps this.
     pub(super) in_flight: Option<Hold>,
     /// The request's place among those in flight.
@@ -79,7 +79,7 @@ impl RequestContext {
         Self {
             started: now,
             connection: None,
-            open: None,
+            is_blameless: false,
             in_flight: None,
             place: None,
             is_found: false,

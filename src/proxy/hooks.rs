@@ -175,6 +175,7 @@ impl ProxyHttp for ClusterProxy {
             && !session.as_ref().retry_buffer_truncated()
         {
             context.is_misdirected = true;
+            self.statistics.backend_ends(leader.addr, None);
             context.failed_epoch = Some(leader.epoch);
             context.leader = None;
             context.is_retried_for_status = true;
@@ -289,6 +290,7 @@ impl ProxyHttp for ClusterProxy {
             self.blame(upstream);
         }
         if let Some(leader) = context.leader.take() {
+            self.statistics.backend_ends(leader.addr, None);
             context.failed_epoch = Some(leader.epoch);
             error.set_retry(context.started.elapsed() < self.leader_requests.wait);
         } else {
@@ -321,6 +323,7 @@ impl ProxyHttp for ClusterProxy {
         if is_slow_upload(context, &error) || self.time_left(context).is_err() {
             // The backend waited for the client, or others have used the time of the request.
             context.upstream = None;
+            context.is_blameless = true;
         }
         let failure = failure(session, context, &error, client_reused);
         let decision = decide(&failure, self.retries);
@@ -342,6 +345,7 @@ impl ProxyHttp for ClusterProxy {
             Decision::RetryElsewhere | Decision::GiveUp => false,
             Decision::GiveUpWithoutBlame => {
                 context.upstream = None;
+                context.is_blameless = true;
                 false
             }
         };

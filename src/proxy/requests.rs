@@ -68,7 +68,6 @@ impl RequestLimits {
         };
         if session.is_http2() {
             context.in_flight = Some(process.request());
-            context.open = Some(connection.open());
             // A client that gives no room on its stream blocks nothing of the connection, so only
             // Pingora notices.
             session.set_write_timeout(Some(self.client_write));

@@ -189,8 +189,13 @@ impl RequestStatistics {
         self.backends.load().get(&addr).cloned().unwrap_or(new)
     }
 
+    /// How many backends are counted.
+    pub(super) fn backends(&self) -> usize {
+        self.backends.load().len()
+    }
+
     /// Forgets all other backends.
-    pub fn retain(&self, backends: &HashSet<SocketAddr>) {
+    pub(super) fn retain(&self, backends: &HashSet<SocketAddr>) {
         if self
             .backends
             .load()

@@ -319,3 +319,19 @@ async fn after_100_continue_there_is_still_a_response() {
         assert_eq!(status(&rest), expected, "{rest:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_there_is_of_a_response_that_breaks_off_reaches_the_client() {
+    let part = |_: &str| {
+        let head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n";
+        [&head[..], &[b'x'; 500]].concat()
+    };
+    let backend = RawBackend::start(part).await;
+    let fields = "timeouts: { response_ms: 500 }";
+    let balancer = in_front_of(&backend, "breaks-off", fields).await;
+    let mut client = Raw::to(&balancer).await;
+    client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    let received = client.rest().await;
+    assert_eq!(status(&received), "200", "{received:?}");
+    assert!(received.ends_with(&"x".repeat(500)), "{received:?}");
+}

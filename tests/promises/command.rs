@@ -131,6 +131,7 @@ impl Member {
             "2",
         ];
         let mut command = command(etcd, group, "register", &fixed);
+        command.env("ETCD_PASSWORD", "secret");
         command.args(arguments).arg("--");
         match child {
             [] => {
@@ -187,7 +188,7 @@ async fn any_program_is_a_member_with_its_load_and_is_taken_out_while_its_check_
         "--weight",
         "3",
         "--drain",
-        "1",
+        "3",
         "--metrics-file",
         file,
     ];
@@ -311,6 +312,45 @@ async fn it_ends_with_the_status_of_its_program_whatever_happens() {
             "{script}"
         );
     }
+    // A second signal is passed on at once, however long the node would drain, which leaves nevertheless.
+    let script = "trap 'exit 8' INT; while :; do sleep 0.05; done";
+    let mut member = Member::start(&etcd, &group, &["--drain", "600"], &["sh", "-c", script]);
+    until_registered(&mut keys, &group, "m", |_, _| true).await;
+    member.program.signal("TERM");
+    until_registered(&mut keys, &group, "m", |entry, _| {
+        entry["state"] == "draining"
+    })
+    .await;
+    member.program.signal("INT");
+    assert_eq!(
+        member.program.ended().await.0.code(),
+        Some(8),
+        "{}",
+        member.log()
+    );
+    assert!(registered(&mut keys, &group, "m").await.is_none());
+
+    // What the command leaves behind ends, too; and the password is not for it.
+    let file = scratch(&format!("{group}.pid"));
+    let script = format!(
+        "sleep 600 & echo $! > {}; test -z \"$ETCD_PASSWORD\" && exit 9",
+        file.display()
+    );
+    let mut member = Member::start(&etcd, &group, &[], &["sh", "-c", &script]);
+    assert_eq!(
+        member.program.ended().await.0.code(),
+        Some(9),
+        "{}",
+        member.log()
+    );
+    let left: u32 = std::fs::read_to_string(&file)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    until("it has ended", async || !is_alive(left)).await;
+    std::fs::remove_file(&file).unwrap();
+
     let mut missing = Member::start(&etcd, &group, &[], &["/no/such/program"]);
     let (status, _) = missing.program.ended().await;
     assert_eq!(status.code(), Some(1));

@@ -53,7 +53,8 @@ async fn at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_fli
     until("readiness is off", async || {
         let mut probe = Raw::to(&balancer).await;
         probe.send(ready).await;
-        let response = probe.rest().await;
+        // One response: before the signal is there, the connection is kept after it.
+        let response = probe.response().await;
         let is_off = status(&response) == "503";
         assert!(
             !is_off || response.contains("Connection: close"),

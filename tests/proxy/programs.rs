@@ -242,7 +242,9 @@ async fn a_pipe_can_be_the_configuration_and_one_that_nobody_writes_to_is_an_err
     };
     let mut program = start();
     let good = std::fs::read_to_string(config_file("load_balancer.yaml")).unwrap();
-    std::fs::write(&pipe, good).unwrap();
+    // In a thread, because it waits for a reader.
+    let to = pipe.clone();
+    std::thread::spawn(move || std::fs::write(to, good));
     let (status, _) = program.ended().await;
     assert!(status.success(), "{status}");
     let mut program = start();

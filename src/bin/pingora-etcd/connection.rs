@@ -7,6 +7,7 @@ use pingora_etcd::store::{Credentials, Password, TlsOptions};
 use pingora_etcd::{Cluster, ClusterError, EtcdOptions, config};
 
 const GROUP: &str = "workers";
+const PASSWORD: &str = "ETCD_PASSWORD";
 const ENDPOINT: &str = "http://127.0.0.1:2379";
 
 /// Each option overrides the file.
@@ -77,7 +78,7 @@ impl Connection {
             // Never as an argument, because those are visible to everybody on the machine.
             let password = match &self.password_file {
                 Some(file) => Password::File(file.clone()),
-                None => Password::Env("ETCD_PASSWORD".to_owned()),
+                None => Password::Env(PASSWORD.to_owned()),
             };
             etcd = etcd.credentials(Credentials::new(user, password));
         }
@@ -100,6 +101,17 @@ impl Connection {
 }
 
 impl Target {
+    /// The variables that may contain the password.
+    pub fn secrets(&self) -> Vec<String> {
+        let mut names = vec![PASSWORD.to_owned()];
+        if let Some(credentials) = &self.etcd.credentials
+            && let Password::Env(name) = &credentials.password
+        {
+            names.push(name.clone());
+        }
+        names
+    }
+
     /// # Errors
     ///
     /// If the options are wrong. Connects to nothing.

@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use clap::Args;
 use pingora::server::Server;
 use pingora::server::configuration::Opt;
+use pingora_etcd::admin;
+use pingora_etcd::config::{self, ClusterConfig};
 use pingora_etcd::proxy::{self, ClusterProxy};
-use pingora_etcd::{admin, config};
 
 use crate::{Result, effective, output};
 
@@ -28,7 +29,12 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> Result {
-    let (config, server_conf) = config::load(&arguments.conf)?;
+    let (text, name) = (
+        config::read(&arguments.conf)?,
+        arguments.conf.display().to_string(),
+    );
+    let config = ClusterConfig::from_yaml(&text, &name)?;
+    let server_conf = config::server_conf(&text, &name)?;
     let options = Opt {
         upgrade: arguments.upgrade,
         test: arguments.check,
@@ -38,8 +44,6 @@ pub fn run(arguments: &Arguments) -> Result {
     let parts = ClusterProxy::add_to(&mut server, &config, arguments.leader_routing)?;
     admin::add_to(&mut server, &config, &parts)?;
     if arguments.check {
-        let text = std::fs::read_to_string(&arguments.conf)?;
-        let name = arguments.conf.display().to_string();
         output::line(effective::described(&text, &name)?)?;
         return Ok(ExitCode::SUCCESS);
     }

@@ -1,7 +1,7 @@
 //! The state of one client connection, shared by its stream, which keeps the deadlines, and the
 //! proxy, which knows what is being read.
 
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use ::pingora::http::ResponseHeader;
@@ -61,24 +61,12 @@ impl Ended {
     const ALL: [Self; 3] = [Self::ReadTimeout, Self::WriteTimeout, Self::HeadTooLarge];
 }
 
-/// A request of HTTP/2, until this is dropped.
-#[derive(Debug)]
-pub(crate) struct OpenRequest(Arc<Connection>);
-
-impl Drop for OpenRequest {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// The state of one client connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
     phase: AtomicU8,
     /// 0, or one more than the index of an [`Ended`].
     ended: AtomicU8,
-    /// Over HTTP/2: the requests that are open.
-    open: AtomicUsize,
     /// What the client has shown, as a field for backends.
     certificate: Option<HeaderValue>,
     /// The address of the other end, as a value of a field.
@@ -94,7 +82,6 @@ impl Connection {
             statistics,
             phase: AtomicU8::new(Phase::Accepted as u8),
             ended: AtomicU8::new(0),
-            open: AtomicUsize::new(0),
         }
     }
 
@@ -132,16 +119,6 @@ impl Connection {
 
     pub(crate) fn enter(&self, phase: Phase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
-    }
-
-    /// A request of HTTP/2 begins; it ends with the guard.
-    pub(crate) fn open(self: &Arc<Self>) -> OpenRequest {
-        self.open.fetch_add(1, Ordering::Relaxed);
-        OpenRequest(self.clone())
-    }
-
-    pub(super) fn has_open_requests(&self) -> bool {
-        self.open.load(Ordering::Relaxed) > 0
     }
 
     pub(crate) fn ended(&self) -> Option<Ended> {

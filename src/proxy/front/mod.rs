@@ -26,7 +26,7 @@ use stream::ClientStream;
 
 use super::shutdown::Shutdown;
 use super::tls::ClientTls;
-pub(crate) use connection::{Connection, Ended, OpenRequest, Phase};
+pub(crate) use connection::{Connection, Ended, Phase};
 pub(crate) use limits::{ClientTimeouts, FrontLimits};
 pub(crate) use proxy_header::ProxyHeaderRule;
 #[cfg(any(test, feature = "test-util"))]

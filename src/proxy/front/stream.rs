@@ -4,14 +4,10 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use ::pingora::protocols::raw_connect::ProxyDigest;
-use ::pingora::protocols::tls::{SslDigest, TlsRef};
-use ::pingora::protocols::{
-    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl,
-    Stream, TimingDigest, UniqueID, UniqueIDType,
-};
+use ::pingora::protocols::{ALPN, Peek, Shutdown, SocketDigest, Stream};
 use async_trait::async_trait;
 use bytes::{Buf, BytesMut};
 use http::HeaderValue;
@@ -33,8 +29,10 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const REFUSED_HEAD: &[u8] = b"\0\r\n\0\r\n\r\n";
 
 /// Up to this number of bytes wait for what follows them, so that the head of a response and its body
-/// leave in one system call. The stream below keeps nothing back.
-const HELD: usize = 2_048;
+/// leave in one system call. As much as Pingora holds by default; here the stream below holds nothing.
+const HELD: usize = 1_460;
+/// Pingora writes at most three slices at a time: those of a chunk.
+const MOST_SLICES: usize = 4;
 
 pub(super) struct ClientStream {
     inner: Stream,
@@ -130,7 +128,12 @@ impl ClientStream {
             return;
         }
         match self.phase() {
-            Phase::Accepted if self.is_http2 => self.enter(Phase::Answer),
+            Phase::Accepted if self.is_http2 => {
+                // The preface has the time of a head.
+                if self.head_bytes + count >= PREFACE.len() {
+                    self.enter(Phase::Answer);
+                }
+            }
             Phase::Accepted | Phase::Idle => {
                 self.enter(Phase::Head);
                 self.writes = WriteClock::default();
@@ -146,19 +149,13 @@ impl ClientStream {
     fn read_deadline(&mut self) -> Option<Instant> {
         let phase = self.phase();
         let timeouts = &self.limits.timeouts;
-        if self.is_http2 && phase == Phase::Answer {
-            // Whatever is received meanwhile, such as a ping or a part of a head, is no request.
-            if self.connection.has_open_requests() {
-                self.since = Instant::now();
-            }
-            return self.since.checked_add(timeouts.client_idle);
-        }
         let within = match phase {
             Phase::Accepted | Phase::Head => timeouts.client_header,
             Phase::Idle => timeouts.client_idle,
             Phase::Body => timeouts.client_body,
             Phase::Tunnel => timeouts.tunnel,
             Phase::Drain => timeouts.client_drain,
+            // Over HTTP/2 all the time: Pingora ends a connection that has no requests.
             Phase::Expect | Phase::Answer => return None,
         };
         self.since.checked_add(within)
@@ -187,7 +184,7 @@ impl ClientStream {
                 Ok(())
             }
             // Nothing has been requested: the connection ends as if the client had ended it.
-            Phase::Accepted | Phase::Idle | Phase::Answer => {
+            Phase::Accepted | Phase::Idle => {
                 self.statistics.count_idle();
                 Ok(())
             }
@@ -259,12 +256,14 @@ impl ClientStream {
                 return Poll::Ready(Ok(0));
             }
             let inner = Pin::new(&mut self.inner);
+            let can_gather = inner.is_write_vectored() && (1..MOST_SLICES).contains(&next.len());
             let written = match (is_last, next) {
                 (true, [one]) => inner.poll_write(context, one),
                 (true, _) => inner.poll_write_vectored(context, next),
-                (false, [one]) if inner.is_write_vectored() => {
-                    let both = [io::IoSlice::new(&self.held), io::IoSlice::new(one)];
-                    inner.poll_write_vectored(context, &both)
+                (false, _) if can_gather => {
+                    let mut all = [io::IoSlice::new(&self.held); MOST_SLICES];
+                    all[1..=next.len()].copy_from_slice(next);
+                    inner.poll_write_vectored(context, &all[..=next.len()])
                 }
                 (false, _) => inner.poll_write(context, &self.held),
             };
@@ -307,16 +306,11 @@ impl AsyncRead for ClientStream {
             this.received(buffer.filled().len() - before);
             return Poll::Ready(result);
         }
-        loop {
-            let Some(deadline) = this.read_deadline() else {
-                return Poll::Pending;
-            };
-            ready!(this.read_deadline.poll(deadline, context));
-            // It may have been put off meanwhile.
-            if this.read_deadline() == Some(deadline) {
-                return Poll::Ready(this.give_up(Ended::ReadTimeout, context, buffer));
-            }
-        }
+        let Some(deadline) = this.read_deadline() else {
+            return Poll::Pending;
+        };
+        ready!(this.read_deadline.poll(deadline, context));
+        Poll::Ready(this.give_up(Ended::ReadTimeout, context, buffer))
     }
 }
 
@@ -378,6 +372,18 @@ impl AsyncWrite for ClientStream {
     }
 }
 
+impl Drop for ClientStream {
+    /// Where a response breaks off, the client gets what there is of it, as far as the socket takes it.
+    fn drop(&mut self) {
+        if self.held.is_empty() || self.connection.ended().is_some() {
+            return;
+        }
+        let mut context = Context::from_waker(Waker::noop());
+        let _ = Pin::new(&mut self.inner).poll_write(&mut context, &self.held);
+        let _ = Pin::new(&mut self.inner).poll_flush(&mut context);
+    }
+}
+
 #[async_trait]
 impl Peek for ClientStream {
     /// Whether the connection begins with the preface of HTTP/2. Reads no further than the first byte
@@ -416,44 +422,6 @@ impl Shutdown for ClientStream {
     }
 }
 
-impl UniqueID for ClientStream {
-    fn id(&self) -> UniqueIDType {
-        self.inner.id()
-    }
-}
-
-impl Ssl for ClientStream {
-    fn get_ssl(&self) -> Option<&TlsRef> {
-        self.inner.get_ssl()
-    }
-
-    fn get_ssl_digest(&self) -> Option<Arc<SslDigest>> {
-        self.inner.get_ssl_digest()
-    }
-
-    fn selected_alpn_proto(&self) -> Option<ALPN> {
-        self.inner.selected_alpn_proto()
-    }
-}
-
-impl GetTimingDigest for ClientStream {
-    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
-        self.inner.get_timing_digest()
-    }
-}
-
-impl GetProxyDigest for ClientStream {
-    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
-        self.digest.clone()
-    }
-}
-
-impl GetSocketDigest for ClientStream {
-    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
-        self.socket.clone()
-    }
-}
-
 impl fmt::Debug for ClientStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ClientStream")
@@ -463,5 +431,6 @@ impl fmt::Debug for ClientStream {
     }
 }
 
+mod identity;
 #[cfg(test)]
 mod tests;

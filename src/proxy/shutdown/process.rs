@@ -166,6 +166,12 @@ impl Shutdown {
         !self.is_all_held.load(Ordering::Relaxed) && self.listeners.has_unknown()
     }
 
+    /// Whether the process is about to end and accepts nothing any more, because that was its signal or
+    /// because a successor does.
+    pub fn has_closed(&self) -> bool {
+        self.is_draining() && self.listeners.are_closed()
+    }
+
     /// Whether nothing is accepted any more and every connection has ended.
     pub(super) fn is_closed_and_empty(&self) -> bool {
         self.listeners.are_closed() && self.connections() == 0

@@ -6,9 +6,10 @@ use std::process::{ExitCode, ExitStatus};
 use std::task::Poll;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep};
 use tracing::warn;
 
 /// The running command, in a process group of its own.
@@ -18,11 +19,15 @@ pub struct Child {
 }
 
 impl Child {
-    pub fn start(command: &[String]) -> Result<Self, String> {
+    /// Starts the command without these variables.
+    pub fn start(command: &[String], secrets: &[String]) -> Result<Self, String> {
         let (program, arguments) = command.split_first().ok_or("no command is given")?;
-        let child = Command::new(program)
-            .args(arguments)
-            .process_group(0)
+        let mut command = Command::new(program);
+        command.args(arguments).process_group(0);
+        for name in secrets {
+            command.env_remove(name);
+        }
+        let child = command
             .spawn()
             .map_err(|error| format!("{program} cannot be started: {error}"))?;
         let id = child.id().and_then(|id| i32::try_from(id).ok());
@@ -73,6 +78,36 @@ impl Child {
     }
 }
 
+impl Child {
+    /// Ends what the command has started and left behind.
+    pub async fn end_rest(&mut self, grace: Duration) {
+        let Some(group) = self.group else {
+            return;
+        };
+        let start = Instant::now();
+        self.signal(Signal::TERM.as_raw());
+        while test_kill_process_group(group).is_ok() {
+            if start.elapsed() >= grace {
+                warn!(
+                    ?grace,
+                    "what the command has started has not ended in time and is killed"
+                );
+                break;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        self.signal(Signal::KILL.as_raw());
+        self.group = None;
+    }
+}
+
+impl Drop for Child {
+    /// Nothing is left behind, whatever has ended this program.
+    fn drop(&mut self) {
+        self.signal(Signal::KILL.as_raw());
+    }
+}
+
 /// As a shell has it: 128 and the number of the signal that ended the command.
 pub fn exit_code(status: ExitStatus) -> ExitCode {
     let code = status.code();
@@ -119,19 +154,9 @@ impl Signals {
     }
 
     /// Whether a signal asks the program to end.
-    pub fn ends(&self, signal: i32) -> bool {
+    pub fn ends(signal: i32) -> bool {
         Self::ENDING
             .iter()
             .any(|kind| kind().as_raw_value() == signal)
-    }
-
-    /// Waits for a signal that asks the program to end.
-    pub async fn ending(&mut self) {
-        loop {
-            let signal = self.next().await;
-            if self.ends(signal) {
-                return;
-            }
-        }
     }
 }

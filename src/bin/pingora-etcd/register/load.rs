@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +16,8 @@ use tracing::warn;
 
 /// How often the file or the endpoint is read.
 const EVERY: Duration = Duration::from_secs(1);
+/// A command that has said nothing readable for this number of times is named in the log.
+const SAID_AFTER: u32 = 10;
 /// A report has at most this many bytes.
 const MOST: usize = 1 << 20;
 
@@ -27,13 +30,21 @@ pub struct Options {
     metrics_file: Option<PathBuf>,
     /// An endpoint with more metrics, which is read every second: a JSON object, Prometheus text, or any
     /// response with the header `endpoint-load-metrics` (ORCA).
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_parser = plain_url)]
     metrics_url: Option<reqwest::Url>,
     /// Publish the metric NAME as KEY, such as `queue_depth=vllm:num_requests_waiting`; several of
     /// one name are added. NAME is that of a Prometheus metric, or a field or pointer (`/a/b`) in JSON.
     /// Without this, all fields of a JSON object are published, and nothing of a Prometheus text.
     #[arg(long = "metric", value_name = "KEY=NAME", value_parser = mapping)]
     metrics: Vec<(String, String)>,
+}
+
+fn plain_url(text: &str) -> Result<reqwest::Url, String> {
+    let url: reqwest::Url = text.parse().map_err(|error| format!("{error}"))?;
+    match url.scheme() {
+        "http" => Ok(url),
+        other => Err(format!("{other} is not spoken, only http is")),
+    }
 }
 
 fn mapping(text: &str) -> Result<(String, String), String> {
@@ -56,9 +67,12 @@ pub struct Load {
 }
 
 struct State {
-    root: Pid,
+    /// The process of the command.
+    root: AtomicU32,
     system: Mutex<System>,
     said: Mutex<Map<String, Value>>,
+    /// How often in a row it could not be read.
+    failures: AtomicU32,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -66,7 +80,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Load {
-    pub fn new(options: &Options, child: u32) -> Result<Self, Box<dyn std::error::Error>> {
+    pub fn new(options: &Options) -> Result<Self, Box<dyn std::error::Error>> {
         let source = match (&options.metrics_file, &options.metrics_url) {
             (Some(file), _) => Source::File(file.clone()),
             (None, Some(url)) => {
@@ -83,9 +97,10 @@ impl Load {
             source,
             metrics: options.metrics.clone(),
             state: Arc::new(State {
-                root: Pid::from_u32(child),
+                root: AtomicU32::new(0),
                 system: Mutex::new(system),
                 said: Mutex::default(),
+                failures: AtomicU32::new(0),
             }),
         })
     }
@@ -95,8 +110,9 @@ impl Load {
         Collector(self.state.clone())
     }
 
-    /// Reads what the command says from now on, in a task of its own.
-    pub fn start(&self) {
+    /// Reads what the command with this process says from now on, in a task of its own.
+    pub fn start(&self, child: u32) {
+        self.state.root.store(child, Ordering::Relaxed);
         let (source, state) = (self.source.clone(), self.state.clone());
         let metrics = self.metrics.clone();
         tokio::spawn(async move {
@@ -113,12 +129,17 @@ impl State {
     fn take(&self, said: Result<Map<String, Value>, String>) {
         let mut current = lock(&self.said);
         match said {
-            Ok(said) => *current = said,
+            Ok(said) => {
+                self.failures.store(0, Ordering::Relaxed);
+                *current = said;
+            }
             Err(reason) => {
-                // Old figures mislead more than none.
-                if !current.is_empty() {
+                // Not while the command starts, and not each second.
+                let failures = self.failures.fetch_add(1, Ordering::Relaxed) + 1;
+                if !current.is_empty() || failures == SAID_AFTER {
                     warn!(reason, "the metrics of the command cannot be read");
                 }
+                // Old figures mislead more than none.
                 current.clear();
             }
         }
@@ -135,6 +156,7 @@ impl Source {
             }
             Self::Url(client, url) => {
                 let response = client.get(url.clone()).send().await;
+                let response = response.and_then(reqwest::Response::error_for_status);
                 let mut response = response.map_err(|error| error.to_string())?;
                 if let Some(report) = response.headers().get(LOAD_REPORT_HEADER) {
                     return of_report(report.as_bytes());
@@ -224,7 +246,8 @@ impl MetricsCollector for Collector {
         system.refresh_processes_specifics(ProcessesToUpdate::All, true, kinds);
         system.refresh_memory();
         let (mut cpu, mut memory) = (0.0, 0);
-        for process in tree(&system, self.0.root) {
+        let root = Pid::from_u32(self.0.root.load(Ordering::Relaxed));
+        for process in tree(&system, root) {
             cpu += f64::from(process.cpu_usage());
             memory += process.memory();
         }

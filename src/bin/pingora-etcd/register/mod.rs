@@ -6,6 +6,7 @@ mod load;
 mod member;
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use clap::Args;
@@ -23,6 +24,8 @@ use member::Member;
 
 /// Starts a command, registers it when its check passes, publishes how loaded it is, takes it out while
 /// the check fails, and ends with its exit status.
+///
+/// The variables with the password for etcd are not passed on to the command.
 ///
 /// On SIGTERM, SIGINT or SIGQUIT the node drains and leaves the group; then the signal is passed on. A
 /// second one is passed on at once. SIGHUP, SIGUSR1 and SIGUSR2 are passed on.
@@ -75,6 +78,7 @@ pub fn run(arguments: Arguments) -> Result {
         .ttl(arguments.ttl)
         .try_build()?;
     let sidecar = Sidecar {
+        secrets: target.secrets(),
         address: SocketAddr::new(arguments.address(&target)?, arguments.port),
         id: arguments.id()?,
         cluster,
@@ -134,6 +138,8 @@ struct Sidecar {
     group: String,
     id: String,
     address: SocketAddr,
+    /// Variables that are for this program only.
+    secrets: Vec<String>,
 }
 
 impl Sidecar {
@@ -162,20 +168,19 @@ impl Sidecar {
     async fn run(&self) -> Result {
         let arguments = &self.arguments;
         let mut signals = Signals::new()?;
-        let mut child = Child::start(&arguments.command)?;
-        let load = Load::new(&arguments.load, child.id())?;
-        load.start();
-        let mut health = Check::new(&arguments.check, self.address)?.start();
+        let check = Check::new(&arguments.check, self.address)?;
+        let load = Load::new(&arguments.load)?;
+        let mut child = Child::start(&arguments.command, &self.secrets)?;
+        load.start(child.id());
+        let mut health = check.start();
         let mut member = Member::default();
         let ended = loop {
             tokio::select! {
                 status = child.ended() => break Some(status?),
                 signal = signals.next() => {
-                    if signals.ends(signal) {
+                    if Signals::ends(signal) {
                         info!(signal, "the node leaves before the command ends");
-                        self.leave(&mut member, &mut signals, &mut child).await;
-                        child.signal(signal);
-                        break None;
+                        break self.leave(&mut member, &mut signals, &mut child, signal).await?;
                     }
                     child.signal(signal);
                 }
@@ -186,33 +191,50 @@ impl Sidecar {
                     }
                     Health::Bad(reason) => {
                         warn!(reason, "the node leaves until its check passes again");
-                        member.leave(Duration::ZERO).await;
+                        member.leave(Duration::ZERO);
                     }
                 },
                 error = member.failed() => warn!(%error, "the node cannot register"),
             }
         };
+        // What the command has started may still serve requests.
+        member.leave(Duration::ZERO);
+        member.hurry();
+        let grace = Duration::from_secs(arguments.grace);
         let status = match ended {
-            Some(status) => {
-                member.leave(Duration::ZERO).await;
-                status
-            }
-            None => {
-                let grace = Duration::from_secs(arguments.grace);
-                child.ended_within(grace, &mut signals).await?
-            }
+            Some(status) => status,
+            None => child.ended_within(grace, &mut signals).await?,
         };
         info!(%status, "the command has ended");
+        child.end_rest(grace).await;
+        member.left().await;
         Ok(child::exit_code(status))
     }
 
-    /// Drains and leaves. A second signal, or the end of the command, cuts it short.
-    async fn leave(&self, member: &mut Member, signals: &mut Signals, child: &mut Child) {
-        let drain = Duration::from_secs(self.arguments.drain);
-        tokio::select! {
-            () = member.leave(drain) => {}
-            () = signals.ending() => {}
-            _ = child.ended() => member.leave(Duration::ZERO).await,
+    /// Drains and leaves, and passes the signal on. A second signal, or the end of the command, cuts it
+    /// short. Returns the status of the command, if it has ended.
+    async fn leave(
+        &self,
+        member: &mut Member,
+        signals: &mut Signals,
+        child: &mut Child,
+        first: i32,
+    ) -> Result<Option<ExitStatus>> {
+        member.leave(Duration::from_secs(self.arguments.drain));
+        loop {
+            tokio::select! {
+                () = member.left() => {
+                    child.signal(first);
+                    return Ok(None);
+                }
+                signal = signals.next() => {
+                    child.signal(signal);
+                    if Signals::ends(signal) {
+                        return Ok(None);
+                    }
+                }
+                status = child.ended() => return Ok(Some(status?)),
+            }
         }
     }
 }

@@ -191,18 +191,45 @@ async fn short_writes_leave_with_what_follows_them() {
         (&[HELD * 2, 0, HELD * 2], 1 << 20),
     ] {
         let (mut client, mut stream) = pair_with(pipe);
-        let parts: Vec<Vec<u8>> = lengths.iter().map(|length| vec![b'a'; *length]).collect();
-        let expected = lengths.iter().sum();
+        let sum = lengths.iter().sum();
+        let expected: Vec<u8> = (0..sum).map(|at| (at % 251) as u8).collect();
+        let mut rest = &expected[..];
         let writing = async {
-            for part in &parts {
+            for length in lengths {
+                let (part, behind) = rest.split_at(*length);
                 stream.write_all(part).await.unwrap();
+                rest = behind;
             }
             stream.flush().await.unwrap();
             assert!(stream.held.is_empty());
         };
-        let mut received = vec![0; expected];
+        let mut received = vec![0; sum];
         let (_, read) = tokio::join!(writing, client.read_exact(&mut received));
-        assert_eq!(read.unwrap(), expected, "{lengths:?} {pipe}");
-        assert!(received.iter().all(|byte| *byte == b'a'));
+        assert_eq!(read.unwrap(), sum, "{lengths:?} {pipe}");
+        assert_eq!(received, expected, "{lengths:?} {pipe}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn several_slices_and_what_is_held_arrive_in_their_order() {
+    let (mut client, mut stream) = pair_with(1 << 20);
+    stream.write_all(b"head").await.unwrap();
+    let long = vec![b'x'; HELD];
+    let slices = [&b"5a0"[..], &long, b"end"].map(io::IoSlice::new);
+    let written = stream.write_vectored(&slices).await.unwrap();
+    assert_eq!(written, HELD + 6);
+    stream.flush().await.unwrap();
+    let mut received = vec![0; 4 + HELD + 6];
+    client.read_exact(&mut received).await.unwrap();
+    assert!(received.starts_with(b"head5a0xx") && received.ends_with(b"xxend"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_there_is_of_a_response_that_breaks_off_reaches_the_client() {
+    let (mut client, mut stream) = pair_with(1 << 20);
+    stream.write_all(b"HTTP/1.1 200 OK").await.unwrap();
+    drop(stream);
+    let mut received = String::new();
+    client.read_to_string(&mut received).await.unwrap();
+    assert_eq!(received, "HTTP/1.1 200 OK");
 }
