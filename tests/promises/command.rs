@@ -393,3 +393,31 @@ async fn it_serves_from_the_file_and_says_where_each_value_comes_from() {
         "{text}"
     );
 }
+
+/// What can be said of the unit without a systemd that runs as the first process.
+#[test]
+fn the_unit_is_one_that_systemd_takes() {
+    let verify = || {
+        let mut command = Command::new("systemd-analyze");
+        command.arg("verify");
+        command
+    };
+    if verify().arg("--help").output().is_err() {
+        eprintln!("skipped, because systemd-analyze is not installed");
+        return;
+    }
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/pingora-etcd.service");
+    let text = std::fs::read_to_string(unit).unwrap();
+    let installed = "/usr/local/bin/pingora-etcd";
+    assert!(text.contains(installed));
+    let text = text.replace(installed, optimised(COMMAND).to_str().unwrap());
+    let file = scratch(&format!("unit-{}.service", std::process::id()));
+    std::fs::write(&file, text).unwrap();
+    let output = verify().arg(&file).output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    // Other units of the machine may have faults of their own.
+    let about_it = said.lines().filter(|line| line.contains("unit-"));
+    assert_eq!(about_it.collect::<Vec<_>>(), [""; 0], "{said}");
+    std::fs::remove_file(&file).unwrap();
+}

@@ -472,3 +472,26 @@ async fn files_that_cannot_be_used_at_the_start_are_named() {
         );
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_has_agreed_on_http_2_has_to_begin_with_it_in_time() {
+    let backend = RawBackend::start(ok).await;
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let one = files.write_pair("one", &authority.server(&["one.test"]));
+    let listed = certificates(&[(&one.0, &one.1)]);
+    let fields =
+        format!("timeouts: {{ client_header_ms: 600 }}\ntls: {{ certificates: {listed} }}");
+    let balancer = before(backend.address.port(), "preface", &fields).await;
+    for start in [&b""[..], b"PRI * HT"] {
+        let client = connect(&balancer.listen, "one.test", &authority, None, &["h2"]).await;
+        let mut client = client.unwrap();
+        client.write_all(start).await.unwrap();
+        client.flush().await.unwrap();
+        let begun = Instant::now();
+        let mut received = Vec::new();
+        let reading = client.read_to_end(&mut received);
+        let ended = tokio::time::timeout(5 * SECOND, reading).await;
+        assert!(ended.is_ok(), "{start:?}");
+        assert!(begun.elapsed() > SECOND / 3, "{:?}", begun.elapsed());
+    }
+}
