@@ -149,7 +149,7 @@ fn print_suggestions(config: &ClusterConfig, count: u16) {
     let listen = &config.listen;
     let page = config.admin.as_ref().map(|admin| {
         let address = format!("http://{}/", admin.listen);
-        format!("  {address:62}  # in a browser: the live page\n")
+        format!("  {address:69}  # in a browser: the live page\n")
     });
     let (first, last) = (FIRST_DEMO_PORT, FIRST_DEMO_PORT + count - 1);
     log::print(format_args!(

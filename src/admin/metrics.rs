@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, prometheus_text,
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, MetricEncoder, prometheus_text,
 };
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
@@ -58,36 +58,44 @@ type Labels<'l> = Vec<(&'static str, &'l str)>;
 struct Writer<'w, 'e>(&'w mut DescriptorEncoder<'e>);
 
 impl Writer<'_, '_> {
+    /// Writes one metric: its description, and a value for each set of labels.
+    fn family<'l, V>(
+        &mut self,
+        (name, help, kind): (&str, &str, MetricType),
+        values: impl IntoIterator<Item = (Labels<'l>, V)>,
+        encode: impl Fn(&mut MetricEncoder<'_>, V) -> fmt::Result,
+    ) -> fmt::Result {
+        let name = format!("pingora_etcd_{name}");
+        let mut encoder = self.0.encode_descriptor(&name, help, None, kind)?;
+        for (labels, value) in values {
+            encode(&mut encoder.encode_family(&labels)?, value)?;
+        }
+        Ok(())
+    }
+
     fn gauges<'l, V: EncodeGaugeValue>(
         &mut self,
         name: &str,
         help: &str,
         values: impl IntoIterator<Item = (Labels<'l>, V)>,
     ) -> fmt::Result {
-        let name = format!("pingora_etcd_{name}");
-        let kind = MetricType::Gauge;
-        let mut encoder = self.0.encode_descriptor(&name, help, None, kind)?;
-        for (labels, value) in values {
-            encoder.encode_family(&labels)?.encode_gauge(&value)?;
-        }
-        Ok(())
+        self.family((name, help, MetricType::Gauge), values, |encoder, value| {
+            encoder.encode_gauge(&value)
+        })
     }
 
+    /// The encoder adds `_total` to the name.
     fn counters<'l, V: EncodeCounterValue>(
         &mut self,
         name: &str,
         help: &str,
         values: impl IntoIterator<Item = (Labels<'l>, V)>,
     ) -> fmt::Result {
-        // The encoder adds `_total`.
-        let name = format!("pingora_etcd_{name}");
-        let kind = MetricType::Counter;
-        let mut encoder = self.0.encode_descriptor(&name, help, None, kind)?;
-        for (labels, value) in values {
-            let mut encoder = encoder.encode_family(&labels)?;
-            encoder.encode_counter::<Labels<'_>, V, f64>(&value, None)?;
-        }
-        Ok(())
+        self.family(
+            (name, help, MetricType::Counter),
+            values,
+            |encoder, value| encoder.encode_counter::<Labels<'_>, V, f64>(&value, None),
+        )
     }
 
     fn histograms<'l>(
@@ -96,17 +104,16 @@ impl Writer<'_, '_> {
         help: &str,
         values: impl IntoIterator<Item = (Labels<'l>, LatencyCounts)>,
     ) -> fmt::Result {
-        let name = format!("pingora_etcd_{name}");
-        let kind = MetricType::Histogram;
-        let mut encoder = self.0.encode_descriptor(&name, help, None, kind)?;
-        for (labels, counts) in values {
-            // The encoder adds the last one, and adds up.
-            let buckets: Vec<_> = LATENCY_BUCKETS.into_iter().zip(counts.buckets).collect();
-            let (sum, count) = (counts.sum.as_secs_f64(), counts.count());
-            let mut encoder = encoder.encode_family(&labels)?;
-            encoder.encode_histogram::<Labels<'_>>(sum, count, &buckets, None)?;
-        }
-        Ok(())
+        self.family(
+            (name, help, MetricType::Histogram),
+            values,
+            |encoder, counts| {
+                // The encoder adds the last one, and adds up.
+                let buckets: Vec<_> = LATENCY_BUCKETS.into_iter().zip(counts.buckets).collect();
+                let (sum, count) = (counts.sum.as_secs_f64(), counts.count());
+                encoder.encode_histogram::<Labels<'_>>(sum, count, &buckets, None)
+            },
+        )
     }
 }
 

@@ -77,6 +77,15 @@ impl Drop for Program {
     }
 }
 
+/// Whether a program of others is installed; if not, a line says that the test is skipped.
+pub fn is_installed(program: &str) -> bool {
+    let found = Command::new(program).arg("--version").output().is_ok();
+    if !found {
+        eprintln!("skipped, because {program} is not installed");
+    }
+    found
+}
+
 /// The command of this crate.
 pub const COMMAND: &str = "pingora-etcd";
 

@@ -1,6 +1,6 @@
 //! Requests by the clients of others: curl, nghttp and h2load, where they are installed.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use axum::Router;
@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 
 use super::common::certificates::{Authority, Directory};
 use super::common::local;
+use super::common::programs::is_installed;
 use super::tls::{before, certificates};
 use super::world::{Balancer, scratch};
 
@@ -25,15 +26,6 @@ async fn counting() -> (u16, JoinSet<()>) {
     let mut serving = JoinSet::new();
     serving.spawn(async move { axum::serve(listener, app).await.unwrap() });
     (port, serving)
-}
-
-/// Whether a program is installed. CI installs all of them.
-fn is_installed(program: &str) -> bool {
-    let found = Command::new(program).arg("--version").output().is_ok();
-    if !found {
-        eprintln!("skipped, because {program} is not installed");
-    }
-    found
 }
 
 /// Runs a program, with five bytes as its input, and returns what it printed.

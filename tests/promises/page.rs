@@ -11,19 +11,11 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::{Value, json};
 
 use super::common::etcd::Etcd;
-use super::common::programs::Program;
+use super::common::programs::{Program, is_installed};
 use super::common::{free_port, group, local};
 use super::world::{Backend, Balancer, Setup, delete, entry, put, scratch, until};
 
 const SECOND: Duration = Duration::from_secs(1);
-
-fn is_installed(program: &str) -> bool {
-    let found = Command::new(program).arg("--version").output().is_ok();
-    if !found {
-        eprintln!("skipped, because {program} is not installed");
-    }
-    found
-}
 
 /// A browser that has the page open.
 struct Browser {

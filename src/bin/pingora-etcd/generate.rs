@@ -32,7 +32,8 @@ pub fn completions(arguments: &Completions) -> Result {
 pub fn man(arguments: &Man) -> Result {
     let command = Arguments::command();
     match &arguments.out {
-        Some(folder) => clap_mangen::generate_to(command, folder)?,
+        Some(folder) => clap_mangen::generate_to(command, folder)
+            .map_err(|error| format!("{}: {error}", folder.display()))?,
         None => {
             let mut page = Vec::new();
             clap_mangen::Man::new(command).render(&mut page)?;
