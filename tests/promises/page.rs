@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::common::etcd::Etcd;
 use super::common::programs::{Program, is_installed};
 use super::common::{free_port, group, local};
+use super::raw::{Raw, RawBackend, status};
 use super::world::{Backend, Balancer, Setup, delete, entry, put, scratch, until};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -382,6 +383,48 @@ async fn the_page_is_for_its_own_names_and_only_reads() {
             refused.log_text()
         );
     }
+}
+
+/// The new process is asked for, and not the one that still has a request to serve and a page that is open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_page_goes_over_to_a_successor_at_once() {
+    let (etcd, group) = (Etcd::shared(), group("page-successor"));
+    let backend = RawBackend::start_slow(8 * SECOND).await;
+    let entry = entry("a", Some(backend.address.port()), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let page = format!("{}:{}", local(), free_port());
+    let fields = format!("admin: {{ listen: '{page}' }}");
+    let setup = Setup::shared(&group).server("grace_period_seconds: 20");
+    let setup = setup.with(&fields);
+    let mut old = setup.listening().await;
+    let started = async || {
+        let answer = reqwest::get(format!("http://{page}/api/v1/status")).await;
+        let text = answer.ok()?.text().await.ok()?;
+        serde_json::from_str::<Value>(&text).ok()?["started_ms"].as_u64()
+    };
+    until("the page is there", async || started().await.is_some()).await;
+    let before = started().await.unwrap();
+    let events = reqwest::get(format!("http://{page}/api/v1/events")).await;
+    let open_page = events.unwrap();
+    let mut slow = Raw::to(&old).await;
+    slow.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    until("it is in flight", async || !backend.requests().is_empty()).await;
+
+    let new = setup.clone().listen(&old.listen).argument("--upgrade");
+    let new = new.start();
+    until("it is ready", async || {
+        new.log_text().contains("ready to take the sockets over")
+    })
+    .await;
+    old.program.signal("QUIT");
+    until("the new one shows its page", async || {
+        started().await.is_some_and(|now| now != before)
+    })
+    .await;
+    // The old one is still there.
+    assert!(old.program.child.try_wait().unwrap().is_none());
+    assert_eq!(status(&slow.rest().await), "200");
+    drop((open_page, new));
 }
 
 /// The value of a metric with these labels.
