@@ -29,6 +29,12 @@ pub mod metadata_keys {
     pub const REQUESTS_PER_SECOND: &str = "requests_per_second";
     /// Items of work that wait to be processed (`u32`).
     pub const QUEUE_DEPTH: &str = "queue_depth";
+    /// How well the node is by its own checks (`str`: `well`, `degraded` or `failing`): see
+    /// [`HealthCollector`](crate::metrics::HealthCollector). Balancers give a node that is degraded a quarter of its
+    /// weight, and leave out one that is failing while enough others are well.
+    pub const HEALTH: &str = "health";
+    /// Why it is not well (`str`).
+    pub const HEALTH_REASON: &str = "health_reason";
     /// How the node is spoken to (`str`: `http1`, `h2c`, `https` or `h2`), for proxies that believe
     /// nodes in that.
     pub const PROTOCOL: &str = "protocol";

@@ -257,7 +257,6 @@ pub(crate) fn weight(given: Option<f64>) -> f64 {
 }
 
 /// What is wrong with the weight of an entry, where `NaN` stands for a value that is not a number.
-#[cfg(any(test, feature = "discovery"))]
 pub(crate) fn weight_fault(given: Option<f64>) -> Option<String> {
     let weight = given.filter(|weight| weight.is_nan() || *weight < 0.0)?;
     let given = if weight.is_nan() {

@@ -1,6 +1,8 @@
 //! The balancer: takes over what changes, publishes tables, and picks from them.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -11,11 +13,11 @@ use super::pick::PickOptions;
 use super::policy::{ActivePolicy, RoutingPolicy};
 use super::table::{Slot, Table};
 use super::upstream::Upstream;
-use super::weigher::Weigher;
+use super::weigher::{Weigher, WeigherSettings};
 use super::weight::Share;
 use crate::node::Node;
 use crate::sync::lock;
-use crate::view::Change;
+use crate::view::{Change, NodeOverride};
 
 /// How often [`Balancer::tick`] is to be called.
 pub const TICK: Duration = Duration::from_secs(1);
@@ -42,22 +44,49 @@ pub const TICK: Duration = Duration::from_secs(1);
 /// ```
 #[derive(Debug)]
 pub struct Balancer {
-    policy: ActivePolicy,
-    table: ArcSwap<Table>,
+    published: ArcSwap<Published>,
     fleet: Arc<Fleet>,
-    weigher: Mutex<Weigher>,
-    default_port: u16,
+    weighing: Mutex<Weighing>,
+    default_port: AtomicU16,
+}
+
+/// What picks read.
+#[derive(Debug)]
+pub(super) struct Published {
+    table: Table,
+    policy: Arc<ActivePolicy>,
+}
+
+/// What makes tables.
+#[derive(Debug)]
+struct Weighing {
+    weigher: Weigher,
+    policy: Arc<ActivePolicy>,
 }
 
 impl Balancer {
     pub(super) fn new(policy: ActivePolicy, weigher: Weigher, default_port: u16) -> Self {
+        let policy = Arc::new(policy);
         Self {
-            policy,
-            default_port,
-            table: ArcSwap::from_pointee(Table::default()),
+            default_port: default_port.into(),
+            published: ArcSwap::from_pointee(Published {
+                table: Table::default(),
+                policy: policy.clone(),
+            }),
             fleet: weigher.fleet().clone(),
-            weigher: Mutex::new(weigher),
+            weighing: Mutex::new(Weighing { weigher, policy }),
         }
+    }
+
+    /// Works by other settings from now on, with what is known of the nodes.
+    pub(super) fn change(&self, policy: ActivePolicy, settings: WeigherSettings, now: Instant) {
+        let mut weighing = self.weighing();
+        weighing.policy = Arc::new(policy);
+        self.default_port
+            .store(settings.default_port, Ordering::Relaxed);
+        weighing.weigher.change(settings, now);
+        weighing.settle(now);
+        self.publish_table(&weighing);
     }
 
     /// Takes over a change of the group; takes effect with the next [`publish`](Self::publish).
@@ -85,7 +114,7 @@ impl Balancer {
     /// # Ok::<(), pingora_etcd::ClusterError>(())
     /// ```
     pub fn apply(&self, change: &Change, now: Instant) {
-        let mut weigher = self.weigher();
+        let weigher = &mut self.weighing().weigher;
         match change {
             Change::Reset(nodes) => weigher.reset(nodes.iter(), now),
             Change::Joined(node) | Change::Updated { new: node, .. } => weigher.insert(node, now),
@@ -100,9 +129,9 @@ impl Balancer {
     /// (`pingora::BalancerService` uses at most 2 % of a core for it, and waits at least 20 ms from
     /// one table to the next).
     pub fn publish(&self, now: Instant) {
-        let mut weigher = self.weigher();
-        weigher.settle(&self.policy, now);
-        self.publish_table(&weigher);
+        let mut weighing = self.weighing();
+        weighing.settle(now);
+        self.publish_table(&weighing);
     }
 
     /// Lets weights follow what requests have found out (latencies, failures, reports in responses)
@@ -110,29 +139,34 @@ impl Balancer {
     /// does. Costs as much as [`publish`](Self::publish); but under the policies that metrics play
     /// no part in, nothing is published while nothing has changed.
     pub fn tick(&self, now: Instant) {
-        let mut weigher = self.weigher();
-        weigher.tick(&self.policy, now);
-        self.publish_table(&weigher);
+        let mut weighing = self.weighing();
+        let Weighing { weigher, policy } = &mut *weighing;
+        weigher.tick(policy, now);
+        self.publish_table(&weighing);
     }
 
-    fn publish_table(&self, weigher: &Weigher) {
+    fn publish_table(&self, weighing: &Weighing) {
+        let Weighing { weigher, policy } = weighing;
         let active = weigher.active_endpoints();
-        let is_static = self.policy.is_static();
-        if is_static && self.table.load().is_built_from(active.clone()) {
+        let is_static = policy.is_static();
+        let last = self.published.load();
+        let is_same = Arc::ptr_eq(&last.policy, policy);
+        if is_static && is_same && last.table.is_built_from(active.clone()) {
             return;
         }
         let shares: Vec<Share> = active.clone().map(|endpoint| endpoint.share()).collect();
         let mut table = Table::new(active.cloned().collect(), weigher.alike());
-        self.policy.index(&mut table, &shares);
+        policy.index(&mut table, &shares);
         if is_static {
             table.built_from = shares.into();
         }
         // Under the weigher's lock, so that of two tables the later one is published last.
-        self.table.store(Arc::new(table));
+        let policy = policy.clone();
+        self.published.store(Arc::new(Published { table, policy }));
     }
 
-    fn weigher(&self) -> MutexGuard<'_, Weigher> {
-        lock(&self.weigher)
+    fn weighing(&self) -> MutexGuard<'_, Weighing> {
+        lock(&self.weighing)
     }
 
     /// Picks a backend for a request; `None` if there is none.
@@ -143,16 +177,15 @@ impl Balancer {
     /// Picks a backend with a key, around backends that have been tried, or with a time and
     /// randomness of the caller's; `None` if there is none. Takes no lock and allocates nothing.
     pub fn pick_with(&self, options: PickOptions<'_>) -> Option<Upstream> {
-        let table = self.table.load();
+        let published = self.published.load();
+        let Published { table, policy } = &**published;
         if table.slots.is_empty() {
             return None;
         }
         // The thread's generator is used once a pick; what follows from it stays in registers.
         let seed = options.random.unwrap_or_else(|| fastrand::u64(..));
         let mut random = fastrand::Rng::with_seed(seed);
-        let picked = self
-            .policy
-            .pick(&table, &self.fleet, &options, &mut random)?;
+        let picked = policy.pick(table, &self.fleet, &options, &mut random)?;
         let state = table.slots[picked.index].endpoint.enter();
         Some(Upstream::new(state, picked.in_flight))
     }
@@ -177,26 +210,79 @@ impl Balancer {
     /// # Ok::<(), pingora_etcd::ClusterError>(())
     /// ```
     pub fn upstream_at(&self, addr: SocketAddr) -> Option<Upstream> {
-        let table = self.table.load();
-        let slot = table.at(addr)?;
-        Some(Upstream::new(slot.endpoint.enter(), self.policy.count()))
+        let published = self.published.load();
+        let slot = published.table.at(addr)?;
+        Some(Upstream::new(
+            slot.endpoint.enter(),
+            published.policy.count(),
+        ))
     }
 
     /// Whether the backend at this address can be picked and is not known to fail.
     #[cfg_attr(not(feature = "pingora"), allow(dead_code))]
     pub(crate) fn works_at(&self, addr: SocketAddr) -> bool {
-        let table = self.table.load();
-        table.at(addr).is_some_and(|slot| slot.acceptance >= 0.5)
+        let published = self.published.load();
+        let slot = published.table.at(addr);
+        slot.is_some_and(|slot| slot.acceptance >= 0.5)
     }
 
     /// How many backends can be picked.
     pub fn len(&self) -> usize {
-        self.table.load().slots.len()
+        self.published.load().table.slots.len()
     }
 
     /// Where requests for a node are sent, whether it can be picked or not.
     pub fn address_of(&self, node: &Node) -> SocketAddr {
-        node.addr(self.default_port)
+        node.addr(self.default_port.load(Ordering::Relaxed))
+    }
+
+    /// Takes over what operators say of nodes, by id: all of it, so that what is missing holds no more. It holds over
+    /// what a node says of itself, for the process that has the same lease. Takes effect with the next
+    /// [`publish`](Self::publish).
+    pub fn set_overrides(&self, overrides: &HashMap<String, NodeOverride>) {
+        self.weighing().weigher.set_overrides(overrides);
+    }
+
+    /// What an operator says of a node, if it holds.
+    pub fn override_of(&self, id: &str) -> Option<NodeOverride> {
+        self.weighing().weigher.override_of(id)
+    }
+
+    /// Says whether there are health checks, by the part of checked nodes from which on those that are well are
+    /// used alone, 0 to 1; with fewer, all are used. `None` for no checks, which is how a balancer begins.
+    /// Takes effect with the next [`publish`](Self::publish).
+    pub fn set_checks(&self, panic_threshold: Option<f64>) {
+        self.weighing().weigher.set_checks(panic_threshold);
+    }
+
+    /// Takes over what a health check has found out about a node. Returns whether it is new; `None` if this
+    /// process is not a node of the last view. Takes effect with the next [`publish`](Self::publish). While there
+    /// are checks, a node that has not been found well is not used, unless no other one is well.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::time::Instant;
+    /// use pingora_etcd::{Change, Node, balance::Balancer};
+    ///
+    /// let balancer = Balancer::builder().try_build()?;
+    /// balancer.set_checks(Some(0.5));
+    /// let nodes = ["10.0.0.1", "10.0.0.2"].map(|ip| Node::new(ip, ip.parse().unwrap()));
+    /// for node in &nodes {
+    ///     balancer.apply(&Change::Joined(Arc::new(node.clone())), Instant::now());
+    /// }
+    /// balancer.set_checked(&nodes[0], true);
+    /// balancer.set_checked(&nodes[1], false);
+    /// balancer.publish(Instant::now());
+    /// assert_eq!(balancer.len(), 1);
+    /// # Ok::<(), pingora_etcd::ClusterError>(())
+    /// ```
+    pub fn set_checked(&self, node: &Node, is_well: bool) -> Option<bool> {
+        self.weighing().weigher.set_checked(node, is_well)
+    }
+
+    /// Whether health checks find so few nodes well that all are used.
+    pub fn is_panicking(&self) -> bool {
+        self.weighing().weigher.is_panicking()
     }
 
     /// Whether there is no backend to pick.
@@ -215,18 +301,30 @@ impl Balancer {
             success: f64::from(endpoint.success()).max(0.0),
             in_flight: endpoint.in_flight(),
         };
-        self.table.load().slots.iter().map(status).collect()
+        self.published
+            .load()
+            .table
+            .slots
+            .iter()
+            .map(status)
+            .collect()
     }
 
     /// How many metrics have been refused since the start because they were not a number, not
     /// finite, negative, or too great for a count. The last valid value of the metric stayed in use.
     pub fn refused_metrics(&self) -> u64 {
-        self.weigher().refused()
+        self.weighing().weigher.refused()
     }
 
     #[cfg(test)]
-    pub(super) fn table(&self) -> Arc<Table> {
-        self.table.load_full()
+    pub(super) fn table(&self) -> Arc<Published> {
+        self.published.load_full()
+    }
+}
+
+impl Weighing {
+    fn settle(&mut self, now: Instant) {
+        self.weigher.settle(&self.policy, now);
     }
 }
 

@@ -1,5 +1,7 @@
 //! Building a balancer from its settings.
 
+use std::time::Instant;
+
 use super::balancer::Balancer;
 use super::policy::{ActivePolicy, MAX_CANDIDATES, PolicySettings};
 use super::settings::{Adaptive, Consistent, Headroom, Policy, Zones};
@@ -34,6 +36,30 @@ impl Balancer {
     /// A builder with every default.
     pub fn builder() -> BalancerBuilder {
         BalancerBuilder::default()
+    }
+
+    /// Takes over other settings: policy, coefficients, zones, candidates, default port. What has been learned
+    /// of nodes stays, and so do the counts of requests in flight, but for nodes whose address is another one
+    /// with another default port. Costs as much as [`publish`](Self::publish).
+    ///
+    /// ```
+    /// use std::time::Instant;
+    /// use pingora_etcd::balance::{Balancer, Policy};
+    ///
+    /// let balancer = Balancer::builder().try_build()?;
+    /// let settings = Balancer::builder().policy(Policy::RoundRobin);
+    /// balancer.reconfigure(settings, Instant::now())?;
+    /// # Ok::<(), pingora_etcd::ClusterError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`try_build`](BalancerBuilder::try_build). Then nothing has changed.
+    pub fn reconfigure(&self, settings: BalancerBuilder, now: Instant) -> Result<(), ClusterError> {
+        settings.validate()?;
+        let policy = settings.active_policy();
+        self.change(policy, settings.weigher_settings(true), now);
+        Ok(())
     }
 }
 
@@ -144,12 +170,16 @@ impl BalancerBuilder {
 
     /// `counts_requests`: see [`WeigherSettings`].
     pub(crate) fn weigher(&self, counts_requests: bool) -> Weigher {
-        Weigher::new(WeigherSettings {
+        Weigher::new(self.weigher_settings(counts_requests))
+    }
+
+    pub(super) fn weigher_settings(&self, counts_requests: bool) -> WeigherSettings {
+        WeigherSettings {
             adaptive: self.policies.adaptive,
             zones: self.zones,
             zone: self.zone.clone(),
             default_port: self.default_port,
             counts_requests,
-        })
+        }
     }
 }

@@ -228,7 +228,7 @@ impl Endpoint {
     #[cfg(feature = "pingora")]
     pub(crate) fn is_serving(&self) -> bool {
         let node = self.state.node.load();
-        node.is_serving() && BaseWeight::of(&node).allows_traffic()
+        node.is_serving() && BaseWeight::new(node.weight).allows_traffic()
     }
 
     pub(super) fn weight(&self) -> Weight {

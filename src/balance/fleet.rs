@@ -17,15 +17,15 @@ pub(super) struct Fleet {
     /// Reported requests in flight per unit of weight: a moving mean over all backends.
     reported_in_flight: AtomicF32,
     /// How much one outcome moves a success rate.
-    success_gain: f32,
+    success_gain: AtomicF32,
     /// The part of the best success rate below which a backend is drawn less often.
-    gate_below: f32,
+    gate_below: AtomicF32,
     /// The lowest probability with which such a backend is accepted.
-    gate_floor: f32,
+    gate_floor: AtomicF32,
     /// The time over which a report of requests in flight fades, in seconds.
-    in_flight_fade: f32,
+    in_flight_fade: AtomicF32,
     /// The factor by which such a report moves a score at most.
-    in_flight_bound: f32,
+    in_flight_bound: AtomicF32,
     /// What the time stamps of reports count from: the time of the first report.
     epoch: OnceLock<Instant>,
     /// How many values in reports, and whole reports, were refused.
@@ -43,14 +43,24 @@ impl Fleet {
             mode: AtomicU8::new(0),
             best_success: AtomicF32::new(1.0),
             reported_in_flight: AtomicF32::new(0.0),
-            success_gain: settings.success_gain as f32,
-            gate_below: settings.gate_below as f32,
-            gate_floor: settings.gate_floor as f32,
-            in_flight_fade: settings.in_flight_fade_ms as f32 / 1e3,
-            in_flight_bound: settings.in_flight_bound as f32,
+            success_gain: AtomicF32::new(settings.success_gain as f32),
+            gate_below: AtomicF32::new(settings.gate_below as f32),
+            gate_floor: AtomicF32::new(settings.gate_floor as f32),
+            in_flight_fade: AtomicF32::new(settings.in_flight_fade_ms as f32 / 1e3),
+            in_flight_bound: AtomicF32::new(settings.in_flight_bound as f32),
             epoch: OnceLock::new(),
             refused: AtomicU64::new(0),
         }
+    }
+
+    /// Uses other constants from now on.
+    pub(super) fn change(&self, settings: &Adaptive) {
+        self.success_gain.set(settings.success_gain as f32);
+        self.gate_below.set(settings.gate_below as f32);
+        self.gate_floor.set(settings.gate_floor as f32);
+        let fade = settings.in_flight_fade_ms as f32 / 1e3;
+        self.in_flight_fade.set(fade);
+        self.in_flight_bound.set(settings.in_flight_bound as f32);
     }
 
     /// Whether a pick depends on nothing but weights and its own counts of requests in flight.
@@ -96,14 +106,14 @@ impl Fleet {
 
     /// The success rate after a success.
     pub(super) fn after_success(&self, success: f32) -> f32 {
-        let next = success + self.success_gain * (1.0 - success);
+        let next = success + self.success_gain.get() * (1.0 - success);
         // So close to 1 that the formula would never reach it.
         if next > 0.9999 { 1.0 } else { next }
     }
 
     /// The success rate after a failure.
     pub(super) fn after_failure(&self, success: f32) -> f32 {
-        success * (1.0 - self.success_gain)
+        success * (1.0 - self.success_gain.get())
     }
 
     /// The probability with which a backend with this success rate is accepted when it is drawn: its
@@ -115,10 +125,10 @@ impl Fleet {
             return 0.0;
         }
         let relative = (success + NEGLIGIBLE) / (self.best_success.get() + NEGLIGIBLE);
-        if relative >= self.gate_below {
+        if relative >= self.gate_below.get() {
             return 1.0;
         }
-        (relative * relative).clamp(self.gate_floor, 1.0)
+        (relative * relative).clamp(self.gate_floor.get(), 1.0)
     }
 
     /// Takes over a backend's report of requests in flight, per unit of its weight.
@@ -141,11 +151,12 @@ impl Fleet {
         let per_weight = match report {
             None => mean,
             Some((reported, age)) => {
-                let kept = (age as f32 / -1e3 / self.in_flight_fade).exp();
+                let kept = (age as f32 / -1e3 / self.in_flight_fade.get()).exp();
                 reported * kept + mean * (1.0 - kept)
             }
         };
-        ((per_weight + 1.0) / (mean + 1.0)).clamp(1.0 / self.in_flight_bound, self.in_flight_bound)
+        let bound = self.in_flight_bound.get();
+        ((per_weight + 1.0) / (mean + 1.0)).clamp(1.0 / bound, bound)
     }
 
     pub(super) fn count_refused(&self, values: u64) {

@@ -16,6 +16,7 @@ mod alias;
 mod atomic;
 mod balancer;
 mod builder;
+mod checked;
 mod controller;
 mod departed;
 mod endpoint;

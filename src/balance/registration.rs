@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::checked::Checked;
 use super::controller::Controller;
 use super::endpoint::Endpoint;
 use super::fleet::Fleet;
@@ -11,8 +12,12 @@ use super::load::Load;
 use super::weight::BaseWeight;
 use crate::ids::Revision;
 use crate::load_report::LoadReport;
+use crate::metadata::metadata_keys;
 use crate::node::Node;
+use crate::view::NodeOverride;
 
+/// The part of its weight that a node has that says that it is degraded.
+const DEGRADED: f64 = 0.25;
 /// The load of a response is preferred to the one in the registration for this long.
 const RESPONSE_LOAD_VALID: Duration = Duration::from_secs(10);
 /// A load in a response that is unchanged and has no sampling time counts as a new sample after
@@ -36,6 +41,12 @@ pub(super) struct Registration {
     pub(super) controller: Controller,
     /// What came with responses, if anything did.
     response_load: Option<Box<ResponseLoad>>,
+    /// What an operator says of it.
+    said: Option<NodeOverride>,
+    /// What health checks have said of it.
+    pub(super) checked: Checked,
+    /// It says that it cannot serve.
+    is_failing: bool,
     /// Another registration holds its address.
     pub(super) is_shadowed: bool,
     /// Its load is new, and the controller has not had it yet.
@@ -57,6 +68,14 @@ struct ResponseLoad {
     received_at: Instant,
 }
 
+/// Whether an operator's word is meant for the process that wrote this entry.
+fn is_for(said: &NodeOverride, node: &Node) -> bool {
+    match node.lease() {
+        Some(lease) => said.lease == Some(lease),
+        None => said.lease.is_none() && said.created == Some(-node.incarnation()),
+    }
+}
+
 impl Registration {
     /// A registration about which nothing is known, and how many of its metrics were refused.
     pub(super) fn new(
@@ -68,19 +87,28 @@ impl Registration {
     ) -> (Self, u32) {
         let mut load = Load::default();
         let refused = load.read_metadata(node);
-        let registration = Self {
+        let mut registration = Self {
             endpoint: Arc::new(Endpoint::new(node, addr, fleet)),
             node: node.clone(),
-            base: BaseWeight::of(node),
+            base: BaseWeight::new(node.weight),
             load,
             controller: Controller::new(joined_at, now),
             response_load: None,
+            said: None,
+            // The first nodes of all are used until they have been checked: the first one that passes could not carry
+            // the load of all.
+            checked: match joined_at {
+                None => Checked::Well,
+                Some(_) => Checked::Unknown,
+            },
+            is_failing: false,
             is_shadowed: false,
             has_new_load: true,
             was_used: false,
             last_view: 0,
             outcomes_at_tick: 0,
         };
+        registration.weigh();
         (registration, refused)
     }
 
@@ -113,8 +141,8 @@ impl Registration {
         let behind = self.node.last_seen.saturating_sub(node.last_seen);
         let is_outdated = node.revision() == 0 && behind > 0 && behind < CLOCK_SET_BACK_MS;
         let is_same = node.last_seen == self.node.last_seen && node.metadata == self.node.metadata;
-        self.base = BaseWeight::of(node);
         self.node = node.clone();
+        self.weigh();
         self.endpoint.set_node(node.clone());
         if is_outdated {
             return 0;
@@ -130,6 +158,43 @@ impl Registration {
         }
         self.has_new_load |= !is_same;
         self.load.read_metadata(node)
+    }
+
+    /// Takes over what an operator says of it, if it is meant for this process. If there is nothing of that kind any
+    /// more, the lease is gone, and the process is still the same one.
+    pub(super) fn set_override(&mut self, said: Option<&NodeOverride>) {
+        let said = said.filter(|said| is_for(said, &self.node)).copied();
+        let is_kept = said.is_none() && self.node.lease().is_some();
+        if !is_kept {
+            self.said = said.filter(|said| !said.is_empty());
+        }
+        self.weigh();
+    }
+
+    /// What an operator says of it.
+    pub(super) fn said(&self) -> Option<NodeOverride> {
+        self.said
+    }
+
+    fn weigh(&mut self) {
+        let weight = self.said.and_then(|said| said.weight);
+        let weight = BaseWeight::new(weight.or(self.node.weight));
+        let health = self.node.metadata.get(metadata_keys::HEALTH);
+        let health = health.and_then(|health| health.as_str());
+        self.is_failing = health == Some("failing");
+        self.base = match health {
+            Some("degraded") => weight.times(DEGRADED),
+            _ => weight,
+        };
+    }
+
+    /// What health checks have said of it, and what it says of itself. Without checks, it is well if it says nothing else.
+    pub(super) fn checked(&self, has_checks: bool) -> Checked {
+        match (self.is_failing, has_checks) {
+            (true, _) => Checked::Down,
+            (false, true) => self.checked,
+            (false, false) => Checked::Well,
+        }
     }
 
     /// Takes over a load that came with a response.
@@ -180,6 +245,7 @@ impl Registration {
 
     /// Whether it gets traffic: it holds its address, serves, and its static weight is not 0.
     pub(super) fn takes_traffic(&self) -> bool {
-        !self.is_shadowed && self.node.is_serving() && self.base.allows_traffic()
+        let is_drained = self.said.is_some_and(|said| said.is_draining());
+        !self.is_shadowed && self.node.is_serving() && !is_drained && self.base.allows_traffic()
     }
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
+use super::checked::{Checked, Gate, gate};
 use super::departed::Departed;
 #[cfg(any(test, feature = "pingora"))]
 use super::endpoint::Endpoint;
@@ -16,6 +17,10 @@ use super::load::{Load, LoadSum};
 use super::mean::Mean;
 use super::registration::Registration;
 use crate::node::Node;
+use crate::view::NodeOverride;
+
+/// The panic threshold without health checks, for nodes that say themselves that they cannot serve.
+const PANIC_THRESHOLD: f64 = 0.5;
 
 /// Sums over the registrations that take traffic, kept up to date change by change, so that a change
 /// costs the same whatever the number of nodes.
@@ -53,6 +58,10 @@ impl Totals {
 pub(super) struct Roster {
     default_port: u16,
     fleet: Arc<Fleet>,
+    /// What operators say, by node id.
+    overrides: HashMap<String, NodeOverride>,
+    /// The panic threshold, if there are health checks.
+    checks: Option<f64>,
     registrations: Vec<Registration>,
     index: Index,
     /// How many registrations are shadowed, for each address with any.
@@ -73,6 +82,8 @@ impl Roster {
         Self {
             default_port,
             fleet,
+            overrides: HashMap::new(),
+            checks: None,
             registrations: Vec::new(),
             index: Index::default(),
             shadowed_at: HashMap::default(),
@@ -97,6 +108,65 @@ impl Roster {
     pub(super) fn active(&self) -> impl Iterator<Item = &Registration> + Clone {
         let all = self.registrations.iter();
         all.filter(|registration| registration.takes_traffic())
+    }
+
+    /// Takes over what operators say of nodes.
+    pub(super) fn set_overrides(&mut self, overrides: &HashMap<String, NodeOverride>) {
+        self.overrides.clone_from(overrides);
+        for registration in &mut self.registrations {
+            let said = self.overrides.get(&registration.node().id);
+            if said.is_some() || registration.said().is_some() {
+                self.totals.remove(registration);
+                registration.set_override(said);
+                self.totals.add(registration);
+            }
+        }
+    }
+
+    /// Whether there are health checks, and from which part of nodes that are well on these are used alone.
+    pub(super) fn set_checks(&mut self, panic_threshold: Option<f64>) {
+        let is_new = self.checks.is_none() && panic_threshold.is_some();
+        self.checks = panic_threshold;
+        if is_new {
+            // They are used until they have been checked, as the first nodes of all are.
+            for registration in &mut self.registrations {
+                registration.checked = Checked::Well;
+            }
+        }
+    }
+
+    /// Takes over what a health check has found out. Returns whether that is new; `None` if this process is not
+    /// known.
+    pub(super) fn set_checked(&mut self, node: &Node, is_well: bool) -> Option<bool> {
+        let addr = node.addr(self.default_port);
+        let at = self.index.position_of(&self.registrations, &node.id)?;
+        let registration = &mut self.registrations[at];
+        if !registration.is_same_process(node, addr) {
+            return None;
+        }
+        let checked = match is_well {
+            true => Checked::Well,
+            false => Checked::Down,
+        };
+        Some(std::mem::replace(&mut registration.checked, checked) != checked)
+    }
+
+    /// Which of the registrations that take traffic are used.
+    pub(super) fn gate(&self) -> Gate {
+        let threshold = self.checks.unwrap_or(PANIC_THRESHOLD);
+        gate(self.active().map(|it| self.checked(it)), threshold)
+    }
+
+    /// What is known of the health of a registration.
+    pub(super) fn checked(&self, registration: &Registration) -> Checked {
+        registration.checked(self.checks.is_some())
+    }
+
+    /// The registrations that are used: they take traffic, and health checks say nothing against it.
+    pub(super) fn used(&self) -> impl Iterator<Item = &Registration> + Clone {
+        let (gate, has_checks) = (self.gate(), self.checks.is_some());
+        self.active()
+            .filter(move |it| gate == Gate::Open || it.checked(has_checks) == Checked::Well)
     }
 
     /// One backend for each address, including those that drain or have a static weight of 0.
@@ -169,6 +239,18 @@ impl Roster {
         }
     }
 
+    /// Moves the nodes that registered no port.
+    pub(super) fn set_default_port(&mut self, port: u16, now: Instant) {
+        if std::mem::replace(&mut self.default_port, port) == port {
+            return;
+        }
+        let all = self.registrations.iter();
+        let moved = all.filter(|it| it.node().addr(port) != it.addr());
+        for node in moved.map(|it| it.node().clone()).collect::<Vec<_>>() {
+            self.upsert(&node, None, now);
+        }
+    }
+
     fn upsert(&mut self, node: &Arc<Node>, joined_at: Option<Instant>, now: Instant) {
         let addr = node.addr(self.default_port);
         let mut claim_before = None;
@@ -193,6 +275,7 @@ impl Roster {
         let registration = &mut self.registrations[at];
         self.totals.remove(registration);
         self.refused += u64::from(registration.update(node, now));
+        registration.set_override(self.overrides.get(&node.id));
         self.totals.add(registration);
         if registration.has_new_load {
             self.with_new_load.push(at as u32);
@@ -209,7 +292,7 @@ impl Roster {
         joined_at: Option<Instant>,
         now: Instant,
     ) -> usize {
-        let registration = match self.departed.take(node, addr, now) {
+        let mut registration = match self.departed.take(node, addr, now) {
             Some(mut registration) => {
                 self.refused += u64::from(registration.update(node, now));
                 registration.is_shadowed = false;
@@ -226,6 +309,7 @@ impl Roster {
         if let Some(predecessor) = predecessor {
             self.remove_at(predecessor);
         }
+        registration.set_override(self.overrides.get(&node.id));
         self.totals.add(&registration);
         let at = self.registrations.len();
         self.registrations.push(registration);

@@ -1,8 +1,10 @@
 //! From the nodes of a group, and the outcomes of requests, to the weights of backends.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::checked::{Checked, Gate};
 use super::controller::{Controller, ReportContext, Trust};
 use super::endpoint::Endpoint;
 use super::fleet::Fleet;
@@ -13,6 +15,7 @@ use super::roster::Roster;
 use super::settings::{Adaptive, Zones};
 use super::zone::{Spill, ZoneSample, ZoneSource};
 use crate::node::Node;
+use crate::view::NodeOverride;
 
 /// How long a report of requests in flight counts.
 const IN_FLIGHT_REPORT_VALID: Duration = Duration::from_secs(5);
@@ -67,6 +70,40 @@ impl Weigher {
             zone: None,
             last_tick: None,
         }
+    }
+
+    /// Works by other settings from now on, with what it knows of the nodes.
+    pub(super) fn change(&mut self, settings: WeigherSettings, now: Instant) {
+        self.fleet.change(&settings.adaptive);
+        self.roster.set_default_port(settings.default_port, now);
+        self.zone = None;
+        self.settings = settings;
+    }
+
+    pub(super) fn set_overrides(&mut self, overrides: &HashMap<String, NodeOverride>) {
+        self.roster.set_overrides(overrides);
+    }
+
+    pub(super) fn override_of(&self, id: &str) -> Option<NodeOverride> {
+        self.roster.get(id)?.said()
+    }
+
+    pub(super) fn set_checks(&mut self, panic_threshold: Option<f64>) {
+        self.roster.set_checks(panic_threshold);
+    }
+
+    pub(super) fn set_checked(&mut self, node: &Node, is_well: bool) -> Option<bool> {
+        self.roster.set_checked(node, is_well)
+    }
+
+    /// Whether health checks find so few nodes well that all are used.
+    pub(super) fn is_panicking(&self) -> bool {
+        let has_down = || {
+            self.roster
+                .active()
+                .any(|it| self.roster.checked(it) == Checked::Down)
+        };
+        self.roster.gate() == Gate::Open && has_down()
     }
 
     pub(super) fn fleet(&self) -> &Arc<Fleet> {
@@ -214,7 +251,7 @@ impl Weigher {
             return;
         }
         let (mut own, mut others) = (ZoneSample::default(), ZoneSample::default());
-        for registration in self.roster.active() {
+        for registration in self.roster.used() {
             let is_own = registration.is_in_zone(zone);
             let sample = if is_own { &mut own } else { &mut others };
             let weight = registration.endpoint.weight().get();
@@ -234,8 +271,10 @@ impl Weigher {
         let registrations = self.roster.registrations();
         let zone = self.zone.as_deref();
         let mut working = Mean::default();
+        let gate = self.roster.gate();
         for (registration, weight) in registrations.iter().zip(&weights) {
-            if registration.takes_traffic() && registration.is_in_zone(zone) {
+            let is_used = gate == Gate::Open || self.roster.checked(registration) == Checked::Well;
+            if registration.takes_traffic() && is_used && registration.is_in_zone(zone) {
                 let acceptance = self.fleet.acceptance(registration.endpoint.success());
                 working.add(f64::from(acceptance), weight.get());
             }
@@ -261,7 +300,7 @@ impl Weigher {
     /// all of them report little load.
     pub(super) fn alike(&self) -> f32 {
         let adaptive = &self.settings.adaptive;
-        let active = self.roster.active();
+        let active = self.roster.used();
         let loads = active.filter_map(|it| adaptive.load(it.load(), &Load::default(), 1.0));
         let Some(busiest) = loads.reduce(f64::max) else {
             return adaptive.alike as f32;
@@ -279,7 +318,7 @@ impl Weigher {
 
     /// The backends that take traffic.
     pub(super) fn active_endpoints(&self) -> impl Iterator<Item = &Arc<Endpoint>> + Clone {
-        self.roster.active().map(|it| &it.endpoint)
+        self.roster.used().map(|it| &it.endpoint)
     }
 
     /// How many metrics were refused so far.

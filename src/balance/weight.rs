@@ -1,6 +1,5 @@
 //! The three kinds of weights, as types, so that they cannot be mixed up.
 
-use crate::node::Node;
 use crate::validate;
 
 /// A node's static weight, as it registered it: 0 for a node that gets no traffic, 1 for one that
@@ -9,12 +8,17 @@ use crate::validate;
 pub(super) struct BaseWeight(f64);
 
 impl BaseWeight {
-    pub(super) fn of(node: &Node) -> Self {
-        Self(validate::weight(node.weight))
+    pub(super) fn new(given: Option<f64>) -> Self {
+        Self(validate::weight(given))
     }
 
     pub(super) fn get(self) -> f64 {
         self.0
+    }
+
+    /// A part of it.
+    pub(super) fn times(self, part: f64) -> Self {
+        Self(self.0 * part)
     }
 
     /// Whether the node may get traffic.

@@ -3,6 +3,7 @@
 
 mod collector;
 mod deadband;
+mod health;
 mod reporter;
 mod sampler;
 #[cfg(feature = "system-metrics")]
@@ -13,6 +14,7 @@ mod tower;
 pub use crate::load_report::{LOAD_REPORT_HEADER, LoadReport, LoadReportError};
 pub use collector::{CompositeMetricsCollector, MetricsCollector, NoopMetricsCollector};
 pub use deadband::{Deadband, Tolerance};
+pub use health::{Health, HealthCollector};
 pub use reporter::{LoadReporter, RequestGuard};
 pub(crate) use sampler::Sampler;
 #[cfg(feature = "system-metrics")]

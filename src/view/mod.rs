@@ -6,6 +6,7 @@ mod change;
 #[cfg(feature = "discovery")]
 mod event;
 mod leadership;
+mod node_override;
 #[cfg(feature = "discovery")]
 mod nodes;
 
@@ -14,5 +15,6 @@ pub use change::Change;
 #[cfg(feature = "discovery")]
 pub use event::ClusterEvent;
 pub use leadership::Leadership;
+pub use node_override::NodeOverride;
 #[cfg(feature = "discovery")]
 pub use nodes::Nodes;

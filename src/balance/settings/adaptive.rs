@@ -50,6 +50,7 @@ use crate::error::{ClusterError, in_range};
 /// its traffic within a few dozen requests, and is still tried now and then. If all backends fail
 /// alike, none is avoided.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Adaptive {
     /// The part of a difference in load that one report corrects. Default: 0.2. Range: 0 to 1; with

@@ -6,6 +6,7 @@ use crate::error::{ClusterError, in_range};
 
 /// The constants of [`Policy::Consistent`](super::Policy::Consistent).
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Consistent {
     /// How many requests in flight a backend may have, as a multiple of its fair share of all

@@ -21,6 +21,7 @@ use crate::error::{ClusterError, in_range};
 /// assert_eq!(headroom.weight(1.0, &half_busy, &Load::default()), 0.75);
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Headroom {
     /// Coefficient of CPU usage. Default: 0.5. Range: 0 to 10.
@@ -134,7 +135,7 @@ mod tests {
                 .with_weight(base);
             let mut load = Load::default();
             load.read_metadata(&node);
-            let base = BaseWeight::of(&node).get();
+            let base = BaseWeight::new(node.weight).get();
             let weight = Headroom::default().weight(base, &load, &load);
             prop_assert!((weight > 0.0) == (base > 0.0));
             prop_assert!(weight >= 0.0 && weight <= base && weight.is_finite());

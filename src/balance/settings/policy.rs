@@ -7,6 +7,7 @@ use serde::Deserialize;
 /// A node whose static weight is 0 gets no traffic under any policy, like one that drains: it is
 /// not among the backends. If no other node is left, nothing is picked.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Policy {

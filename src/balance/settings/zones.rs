@@ -18,6 +18,7 @@ use crate::error::{ClusterError, in_range};
 /// the part of the own zone's weight whose backends work: so without a working backend in the own
 /// zone, all zones are alike.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct Zones {
     /// The part of their weight that backends in other zones have in any case: enough for a sudden

@@ -159,7 +159,7 @@ proptest! {
             }
             let backends = rig.balancer.backends();
             for backend in &backends {
-                let base = BaseWeight::of(&backend.node).get();
+                let base = BaseWeight::new(backend.node.weight).get();
                 let part = backend.weight / base;
                 let least = match (policy, zone) {
                     (Policy::Adaptive, None) => 0.1 * 0.1,

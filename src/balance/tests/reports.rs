@@ -147,3 +147,32 @@ fn an_invalid_report_built_by_hand_does_no_harm() {
     assert_eq!(rig.balancer.refused_metrics(), 11);
     assert!(rig.balancer.backends().iter().all(|b| b.weight.is_finite()));
 }
+
+/// What nodes say of their own health: a degraded one has a quarter of its weight, a failing one is left out, unless
+/// too few are well.
+#[test]
+fn nodes_say_themselves_that_they_are_not_well() {
+    let mut rig = Rig::of(4);
+    let say = |rig: &mut Rig, index: u16, health: &str| {
+        let node = Node::clone(&bare(index)).with_metadata(json!({ "health": health }));
+        rig.nodes.insert(node.id.clone(), Arc::new(node));
+        rig.update();
+    };
+    say(&mut rig, 0, "degraded");
+    let (degraded, well) = (rig.weight(0), rig.weight(1));
+    assert!((degraded / well - 0.25).abs() < 0.01, "{degraded} {well}");
+    say(&mut rig, 0, "failing");
+    assert_eq!(rig.balancer.len(), 3);
+    assert!(!rig.balancer.is_panicking());
+    // Half of them are well: still without those that are not.
+    say(&mut rig, 1, "failing");
+    assert_eq!(rig.balancer.len(), 2);
+    say(&mut rig, 2, "failing");
+    assert_eq!(rig.balancer.len(), 4);
+    assert!(rig.balancer.is_panicking());
+    for index in 0..3 {
+        say(&mut rig, index, "well");
+    }
+    assert_eq!(rig.balancer.len(), 4);
+    assert!(!rig.balancer.is_panicking());
+}

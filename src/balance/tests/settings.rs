@@ -1,8 +1,12 @@
 //! The ranges of the settings.
 
+use std::sync::Arc;
+
 use serde_json::json;
 
-use crate::balance::{Adaptive, Balancer};
+use super::Rig;
+use crate::balance::{Adaptive, Balancer, Policy, TICK};
+use crate::node::Node;
 
 #[test]
 fn every_constant_out_of_its_range_is_named() {
@@ -35,4 +39,70 @@ fn every_constant_out_of_its_range_is_named() {
         fields.as_object().unwrap().len(),
         "every field is listed above"
     );
+}
+
+/// Other settings change how nodes are picked, and nothing of what is known of them.
+#[test]
+fn a_balancer_that_is_configured_anew_forgets_nothing() {
+    let mut rig = Rig::new(Balancer::builder().policy(Policy::Headroom));
+    for index in 0..4 {
+        let node = Node::new(format!("n{index}"), [10, 0, 0, index].into());
+        rig.nodes.insert(node.id.clone(), Arc::new(node));
+    }
+    rig.update();
+    // The first one fails all the time.
+    for _ in 0..2_000 {
+        let upstream = rig.pick();
+        match upstream.node().id == "n0" {
+            true => upstream.failed(),
+            false => upstream.succeeded(TICK / 100),
+        }
+    }
+    rig.seconds(1);
+    let success = |rig: &Rig| {
+        let backends = rig.balancer.backends();
+        let first = backends.iter().find(|backend| backend.node.id == "n0");
+        first.map(|backend| backend.success).unwrap()
+    };
+    assert!(success(&rig) < 0.5);
+    let held = rig.balancer.pick().unwrap();
+    let in_flight = |rig: &Rig| {
+        let backends = rig.balancer.backends();
+        backends
+            .iter()
+            .map(|backend| backend.in_flight)
+            .sum::<u32>()
+    };
+    let settings = Balancer::builder().policy(Policy::Adaptive).candidates(3);
+    rig.balancer.reconfigure(settings, rig.now).unwrap();
+    assert!(success(&rig) < 0.5);
+    assert_eq!(in_flight(&rig), 1);
+    drop(held);
+    assert_eq!(in_flight(&rig), 0);
+
+    // In turns from now on.
+    let settings = Balancer::builder().policy(Policy::RoundRobin);
+    rig.balancer.reconfigure(settings, rig.now).unwrap();
+    let mut picked: Vec<_> = (0..4)
+        .map(|_| rig.balancer.pick().unwrap().addr())
+        .collect();
+    picked.sort_unstable();
+    picked.dedup();
+    assert_eq!(picked.len(), 4);
+
+    // Another port is another backend, for those that registered none.
+    let settings = Balancer::builder().default_port(8_080);
+    rig.balancer.reconfigure(settings, rig.now).unwrap();
+    assert!(
+        rig.balancer
+            .backends()
+            .iter()
+            .all(|backend| backend.addr.port() == 8_080)
+    );
+    assert_eq!(rig.balancer.len(), 4);
+
+    let wrong = Balancer::builder().candidates(99);
+    let error = rig.balancer.reconfigure(wrong, rig.now).unwrap_err();
+    assert!(error.to_string().contains("candidates"), "{error}");
+    assert_eq!(rig.balancer.len(), 4);
 }
