@@ -149,4 +149,14 @@ impl Cluster {
     pub fn discovery(&self, group: impl Into<String>) -> ServiceDiscoveryBuilder {
         ServiceDiscoveryBuilder::new(self.etcd.clone(), group).lazy_store(self.pool.store())
     }
+
+    /// The prefix of all keys; empty, or with a slash at its end.
+    pub(crate) fn key_prefix(&self) -> String {
+        self.etcd.prefix()
+    }
+
+    /// The store, which is opened at the first call.
+    pub(crate) fn store(&self) -> Result<Arc<dyn Store>, ClusterError> {
+        self.pool.store().get()
+    }
 }

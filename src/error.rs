@@ -162,6 +162,22 @@ pub enum ClusterError {
         /// Why it cannot.
         reason: String,
     },
+    /// There is no such node.
+    #[error("node {node:?} is not registered in the group {group:?}")]
+    NotRegistered {
+        /// The node.
+        node: String,
+        /// The group.
+        group: String,
+    },
+    /// What an operator asked for cannot be done to that node. Nothing has changed.
+    #[error("node {node:?}: {reason}")]
+    OperationRefused {
+        /// The node.
+        node: String,
+        /// Why it cannot be done.
+        reason: String,
+    },
     /// The call needs `run` to be in progress.
     #[error("{what} is not running: its run has ended, or has not begun")]
     NotRunning {

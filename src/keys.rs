@@ -5,10 +5,12 @@
 //! {prefix}election/{group}/{lease in hex}  -> the candidate's node id; lowest create revision leads
 //! ```
 //!
-//! and one of our own, which `photon-etcd-cluster` never reads:
+//! and those of our own, which `photon-etcd-cluster` never reads:
 //!
 //! ```text
 //! {prefix}handover/{group}/{lease in hex}  -> the next leader, requested by the holder of the lease
+//! {prefix}handover/{group}/operator        -> the same, requested by an operator
+//! {prefix}override/{group}/{node id}       -> what an operator says of a node, as JSON
 //! ```
 //!
 //! All prefixes end with a slash: without it, group `app` would see the keys of `app-2`. The key
@@ -24,7 +26,11 @@ pub(crate) struct GroupKeys {
     registry: String,
     election: String,
     handover: String,
+    overrides: String,
 }
+
+/// The last segment of the key of an operator's request.
+pub(crate) const OPERATOR: &str = "operator";
 
 impl GroupKeys {
     pub(crate) fn new(prefix: &str, group: &str) -> Self {
@@ -32,7 +38,30 @@ impl GroupKeys {
             registry: format!("{prefix}registry/{group}/"),
             election: format!("{prefix}election/{group}/"),
             handover: format!("{prefix}handover/{group}/"),
+            overrides: format!("{prefix}override/{group}/"),
         }
+    }
+
+    /// The prefix of what operators say of nodes.
+    #[cfg(feature = "discovery")]
+    pub(crate) fn override_prefix(&self) -> &str {
+        &self.overrides
+    }
+
+    /// The key of what an operator says of a node.
+    pub(crate) fn override_of(&self, node_id: &str) -> String {
+        format!("{}{node_id}", self.overrides)
+    }
+
+    /// The node id in the key of an override; `None` for a key of a nested group.
+    #[cfg(feature = "discovery")]
+    pub(crate) fn overridden<'k>(&self, key: &'k str) -> Option<&'k str> {
+        Self::last(&self.overrides, key)
+    }
+
+    /// The key of an operator's request that another node leads.
+    pub(crate) fn operator_request(&self) -> String {
+        format!("{}{OPERATOR}", self.handover)
     }
 
     /// The prefix of the requests to hand leadership over.

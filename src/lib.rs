@@ -93,6 +93,7 @@ mod load_report;
 mod metadata;
 pub mod metrics;
 mod node;
+mod operator;
 #[cfg(any(feature = "tls", feature = "proxy-tls"))]
 mod pem;
 #[cfg(feature = "pingora")]
@@ -118,10 +119,11 @@ pub use metrics::MetricsCollector;
 #[cfg(feature = "system-metrics")]
 pub use metrics::SystemMetricsCollector;
 pub use node::{HealthStatus, Node, NodeState};
+pub use operator::Operator;
 pub use store::EtcdOptions;
-pub use view::Leadership;
 #[cfg(feature = "discovery")]
 pub use view::{Change, ClusterEvent, Nodes};
+pub use view::{Leadership, NodeOverride};
 pub use worker::{ClusterNode, ClusterNodeBuilder};
 
 // Names and modules of `photon-etcd-cluster`, for programs that come from there.

@@ -26,6 +26,7 @@ use crate::validate::{self, Bounds};
 /// assert!(filter.matches(&node.with_tags(["canary", "x"])));
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct NodeFilter {
@@ -73,6 +74,7 @@ impl NodeFilter {
 /// A [`ClusterNode`](crate::ClusterNode) never exceeds the defaults. Narrower limits may refuse
 /// entries that it writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct EntryLimits {

@@ -15,6 +15,7 @@ mod last_write;
 mod listing;
 mod log_once;
 mod outbox;
+mod overrides;
 mod published;
 mod rejected;
 mod retry;

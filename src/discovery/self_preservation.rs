@@ -16,6 +16,7 @@ use crate::error::{ClusterError, in_range};
 /// never leads. A node does not count if it was draining when it vanished, or had announced that it
 /// was leaving, as the nodes of this crate do when they are stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct SelfPreservation {

@@ -28,6 +28,7 @@ const MAX_LENGTH: u64 = 4 << 30;
 /// write is refused. So is a file that is damaged, too old, or of another group; a refused file is
 /// left unchanged. The file never contains a leader.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct SnapshotFile {

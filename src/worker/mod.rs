@@ -39,4 +39,5 @@ pub(crate) use config::{DEFAULT_TTL, check_ttl};
 pub use handle::ClusterNode;
 pub(crate) use lease_pool::LeasePool;
 pub use refusals::RefusedSamples;
+pub(crate) use request::operators_request;
 pub use session::SessionState;

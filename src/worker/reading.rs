@@ -49,9 +49,8 @@ impl Reading {
 
     /// Applies a change of a request that a watch has reported.
     pub(super) fn apply_request(&mut self, event: &WatchEvent) {
-        let from = event.key().rsplit('/').next().unwrap_or_default();
         self.requests
-            .retain(|request| request.from.to_string() != from);
+            .retain(|request| !request.is_under(event.key()));
         if let WatchEvent::Put(entry) = event {
             self.requests.extend(Request::parse(entry));
         }

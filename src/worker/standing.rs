@@ -102,12 +102,9 @@ impl<'a> Queue<'a> {
 
     fn is_outranked_by(&self, candidate: &Entry) -> bool {
         self.reading.requests.iter().any(|request| {
-            request.wanted.to == candidate.key
-                && request.is_from(candidate)
-                && request
-                    .wanted
-                    .priority
-                    .is_some_and(|priority| priority > self.priority)
+            let priority = request.wanted.priority;
+            let is_higher = priority.is_some_and(|priority| priority > self.priority);
+            request.is_for(candidate) && (request.is_by_operator || is_higher)
         })
     }
 

@@ -39,7 +39,7 @@ const FLOORS: &[(u8, &[&str])] = &[
     (2, &["metrics", "view"]),
     (3, &["balance", "discovery", "worker"]),
     (4, &["cluster"]),
-    (5, &["config"]),
+    (5, &["config", "operator"]),
     (6, &["pingora"]),
     (7, &["proxy"]),
     (8, &["admin"]),

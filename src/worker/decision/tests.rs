@@ -51,6 +51,7 @@ fn read(registration: Option<Entry>, candidates: &[Entry], requests: &[Request])
 
 fn request(from: i64, to: &str, created: Revision, priority: Option<u16>) -> Request {
     Request {
+        is_by_operator: false,
         from: LeaseId(from),
         wanted: Wanted {
             to: to.to_owned(),
