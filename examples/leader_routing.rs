@@ -17,8 +17,9 @@ use std::process::ExitCode;
 use clap::Parser;
 use pingora::server::Server;
 use pingora::server::configuration::Opt;
-use pingora_etcd::config;
-use pingora_etcd::proxy::{self, ClusterProxy};
+use pingora::services::background::background_service;
+use pingora_etcd::config::{self, ClusterConfig};
+use pingora_etcd::proxy::{self, ClusterProxy, ConfigFile};
 
 /// An HTTP proxy that sends writes to the leader and reads to any node.
 #[derive(Parser)]
@@ -43,7 +44,10 @@ fn main() -> ExitCode {
 }
 
 fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
-    let (config, server_conf) = config::load(&arguments.conf)?;
+    let path = &arguments.conf;
+    let text = config::read(path)?;
+    let config = ClusterConfig::from_yaml(&text, path)?;
+    let server_conf = config::server_conf(&text, path)?;
     let options = Opt {
         upgrade: arguments.upgrade,
         ..Opt::default()
@@ -52,7 +56,8 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
     let parts = ClusterProxy::add_to(&mut server, &config, true)?;
     #[cfg(feature = "admin")]
     pingora_etcd::admin::add_to(&mut server, &config, &parts)?;
-    #[cfg(not(feature = "admin"))]
-    drop(parts);
+    // Changes of the file are taken over while it runs.
+    let file = ConfigFile::new(path, text, parts.reloader).writes_to_leader(true);
+    server.add_service(background_service("configuration", file));
     Ok(server)
 }

@@ -22,7 +22,7 @@ use pingora::server::{Server, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
 use pingora_etcd::Cluster;
 use pingora_etcd::config::{self, ClusterConfig};
-use pingora_etcd::proxy::{self, ClusterProxy, Shutdown};
+use pingora_etcd::proxy::{self, ClusterProxy, ConfigFile, Shutdown};
 use support::{WorkerOptions, run_worker};
 use tokio::task::JoinSet;
 
@@ -64,7 +64,10 @@ fn main() -> ExitCode {
 }
 
 fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
-    let (config, server_conf) = config::load(&arguments.conf)?;
+    let path = &arguments.conf;
+    let text = config::read(path)?;
+    let config = ClusterConfig::from_yaml(&text, path)?;
+    let server_conf = config::server_conf(&text, path)?;
     let options = Opt {
         upgrade: arguments.upgrade,
         test: arguments.test,
@@ -74,8 +77,9 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
     let parts = ClusterProxy::add_to(&mut server, &config, false)?;
     #[cfg(feature = "admin")]
     pingora_etcd::admin::add_to(&mut server, &config, &parts)?;
-    #[cfg(not(feature = "admin"))]
-    drop(parts);
+    // Changes of the file are taken over while it runs.
+    let file = ConfigFile::new(path, text, parts.reloader);
+    server.add_service(background_service("configuration", file));
     if arguments.demo > 0 {
         let workers = Workers {
             config: config.clone(),

@@ -9,6 +9,7 @@ use crate::error::{ClusterError, in_range};
 /// A line for each request. Lines are written by a thread of their own; a request never waits for
 /// it.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct AccessLog {
@@ -29,6 +30,7 @@ pub struct AccessLog {
 
 /// How a line of the access log looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum LogFormat {

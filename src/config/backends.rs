@@ -8,6 +8,7 @@ use crate::error::{ClusterError, in_range};
 
 /// How the bundled proxy speaks to backends.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Backends {
@@ -35,6 +36,7 @@ pub struct Backends {
 
 /// How a backend is spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Protocol {

@@ -10,6 +10,7 @@ use crate::error::{ClusterError, in_range};
 
 /// What clients of the bundled proxy may do, and which of them are believed.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Clients {

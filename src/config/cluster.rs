@@ -1,5 +1,6 @@
 //! The `cluster` section.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -9,9 +10,12 @@ use super::access_log::AccessLog;
 use super::admin::Admin;
 use super::backends::Backends;
 use super::clients::Clients;
+use super::group::Group;
+use super::health_check::HealthCheck;
 use super::leader::Leader;
 use super::overload::Overload;
 use super::retry::Retry;
+use super::route::Route;
 use super::timeouts::Timeouts;
 use super::tls::ListenerTls;
 use super::values::{HashOn, Port, is_token};
@@ -19,8 +23,10 @@ use crate::balance::{
     Adaptive, Balancer, BalancerBuilder, Consistent, DEFAULT_CANDIDATES, DEFAULT_PORT, Headroom,
     Policy, Zones,
 };
+use crate::cluster::Cluster;
 use crate::discovery::{
-    EntryLimits, NodeFilter, PUBLISH_INTERVAL, SelfPreservation, ServiceDiscovery, SnapshotFile,
+    EntryLimits, NodeFilter, PUBLISH_INTERVAL, SelfPreservation, ServiceDiscovery,
+    ServiceDiscoveryBuilder, SnapshotFile,
 };
 use crate::error::{ClusterError, in_range};
 use crate::store::EtcdOptions;
@@ -44,13 +50,21 @@ use crate::store::EtcdOptions;
 /// # Ok::<(), pingora_etcd::ClusterError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct ClusterConfig {
     /// How to reach etcd.
     pub etcd: EtcdOptions,
-    /// The group to route to.
+    /// The group to route to: of all requests, or of those that no route is for.
     pub group: String,
+    /// More groups, by the names that `routes` use. All share one connection to etcd. Default: none.
+    #[serde(default)]
+    pub groups: BTreeMap<String, Group>,
+    /// Which requests go where; the first route that is for a request decides. Default: none, all go to
+    /// `group`.
+    #[serde(default)]
+    pub routes: Vec<Route>,
     /// Only nodes of these zones, with these tags. Default: all.
     #[serde(default)]
     pub filter: NodeFilter,
@@ -137,6 +151,9 @@ pub struct ClusterConfig {
     /// What happens when there are more requests than backends can take.
     #[serde(default)]
     pub overload: Overload,
+    /// How nodes are asked whether they are well. Default: they are not, and what becomes of requests decides.
+    #[serde(default)]
+    pub health_check: Option<HealthCheck>,
     /// Which requests go to the leader, where writes do.
     #[serde(default)]
     pub leader: Leader,
@@ -215,6 +232,7 @@ impl ClusterConfig {
     /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
     pub fn validate(&self) -> Result<(), ClusterError> {
         let etcd = |error| as_in_file(error, "cluster.etcd.", "_ms");
+        self.check_variables()?;
         self.etcd.validate().map_err(etcd)?;
         let section = |error| as_in_file(error, "cluster.", "");
         self.balancer().map_err(section)?;
@@ -240,6 +258,9 @@ impl ClusterConfig {
             admin.validate("cluster.admin")?;
         }
         self.overload.validate("cluster.overload")?;
+        if let Some(check) = &self.health_check {
+            check.validate("cluster.health_check")?;
+        }
         self.leader.validate("cluster.leader")?;
         if let Some(name) = &self.sticky_cookie
             && !is_token(name)
@@ -257,7 +278,22 @@ impl ClusterConfig {
         millis("leader_wait_ms", self.leader_wait_ms, 0..=60_000)?;
         millis("publish_interval_ms", self.publish_interval_ms, 0..=10_000)?;
         self.discovery().map_err(section)?;
-        Ok(())
+        self.check_groups()?;
+        self.check_routes()
+    }
+
+    /// A variable in quotes would be taken for a name or a password.
+    fn check_variables(&self) -> Result<(), ClusterError> {
+        let endpoints = self.etcd.endpoints.iter();
+        let endpoints = endpoints.map(|endpoint| ("etcd.endpoints", endpoint.as_str()));
+        let all = endpoints.chain([("group", &*self.group), ("listen", &*self.listen)]);
+        match all.into_iter().find(|(_, value)| value.contains("${")) {
+            Some((field, _)) => Err(ClusterError::config(
+                format!("cluster.{field}"),
+                "contains ${, and an environment variable is replaced only without quotes",
+            )),
+            None => Ok(()),
+        }
     }
 
     fn check_listen(&self) -> Result<(), ClusterError> {
@@ -276,17 +312,31 @@ impl ClusterConfig {
     ///
     /// When an endpoint, a time or the group is invalid.
     pub fn discovery(&self) -> Result<ServiceDiscovery, ClusterError> {
-        let mut builder = ServiceDiscovery::builder(self.etcd.clone(), &self.group)
+        let builder = ServiceDiscovery::builder(self.etcd.clone(), &self.group);
+        self.describe(builder).try_build()
+    }
+
+    /// The same over a connection that others use, too.
+    ///
+    /// # Errors
+    ///
+    /// When a time or the group is invalid.
+    pub fn discovery_over(&self, cluster: &Cluster) -> Result<ServiceDiscovery, ClusterError> {
+        self.describe(cluster.discovery(&self.group)).try_build()
+    }
+
+    fn describe(&self, builder: ServiceDiscoveryBuilder) -> ServiceDiscoveryBuilder {
+        let builder = builder
             .filter(self.filter.clone())
             .allowed_networks(self.allowed_networks.iter().cloned())
             .allowed_ports(self.allowed_ports.iter())
             .limits(self.limits)
             .self_preservation(self.self_preservation)
             .publish_interval(Duration::from_millis(self.publish_interval_ms));
-        if let Some(file) = &self.snapshot {
-            builder = builder.snapshot_file(file.clone());
+        match &self.snapshot {
+            Some(file) => builder.snapshot_file(file.clone()),
+            None => builder,
         }
-        builder.try_build()
     }
 
     /// The balancer that this section describes.
@@ -321,7 +371,7 @@ impl ClusterConfig {
 
 /// Gives the field of an error the name it has in the file: with its section, and with the unit if it
 /// is a time.
-fn as_in_file(error: ClusterError, section: &str, unit: &str) -> ClusterError {
+pub(super) fn as_in_file(error: ClusterError, section: &str, unit: &str) -> ClusterError {
     match error {
         ClusterError::InvalidConfig { field, reason } => {
             let is_time = ["timeout", "interval", "pause"]

@@ -1,80 +1,74 @@
 //! Reading the file: errors name the file, the line and the field, and never show a password.
 
-use std::fmt;
+use std::collections::HashMap;
 
 use serde::Deserialize;
-use serde_saphyr::UserMessageFormatter;
+use serde::de::DeserializeOwned;
 
 use super::cluster::ClusterConfig;
+use super::lines::line_of;
+use super::unreadable::{in_file, unreadable};
 use crate::error::ClusterError;
 
-/// The part of the file that is described here.
+/// The part of the file that is described here; Pingora's own settings are beside it.
 #[derive(Deserialize)]
-struct File {
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(
+    feature = "schema",
+    schemars(title = "The file of the load balancer pingora-etcd")
+)]
+pub(super) struct File {
     cluster: ClusterConfig,
 }
 
 impl ClusterConfig {
-    /// Reads this section from the text of a file; `name` is used in errors.
+    /// Reads this section from the text of a file; `name` is used in errors. In a value without quotes, `${NAME}`
+    /// stands for the environment variable of that name, and `${NAME:-other}` for `other` where there is none.
     ///
     /// # Errors
     ///
     /// [`ConfigFile`](ClusterError::ConfigFile) with file, field and, where known, line.
     pub fn from_yaml(text: &str, name: &str) -> Result<Self, ClusterError> {
-        let file: File =
-            serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, &error))?;
+        let file: File = parse(text, name)?;
         let checked = file.cluster.validate();
-        checked.map_err(|error| in_file(name, error))?;
+        checked.map_err(|error| at_line(name, text, error))?;
         Ok(file.cluster)
     }
 }
 
-/// An error in this file.
-pub(super) fn in_file(path: impl fmt::Display, reason: impl fmt::Display) -> ClusterError {
-    ClusterError::ConfigFile {
-        path: path.to_string(),
-        reason: reason.to_string(),
-    }
+/// Reads a text, with the values of environment variables.
+pub(super) fn parse<T: DeserializeOwned>(text: &str, name: &str) -> Result<T, ClusterError> {
+    let variables: HashMap<String, String> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    let options = serde_saphyr::Options::default().with_properties(variables);
+    serde_saphyr::from_str_with_options(text, options)
+        .map_err(|error| unreadable(name, text, &error))
 }
 
-/// A text that could not be parsed. The error shows the lines around the place, unless one of them may
-/// contain a password.
-pub(super) fn unreadable(path: &str, text: &str, error: &serde_saphyr::Error) -> ClusterError {
-    // An endpoint may contain a user and a password. That is refused, but only after it has been
-    // read, and errors of the parser repeat what they cannot read.
-    // In words for those who write files, not programs.
-    let bare = error
-        .without_snippet()
-        .render_with_formatter(&UserMessageFormatter);
-    if bare.contains('@') {
-        let at = error.location();
-        let at = at.map_or(String::new(), |at| {
-            format!("line {} column {}: ", at.line(), at.column())
-        });
-        return in_file(
-            path,
-            format!(
-                "{at}cannot be read; the text contains an @ and is not shown, because it may contain a password"
-            ),
-        );
+/// An error in a field of this file, with its line.
+fn at_line(name: &str, text: &str, error: ClusterError) -> ClusterError {
+    match &error {
+        ClusterError::InvalidConfig { field, .. } => match line_of(text, field) {
+            Some(line) => {
+                let given = text.lines().nth(line as usize - 1);
+                // Its value may be secret.
+                match given.is_some_and(|given| given.contains("${"))
+                    && !error.to_string().contains("${")
+                {
+                    true => in_file(
+                        name,
+                        format!(
+                            "line {line}: invalid {field}: the value that its variables give cannot be used"
+                        ),
+                    ),
+                    false => in_file(name, format!("line {line}: {error}")),
+                }
+            }
+            None => in_file(name, error),
+        },
+        _ => in_file(name, error),
     }
-    if has_password(text) || text.contains('@') {
-        in_file(path, bare)
-    } else {
-        in_file(path, error.render_with_formatter(&UserMessageFormatter))
-    }
-}
-
-/// Whether some field whose name contains `password` has a value.
-fn has_password(text: &str) -> bool {
-    text.split("password").skip(1).any(|rest| {
-        let rest = rest.trim_start_matches(['"', '\'', ' ']);
-        let value = rest.strip_prefix(':').map(str::trim_start);
-        value.is_some_and(|value| {
-            let end = value.find([',', '}', '\n', ' ']).unwrap_or(value.len());
-            !matches!(value[..end].trim_end(), "null" | "~")
-        })
-    })
 }
 
 #[cfg(test)]

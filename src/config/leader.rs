@@ -7,9 +7,13 @@ use crate::error::{ClusterError, in_range};
 /// Which requests go to the leader, where writes do: beside everything but `GET`, `HEAD`, `OPTIONS` and
 /// `TRACE`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Leader {
+    /// Whether writes go to the leader: every request but `GET`, `HEAD`, `OPTIONS` and `TRACE`. Without that,
+    /// the other fields have no effect. Default: `false`.
+    pub writes: bool,
     /// Paths whose requests are always for the leader: each one, and what is below it. Default: none.
     pub paths: Vec<String>,
     /// How long reads of a client go to the leader after a write of it, if the client sends back the

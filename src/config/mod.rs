@@ -10,13 +10,21 @@ mod backends;
 mod clients;
 mod cluster;
 mod file;
+mod group;
+mod groups;
+mod health_check;
 mod leader;
+mod lines;
 mod overload;
 mod retry;
+mod route;
+#[cfg(feature = "schema")]
+mod schema;
 #[cfg(feature = "pingora")]
 mod server;
 mod timeouts;
 mod tls;
+mod unreadable;
 mod values;
 
 pub use access_log::{AccessLog, LogFormat};
@@ -28,11 +36,19 @@ pub use clients::{Clients, Network};
 pub use cluster::ClusterConfig;
 #[cfg(feature = "pingora")]
 pub(crate) use cluster::READY_TIMEOUT;
+pub use group::{DEFAULT_GROUP, Group};
+pub use health_check::{CheckKind, HealthCheck, StatusRange};
 pub use leader::Leader;
+pub use lines::{Given, given};
 pub use overload::Overload;
 pub use retry::Retry;
 #[cfg(feature = "pingora")]
+pub(crate) use route::is_below;
+pub use route::{Answer, HeaderChanges, Mirror, Pattern, Redirect, Rewrite, Route};
+#[cfg(feature = "schema")]
+pub use schema::schema;
+#[cfg(feature = "pingora")]
 pub use server::{load, read, server_conf};
-pub use timeouts::Timeouts;
+pub use timeouts::{BackendTimeouts, Timeouts};
 pub use tls::{CertificateFiles, ClientCertificate, ListenerTls};
 pub use values::{HashOn, Port, Upgrade};

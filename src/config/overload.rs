@@ -6,6 +6,7 @@ use crate::error::{ClusterError, in_range};
 
 /// What the bundled proxy does when there are more requests than backends can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Overload {

@@ -6,6 +6,7 @@ use crate::error::{ClusterError, in_range};
 
 /// When the bundled proxy tries a request on another backend.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Retry {

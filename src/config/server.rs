@@ -13,7 +13,8 @@ use serde::de::IgnoredAny;
 use serde_saphyr::Spanned;
 
 use super::cluster::ClusterConfig;
-use super::file::{in_file, unreadable};
+use super::file::parse;
+use super::unreadable::{in_file, unreadable};
 use crate::error::ClusterError;
 
 /// Fields of Pingora 0.9 that change nothing here, and what does instead.
@@ -81,8 +82,7 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
         ));
     }
     // Not by Pingora's own parser, whose errors repeat the whole file.
-    let conf: ServerConf =
-        serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, &error))?;
+    let conf: ServerConf = parse(text, name)?;
     for (field, value) in [
         ("threads", conf.threads),
         ("listener_tasks_per_fd", conf.listener_tasks_per_fd),

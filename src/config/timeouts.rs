@@ -9,6 +9,7 @@ use crate::error::{ClusterError, in_range};
 /// How long the bundled proxy waits for clients and backends, in milliseconds. The defaults are those
 /// of nginx where it has the same time-out, otherwise what HAProxy's manual recommends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Timeouts {
@@ -98,5 +99,41 @@ impl Timeouts {
             3_000..=600_000,
         )?;
         check("request_ms", self.request_ms, 0..=DAY)
+    }
+}
+
+/// The times that are about backends, where a group or a route has its own. Each is as the one of the same
+/// name in [`Timeouts`]; what is not given is as there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+#[allow(missing_docs)] // Said above, once for all.
+pub struct BackendTimeouts {
+    pub tunnel_ms: Option<u64>,
+    pub connect_ms: Option<u64>,
+    pub handshake_ms: Option<u64>,
+    pub response_ms: Option<u64>,
+    pub pool_idle_ms: Option<u64>,
+    pub tcp_user_timeout_ms: Option<u64>,
+    pub request_ms: Option<u64>,
+}
+
+impl BackendTimeouts {
+    pub(super) fn replace_in(&self, timeouts: &mut Timeouts) {
+        macro_rules! replace {
+            ($($field:ident),*) => {
+                $(timeouts.$field = self.$field.unwrap_or(timeouts.$field);)*
+            };
+        }
+        replace!(
+            tunnel_ms,
+            connect_ms,
+            handshake_ms,
+            response_ms,
+            pool_idle_ms,
+            tcp_user_timeout_ms,
+            request_ms
+        );
     }
 }

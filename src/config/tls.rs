@@ -8,6 +8,7 @@ use crate::error::ClusterError;
 
 /// TLS to the clients of the bundled proxy, on the address of `listen`. TLS 1.2 and 1.3.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct ListenerTls {
@@ -30,6 +31,7 @@ pub struct ListenerTls {
 
 /// A certificate with its chain, and its private key, as PEM files.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct CertificateFiles {
@@ -41,6 +43,7 @@ pub struct CertificateFiles {
 
 /// Whether clients show a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ClientCertificate {

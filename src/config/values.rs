@@ -4,6 +4,7 @@ use serde::Deserialize;
 
 /// A port, or a range of them: `8080` or `9000-9100`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(untagged)]
 #[non_exhaustive]
 pub enum Port {
@@ -71,6 +72,7 @@ pub(crate) fn is_token(text: &str) -> bool {
 
 /// What happens to requests that want to go on in another protocol.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Upgrade {

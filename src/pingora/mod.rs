@@ -7,6 +7,7 @@
 //! | nothing yet | [`ClusterProxy`](crate::proxy::ClusterProxy): a complete proxy, which the example `load_balancer` runs from a YAML file |
 //! | a proxy to write | [`BalancerService`]: the pick that also counts requests in flight |
 //! | requests for the leader only | [`LeaderRoute`] |
+//! | nodes that are to be asked whether they are well | [`NodeCheck`], for each of these |
 //!
 //! Everything runs inside Pingora's runtimes: no task is spawned, and no connection made, before the
 //! server runs (it may fork). A service signals ready after the first complete view, so that a proxy
@@ -24,6 +25,10 @@
 //! their runtime.
 
 mod backends;
+mod check;
+mod check_state;
+mod checks;
+mod exchange;
 mod follow;
 mod leader;
 mod live;
@@ -36,6 +41,10 @@ mod turns;
 mod weights;
 
 pub use backends::ClusterBackends;
+pub use check::NodeCheck;
+pub use checks::CheckStatus;
+pub(crate) use checks::Checker;
+pub(crate) use exchange::exchange;
 pub use leader::{LeaderRoute, LeaderUpstream};
 pub use live::LiveLoadBalancer;
 pub use peer::http_peer;

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::ops::Deref;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::pingora::server::ShutdownWatch;
@@ -9,11 +10,15 @@ use ::pingora::services::ServiceReadyNotifier;
 use ::pingora::services::background::BackgroundService;
 use async_trait::async_trait;
 
+use super::check::NodeCheck;
+use super::checks::{CheckStatus, Checker, Checks};
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
 use super::pace::{every_tick, pause_after};
+use super::peer::http_peer;
 use super::restart::restart_forever;
 use crate::balance::Balancer;
 use crate::discovery::ServiceDiscovery;
+use crate::node::Node;
 use crate::view::Change;
 
 /// A [`Balancer`] that follows a group, as a background service. It dereferences to the balancer.
@@ -35,7 +40,8 @@ use crate::view::Change;
 /// # Ok(()) }
 /// ```
 pub struct BalancerService {
-    balancer: Balancer,
+    balancer: Arc<Balancer>,
+    checks: Arc<Checks>,
     discovery: ServiceDiscovery,
     ready_timeout: Duration,
 }
@@ -44,7 +50,8 @@ impl BalancerService {
     /// Gives this balancer the nodes of this group.
     pub fn new(discovery: ServiceDiscovery, balancer: Balancer) -> Self {
         Self {
-            balancer,
+            balancer: Arc::new(balancer),
+            checks: Arc::new(Checks::new()),
             discovery,
             ready_timeout: READY_TIMEOUT,
         }
@@ -57,9 +64,50 @@ impl BalancerService {
         self
     }
 
+    /// Also asks the nodes themselves whether they are well, over plain text or as the check says. One that is not,
+    /// or that has joined and has not been asked yet, is not picked while others are well.
+    #[must_use]
+    pub fn health_check(self, check: NodeCheck) -> Self {
+        let peer = |addr, node: &Node| Ok(Box::new(http_peer(addr, node)));
+        let peer = Arc::new(peer);
+        self.checks.set(Some(Checker { check, peer }));
+        self
+    }
+
+    /// Checks in this way from now on, or not at all.
+    pub(crate) fn set_checker(&self, checker: Option<Checker>) {
+        self.checks.set(checker);
+    }
+
+    /// What the health checks say of the node with this id; `None` without checks, or before the first one.
+    pub fn check_status(&self, id: &str) -> Option<CheckStatus> {
+        self.checks.status(id)
+    }
+
     /// The discovery that this follows.
     pub fn discovery(&self) -> &ServiceDiscovery {
         &self.discovery
+    }
+
+    /// The same balancer over another discovery. Only one of the two may run.
+    pub(crate) fn over(&self, discovery: ServiceDiscovery, ready_timeout: Duration) -> Self {
+        Self {
+            balancer: self.balancer.clone(),
+            checks: self.checks.clone(),
+            discovery,
+            ready_timeout,
+        }
+    }
+
+    /// Keeps the view of the group up to date, and nothing else.
+    pub(crate) async fn follow(&self) {
+        let span = balancer_span(&self.discovery);
+        restart_forever(&span, "discovery", || follow(&self.discovery)).await;
+    }
+
+    /// Waits for the first complete view, as long as it may take; whether there is one.
+    pub(crate) async fn is_ready_in_time(&self) -> bool {
+        wait_ready(&self.discovery, self.ready_timeout).await
     }
 
     /// Publishes a table of the current view, which may be newer than the last table.
@@ -103,7 +151,7 @@ impl BalancerService {
         std::future::pending().await
     }
 
-    async fn run(&self, mut ready: Option<ServiceReadyNotifier>) {
+    pub(crate) async fn run(&self, mut ready: Option<ServiceReadyNotifier>) {
         let span = balancer_span(&self.discovery);
         tokio::join!(
             restart_forever(&span, "discovery", || follow(&self.discovery)),
@@ -112,6 +160,15 @@ impl BalancerService {
             restart_forever(&span, "weights", || every_tick(|now| self
                 .balancer
                 .tick(now))),
+            restart_forever(&span, "overrides", || self.discovery.follow_overrides(
+                |overrides| {
+                    self.balancer.set_overrides(overrides);
+                    self.balancer.publish(Instant::now());
+                }
+            )),
+            restart_forever(&span, "health checks", || self
+                .checks
+                .run(&self.balancer, &self.discovery)),
             restart_forever(&span, "readiness", || self.signal_ready(ready.take())),
         );
     }

@@ -24,10 +24,11 @@ pub(super) fn entry(
         let value = request.headers.get(name)?;
         Some(String::from_utf8_lossy(value.as_bytes()).into_owned())
     };
-    let duration = context.started.elapsed();
+    let state = &context.state;
+    let duration = state.started.elapsed();
     Entry {
         time: SystemTime::now() - duration,
-        client: context.client,
+        client: state.client,
         method: request.method.as_str().to_owned(),
         target: String::from_utf8_lossy(request.raw_path()).into_owned(),
         host: field(&HOST).or_else(|| Some(request.uri.authority()?.to_string())),
@@ -44,9 +45,9 @@ pub(super) fn entry(
             .map(|response| response.status.as_u16()),
         bytes_received: session.body_bytes_read(),
         bytes_sent: session.body_bytes_sent(),
-        node: context.node().map(|node| node.id.clone()),
-        upstream: context.addr().map(|addr| addr.to_string()),
-        tries: context.tries,
+        node: state.node().map(|node| node.id.clone()),
+        upstream: state.addr().map(|addr| addr.to_string()),
+        tries: state.tries,
         outcome: match outcome {
             Outcome::Succeeded => "succeeded",
             Outcome::Answered => "answered",
@@ -54,9 +55,9 @@ pub(super) fn entry(
             Outcome::Unknown => "unknown",
         },
         duration,
-        latency: context.answered,
-        grpc_status: context.call.and_then(Call::status),
-        traceparent: context.traceparent.clone(),
+        latency: state.answered,
+        grpc_status: state.call.and_then(Call::status),
+        traceparent: state.traceparent.clone(),
         referer: field(&REFERER),
         user_agent: field(&USER_AGENT),
         error: error.map(ToString::to_string),

@@ -1,171 +1,63 @@
-//! The state of one request.
+//! A request, and who serves it.
 
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use tokio::sync::OwnedSemaphorePermit;
+use ::pingora::http::RequestHeader;
+use bytes::Bytes;
 
-use super::front::{Connection, Phase};
-use super::grpc::Call;
-use super::shutdown::Hold;
-use crate::balance::Upstream;
-use crate::ids::Revision;
-use crate::node::Node;
-use crate::pingora::LeaderUpstream;
+use super::group::GroupProxy;
+use super::mirror::Copy;
+use super::request_state::RequestState;
+use super::route::Route;
+use super::routing::Routing;
 
 /// What [`ClusterProxy`](super::ClusterProxy) keeps about a request.
 pub struct RequestContext {
-    pub(super) started: Instant,
-    /// The client's connection, if its listener has a front and it has one request at a time: over
-    /// HTTP/2 it has no phases.
-    pub(super) connection: Option<Arc<Connection>>,
-    /// Whatever becomes of the request, its backend is not to blame.
-    pub(super) is_blameless: bool,
-    /// The process waits for the request; where there are phases, the connection keeps this.
-    pub(super) in_flight: Option<Hold>,
-    /// The request's place among those in flight.
-    pub(super) place: Option<OwnedSemaphorePermit>,
-    /// The backend or leader for the first try has been found.
-    pub(super) is_found: bool,
-    pub(super) is_for_leader: bool,
-    /// It will become a tunnel, if the backend agrees.
-    pub(super) is_upgrade: bool,
-    /// The leader is busy with this request; nothing is said of its outcome.
-    pub(super) leader_load: Option<Upstream>,
-    /// A node has said that it does not lead.
-    pub(super) is_misdirected: bool,
-    /// The field that the backend got, for the access log.
-    pub(super) traceparent: Option<String>,
-    /// If the request is a call of gRPC.
-    pub(super) call: Option<Call>,
-    /// The client, behind trusted proxies; `None` for a Unix socket.
-    pub(super) client: Option<IpAddr>,
-    /// How much of the request's body has been received.
-    pub(super) body_bytes: u64,
-    /// Whether the current try has gone beyond the head of the request.
-    pub(super) has_body_begun: bool,
-    /// Whether the request has been received completely.
-    pub(super) is_complete: bool,
-    /// Whether it is so short that a backend cannot be late in reading it.
-    pub(super) is_short: bool,
-    /// Whether the connection has become a tunnel.
-    pub(super) is_tunnel: bool,
-    /// When the current backend could begin: when it was picked, because earlier tries are not its
-    /// fault, or when it had the whole request, because a slow upload is not either.
-    pub(super) sent: Instant,
-    /// How long the current backend took to answer. Not until the end of the response, which depends
-    /// on how fast the client reads.
-    pub(super) answered: Option<Duration>,
-    /// Dropped with the context, so that a request which is simply dropped stops counting as in
-    /// flight.
-    pub(super) upstream: Option<Upstream>,
-    pub(super) tried: Vec<SocketAddr>,
-    pub(super) retries: usize,
-    /// How often it has been sent, or a connection for it was tried.
-    pub(super) tries: usize,
-    /// The response of a backend is not passed on, because of its status.
-    pub(super) is_retried_for_status: bool,
-    /// How many pooled connections turned out to be closed.
-    pub(super) stale_connections: usize,
-    pub(super) leader: Option<LeaderUpstream>,
-    /// The term of a leader that could not be reached.
-    pub(super) failed_epoch: Option<Revision>,
+    /// What the file said when the request began.
+    pub(super) routing: Arc<Routing>,
+    /// The route that is for the request.
+    pub(super) route: Option<Arc<Route>>,
+    /// The group that serves it; `None` until it has been found, and if none does.
+    pub(super) group: Option<Arc<GroupProxy>>,
+    /// A copy for a mirror, while the request is being received.
+    pub(super) copy: Option<Copy>,
+    pub(super) state: RequestState,
 }
 
 impl RequestContext {
-    pub(super) fn new() -> Self {
-        let now = Instant::now();
+    pub(super) fn new(routing: Arc<Routing>) -> Self {
         Self {
-            started: now,
-            connection: None,
-            is_blameless: false,
-            in_flight: None,
-            place: None,
-            is_found: false,
-            is_for_leader: false,
-            is_upgrade: false,
-            leader_load: None,
-            is_misdirected: false,
-            traceparent: None,
-            call: None,
-            client: None,
-            body_bytes: 0,
-            has_body_begun: false,
-            is_complete: true,
-            is_short: false,
-            is_tunnel: false,
-            sent: now,
-            answered: None,
-            upstream: None,
-            tried: Vec::new(),
-            retries: 0,
-            tries: 0,
-            is_retried_for_status: false,
-            stale_connections: 0,
-            leader: None,
-            failed_epoch: None,
+            routing,
+            route: None,
+            group: None,
+            copy: None,
+            state: RequestState::new(),
         }
     }
 
-    /// The node that the request was sent to.
-    pub(super) fn node(&self) -> Option<Arc<Node>> {
-        match (&self.leader, &self.upstream) {
-            (Some(leader), _) => Some(leader.node.clone()),
-            (None, Some(upstream)) => Some(upstream.node()),
-            (None, None) => None,
-        }
-    }
-
-    /// The address that the request was sent to.
-    pub(super) fn addr(&self) -> Option<SocketAddr> {
-        match (&self.leader, &self.upstream) {
-            (Some(leader), _) => Some(leader.addr),
-            (None, Some(upstream)) => Some(upstream.addr()),
-            (None, None) => None,
-        }
-    }
-
-    /// The connection is a tunnel from now on.
-    pub(super) fn becomes_tunnel(&mut self) {
-        self.is_tunnel = true;
-        if let Some(connection) = &self.connection {
-            connection.enter(Phase::Tunnel);
-        }
-    }
-
-    /// The request has been received completely.
-    pub(super) fn completes(&mut self) {
-        self.is_complete = true;
-        if let Some(connection) = &self.connection {
-            connection.enter(Phase::Answer);
-        }
-    }
-
-    /// The response is complete. The rest of the request, if there is one, has no more use.
-    pub(super) fn answer_ends(&self) {
-        if let Some(connection) = &self.connection
-            && !self.is_complete
-            && !self.is_tunnel
+    /// Begins a copy of a request that is being sent for the first time.
+    pub(super) fn begin_copy(&mut self, request: &RequestHeader) {
+        let mirror = self.route.as_ref().and_then(|route| route.mirror.as_ref());
+        let Some(mirror) = mirror.filter(|_| self.state.tries == 1 && !self.state.is_upgrade)
+        else {
+            // What is sent again is received again, but the copy may be on its way.
+            self.copy = None;
+            return;
+        };
+        self.copy = mirror.begin(request);
+        if self.state.is_complete
+            && let Some(copy) = self.copy.take()
         {
-            connection.enter(Phase::Drain);
+            copy.send();
         }
     }
 
-    /// The request is over.
-    pub(super) fn end(&self) {
-        if let Some(connection) = &self.connection
-            && !self.is_tunnel
-        {
-            connection.enter(match self.is_complete {
-                true => Phase::Idle,
-                false => Phase::Drain,
-            });
+    /// A part of the request's body has been received.
+    pub(super) fn copy_body(&mut self, body: Option<&Bytes>, is_end: bool) {
+        let copy = self.copy.take().and_then(|copy| copy.add(body));
+        match copy {
+            Some(copy) if is_end => copy.send(),
+            copy => self.copy = copy,
         }
-    }
-
-    /// The latency of the backend: until it answered, or until now.
-    pub(super) fn latency(&self) -> Duration {
-        self.answered.unwrap_or_else(|| self.sent.elapsed())
     }
 }

@@ -4,14 +4,14 @@ use ::pingora::proxy::Session;
 use ::pingora::{Error, ErrorSource, ErrorType, RetryType};
 use http::StatusCode;
 
-use super::context::RequestContext;
 use super::reply::is_slow_upload;
+use super::request_state::RequestState;
 use super::retry::{Failure, PingoraRetry};
 
 /// What is known about a request that failed after a connection was there.
 pub(super) fn failure(
     session: &Session,
-    context: &RequestContext,
+    context: &RequestState,
     error: &Error,
     client_reused: bool,
 ) -> Failure {
@@ -45,7 +45,7 @@ pub(super) fn is_unanswered(session: &Session) -> bool {
 
 /// Whether even the head of the request could not be written: the system refuses to write only to a
 /// connection that it knows to be gone, so nothing has been sent.
-fn is_head_unsent(context: &RequestContext, error: &Error) -> bool {
+fn is_head_unsent(context: &RequestState, error: &Error) -> bool {
     error.esource() == &ErrorSource::Upstream
         && error.etype() == &ErrorType::WriteError
         && !context.has_body_begun

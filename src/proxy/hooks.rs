@@ -1,6 +1,6 @@
 //! What happens in each phase of a request.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ::pingora::http::{RequestHeader, ResponseHeader};
 use ::pingora::modules::http::HttpModules;
@@ -11,29 +11,27 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::TRANSFER_ENCODING;
 use http::{HeaderMap, StatusCode};
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::access_entry::entry;
 use super::client::{peer_of, remove_lookalikes, set_forwarded};
 use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
-use super::failure::{failure, is_local, is_unanswered, retried_status};
+use super::failure::is_unanswered;
 use super::grpc::Call;
-use super::headers::{set_leader_epoch, set_upstream_node, take_load_report};
-use super::hop_by_hop::{ends_with_connection, has_no_body, remove_hop_by_hop};
-use super::leader::is_misdirected;
-use super::outcome::{Outcome, outcome};
+use super::headers::set_leader_epoch;
+use super::hop_by_hop::{ends_with_connection, has_no_body};
+use super::outcome::outcome;
 use super::reply::{
-    Reply, bad_gateway, is_slow_upload, refused, reply_to, timed_out, unavailable,
-    unavailable_reply,
+    is_slow_upload, refused, reply_to, respond, timed_out, unavailable, unavailable_reply,
 };
 use super::requests::is_ending;
-use super::retry::{Decision, decide};
+use super::route::Decided;
 use super::trace::{set_traceparent, traceparent};
 
-/// Answers a request for which no backend is needed.
-async fn answered(reply: &Reply<'_>, session: &mut Session) -> Result<bool> {
-    if let Err(error) = reply.answer(session).await {
+/// A request for which no backend is needed has got its response.
+fn answered(sent: Result<()>) -> Result<bool> {
+    if let Err(error) = sent {
         debug!(%error, "the response could not be sent to the client");
     }
     Ok(true)
@@ -44,7 +42,7 @@ impl ProxyHttp for ClusterProxy {
     type CTX = RequestContext;
 
     fn new_ctx(&self) -> RequestContext {
-        RequestContext::new()
+        RequestContext::new(self.routing.load_full())
     }
 
     /// No module: the default one compresses, at a cost for each request.
@@ -55,9 +53,7 @@ impl ProxyHttp for ClusterProxy {
         session: &mut Session,
         context: &mut RequestContext,
     ) -> Result<()> {
-        self.retry_budget.count_request();
-        self.statistics.begins();
-        self.limits.begin(session, context);
+        context.routing.limits.begin(session, &mut context.state);
         Ok(())
     }
 
@@ -69,25 +65,39 @@ impl ProxyHttp for ClusterProxy {
         if self.via.is_on(session.req_header()) {
             return Err(refused(508, "the request has come back to where it was"));
         }
-        self.limits.check_head(session, context)?;
-        let reply = self.readiness.reply(session, !self.balancer.is_empty());
+        let (routing, state) = (&context.routing, &mut context.state);
+        routing.limits.check_head(session, state)?;
+        let reply = routing.readiness.reply(session, routing.has_backends());
         if let Some(reply) = reply {
-            return answered(&reply, session).await;
+            return answered(reply.answer(session).await);
         }
-        context.call = Call::of(&session.req_header().headers);
-        context.client = peer_of(session)
-            .map(|peer| self.trusted.client_of(peer, &session.req_header().headers));
-        self.limits.check_upgrade(session)?;
-        context.is_upgrade = self.limits.will_be_upgraded(session);
-        context.is_for_leader =
-            self.leader.is_some() && self.leader_requests.include(session, context.is_upgrade);
-        let found = self.enter(session, context).await;
+        state.call = Call::of(&session.req_header().headers);
+        let peer = peer_of(session);
+        let headers = &session.req_header().headers;
+        state.client = peer.map(|peer| routing.trusted.client_of(peer, headers));
+        routing.limits.check_upgrade(session)?;
+        state.is_upgrade = routing.limits.will_be_upgraded(session);
+        context.route = routing.route_of(session.req_header()).cloned();
+        let decided = match &context.route {
+            Some(route) => route.decide(session.req_header())?,
+            None => Decided::Serve(routing.default.clone()),
+        };
+        let group = match decided {
+            Decided::Serve(group) => group,
+            Decided::Answer(head, body) => return answered(respond(session, head, body).await),
+        };
+        let group = context.group.insert(group);
+        group.begin(session, state);
+        if let Some(route) = &context.route {
+            route.apply_to(state);
+        }
+        let found = group.enter(session, state).await;
         let Err(reason) = found else {
-            context.is_found = true;
+            state.is_found = true;
             return Ok(false);
         };
         debug!(reason, "a request was not served");
-        answered(&unavailable_reply(reason), session).await
+        answered(unavailable_reply(reason).answer(session).await)
     }
 
     async fn request_body_filter(
@@ -97,8 +107,11 @@ impl ProxyHttp for ClusterProxy {
         is_end: bool,
         context: &mut RequestContext,
     ) -> Result<()> {
-        self.time_left(context)?;
-        self.limits.check_body(body.as_ref(), is_end, context)
+        let (routing, state) = (&context.routing, &mut context.state);
+        state.time_left()?;
+        routing.limits.check_body(body.as_ref(), is_end, state)?;
+        context.copy_body(body.as_ref(), is_end);
+        Ok(())
     }
 
     async fn upstream_peer(
@@ -106,33 +119,9 @@ impl ProxyHttp for ClusterProxy {
         session: &mut Session,
         context: &mut RequestContext,
     ) -> Result<Box<HttpPeer>> {
-        let left = self.time_left(context)?;
-        // It is sent from its start.
-        context.body_bytes = 0;
-        context.has_body_begun = false;
-        loop {
-            if !std::mem::take(&mut context.is_found) {
-                let found = self.find_backend(session, context).await;
-                found.map_err(unavailable)?;
-            }
-            let (Some(addr), Some(node)) = (context.addr(), context.node()) else {
-                return Err(unavailable("no backend is registered"));
-            };
-            context.tries += 1;
-            let is_short = context.is_short;
-            let peer = self
-                .peers
-                .peer(addr, &node, context.is_upgrade, is_short, left);
-            let reason = match peer {
-                Ok(peer) => return Ok(peer),
-                Err(reason) => reason,
-            };
-            debug!(node = node.id, reason, "a node cannot be spoken to");
-            // The next one, of those that have not been tried.
-            let Some(upstream) = context.upstream.take() else {
-                return Err(bad_gateway(reason));
-            };
-            self.blame(upstream);
+        match &context.group {
+            Some(group) => group.next_peer(session, &mut context.state).await,
+            None => Err(unavailable("no group serves this request")),
         }
     }
 
@@ -142,16 +131,22 @@ impl ProxyHttp for ClusterProxy {
         request: &mut RequestHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
+        let (routing, state) = (&context.routing, &mut context.state);
         remove_lookalikes(request);
-        set_forwarded(&self.trusted, session, request, self.sends_forwarded)?;
-        if self.traceparent {
+        set_forwarded(&routing.trusted, session, request, routing.sends_forwarded)?;
+        if routing.traceparent {
             set_traceparent(request)?;
         }
         if self.access_log.is_some() {
-            context.traceparent = traceparent(request).map(str::to_owned);
+            state.traceparent = traceparent(request).map(str::to_owned);
         }
         self.via.add_to(request)?;
-        set_leader_epoch(request, context.leader.as_ref())
+        set_leader_epoch(request, state.leader.as_ref())?;
+        if let Some(route) = &context.route {
+            route.change_request(request)?;
+            context.begin_copy(request);
+        }
+        Ok(())
     }
 
     async fn upstream_response_filter(
@@ -160,50 +155,10 @@ impl ProxyHttp for ClusterProxy {
         response: &mut ResponseHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
-        let status = response.status;
-        if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
-            return Ok(());
+        match &context.group {
+            Some(group) => group.take_response(session, response, &mut context.state),
+            None => Ok(()),
         }
-        if let Some(addr) = context.addr() {
-            self.picker
-                .overload
-                .answered(addr, status, &response.headers);
-        }
-        if let Some(leader) = &context.leader
-            && is_misdirected(response, leader.epoch)
-            && !context.is_misdirected
-            && !session.as_ref().retry_buffer_truncated()
-        {
-            context.is_misdirected = true;
-            self.statistics.backend_ends(leader.addr, None);
-            context.failed_epoch = Some(leader.epoch);
-            context.leader = None;
-            context.is_retried_for_status = true;
-            return Err(retried_status(status));
-        }
-        if self.retry_on_status.contains(&status.as_u16())
-            && context.tried.len() < self.balancer.len()
-            && session.req_header().method.is_safe()
-            && !session.as_ref().retry_buffer_truncated()
-            && self.may_send_again(context)
-        {
-            context.is_retried_for_status = true;
-            return Err(retried_status(status));
-        }
-        if let Some(call) = &mut context.call {
-            call.take_head(&response.headers);
-        }
-        let now = Instant::now();
-        context.answered = Some(now.saturating_duration_since(context.sent));
-        if self.load_reports {
-            take_load_report(response, context.upstream.as_ref(), now);
-        }
-        if let Some(seconds) = remove_hop_by_hop(response)
-            && let Some(addr) = context.addr()
-        {
-            self.peers.closes_after(addr, seconds);
-        }
-        Ok(())
     }
 
     fn upstream_response_body_filter(
@@ -213,7 +168,7 @@ impl ProxyHttp for ClusterProxy {
         _: bool,
         context: &mut RequestContext,
     ) -> Result<Option<Duration>> {
-        self.time_left(context).map(|_| None)
+        context.state.time_left().map(|_| None)
     }
 
     fn upstream_response_trailer_filter(
@@ -222,7 +177,7 @@ impl ProxyHttp for ClusterProxy {
         trailers: &mut HeaderMap,
         context: &mut RequestContext,
     ) -> Result<()> {
-        if let Some(call) = &mut context.call {
+        if let Some(call) = &mut context.state.call {
             call.take_status(trailers);
         }
         Ok(())
@@ -234,25 +189,25 @@ impl ProxyHttp for ClusterProxy {
         response: &mut ResponseHeader,
         context: &mut RequestContext,
     ) -> Result<()> {
+        let state = &mut context.state;
         if response.status == StatusCode::SWITCHING_PROTOCOLS {
-            context.becomes_tunnel();
+            state.becomes_tunnel();
         }
         if ends_with_connection(session.req_header().version, response) {
             response.remove_header(&TRANSFER_ENCODING);
             session.set_keepalive(None);
         }
         if has_no_body(&session.req_header().method, response) {
-            context.answer_ends();
+            state.answer_ends();
         }
         if is_ending(session) {
             session.set_keepalive(None);
         }
-        self.picker.set_cookie(session, response, context)?;
-        let method = &session.req_header().method;
-        let leader = context.leader.as_ref();
-        self.leader_requests.answer(method, response, leader)?;
-        match context.node() {
-            Some(node) => set_upstream_node(response, &node),
+        if let Some(group) = &context.group {
+            group.name_node(session, response, state)?;
+        }
+        match &context.route {
+            Some(route) => route.change_response(response),
             None => Ok(()),
         }
     }
@@ -265,7 +220,7 @@ impl ProxyHttp for ClusterProxy {
         context: &mut RequestContext,
     ) -> Result<Option<Duration>> {
         if is_end {
-            context.answer_ends();
+            context.state.answer_ends();
         }
         Ok(None)
     }
@@ -276,28 +231,13 @@ impl ProxyHttp for ClusterProxy {
         _: &mut Session,
         peer: &HttpPeer,
         context: &mut RequestContext,
-        mut error: Box<Error>,
+        error: Box<Error>,
     ) -> Box<Error> {
         debug!(%peer, %error, "cannot connect to the backend");
-        let upstream = context.upstream.take();
-        if is_local(&error) {
-            warn!(%error, "this process cannot connect to any backend");
-            return refused(503, "this proxy cannot make a connection");
+        match &context.group {
+            Some(group) => group.after_no_connection(error, &mut context.state),
+            None => error,
         }
-        if let Some(upstream) = upstream
-            && self.time_left(context).is_ok()
-        {
-            self.blame(upstream);
-        }
-        if let Some(leader) = context.leader.take() {
-            self.statistics.backend_ends(leader.addr, None);
-            context.failed_epoch = Some(leader.epoch);
-            error.set_retry(context.started.elapsed() < self.leader_requests.wait);
-        } else {
-            // Nothing was sent, so no backend gets more than there are requests: without the budget.
-            error.set_retry(self.may_try_again(context));
-        }
-        error
     }
 
     /// Something may have been sent. Pingora's own rules decide first, which repeat a request on a
@@ -311,46 +251,11 @@ impl ProxyHttp for ClusterProxy {
         context: &mut RequestContext,
         client_reused: bool,
     ) -> Box<Error> {
-        let mut error = error.more_context(format!("Peer: {peer}"));
-        context.answered = None;
-        if std::mem::take(&mut context.is_retried_for_status) {
-            if let Some(upstream) = context.upstream.take() {
-                self.blame(upstream);
-            }
-            error.set_retry(true);
-            return error;
+        let error = error.more_context(format!("Peer: {peer}"));
+        match &context.group {
+            Some(group) => group.after_failure(session, error, &mut context.state, client_reused),
+            None => error,
         }
-        if is_slow_upload(context, &error) || self.time_left(context).is_err() {
-            // The backend waited for the client, or others have used the time of the request.
-            context.upstream = None;
-            context.is_blameless = true;
-        }
-        let failure = failure(session, context, &error, client_reused);
-        let decision = decide(&failure, self.retries);
-        let is_retried = match decision {
-            Decision::RetryAnywhere => {
-                context.stale_connections += 1;
-                context.tried.pop();
-                true
-            }
-            Decision::RetryElsewhere if self.may_send_again(context) => {
-                if let Some(upstream) = context.upstream.take()
-                    && failure.is_from_backend
-                {
-                    self.blame(upstream);
-                }
-                true
-            }
-            // `logging` reports the failure.
-            Decision::RetryElsewhere | Decision::GiveUp => false,
-            Decision::GiveUpWithoutBlame => {
-                context.upstream = None;
-                context.is_blameless = true;
-                false
-            }
-        };
-        error.set_retry(is_retried);
-        error
     }
 
     async fn fail_to_proxy(
@@ -359,8 +264,9 @@ impl ProxyHttp for ClusterProxy {
         error: &Error,
         context: &mut RequestContext,
     ) -> FailToProxy {
+        let state = &context.state;
         let reply =
-            timed_out(context, error).or_else(|| reply_to(error, context.failed_epoch.is_some()));
+            timed_out(state, error).or_else(|| reply_to(error, state.failed_epoch.is_some()));
         if is_unanswered(session)
             && let Some(reply) = &reply
             && let Err(error) = reply.send(session).await
@@ -377,7 +283,7 @@ impl ProxyHttp for ClusterProxy {
     fn suppress_error_log(&self, _: &Session, context: &RequestContext, error: &Error) -> bool {
         let is_refused = matches!(error.etype(), ErrorType::HTTPStatus(_));
         let is_of_client = error.esource() == &ErrorSource::Downstream;
-        if is_refused || is_of_client || is_slow_upload(context, error) {
+        if is_refused || is_of_client || is_slow_upload(&context.state, error) {
             debug!(%error, "a request was not served");
             return true;
         }
@@ -390,34 +296,29 @@ impl ProxyHttp for ClusterProxy {
         error: Option<&Error>,
         context: &mut RequestContext,
     ) {
-        context.end();
-        context.leader_load = None;
-        context.place = None;
+        let state = &mut context.state;
+        state.end();
+        state.leader_load = None;
+        state.place = None;
         let status = session.response_written().map(|response| response.status);
-        let verdict = context
+        let verdict = state
             .call
-            .and_then(|call| call.verdict(context.started.elapsed()));
+            .and_then(|call| call.verdict(state.started.elapsed()));
         let outcome = outcome(error.map(Error::esource), status, verdict);
+        let code = status.map(|status| status.as_u16());
         if let Some(log) = &self.access_log
-            && log.takes(status.map(|status| status.as_u16()))
+            && log.takes(code)
         {
             log.write(entry(session, context, error, &outcome));
         }
-        let status = status.map(|status| status.as_u16());
-        self.statistics
-            .ends(status, context.tries, context.started.elapsed());
-        if let Some(addr) = context.addr() {
-            self.count_backend(addr, &outcome, context);
-        }
-        if let Some(upstream) = context.upstream.take() {
-            match outcome {
-                Outcome::Succeeded => upstream.succeeded(context.latency()),
-                Outcome::Answered => upstream.answered(),
-                Outcome::Failed => upstream.failed(),
-                Outcome::Unknown => drop(upstream),
+        let state = &mut context.state;
+        match &context.group {
+            Some(group) => group.end(code, outcome, state),
+            None => {
+                self.unserved.begins();
+                self.unserved
+                    .ends(code, state.tries, state.started.elapsed());
             }
         }
-        // Now there is room at the backend.
-        self.picker.overload.freed();
     }
 }

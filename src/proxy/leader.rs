@@ -7,9 +7,9 @@ use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use http::{HeaderName, Method, StatusCode};
 
-use super::context::RequestContext;
 use super::headers::LEADER_EPOCH;
-use crate::config::ClusterConfig;
+use super::request_state::RequestState;
+use crate::config::{ClusterConfig, is_below};
 use crate::ids::Revision;
 use crate::pingora::{LeaderRoute, LeaderUpstream};
 
@@ -43,8 +43,12 @@ impl LeaderRequests {
         // What comes through a tunnel is not known.
         LeaderRoute::is_write(&request.method)
             || is_upgrade
-            || is_below(request.uri.path(), &self.paths)
+            || self.is_named(request.uri.path())
             || self.reads_own_write(session, now())
+    }
+
+    fn is_named(&self, path: &str) -> bool {
+        self.paths.iter().any(|above| is_below(path, above))
     }
 
     /// Whether the client has written a short while ago. The time is the client's word, so it is
@@ -89,13 +93,6 @@ fn now() -> u64 {
     now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
 }
 
-fn is_below(path: &str, paths: &[String]) -> bool {
-    paths.iter().any(|above| {
-        let rest = path.strip_prefix(above.as_str());
-        rest.is_some_and(|rest| above.ends_with('/') || rest.is_empty() || rest.starts_with('/'))
-    })
-}
-
 /// Whether a node says that it does not lead any more, and has not done what it was asked for: by 421,
 /// or by another refusal with a newer token.
 pub(super) fn is_misdirected(response: &ResponseHeader, sent: Revision) -> bool {
@@ -113,7 +110,7 @@ pub(super) fn is_misdirected(response: &ResponseHeader, sent: Revision) -> bool 
 pub(super) async fn find_leader(
     route: &LeaderRoute,
     max_wait: Duration,
-    context: &RequestContext,
+    context: &RequestState,
 ) -> Result<LeaderUpstream, &'static str> {
     let remaining = || max_wait.saturating_sub(context.started.elapsed());
     // A leader that could not be reached may have crashed: its successor has another term. Or it
@@ -135,21 +132,6 @@ pub(super) async fn find_leader(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_path_includes_what_is_below_it() {
-        let paths = ["/admin".to_owned(), "/files/".to_owned()];
-        for (path, expected) in [
-            ("/admin", true),
-            ("/admin/x", true),
-            ("/administrator", false),
-            ("/files/x", true),
-            ("/files", false),
-            ("/", false),
-        ] {
-            assert_eq!(is_below(path, &paths), expected, "{path}");
-        }
-    }
 
     #[test]
     fn a_refusal_with_a_newer_token_is_misdirected() {

@@ -24,7 +24,7 @@ pub(super) struct RequiredListener<S> {
     address: String,
     /// Where another process, which has the address, hands its socket over.
     takes_over_at: Option<String>,
-    balancer: Arc<BalancerService>,
+    balancers: Vec<Arc<BalancerService>>,
 }
 
 /// How often to look whether the address is listened on.
@@ -39,11 +39,11 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
         service: S,
         address: &str,
         takes_over_at: Option<String>,
-        balancer: Arc<BalancerService>,
+        balancers: Vec<Arc<BalancerService>>,
     ) -> Self {
         Self {
             service,
-            balancer,
+            balancers,
             address: address.to_owned(),
             takes_over_at,
         }
@@ -71,11 +71,13 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
     /// The predecessor serves better than this process without a view of the group, as long as it
     /// lives.
     async fn wait_for_view(&self) {
-        let discovery = self.balancer.discovery();
-        while !discovery.is_ready() && check_address(&self.address).is_err() {
-            tokio::time::sleep(LOOK_EVERY).await;
+        for balancer in &self.balancers {
+            let discovery = balancer.discovery();
+            while !discovery.is_ready() && check_address(&self.address).is_err() {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+            balancer.catch_up();
         }
-        self.balancer.catch_up();
     }
 
     /// Listens until the shutdown. Otherwise, the reason why nothing is listened on.

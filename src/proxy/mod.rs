@@ -3,16 +3,21 @@
 mod access_entry;
 mod access_log;
 mod client;
+mod client_settings;
 mod cluster_proxy;
+mod conditions;
 mod context;
 mod failure;
 mod front;
+mod group;
 mod grpc;
+mod header_changes;
 mod headers;
 mod hooks;
 mod hop_by_hop;
 mod leader;
 mod listener;
+mod mirror;
 mod outcome;
 mod overload;
 mod peers;
@@ -20,16 +25,21 @@ mod pick;
 #[cfg(any(test, feature = "test-util"))]
 mod piped;
 mod readiness;
+mod reload;
 mod reply;
+mod request_state;
 mod requests;
 mod retry;
 mod retry_budget;
+mod route;
+mod routing;
 mod server;
 mod shutdown;
 mod statistics;
 mod sticky;
 mod tls;
 mod trace;
+mod tries;
 mod via;
 
 pub use client::TrustedProxies;
@@ -42,6 +52,7 @@ pub use front::{FrontCounts, FrontStatistics};
 #[cfg(any(test, feature = "test-util"))]
 #[doc(hidden)]
 pub use piped::PipedProxy;
+pub use reload::{ConfigFile, ReloadStatus, Reloaded, Reloader, ServedGroup, ServedRoute};
 pub use server::ProxyParts;
 pub use shutdown::{Hold, Shutdown, run};
 pub use statistics::{

@@ -36,6 +36,21 @@ pub(super) struct Peers {
     hints: ArcSwap<HashMap<SocketAddr, Duration>>,
 }
 
+/// What a request asks of its peer.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Asked {
+    /// It may become a tunnel.
+    pub(super) is_upgrade: bool,
+    /// It finds room in the buffer of a socket.
+    pub(super) is_short: bool,
+    /// Nothing takes longer than this, if it is given.
+    pub(super) left: Option<Duration>,
+    /// Instead of the group's time.
+    pub(super) response: Option<Duration>,
+    /// Instead of the group's time.
+    pub(super) tunnel: Option<Duration>,
+}
+
 impl Peers {
     pub(super) fn new(
         timeouts: &Timeouts,
@@ -77,16 +92,19 @@ impl Peers {
         (own.unwrap_or(group), name.unwrap_or_default())
     }
 
-    /// A peer at this address. Nothing takes longer than `left`, if that is given. The error is why
-    /// the node cannot be spoken to.
+    /// A peer at this address. The error is why the node cannot be spoken to.
     pub(super) fn peer(
         &self,
         addr: SocketAddr,
         node: &Node,
-        is_upgrade: bool,
-        is_short: bool,
-        left: Option<Duration>,
+        asked: Asked,
     ) -> Result<Box<HttpPeer>, &'static str> {
+        let Asked {
+            is_upgrade,
+            is_short,
+            left,
+            ..
+        } = asked;
         let (protocol, server_name) = self.protocol_of(node);
         let mut peer = http_peer(addr, node);
         if protocol.is_tls() {
@@ -121,8 +139,8 @@ impl Peers {
         options.total_connection_timeout = within(total);
         // The same time-outs hold for the tunnel that such a request becomes.
         let response = match is_upgrade && !protocol.is_http2() {
-            true => Some(self.tunnel),
-            false => within(self.response),
+            true => Some(asked.tunnel.unwrap_or(self.tunnel)),
+            false => within(asked.response.unwrap_or(self.response)),
         };
         options.read_timeout = response;
         // A short request finds room in the socket's buffer: a timer would cost more than it is worth.
@@ -183,7 +201,7 @@ mod tests {
         let addr: SocketAddr = "10.0.0.1:80".parse().unwrap();
         let node = Node::new("a", addr.ip());
         let idle = || {
-            let peer = peers.peer(addr, &node, false, false, None).unwrap();
+            let peer = peers.peer(addr, &node, Asked::default()).unwrap();
             peer.options.idle_timeout
         };
         assert_eq!(idle(), Some(Duration::from_secs(4)));

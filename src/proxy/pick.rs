@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Instant;
 
 use ::pingora::Result;
@@ -9,8 +10,8 @@ use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use http::HeaderValue;
 
-use super::context::RequestContext;
 use super::overload::Overload;
+use super::request_state::RequestState;
 use super::sticky;
 use crate::balance::{PickOptions, Policy, Upstream};
 use crate::config::{ClusterConfig, HashOn};
@@ -26,7 +27,7 @@ pub(super) struct Picker {
     hash_on: Option<HashOn>,
     sticky_cookie: Option<String>,
     default_port: u16,
-    pub(super) overload: Overload,
+    pub(super) overload: Arc<Overload>,
 }
 
 /// Why nothing was picked.
@@ -43,7 +44,7 @@ impl Picker {
             hash_on: (config.policy == Policy::Consistent).then(|| config.hash_on.clone()),
             sticky_cookie: config.sticky_cookie.clone(),
             default_port: config.default_port,
-            overload: Overload::new(&config.overload),
+            overload: Arc::new(Overload::new(&config.overload)),
         }
     }
 
@@ -53,7 +54,7 @@ impl Picker {
         &self,
         balancer: &BalancerService,
         session: &Session,
-        context: &mut RequestContext,
+        context: &mut RequestState,
     ) -> Result<(), &'static str> {
         // The backend that failed is not busy with this request any more.
         context.upstream = None;
@@ -85,7 +86,7 @@ impl Picker {
         &self,
         balancer: &BalancerService,
         session: &Session,
-        context: &RequestContext,
+        context: &RequestState,
     ) -> Result<Upstream, Nothing> {
         let now = Instant::now();
         let paused = self.overload.paused(now, balancer.len());
@@ -129,7 +130,7 @@ impl Picker {
         &self,
         balancer: &BalancerService,
         session: &Session,
-        context: &RequestContext,
+        context: &RequestState,
         paused: &[SocketAddr],
     ) -> Option<Upstream> {
         let name = self.sticky_cookie.as_deref()?;
@@ -150,7 +151,7 @@ impl Picker {
         &self,
         session: &Session,
         response: &mut ResponseHeader,
-        context: &RequestContext,
+        context: &RequestState,
     ) -> Result<()> {
         match (&self.sticky_cookie, &context.upstream) {
             (Some(name), Some(upstream)) => {

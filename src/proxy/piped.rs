@@ -8,9 +8,10 @@ use ::pingora::server::configuration::ServerConf;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::sync::watch;
 
+use super::client_settings::{front_settings, server_options};
 use super::cluster_proxy::ClusterProxy;
 use super::front::{Front, FrontCounts, FrontStatistics};
-use super::server::{front_settings, made, server_options};
+use super::server::made;
 use crate::config::ClusterConfig;
 use crate::error::ClusterError;
 use crate::pingora::BalancerService;

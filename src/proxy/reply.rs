@@ -6,9 +6,9 @@ use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 
-use super::context::RequestContext;
 use super::front::Ended;
 use super::grpc::{Call, status_of};
+use super::request_state::RequestState;
 
 /// An error response, with its reason in plain text.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub(super) fn refused(code: u16, reason: &'static str) -> Box<Error> {
 }
 
 /// The response to a client that did not send its request in time; `None` if that is not the reason.
-pub(super) fn timed_out(context: &RequestContext, error: &Error) -> Option<Reply<'static>> {
+pub(super) fn timed_out(context: &RequestState, error: &Error) -> Option<Reply<'static>> {
     let connection = context.connection.as_ref();
     let by_front =
         connection.is_some_and(|connection| connection.ended() == Some(Ended::ReadTimeout));
@@ -45,7 +45,7 @@ pub(super) fn timed_out(context: &RequestContext, error: &Error) -> Option<Reply
 }
 
 /// Whether a backend only waited because the client has not sent the rest of its request.
-pub(super) fn is_slow_upload(context: &RequestContext, error: &Error) -> bool {
+pub(super) fn is_slow_upload(context: &RequestState, error: &Error) -> bool {
     !context.is_complete
         && error.esource() == &ErrorSource::Upstream
         && error.etype() == &ErrorType::ReadTimedout
@@ -108,6 +108,19 @@ fn is_call(session: &Session) -> bool {
     session.is_http2() && Call::of(&session.req_header().headers).is_some()
 }
 
+/// Sends a response for which no backend has been used. The client's connection stays.
+pub(super) async fn respond(
+    session: &mut Session,
+    head: Box<ResponseHeader>,
+    body: Bytes,
+) -> Result<()> {
+    session.write_response_header(head, body.is_empty()).await?;
+    match body.is_empty() {
+        true => Ok(()),
+        false => session.write_response_body(Some(body), true).await,
+    }
+}
+
 impl Reply<'_> {
     /// Sends the response, and ends the client's connection.
     pub(super) async fn send(&self, session: &mut Session) -> Result<()> {
@@ -125,8 +138,7 @@ impl Reply<'_> {
             return self.send_status(session).await;
         }
         let (head, body) = self.parts()?;
-        session.write_response_header(Box::new(head), false).await?;
-        session.write_response_body(Some(body), true).await
+        respond(session, Box::new(head), body).await
     }
 
     /// Sends the response to a call of gRPC: its status is in the head, and there is nothing else.

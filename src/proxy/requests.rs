@@ -8,9 +8,9 @@ use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, UPGRADE};
 use http::{HeaderMap, HeaderName, Version};
 
-use super::context::RequestContext;
 use super::front::{Connection, Phase};
 use super::reply::refused;
+use super::request_state::RequestState;
 use super::shutdown::Shutdown;
 use crate::config::{ClusterConfig, Upgrade};
 
@@ -54,7 +54,7 @@ impl RequestLimits {
     }
 
     /// A request begins: its head is complete.
-    pub(super) fn begin(&self, session: &mut Session, context: &mut RequestContext) {
+    pub(super) fn begin(&self, session: &mut Session, context: &mut RequestState) {
         context.is_complete = session.is_body_empty();
         session.set_pipelining_enabled(true);
         let process = Shutdown::of_process();
@@ -87,7 +87,7 @@ impl RequestLimits {
     }
 
     /// Refuses a head that is too large, and a body that says it is.
-    pub(super) fn check_head(&self, session: &Session, context: &mut RequestContext) -> Result<()> {
+    pub(super) fn check_head(&self, session: &Session, context: &mut RequestState) -> Result<()> {
         let headers = &session.req_header().headers;
         let count = headers.len();
         // The separators and the end of a line are four bytes.
@@ -163,7 +163,7 @@ impl RequestLimits {
         &self,
         body: Option<&Bytes>,
         is_end: bool,
-        context: &mut RequestContext,
+        context: &mut RequestState,
     ) -> Result<()> {
         if context.is_tunnel {
             return Ok(());

@@ -4,7 +4,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ::pingora::apps::HttpServerOptions;
 use ::pingora::listeners::{L4BufferSettings, ListenerConfig};
 use ::pingora::proxy::{HttpProxy, http_proxy};
 use ::pingora::server::Server;
@@ -13,27 +12,33 @@ use ::pingora::services::background::background_service;
 use ::pingora::services::listening::Service;
 
 use super::access_log::AccessLog;
+use super::client_settings::{front_settings, server_options};
 use super::cluster_proxy::ClusterProxy;
-use super::front::{
-    ClientTimeouts, Front, FrontLimits, FrontSettings, FrontStatistics, ProxyHeaderRule,
-};
+use super::front::{Front, FrontStatistics};
 use super::listener::RequiredListener;
+use super::reload::Reloader;
 use super::shutdown::{Shutdown, check_address};
 use super::statistics::RequestStatistics;
-use super::tls::{BackendTls, ClientTls, Reload};
+use super::tls::{ClientTls, Reload};
 use crate::config::ClusterConfig;
 use crate::error::ClusterError;
-use crate::pingora::{BalancerService, LeaderRoute};
+use crate::pingora::BalancerService;
 
 /// What [`ClusterProxy::add_to`] has added to a server, for a status page or metrics.
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct ProxyParts {
-    /// The balancer.
+    /// The balancer of the group that the section itself describes, as of the start.
     pub balancer: Arc<BalancerService>,
     /// What has happened to client connections.
     pub clients: Arc<FrontStatistics>,
-    /// What has become of requests.
+    /// What has become of requests for that group.
     pub requests: Arc<RequestStatistics>,
+    /// What has become of requests that no group has served: those that were refused, redirected, or
+    /// answered by a route.
+    pub unserved: Arc<RequestStatistics>,
+    /// Takes over another configuration, and knows all groups.
+    pub reloader: Arc<Reloader>,
 }
 
 impl ClusterProxy {
@@ -66,37 +71,36 @@ impl ClusterProxy {
             checked.map_err(|reason| ClusterError::config("cluster.listen", reason))?;
         }
         check_user(&server.configuration, &config.listen)?;
-        let discovery = config.discovery()?;
-        let balancer = BalancerService::new(discovery.clone(), config.balancer()?)
-            .ready_timeout(Duration::from_millis(config.ready_timeout_ms));
-        let balancer = background_service("balancer", balancer);
-        let task = balancer.task();
-        let mut proxy = Self::new(task.clone(), config);
-        let mut files = Vec::new();
-        // Without the feature, nodes that say that they want TLS cannot be spoken to.
-        let has_tls = cfg!(feature = "proxy-tls");
-        if config.backends.protocol.is_tls() || has_tls && config.backends.may_use_tls() {
-            let tls = BackendTls::new(&config.backends)?;
-            files.push(tls.files());
-            proxy = proxy.backend_tls(config, tls);
-        }
+        let mut config = config.clone();
+        config.leader.writes |= writes_to_leader;
+        let config = &config;
+        let certificates = Reload::default();
+        let reloader = background_service("balancer", Reloader::new(config, certificates.clone())?);
+        let task = reloader.task();
+        let mut proxy = Self::of(task.routing().clone());
         if let Some(log) = &config.access_log {
             proxy = proxy.access_log(AccessLog::new(log)?);
         }
         let client_tls = config.tls.as_ref().map(ClientTls::new).transpose()?;
-        files.extend(client_tls.as_ref().map(ClientTls::files));
-        if writes_to_leader {
-            proxy = proxy.leader_route(LeaderRoute::new(discovery, config.default_port));
+        if let Some(tls) = &client_tls {
+            certificates.add(&tls.files());
         }
-        let requests = proxy.statistics();
+        let routing = task.routing().load_full();
+        let parts = ProxyParts {
+            balancer: routing.default.balancer.clone(),
+            clients: Arc::default(),
+            requests: routing.default.statistics.clone(),
+            unserved: proxy.unserved.clone(),
+            reloader: task.clone(),
+        };
         let mut proxy = made(&server.configuration, proxy)?;
         proxy.server_options = Some(server_options(config));
-        let statistics = Arc::<FrontStatistics>::default();
         let front = Front::new(
             proxy,
             front_settings(config, client_tls),
-            statistics.clone(),
+            parts.clients.clone(),
         );
+        task.set_front(front.settings());
         let mut proxy = Service::new("proxy".to_owned(), front);
         // The parsers have buffers of their own, and the front holds what is short: each idle connection
         // would keep 64 KiB.
@@ -106,17 +110,12 @@ impl ClusterProxy {
         shutdown.listeners().add(&config.listen);
         shutdown.accepts_for(Duration::from_millis(config.drain_delay_ms));
         let takes_over_at = takes_over.then(|| server.configuration.upgrade_sock.clone());
-        if !files.is_empty() {
-            server.add_service(background_service("certificates", Reload::of(files)));
-        }
-        let balancer = server.add_service(balancer);
-        let proxy = RequiredListener::new(proxy, &config.listen, takes_over_at, task.clone());
-        server.add_service(proxy).add_dependency(balancer);
-        Ok(ProxyParts {
-            balancer: task,
-            clients: statistics,
-            requests,
-        })
+        server.add_service(background_service("certificates", certificates));
+        let balancers = server.add_service(reloader);
+        let listen = &config.listen;
+        let proxy = RequiredListener::new(proxy, listen, takes_over_at, routing.balancers());
+        server.add_service(proxy).add_dependency(balancers);
+        Ok(parts)
     }
 }
 
@@ -157,42 +156,4 @@ fn check_user(server: &ServerConf, address: &str) -> Result<(), ClusterError> {
         ));
     }
     Ok(())
-}
-
-pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
-    let mut options = HttpServerOptions::default();
-    options.h2c = config.clients.h2c;
-    options.h2_idle_timeout = Some(Duration::from_millis(config.timeouts.client_idle_ms));
-    options.keepalive_request_limit = match config.clients.requests_per_connection {
-        0 => None,
-        // Pingora counts those after the first one.
-        limit => Some(limit - 1),
-    };
-    options
-}
-
-pub(super) fn front_settings(config: &ClusterConfig, tls: Option<ClientTls>) -> FrontSettings {
-    let (timeouts, clients) = (&config.timeouts, &config.clients);
-    let milliseconds = Duration::from_millis;
-    FrontSettings {
-        limits: FrontLimits {
-            timeouts: ClientTimeouts {
-                client_header: milliseconds(timeouts.client_header_ms),
-                client_body: milliseconds(timeouts.client_body_ms),
-                client_idle: milliseconds(timeouts.client_idle_ms),
-                client_write: milliseconds(timeouts.client_write_ms),
-                client_drain: milliseconds(timeouts.client_drain_ms),
-                tunnel: milliseconds(timeouts.tunnel_ms),
-            },
-            head_bytes: clients.head_bytes,
-            least_rate: clients.least_rate,
-        },
-        connections: clients.connections,
-        connections_per_client: clients.connections_per_client,
-        proxy_header: (!clients.proxy_protocol.is_empty()).then(|| ProxyHeaderRule {
-            from: clients.proxy_protocol.clone(),
-            within: milliseconds(clients.proxy_protocol_timeout_ms),
-        }),
-        tls,
-    }
 }

@@ -266,3 +266,112 @@ fn errors_are_for_those_who_write_files() {
         }
     }
 }
+
+#[test]
+fn the_shipped_routes_are_read_and_an_error_in_them_names_its_line() {
+    let text = include_str!("../../../config/routes.yaml");
+    let config = ClusterConfig::from_yaml(text, "routes.yaml").unwrap();
+    assert_eq!(config.routes.len(), 5);
+    let canary = config.of_group("canary").unwrap();
+    assert_eq!((&*canary.group, canary.retries), ("api", 1));
+    let api = config.of_group("api").unwrap();
+    assert_eq!(api.timeouts.response_ms, 2_000);
+    assert_eq!(api.retry.on_status, [502, 503, 504]);
+    assert!(config.of_group("orders").unwrap().leader.writes);
+    assert_eq!(config.of_group("default").unwrap().group, "web");
+    assert!(config.of_group("unknown").is_none());
+
+    let line = |part: &str| 1 + text.lines().position(|line| line.contains(part)).unwrap();
+    let route = line("- name: canary-by-header");
+    for (from, to, field, at) in [
+        (
+            "group: canary\n      rew",
+            "group: canry\n      rew",
+            "cluster.routes[2].group",
+            route + 4,
+        ),
+        (
+            "x-canary: \"*\"",
+            "'x canary': y",
+            "cluster.routes[2].headers",
+            route + 2,
+        ),
+        (
+            "path: /healthz\n      answer",
+            "path: healthz\n      answer",
+            "cluster.routes[0].path",
+            line("- name: health") + 1,
+        ),
+        (
+            "path: /healthz\n      answer",
+            "path: /\n      answer",
+            "cluster.routes[2]",
+            route,
+        ),
+        (
+            "retries: 0",
+            "retries: 9",
+            "cluster.routes[4].retries",
+            line("retries: 0"),
+        ),
+        (
+            "max_in_flight: 500",
+            "queue_timeout_ms: 0",
+            "cluster.groups.orders.overload",
+            line("max_in_flight"),
+        ),
+        (
+            "    orders:\n      health",
+            "    default:\n      health",
+            "cluster.groups.default",
+            line("    orders:"),
+        ),
+        (
+            "    orders:\n      health",
+            "    web:\n      health",
+            "cluster.groups.web",
+            line("    orders:"),
+        ),
+    ] {
+        let changed = text.replacen(from, to, 1);
+        assert_ne!(changed, text, "{from}");
+        let error = error(&changed);
+        assert!(
+            error.contains(field) && error.contains(&format!("line {at}:")),
+            "{field} {at}: {error}"
+        );
+    }
+    // Where the structure itself is wrong, the parser says so.
+    let error = error(&text.replace("status: 301", "sttus: 301"));
+    assert!(error.contains("sttus") && error.contains("line"), "{error}");
+}
+
+#[test]
+fn values_without_quotes_may_be_environment_variables() {
+    // Cargo sets these for its tests.
+    let text = "cluster:\n  etcd: { endpoints: [http://a:1] }\n  group: ${CARGO_PKG_NAME}\n  \
+                retries: ${CARGO_PKG_VERSION_MAJOR}\n  zone: '${CARGO_PKG_NAME}'\n  \
+                sticky_cookie: ${PINGORA_ETCD_UNSET:-other}\n";
+    let config = ClusterConfig::from_yaml(text, "file.yaml").unwrap();
+    assert_eq!((&*config.group, config.retries), ("pingora-etcd", 0));
+    assert_eq!(config.zone.as_deref(), Some("${CARGO_PKG_NAME}"));
+    assert_eq!(config.sticky_cookie.as_deref(), Some("other"));
+
+    let missing = error(&text.replace(
+        "${CARGO_PKG_NAME}\n  retries",
+        "${PINGORA_ETCD_UNSET}\n  retries",
+    ));
+    assert!(
+        missing.contains("PINGORA_ETCD_UNSET") && missing.contains("line 3"),
+        "{missing}"
+    );
+    let quoted = error(&text.replace("http://a:1", "'http://${CARGO_PKG_NAME}:1'"));
+    assert!(quoted.contains("without quotes"), "{quoted}");
+    // What is wrong with a value is said without the value.
+    let wrong = error(&text.replace("${CARGO_PKG_VERSION_MAJOR}", "${CARGO_MANIFEST_DIR}"));
+    let secret = std::env::var("CARGO_MANIFEST_DIR").unwrap();
+    assert!(
+        !wrong.contains(&secret) && wrong.contains("CARGO_MANIFEST_DIR"),
+        "{wrong}"
+    );
+}

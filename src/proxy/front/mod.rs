@@ -16,6 +16,7 @@ use std::sync::Arc;
 use ::pingora::apps::ServerApp;
 use ::pingora::protocols::{SocketDigest, Stream, l4};
 use ::pingora::server::ShutdownWatch;
+use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::BytesMut;
 use http::HeaderValue;
@@ -36,7 +37,7 @@ pub use statistics::{FrontCounts, FrontStatistics};
 
 /// What a front is made with.
 pub(crate) struct FrontSettings {
-    pub(crate) limits: FrontLimits,
+    pub(crate) limits: Arc<FrontLimits>,
     /// Connections in all; 0 for any number.
     pub(crate) connections: usize,
     /// Connections of one client; 0 for any number.
@@ -50,10 +51,9 @@ pub(crate) struct FrontSettings {
 /// A Pingora application behind the front.
 pub(crate) struct Front<A> {
     app: Arc<A>,
-    limits: Arc<FrontLimits>,
+    /// For connections from now on.
+    settings: Arc<ArcSwap<FrontSettings>>,
     slots: Arc<Slots>,
-    proxy_header: Option<ProxyHeaderRule>,
-    tls: Option<ClientTls>,
     statistics: Arc<FrontStatistics>,
 }
 
@@ -61,17 +61,19 @@ impl<A> Front<A> {
     pub(crate) fn new(app: A, settings: FrontSettings, statistics: Arc<FrontStatistics>) -> Self {
         Self {
             app: Arc::new(app),
-            limits: Arc::new(settings.limits),
-            slots: Arc::new(Slots::new(
-                settings.connections,
-                settings.connections_per_client,
-            )),
-            proxy_header: settings.proxy_header,
-            tls: settings.tls,
+            settings: Arc::new(ArcSwap::from_pointee(settings)),
+            slots: Arc::default(),
             statistics,
         }
     }
 
+    /// The settings, which may be replaced: they hold for connections from then on.
+    pub(crate) fn settings(&self) -> Arc<ArcSwap<FrontSettings>> {
+        self.settings.clone()
+    }
+}
+
+impl FrontSettings {
     /// Reads the PROXY header, if this peer sends one: the addresses it names, and what follows it.
     async fn read_proxy_header(
         &self,
@@ -97,9 +99,7 @@ impl<A> Front<A> {
         });
         Ok((digest, ahead))
     }
-}
 
-impl<A> Front<A> {
     /// Does the TLS handshake, if there is TLS; otherwise nothing.
     async fn handshake(
         &self,
@@ -129,13 +129,14 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
     ) -> Option<Stream> {
         self.statistics.count_accepted();
         let _open = Shutdown::of_process().connection();
-        let Some(mut slot) = self.slots.take() else {
+        let settings = self.settings.load_full();
+        let Some(mut slot) = self.slots.take(settings.connections) else {
             self.statistics.count_refused();
             return None;
         };
         let peer = stream.get_socket_digest().as_deref().and_then(peer_of);
         let peer = peer.map(|peer| peer.ip());
-        let (socket, ahead) = match self.read_proxy_header(&mut stream, peer).await {
+        let (socket, ahead) = match settings.read_proxy_header(&mut stream, peer).await {
             Ok(read) => read,
             Err(error) => {
                 self.statistics.count_bad_proxy_header();
@@ -148,12 +149,12 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             .and_then(peer_of)
             .map(|client| client.ip());
         if let Some(client) = client.or(peer)
-            && !slot.is_within(client)
+            && !slot.is_within(client, settings.connections_per_client)
         {
             self.statistics.count_refused();
             return None;
         }
-        let (stream, ahead, certificate) = match self.handshake(stream, ahead).await {
+        let (stream, ahead, certificate) = match settings.handshake(stream, ahead).await {
             Ok(ready) => ready,
             Err(error) => {
                 self.statistics.count_failed_handshake();
@@ -166,9 +167,11 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             ahead,
             certificate,
             socket,
-            self.limits.clone(),
+            settings.limits.clone(),
             self.statistics.clone(),
         );
+        // A connection may be open for long.
+        drop(settings);
         self.app.process_new(Box::new(stream), shutdown).await;
         None
     }

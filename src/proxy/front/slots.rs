@@ -7,10 +7,8 @@ use std::sync::{Arc, Mutex};
 use crate::sync::lock;
 
 /// The open connections.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Slots {
-    most: usize,
-    most_per_client: usize,
     open: Mutex<Open>,
 }
 
@@ -28,19 +26,10 @@ pub(super) struct Slot {
 }
 
 impl Slots {
-    /// 0 stands for no limit.
-    pub(super) fn new(most: usize, most_per_client: usize) -> Self {
-        Self {
-            most,
-            most_per_client,
-            open: Mutex::default(),
-        }
-    }
-
     /// Counts a connection; `None` if it is one too many.
-    pub(super) fn take(self: &Arc<Self>) -> Option<Slot> {
+    pub(super) fn take(self: &Arc<Self>, most: usize) -> Option<Slot> {
         let mut open = lock(&self.open);
-        if self.most > 0 && open.count >= self.most {
+        if most > 0 && open.count >= most {
             return None;
         }
         open.count += 1;
@@ -60,8 +49,7 @@ impl Slots {
 
 impl Slot {
     /// Counts the connection as one of this client's; `false` if that is one too many.
-    pub(super) fn is_within(&mut self, client: IpAddr) -> bool {
-        let most = self.slots.most_per_client;
+    pub(super) fn is_within(&mut self, client: IpAddr, most: usize) -> bool {
         if most == 0 {
             return true;
         }
@@ -111,16 +99,16 @@ mod tests {
 
     #[test]
     fn connections_are_limited_in_all_and_per_client() {
-        let slots = Arc::new(Slots::new(4, 2));
-        let [mut a, mut b, mut c, mut d] = [(); 4].map(|()| slots.take().unwrap());
-        assert!(slots.take().is_none());
-        assert!(a.is_within(ip("10.0.0.1")) && b.is_within(ip("::ffff:10.0.0.1")));
-        assert!(!c.is_within(ip("10.0.0.1")));
+        let slots = Arc::<Slots>::default();
+        let [mut a, mut b, mut c, mut d] = [(); 4].map(|()| slots.take(4).unwrap());
+        assert!(slots.take(4).is_none());
+        assert!(a.is_within(ip("10.0.0.1"), 2) && b.is_within(ip("::ffff:10.0.0.1"), 2));
+        assert!(!c.is_within(ip("10.0.0.1"), 2));
         // One IPv6 client has a whole network of addresses.
-        assert!(c.is_within(ip("2001:db8::1")) && d.is_within(ip("2001:db8::2")));
+        assert!(c.is_within(ip("2001:db8::1"), 2) && d.is_within(ip("2001:db8::2"), 2));
         drop((c, a));
-        let mut e = slots.take().unwrap();
-        assert!(e.is_within(ip("10.0.0.1")));
+        let mut e = slots.take(4).unwrap();
+        assert!(e.is_within(ip("10.0.0.1"), 2));
         assert_eq!(slots.open(), 3);
         drop((b, d, e));
         assert_eq!(slots.open(), 0);
@@ -129,9 +117,13 @@ mod tests {
 
     #[test]
     fn zero_is_no_limit() {
-        let slots = Arc::new(Slots::new(0, 0));
-        let mut taken: Vec<_> = (0..1_000).map(|_| slots.take().unwrap()).collect();
-        assert!(taken.iter_mut().all(|slot| slot.is_within(ip("10.0.0.1"))));
+        let slots = Arc::<Slots>::default();
+        let mut taken: Vec<_> = (0..1_000).map(|_| slots.take(0).unwrap()).collect();
+        assert!(
+            taken
+                .iter_mut()
+                .all(|slot| slot.is_within(ip("10.0.0.1"), 0))
+        );
         assert_eq!(slots.open(), taken.len());
     }
 }

@@ -1,8 +1,10 @@
 //! The state of the process: whether it is to end, and what it waits for.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tracing::info;
 
 use super::listeners::Listeners;
@@ -35,6 +37,8 @@ pub struct Shutdown {
     is_all_held: AtomicBool,
     drain_delay_ms: AtomicU64,
     log_generation: AtomicU64,
+    /// How often a reload was asked for; made by whoever follows.
+    reloads: OnceLock<watch::Sender<u64>>,
     listeners: Listeners,
 }
 
@@ -70,6 +74,7 @@ impl Shutdown {
             is_all_held: AtomicBool::new(false),
             drain_delay_ms: AtomicU64::new(0),
             log_generation: AtomicU64::new(0),
+            reloads: OnceLock::new(),
             listeners: Listeners::new(),
         }
     }
@@ -147,6 +152,24 @@ impl Shutdown {
     pub(super) fn open_logs(&self) {
         self.log_generation.fetch_add(1, Ordering::Relaxed);
         say(|| info!("logs are opened again"));
+    }
+
+    /// Changes whenever a reload is asked for.
+    pub(in crate::proxy) fn follow_reloads(&self) -> watch::Receiver<u64> {
+        let reloads = self.reloads.get_or_init(|| watch::channel(0).0);
+        reloads.subscribe()
+    }
+
+    /// Asks for a reload; whether there is anybody who does it.
+    pub(super) fn ask_for_reload(&self) -> bool {
+        let follows = self
+            .reloads
+            .get()
+            .filter(|reloads| reloads.receiver_count() > 0);
+        if let Some(reloads) = follows {
+            reloads.send_modify(|count| *count += 1);
+        }
+        follows.is_some()
     }
 
     pub(super) fn begin_draining(&self) {

@@ -35,7 +35,8 @@ const LONGER_THAN_OURS: u64 = 60;
 /// | SIGTERM or SIGINT again | the process ends at once |
 /// | SIGQUIT | hands the listening sockets over to a successor that was started with `upgrade` and is ready, and then ends as after SIGINT. If there is none within 60 s, or it does not confirm that it accepts connections, this process goes on. Linux only |
 /// | SIGUSR1 | the access log is opened again, because its file was moved |
-/// | SIGHUP, SIGUSR2 | no effect, from this call on |
+/// | SIGHUP | the file is read again and taken over, if a [`ConfigFile`](crate::proxy::ConfigFile) follows it |
+/// | SIGUSR2 | no effect, from this call on |
 ///
 /// The grace period is `grace_period_seconds` of the server's configuration (default here: 20), the
 /// drain delay is `cluster.drain_delay_ms`. The status is 0 if everything was served, and 1 if a

@@ -28,7 +28,9 @@ pub(super) enum Asked {
     HandOver,
     /// SIGUSR1: open logs again, which have been moved.
     OpenLogs,
-    /// SIGHUP, SIGUSR2, which end a process that does not handle them.
+    /// SIGHUP: take over the configuration that is in the file.
+    Reload,
+    /// SIGUSR2, which ends a process that does not handle it.
     Nothing(&'static str),
 }
 
@@ -42,7 +44,7 @@ impl Signals {
             (Asked::Terminate, SignalKind::terminate()),
             (Asked::Interrupt, SignalKind::interrupt()),
             (Asked::HandOver, SignalKind::quit()),
-            (Asked::Nothing("SIGHUP"), SignalKind::hangup()),
+            (Asked::Reload, SignalKind::hangup()),
             (Asked::OpenLogs, SignalKind::user_defined1()),
             (Asked::Nothing("SIGUSR2"), SignalKind::user_defined2()),
         ];
@@ -138,6 +140,10 @@ async fn drain_delay(
                 shutdown.open_logs();
                 next().await
             }
+            Asked::Reload => {
+                reload(shutdown);
+                next().await
+            }
             Asked::Nothing(signal) => {
                 without_effect(signal);
                 next().await
@@ -153,8 +159,15 @@ async fn ending(shutdown: &Shutdown, mut next: impl AsyncFnMut() -> Asked) -> As
             asked @ (Asked::Terminate | Asked::Interrupt) => return asked,
             Asked::HandOver => without_effect("SIGQUIT"),
             Asked::OpenLogs => shutdown.open_logs(),
+            Asked::Reload => without_effect("SIGHUP"),
             Asked::Nothing(signal) => without_effect(signal),
         }
+    }
+}
+
+fn reload(shutdown: &Shutdown) {
+    if !shutdown.ask_for_reload() {
+        without_effect("SIGHUP");
     }
 }
 

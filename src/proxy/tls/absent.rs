@@ -13,8 +13,10 @@ use http::HeaderValue;
 use crate::config::{Backends, ListenerTls};
 use crate::error::ClusterError;
 
+#[derive(Clone)]
 pub(in crate::proxy) enum ClientTls {}
 
+#[derive(Clone)]
 pub(in crate::proxy) enum BackendTls {}
 
 pub(in crate::proxy) enum Files {}
@@ -55,19 +57,17 @@ impl BackendTls {
     }
 }
 
-pub(in crate::proxy) struct Reload(Vec<Arc<Files>>);
+/// Checks no files.
+#[derive(Clone, Default)]
+pub(in crate::proxy) struct Reload(());
 
 impl Reload {
-    pub(in crate::proxy) fn of(files: Vec<Arc<Files>>) -> Self {
-        Self(files)
+    pub(in crate::proxy) fn add(&self, files: &Arc<Files>) {
+        match **files {}
     }
 }
 
 #[async_trait]
 impl BackgroundService for Reload {
-    async fn start(&self, _: ShutdownWatch) {
-        if let Some(files) = self.0.first() {
-            match **files {}
-        }
-    }
+    async fn start(&self, _: ShutdownWatch) {}
 }

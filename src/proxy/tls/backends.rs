@@ -15,6 +15,7 @@ use crate::pem::{certificates, invalid_file, private_key, provider, trusted_root
 const FIELD: &str = "cluster.backends";
 
 /// TLS to backends, beyond the name that they are verified by.
+#[derive(Clone)]
 pub(in crate::proxy) struct BackendTls(Arc<Reloaded<Material>>);
 
 #[derive(Default)]

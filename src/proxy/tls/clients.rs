@@ -27,6 +27,7 @@ use crate::pem::{certificates, invalid_file, private_key, provider, trusted_root
 const FIELD: &str = "cluster.tls";
 
 /// TLS to clients.
+#[derive(Clone)]
 pub(in crate::proxy) struct ClientTls(Arc<Reloaded<Acceptor>>);
 
 impl ClientTls {

@@ -1,7 +1,7 @@
 //! Something that is made from files, and made again when they change.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use ::pingora::server::ShutdownWatch;
@@ -13,6 +13,7 @@ use tracing::{error, info, warn};
 use crate::error::ClusterError;
 use crate::pem::invalid_file;
 use crate::supervise::{caught, say};
+use crate::sync::lock;
 
 /// How often to look whether a file has changed.
 const INTERVAL: Duration = Duration::from_secs(3);
@@ -41,7 +42,7 @@ pub(in crate::proxy) struct Reloaded<T> {
     files: Vec<Named>,
     make: Make<T>,
     /// A hash of the contents that were tried last, so that no key stays in memory.
-    tried: std::sync::Mutex<u128>,
+    tried: Mutex<u128>,
 }
 
 impl<T: Send + Sync + 'static> Reloaded<T> {
@@ -76,7 +77,7 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
             Err(error) => return say(|| warn!(%error, "a certificate file cannot be read")),
         };
         let found = fingerprint(&contents);
-        if std::mem::replace(&mut *crate::sync::lock(&self.tried), found) == found {
+        if std::mem::replace(&mut *lock(&self.tried), found) == found {
             return;
         }
         match (self.make)(&contents) {
@@ -122,12 +123,20 @@ impl<T: Send + Sync + 'static> Check for Reloaded<T> {
     }
 }
 
-/// The service that looks at files for as long as the server runs.
-pub(in crate::proxy) struct Reload(Vec<Arc<dyn Check>>);
+/// The service that checks all files that are in use.
+#[derive(Clone, Default)]
+pub(in crate::proxy) struct Reload(Arc<Mutex<Vec<Weak<dyn Check>>>>);
 
 impl Reload {
-    pub(in crate::proxy) fn of(files: Vec<Arc<dyn Check>>) -> Self {
-        Self(files)
+    /// Also checks these, as long as somebody uses them.
+    pub(in crate::proxy) fn add(&self, files: &Arc<dyn Check>) {
+        lock(&self.0).push(Arc::downgrade(files));
+    }
+
+    fn in_use(&self) -> Vec<Arc<dyn Check>> {
+        let mut all = lock(&self.0);
+        all.retain(|files| files.strong_count() > 0);
+        all.iter().filter_map(Weak::upgrade).collect()
     }
 }
 
@@ -138,8 +147,7 @@ impl BackgroundService for Reload {
             .await
             .is_err()
         {
-            for check in &self.0 {
-                let check = check.clone();
+            for check in self.in_use() {
                 let checking = tokio::task::spawn_blocking(move || check.check_files());
                 if let Ok(Err(error)) = caught(checking).await {
                     say(|| error!(%error, "looking at certificate files failed"));

@@ -30,6 +30,7 @@ use crate::keys;
 /// assert!(EtcdOptions::new(["ftp://nowhere"]).validate().is_err());
 /// ```
 #[derive(Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(
     remote = "Self",
     default = "EtcdOptions::without_endpoints",
@@ -55,11 +56,13 @@ pub struct EtcdOptions {
     /// How long to wait for a connection to one endpoint before the next one is tried. The slow
     /// attempt goes on in the background, for up to 30 s. Default: 2 s. Range: 10 ms to 60 s.
     #[serde(rename = "connect_timeout_ms", deserialize_with = "milliseconds")]
+    #[cfg_attr(feature = "schema", schemars(with = "u64"))]
     pub connect_timeout: Duration,
     /// How long to wait for the answer to one request. If answers were measured to take longer than
     /// half of this, the wait is longer too: at most twice the time of an answer, up to 30 s.
     /// Default: 3 s. Range: 10 ms to 60 s.
     #[serde(rename = "request_timeout_ms", deserialize_with = "milliseconds")]
+    #[cfg_attr(feature = "schema", schemars(with = "u64"))]
     pub request_timeout: Duration,
     /// After how long without any data a connection is probed by an HTTP/2 ping, which must be
     /// answered within 30 s, or `request_timeout` if that is longer. This is for connections without
@@ -67,11 +70,13 @@ pub struct EtcdOptions {
     /// 10 s to 1 hour, because etcd closes the connection of a client that pings more often than
     /// every 5 s.
     #[serde(rename = "keep_alive_interval_ms", deserialize_with = "milliseconds")]
+    #[cfg_attr(feature = "schema", schemars(with = "u64"))]
     pub keep_alive_interval: Duration,
     /// How long a watch may receive nothing at all before its connection is replaced. A quiet server
     /// is asked for an answer well before that, and has more time if its answers were measured to
     /// take longer than a quarter of this. Default: 5 s. Range: 500 ms to 5 minutes.
     #[serde(rename = "silence_timeout_ms", deserialize_with = "milliseconds")]
+    #[cfg_attr(feature = "schema", schemars(with = "u64"))]
     pub silence_timeout: Duration,
     /// Whether a discovery without a view uses the registrations as any one member has them, while
     /// there is no quorum. They may be out of date. Not with `credentials`: etcd needs a quorum to
@@ -82,6 +87,7 @@ pub struct EtcdOptions {
     pub breaker_failures: u32,
     /// How long calls then fail at once before one is tried. Default: 1 s. Range: 10 ms to 60 s.
     #[serde(rename = "breaker_pause_ms", deserialize_with = "milliseconds")]
+    #[cfg_attr(feature = "schema", schemars(with = "u64"))]
     pub breaker_pause: Duration,
     /// False in tests of servers that do not answer progress requests.
     #[serde(skip)]
@@ -101,6 +107,7 @@ pub struct EtcdOptions {
     #[serde(rename = "user")]
     user_field: Option<String>,
     #[serde(rename = "password")]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<String>"))]
     password_field: Option<Secret>,
     #[serde(rename = "password_file")]
     password_file_field: Option<PathBuf>,

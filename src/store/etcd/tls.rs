@@ -24,6 +24,7 @@ use crate::error::ClusterError;
 /// assert!(options.validate().unwrap_err().to_string().contains("tls.ca_file"));
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 #[non_exhaustive]
 pub struct TlsOptions {

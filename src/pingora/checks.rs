@@ -1,0 +1,304 @@
+//! The checks of all nodes of a group.
+
+use std::collections::{BTreeSet, HashMap};
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant as SystemInstant};
+
+use ::pingora::upstreams::peer::HttpPeer;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+use tracing::{info, warn};
+
+use super::check::NodeCheck;
+use super::check_state::CheckState;
+use super::pace::pause_after;
+use crate::balance::Balancer;
+use crate::discovery::ServiceDiscovery;
+use crate::node::Node;
+use crate::supervise::{caught, say};
+use crate::sync::lock;
+use crate::view::Change;
+
+/// A result for a node that the balancer does not know yet is repeated after this time.
+const UNKNOWN_AGAIN: Duration = Duration::from_millis(100);
+/// When there is nothing to do.
+const IDLE: Duration = Duration::from_secs(3_600);
+
+/// How a node is spoken to; the error is why it cannot be.
+pub(crate) type MakePeer =
+    Arc<dyn Fn(SocketAddr, &Node) -> Result<Box<HttpPeer>, &'static str> + Send + Sync>;
+
+/// A check, and how nodes are spoken to.
+#[derive(Clone)]
+pub(crate) struct Checker {
+    pub(crate) check: NodeCheck,
+    pub(crate) peer: MakePeer,
+}
+
+/// What checks say of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CheckStatus {
+    /// Whether it is well: after the first check by its result, and then by several in a row.
+    pub is_well: bool,
+    /// What the last check that failed has found, in words; `None` if the last one passed.
+    pub problem: Option<String>,
+}
+
+/// The checks of a group, which can be switched on, off, and to other ones.
+pub(crate) struct Checks {
+    checker: watch::Sender<Option<Checker>>,
+    known: Mutex<HashMap<String, Known>>,
+}
+
+/// What is known of a node.
+struct Known {
+    node: Arc<Node>,
+    state: CheckState,
+    problem: Option<String>,
+    /// When it is checked next; `None` while it is being checked.
+    next: Option<Instant>,
+}
+
+type Done = (Arc<Node>, Result<(), String>);
+
+impl Checks {
+    pub(super) fn new() -> Self {
+        Self {
+            checker: watch::Sender::new(None),
+            known: Mutex::default(),
+        }
+    }
+
+    /// Checks in this way from now on, or not at all.
+    pub(crate) fn set(&self, checker: Option<Checker>) {
+        self.checker.send_replace(checker);
+    }
+
+    /// What checks say of a node; `None` if it has not been checked.
+    pub(super) fn status(&self, id: &str) -> Option<CheckStatus> {
+        let known = lock(&self.known);
+        let known = known.get(id)?;
+        Some(CheckStatus {
+            is_well: known.state.is_well()?,
+            problem: known.problem.clone(),
+        })
+    }
+
+    /// Runs the checks, whichever there are.
+    pub(super) async fn run(
+        &self,
+        balancer: &Balancer,
+        discovery: &ServiceDiscovery,
+    ) -> Infallible {
+        let mut current = self.checker.subscribe();
+        loop {
+            let checker = current.borrow_and_update().clone();
+            let threshold = checker
+                .as_ref()
+                .map(|checker| checker.check.config().panic_threshold);
+            balancer.set_checks(threshold);
+            balancer.publish(SystemInstant::now());
+            let Some(checker) = checker else {
+                lock(&self.known).clear();
+                // It cannot fail: this is what sends.
+                let _ = current.changed().await;
+                continue;
+            };
+            let round = Round::new(self, &checker, balancer);
+            tokio::select! {
+                _ = current.changed() => {}
+                never = round.run(discovery) => match never {},
+            }
+        }
+    }
+}
+
+/// The checks as long as they stay the same.
+struct Round<'a> {
+    checks: &'a Checks,
+    checker: &'a Checker,
+    balancer: &'a Balancer,
+    /// When each node is checked next.
+    due: BTreeSet<(Instant, String)>,
+    running: JoinSet<Done>,
+    /// The balancer has results that are not published.
+    is_unpublished: bool,
+    /// No earlier than then.
+    publish_at: Instant,
+}
+
+impl<'a> Round<'a> {
+    fn new(checks: &'a Checks, checker: &'a Checker, balancer: &'a Balancer) -> Self {
+        Self {
+            checks,
+            checker,
+            balancer,
+            due: BTreeSet::new(),
+            running: JoinSet::new(),
+            is_unpublished: false,
+            publish_at: Instant::now(),
+        }
+    }
+
+    /// The first checks of a round: nothing of the one before is going on.
+    fn begin(&mut self) {
+        let now = Instant::now();
+        let interval = Duration::from_millis(self.checker.check.config().interval_ms);
+        for (id, known) in lock(&self.checks.known).iter_mut() {
+            // Those that have been checked are spread over the interval.
+            let wait = match known.state.is_well() {
+                Some(_) => interval.mul_f64(fastrand::f64()),
+                None => Duration::ZERO,
+            };
+            known.next = Some(now + wait);
+            self.due.insert((now + wait, id.clone()));
+        }
+    }
+
+    async fn run(mut self, discovery: &ServiceDiscovery) -> Infallible {
+        let mut changes = discovery.changes();
+        self.begin();
+        loop {
+            self.start_due();
+            let is_full = self.running.len() >= self.checker.check.config().at_once;
+            let next = self.due.first().map(|(at, _)| *at);
+            let next = next
+                .filter(|_| !is_full)
+                .unwrap_or_else(|| Instant::now() + IDLE);
+            tokio::select! {
+                change = changes.next() => self.apply(&change),
+                Some(done) = self.running.join_next() => {
+                    // Whoever has panicked has been caught.
+                    self.is_unpublished |= done.is_ok_and(|done| self.take(done));
+                }
+                () = sleep_until(self.publish_at), if self.is_unpublished => {
+                    let start = SystemInstant::now();
+                    self.balancer.publish(start);
+                    self.is_unpublished = false;
+                    // As with other changes: almost all of a core is left to others.
+                    self.publish_at = Instant::now() + pause_after(start.elapsed());
+                }
+                () = sleep_until(next) => {}
+            }
+        }
+    }
+
+    fn apply(&mut self, change: &Change) {
+        let mut known = lock(&self.checks.known);
+        match change {
+            Change::Reset(nodes) => {
+                known.retain(|id, _| nodes.get(id).is_some());
+                for node in nodes.iter() {
+                    insert(&mut known, &mut self.due, node);
+                }
+            }
+            Change::Joined(node) | Change::Updated { new: node, .. } => {
+                insert(&mut known, &mut self.due, node);
+            }
+            Change::Left(node) => drop(known.remove(&node.id)),
+            Change::Leader(_) => {}
+        }
+    }
+
+    /// Starts the checks whose time has come, as many as there may be.
+    fn start_due(&mut self) {
+        let now = Instant::now();
+        let mut all = lock(&self.checks.known);
+        while self.running.len() < self.checker.check.config().at_once
+            && self.due.first().is_some_and(|(at, _)| *at <= now)
+            && let Some((at, id)) = self.due.pop_first()
+        {
+            // One that has left is not checked any more, and a new process has a time of its own.
+            let Some(known) = all.get_mut(&id).filter(|known| known.next == Some(at)) else {
+                continue;
+            };
+            known.next = None;
+            let node = known.node.clone();
+            let checker = self.checker.clone();
+            let addr = self.balancer.address_of(&node);
+            self.running.spawn(async move {
+                let checking = async {
+                    let peer = (checker.peer)(addr, &node)?;
+                    checker.check.check(&peer).await
+                };
+                let result = caught(checking).await.unwrap_or_else(Err);
+                (node, result)
+            });
+        }
+    }
+
+    /// Takes over a result. Returns whether the balancer has to publish it.
+    fn take(&mut self, (node, result): Done) -> bool {
+        let config = self.checker.check.config();
+        let mut all = lock(&self.checks.known);
+        let Some(known) = all.get_mut(&node.id) else {
+            return false;
+        };
+        if !is_same_process(&known.node, &node) {
+            // The new process has its own turn.
+            return false;
+        }
+        let before = known.state.is_well();
+        known.state = known.state.after(result.is_ok(), config.rise, config.fall);
+        known.problem = result.err();
+        let is_well = known.state.is_well().unwrap_or_default();
+        if before.is_some_and(|before| before != is_well) || before.is_none() && !is_well {
+            report(&node, is_well, known.problem.as_deref());
+        }
+        let interval = if is_well {
+            config.interval_ms
+        } else {
+            config.down_interval_ms
+        };
+        let interval = Duration::from_millis(interval);
+        let (wait, is_new) = match self.balancer.set_checked(&node, is_well) {
+            // Spread over time, however many came at once.
+            Some(is_new) if before.is_none() => (interval.mul_f64(fastrand::f64()), is_new),
+            Some(is_new) => (interval.mul_f64(0.9 + fastrand::f64() * 0.2), is_new),
+            None => (UNKNOWN_AGAIN.min(interval), false),
+        };
+        let next = Instant::now() + wait;
+        known.next = Some(next);
+        self.due.insert((next, node.id.clone()));
+        is_new
+    }
+}
+
+fn insert(
+    known: &mut HashMap<String, Known>,
+    due: &mut BTreeSet<(Instant, String)>,
+    node: &Arc<Node>,
+) {
+    match known.get_mut(&node.id) {
+        Some(known) if is_same_process(&known.node, node) => known.node = node.clone(),
+        _ => {
+            let now = Instant::now();
+            let new = Known {
+                node: node.clone(),
+                state: CheckState::default(),
+                problem: None,
+                next: Some(now),
+            };
+            known.insert(node.id.clone(), new);
+            due.insert((now, node.id.clone()));
+        }
+    }
+}
+
+fn is_same_process(one: &Node, other: &Node) -> bool {
+    one.is_same_life(other) && one.ip == other.ip && one.port == other.port
+}
+
+fn report(node: &Node, is_well: bool, problem: Option<&str>) {
+    say(|| match is_well {
+        true => info!(node = node.id, "the health check finds the node well"),
+        false => warn!(
+            node = node.id,
+            problem, "the health check finds the node down"
+        ),
+    });
+}

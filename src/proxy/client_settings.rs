@@ -1,0 +1,48 @@
+//! What a file says of clients, as the front and Pingora take it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ::pingora::apps::HttpServerOptions;
+
+use super::front::{ClientTimeouts, FrontLimits, FrontSettings, ProxyHeaderRule};
+use super::tls::ClientTls;
+use crate::config::ClusterConfig;
+
+pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
+    let mut options = HttpServerOptions::default();
+    options.h2c = config.clients.h2c;
+    options.h2_idle_timeout = Some(Duration::from_millis(config.timeouts.client_idle_ms));
+    options.keepalive_request_limit = match config.clients.requests_per_connection {
+        0 => None,
+        // Pingora counts those after the first one.
+        limit => Some(limit - 1),
+    };
+    options
+}
+
+pub(super) fn front_settings(config: &ClusterConfig, tls: Option<ClientTls>) -> FrontSettings {
+    let (timeouts, clients) = (&config.timeouts, &config.clients);
+    let milliseconds = Duration::from_millis;
+    FrontSettings {
+        limits: Arc::new(FrontLimits {
+            timeouts: ClientTimeouts {
+                client_header: milliseconds(timeouts.client_header_ms),
+                client_body: milliseconds(timeouts.client_body_ms),
+                client_idle: milliseconds(timeouts.client_idle_ms),
+                client_write: milliseconds(timeouts.client_write_ms),
+                client_drain: milliseconds(timeouts.client_drain_ms),
+                tunnel: milliseconds(timeouts.tunnel_ms),
+            },
+            head_bytes: clients.head_bytes,
+            least_rate: clients.least_rate,
+        }),
+        connections: clients.connections,
+        connections_per_client: clients.connections_per_client,
+        proxy_header: (!clients.proxy_protocol.is_empty()).then(|| ProxyHeaderRule {
+            from: clients.proxy_protocol.clone(),
+            within: milliseconds(clients.proxy_protocol_timeout_ms),
+        }),
+        tls,
+    }
+}

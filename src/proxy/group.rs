@@ -1,0 +1,201 @@
+//! A group as the proxy serves it: how its backends are picked and spoken to, and what is tried again.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use ::pingora::proxy::Session;
+
+use super::leader::{LeaderRequests, find_leader};
+use super::outcome::Outcome;
+use super::peers::{Asked, Peers};
+use super::pick::Picker;
+use super::request_state::RequestState;
+use super::retry::RetryRules;
+use super::retry_budget::RetryBudget;
+use super::statistics::RequestStatistics;
+use super::tls::BackendTls;
+use crate::balance::Upstream;
+use crate::config::ClusterConfig;
+use crate::node::Node;
+use crate::pingora::{BalancerService, Checker, LeaderRoute, NodeCheck};
+
+/// More backends than twice those that there are and these are not counted.
+const KEPT_BACKENDS: usize = 100;
+
+/// A group, and the settings by which it is served.
+pub(super) struct GroupProxy {
+    /// As the file names it.
+    pub(super) name: String,
+    pub(super) balancer: Arc<BalancerService>,
+    leader: LeaderRoute,
+    /// Instead of that one, given by a program; then writes go to the leader.
+    given_leader: OnceLock<LeaderRoute>,
+    leader_requests: LeaderRequests,
+    takes_writes: bool,
+    pub(super) picker: Picker,
+    pub(super) retries: RetryRules,
+    pub(super) retry_on_status: Vec<u16>,
+    pub(super) retry_budget: Arc<RetryBudget>,
+    pub(super) peers: Arc<Peers>,
+    /// The longest time for a whole request.
+    pub(super) request_timeout: Option<Duration>,
+    pub(super) load_reports: bool,
+    pub(super) statistics: Arc<RequestStatistics>,
+}
+
+/// Which settings are the same as before.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SameSettings {
+    pub(super) overload: bool,
+    pub(super) retry: bool,
+    pub(super) peers: bool,
+}
+
+impl GroupProxy {
+    /// The group that `config` describes.
+    pub(super) fn new(
+        name: &str,
+        config: &ClusterConfig,
+        balancer: Arc<BalancerService>,
+        tls: Option<BackendTls>,
+        statistics: Arc<RequestStatistics>,
+    ) -> Self {
+        let upgrade = config.clients.upgrade;
+        Self {
+            name: name.to_owned(),
+            leader: LeaderRoute::new(balancer.discovery().clone(), config.default_port),
+            balancer,
+            given_leader: OnceLock::new(),
+            leader_requests: LeaderRequests::new(config),
+            takes_writes: config.leader.writes,
+            picker: Picker::new(config),
+            retries: RetryRules {
+                most: config.retries,
+                on_timeout: config.retry.on_timeout,
+            },
+            retry_on_status: config.retry.on_status.clone(),
+            retry_budget: Arc::new(RetryBudget::new(&config.retry)),
+            peers: Arc::new(Peers::new(&config.timeouts, &config.backends, upgrade, tls)),
+            request_timeout: some_time(config.timeouts.request_ms),
+            load_reports: config.load_reports,
+            statistics,
+        }
+    }
+
+    /// Goes on with what a former one counts and knows, where its settings are the same.
+    pub(super) fn continue_from(&mut self, former: &Self, is_same: SameSettings) {
+        if is_same.overload {
+            self.picker.overload = former.picker.overload.clone();
+        }
+        if is_same.retry {
+            self.retry_budget = former.retry_budget.clone();
+        }
+        if is_same.peers {
+            self.peers = former.peers.clone();
+        }
+    }
+
+    /// How its nodes are checked, if the configuration says that they are. `check` is what it says.
+    pub(super) fn checker(&self, check: Option<NodeCheck>) -> Option<Checker> {
+        let peers = self.peers.clone();
+        let peer = move |addr, node: &Node| peers.peer(addr, node, Asked::default());
+        Some(Checker {
+            check: check?,
+            peer: Arc::new(peer),
+        })
+    }
+
+    /// Sends writes to this leader.
+    pub(super) fn send_writes_to(&self, leader: LeaderRoute) {
+        // The first one stays: a program gives one.
+        let _ = self.given_leader.set(leader);
+    }
+
+    /// A request is to be served by this group.
+    pub(super) fn begin(&self, session: &Session, state: &mut RequestState) {
+        self.retry_budget.count_request();
+        self.statistics.begins();
+        let takes_writes = self.takes_writes || self.given_leader.get().is_some();
+        state.is_for_leader =
+            takes_writes && self.leader_requests.include(session, state.is_upgrade);
+        state.most_retries = self.retries.most;
+        state.timeout = self.request_timeout;
+    }
+
+    /// Which requests are for the leader.
+    pub(super) fn leader_requests(&self) -> &LeaderRequests {
+        &self.leader_requests
+    }
+
+    /// Lets a request in, and finds its backend. A leader is waited for before, because a request that
+    /// waits for one is no load.
+    pub(super) async fn enter(
+        &self,
+        session: &Session,
+        state: &mut RequestState,
+    ) -> Result<(), &'static str> {
+        if state.is_for_leader {
+            self.find_backend(session, state).await?;
+        }
+        state.place = self.picker.overload.enter().await?;
+        match state.is_for_leader {
+            true => Ok(()),
+            false => self.find_backend(session, state).await,
+        }
+    }
+
+    /// Finds the backend or the leader for a try, and stores it in the context; the error is the reason
+    /// why there is none.
+    pub(super) async fn find_backend(
+        &self,
+        session: &Session,
+        state: &mut RequestState,
+    ) -> Result<(), &'static str> {
+        if !state.is_for_leader {
+            return self.picker.pick(&self.balancer, session, state).await;
+        }
+        state.leader_load = None;
+        let leader = self.given_leader.get().unwrap_or(&self.leader);
+        let leader = find_leader(leader, self.leader_requests.wait, state).await?;
+        state.leader_load = self.balancer.upstream_at(leader.addr);
+        state.leader = Some(leader);
+        Ok(())
+    }
+
+    /// A backend has failed in an earlier try.
+    pub(super) fn blame(&self, upstream: Upstream) {
+        self.statistics.backend_ends(upstream.addr(), None);
+        upstream.failed();
+    }
+
+    /// Counts what has become of a request at its last backend.
+    pub(super) fn count_backend(&self, addr: SocketAddr, outcome: &Outcome, state: &RequestState) {
+        match outcome {
+            Outcome::Succeeded | Outcome::Answered => {
+                let latency = state.latency();
+                self.statistics.backend_ends(addr, Some(latency));
+            }
+            Outcome::Failed if !state.is_blameless => {
+                self.statistics.backend_ends(addr, None);
+            }
+            Outcome::Failed | Outcome::Unknown => {}
+        }
+        // Backends that are gone are not kept for ever.
+        if self.statistics.backends() > 2 * self.balancer.len() + KEPT_BACKENDS {
+            let backends = self.balancer.backends();
+            let known = backends.iter().map(|backend| backend.addr).collect();
+            self.statistics.retain(&known);
+        }
+    }
+
+    /// Whether the request may be sent once more; if so, that counts.
+    pub(super) fn may_send_again(&self, state: &mut RequestState) -> bool {
+        state.may_try() && self.retry_budget.take(Instant::now()) && state.may_try_again()
+    }
+}
+
+/// A time of the configuration, where 0 is none.
+pub(super) fn some_time(milliseconds: u64) -> Option<Duration> {
+    (milliseconds > 0).then(|| Duration::from_millis(milliseconds))
+}

@@ -1,0 +1,83 @@
+//! What of a new configuration can be taken over, and what needs a restart. Pure.
+
+use crate::config::ClusterConfig;
+
+/// The new configuration, with the values of the old one in the fields that need a restart, and the names of
+/// those of them that differ.
+pub(super) fn usable(old: &ClusterConfig, new: &ClusterConfig) -> (ClusterConfig, Vec<String>) {
+    let mut usable = new.clone();
+    let mut kept = Vec::new();
+    macro_rules! keep {
+        ($($($field:ident).+),*) => {
+            $(if usable.$($field).+ != old.$($field).+ {
+                usable.$($field).+.clone_from(&old.$($field).+);
+                kept.push(concat!("cluster", $(".", stringify!($field)),+).to_owned());
+            })*
+        };
+    }
+    keep!(
+        etcd,
+        listen,
+        access_log,
+        admin,
+        drain_delay_ms,
+        clients.h2c,
+        clients.requests_per_connection
+    );
+    if usable.timeouts.client_idle_ms != old.timeouts.client_idle_ms {
+        // Over HTTP/1 it is taken over; Pingora keeps that of HTTP/2.
+        kept.push("cluster.timeouts.client_idle_ms (over HTTP/2)".to_owned());
+    }
+    (usable, kept)
+}
+
+/// Whether both follow the same nodes in the same way, so that one discovery serves for both. `None` says
+/// that there was none.
+pub(super) fn have_one_discovery(old: &ClusterConfig, new: &ClusterConfig) -> bool {
+    old.group == new.group
+        && old.filter == new.filter
+        && old.allowed_networks == new.allowed_networks
+        && old.allowed_ports == new.allowed_ports
+        && old.limits == new.limits
+        && old.self_preservation == new.self_preservation
+        && old.snapshot == new.snapshot
+        && old.publish_interval_ms == new.publish_interval_ms
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(more: &str) -> ClusterConfig {
+        let yaml = format!("cluster:\n  etcd: {{ endpoints: ['http://a:1'] }}\n  group: g\n{more}");
+        ClusterConfig::from_yaml(&yaml, "test").unwrap()
+    }
+
+    #[test]
+    fn what_needs_a_restart_keeps_its_value_and_is_named() {
+        let old = config("");
+        let new =
+            config("  listen: 127.0.0.1:7\n  retries: 1\n  clients: { h2c: false, headers: 9 }\n");
+        let (usable, kept) = usable(&old, &new);
+        assert_eq!(kept, ["cluster.listen", "cluster.clients.h2c"]);
+        assert_eq!((&usable.listen, usable.clients.h2c), (&old.listen, true));
+        assert_eq!((usable.retries, usable.clients.headers), (1, 9));
+        assert_eq!(super::usable(&old, &old), (old.clone(), Vec::new()));
+    }
+
+    #[test]
+    fn another_policy_needs_no_other_discovery() {
+        let old = config("");
+        assert!(have_one_discovery(
+            &old,
+            &config("  policy: random\n  zone: a\n")
+        ));
+        for more in [
+            "  filter: { zones: [a] }\n",
+            "  allowed_networks: [10.0.0.0/8]\n",
+            "  publish_interval_ms: 1\n",
+        ] {
+            assert!(!have_one_discovery(&old, &config(more)), "{more}");
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! A group that is about to be served, or to be served in another way.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
+
+use super::difference::have_one_discovery;
+use crate::cluster::Cluster;
+use crate::config::{ClusterConfig, READY_TIMEOUT};
+use crate::error::ClusterError;
+use crate::pingora::{BalancerService, Checker, NodeCheck};
+use crate::proxy::group::{GroupProxy, SameSettings};
+use crate::proxy::tls::{BackendTls, Reload};
+
+/// The tasks of a group; dropping them ends them.
+#[derive(Default)]
+pub(super) struct Tasks(Vec<JoinHandle<()>>);
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        for task in &self.0 {
+            task.abort();
+        }
+    }
+}
+
+impl Tasks {
+    pub(super) fn push(&mut self, task: JoinHandle<()>) {
+        self.0.push(task);
+    }
+
+    /// Ends them, and waits until they have ended.
+    pub(super) async fn end(mut self) {
+        for task in &mut self.0 {
+            task.abort();
+            // An error says that it was aborted.
+            let _ = task.await;
+        }
+    }
+}
+
+/// A group as it is now.
+pub(super) struct Former<'a> {
+    pub(super) config: &'a ClusterConfig,
+    pub(super) proxy: &'a Arc<GroupProxy>,
+}
+
+/// A group as it will be.
+pub(super) struct Prepared {
+    pub(super) proxy: Arc<GroupProxy>,
+    /// `None` if the checks stay as they are.
+    checker: Option<Option<Checker>>,
+    change: Change,
+}
+
+/// What has to happen to its balancer.
+enum Change {
+    /// It is as it was.
+    None,
+    /// Its settings may be other ones.
+    Settings,
+    /// It follows other nodes, or the same ones in another way; or it is new. These tasks follow them already.
+    Nodes(Tasks),
+}
+
+/// Makes what is needed for a group, and changes nothing of it. `config` is as if it were of this group alone.
+pub(super) fn prepare(
+    name: &str,
+    config: &ClusterConfig,
+    former: Option<&Former<'_>>,
+    cluster: &Cluster,
+    certificates: &Reload,
+) -> Result<Prepared, ClusterError> {
+    if let Some(former) = former
+        && former.config == config
+    {
+        let proxy = former.proxy.clone();
+        return Ok(Prepared {
+            proxy,
+            checker: None,
+            change: Change::None,
+        });
+    }
+    // At a start, 0 says that nobody waits; nodes that nobody knows cannot be taken over.
+    let ready_timeout = match (config.ready_timeout_ms, former.is_some()) {
+        (0, true) => READY_TIMEOUT,
+        (milliseconds, _) => Duration::from_millis(milliseconds),
+    };
+    let (balancer, change) = match former {
+        Some(former) if have_one_discovery(former.config, config) => {
+            (former.proxy.balancer.clone(), Change::Settings)
+        }
+        Some(former) => {
+            let discovery = config.discovery_over(cluster)?;
+            let balancer = former.proxy.balancer.over(discovery, ready_timeout);
+            (Arc::new(balancer), Change::Nodes(Tasks::default()))
+        }
+        None => {
+            let discovery = config.discovery_over(cluster)?;
+            let balancer = BalancerService::new(discovery, config.balancer()?);
+            let balancer = balancer.ready_timeout(ready_timeout);
+            (Arc::new(balancer), Change::Nodes(Tasks::default()))
+        }
+    };
+    let statistics = former.map(|former| former.proxy.statistics.clone());
+    let tls = backend_tls(config, certificates)?;
+    let mut proxy = GroupProxy::new(name, config, balancer, tls, statistics.unwrap_or_default());
+    let are_peers_same = former.is_some_and(|former| {
+        let old = former.config;
+        old.backends == config.backends
+            && old.timeouts == config.timeouts
+            && old.clients.upgrade == config.clients.upgrade
+    });
+    if let Some(former) = former {
+        let is_same = SameSettings {
+            overload: former.config.overload == config.overload,
+            retry: former.config.retry == config.retry,
+            peers: are_peers_same,
+        };
+        proxy.continue_from(former.proxy, is_same);
+    }
+    let check = config
+        .health_check
+        .clone()
+        .map(NodeCheck::new)
+        .transpose()?;
+    let are_checks_same = are_peers_same
+        && former.is_some_and(|former| former.config.health_check == config.health_check);
+    Ok(Prepared {
+        checker: (!are_checks_same).then(|| proxy.checker(check)),
+        proxy: Arc::new(proxy),
+        change,
+    })
+}
+
+fn backend_tls(
+    config: &ClusterConfig,
+    certificates: &Reload,
+) -> Result<Option<BackendTls>, ClusterError> {
+    // Without the feature, nodes that say that they want TLS cannot be spoken to.
+    let has_tls = cfg!(feature = "proxy-tls");
+    let is_needed = config.backends.protocol.is_tls() || has_tls && config.backends.may_use_tls();
+    if !is_needed {
+        return Ok(None);
+    }
+    let tls = BackendTls::new(&config.backends)?;
+    certificates.add(&tls.files());
+    Ok(Some(tls))
+}
+
+impl Prepared {
+    /// The group of a start, which does not run yet.
+    pub(super) fn first(self) -> Arc<GroupProxy> {
+        if let Some(checker) = self.checker {
+            self.proxy.balancer.set_checker(checker);
+        }
+        self.proxy
+    }
+
+    /// Begins to follow other nodes, if there are any.
+    pub(super) fn follow(&mut self, runtime: &Handle) {
+        if let Change::Nodes(tasks) = &mut self.change {
+            let balancer = self.proxy.balancer.clone();
+            tasks.push(runtime.spawn(async move { balancer.follow().await }));
+        }
+    }
+
+    /// Waits until the nodes are known. An error says that they are not in time.
+    pub(super) async fn until_ready(&self) -> Result<(), ClusterError> {
+        let balancer = &self.proxy.balancer;
+        match &self.change {
+            Change::Nodes(_) if !balancer.is_ready_in_time().await => {
+                let group = balancer.discovery().group_name();
+                let reason = format!(
+                    "there is no view of the group {group:?} within cluster.ready_timeout_ms"
+                );
+                Err(ClusterError::config(
+                    format!("cluster.groups.{}", self.proxy.name),
+                    reason,
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The balancer works as it has to from now on. Returns the group's tasks.
+    pub(super) async fn commit(
+        self,
+        config: &ClusterConfig,
+        former: Option<Tasks>,
+        runtime: &Handle,
+    ) -> Result<Tasks, ClusterError> {
+        let balancer = &self.proxy.balancer;
+        if let Some(checker) = self.checker {
+            balancer.set_checker(checker);
+        }
+        match self.change {
+            Change::None => Ok(former.unwrap_or_default()),
+            Change::Settings => {
+                balancer.reconfigure(config.weights(), Instant::now())?;
+                Ok(former.unwrap_or_default())
+            }
+            Change::Nodes(mut tasks) => {
+                if let Some(former) = former {
+                    // They feed the same balancer.
+                    former.end().await;
+                }
+                balancer.reconfigure(config.weights(), Instant::now())?;
+                balancer.catch_up();
+                let balancer = balancer.clone();
+                tasks.push(runtime.spawn(async move { balancer.run(None).await }));
+                Ok(tasks)
+            }
+        }
+    }
+}

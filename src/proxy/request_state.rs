@@ -1,0 +1,209 @@
+//! The state of one request, whatever group serves it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ::pingora::{Error, ErrorType, Result};
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::front::{Connection, Phase};
+use super::grpc::Call;
+use super::shutdown::Hold;
+use crate::balance::Upstream;
+use crate::ids::Revision;
+use crate::node::Node;
+use crate::pingora::LeaderUpstream;
+
+/// What is kept about a request.
+pub(super) struct RequestState {
+    pub(super) started: Instant,
+    /// How long the request may take in all; `None` for any time.
+    pub(super) timeout: Option<Duration>,
+    /// Instead of the group's times.
+    pub(super) response_timeout: Option<Duration>,
+    pub(super) tunnel_timeout: Option<Duration>,
+    /// How often it may be tried on another backend.
+    pub(super) most_retries: usize,
+    /// The client's connection, if its listener has a front and it has one request at a time: over
+    /// HTTP/2 it has no phases.
+    pub(super) connection: Option<Arc<Connection>>,
+    /// Whatever becomes of the request, its backend is not to blame.
+    pub(super) is_blameless: bool,
+    /// The process waits for the request; where there are phases, the connection keeps this.
+    pub(super) in_flight: Option<Hold>,
+    /// The request's place among those in flight.
+    pub(super) place: Option<OwnedSemaphorePermit>,
+    /// The backend or leader for the first try has been found.
+    pub(super) is_found: bool,
+    pub(super) is_for_leader: bool,
+    /// It will become a tunnel, if the backend agrees.
+    pub(super) is_upgrade: bool,
+    /// The leader is busy with this request; nothing is said of its outcome.
+    pub(super) leader_load: Option<Upstream>,
+    /// A node has said that it does not lead.
+    pub(super) is_misdirected: bool,
+    /// The field that the backend got, for the access log.
+    pub(super) traceparent: Option<String>,
+    /// If the request is a call of gRPC.
+    pub(super) call: Option<Call>,
+    /// The client, behind trusted proxies; `None` for a Unix socket.
+    pub(super) client: Option<IpAddr>,
+    /// How much of the request's body has been received.
+    pub(super) body_bytes: u64,
+    /// Whether the current try has gone beyond the head of the request.
+    pub(super) has_body_begun: bool,
+    /// Whether the request has been received completely.
+    pub(super) is_complete: bool,
+    /// Whether it is so short that a backend cannot be late in reading it.
+    pub(super) is_short: bool,
+    /// Whether the connection has become a tunnel.
+    pub(super) is_tunnel: bool,
+    /// When the current backend could begin: when it was picked, because earlier tries are not its
+    /// fault, or when it had the whole request, because a slow upload is not either.
+    pub(super) sent: Instant,
+    /// How long the current backend took to answer. Not until the end of the response, which depends
+    /// on how fast the client reads.
+    pub(super) answered: Option<Duration>,
+    /// Dropped with the context, so that a request which is simply dropped stops counting as in
+    /// flight.
+    pub(super) upstream: Option<Upstream>,
+    pub(super) tried: Vec<SocketAddr>,
+    pub(super) retries: usize,
+    /// How often it has been sent, or a connection for it was tried.
+    pub(super) tries: usize,
+    /// The response of a backend is not passed on, because of its status.
+    pub(super) is_retried_for_status: bool,
+    /// How many pooled connections turned out to be closed.
+    pub(super) stale_connections: usize,
+    pub(super) leader: Option<LeaderUpstream>,
+    /// The term of a leader that could not be reached.
+    pub(super) failed_epoch: Option<Revision>,
+}
+
+impl RequestState {
+    pub(super) fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            started: now,
+            timeout: None,
+            response_timeout: None,
+            tunnel_timeout: None,
+            most_retries: 0,
+            connection: None,
+            is_blameless: false,
+            in_flight: None,
+            place: None,
+            is_found: false,
+            is_for_leader: false,
+            is_upgrade: false,
+            leader_load: None,
+            is_misdirected: false,
+            traceparent: None,
+            call: None,
+            client: None,
+            body_bytes: 0,
+            has_body_begun: false,
+            is_complete: true,
+            is_short: false,
+            is_tunnel: false,
+            sent: now,
+            answered: None,
+            upstream: None,
+            tried: Vec::new(),
+            retries: 0,
+            tries: 0,
+            is_retried_for_status: false,
+            stale_connections: 0,
+            leader: None,
+            failed_epoch: None,
+        }
+    }
+
+    /// The node that the request was sent to.
+    pub(super) fn node(&self) -> Option<Arc<Node>> {
+        match (&self.leader, &self.upstream) {
+            (Some(leader), _) => Some(leader.node.clone()),
+            (None, Some(upstream)) => Some(upstream.node()),
+            (None, None) => None,
+        }
+    }
+
+    /// The address that the request was sent to.
+    pub(super) fn addr(&self) -> Option<SocketAddr> {
+        match (&self.leader, &self.upstream) {
+            (Some(leader), _) => Some(leader.addr),
+            (None, Some(upstream)) => Some(upstream.addr()),
+            (None, None) => None,
+        }
+    }
+
+    /// The connection is a tunnel from now on.
+    pub(super) fn becomes_tunnel(&mut self) {
+        self.is_tunnel = true;
+        if let Some(connection) = &self.connection {
+            connection.enter(Phase::Tunnel);
+        }
+    }
+
+    /// The request has been received completely.
+    pub(super) fn completes(&mut self) {
+        self.is_complete = true;
+        if let Some(connection) = &self.connection {
+            connection.enter(Phase::Answer);
+        }
+    }
+
+    /// The response is complete. The rest of the request, if there is one, has no more use.
+    pub(super) fn answer_ends(&self) {
+        if let Some(connection) = &self.connection
+            && !self.is_complete
+            && !self.is_tunnel
+        {
+            connection.enter(Phase::Drain);
+        }
+    }
+
+    /// The request is over.
+    pub(super) fn end(&self) {
+        if let Some(connection) = &self.connection
+            && !self.is_tunnel
+        {
+            connection.enter(match self.is_complete {
+                true => Phase::Idle,
+                false => Phase::Drain,
+            });
+        }
+    }
+
+    /// How long the request may still take; `None` if it may take any time.
+    pub(super) fn time_left(&self) -> Result<Option<Duration>> {
+        let of_call = self.call.and_then(Call::timeout);
+        let Some(timeout) = self.timeout.into_iter().chain(of_call).min() else {
+            return Ok(None);
+        };
+        let left = timeout.saturating_sub(self.started.elapsed());
+        if left.is_zero() && !self.is_tunnel {
+            let reason = "the request took too long";
+            return Err(Error::explain(ErrorType::HTTPStatus(504), reason));
+        }
+        Ok(Some(left))
+    }
+
+    /// Whether the request may be tried once more.
+    pub(super) fn may_try(&self) -> bool {
+        self.retries < self.most_retries && self.time_left().is_ok()
+    }
+
+    /// Whether the request may be tried once more; if so, that counts.
+    pub(super) fn may_try_again(&mut self) -> bool {
+        let may = self.may_try();
+        self.retries += usize::from(may);
+        may
+    }
+
+    /// The latency of the backend: until it answered, or until now.
+    pub(super) fn latency(&self) -> Duration {
+        self.answered.unwrap_or_else(|| self.sent.elapsed())
+    }
+}

@@ -1,0 +1,244 @@
+//! A route: which requests it is for, and what becomes of them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use ::pingora::ErrorType::InternalError;
+use ::pingora::http::{RequestHeader, ResponseHeader};
+use ::pingora::{OrErr, Result};
+use bytes::Bytes;
+use http::Uri;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, LOCATION};
+
+use super::conditions::{Conditions, host_of};
+use super::group::{GroupProxy, some_time};
+use super::header_changes::HeaderChanges;
+use super::mirror::Mirror;
+use super::request_state::RequestState;
+use crate::config;
+
+/// A route, ready to be used.
+pub(super) struct Route {
+    pub(super) name: String,
+    conditions: Conditions,
+    action: Action,
+    /// All requests are for the leader.
+    is_for_leader: bool,
+    retries: Option<usize>,
+    /// `Some(None)` is any time.
+    request_timeout: Option<Option<Duration>>,
+    response_timeout: Option<Duration>,
+    tunnel_timeout: Option<Duration>,
+    rewrite: config::Rewrite,
+    request_headers: HeaderChanges,
+    response_headers: HeaderChanges,
+    pub(super) mirror: Option<Arc<Mirror>>,
+    requests: Arc<AtomicU64>,
+}
+
+/// What becomes of a request.
+enum Action {
+    Serve(Split),
+    Redirect(config::Redirect),
+    Answer(config::Answer),
+}
+
+/// Groups by weight.
+struct Split {
+    /// Each with the sum of its weight and those before it.
+    groups: Vec<(u64, Arc<GroupProxy>)>,
+    last: Arc<GroupProxy>,
+}
+
+/// What a request gets.
+pub(super) enum Decided {
+    Serve(Arc<GroupProxy>),
+    /// This response, without a backend.
+    Answer(Box<ResponseHeader>, Bytes),
+}
+
+impl Split {
+    fn new(config: &config::Route, groups: &BTreeMap<String, Arc<GroupProxy>>) -> Option<Self> {
+        let one = config.group.iter().map(|name| (name, 1));
+        let several = config.split.iter().map(|(name, weight)| (name, *weight));
+        let mut sum = 0;
+        let groups: Vec<_> = one
+            .chain(several)
+            .filter(|(_, weight)| *weight > 0)
+            .filter_map(|(name, weight)| {
+                sum += u64::from(weight);
+                Some((sum, groups.get(name)?.clone()))
+            })
+            .collect();
+        let last = groups.last()?.1.clone();
+        Some(Self { groups, last })
+    }
+
+    fn draw(&self) -> &Arc<GroupProxy> {
+        let [(sum, _), ..] = &self.groups[..] else {
+            return &self.last;
+        };
+        let total = self.groups.last().map_or(*sum, |(sum, _)| *sum);
+        let at = match self.groups.len() {
+            1 => 0,
+            _ => fastrand::u64(..total),
+        };
+        let drawn = self.groups.iter().find(|(sum, _)| at < *sum);
+        drawn.map_or(&self.last, |(_, group)| group)
+    }
+}
+
+impl Route {
+    /// What the file says, which has been checked; `None` if a group is missing. `number` counts from 1.
+    pub(super) fn new(
+        config: &config::Route,
+        number: usize,
+        groups: &BTreeMap<String, Arc<GroupProxy>>,
+    ) -> Option<Self> {
+        let action = match (&config.redirect, &config.answer) {
+            (Some(redirect), _) => Action::Redirect(redirect.clone()),
+            (None, Some(answer)) => Action::Answer(answer.clone()),
+            (None, None) => Action::Serve(Split::new(config, groups)?),
+        };
+        let name = config.name.clone();
+        Some(Self {
+            name: name.unwrap_or_else(|| format!("route-{number}")),
+            conditions: Conditions::new(config),
+            action,
+            is_for_leader: config.leader,
+            retries: config.retries,
+            request_timeout: config.timeouts.request_ms.map(some_time),
+            response_timeout: config.timeouts.response_ms.and_then(some_time),
+            tunnel_timeout: config.timeouts.tunnel_ms.and_then(some_time),
+            rewrite: config.rewrite.clone(),
+            request_headers: HeaderChanges::new(&config.request_headers),
+            response_headers: HeaderChanges::new(&config.response_headers),
+            mirror: match &config.mirror {
+                Some(mirror) => Some(Arc::new(Mirror::new(mirror, groups)?)),
+                None => None,
+            },
+            requests: Arc::default(),
+        })
+    }
+
+    /// Continues to count where a route of the same name is.
+    pub(super) fn count_with(&mut self, former: &Self) {
+        self.requests = former.requests.clone();
+    }
+
+    /// How many requests it has been for.
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is for this request.
+    pub(super) fn is_for(&self, request: &RequestHeader) -> bool {
+        self.conditions.are_met_by(request)
+    }
+
+    /// What becomes of this request, which the route is for.
+    pub(super) fn decide(&self, request: &RequestHeader) -> Result<Decided> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        let (mut head, body) = match &self.action {
+            Action::Serve(split) => return Ok(Decided::Serve(split.draw().clone())),
+            Action::Redirect(redirect) => {
+                let mut head = ResponseHeader::build(redirect.status, Some(4))?;
+                head.insert_header(LOCATION, location(&redirect.to, request))?;
+                (head, Bytes::new())
+            }
+            Action::Answer(answer) => {
+                let mut head = ResponseHeader::build(answer.status, Some(4))?;
+                head.insert_header(CONTENT_TYPE, answer.content_type.as_str())?;
+                (head, Bytes::copy_from_slice(answer.body.as_bytes()))
+            }
+        };
+        if !matches!(head.status.as_u16(), 204 | 304) {
+            head.insert_header(CONTENT_LENGTH, body.len())?;
+        }
+        self.response_headers.change_response(&mut head)?;
+        Ok(Decided::Answer(Box::new(head), body))
+    }
+
+    /// What the route says instead of the group.
+    pub(super) fn apply_to(&self, state: &mut RequestState) {
+        state.is_for_leader |= self.is_for_leader;
+        state.most_retries = self.retries.unwrap_or(state.most_retries);
+        state.timeout = self.request_timeout.unwrap_or(state.timeout);
+        state.response_timeout = self.response_timeout;
+        state.tunnel_timeout = self.tunnel_timeout;
+    }
+
+    /// Changes what the backend gets.
+    pub(super) fn change_request(&self, request: &mut RequestHeader) -> Result<()> {
+        if let Some(instead) = &self.rewrite.path {
+            let path = self.conditions.rewritten(request.uri.path(), instead);
+            let target = match request.uri.query() {
+                Some(query) => format!("{path}?{query}"),
+                None => path,
+            };
+            // Over HTTP/2 the host stands there, too.
+            let mut parts = request.uri.clone().into_parts();
+            let failed = "the path after the rewrite";
+            parts.path_and_query = Some(target.parse().or_err(InternalError, failed)?);
+            request.set_uri(Uri::from_parts(parts).or_err(InternalError, failed)?);
+        }
+        if let Some(host) = &self.rewrite.host {
+            request.insert_header(HOST, host.as_str())?;
+        }
+        self.request_headers.change_request(request)
+    }
+
+    /// Changes what the client gets.
+    pub(super) fn change_response(&self, response: &mut ResponseHeader) -> Result<()> {
+        self.response_headers.change_response(response)
+    }
+}
+
+fn location(to: &str, request: &RequestHeader) -> String {
+    let mut location = String::new();
+    let mut rest = to;
+    while let Some((before, after)) = rest.split_once('{') {
+        location.push_str(before);
+        let (name, after) = after.split_once('}').unwrap_or((after, ""));
+        match (name, request.uri.query()) {
+            ("host", _) => location.push_str(host_of(request).unwrap_or_default()),
+            ("path", _) => location.push_str(request.uri.path()),
+            ("query", Some(query)) => {
+                location.push('?');
+                location.push_str(query);
+            }
+            _ => {}
+        }
+        rest = after;
+    }
+    location.push_str(rest);
+    location
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redirect_names_what_was_asked_for() {
+        let mut request = RequestHeader::build("GET", b"/a/{query}?x=1", None).unwrap();
+        request.insert_header(HOST, "example.com:80").unwrap();
+        for (to, expected) in [
+            (
+                "https://{host}{path}{query}",
+                "https://example.com/a/{query}?x=1",
+            ),
+            ("https://other/{path}", "https://other//a/{query}"),
+            ("/there", "/there"),
+        ] {
+            assert_eq!(location(to, &request), expected);
+        }
+        let request = RequestHeader::build("GET", b"/", None).unwrap();
+        assert_eq!(
+            location("https://{host}{path}{query}", &request),
+            "https:///"
+        );
+    }
+}

@@ -1,0 +1,98 @@
+//! What a file says of requests: where they go, and what they may be. A reload replaces it as a whole.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ::pingora::http::RequestHeader;
+
+use super::client::TrustedProxies;
+use super::group::GroupProxy;
+use super::readiness::Readiness;
+use super::requests::RequestLimits;
+use super::route::Route;
+use crate::config::{ClusterConfig, DEFAULT_GROUP};
+use crate::error::ClusterError;
+use crate::pingora::BalancerService;
+
+/// The groups, the routes to them, and what holds for all requests.
+pub(super) struct Routing {
+    /// By the names in the file.
+    pub(super) groups: BTreeMap<String, Arc<GroupProxy>>,
+    /// For requests that no route is for.
+    pub(super) default: Arc<GroupProxy>,
+    pub(super) routes: Vec<Arc<Route>>,
+    pub(super) limits: RequestLimits,
+    pub(super) readiness: Readiness,
+    pub(super) trusted: TrustedProxies,
+    /// Whether backends get `Forwarded`.
+    pub(super) sends_forwarded: bool,
+    /// Whether a missing `traceparent` is made.
+    pub(super) traceparent: bool,
+}
+
+impl Routing {
+    /// One group for all requests.
+    pub(super) fn of_one(config: &ClusterConfig, group: GroupProxy) -> Self {
+        let group = Arc::new(group);
+        let groups = BTreeMap::from([(group.name.clone(), group.clone())]);
+        Self::of(config, groups, group, Vec::new())
+    }
+
+    /// These groups, with the routes to them. Routes continue to count from the former ones.
+    pub(super) fn new(
+        config: &ClusterConfig,
+        groups: BTreeMap<String, Arc<GroupProxy>>,
+        former: Option<&Self>,
+    ) -> Result<Self, ClusterError> {
+        let missing =
+            |field: String| ClusterError::config(field, "names a group that is not there");
+        let default = groups.get(DEFAULT_GROUP).cloned();
+        let default = default.ok_or_else(|| missing("cluster.group".to_owned()))?;
+        let mut routes = Vec::new();
+        for (index, route) in config.routes.iter().enumerate() {
+            let made = Route::new(route, index + 1, &groups);
+            let mut made = made.ok_or_else(|| missing(format!("cluster.routes[{index}]")))?;
+            let same = former.into_iter().flat_map(|former| &former.routes);
+            if let Some(same) = same.clone().find(|same| same.name == made.name) {
+                made.count_with(same);
+            }
+            routes.push(Arc::new(made));
+        }
+        Ok(Self::of(config, groups, default, routes))
+    }
+
+    fn of(
+        config: &ClusterConfig,
+        groups: BTreeMap<String, Arc<GroupProxy>>,
+        default: Arc<GroupProxy>,
+        routes: Vec<Arc<Route>>,
+    ) -> Self {
+        let clients = &config.clients;
+        Self {
+            groups,
+            default,
+            routes,
+            limits: RequestLimits::new(config),
+            readiness: Readiness::new(clients.ready_path.clone()),
+            trusted: TrustedProxies::new(clients.trusted_proxies.iter().copied()),
+            sends_forwarded: clients.forwarded,
+            traceparent: config.traceparent,
+        }
+    }
+
+    /// The balancers of all groups.
+    pub(super) fn balancers(&self) -> Vec<Arc<BalancerService>> {
+        let groups = self.groups.values();
+        groups.map(|group| group.balancer.clone()).collect()
+    }
+
+    /// The first route that is for this request. Costs time in proportion to the number of routes.
+    pub(super) fn route_of(&self, request: &RequestHeader) -> Option<&Arc<Route>> {
+        self.routes.iter().find(|route| route.is_for(request))
+    }
+
+    /// Whether some group has a backend.
+    pub(super) fn has_backends(&self) -> bool {
+        self.groups.values().any(|group| !group.balancer.is_empty())
+    }
+}

@@ -1,0 +1,237 @@
+//! The tries of a request at the backends of a group, and what comes of each.
+
+use std::time::Instant;
+
+use ::pingora::http::ResponseHeader;
+use ::pingora::proxy::Session;
+use ::pingora::upstreams::peer::HttpPeer;
+use ::pingora::{Error, Result};
+use http::StatusCode;
+use tracing::{debug, warn};
+
+use super::failure::{failure, is_local, retried_status};
+use super::group::GroupProxy;
+use super::headers::{set_upstream_node, take_load_report};
+use super::hop_by_hop::remove_hop_by_hop;
+use super::leader::is_misdirected;
+use super::outcome::Outcome;
+use super::peers::Asked;
+use super::reply::{bad_gateway, is_slow_upload, refused, unavailable};
+use super::request_state::RequestState;
+use super::retry::{Decision, RetryRules, decide};
+
+impl GroupProxy {
+    /// The backend for the next try.
+    pub(super) async fn next_peer(
+        &self,
+        session: &Session,
+        state: &mut RequestState,
+    ) -> Result<Box<HttpPeer>> {
+        let left = state.time_left()?;
+        // It is sent from its start.
+        state.body_bytes = 0;
+        state.has_body_begun = false;
+        loop {
+            if !std::mem::take(&mut state.is_found) {
+                let found = self.find_backend(session, state).await;
+                found.map_err(unavailable)?;
+            }
+            let (Some(addr), Some(node)) = (state.addr(), state.node()) else {
+                return Err(unavailable("no backend is registered"));
+            };
+            state.tries += 1;
+            let asked = Asked {
+                is_upgrade: state.is_upgrade,
+                is_short: state.is_short,
+                left,
+                response: state.response_timeout,
+                tunnel: state.tunnel_timeout,
+            };
+            let reason = match self.peers.peer(addr, &node, asked) {
+                Ok(peer) => return Ok(peer),
+                Err(reason) => reason,
+            };
+            debug!(node = node.id, reason, "a node cannot be spoken to");
+            // The next one, of those that have not been tried.
+            let Some(upstream) = state.upstream.take() else {
+                return Err(bad_gateway(reason));
+            };
+            self.blame(upstream);
+        }
+    }
+
+    /// Takes notice of a response. An error means that it is not passed on.
+    pub(super) fn take_response(
+        &self,
+        session: &mut Session,
+        response: &mut ResponseHeader,
+        state: &mut RequestState,
+    ) -> Result<()> {
+        let status = response.status;
+        if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(());
+        }
+        if let Some(addr) = state.addr() {
+            let overload = &self.picker.overload;
+            overload.answered(addr, status, &response.headers);
+        }
+        if self.is_sent_again(session, response, state) {
+            state.is_retried_for_status = true;
+            return Err(retried_status(status));
+        }
+        if let Some(call) = &mut state.call {
+            call.take_head(&response.headers);
+        }
+        let now = Instant::now();
+        state.answered = Some(now.saturating_duration_since(state.sent));
+        if self.load_reports {
+            take_load_report(response, state.upstream.as_ref(), now);
+        }
+        if let Some(seconds) = remove_hop_by_hop(response)
+            && let Some(addr) = state.addr()
+        {
+            self.peers.closes_after(addr, seconds);
+        }
+        Ok(())
+    }
+
+    fn is_sent_again(
+        &self,
+        session: &mut Session,
+        response: &ResponseHeader,
+        state: &mut RequestState,
+    ) -> bool {
+        if session.as_ref().retry_buffer_truncated() {
+            return false;
+        }
+        if let Some(leader) = &state.leader
+            && is_misdirected(response, leader.epoch)
+            && !state.is_misdirected
+        {
+            state.is_misdirected = true;
+            self.statistics.backend_ends(leader.addr, None);
+            state.failed_epoch = Some(leader.epoch);
+            state.leader = None;
+            return true;
+        }
+        self.retry_on_status.contains(&response.status.as_u16())
+            && state.tried.len() < self.balancer.len()
+            && session.req_header().method.is_safe()
+            && self.may_send_again(state)
+    }
+
+    /// Names the node that has answered.
+    pub(super) fn name_node(
+        &self,
+        session: &Session,
+        response: &mut ResponseHeader,
+        state: &RequestState,
+    ) -> Result<()> {
+        self.picker.set_cookie(session, response, state)?;
+        let method = &session.req_header().method;
+        let leader = state.leader.as_ref();
+        self.leader_requests().answer(method, response, leader)?;
+        match state.node() {
+            Some(node) => set_upstream_node(response, &node),
+            None => Ok(()),
+        }
+    }
+
+    /// No connection could be made, so nothing has been sent.
+    pub(super) fn after_no_connection(
+        &self,
+        mut error: Box<Error>,
+        state: &mut RequestState,
+    ) -> Box<Error> {
+        let upstream = state.upstream.take();
+        if is_local(&error) {
+            warn!(%error, "this process cannot connect to any backend");
+            return refused(503, "this proxy cannot make a connection");
+        }
+        if let Some(upstream) = upstream
+            && state.time_left().is_ok()
+        {
+            self.blame(upstream);
+        }
+        if let Some(leader) = state.leader.take() {
+            self.statistics.backend_ends(leader.addr, None);
+            state.failed_epoch = Some(leader.epoch);
+            error.set_retry(state.started.elapsed() < self.leader_requests().wait);
+        } else {
+            // Nothing was sent, so no backend gets more than there are requests: without the budget.
+            error.set_retry(state.may_try_again());
+        }
+        error
+    }
+
+    /// A try has failed after something may have been sent.
+    pub(super) fn after_failure(
+        &self,
+        session: &mut Session,
+        mut error: Box<Error>,
+        state: &mut RequestState,
+        client_reused: bool,
+    ) -> Box<Error> {
+        state.answered = None;
+        if std::mem::take(&mut state.is_retried_for_status) {
+            if let Some(upstream) = state.upstream.take() {
+                self.blame(upstream);
+            }
+            error.set_retry(true);
+            return error;
+        }
+        if is_slow_upload(state, &error) || state.time_left().is_err() {
+            // The backend waited for the client, or others have used the time of the request.
+            state.upstream = None;
+            state.is_blameless = true;
+        }
+        let failure = failure(session, state, &error, client_reused);
+        let rules = RetryRules {
+            most: state.most_retries,
+            ..self.retries
+        };
+        let is_retried = match decide(&failure, rules) {
+            Decision::RetryAnywhere => {
+                state.stale_connections += 1;
+                state.tried.pop();
+                true
+            }
+            Decision::RetryElsewhere if self.may_send_again(state) => {
+                if let Some(upstream) = state.upstream.take()
+                    && failure.is_from_backend
+                {
+                    self.blame(upstream);
+                }
+                true
+            }
+            // The failure is reported at the end.
+            Decision::RetryElsewhere | Decision::GiveUp => false,
+            Decision::GiveUpWithoutBlame => {
+                state.upstream = None;
+                state.is_blameless = true;
+                false
+            }
+        };
+        error.set_retry(is_retried);
+        error
+    }
+
+    /// The request is over, with this status for the client.
+    pub(super) fn end(&self, status: Option<u16>, outcome: Outcome, state: &mut RequestState) {
+        let duration = state.started.elapsed();
+        self.statistics.ends(status, state.tries, duration);
+        if let Some(addr) = state.addr() {
+            self.count_backend(addr, &outcome, state);
+        }
+        if let Some(upstream) = state.upstream.take() {
+            match outcome {
+                Outcome::Succeeded => upstream.succeeded(state.latency()),
+                Outcome::Answered => upstream.answered(),
+                Outcome::Failed => upstream.failed(),
+                Outcome::Unknown => drop(upstream),
+            }
+        }
+        // Now there is room at the backend.
+        self.picker.overload.freed();
+    }
+}
