@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo install check test promises test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-proxy bench-scale bench-fleets bench-routing bench-build clean
+.PHONY: help deps demo memory install check test promises test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-proxy bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -97,6 +97,11 @@ chaos: deps ## inject faults into a real etcd cluster for CHAOS_SECONDS=600; a s
 	cargo build --profile bench --all-features --examples --bins
 	ETCD_BIN=$$(.ci/install-etcd) cargo test --profile bench --all-features --test chaos -- --seconds $(CHAOS_SECONDS)
 
+MEMORY_SECONDS ?= 600
+memory: deps ## memory under load with page, metrics and log for MEMORY_SECONDS=600; a short run is part of test
+	cargo build --profile bench --all-features --examples --bins
+	ETCD_BIN=$$(.ci/install-etcd) MEMORY_SECONDS=$(MEMORY_SECONDS) cargo test --all-features --test promises -- memory:: --nocapture
+
 OUTAGE_SECONDS ?= 300
 outage: deps ## stop etcd for OUTAGE_SECONDS=300 under traffic; a short run is part of test
 	ETCD_BIN=$$(.ci/install-etcd) OUTAGE_SECONDS=$(OUTAGE_SECONDS) cargo test --all-features --test proxy outage -- --nocapture
@@ -134,7 +139,7 @@ bench-build: deps ## compile the benchmarks, and run those of the pick once with
 	cargo bench --all-features --bench proxy -- --test
 
 install: deps ## install the command pingora-etcd
-	cargo install --locked --path . --features cli
+	cargo install --locked --path . --features cli,mimalloc
 
 clean: ## remove target/, downloaded tools included
 	cargo clean

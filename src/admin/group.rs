@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use crate::pingora::BalancerService;
-use crate::proxy::{FrontStatistics, ProxyParts, RequestStatistics};
+use crate::proxy::{FrontStatistics, ProxyParts, RequestStatistics, ServedGroup};
 
 /// A group to show: its balancer, and what a proxy counts of its requests, if there is one.
 #[derive(Clone)]
 pub struct Group {
+    pub(super) name: String,
     pub(super) balancer: Arc<BalancerService>,
     pub(super) requests: Option<Arc<RequestStatistics>>,
     pub(super) clients: Option<Arc<FrontStatistics>>,
@@ -17,6 +18,7 @@ impl Group {
     /// The group that this balancer follows.
     pub fn new(balancer: Arc<BalancerService>) -> Self {
         Self {
+            name: balancer.discovery().group_name().to_owned(),
             balancer,
             requests: None,
             clients: None,
@@ -31,16 +33,26 @@ impl Group {
     }
 
     pub(super) fn name(&self) -> &str {
-        self.balancer.discovery().group_name()
+        &self.name
     }
 }
 
 impl From<&ProxyParts> for Group {
     fn from(parts: &ProxyParts) -> Self {
         Self {
-            balancer: parts.balancer.clone(),
             requests: Some(parts.requests.clone()),
             clients: Some(parts.clients.clone()),
+            ..Self::new(parts.balancer.clone())
+        }
+    }
+}
+
+impl From<ServedGroup> for Group {
+    fn from(served: ServedGroup) -> Self {
+        Self {
+            name: served.name,
+            requests: Some(served.requests),
+            ..Self::new(served.balancer)
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Metrics for Prometheus, made from the current state at each request for them.
 
 use std::fmt;
-use std::time::SystemTime;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
@@ -11,31 +10,27 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use super::group::Group;
+use super::shown::Shown;
 use super::status::{GroupStatus, NodeStatus, Status};
 use crate::proxy::{LATENCY_BUCKETS, LatencyCounts};
 
 /// The states that a node can be in.
-const STATES: [&str; 6] = [
-    "serving", "draining", "leaving", "suspect", "failing", "unused",
+const STATES: [&str; 8] = [
+    "serving", "degraded", "draining", "leaving", "suspect", "failing", "down", "unused",
 ];
 /// The classes of a status; the first one is for requests that ended without one.
 const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
 /// The text of `/metrics`.
-pub(super) fn text(
-    groups: &[Group],
-    started: SystemTime,
-    most_nodes: usize,
-) -> Result<String, fmt::Error> {
-    let status = Status::of(groups, started);
-    let durations = groups.iter().map(|group| {
-        let counts = group.requests.as_ref()?.counts();
-        Some(counts.by_class)
-    });
+pub(super) fn text(shown: &Shown, most_nodes: usize) -> Result<String, fmt::Error> {
+    let groups = shown.groups();
+    let of_group = |group: &Group| Some(group.requests.as_ref()?.counts().by_class);
+    let unserved = shown.proxy.as_ref();
     let mut registry = Registry::default();
     registry.register_collector(Box::new(State {
-        durations: durations.collect(),
-        status,
+        durations: groups.iter().map(of_group).collect(),
+        unserved: unserved.map(|parts| parts.unserved.counts().by_class),
+        status: shown.status_of(&groups),
         most_nodes,
     }));
     let mut text = String::new();
@@ -49,6 +44,8 @@ struct State {
     status: Status,
     /// By group and class.
     durations: Vec<Option<[LatencyCounts; 6]>>,
+    /// Those of requests that no group has served.
+    unserved: Option<[LatencyCounts; 6]>,
     most_nodes: usize,
 }
 
@@ -121,6 +118,7 @@ impl Collector for State {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut writer = Writer(&mut encoder);
         self.process(&mut writer)?;
+        self.reloads(&mut writer)?;
         self.views(&mut writer)?;
         self.requests(&mut writer)?;
         self.nodes(&mut writer)
@@ -158,6 +156,28 @@ impl State {
         writer.gauges("draining", help, [(vec![], flag(status.draining))])
     }
 
+    fn reloads(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
+        let Some(reload) = &self.status.reload else {
+            return Ok(());
+        };
+        let results = [
+            ("taken_over", reload.taken_over),
+            ("refused", reload.refused),
+        ];
+        let results = results.map(|(result, count)| (vec![("result", result)], count));
+        let help = "Configurations that were read while the process ran, by what became of them";
+        writer.counters("reloads", help, results)?;
+        let since = reload.since_ms as f64 / 1e3;
+        let help = "When the configuration in use was taken over, in Unix seconds";
+        writer.gauges("config_time_seconds", help, [(vec![], since)])?;
+        let is_refused = flag(reload.error.is_some());
+        let help = "1 while the file has a configuration that was refused";
+        writer.gauges("config_refused", help, [(vec![], is_refused)])?;
+        let needs_restart = flag(!reload.needs_restart.is_empty());
+        let help = "1 while the file has values that take effect only after a restart";
+        writer.gauges("config_needs_restart", help, [(vec![], needs_restart)])
+    }
+
     fn views(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
         let live = self.by_group(|group| flag(group.view == "live"));
         writer.gauges(
@@ -177,6 +197,9 @@ impl State {
         let open = self.by_group(|group| flag(group.breaker_open_after.is_some()));
         let help = "1 while calls to etcd fail at once, because too many have failed";
         writer.gauges("breaker_open", help, open)?;
+        let panicking = self.by_group(|group| flag(group.panicking));
+        let help = "1 while health checks find so few nodes well that all are used";
+        writer.gauges("panicking", help, panicking)?;
         let leads = self.by_group(|group| flag(group.leader.is_some()));
         writer.gauges("has_leader", "1 while the group has a leader", leads)?;
         let epoch = self.by_group(|group| group.leader.as_ref().map_or(0, |leader| leader.epoch));
@@ -223,8 +246,20 @@ impl State {
             by_class
                 .map(|(class, counts)| (vec![("group", &*group.name), ("status", class)], *counts))
         });
-        let help = "How long requests took, by the class of the status; none without one";
-        writer.histograms("request_duration_seconds", help, durations)?;
+        let unserved = CLASSES.into_iter().zip(self.unserved.iter().flatten());
+        let unserved =
+            unserved.map(|(class, counts)| (vec![("group", ""), ("status", class)], *counts));
+        let help = "How long requests took, by the class of the status, none without one; without a \
+                    group those that no group has served";
+        let all = durations.chain(unserved);
+        writer.histograms("request_duration_seconds", help, all)?;
+        let routes = self.status.routes.iter();
+        let routes = routes.map(|route| (vec![("route", &*route.name)], route.requests));
+        writer.counters(
+            "route_requests",
+            "Requests that the route has been for",
+            routes,
+        )?;
         let clients = self.status.groups.iter().flat_map(|group| {
             let counts = group.clients.iter();
             counts.map(|(what, count)| (vec![("group", &*group.name), ("event", *what)], *count))

@@ -1,5 +1,5 @@
 //! What a person or Prometheus sees of a running process (feature `admin`): a live page, the same as
-//! JSON, and metrics. It only reads.
+//! JSON, and metrics; with a token, nodes can be drained and more.
 //!
 //! | path | what it is |
 //! |---|---|
@@ -8,13 +8,15 @@
 //! | `/api/v1/events` | server-sent events: `status` each second, and `event` when something happens |
 //! | `/metrics` | metrics for Prometheus |
 //! | `/healthz` | 200 as long as the process answers |
-//! | `/readyz` | 200 while there is a view with nodes and the process does not drain, otherwise 503 |
+//! | `POST /api/v1/reload` | reads the file again |
+//! | `POST /api/v1/groups/GROUP/nodes/ID/ACTION` | `drain`, `undrain`, `transfer`, `evict`, or `weight` with the body `{"weight": 0.5}` (`null` for the node's own): see [`Operator`](crate::Operator) |
+//! | `/readyz` | 200 while every group has a view, one of them has nodes, and the process does not drain, otherwise 503 |
 //!
 //! The bundled load balancer has it with the section `admin` of its file. A program of your own:
 //!
 //! ```no_run
 //! use pingora::services::background::background_service;
-//! use pingora_etcd::admin::{Admin, Group};
+//! use pingora_etcd::admin::Admin;
 //! use pingora_etcd::config;
 //! use pingora_etcd::proxy::ClusterProxy;
 //!
@@ -22,7 +24,7 @@
 //! let (config, server_conf) = config::load("config/load_balancer.yaml")?;
 //! let mut server = pingora::server::Server::new_with_opt_and_conf(None, server_conf);
 //! let parts = ClusterProxy::add_to(&mut server, &config, false)?;
-//! let admin = Admin::new(config::Admin::default()).group(Group::from(&parts));
+//! let admin = Admin::new(config::Admin::default()).proxy(&parts);
 //! server.add_service(background_service("admin", admin));
 //! # Ok(()) }
 //! ```
@@ -32,6 +34,7 @@
 mod events;
 mod group;
 mod metrics;
+mod operate;
 mod page;
 mod router;
 mod service;
@@ -40,4 +43,6 @@ mod status;
 
 pub use group::Group;
 pub use service::{Admin, add_to};
-pub use status::{GroupStatus, LeaderStatus, NodeStatus, Status};
+pub use status::{
+    GroupStatus, LeaderStatus, NodeStatus, ReloadStatus, RequestStatus, RouteStatus, Status,
+};

@@ -17,6 +17,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::{BroadcastStream, IntervalStream};
 use tokio_stream::{StreamExt, iter};
 
+use super::operate::routes;
 use super::page::page;
 use super::shown::Shown;
 use super::status::is_ready;
@@ -35,6 +36,7 @@ pub(super) fn router(shown: Arc<Shown>) -> Router {
         .route("/metrics", get(metrics_text))
         .route("/healthz", get("ok\n"))
         .route("/readyz", get(ready))
+        .merge(routes(&shown))
         .layer(from_fn_with_state(shown.clone(), check_host))
         .with_state(shown)
 }
@@ -60,7 +62,7 @@ async fn status(State(shown): State<Arc<Shown>>) -> Json<Status> {
 }
 
 async fn ready(State(shown): State<Arc<Shown>>) -> (StatusCode, &'static str) {
-    match is_ready(&shown.groups) {
+    match is_ready(&shown.groups()) {
         true => (StatusCode::OK, "ready\n"),
         false => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
     }
@@ -68,7 +70,7 @@ async fn ready(State(shown): State<Arc<Shown>>) -> (StatusCode, &'static str) {
 
 async fn metrics_text(State(shown): State<Arc<Shown>>) -> Response {
     let most = shown.options.metrics_nodes;
-    match metrics::text(&shown.groups, shown.started, most) {
+    match metrics::text(&shown, most) {
         Ok(text) => ([(CONTENT_TYPE, METRICS)], text).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }

@@ -9,7 +9,7 @@ use ::pingora::services::background::{BackgroundService, background_service};
 use async_trait::async_trait;
 use axum::Router;
 use tokio::net::TcpListener;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
 use super::events::{Event, Events};
@@ -22,12 +22,16 @@ use crate::proxy::{ProxyParts, Shutdown};
 
 /// How often to try to listen: the predecessor has the address until it ends.
 const RETRY: Duration = Duration::from_millis(200);
+/// How often to look whether there are other groups.
+const FOLLOW_EVERY: Duration = Duration::from_secs(1);
 
 /// The page, the JSON and the metrics of some groups: a background service for a Pingora server, or a
 /// router.
 pub struct Admin {
     options: config::Admin,
+    token: Option<String>,
     groups: Vec<Group>,
+    proxy: Option<ProxyParts>,
 }
 
 impl Admin {
@@ -35,7 +39,9 @@ impl Admin {
     pub fn new(options: config::Admin) -> Self {
         Self {
             options,
+            token: None,
             groups: Vec::new(),
+            proxy: None,
         }
     }
 
@@ -46,10 +52,26 @@ impl Admin {
         self
     }
 
+    /// Shows all groups and routes of a bundled proxy, also those that come with a reload.
+    #[must_use]
+    pub fn proxy(mut self, parts: &ProxyParts) -> Self {
+        self.proxy = Some(parts.clone());
+        self
+    }
+
+    /// Lets those who know this token change something; see [`config::Admin::token`].
+    #[must_use]
+    pub fn token(mut self, token: Option<String>) -> Self {
+        self.token = token;
+        self
+    }
+
     fn shown(&self) -> Arc<Shown> {
         Arc::new(Shown {
             options: self.options.clone(),
-            groups: self.groups.clone(),
+            token: self.token.clone(),
+            fixed: self.groups.clone(),
+            proxy: self.proxy.clone(),
             events: Events::default(),
             started: SystemTime::now(),
         })
@@ -63,9 +85,7 @@ impl Admin {
     async fn serve(&self) -> io::Result<()> {
         let shown = self.shown();
         let mut following = JoinSet::new();
-        for group in &self.groups {
-            following.spawn(follow(group.clone(), shown.clone()));
-        }
+        following.spawn(follow_all(shown.clone()));
         let listener = self.listen().await;
         info!(listen = %self.options.listen, "the admin page is served");
         axum::serve(listener, router(shown))
@@ -98,6 +118,31 @@ async fn closing() {
 }
 
 /// Keeps what happens in a group.
+/// Follows the events of all groups, whichever there are.
+async fn follow_all(shown: Arc<Shown>) {
+    let mut followed: Vec<(Group, AbortHandle)> = Vec::new();
+    let mut tasks = JoinSet::new();
+    loop {
+        let groups = shown.groups();
+        let is_same = |one: &Group, other: &Group| Arc::ptr_eq(&one.balancer, &other.balancer);
+        followed.retain(|(old, task)| {
+            let stays = groups.iter().any(|new| is_same(old, new));
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        while tasks.try_join_next().is_some() {}
+        for new in groups {
+            if !followed.iter().any(|(old, _)| is_same(old, &new)) {
+                let task = tasks.spawn(follow(new.clone(), shown.clone()));
+                followed.push((new, task));
+            }
+        }
+        tokio::time::sleep(FOLLOW_EVERY).await;
+    }
+}
+
 async fn follow(group: Group, shown: Arc<Shown>) {
     let mut events = group.balancer.discovery().subscribe();
     loop {
@@ -150,7 +195,8 @@ pub fn add_to(
             ClusterError::config("cluster.admin.listen", reason)
         })?;
     }
-    let admin = Admin::new(options.clone()).group(Group::from(parts));
+    let token = options.token("cluster.admin")?;
+    let admin = Admin::new(options.clone()).proxy(parts).token(token);
     server.add_service(background_service("admin", admin));
     Ok(())
 }

@@ -9,18 +9,47 @@ use super::events::Events;
 use super::group::Group;
 use super::status::Status;
 use crate::config;
+use crate::proxy::ProxyParts;
 
 /// What is shown to those who ask.
 pub(super) struct Shown {
     pub(super) options: config::Admin,
-    pub(super) groups: Vec<Group>,
+    /// What those have to know who may change something.
+    pub(super) token: Option<String>,
+    /// Groups that stay the same.
+    pub(super) fixed: Vec<Group>,
+    /// The parts of a proxy, whose groups may change.
+    pub(super) proxy: Option<ProxyParts>,
     pub(super) events: Events,
     pub(super) started: SystemTime,
 }
 
 impl Shown {
+    /// All groups, as of now.
+    pub(super) fn groups(&self) -> Vec<Group> {
+        let served = self.proxy.iter().flat_map(|parts| {
+            let mut groups: Vec<_> = parts
+                .reloader
+                .groups()
+                .into_iter()
+                .map(Group::from)
+                .collect();
+            if let Some(first) = groups.first_mut() {
+                first.clients = Some(parts.clients.clone());
+            }
+            groups
+        });
+        self.fixed.iter().cloned().chain(served).collect()
+    }
+
     pub(super) fn status(&self) -> Status {
-        Status::of(&self.groups, self.started)
+        self.status_of(&self.groups())
+    }
+
+    pub(super) fn status_of(&self, groups: &[Group]) -> Status {
+        let mut status = Status::of(groups, self.proxy.as_ref(), self.started);
+        status.writable = self.token.is_some() && self.proxy.is_some();
+        status
     }
 
     pub(super) fn is_own_name(&self, host: &str) -> bool {

@@ -11,9 +11,13 @@ use crate::balance::BackendStatus;
 use crate::discovery::DiscoveryStatus;
 use crate::metadata::metadata_keys;
 use crate::node::Node;
-use crate::proxy::{BackendCounts, FrontCounts, LatencyCounts, RequestCounts, Shutdown};
+use crate::pingora::CheckStatus;
+use crate::proxy::{
+    self, BackendCounts, FrontCounts, LatencyCounts, ProxyParts, RequestCounts, ServedRoute,
+    Shutdown,
+};
 use crate::store::Circuit;
-use crate::view::Nodes;
+use crate::view::{NodeOverride, Nodes};
 
 /// The answer of `/api/v1/status`.
 #[derive(Debug, Clone, Serialize)]
@@ -29,8 +33,73 @@ pub struct Status {
     pub ready: bool,
     /// Whether the process is about to end.
     pub draining: bool,
+    /// Whether something can be changed, with the token.
+    pub writable: bool,
     /// The groups.
     pub groups: Vec<GroupStatus>,
+    /// The routes, in their order.
+    pub routes: Vec<RouteStatus>,
+    /// Requests that no group has served: refused, redirected, or answered by a route.
+    pub unserved: Option<RequestStatus>,
+    /// What has become of reloads; `None` if the process has none.
+    pub reload: Option<ReloadStatus>,
+}
+
+/// What health checks say of a node.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct CheckResult {
+    /// Whether it is well.
+    pub well: bool,
+    /// What the last check has found, if it failed.
+    pub problem: Option<String>,
+}
+
+impl From<CheckStatus> for CheckResult {
+    fn from(status: CheckStatus) -> Self {
+        Self {
+            well: status.is_well,
+            problem: status.problem,
+        }
+    }
+}
+
+/// A route.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct RouteStatus {
+    /// Its name.
+    pub name: String,
+    /// How many requests it has been for.
+    pub requests: u64,
+}
+
+/// What has become of reloads of the configuration.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct ReloadStatus {
+    /// When the one that is in use was taken over, in Unix milliseconds.
+    pub since_ms: u64,
+    /// How often another one was taken over.
+    pub taken_over: u64,
+    /// How often one was refused.
+    pub refused: u64,
+    /// Why the last one was refused, if it was.
+    pub error: Option<String>,
+    /// Fields that have a new value in the file, which takes effect only after a restart.
+    pub needs_restart: Vec<String>,
+}
+
+impl From<proxy::ReloadStatus> for ReloadStatus {
+    fn from(status: proxy::ReloadStatus) -> Self {
+        Self {
+            since_ms: unix_millis(status.since),
+            taken_over: status.taken_over,
+            refused: status.refused,
+            error: status.error,
+            needs_restart: status.needs_restart,
+        }
+    }
 }
 
 /// A group.
@@ -49,6 +118,8 @@ pub struct GroupStatus {
     pub etcd: Option<String>,
     /// How many calls to etcd have failed in a row, if that is why none are sent.
     pub breaker_open_after: Option<u32>,
+    /// Whether health checks find so few nodes well that all are used.
+    pub panicking: bool,
     /// Who leads.
     pub leader: Option<LeaderStatus>,
     /// Entries that were refused, by reason.
@@ -98,7 +169,7 @@ pub struct NodeStatus {
     /// `serving`, `failing`, `draining`, `leaving`, `suspect` or `unused`.
     pub state: &'static str,
     /// Why it is in this state.
-    pub reason: &'static str,
+    pub reason: String,
     /// Whether it leads.
     pub leader: bool,
     /// What it reports of its CPU, in percent.
@@ -115,6 +186,11 @@ pub struct NodeStatus {
     pub share: Option<f64>,
     /// Its recent success rate, 0 to 1.
     pub success: Option<f64>,
+    /// What an operator says of it, if anything.
+    #[serde(rename = "override")]
+    pub said: Option<NodeOverride>,
+    /// What health checks say of it; `None` without checks, or before the first one.
+    pub check: Option<CheckResult>,
     /// Requests of this process that it is working on.
     pub in_flight: u32,
     /// Requests that it has answered.
@@ -134,20 +210,31 @@ fn unix_millis(time: SystemTime) -> u64 {
 
 /// Whether every group has nodes, and the process does not drain.
 pub(super) fn is_ready(groups: &[Group]) -> bool {
-    let is_usable =
-        |group: &Group| group.balancer.discovery().is_ready() && !group.balancer.is_empty();
-    !Shutdown::of_process().is_draining() && groups.iter().all(is_usable)
+    let has_view = |group: &Group| group.balancer.discovery().is_ready();
+    let has_nodes = |group: &Group| !group.balancer.is_empty();
+    !Shutdown::of_process().is_draining()
+        && groups.iter().all(has_view)
+        && groups.iter().any(has_nodes)
 }
 
 impl Status {
-    pub(super) fn of(groups: &[Group], started: SystemTime) -> Self {
+    pub(super) fn of(groups: &[Group], proxy: Option<&ProxyParts>, started: SystemTime) -> Self {
+        let route = |route: ServedRoute| RouteStatus {
+            name: route.name,
+            requests: route.requests,
+        };
+        let routes = proxy.map(|parts| parts.reloader.routes());
         Self {
             version: env!("CARGO_PKG_VERSION"),
             started_ms: unix_millis(started),
             now_ms: unix_millis(SystemTime::now()),
             ready: is_ready(groups),
             draining: Shutdown::of_process().is_draining(),
+            writable: false,
             groups: groups.iter().map(GroupStatus::of).collect(),
+            routes: routes.into_iter().flatten().map(route).collect(),
+            unserved: proxy.map(|parts| RequestStatus::of(&parts.unserved.counts())),
+            reload: proxy.map(|parts| parts.reloader.status().into()),
         }
     }
 }
@@ -206,6 +293,7 @@ impl GroupStatus {
                 Circuit::Closed => None,
                 Circuit::Open { failures } | Circuit::HalfOpen { failures } => Some(failures),
             },
+            panicking: group.balancer.is_panicking(),
             leader: leadership.as_ref().map(|leadership| LeaderStatus {
                 id: leadership.node.id.clone(),
                 epoch: leadership.epoch,
@@ -269,7 +357,13 @@ pub(super) fn nodes_of(group: &Group, nodes: &Nodes, leader: Option<String>) -> 
             let counts = counts.filter(|_| backend.is_some() || !held.contains(&address));
             let counts =
                 counts.map_or_else(BackendCounts::default, |counts| counts.backend(address));
-            let mut status = NodeStatus::of(node, address, nodes, backend, all, &counts);
+            let check = group.balancer.check_status(&node.id).map(CheckResult::from);
+            let said = group.balancer.override_of(&node.id);
+            let state = state(node, nodes, backend, said.as_ref(), check.as_ref());
+            let mut status = NodeStatus::of(node, address, backend, all, &counts);
+            (status.state, status.reason) = state;
+            status.check = check;
+            status.said = said;
             status.leader = leader.as_deref() == Some(&*node.id);
             status
         })
@@ -282,18 +376,18 @@ impl NodeStatus {
     fn of(
         node: &Node,
         address: SocketAddr,
-        nodes: &Nodes,
         backend: Option<&BackendStatus>,
         all: f64,
         counts: &BackendCounts,
     ) -> Self {
-        let (state, reason) = state(node, nodes, backend);
         Self {
             id: node.id.clone(),
             address,
             zone: node.zone.clone(),
-            state,
-            reason,
+            state: "serving",
+            reason: String::new(),
+            check: None,
+            said: None,
             leader: false,
             cpu: node.metric(metadata_keys::CPU_USAGE_PERCENT),
             memory: node.metric(metadata_keys::MEMORY_USAGE_PERCENT),
@@ -318,18 +412,48 @@ fn state(
     node: &Node,
     nodes: &Nodes,
     backend: Option<&BackendStatus>,
-) -> (&'static str, &'static str) {
+    said: Option<&NodeOverride>,
+    check: Option<&CheckResult>,
+) -> (&'static str, String) {
     let is_failing = backend.is_some_and(|backend| backend.success < FAILING);
-    match () {
-        () if nodes.is_suspect(&node.id) => (
+    let text = |key| node.metadata.get(key).and_then(|value| value.as_str());
+    let says = |health| text(metadata_keys::HEALTH) == Some(health);
+    let own_reason = text(metadata_keys::HEALTH_REASON).unwrap_or("no reason given");
+    let (state, reason) = match (backend, check) {
+        _ if nodes.is_suspect(&node.id) => (
             "suspect",
             "its lease is gone, together with those of many others",
         ),
-        () if node.is_leaving() => ("leaving", "it has announced that it leaves"),
-        () if !node.is_serving() => ("draining", "it takes no new requests"),
-        () if node.weight == Some(0.0) => ("unused", "it has registered a weight of 0"),
-        () if backend.is_none() => ("unused", "the balancer has no place for it"),
-        () if is_failing => ("failing", "most requests to it fail"),
-        () => ("serving", "all is well"),
-    }
+        _ if node.is_leaving() => ("leaving", "it has announced that it leaves"),
+        _ if !node.is_serving() => ("draining", "it takes no new requests"),
+        _ if said.is_some_and(NodeOverride::is_draining) => (
+            "draining",
+            "an operator has said that it gets no new requests",
+        ),
+        _ if said.is_some_and(|said| said.weight == Some(0.0)) => {
+            ("unused", "an operator has given it a weight of 0")
+        }
+        _ if node.weight == Some(0.0) && said.is_none_or(|said| said.weight.is_none()) => {
+            ("unused", "it has registered a weight of 0")
+        }
+        (used, Some(check)) if !check.well => {
+            let problem = check.problem.as_deref().unwrap_or("it was down before");
+            let used = used.map_or("", |_| "; it is used, because too few nodes are well");
+            return ("down", format!("the health check says: {problem}{used}"));
+        }
+        (used, _) if says("failing") => {
+            let used = used.map_or("", |_| "; it is used, because too few nodes are well");
+            return ("down", format!("it says of itself: {own_reason}{used}"));
+        }
+        (None, _) => (
+            "unused",
+            "it has not been checked yet, or the balancer has no place for it",
+        ),
+        _ if is_failing => ("failing", "most requests to it fail"),
+        _ if says("degraded") => {
+            return ("degraded", format!("it says of itself: {own_reason}"));
+        }
+        _ => ("serving", "all is well"),
+    };
+    (state, reason.to_owned())
 }

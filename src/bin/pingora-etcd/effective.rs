@@ -1,120 +1,41 @@
 //! Every value of a configuration, and where it comes from.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use pingora_etcd::ClusterError;
+use pingora_etcd::config::{Given, given};
 use serde_json::Value;
-use serde_saphyr::Spanned;
 
 /// The shipped file, which shows every field with its default.
 const DEFAULTS: &str = include_str!("../../../config/load_balancer.yaml");
 /// These have no default in common: the shipped file shows examples.
 const EXAMPLES: [&str; 3] = ["cluster.etcd.endpoints", "cluster.group", "version"];
 
-/// A value with the line of its key.
-enum Tree {
-    Map(Vec<(Spanned<String>, Tree)>),
-    Leaf(Value),
-}
-
-impl<'de> Deserialize<'de> for Tree {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(TreeVisitor)
-    }
-}
-
-struct TreeVisitor;
-
-impl<'de> Visitor<'de> for TreeVisitor {
-    type Value = Tree;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("any value")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Tree, A::Error> {
-        let mut fields = Vec::new();
-        while let Some(field) = map.next_entry()? {
-            fields.push(field);
-        }
-        Ok(Tree::Map(fields))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Tree, A::Error> {
-        let mut values = Vec::new();
-        while let Some(value) = list.next_element()? {
-            values.push(value);
-        }
-        Ok(Tree::Leaf(Value::Array(values)))
-    }
-
-    fn visit_bool<E>(self, value: bool) -> Result<Tree, E> {
-        Ok(Tree::Leaf(value.into()))
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Tree, E> {
-        Ok(Tree::Leaf(value.into()))
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Tree, E> {
-        Ok(Tree::Leaf(value.into()))
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Tree, E> {
-        Ok(Tree::Leaf(value.into()))
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Tree, E> {
-        Ok(Tree::Leaf(value.into()))
-    }
-
-    fn visit_unit<E>(self) -> Result<Tree, E> {
-        Ok(Tree::Leaf(Value::Null))
-    }
-
-    fn visit_none<E>(self) -> Result<Tree, E> {
-        Ok(Tree::Leaf(Value::Null))
-    }
-}
-
-/// The values in the order of the text, with the lines of their keys.
-fn leaves(text: &str) -> Result<Vec<(String, Value, u64)>, serde_saphyr::Error> {
-    let mut found = Vec::new();
-    collect(String::new(), serde_saphyr::from_str(text)?, 0, &mut found);
-    Ok(found)
-}
-
-fn collect(path: String, tree: Tree, line: u64, found: &mut Vec<(String, Value, u64)>) {
-    match tree {
-        Tree::Leaf(value) => found.push((path, value, line)),
-        Tree::Map(fields) => {
-            for (key, value) in fields {
-                let line = key.referenced.line();
-                let below = match path.is_empty() {
-                    true => key.value,
-                    false => format!("{path}.{}", key.value),
-                };
-                collect(below, value, line, found);
-            }
-        }
-    }
+fn defaults() -> Result<Vec<Given>, ClusterError> {
+    given(DEFAULTS, "the shipped file")
 }
 
 /// A line for each field: its value, and the line of the file that sets it, or that it is the default.
-pub fn described(text: &str, name: &str) -> Result<String, serde_saphyr::Error> {
-    let given = leaves(text)?;
+pub fn described(text: &str, name: &str) -> Result<String, ClusterError> {
+    let given = given(text, name)?;
     let mut given: BTreeMap<_, _> = given
         .into_iter()
-        .map(|(path, value, line)| (path, (value, line)))
+        .map(|given| (given.field, (given.value, given.line)))
         .collect();
     let mut lines = Vec::new();
-    for (path, default, _) in leaves(DEFAULTS)? {
+    for Given {
+        field: path,
+        value: default,
+        ..
+    } in defaults()?
+    {
         // What is set below a field that is empty by default, such as a list of certificates.
-        let below = format!("{path}.");
-        let mut set: Vec<_> = given.range(below.clone()..).collect();
-        set.retain(|(field, _)| field.starts_with(&below));
-        let set: Vec<String> = set.into_iter().map(|(field, _)| field.clone()).collect();
+        let is_below = |field: &str| {
+            let rest = field.strip_prefix(&*path);
+            rest.is_some_and(|rest| rest.starts_with(['.', '[']))
+        };
+        let set = given.keys().filter(|field| is_below(field));
+        let set: Vec<String> = set.cloned().collect();
         for field in set {
             if let Some((value, line)) = given.remove(&field) {
                 lines.push((shown(&field, &value), format!("{name}:{line}")));

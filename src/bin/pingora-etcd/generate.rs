@@ -1,4 +1,4 @@
-//! Completions and manual pages, made from the arguments.
+//! Completions, manual pages and the schema of the file, made from the code.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -26,6 +26,12 @@ pub fn completions(arguments: &Completions) -> Result {
     let mut command = Arguments::command();
     clap_complete::generate(arguments.shell, &mut command, "pingora-etcd", &mut text);
     output::line(String::from_utf8_lossy(&text).trim_end())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The schema of the file, for an editor.
+pub fn schema() -> Result {
+    output::line(format!("{:#}", pingora_etcd::config::schema()))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,10 +1,11 @@
-//! The command `pingora-etcd`: the bundled load balancer, a look at a group, and a member without a
-//! line of code.
+//! The command `pingora-etcd`: the bundled load balancer, a look at a group and a hand on its nodes, and a
+//! member without a line of code.
 
 mod connection;
 mod effective;
 mod generate;
 mod log;
+mod operate;
 mod output;
 mod register;
 mod serve;
@@ -14,6 +15,10 @@ mod table;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+#[cfg(feature = "mimalloc")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Load balancing over the nodes that are registered in etcd.
 ///
@@ -36,8 +41,20 @@ enum Command {
     Leader(show::Arguments),
     /// Print what happens in a group, until Ctrl-C.
     Watch(show::Arguments),
+    /// Send no new requests to a node, until its process ends or `undrain`.
+    Drain(operate::Arguments),
+    /// Send requests to a node again.
+    Undrain(operate::Arguments),
+    /// Give a node another static weight, until its process ends.
+    Weight(operate::Weight),
+    /// Make a candidate the leader of its group, without a time between the two.
+    Transfer(operate::Arguments),
+    /// Remove a node that is gone, or that nobody can stop. One that lives registers again.
+    Evict(operate::Evict),
     /// Run a command as a member of a group.
     Register(Box<register::Arguments>),
+    /// Print the JSON Schema of the file that `serve` takes.
+    Schema,
     /// Print a completion script for a shell.
     Completions(generate::Completions),
     /// Print the manual page, or write the pages of all commands into a folder.
@@ -71,7 +88,13 @@ fn main() -> ExitCode {
         Command::Nodes(arguments) => show::nodes(&arguments),
         Command::Leader(arguments) => show::leader(&arguments),
         Command::Watch(arguments) => show::watch(&arguments),
+        Command::Drain(arguments) => operate::drain(&arguments),
+        Command::Undrain(arguments) => operate::undrain(&arguments),
+        Command::Weight(arguments) => operate::weight(&arguments),
+        Command::Transfer(arguments) => operate::transfer(&arguments),
+        Command::Evict(arguments) => operate::evict(&arguments),
         Command::Register(arguments) => register::run(*arguments),
+        Command::Schema => generate::schema(),
         Command::Completions(arguments) => generate::completions(&arguments),
         Command::Man(arguments) => generate::man(&arguments),
     };

@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use clap::Args;
 use pingora::server::Server;
 use pingora::server::configuration::Opt;
+use pingora::services::background::background_service;
 use pingora_etcd::admin;
 use pingora_etcd::config::{self, ClusterConfig};
-use pingora_etcd::proxy::{self, ClusterProxy};
+use pingora_etcd::proxy::{self, ClusterProxy, ConfigFile};
 
 use crate::{Result, effective, output};
 
@@ -47,5 +48,8 @@ pub fn run(arguments: &Arguments) -> Result {
         output::line(effective::described(&text, &name)?)?;
         return Ok(ExitCode::SUCCESS);
     }
+    let file = ConfigFile::new(&arguments.conf, text, parts.reloader.clone());
+    let file = file.writes_to_leader(arguments.leader_routing);
+    server.add_service(background_service("configuration", file));
     Ok(proxy::run(server))
 }
