@@ -11,10 +11,12 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::{Value, json};
 
 use super::common::etcd::Etcd;
-use super::common::programs::{Program, is_installed};
+use super::common::programs::{COMMAND, Program, is_installed};
 use super::common::{free_port, group, local};
 use super::raw::{Raw, RawBackend, status};
-use super::world::{Backend, Balancer, Setup, delete, entry, put, scratch, until};
+use super::world::{
+    Backend, Balancer, Log, Setup, Worker, delete, entry, put, scratch, until, until_registered,
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -319,10 +321,112 @@ async fn the_page_shows_who_leads_and_can_be_used_by_keyboard_only_with_a_thousa
         "return document.documentElement.scrollWidth <= document.documentElement.clientWidth";
     until("it fits a phone", async || browser.run(wide).await == true).await;
     browser.picture("phone").await;
-    let input = browser.client.find(Locator::Css("input")).await.unwrap();
+    let input = browser
+        .client
+        .find(Locator::Css("main input"))
+        .await
+        .unwrap();
     assert!(input.attr("aria-label").await.unwrap().is_some());
     browser.close().await;
     drop(balancer);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_are_drained_and_led_by_buttons_and_a_reload_shows_its_error() {
+    if !is_installed("chromium") || !is_installed("chromedriver") {
+        return;
+    }
+    let (etcd, group) = (Etcd::shared(), group("buttons"));
+    let mut keys = etcd.raw_client().await;
+    let mut workers = Vec::new();
+    for id in ["w1", "w2", "w3"] {
+        let endpoint = &etcd.endpoints()[0];
+        workers.push(Worker::start(endpoint, &group, id, &[], Log::File));
+        until_registered(&mut keys, &group, id, |_, _| true).await;
+    }
+    let token = scratch(&format!("{group}.token"));
+    std::fs::write(&token, "the-token-of-the-page").unwrap();
+    let listen = format!("{}:{}", local(), free_port());
+    let fields = format!(
+        "admin: {{ listen: '{listen}', token_file: {} }}\nroutes:\n- {{ name: hello, path: /hello, answer: {{ body: hello }} }}",
+        token.display()
+    );
+    let setup = Setup::shared(&group).program(COMMAND).with(&fields);
+    let balancer = setup.serving().await;
+    balancer.until_served_by(&["w1", "w2", "w3"]).await;
+    let browser = Browser::open(&format!("http://{listen}")).await;
+    until("the first one leads", async || {
+        browser.cell("w1", "Node").await == "♛ w1"
+    })
+    .await;
+    let on = async |selector: &str| browser.client.find(Locator::Css(selector)).await.unwrap();
+    let act = async |node: &str, action: &str| {
+        let row = on(&format!("tr[data-node={node}] td")).await;
+        row.click().await.unwrap();
+        on(".operation select")
+            .await
+            .select_by_value(action)
+            .await
+            .unwrap();
+        on(".operation button").await.click().await.unwrap();
+    };
+    // Without the token it is refused, and says so.
+    act("w2", "drain").await;
+    until("it is refused", async || {
+        browser.text("#done").await.contains("not the token")
+    })
+    .await;
+    on("#token")
+        .await
+        .send_keys("the-token-of-the-page")
+        .await
+        .unwrap();
+    act("w2", "drain").await;
+    until("it drains", async || {
+        browser.cell("w2", "State").await == "draining"
+    })
+    .await;
+    assert_eq!(browser.text("#done").await, "Done: drain w2");
+    balancer.until_served_by(&["w1", "w3"]).await;
+    until("the event says who it was", async || {
+        browser
+            .text("#events")
+            .await
+            .contains("an operator: drain w2")
+    })
+    .await;
+    browser.picture("drained").await;
+    act("w2", "undrain").await;
+    until("it serves", async || {
+        browser.cell("w2", "State").await == "serving"
+    })
+    .await;
+
+    act("w3", "transfer").await;
+    until("the crown has moved", async || {
+        browser.cell("w3", "Node").await == "♛ w3" && browser.cell("w1", "Node").await == "w1"
+    })
+    .await;
+    browser.picture("crown").await;
+
+    // Routes with their requests, and a file that is refused.
+    assert_eq!(browser.text("#routes-list th").await, "hello");
+    let conf = std::fs::read_to_string(&balancer.conf).unwrap();
+    std::fs::write(&balancer.conf, format!("{conf}  nonsense: 1\n")).unwrap();
+    on("#reload").await.click().await.unwrap();
+    until("the error is shown", async || {
+        let banner = browser.text("#banner").await;
+        banner.contains("was refused") && banner.contains("nonsense")
+    })
+    .await;
+    browser.picture("refused").await;
+    std::fs::write(&balancer.conf, conf).unwrap();
+    on("#reload").await.click().await.unwrap();
+    until("the banner is cleared", async || {
+        browser.text("#banner").await.is_empty()
+    })
+    .await;
+    browser.close().await;
 }
 
 /// What the names of others lead to, and what is written by nobody.

@@ -264,6 +264,34 @@ const PROMISES: &[(&str, &[&str])] = &[
 /// A field under `cluster`, or `cluster.etcd`, and the tests in which it makes a difference.
 const FIELDS: &[(&str, &[&str])] = &[
     (
+        "health_check",
+        &[
+            "promises::checks::a_node_is_checked_before_it_gets_requests_and_left_out_while_it_is_down",
+            "promises::checks::each_kind_of_check_asks_what_it_says",
+            "promises::checks::too_few_that_are_well_are_not_used_alone",
+        ],
+    ),
+    (
+        "groups",
+        &[
+            "promises::routes::a_group_and_a_route_have_their_own_times_retries_and_limits",
+            "promises::reload::groups_come_and_go_and_one_without_a_view_is_refused",
+        ],
+    ),
+    (
+        "routes",
+        &[
+            "promises::routes::each_request_goes_where_the_first_route_for_it_says",
+            "promises::routes::a_split_is_by_weight_and_a_mirror_gets_copies_that_nobody_waits_for",
+            "promises::routes::a_group_and_a_route_have_their_own_times_retries_and_limits",
+            "promises::routes::a_file_that_cannot_be_meant_is_refused_with_its_line",
+        ],
+    ),
+    (
+        "leader.writes",
+        &["promises::routes::a_group_and_a_route_send_requests_to_the_leader"],
+    ),
+    (
         "etcd.endpoints",
         &["promises::away::silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried"],
     ),
