@@ -150,7 +150,7 @@ impl State {
         let started = status.started_ms as f64 / 1e3;
         let help = "When the process started, in Unix seconds";
         writer.gauges("start_time_seconds", help, [(vec![], started)])?;
-        let help = "1 while every group has a view with nodes and the process does not drain";
+        let help = "1 while every group has a view, one has nodes, and the process does not drain";
         writer.gauges("ready", help, [(vec![], flag(status.ready))])?;
         let help = "1 while the process is about to end";
         writer.gauges("draining", help, [(vec![], flag(status.draining))])

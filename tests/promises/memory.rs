@@ -41,16 +41,6 @@ async fn memory_is_flat_under_load_with_page_metrics_and_log() {
         .with(&fields)
         .listening()
         .await;
-    let process = balancer.program.child.id();
-    let memory = || {
-        let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .unwrap()
-            .to_owned();
-        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
-    };
     let page = format!("http://{admin}");
     until("the page is there", async || {
         client().get(&page).send().await.is_ok()
@@ -104,12 +94,12 @@ async fn memory_is_flat_under_load_with_page_metrics_and_log() {
         assert_eq!(status(&client.get("").await), "200");
         requests += 1;
         if warm.is_none() && start.elapsed() > length / 3 {
-            warm = Some((memory(), requests));
+            warm = Some((balancer.memory(), requests));
         }
         tokio::time::sleep(Duration::from_micros(500)).await;
     }
     let (warm, before) = warm.unwrap();
-    let after = memory();
+    let after = balancer.memory();
     println!(
         "{requests} requests in {length:?} with page, metrics and log: {warm} KiB after {before}, {after} KiB at the end"
     );

@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
 use super::common::group;
-use super::raw::{Raw, RawBackend, ok, read_message, status};
+use super::raw::{Raw, RawBackend, ok, read_message, register, status};
 use super::world::{Balancer, Setup, entry, put, until};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -16,12 +16,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// A balancer in front of these backends, `n0` and so on.
 async fn before(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer {
     let (etcd, group) = (Etcd::shared(), group(name));
-    let mut keys = etcd.raw_client().await;
-    for (index, backend) in backends.iter().enumerate() {
-        let id = format!("n{index}");
-        let entry = entry(&id, Some(backend.address.port()), json!({}));
-        put(&mut keys, &group, &entry, None).await;
-    }
+    register(&etcd, &group, backends).await;
     Setup::shared(&group).with(fields).listening().await
 }
 

@@ -206,6 +206,16 @@ pub fn ok(_: &str) -> Vec<u8> {
     b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n".to_vec()
 }
 
+/// Registers backends, as `n0` and so on.
+pub async fn register(etcd: &Etcd, group: &str, backends: &[&RawBackend]) {
+    let mut keys = etcd.raw_client().await;
+    for (index, backend) in backends.iter().enumerate() {
+        let port = Some(backend.address.port());
+        let entry = entry(&format!("n{index}"), port, json!({}));
+        put(&mut keys, group, &entry, None).await;
+    }
+}
+
 /// A balancer with these fields in front of one backend.
 pub async fn in_front_of(backend: &RawBackend, name: &str, fields: &str) -> Balancer {
     in_front_of_after(backend, name, fields, b"").await

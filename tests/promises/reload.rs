@@ -12,7 +12,7 @@ use super::common::etcd::Etcd;
 use super::common::load::client;
 use super::common::programs::COMMAND;
 use super::common::{free_port, group};
-use super::raw::{Raw, RawBackend, ok, status};
+use super::raw::{Raw, RawBackend, ok, register, status};
 use super::world::{Balancer, Setup, entry, put, scratch, until};
 
 /// A balancer with an admin listener, in front of backends `n0` and so on.
@@ -29,15 +29,7 @@ impl Reloaded {
 
     async fn start_with(etcd: &Etcd, name: &str, backends: &[&RawBackend], fields: &str) -> Self {
         let group = group(name);
-        let mut keys = etcd.raw_client().await;
-        for (index, backend) in backends.iter().enumerate() {
-            let entry = entry(
-                &format!("n{index}"),
-                Some(backend.address.port()),
-                json!({}),
-            );
-            put(&mut keys, &group, &entry, None).await;
-        }
+        register(etcd, &group, backends).await;
         let admin = format!("127.0.0.1:{}", free_port());
         let setup = Setup::new(etcd.endpoints(), &group)
             .program(COMMAND)
@@ -361,15 +353,6 @@ async fn a_hundred_reloads_under_load_leak_nothing() {
             .unwrap()
             .count()
     };
-    let memory = || {
-        let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .unwrap()
-            .to_owned();
-        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
-    };
     let change = |index: u64| match index % 4 {
         0 => "  policy: headroom\n".to_owned(),
         1 => "  allowed_networks: [127.0.0.0/8]\n".to_owned(),
@@ -383,10 +366,10 @@ async fn a_hundred_reloads_under_load_leak_nothing() {
         started.write(|text| text.to_owned() + &change(index));
         started.until_taken_over(index + 1).await;
         if index == 19 {
-            before = (descriptors(), memory(), load.answered());
+            before = (descriptors(), started.balancer.memory(), load.answered());
         }
     }
-    let after = (descriptors(), memory());
+    let after = (descriptors(), started.balancer.memory());
     let answered = load.end().await;
     println!(
         "100 reloads under load: {} requests, none failed; {} to {} descriptors, {} to {} KiB",

@@ -9,7 +9,7 @@ use super::common::etcd::{Etcd, Process};
 use super::common::group;
 use super::common::namespace::Namespace;
 use super::common::programs::optimised;
-use super::raw::{Raw, RawBackend, in_front_of, ok, status};
+use super::raw::{Raw, RawBackend, in_front_of, ok, register, status};
 use super::world::{Balancer, Setup, entry, put, scratch, until};
 
 /// A balancer in front of these backends, which takes turns.
@@ -24,15 +24,7 @@ async fn before(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer 
 
 async fn started(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer {
     let (etcd, group) = (Etcd::shared(), group(name));
-    let mut keys = etcd.raw_client().await;
-    for (index, backend) in backends.iter().enumerate() {
-        let entry = entry(
-            &format!("n{index}"),
-            Some(backend.address.port()),
-            json!({}),
-        );
-        put(&mut keys, &group, &entry, None).await;
-    }
+    register(&etcd, &group, backends).await;
     let policy = match fields.starts_with("adaptive") {
         true => "adaptive",
         false => "round_robin",

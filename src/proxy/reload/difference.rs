@@ -31,8 +31,7 @@ pub(super) fn usable(old: &ClusterConfig, new: &ClusterConfig) -> (ClusterConfig
     (usable, kept)
 }
 
-/// Whether both follow the same nodes in the same way, so that one discovery serves for both. `None` says
-/// that there was none.
+/// Whether both follow the same nodes in the same way, so that one discovery serves for both.
 pub(super) fn have_one_discovery(old: &ClusterConfig, new: &ClusterConfig) -> bool {
     old.group == new.group
         && old.filter == new.filter
