@@ -50,6 +50,13 @@ pub(crate) fn in_span<F: Future>(
     }
 }
 
+/// A new span; none if the subscriber panics.
+pub(crate) fn new_span(make: impl FnOnce() -> Span) -> Span {
+    let mut span = Span::none();
+    say(|| span = make());
+    span
+}
+
 /// A span whose end may be logged, or not.
 struct QuietSpan(Span);
 
@@ -76,5 +83,6 @@ mod tests {
         let panics = async || -> Infallible { panic!("no {}", 4) };
         assert_eq!(caught(panics()).await, Err("it panicked: no 4".to_owned()));
         say(|| panic!("a panic in the subscriber is ignored"));
+        assert!(new_span(|| panic!("so is this one")).is_none());
     }
 }

@@ -12,12 +12,9 @@ use prometheus_client::registry::Registry;
 use super::group::Group;
 use super::shown::Shown;
 use super::status::{GroupStatus, NodeStatus, Status};
+use crate::pingora::NodeState;
 use crate::proxy::{LATENCY_BUCKETS, LatencyCounts};
 
-/// The states that a node can be in.
-const STATES: [&str; 8] = [
-    "serving", "degraded", "draining", "leaving", "suspect", "failing", "down", "unused",
-];
 /// The classes of a status; the first one is for requests that ended without one.
 const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
@@ -119,6 +116,7 @@ impl Collector for State {
         let mut writer = Writer(&mut encoder);
         self.process(&mut writer)?;
         self.reloads(&mut writer)?;
+        self.certificates(&mut writer)?;
         self.views(&mut writer)?;
         self.requests(&mut writer)?;
         self.nodes(&mut writer)
@@ -178,6 +176,16 @@ impl State {
         writer.gauges("config_needs_restart", help, [(vec![], needs_restart)])
     }
 
+    fn certificates(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
+        let files = self.status.certificates.iter();
+        let files = files.map(|file| {
+            let labels = vec![("field", &*file.field), ("file", &*file.file)];
+            (labels, file.ends_ms as f64 / 1e3)
+        });
+        let help = "When the first certificate in the file ends, in Unix seconds";
+        writer.gauges("certificate_end_seconds", help, files)
+    }
+
     fn views(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
         let live = self.by_group(|group| flag(group.view == "live"));
         writer.gauges(
@@ -197,6 +205,12 @@ impl State {
         let open = self.by_group(|group| flag(group.breaker_open_after.is_some()));
         let help = "1 while calls to etcd fail at once, because too many have failed";
         writer.gauges("breaker_open", help, open)?;
+        let round_trips = self.status.groups.iter().filter_map(|group| {
+            let seconds = group.etcd_round_trip_ms? / 1e3;
+            Some((vec![("group", &*group.name)], seconds))
+        });
+        let help = "How long etcd takes to answer: a mean of the last answers";
+        writer.gauges("etcd_round_trip_seconds", help, round_trips)?;
         let panicking = self.by_group(|group| flag(group.panicking));
         let help = "1 while health checks find so few nodes well that all are used";
         writer.gauges("panicking", help, panicking)?;
@@ -213,7 +227,8 @@ impl State {
         let help = "Entries in etcd that were refused, by reason";
         writer.counters("rejected_entries", help, rejected)?;
         let nodes = self.status.groups.iter().flat_map(|group| {
-            STATES.map(|state| {
+            NodeState::ALL.map(|state| {
+                let state = state.name();
                 let count = group
                     .nodes
                     .iter()

@@ -13,8 +13,8 @@ use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::pingora::CheckStatus;
 use crate::proxy::{
-    self, BackendCounts, FrontCounts, LatencyCounts, ProxyParts, RequestCounts, ServedRoute,
-    Shutdown,
+    self, BackendCounts, CertificateFile, FrontCounts, LatencyCounts, ProxyParts, RequestCounts,
+    ServedRoute, Shutdown,
 };
 use crate::store::Circuit;
 use crate::view::{NodeOverride, Nodes};
@@ -43,6 +43,33 @@ pub struct Status {
     pub unserved: Option<RequestStatus>,
     /// What has become of reloads; `None` if the process has none.
     pub reload: Option<ReloadStatus>,
+    /// The certificates that are in use.
+    pub certificates: Vec<CertificateStatus>,
+}
+
+/// A file with certificates that is in use.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct CertificateStatus {
+    /// The field of the configuration that names it.
+    pub field: String,
+    /// The file.
+    pub file: String,
+    /// The names that its first certificate is for.
+    pub names: Vec<String>,
+    /// When the first one of its certificates ends: Unix time in milliseconds.
+    pub ends_ms: u64,
+}
+
+impl From<CertificateFile> for CertificateStatus {
+    fn from(file: CertificateFile) -> Self {
+        Self {
+            field: file.field,
+            file: file.file.display().to_string(),
+            names: file.names,
+            ends_ms: unix_millis(file.ends),
+        }
+    }
 }
 
 /// What health checks say of a node.
@@ -116,6 +143,8 @@ pub struct GroupStatus {
     pub revision: i64,
     /// The endpoint of the connection to etcd, if there is one.
     pub etcd: Option<String>,
+    /// How long etcd takes to answer on this connection, in milliseconds: a mean of the last answers.
+    pub etcd_round_trip_ms: Option<f64>,
     /// How many calls to etcd have failed in a row, if that is why none are sent.
     pub breaker_open_after: Option<u32>,
     /// Whether health checks find so few nodes well that all are used.
@@ -166,7 +195,7 @@ pub struct NodeStatus {
     pub address: SocketAddr,
     /// Its zone.
     pub zone: Option<String>,
-    /// `serving`, `failing`, `draining`, `leaving`, `suspect` or `unused`.
+    /// The name of its [`NodeState`](crate::pingora::NodeState).
     pub state: &'static str,
     /// Why it is in this state.
     pub reason: String,
@@ -224,6 +253,7 @@ impl Status {
             requests: route.requests,
         };
         let routes = proxy.map(|parts| parts.reloader.routes());
+        let certificates = proxy.map(|parts| parts.reloader.certificates());
         Self {
             version: env!("CARGO_PKG_VERSION"),
             started_ms: unix_millis(started),
@@ -235,6 +265,11 @@ impl Status {
             routes: routes.into_iter().flatten().map(route).collect(),
             unserved: proxy.map(|parts| RequestStatus::of(&parts.unserved.counts())),
             reload: proxy.map(|parts| parts.reloader.status().into()),
+            certificates: certificates
+                .into_iter()
+                .flatten()
+                .map(CertificateStatus::from)
+                .collect(),
         }
     }
 }
@@ -289,6 +324,7 @@ impl GroupStatus {
             stale_for_ms: u64::try_from(age(since).as_millis()).unwrap_or(u64::MAX),
             revision: nodes.revision(),
             etcd: store.endpoint,
+            etcd_round_trip_ms: store.round_trip.map(|time| time.as_secs_f64() * 1e3),
             breaker_open_after: match store.circuit {
                 Circuit::Closed => None,
                 Circuit::Open { failures } | Circuit::HalfOpen { failures } => Some(failures),
@@ -357,13 +393,11 @@ pub(super) fn nodes_of(group: &Group, nodes: &Nodes, leader: Option<String>) -> 
             let counts = counts.filter(|_| backend.is_some() || !held.contains(&address));
             let counts =
                 counts.map_or_else(BackendCounts::default, |counts| counts.backend(address));
-            let check = group.balancer.check_status(&node.id).map(CheckResult::from);
-            let said = group.balancer.override_of(&node.id);
-            let state = state(node, nodes, backend, said.as_ref(), check.as_ref());
+            let found = group.balancer.state_of(node, nodes, backend);
             let mut status = NodeStatus::of(node, address, backend, all, &counts);
-            (status.state, status.reason) = state;
-            status.check = check;
-            status.said = said;
+            (status.state, status.reason) = (found.state.name(), found.reason);
+            status.check = found.check.map(CheckResult::from);
+            status.said = found.said;
             status.leader = leader.as_deref() == Some(&*node.id);
             status
         })
@@ -403,57 +437,4 @@ impl NodeStatus {
             last_seen_ms: node.last_seen,
         }
     }
-}
-
-/// Below this success rate a node counts as failing.
-const FAILING: f64 = 0.5;
-
-fn state(
-    node: &Node,
-    nodes: &Nodes,
-    backend: Option<&BackendStatus>,
-    said: Option<&NodeOverride>,
-    check: Option<&CheckResult>,
-) -> (&'static str, String) {
-    let is_failing = backend.is_some_and(|backend| backend.success < FAILING);
-    let text = |key| node.metadata.get(key).and_then(|value| value.as_str());
-    let says = |health| text(metadata_keys::HEALTH) == Some(health);
-    let own_reason = text(metadata_keys::HEALTH_REASON).unwrap_or("no reason given");
-    let (state, reason) = match (backend, check) {
-        _ if nodes.is_suspect(&node.id) => (
-            "suspect",
-            "its lease is gone, together with those of many others",
-        ),
-        _ if node.is_leaving() => ("leaving", "it has announced that it leaves"),
-        _ if !node.is_serving() => ("draining", "it takes no new requests"),
-        _ if said.is_some_and(NodeOverride::is_draining) => (
-            "draining",
-            "an operator has said that it gets no new requests",
-        ),
-        _ if said.is_some_and(|said| said.weight == Some(0.0)) => {
-            ("unused", "an operator has given it a weight of 0")
-        }
-        _ if node.weight == Some(0.0) && said.is_none_or(|said| said.weight.is_none()) => {
-            ("unused", "it has registered a weight of 0")
-        }
-        (used, Some(check)) if !check.well => {
-            let problem = check.problem.as_deref().unwrap_or("it was down before");
-            let used = used.map_or("", |_| "; it is used, because too few nodes are well");
-            return ("down", format!("the health check says: {problem}{used}"));
-        }
-        (used, _) if says("failing") => {
-            let used = used.map_or("", |_| "; it is used, because too few nodes are well");
-            return ("down", format!("it says of itself: {own_reason}{used}"));
-        }
-        (None, _) => (
-            "unused",
-            "it has not been checked yet, or the balancer has no place for it",
-        ),
-        _ if is_failing => ("failing", "most requests to it fail"),
-        _ if says("degraded") => {
-            return ("degraded", format!("it says of itself: {own_reason}"));
-        }
-        _ => ("serving", "all is well"),
-    };
-    (state, reason.to_owned())
 }

@@ -13,6 +13,7 @@ use super::clients::Clients;
 use super::group::Group;
 use super::health_check::HealthCheck;
 use super::leader::Leader;
+use super::opentelemetry::OpenTelemetry;
 use super::overload::Overload;
 use super::retry::Retry;
 use super::route::Route;
@@ -141,11 +142,15 @@ pub struct ClusterConfig {
     /// A line for each request. Default: none.
     #[serde(default)]
     pub access_log: Option<AccessLog>,
+    /// A span for each request, for a collector of OpenTelemetry. Default: none.
+    #[serde(default)]
+    pub opentelemetry: Option<OpenTelemetry>,
     /// A page, JSON and metrics of the process, on a listener of their own. Default: none.
     #[serde(default)]
     pub admin: Option<Admin>,
     /// Whether a request without a valid `traceparent` (W3C Trace Context) gets one on its way to the
-    /// backend; a valid one is passed on in any case. Default: `true`.
+    /// backend; a valid one is passed on in any case, and a request with a span has that of its span.
+    /// Default: `true`.
     #[serde(default = "default_traceparent")]
     pub traceparent: bool,
     /// What happens when there are more requests than backends can take.
@@ -249,6 +254,9 @@ impl ClusterConfig {
         self.timeouts.validate("cluster.timeouts")?;
         if let Some(log) = &self.access_log {
             log.validate("cluster.access_log")?;
+        }
+        if let Some(spans) = &self.opentelemetry {
+            spans.validate("cluster.opentelemetry")?;
         }
         if let Some(admin) = &self.admin {
             if !cfg!(feature = "admin") {

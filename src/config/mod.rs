@@ -15,6 +15,7 @@ mod groups;
 mod health_check;
 mod leader;
 mod lines;
+mod opentelemetry;
 mod overload;
 mod retry;
 mod route;
@@ -40,6 +41,7 @@ pub use group::{DEFAULT_GROUP, Group};
 pub use health_check::{CheckKind, HealthCheck, StatusRange};
 pub use leader::Leader;
 pub use lines::{Given, given};
+pub use opentelemetry::OpenTelemetry;
 pub use overload::Overload;
 pub use retry::Retry;
 #[cfg(feature = "pingora")]

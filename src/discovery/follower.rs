@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tracing::{debug, info, warn};
+use tracing::{debug, info, info_span, warn};
 
 use super::group::Group;
 use super::history;
@@ -20,6 +20,7 @@ use super::state::{Input, News, Position, State};
 use super::status::DiscoveryStatus;
 use crate::error::ClusterError;
 use crate::store::{Store, WatchRange, Watcher};
+use crate::supervise::{in_span, new_span};
 use crate::view::{Change, ClusterEvent};
 
 /// How many times a listing is repeated at once because the history was compacted while it was read.
@@ -97,7 +98,10 @@ impl<'d> Follower<'d> {
     async fn try_follow(&mut self) -> Result<Infallible, ClusterError> {
         let position = match self.state.watch_from() {
             Some(position) => position.clone(),
-            None => self.load().await?,
+            None => {
+                let span = new_span(|| info_span!("listing"));
+                in_span(&span, self.load()).await?
+            }
         };
         let mut watcher = self.store.watch(position.ranges).await?;
         let (keys, cluster_id) = (&self.settings.keys, position.cluster_id);
@@ -111,7 +115,9 @@ impl<'d> Follower<'d> {
         self.end_silence();
         let news = self.transition(Input::WatchOpened);
         self.went_live(news);
-        let error = self.watch(&mut *watcher).await;
+        let from = watcher.position().first().map(|range| range.from);
+        let span = new_span(|| info_span!("watch", from));
+        let error = in_span(&span, self.watch(&mut *watcher)).await;
         self.state.advance(watcher.position());
         Err(error)
     }

@@ -7,6 +7,7 @@
 //! | nothing yet | [`ClusterProxy`](crate::proxy::ClusterProxy): a complete proxy, which the example `load_balancer` runs from a YAML file |
 //! | a proxy to write | [`BalancerService`]: the pick that also counts requests in flight |
 //! | requests for the leader only | [`LeaderRoute`] |
+//! | to know what each node is used for, and why | [`BalancerService::node_states`] |
 //! | nodes that are to be asked whether they are well | [`NodeCheck`], for each of these |
 //!
 //! Everything runs inside Pingora's runtimes: no task is spawned, and no connection made, before the
@@ -32,6 +33,7 @@ mod exchange;
 mod follow;
 mod leader;
 mod live;
+mod node_state;
 mod pace;
 mod peer;
 mod restart;
@@ -47,6 +49,7 @@ pub(crate) use checks::Checker;
 pub(crate) use exchange::exchange;
 pub use leader::{LeaderRoute, LeaderUpstream};
 pub use live::LiveLoadBalancer;
+pub use node_state::{NodeState, StatedNode};
 pub use peer::http_peer;
 pub use selection::MetricsWeighted;
 pub use service::BalancerService;

@@ -47,7 +47,7 @@ impl TrustedProxies {
         Self(networks.into_iter().collect())
     }
 
-    fn contains(&self, address: IpAddr) -> bool {
+    pub(super) fn contains(&self, address: IpAddr) -> bool {
         self.0.iter().any(|network| network.contains(address))
     }
 

@@ -7,6 +7,7 @@ use arc_swap::ArcSwap;
 use super::access_log::AccessLog;
 use super::group::GroupProxy;
 use super::routing::Routing;
+use super::spans::Spans;
 use super::statistics::RequestStatistics;
 use super::via::ViaMark;
 use crate::config::{ClusterConfig, DEFAULT_GROUP};
@@ -25,6 +26,7 @@ pub struct ClusterProxy {
     pub(super) routing: Arc<ArcSwap<Routing>>,
     pub(super) via: ViaMark,
     pub(super) access_log: Option<AccessLog>,
+    pub(super) spans: Option<Spans>,
     /// Of requests that no group served.
     pub(super) unserved: Arc<RequestStatistics>,
 }
@@ -45,6 +47,7 @@ impl ClusterProxy {
             routing,
             via: ViaMark::new(),
             access_log: None,
+            spans: None,
             unserved: Arc::default(),
         }
     }
@@ -57,6 +60,12 @@ impl ClusterProxy {
     /// Writes this access log.
     pub(super) fn access_log(mut self, log: AccessLog) -> Self {
         self.access_log = Some(log);
+        self
+    }
+
+    /// Makes these spans.
+    pub(super) fn spans(mut self, spans: Option<Spans>) -> Self {
+        self.spans = spans;
         self
     }
 

@@ -35,6 +35,16 @@ impl RequestContext {
         }
     }
 
+    /// The name of the group that serves it.
+    pub(super) fn group_name(&self) -> Option<&str> {
+        self.group.as_ref().map(|group| &*group.name)
+    }
+
+    /// The name of the route that is for it.
+    pub(super) fn route_name(&self) -> Option<&str> {
+        self.route.as_ref().map(|route| &*route.name)
+    }
+
     /// Begins a copy of a request that is being sent for the first time.
     pub(super) fn begin_copy(&mut self, request: &RequestHeader) {
         let mirror = self.route.as_ref().and_then(|route| route.mirror.as_ref());

@@ -62,17 +62,21 @@ impl ProxyHttp for ClusterProxy {
         session: &mut Session,
         context: &mut RequestContext,
     ) -> Result<bool> {
+        let (routing, state) = (&context.routing, &mut context.state);
+        let peer = peer_of(session);
+        if let Some(spans) = &self.spans {
+            let is_trusted = peer.is_some_and(|peer| routing.trusted.contains(peer));
+            state.span = spans.begin(session.req_header(), is_trusted);
+        }
         if self.via.is_on(session.req_header()) {
             return Err(refused(508, "the request has come back to where it was"));
         }
-        let (routing, state) = (&context.routing, &mut context.state);
         routing.limits.check_head(session, state)?;
         let reply = routing.readiness.reply(session, routing.has_backends());
         if let Some(reply) = reply {
             return answered(reply.answer(session).await);
         }
         state.call = Call::of(&session.req_header().headers);
-        let peer = peer_of(session);
         let headers = &session.req_header().headers;
         state.client = peer.map(|peer| routing.trusted.client_of(peer, headers));
         routing.limits.check_upgrade(session)?;
@@ -136,6 +140,9 @@ impl ProxyHttp for ClusterProxy {
         set_forwarded(&routing.trusted, session, request, routing.sends_forwarded)?;
         if routing.traceparent {
             set_traceparent(request)?;
+        }
+        if let Some(span) = &state.span {
+            span.add_to(request)?;
         }
         if self.access_log.is_some() {
             state.traceparent = traceparent(request).map(str::to_owned);
@@ -306,10 +313,16 @@ impl ProxyHttp for ClusterProxy {
             .and_then(|call| call.verdict(state.started.elapsed()));
         let outcome = outcome(error.map(Error::esource), status, verdict);
         let code = status.map(|status| status.as_u16());
-        if let Some(log) = &self.access_log
-            && log.takes(code)
-        {
-            log.write(entry(session, context, error, &outcome));
+        let span = state.span.take();
+        let log = self.access_log.as_ref().filter(|log| log.takes(code));
+        if span.is_some() || log.is_some() {
+            let entry = entry(session, context, error, &outcome);
+            if let Some(span) = span {
+                span.end(&entry, context.group_name(), context.route_name());
+            }
+            if let Some(log) = log {
+                log.write(entry);
+            }
         }
         let state = &mut context.state;
         match &context.group {

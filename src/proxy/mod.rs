@@ -2,6 +2,7 @@
 
 mod access_entry;
 mod access_log;
+mod certificates;
 mod client;
 mod client_settings;
 mod cluster_proxy;
@@ -35,6 +36,7 @@ mod route;
 mod routing;
 mod server;
 mod shutdown;
+mod spans;
 mod statistics;
 mod sticky;
 mod tls;
@@ -42,6 +44,7 @@ mod trace;
 mod tries;
 mod via;
 
+pub use certificates::CertificateFile;
 pub use client::TrustedProxies;
 pub use cluster_proxy::ClusterProxy;
 pub use context::RequestContext;

@@ -10,6 +10,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::front::{Connection, Phase};
 use super::grpc::Call;
 use super::shutdown::Hold;
+use super::spans::Span;
 use crate::balance::Upstream;
 use crate::ids::Revision;
 use crate::node::Node;
@@ -45,6 +46,8 @@ pub(super) struct RequestState {
     pub(super) is_misdirected: bool,
     /// The field that the backend got, for the access log.
     pub(super) traceparent: Option<String>,
+    /// If the request has one.
+    pub(super) span: Option<Span>,
     /// If the request is a call of gRPC.
     pub(super) call: Option<Call>,
     /// The client, behind trusted proxies; `None` for a Unix socket.
@@ -100,6 +103,7 @@ impl RequestState {
             leader_load: None,
             is_misdirected: false,
             traceparent: None,
+            span: None,
             call: None,
             client: None,
             body_bytes: 0,

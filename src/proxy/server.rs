@@ -18,6 +18,7 @@ use super::front::{Front, FrontStatistics};
 use super::listener::RequiredListener;
 use super::reload::Reloader;
 use super::shutdown::{Shutdown, check_address};
+use super::spans::Spans;
 use super::statistics::RequestStatistics;
 use super::tls::{ClientTls, Reload};
 use crate::config::ClusterConfig;
@@ -81,6 +82,7 @@ impl ClusterProxy {
         if let Some(log) = &config.access_log {
             proxy = proxy.access_log(AccessLog::new(log)?);
         }
+        proxy = proxy.spans(config.opentelemetry.as_ref().and_then(Spans::new));
         let client_tls = config.tls.as_ref().map(ClientTls::new).transpose()?;
         if let Some(tls) = &client_tls {
             certificates.add(&tls.files());

@@ -8,8 +8,8 @@ use http::{HeaderName, HeaderValue};
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
-/// Makes sure that a request has a valid field. This process takes part in no trace of its own, so a
-/// field that is there is passed on as it is.
+/// Makes sure that a request has a valid field. Where the request has no span here, this process takes part in no
+/// trace, so a field that is there is passed on as it is.
 pub(super) fn set_traceparent(request: &mut RequestHeader) -> Result<()> {
     let mut given = request.headers.get_all(TRACEPARENT).into_iter().peekable();
     if given.peek().is_none() && !request.headers.contains_key(TRACESTATE) {
@@ -27,13 +27,17 @@ pub(super) fn set_traceparent(request: &mut RequestHeader) -> Result<()> {
 fn add_new(request: &mut RequestHeader) -> Result<()> {
     // Not zero, which would be invalid; and not sampled, because nobody here records anything.
     let (trace, parent) = (fastrand::u128(1..), fastrand::u64(1..));
-    let value = HeaderValue::from_bytes(&written(trace, parent));
-    let value = value.or_err(InternalError, "traceparent")?;
+    insert(request, &written(trace, parent, 0))
+}
+
+/// Replaces what is there.
+pub(super) fn insert(request: &mut RequestHeader, text: &[u8]) -> Result<()> {
+    let value = HeaderValue::from_bytes(text).or_err(InternalError, "traceparent")?;
     request.insert_header("traceparent", value)
 }
 
 /// Each request has one, so this is not left to formatting.
-fn written(trace: u128, parent: u64) -> [u8; 55] {
+pub(super) fn written(trace: u128, parent: u64, flags: u8) -> [u8; 55] {
     let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
     let digits = |text: &mut [u8], bytes: &[u8]| {
         for (pair, byte) in text.chunks_exact_mut(2).zip(bytes) {
@@ -43,6 +47,7 @@ fn written(trace: u128, parent: u64) -> [u8; 55] {
     };
     digits(&mut text[3..35], &trace.to_be_bytes());
     digits(&mut text[36..52], &parent.to_be_bytes());
+    digits(&mut text[53..], &[flags]);
     text
 }
 
@@ -51,25 +56,45 @@ pub(super) fn traceparent(request: &RequestHeader) -> Option<&str> {
     request.headers.get(TRACEPARENT)?.to_str().ok()
 }
 
+/// What a field says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(feature = "opentelemetry"), allow(dead_code))]
+pub(super) struct TraceParent {
+    pub(super) trace: u128,
+    pub(super) parent: u64,
+    pub(super) flags: u8,
+}
+
+/// What the field of a request says, if it has exactly one, and that is valid.
+#[cfg(feature = "opentelemetry")]
+pub(super) fn trace_parent(request: &RequestHeader) -> Option<TraceParent> {
+    let mut given = request.headers.get_all(TRACEPARENT).into_iter();
+    let one = given.next()?.to_str().ok()?;
+    read(one).filter(|_| given.next().is_none())
+}
+
 fn is_valid(text: &str) -> bool {
-    let parts: Vec<_> = text.split('-').collect();
-    let [version, trace, parent, flags, rest @ ..] = &parts[..] else {
-        return false;
-    };
-    let is_hex = |text: &str, length| {
+    read(text).is_some()
+}
+
+/// Section 3.2 of the recommendation.
+fn read(text: &str) -> Option<TraceParent> {
+    let mut parts = text.split('-');
+    let mut hex = |length| {
         let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-        text.len() == length && text.bytes().all(is_digit)
+        let part = parts.next()?;
+        let is_hex = part.len() == length && part.bytes().all(is_digit);
+        u128::from_str_radix(part, 16).ok().filter(|_| is_hex)
     };
-    let is_zero = |text: &str| text.bytes().all(|byte| byte == b'0');
-    is_hex(version, 2)
-        && *version != "ff"
-        && is_hex(trace, 32)
-        && !is_zero(trace)
-        && is_hex(parent, 16)
-        && !is_zero(parent)
-        && is_hex(flags, 2)
-        // Later versions may have more.
-        && (rest.is_empty() || *version != "00")
+    let (version, trace, parent, flags) = (hex(2)?, hex(32)?, hex(16)?, hex(2)?);
+    // Later versions may have more.
+    let is_valid =
+        version != 0xff && trace != 0 && parent != 0 && (parts.next().is_none() || version != 0);
+    is_valid.then_some(TraceParent {
+        trace,
+        parent: u64::try_from(parent).ok()?,
+        flags: u8::try_from(flags).ok()?,
+    })
 }
 
 #[cfg(test)]
@@ -78,12 +103,20 @@ mod tests {
 
     #[test]
     fn a_new_one_is_written_digit_by_digit() {
-        let text = written(
+        let (trace, parent) = (
             0x0123_4567_89ab_cdef_0011_2233_4455_6677,
             0xfeed_0000_0000_0001,
         );
-        let expected = b"00-0123456789abcdef0011223344556677-feed000000000001-00";
-        assert_eq!(&text, expected);
+        let text = written(trace, parent, 1);
+        let expected = "00-0123456789abcdef0011223344556677-feed000000000001-01";
+        assert_eq!(std::str::from_utf8(&text).unwrap(), expected);
+        let flags = 1;
+        let given = TraceParent {
+            trace,
+            parent,
+            flags,
+        };
+        assert_eq!(read(expected), Some(given));
     }
 
     #[test]

@@ -81,6 +81,9 @@ pub struct Page {
 pub struct StoreStatus {
     /// The endpoint of the current connection, if there is one.
     pub endpoint: Option<String>,
+    /// How long the store takes to answer on this connection: a mean of the last answers, watch and lease streams
+    /// included.
+    pub round_trip: Option<Duration>,
     /// Whether calls are sent.
     pub circuit: Circuit,
 }

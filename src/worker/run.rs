@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
-use tracing::{Span, info, warn};
+use tracing::{Span, info, info_span, warn};
 
 use super::command::Command;
 use super::election::take_part;
@@ -25,7 +25,7 @@ use crate::error::ClusterError;
 use crate::metrics::Sampler;
 use crate::node::HealthStatus;
 use crate::store::{Condition, LeaseId, Store, Txn};
-use crate::supervise::in_span;
+use crate::supervise::{in_span, new_span};
 
 /// How long leaving may take. What is not done by then ends with the lease.
 const LEAVE_BUDGET: Duration = Duration::from_millis(1500);
@@ -206,13 +206,18 @@ async fn live(
         state.feed(Input::Granted);
         state.record().begin_lease(tenure.lease.id);
         let participant = Participant::new(state, store, lease, &tenure);
-        tokio::select! {
-            biased;
-            () = until_replaced(&mut changes, &tenure) => {}
-            never = follow_renewals(state, lease, &tenure) => match never {},
-            never = take_part(&participant, inbox) => match never {},
-            never = publish(state, store, &tenure, &mut sampler) => match never {},
-        }
+        let span = new_span(|| info_span!("session", lease = %tenure.lease.id));
+        let session = async {
+            let span = new_span(|| info_span!("election"));
+            tokio::select! {
+                biased;
+                () = until_replaced(&mut changes, &tenure) => {}
+                never = follow_renewals(state, lease, &tenure) => match never {},
+                never = in_span(&span, take_part(&participant, inbox)) => match never {},
+                never = publish(state, store, &tenure, &mut sampler) => match never {},
+            }
+        };
+        in_span(&span, session).await;
         state.feed(Input::LeaseGone);
     }
 }

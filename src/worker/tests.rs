@@ -735,7 +735,12 @@ async fn every_line_of_a_run_has_the_group_and_the_node_at_any_level() {
             assert!(lines.iter().any(|line| line.contains(said)), "{text}");
         }
         for line in lines {
-            assert!(line.contains("node{group=g node=n1}: "), "{line}");
+            assert!(line.contains("node{group=g node=n1}:"), "{line}");
+        }
+        if level == tracing::Level::DEBUG {
+            let within = "node{group=g node=n1}:session{lease=";
+            assert!(text.contains(within), "{text}");
+            assert!(text.contains("}:election: "), "{text}");
         }
     }
 }

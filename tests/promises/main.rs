@@ -37,6 +37,7 @@ mod rfc;
 mod routes;
 mod shutdown;
 mod snapshot;
+mod spans;
 mod store;
 mod table;
 mod tls;

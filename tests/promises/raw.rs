@@ -1,13 +1,13 @@
 //! Raw bytes: clients that send what no HTTP library would, and backends that record and answer bytes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
@@ -20,6 +20,14 @@ pub struct Raw(pub TcpStream);
 impl Raw {
     pub async fn to(balancer: &Balancer) -> Self {
         Self(TcpStream::connect(&balancer.listen).await.unwrap())
+    }
+
+    /// A client at this address.
+    pub async fn at(address: IpAddr, balancer: &Balancer) -> Self {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((address, 0).into()).unwrap();
+        let connecting = socket.connect(balancer.listen.parse().unwrap());
+        Self(connecting.await.unwrap())
     }
 
     /// Sends bytes; to a balancer that has closed the connection, in vain.

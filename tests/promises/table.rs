@@ -630,6 +630,14 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::access_log::a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish"],
     ),
     (
+        "opentelemetry",
+        &[
+            "promises::spans::each_request_is_a_span_with_its_node_and_the_backend_continues_it",
+            "promises::spans::a_trusted_proxy_says_which_requests_have_a_span_and_chance_does_otherwise",
+            "promises::spans::a_collector_that_is_away_costs_one_line_and_no_request",
+        ],
+    ),
+    (
         "admin",
         &[
             "promises::page::the_page_shows_nodes_load_events_and_that_etcd_is_away",

@@ -19,6 +19,7 @@ pub(super) fn usable(old: &ClusterConfig, new: &ClusterConfig) -> (ClusterConfig
         etcd,
         listen,
         access_log,
+        opentelemetry,
         admin,
         drain_delay_ms,
         clients.h2c,

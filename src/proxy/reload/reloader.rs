@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
-use tracing::{error, info, warn};
+use tracing::{Span, error, info, info_span, warn};
 
 use super::difference::usable;
 use super::group::{Former, Prepared, Tasks, prepare};
@@ -20,6 +20,7 @@ use crate::config::{ClusterConfig, DEFAULT_GROUP};
 use crate::error::ClusterError;
 use crate::operator::Operator;
 use crate::pingora::BalancerService;
+use crate::proxy::CertificateFile;
 use crate::proxy::client_settings::front_settings;
 use crate::proxy::front::FrontSettings;
 use crate::proxy::group::GroupProxy;
@@ -27,7 +28,7 @@ use crate::proxy::route::Route;
 use crate::proxy::routing::Routing;
 use crate::proxy::statistics::RequestStatistics;
 use crate::proxy::tls::{ClientTls, Reload};
-use crate::supervise::say;
+use crate::supervise::{in_span, new_span, say};
 use crate::sync::lock;
 
 /// The configuration that is in use, and taking over another one. No connection and no request ends with
@@ -98,6 +99,14 @@ impl Reloader {
             proxies.insert(name.to_owned(), prepared.first());
         }
         let routing = Routing::new(config, proxies, None)?;
+        if let Some(tls) = &config.etcd.tls {
+            let named = [
+                ("cluster.etcd.tls.ca_file", &tls.ca_file),
+                ("cluster.etcd.tls.cert_file", &tls.cert_file),
+            ];
+            let named = named.into_iter();
+            certificates.show(named.filter_map(|(field, file)| Some((field, file.as_deref()?))));
+        }
         Ok(Self {
             cluster,
             routing: Arc::new(ArcSwap::from_pointee(routing)),
@@ -183,6 +192,11 @@ impl Reloader {
         answer.await.map_err(|_| none())?
     }
 
+    /// The certificate files that are in use for clients, backends and etcd (with the feature `proxy-tls`).
+    pub fn certificates(&self) -> Vec<CertificateFile> {
+        self.certificates.certificates()
+    }
+
     /// What has become of reloads.
     pub fn status(&self) -> ReloadStatus {
         lock(&self.status).clone()
@@ -211,12 +225,16 @@ impl Reloader {
         config: &ClusterConfig,
         also: Vec<String>,
     ) -> Result<Reloaded, ClusterError> {
-        let mut result = self.take_over(config.clone()).await;
-        if let Ok(reloaded) = &mut result {
-            reloaded.needs_restart.extend(also);
-        }
-        self.report(result.as_ref().map_err(ToString::to_string));
-        result
+        let span = new_span(|| info_span!("reload"));
+        let reload = async {
+            let mut result = self.take_over(config.clone()).await;
+            if let Ok(reloaded) = &mut result {
+                reloaded.needs_restart.extend(also);
+            }
+            self.report(result.as_ref().map_err(ToString::to_string));
+            result
+        };
+        in_span(&span, reload).await
     }
 
     /// A configuration has been refused before it came this far.
@@ -253,10 +271,9 @@ impl Reloader {
             ));
         };
         let reloader = self.clone();
+        let change = async move { reloader.change(config).await };
         // In a task of its own, so that nobody can stop it half way.
-        let ended = runtime
-            .spawn(async move { reloader.change(config).await })
-            .await;
+        let ended = runtime.spawn(in_span(&Span::current(), change)).await;
         ended.unwrap_or_else(|panic| {
             let reason = format!("taking it over failed: {panic}");
             Err(ClusterError::config("cluster", reason))

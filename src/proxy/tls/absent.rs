@@ -1,5 +1,6 @@
 //! What stands for TLS where the feature `proxy-tls` is off: nothing of it can exist.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use ::pingora::protocols::Stream;
@@ -12,6 +13,7 @@ use http::HeaderValue;
 
 use crate::config::{Backends, ListenerTls};
 use crate::error::ClusterError;
+use crate::proxy::CertificateFile;
 
 #[derive(Clone)]
 pub(in crate::proxy) enum ClientTls {}
@@ -64,6 +66,12 @@ pub(in crate::proxy) struct Reload(());
 impl Reload {
     pub(in crate::proxy) fn add(&self, files: &Arc<Files>) {
         match **files {}
+    }
+
+    pub(in crate::proxy) fn show<'a>(&self, _: impl Iterator<Item = (&'a str, &'a Path)>) {}
+
+    pub(in crate::proxy) fn certificates(&self) -> Vec<CertificateFile> {
+        Vec::new()
     }
 }
 

@@ -8,6 +8,8 @@ mod backends;
 mod clients;
 #[cfg(feature = "proxy-tls")]
 mod reload;
+#[cfg(feature = "proxy-tls")]
+mod shown;
 
 #[cfg(not(feature = "proxy-tls"))]
 pub(super) use absent::{BackendTls, ClientTls, Reload};

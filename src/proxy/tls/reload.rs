@@ -10,8 +10,10 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use tracing::{error, info, warn};
 
+use super::shown::{Watched, shown};
 use crate::error::ClusterError;
 use crate::pem::invalid_file;
+use crate::proxy::CertificateFile;
 use crate::supervise::{caught, say};
 use crate::sync::lock;
 
@@ -41,6 +43,7 @@ pub(in crate::proxy) struct Reloaded<T> {
     current: ArcSwap<T>,
     files: Vec<Named>,
     make: Make<T>,
+    shown: ArcSwap<Vec<CertificateFile>>,
     /// A hash of the contents that were tried last, so that no key stays in memory.
     tried: Mutex<u128>,
 }
@@ -55,6 +58,7 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
         Ok(Self {
             current: ArcSwap::from_pointee(make(&contents)?),
             tried: fingerprint(&contents).into(),
+            shown: ArcSwap::from_pointee(shown(&files, &contents)),
             files,
             make: Box::new(make),
         })
@@ -83,6 +87,7 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
         match (self.make)(&contents) {
             Ok(made) => {
                 self.current.store(Arc::new(made));
+                self.shown.store(Arc::new(shown(&self.files, &contents)));
                 say(|| info!(first = first(), "changed certificate files are in use"));
             }
             Err(error) => {
@@ -94,7 +99,7 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
     }
 }
 
-fn read(files: &[Named]) -> Result<Vec<Vec<u8>>, ClusterError> {
+pub(super) fn read(files: &[Named]) -> Result<Vec<Vec<u8>>, ClusterError> {
     let read = |file: &Named| {
         std::fs::read(&file.path)
             .map_err(|error| invalid_file(&file.field, &file.path, &error.to_string()))
@@ -115,26 +120,56 @@ pub(super) fn fingerprint(contents: &[Vec<u8>]) -> u128 {
 /// Something that looks at its files.
 pub(in crate::proxy) trait Check: Send + Sync {
     fn check_files(&self);
+
+    /// The certificates in the files that are in use.
+    fn certificates(&self) -> Vec<CertificateFile>;
 }
 
 impl<T: Send + Sync + 'static> Check for Reloaded<T> {
     fn check_files(&self) {
         self.check();
     }
+
+    fn certificates(&self) -> Vec<CertificateFile> {
+        self.shown.load().to_vec()
+    }
 }
 
 /// The service that checks all files that are in use.
 #[derive(Clone, Default)]
-pub(in crate::proxy) struct Reload(Arc<Mutex<Vec<Weak<dyn Check>>>>);
+pub(in crate::proxy) struct Reload {
+    files: Arc<Mutex<Vec<Weak<dyn Check>>>>,
+    /// Those that are used elsewhere, and only shown here.
+    of_others: Arc<Mutex<Vec<Arc<dyn Check>>>>,
+}
 
 impl Reload {
     /// Also checks these, as long as somebody uses them.
     pub(in crate::proxy) fn add(&self, files: &Arc<dyn Check>) {
-        lock(&self.0).push(Arc::downgrade(files));
+        lock(&self.files).push(Arc::downgrade(files));
+    }
+
+    /// Also shows these files, which something else uses and reads again.
+    pub(in crate::proxy) fn show<'a>(&self, files: impl Iterator<Item = (&'a str, &'a Path)>) {
+        let files = Watched::of(files);
+        self.add(&files);
+        lock(&self.of_others).push(files);
+    }
+
+    /// The certificates that are in use, each file once for each field that names it.
+    pub(in crate::proxy) fn certificates(&self) -> Vec<CertificateFile> {
+        let mut all: Vec<_> = self
+            .in_use()
+            .iter()
+            .flat_map(|files| files.certificates())
+            .collect();
+        all.sort_by(|one, other| (&one.field, &one.file).cmp(&(&other.field, &other.file)));
+        all.dedup();
+        all
     }
 
     fn in_use(&self) -> Vec<Arc<dyn Check>> {
-        let mut all = lock(&self.0);
+        let mut all = lock(&self.files);
         all.retain(|files| files.strong_count() > 0);
         all.iter().filter_map(Weak::upgrade).collect()
     }

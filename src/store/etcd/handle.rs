@@ -152,6 +152,7 @@ impl Store for EtcdStore {
         let connection = link.connection.as_ref();
         StoreStatus {
             endpoint: connection.map(|connection| connection.endpoint.to_string()),
+            round_trip: connection.map(|connection| connection.round_trips.mean()),
             circuit: link.breaker.circuit(),
         }
     }

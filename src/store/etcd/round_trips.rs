@@ -90,6 +90,11 @@ impl RoundTrips {
         self.estimate().missed
     }
 
+    /// How long answers take.
+    pub(super) fn mean(&self) -> Duration {
+        Duration::from_secs_f64(self.estimate().mean.min(LONGEST.as_secs_f64()))
+    }
+
     /// The time that an answer is expected to stay below.
     pub(super) fn overdue(&self) -> Duration {
         let estimate = self.estimate();
