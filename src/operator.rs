@@ -1,5 +1,6 @@
 //! What an operator does to the nodes of a group, from outside.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,6 +117,23 @@ impl Operator {
             validate::check_weight(weight)?;
         }
         self.change(id, |said| said.weight = weight).await
+    }
+
+    /// What operators have said of nodes, by node id. It counts for a node only if it
+    /// [is meant for](NodeOverride::is_for) its process. What cannot be read is left out.
+    ///
+    /// # Errors
+    ///
+    /// When etcd refuses or does not answer.
+    pub async fn overrides(&self) -> Result<HashMap<String, NodeOverride>, ClusterError> {
+        let prefix = Selector::Prefix(self.keys.override_prefix().to_owned());
+        let listing = self.store()?.list(&prefix, None).await?;
+        let read = |entry: &Entry| {
+            let said = NodeOverride::parse(&entry.value, entry.lease).ok()?;
+            let id = self.keys.overridden(&entry.key)?.to_owned();
+            (!said.is_empty()).then_some((id, said))
+        };
+        Ok(listing.entries.iter().filter_map(read).collect())
     }
 
     /// Removes a node, as if its process had ended: its lease is revoked, with everything under it, or, if it has none,

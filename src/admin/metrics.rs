@@ -12,7 +12,7 @@ use prometheus_client::registry::Registry;
 use super::group::Group;
 use super::shown::Shown;
 use super::status::{GroupStatus, NodeStatus, Status};
-use crate::pingora::NodeState;
+use crate::pingora::BackendState;
 use crate::proxy::{LATENCY_BUCKETS, LatencyCounts};
 
 /// The classes of a status; the first one is for requests that ended without one.
@@ -227,7 +227,7 @@ impl State {
         let help = "Entries in etcd that were refused, by reason";
         writer.counters("rejected_entries", help, rejected)?;
         let nodes = self.status.groups.iter().flat_map(|group| {
-            NodeState::ALL.map(|state| {
+            BackendState::ALL.map(|state| {
                 let state = state.name();
                 let count = group
                     .nodes

@@ -195,7 +195,7 @@ pub struct NodeStatus {
     pub address: SocketAddr,
     /// Its zone.
     pub zone: Option<String>,
-    /// The name of its [`NodeState`](crate::pingora::NodeState).
+    /// The name of its [`BackendState`](crate::pingora::BackendState).
     pub state: &'static str,
     /// Why it is in this state.
     pub reason: String,

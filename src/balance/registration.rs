@@ -68,14 +68,6 @@ struct ResponseLoad {
     received_at: Instant,
 }
 
-/// Whether an operator's word is meant for the process that wrote this entry.
-fn is_for(said: &NodeOverride, node: &Node) -> bool {
-    match node.lease() {
-        Some(lease) => said.lease == Some(lease),
-        None => said.lease.is_none() && said.created == Some(-node.incarnation()),
-    }
-}
-
 impl Registration {
     /// A registration about which nothing is known, and how many of its metrics were refused.
     pub(super) fn new(
@@ -163,7 +155,7 @@ impl Registration {
     /// Takes over what an operator says of it, if it is meant for this process. If there is nothing of that kind any
     /// more, the lease is gone, and the process is still the same one.
     pub(super) fn set_override(&mut self, said: Option<&NodeOverride>) {
-        let said = said.filter(|said| is_for(said, &self.node)).copied();
+        let said = said.filter(|said| said.is_for(&self.node)).copied();
         let is_kept = said.is_none() && self.node.lease().is_some();
         if !is_kept {
             self.said = said.filter(|said| !said.is_empty());

@@ -7,7 +7,7 @@
 //! | nothing yet | [`ClusterProxy`](crate::proxy::ClusterProxy): a complete proxy, which the example `load_balancer` runs from a YAML file |
 //! | a proxy to write | [`BalancerService`]: the pick that also counts requests in flight |
 //! | requests for the leader only | [`LeaderRoute`] |
-//! | to know what each node is used for, and why | [`BalancerService::node_states`] |
+//! | to know what each node is used for, and why | [`BalancerService::backend_states`] |
 //! | nodes that are to be asked whether they are well | [`NodeCheck`], for each of these |
 //!
 //! Everything runs inside Pingora's runtimes: no task is spawned, and no connection made, before the
@@ -25,6 +25,7 @@
 //! following the group during that time, so that requests still find live backends; they end with
 //! their runtime.
 
+mod backend_state;
 mod backends;
 mod check;
 mod check_state;
@@ -33,7 +34,6 @@ mod exchange;
 mod follow;
 mod leader;
 mod live;
-mod node_state;
 mod pace;
 mod peer;
 mod restart;
@@ -42,6 +42,7 @@ mod service;
 mod turns;
 mod weights;
 
+pub use backend_state::{BackendState, StatedBackend};
 pub use backends::ClusterBackends;
 pub use check::NodeCheck;
 pub use checks::CheckStatus;
@@ -49,7 +50,6 @@ pub(crate) use checks::Checker;
 pub(crate) use exchange::exchange;
 pub use leader::{LeaderRoute, LeaderUpstream};
 pub use live::LiveLoadBalancer;
-pub use node_state::{NodeState, StatedNode};
 pub use peer::http_peer;
 pub use selection::MetricsWeighted;
 pub use service::BalancerService;

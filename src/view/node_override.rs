@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::ids::{LeaseId, Revision};
-use crate::node::NodeState;
+use crate::node::{Node, NodeState};
 use crate::validate;
 
 /// What an operator has said of a node: it holds over what the node itself says, for balancers.
@@ -60,6 +60,14 @@ impl NodeOverride {
     /// Whether it says anything.
     pub(crate) fn is_empty(&self) -> bool {
         self.state == NodeState::Serving && self.weight.is_none()
+    }
+
+    /// Whether it is meant for the process that wrote this entry.
+    pub fn is_for(&self, node: &Node) -> bool {
+        match node.lease() {
+            Some(lease) => self.lease == Some(lease),
+            None => self.lease.is_none() && self.created == Some(-node.incarnation()),
+        }
     }
 
     /// Whether no new requests are to be sent.

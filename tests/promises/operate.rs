@@ -166,6 +166,8 @@ async fn drain_and_weight_hold_for_the_process_that_they_are_meant_for() {
     assert_eq!(two.shares().await, [0, 40]);
     // A weight beside it; then the drain ends, and the weight stays.
     succeeds(&run(&["weight", "n0", "3"]), "n0 has the weight 3");
+    succeeds(&run(&["nodes"]), "drain, weight 3");
+    succeeds(&run(&["nodes", "--json"]), r#""weight": 3.0"#);
     succeeds(&run(&["undrain", "n0"]), "n0 gets requests again");
     two.until_shares("three quarters", |shares| shares == [30, 10])
         .await;

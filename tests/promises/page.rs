@@ -10,10 +10,12 @@ use fantoccini::{Client, ClientBuilder, Locator};
 use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::{Value, json};
 
+use super::common::certificates::{Authority, Directory};
 use super::common::etcd::Etcd;
 use super::common::programs::{COMMAND, Program, is_installed};
 use super::common::{free_port, group, local};
 use super::raw::{Raw, RawBackend, status};
+use super::tls::certificates;
 use super::world::{
     Backend, Balancer, Log, Setup, Worker, delete, entry, put, scratch, until, until_registered,
 };
@@ -430,6 +432,56 @@ async fn nodes_are_drained_and_led_by_buttons_and_a_reload_shows_its_error() {
 }
 
 /// What the names of others lead to, and what is written by nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_are_shown_and_one_that_has_ended_is_pointed_at() {
+    if !is_installed("chromium") || !is_installed("chromedriver") {
+        return;
+    }
+    let (etcd, group) = (Etcd::shared(), group("certificates"));
+    let backend = Backend::start("a").await;
+    put(
+        &mut etcd.raw_client().await,
+        &group,
+        &backend.entry(json!({})),
+        None,
+    )
+    .await;
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let good = files.write_pair("good", &authority.server(&["good.test"]));
+    let old = files.write_pair(
+        "old",
+        &authority.expired_server(&["old.test", "older.test"]),
+    );
+    let pairs = certificates(&[(&good.0, &good.1), (&old.0, &old.1)]);
+    let listen = format!("{}:{}", local(), free_port());
+    let fields = format!("tls: {{ certificates: {pairs} }}\nadmin: {{ listen: '{listen}' }}");
+    let setup = Setup::shared(&group).with(&fields);
+    let _balancer = setup.listening().await;
+    let url = format!("http://{listen}");
+    until("the page is there", async || {
+        reqwest::get(&url).await.is_ok()
+    })
+    .await;
+    let browser = Browser::open(&url).await;
+    until("the banner is there", async || {
+        let banner = browser.text("#banner").await;
+        banner.contains("The certificate of old.test, older.test") && banner.contains("has ended")
+    })
+    .await;
+    assert!(!browser.text("#banner").await.contains("good.test"));
+    let listed = browser.text("#certificates-list").await;
+    assert!(
+        listed.contains("good.test") && listed.contains("ends in"),
+        "{listed}"
+    );
+    until("a round trip is shown", async || {
+        browser.text("#groups").await.contains("Round trip to etcd")
+    })
+    .await;
+    browser.picture("certificates").await;
+    browser.close().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_page_is_for_its_own_names_and_only_reads() {
     let group = group("names");

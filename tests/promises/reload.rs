@@ -1,18 +1,21 @@
 //! Tests of configurations that are taken over while requests are served.
 
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+use super::common::certificates::{Authority, Directory};
 use super::common::etcd::Etcd;
 use super::common::load::client;
 use super::common::programs::COMMAND;
 use super::common::{free_port, group};
 use super::raw::{Raw, RawBackend, ok, register, status};
+use super::tls::{certificates, connect, get};
 use super::world::{Balancer, Setup, entry, put, scratch, until};
 
 /// A balancer with an admin listener, in front of backends `n0` and so on.
@@ -405,4 +408,74 @@ async fn the_last_of_many_changes_wins() {
     })
     .await;
     assert_eq!(started.status().await["reload"]["refused"], json!(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn other_certificate_files_are_taken_over_and_shown_with_their_end() {
+    let backend = RawBackend::start(ok).await;
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let one = files.write_pair("one", &authority.server(&["one.test", "also.test"]));
+    let two = files.write_pair("two", &authority.expired_server(&["two.test"]));
+    let fields = |cert: &Path, key: &Path| {
+        format!("tls: {{ certificates: {} }}", certificates(&[(cert, key)]))
+    };
+    let first = fields(&one.0, &one.1);
+    let reloaded = Reloaded::start("certificates", &[&backend], &first).await;
+    let shown = async || reloaded.status().await["certificates"].clone();
+    let names = async |expected: Value| shown().await[0]["names"] == expected;
+    assert!(names(json!(["one.test", "also.test"])).await);
+    let certificate = shown().await[0].clone();
+    assert_eq!(
+        certificate["field"],
+        "cluster.tls.certificates[0].cert_file"
+    );
+    assert_eq!(certificate["file"], one.0.display().to_string());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let ends =
+        |certificate: &Value| Duration::from_millis(certificate["ends_ms"].as_u64().unwrap());
+    assert!(ends(&certificate) > now);
+    let address = &reloaded.balancer.listen;
+    let mut client = connect(address, "one.test", &authority, None, &[])
+        .await
+        .unwrap();
+    assert_eq!(status(&get(&mut client).await), "200");
+
+    // Another file, for another name; a connection that is open goes on.
+    let mut open = connect(address, "one.test", &authority, None, &[])
+        .await
+        .unwrap();
+    reloaded.write(|text| text.replace(&first, &fields(&two.0, &two.1)));
+    reloaded.until_taken_over(1).await;
+    assert_eq!(status(&get(&mut open).await), "200");
+    let refused = connect(address, "one.test", &authority, None, &[]).await;
+    assert!(refused.is_err(), "it is another certificate");
+    assert!(names(json!(["two.test"])).await, "{}", shown().await);
+    assert_eq!(shown().await.as_array().unwrap().len(), 1);
+    assert!(ends(&shown().await[0]) < now);
+    let metrics = client_text(&format!("{}/metrics", reloaded.admin)).await;
+    let line = metrics
+        .lines()
+        .find(|line| line.starts_with("pingora_etcd_certificate_end_seconds{"))
+        .unwrap();
+    assert!(line.contains(two.0.to_str().unwrap()), "{line}");
+
+    // A file that is not there is refused, and nothing changes.
+    let nowhere = two.0.with_extension("nowhere");
+    reloaded.write(|text| text.replace(&first, &fields(&nowhere, &two.1)));
+    until("it is refused", async || {
+        reloaded.status().await["reload"]["refused"] == 1
+    })
+    .await;
+    assert!(names(json!(["two.test"])).await);
+}
+
+async fn client_text(url: &str) -> String {
+    client()
+        .get(url)
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap()
 }

@@ -43,7 +43,7 @@ fn parsed(pair: &Pair) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)
 }
 
 /// Connects with TLS, asking for this name.
-async fn connect(
+pub(super) async fn connect(
     address: &str,
     name: &str,
     authority: &Authority,
@@ -77,7 +77,7 @@ async fn handshake(
 }
 
 /// Sends a request and reads up to the end of the connection.
-async fn get(stream: &mut TlsStream<TcpStream>) -> String {
+pub(super) async fn get(stream: &mut TlsStream<TcpStream>) -> String {
     let request = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
     let mut answer = Vec::new();
     // A server that refuses a client's certificate ends the connection at any time.

@@ -1,11 +1,14 @@
 //! `nodes`, `leader` and `watch`: what is in a group.
 
+use std::collections::HashMap;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use clap::Args;
-use pingora_etcd::{Change, Leadership, Node, Nodes, ServiceDiscovery};
+use pingora_etcd::{
+    Change, ClusterError, Leadership, Node, NodeOverride, Nodes, Operator, ServiceDiscovery,
+};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -28,12 +31,14 @@ pub struct Arguments {
 /// Runs `show` while the group is followed, once there is a view of it.
 fn with_group<T>(
     arguments: &Arguments,
-    show: impl AsyncFnOnce(&ServiceDiscovery) -> Result<T>,
+    show: impl AsyncFnOnce(&ServiceDiscovery, &Operator) -> Result<T>,
 ) -> Result<T> {
     let target = arguments.connection.target()?;
     let runtime = Runtime::new()?;
     runtime.block_on(async {
-        let discovery = target.cluster()?.discovery(&target.group).try_build()?;
+        let cluster = target.cluster()?;
+        let discovery = cluster.discovery(&target.group).try_build()?;
+        let operator = Operator::new(&cluster, &target.group)?;
         let within = Duration::from_secs(arguments.timeout);
         let following = discovery.run_until(std::future::pending());
         let shown = async {
@@ -44,7 +49,7 @@ fn with_group<T>(
                     return Err(Failure::Error(reason.into()));
                 }
             }
-            show(&discovery).await
+            show(&discovery, &operator).await
         };
         tokio::select! {
             ended = following => Err(match ended {
@@ -57,11 +62,28 @@ fn with_group<T>(
 }
 
 pub fn nodes(arguments: &Arguments) -> Result {
-    with_group(arguments, async |discovery| {
+    with_group(arguments, async |discovery, operator| {
         let (nodes, leadership) = (discovery.nodes(), discovery.leadership());
+        let overrides = match operator.overrides().await {
+            Ok(overrides) => overrides,
+            Err(error @ ClusterError::PermissionDenied { .. }) => {
+                log::print_error(format_args!(
+                    "what operators say of nodes is not shown: {error}"
+                ));
+                HashMap::new()
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let members: Vec<_> = sorted(&nodes)
+            .into_iter()
+            .map(|node| Member::of(node, &nodes, leadership.as_ref(), &overrides))
+            .collect();
         output::line(match arguments.json {
-            true => format!("{:#}", Value::from(as_json(&nodes, leadership.as_ref()))),
-            false => as_table(&nodes, leadership.as_ref()),
+            true => format!(
+                "{:#}",
+                Value::from_iter(members.iter().map(Member::as_json))
+            ),
+            false => as_table(&members),
         })?;
         if nodes.is_empty() {
             let group = discovery.group_name();
@@ -81,66 +103,91 @@ fn sorted(nodes: &Nodes) -> Vec<&Node> {
     sorted
 }
 
-/// The state in one word.
-fn state(nodes: &Nodes, node: &Node) -> &'static str {
-    match () {
-        () if nodes.is_suspect(&node.id) => "suspect",
-        () if node.is_leaving() => "leaving",
-        () if !node.is_serving() => "draining",
-        () => "serving",
+/// A node, as it is shown.
+struct Member<'a> {
+    node: &'a Node,
+    /// The state in one word.
+    state: &'static str,
+    is_leader: bool,
+    /// What an operator says of it.
+    said: Option<&'a NodeOverride>,
+}
+
+impl<'a> Member<'a> {
+    fn of(
+        node: &'a Node,
+        nodes: &Nodes,
+        leadership: Option<&Leadership>,
+        overrides: &'a HashMap<String, NodeOverride>,
+    ) -> Self {
+        let said = overrides.get(&node.id).filter(|said| said.is_for(node));
+        let state = match () {
+            () if nodes.is_suspect(&node.id) => "suspect",
+            () if node.is_leaving() => "leaving",
+            () if !node.is_serving() || said.is_some_and(NodeOverride::is_draining) => "draining",
+            () => "serving",
+        };
+        Self {
+            node,
+            state,
+            is_leader: leadership.is_some_and(|leadership| leadership.node.id == node.id),
+            said,
+        }
     }
-}
 
-fn is_leader(leadership: Option<&Leadership>, node: &Node) -> bool {
-    leadership.is_some_and(|leadership| leadership.node.id == node.id)
-}
-
-fn as_json(nodes: &Nodes, leadership: Option<&Leadership>) -> Vec<Value> {
-    let with_state = |node: &Node| {
-        let mut value = json!(node);
+    fn as_json(&self) -> Value {
+        let mut value = json!(self.node);
         if let Some(fields) = value.as_object_mut() {
-            fields.insert("state".to_owned(), json!(state(nodes, node)));
-            fields.insert("leader".to_owned(), json!(is_leader(leadership, node)));
-            fields.insert(
-                "lease".to_owned(),
-                json!(node.lease().map(|lease| lease.to_string())),
-            );
+            let lease = self.node.lease().map(|lease| lease.to_string());
+            let also = [
+                ("state", json!(self.state)),
+                ("leader", json!(self.is_leader)),
+                ("lease", json!(lease)),
+                ("override", json!(self.said)),
+            ];
+            fields.extend(also.map(|(name, value)| (name.to_owned(), value)));
         }
         value
-    };
-    sorted(nodes).into_iter().map(with_state).collect()
-}
+    }
 
-fn as_table(nodes: &Nodes, leadership: Option<&Leadership>) -> String {
-    let metric = |node: &Node, key| {
-        node.metric(key)
-            .map_or(String::new(), |value| format!("{value:.1}"))
-    };
-    let row = |node: &Node| {
+    fn row(&self) -> [String; 11] {
+        let node = self.node;
+        let metric = |key| {
+            node.metric(key)
+                .map_or(String::new(), |value| format!("{value:.1}"))
+        };
         [
             node.id.clone(),
             match node.port {
                 Some(_) => node.addr(0).to_string(),
                 None => node.ip.to_string(),
             },
-            state(nodes, node).to_owned(),
-            if is_leader(leadership, node) {
-                "yes".to_owned()
-            } else {
-                String::new()
-            },
+            self.state.to_owned(),
+            if self.is_leader { "yes" } else { "" }.to_owned(),
             node.zone.clone().unwrap_or_default(),
             node.weight
                 .map_or(String::new(), |weight| weight.to_string()),
-            metric(node, "cpu_usage_percent"),
-            metric(node, "memory_usage_percent"),
-            metric(node, "queue_depth"),
+            metric("cpu_usage_percent"),
+            metric("memory_usage_percent"),
+            metric("queue_depth"),
             age(node),
+            self.said.map_or(String::new(), said_in_words),
         ]
-    };
-    let rows: Vec<_> = sorted(nodes).into_iter().map(row).collect();
+    }
+}
+
+fn said_in_words(said: &NodeOverride) -> String {
+    let drain = said.is_draining().then(|| "drain".to_owned());
+    let weight = said.weight.map(|weight| format!("weight {weight}"));
+    let words: Vec<_> = drain.into_iter().chain(weight).collect();
+    words.join(", ")
+}
+
+fn as_table(members: &[Member<'_>]) -> String {
+    let rows: Vec<_> = members.iter().map(Member::row).collect();
     let names = [
         "ID", "ADDRESS", "STATE", "LEADER", "ZONE", "WEIGHT", "CPU", "MEMORY", "QUEUE", "WRITTEN",
+        "OPERATOR",
     ];
     table(names, &rows)
 }
@@ -159,7 +206,7 @@ fn age(node: &Node) -> String {
 }
 
 pub fn leader(arguments: &Arguments) -> Result {
-    with_group(arguments, async |discovery| {
+    with_group(arguments, async |discovery, _| {
         let Some(Leadership { node, epoch, .. }) = discovery.leadership() else {
             let group = discovery.group_name();
             return Err(Failure::NotFound(format!(
@@ -178,7 +225,7 @@ pub fn leader(arguments: &Arguments) -> Result {
 }
 
 pub fn watch(arguments: &Arguments) -> Result {
-    with_group(arguments, async |discovery| {
+    with_group(arguments, async |discovery, _| {
         let mut changes = discovery.changes();
         let mut status = discovery.watch_status();
         let mut interrupt = std::pin::pin!(tokio::signal::ctrl_c());

@@ -17,7 +17,7 @@ const FAILING: f64 = 0.5;
 /// What a node is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum NodeState {
+pub enum BackendState {
     /// It gets requests by its weight.
     Serving,
     /// It says of itself that it is not at its best, and gets fewer requests.
@@ -37,7 +37,7 @@ pub enum NodeState {
     Unused,
 }
 
-impl NodeState {
+impl BackendState {
     /// Each state.
     pub const ALL: [Self; 8] = [
         Self::Serving,
@@ -65,14 +65,14 @@ impl NodeState {
     }
 }
 
-/// A node with its state, as [`BalancerService::node_states`] gives it.
+/// A node with its state, as [`BalancerService::backend_states`] gives it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
-pub struct StatedNode {
+pub struct StatedBackend {
     /// The node.
     pub node: Arc<Node>,
     /// What it is used for.
-    pub state: NodeState,
+    pub state: BackendState,
     /// Why, in a few words.
     pub reason: String,
     /// What health checks say of it; `None` without checks, or before the first one.
@@ -83,7 +83,7 @@ pub struct StatedNode {
 
 impl BalancerService {
     /// Every node of the group, ordered by id, with its state. Costs time in proportion to the number of nodes.
-    pub fn node_states(&self) -> Vec<StatedNode> {
+    pub fn backend_states(&self) -> Vec<StatedBackend> {
         let (nodes, backends) = (self.discovery().nodes(), self.backends());
         let by_id: HashMap<&str, &BackendStatus> = backends
             .iter()
@@ -103,10 +103,10 @@ impl BalancerService {
         node: &Arc<Node>,
         nodes: &Nodes,
         backend: Option<&BackendStatus>,
-    ) -> StatedNode {
+    ) -> StatedBackend {
         let (check, said) = (self.check_status(&node.id), self.override_of(&node.id));
         let (state, reason) = state(node, nodes, backend, said.as_ref(), check.as_ref());
-        StatedNode {
+        StatedBackend {
             node: node.clone(),
             state,
             reason,
@@ -122,49 +122,50 @@ fn state(
     backend: Option<&BackendStatus>,
     said: Option<&NodeOverride>,
     check: Option<&CheckStatus>,
-) -> (NodeState, String) {
+) -> (BackendState, String) {
     let is_failing = backend.is_some_and(|backend| backend.success < FAILING);
     let text = |key| node.metadata.get(key).and_then(|value| value.as_str());
     let says = |health| text(metadata_keys::HEALTH) == Some(health);
     let own_reason = text(metadata_keys::HEALTH_REASON).unwrap_or("no reason given");
     let (state, reason) = match (backend, check) {
         _ if nodes.is_suspect(&node.id) => (
-            NodeState::Suspect,
+            BackendState::Suspect,
             "its lease is gone, together with those of many others",
         ),
-        _ if node.is_leaving() => (NodeState::Leaving, "it has announced that it leaves"),
-        _ if !node.is_serving() => (NodeState::Draining, "it takes no new requests"),
+        _ if node.is_leaving() => (BackendState::Leaving, "it has announced that it leaves"),
+        _ if !node.is_serving() => (BackendState::Draining, "it takes no new requests"),
         _ if said.is_some_and(NodeOverride::is_draining) => (
-            NodeState::Draining,
+            BackendState::Draining,
             "an operator has said that it gets no new requests",
         ),
-        _ if said.is_some_and(|said| said.weight == Some(0.0)) => {
-            (NodeState::Unused, "an operator has given it a weight of 0")
-        }
+        _ if said.is_some_and(|said| said.weight == Some(0.0)) => (
+            BackendState::Unused,
+            "an operator has given it a weight of 0",
+        ),
         _ if node.weight == Some(0.0) && said.is_none_or(|said| said.weight.is_none()) => {
-            (NodeState::Unused, "it has registered a weight of 0")
+            (BackendState::Unused, "it has registered a weight of 0")
         }
         (used, Some(check)) if !check.is_well => {
             let problem = check.problem.as_deref().unwrap_or("it was down before");
             let used = used.map_or("", |_| "; it is used, because too few nodes are well");
             let reason = format!("the health check says: {problem}{used}");
-            return (NodeState::Down, reason);
+            return (BackendState::Down, reason);
         }
         (used, _) if says("failing") => {
             let used = used.map_or("", |_| "; it is used, because too few nodes are well");
             let reason = format!("it says of itself: {own_reason}{used}");
-            return (NodeState::Down, reason);
+            return (BackendState::Down, reason);
         }
         (None, _) => (
-            NodeState::Unused,
+            BackendState::Unused,
             "it has not been checked yet, or the balancer has no place for it",
         ),
-        _ if is_failing => (NodeState::Failing, "most requests to it fail"),
+        _ if is_failing => (BackendState::Failing, "most requests to it fail"),
         _ if says("degraded") => {
             let reason = format!("it says of itself: {own_reason}");
-            return (NodeState::Degraded, reason);
+            return (BackendState::Degraded, reason);
         }
-        _ => (NodeState::Serving, "all is well"),
+        _ => (BackendState::Serving, "all is well"),
     };
     (state, reason.to_owned())
 }
