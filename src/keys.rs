@@ -43,7 +43,6 @@ impl GroupKeys {
     }
 
     /// The prefix of what operators say of nodes.
-    #[cfg(feature = "discovery")]
     pub(crate) fn override_prefix(&self) -> &str {
         &self.overrides
     }
@@ -54,7 +53,6 @@ impl GroupKeys {
     }
 
     /// The node id in the key of an override; `None` for a key of a nested group.
-    #[cfg(feature = "discovery")]
     pub(crate) fn overridden<'k>(&self, key: &'k str) -> Option<&'k str> {
         Self::last(&self.overrides, key)
     }

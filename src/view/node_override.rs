@@ -57,7 +57,7 @@ impl NodeOverride {
         serde_json::to_vec(&self).unwrap_or_default()
     }
 
-    /// Whether it says anything.
+    /// Whether it says nothing.
     pub(crate) fn is_empty(&self) -> bool {
         self.state == NodeState::Serving && self.weight.is_none()
     }

@@ -7,7 +7,8 @@ use ::pingora::upstreams::peer::HttpPeer;
 use ::pingora::utils::tls::{CertKey, WrappedX509, parse_x509};
 use rustls::sign::CertifiedKey;
 
-use super::reload::{Check, Named, Reloaded, fingerprint};
+use super::files::{Check, Named, fingerprint};
+use super::reload::Reloaded;
 use crate::config::Backends;
 use crate::error::ClusterError;
 use crate::pem::{certificates, invalid_file, private_key, provider, trusted_roots};

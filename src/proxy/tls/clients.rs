@@ -19,7 +19,8 @@ use rustls::server::{
 };
 use rustls::sign::CertifiedKey;
 
-use super::reload::{Check, Named, Reloaded};
+use super::files::{Check, Named};
+use super::reload::Reloaded;
 use crate::config::{ClientCertificate, ListenerTls};
 use crate::error::ClusterError;
 use crate::pem::{certificates, invalid_file, private_key, provider, trusted_roots};

@@ -7,6 +7,8 @@ mod backends;
 #[cfg(feature = "proxy-tls")]
 mod clients;
 #[cfg(feature = "proxy-tls")]
+mod files;
+#[cfg(feature = "proxy-tls")]
 mod reload;
 #[cfg(feature = "proxy-tls")]
 mod shown;

@@ -1,6 +1,6 @@
 //! Something that is made from files, and made again when they change.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -10,31 +10,15 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use tracing::{error, info, warn};
 
+use super::files::{Check, Named, fingerprint, read};
 use super::shown::{Watched, shown};
 use crate::error::ClusterError;
-use crate::pem::invalid_file;
 use crate::proxy::CertificateFile;
 use crate::supervise::{caught, say};
 use crate::sync::lock;
 
 /// How often to look whether a file has changed.
 const INTERVAL: Duration = Duration::from_secs(3);
-
-/// A file that the configuration names.
-#[derive(Debug, Clone)]
-pub(super) struct Named {
-    pub(super) field: String,
-    pub(super) path: PathBuf,
-}
-
-impl Named {
-    pub(super) fn new(field: &str, path: &Path) -> Self {
-        Self {
-            field: field.to_owned(),
-            path: path.to_owned(),
-        }
-    }
-}
 
 type Make<T> = Box<dyn Fn(&[Vec<u8>]) -> Result<T, ClusterError> + Send + Sync>;
 
@@ -97,32 +81,6 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
             }
         }
     }
-}
-
-pub(super) fn read(files: &[Named]) -> Result<Vec<Vec<u8>>, ClusterError> {
-    let read = |file: &Named| {
-        std::fs::read(&file.path)
-            .map_err(|error| invalid_file(&file.field, &file.path, &error.to_string()))
-    };
-    files.iter().map(read).collect()
-}
-
-/// A hash of contents.
-pub(super) fn fingerprint(contents: &[Vec<u8>]) -> u128 {
-    let mut hasher = xxhash_rust::xxh3::Xxh3::new();
-    for content in contents {
-        hasher.update(&content.len().to_le_bytes());
-        hasher.update(content);
-    }
-    hasher.digest128()
-}
-
-/// Something that looks at its files.
-pub(in crate::proxy) trait Check: Send + Sync {
-    fn check_files(&self);
-
-    /// The certificates in the files that are in use.
-    fn certificates(&self) -> Vec<CertificateFile>;
 }
 
 impl<T: Send + Sync + 'static> Check for Reloaded<T> {

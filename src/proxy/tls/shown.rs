@@ -9,7 +9,7 @@ use rustls::pki_types::CertificateDer;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 
-use super::reload::{Check, Named, read};
+use super::files::{Check, Named, read};
 use crate::pem::certificates;
 use crate::proxy::CertificateFile;
 
