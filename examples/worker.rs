@@ -5,6 +5,7 @@
 //!
 //! curl -i 127.0.0.1:9001/                                       # w1, x-served-by: w1
 //! curl -X PUT '127.0.0.1:9001/load?cpu=95&memory=40&queue=12'   # report this load, and slow down accordingly
+//! curl -X PUT '127.0.0.1:9001/health?degraded=no+cache'          # or failing; nothing: well
 //! curl -X POST 127.0.0.1:9001/stop                              # leave gracefully
 //! curl -X POST 127.0.0.1:9001/crash                             # exit at once
 //! ```

@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -13,7 +13,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{post, put};
 use pingora_etcd::{
     Cluster, ClusterError, ClusterNode, MetricsCollector, NodeMetadata, metadata_keys,
-    metrics::{LOAD_REPORT_HEADER, LoadReporter},
+    metrics::{
+        CompositeMetricsCollector, Health, HealthCollector, LOAD_REPORT_HEADER, LoadReporter,
+    },
 };
 use serde::Deserialize;
 use tokio::net::TcpListener;
@@ -92,11 +94,32 @@ impl Load {
     }
 }
 
+/// What `PUT /health` sets and the node says of its health: nothing is well.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Said {
+    /// The reason.
+    degraded: Option<String>,
+    /// The reason.
+    failing: Option<String>,
+}
+
+impl Said {
+    fn health(self) -> Health {
+        match (self.failing, self.degraded) {
+            (Some(reason), _) => Health::Failing(reason),
+            (None, Some(reason)) => Health::Degraded(reason),
+            (None, None) => Health::Well,
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Shared {
     node: ClusterNode,
     reporter: LoadReporter,
     load: Arc<Mutex<Load>>,
+    said: Arc<Mutex<Said>>,
     slots: Option<Arc<Slots>>,
     end: watch::Sender<Option<Ended>>,
     /// The greatest fencing token seen, so that requests by a replaced leader can be refused.
@@ -114,13 +137,17 @@ impl MetricsCollector for Reported {
                 metadata_keys::QUEUE_DEPTH: slots.waiting(),
             });
         }
-        let load = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let load = *locked(&self.0);
         serde_json::json!({
             metadata_keys::CPU_USAGE_PERCENT: load.cpu,
             metadata_keys::MEMORY_USAGE_PERCENT: load.memory,
             metadata_keys::QUEUE_DEPTH: load.queue,
         })
     }
+}
+
+fn locked<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Serves requests and stays registered until `shutdown`, `POST /stop` or `POST /crash`.
@@ -139,11 +166,18 @@ pub async fn run_worker(
     let slots = options
         .slots
         .map(|(count, time)| Arc::new(Slots::new(count, time)));
+    let said = Arc::<Mutex<Said>>::default();
+    let own = said.clone();
+    let health = HealthCollector::new(move || locked(&own).clone().health());
+    let reported = Reported(load.clone(), slots.clone());
+    let both = CompositeMetricsCollector::new()
+        .with_collector(reported)
+        .with_collector(health);
     let mut builder = options
         .cluster
         .node(&options.id, ip, options.group)
         .priority(options.priority)
-        .metrics_collector(Reported(load.clone(), slots.clone()))
+        .metrics_collector(both)
         .metrics_update_interval(1);
     if let Some(zone) = options.zone {
         builder = builder.zone(zone);
@@ -160,6 +194,7 @@ pub async fn run_worker(
         reporter,
         node: node.clone(),
         load,
+        said,
         slots,
         end: end.clone(),
         greatest_epoch: Arc::default(),
@@ -175,6 +210,7 @@ fn router(shared: Shared) -> Router {
     Router::new()
         .route("/load", put(set_load))
         .route("/slots", put(set_slots))
+        .route("/health", put(set_health))
         .route("/stop", post(stop))
         .route("/crash", post(crash))
         .fallback(serve)
@@ -268,7 +304,7 @@ async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
         Some(slots) => slots.serve().await,
         None => {
             let delay = {
-                let load = shared.load.lock().unwrap_or_else(PoisonError::into_inner);
+                let load = locked(&shared.load);
                 load.delay()
             };
             tokio::time::sleep(delay).await;
@@ -286,6 +322,18 @@ async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
     response
 }
 
+async fn set_health(
+    State(shared): State<Shared>,
+    said: Result<Query<Said>, axum::extract::rejection::QueryRejection>,
+) -> Response {
+    let said = match said {
+        Ok(Query(said)) => said,
+        Err(error) => return (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response(),
+    };
+    *locked(&shared.said) = said.clone();
+    format!("{:?}\n", said.health()).into_response()
+}
+
 async fn set_load(
     State(shared): State<Shared>,
     load: Result<Query<Load>, axum::extract::rejection::QueryRejection>,
@@ -297,7 +345,7 @@ async fn set_load(
     if let Err(reason) = load.check() {
         return (StatusCode::BAD_REQUEST, reason).into_response();
     }
-    *shared.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
+    *locked(&shared.load) = load;
     format!("{load:?}, {:?} per request\n", load.delay()).into_response()
 }
 

@@ -15,7 +15,7 @@ use super::common::load::client;
 use super::common::programs::COMMAND;
 use super::common::{free_port, group};
 use super::raw::{Raw, RawBackend, ok, status};
-use super::world::{Balancer, Setup, entry, put, until};
+use super::world::{Balancer, Log, Setup, Worker, entry, put, until};
 
 /// A backend whose health can be changed.
 struct Checked {
@@ -352,4 +352,38 @@ async fn the_checks_of_a_thousand_nodes_are_spread() {
     assert!(most <= 20, "{most}");
     assert!(least > 40 && largest < 320, "{least} to {largest}");
     drop(balancer);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_says_that_it_is_degraded_or_failing_and_is_weighed_or_left_out() {
+    let watched = Watched::start("own-health", &[], "policy: round_robin").await;
+    let etcd = Etcd::shared();
+    let endpoint = &etcd.endpoints()[0];
+    let [one, two] =
+        ["w1", "w2"].map(|id| Worker::start(endpoint, &watched.group, id, &[], Log::File));
+    for id in ["w1", "w2"] {
+        watched.until_state(id, "serving").await;
+    }
+    watched.balancer.until_served_by(&["w1", "w2"]).await;
+    let says = async |query: &str| {
+        let url = format!("{}/health?{query}", one.url);
+        let answer = client().put(url).send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+    };
+    says("degraded=no+cache").await;
+    watched.until_state("w1", "degraded").await;
+    assert_eq!(watched.state("w1").await.1, "it says of itself: no cache");
+    // A quarter of its weight: one in five.
+    until("it gets a fifth", async || {
+        watched.balancer.gets(100).await.get("w1") == Some(&20)
+    })
+    .await;
+    says("failing=no+database").await;
+    watched.until_state("w1", "down").await;
+    assert!(watched.state("w1").await.1.contains("no database"));
+    watched.balancer.until_served_by(&["w2"]).await;
+    says("").await;
+    watched.until_state("w1", "serving").await;
+    watched.balancer.until_served_by(&["w1", "w2"]).await;
+    drop(two);
 }

@@ -1,7 +1,7 @@
 //! Tests of TLS, to clients and to backends, on the release programs.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::pem::PemObject;
@@ -20,7 +20,7 @@ use super::common::certificates::{Authority, Directory, Pair};
 use super::common::etcd::Etcd;
 use super::common::{DEADLINE, group, local};
 use super::echo::{EchoClient, EchoServer};
-use super::raw::{Raw, RawBackend, ok, status};
+use super::raw::{Raw, RawBackend, ok, register, status};
 use super::world::{Balancer, Setup, entry, put, until};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -249,6 +249,17 @@ async fn a_proxy_header_comes_before_tls_and_a_handshake_has_its_time() {
 /// A backend that speaks HTTP/1.1 over TLS and answers with the name of the client's certificate's
 /// existence.
 async fn tls_backend(pair: &Pair, clients: Option<&Authority>) -> (u16, JoinSet<()>) {
+    let (port, serving, _) = tls_backend_that_tells(pair, clients).await;
+    (port, serving)
+}
+
+/// The same, and the requests that it has got.
+async fn tls_backend_that_tells(
+    pair: &Pair,
+    clients: Option<&Authority>,
+) -> (u16, JoinSet<()>, Arc<Mutex<Vec<String>>>) {
+    let requests = Arc::<Mutex<Vec<String>>>::default();
+    let told = requests.clone();
     let builder = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .unwrap();
@@ -269,19 +280,58 @@ async fn tls_backend(pair: &Pair, clients: Option<&Authority>) -> (u16, JoinSet<
     serving.spawn(async move {
         let mut connections = JoinSet::new();
         while let Ok((stream, _)) = listener.accept().await {
-            let acceptor = acceptor.clone();
+            let (acceptor, told) = (acceptor.clone(), told.clone());
             connections.spawn(async move {
                 let Ok(mut stream) = acceptor.accept(stream).await else {
                     return;
                 };
                 let mut request = [0; 4_096];
-                while matches!(stream.read(&mut request).await, Ok(1..)) {
+                while let Ok(length @ 1..) = stream.read(&mut request).await {
+                    let text = String::from_utf8_lossy(&request[..length]).into_owned();
+                    told.lock().unwrap().push(text);
                     let _ = stream.write_all(&ok("")).await;
                 }
             });
         }
     });
-    (port, serving)
+    (port, serving, requests)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mirror_gets_its_copies_over_tls_and_none_if_its_certificate_is_for_another_name() {
+    let backend = RawBackend::start(ok).await;
+    let (files, authority) = (Directory::new(), Authority::new("mirror"));
+    let ca = files.write("ca.pem", authority.pem());
+    let right = tls_backend_that_tells(&authority.server(&["m.test"]), None).await;
+    let wrong = tls_backend_that_tells(&authority.server(&["other.test"]), None).await;
+    let (etcd, group) = (Etcd::shared(), group("tls-mirror"));
+    let mut keys = etcd.raw_client().await;
+    let mut fields = "groups:\n".to_owned();
+    for (name, port) in [("right", right.0), ("wrong", wrong.0)] {
+        let node = entry(name, Some(port), json!({}));
+        put(&mut keys, &format!("{group}-{name}"), &node, None).await;
+        let backends = format!(
+            "protocol: https, server_name: m.test, ca_file: {}",
+            ca.display()
+        );
+        fields += &format!("  {name}: {{ group: {group}-{name}, backends: {{ {backends} }} }}\n");
+    }
+    fields += "routes:\n\
+               - { path: /wrong, group: default, mirror: { group: wrong } }\n\
+               - { path: /right, group: default, mirror: { group: right } }\n";
+    register(&etcd, &group, &[&backend]).await;
+    let balancer = Setup::shared(&group).with(&fields).listening().await;
+    let mut client = Raw::to(&balancer).await;
+    for path in ["/wrong", "/right"] {
+        client
+            .send(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes())
+            .await;
+        assert_eq!(status(&client.response().await), "200");
+    }
+    let copied = |requests: &Mutex<Vec<String>>| requests.lock().unwrap().clone();
+    until("the copy is there", async || copied(&right.2).len() == 1).await;
+    assert!(copied(&right.2)[0].starts_with("GET /right HTTP/1.1"));
+    assert_eq!(copied(&wrong.2), Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
