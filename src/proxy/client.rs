@@ -95,7 +95,7 @@ pub(super) fn peer_of(session: &Session) -> Option<IpAddr> {
 pub(super) fn set_forwarded(
     trusted: &TrustedProxies,
     session: &Session,
-    request: &mut RequestHeader,
+    headers: &mut HeaderMap,
     sends_forwarded: bool,
 ) -> Result<()> {
     let Some(peer) = peer_of(session) else {
@@ -103,55 +103,58 @@ pub(super) fn set_forwarded(
         return Ok(());
     };
     let is_trusted = trusted.contains(peer);
-    if !is_trusted && request.headers.keys().any(|name| *name == FORWARDED) {
-        request.remove_header(&FORWARDED);
+    let connection = Connection::of(session);
+    if !is_trusted {
+        headers.remove(FORWARDED);
     }
-    set_client_cert(session, request, is_trusted)?;
+    set_client_cert(session, headers, is_trusted);
     let list = match is_trusted {
         true => {
-            let list = joined(request.headers.get_all(FOR), &peer.to_string());
+            let list = joined(headers.get_all(FOR), &peer.to_string());
             HeaderValue::from_str(&list).or_err(InternalError, "the list of clients")?
         }
         // The same for each request of the connection.
-        false => match Connection::of(session) {
+        false => match connection {
             Some(connection) => connection.peer_value(|| value_of(peer)).clone(),
             None => value_of(peer),
         },
     };
-    request.insert_header("x-forwarded-for", list)?;
-    let is_missing =
-        |request: &RequestHeader, name| !is_trusted || !request.headers.contains_key(name);
-    if is_missing(request, PROTO) {
+    headers.insert(FOR, list);
+    let is_missing = |headers: &HeaderMap, name| !is_trusted || !headers.contains_key(name);
+    if is_missing(headers, PROTO) {
         let is_tls = session
             .digest()
             .is_some_and(|digest| digest.ssl_digest.is_some());
         let proto = if is_tls { "https" } else { "http" };
-        request.insert_header("x-forwarded-proto", HeaderValue::from_static(proto))?;
+        headers.insert(PROTO, HeaderValue::from_static(proto));
     }
-    if is_missing(request, FORWARDED_HOST) {
+    if is_missing(headers, FORWARDED_HOST) {
         match host(session.req_header()) {
-            Some(host) => request.insert_header("x-forwarded-host", host)?,
-            None => drop(request.remove_header(&FORWARDED_HOST)),
-        }
+            Some(host) => headers.insert(FORWARDED_HOST, host),
+            None => headers.remove(FORWARDED_HOST),
+        };
     }
     if sends_forwarded {
-        let proto = request
-            .headers
-            .get(PROTO)
-            .and_then(|value| value.to_str().ok());
+        let proto = headers.get(PROTO).and_then(|value| value.to_str().ok());
         let host = host(session.req_header());
         let host = host.as_ref().and_then(|value| value.to_str().ok());
         let element = forwarded(peer, host, proto);
-        let list = joined(request.headers.get_all(FORWARDED), &element);
-        request.insert_header(FORWARDED, list)?;
+        let list = joined(headers.get_all(FORWARDED), &element);
+        let list = HeaderValue::from_str(&list).or_err(InternalError, "the list of hops")?;
+        headers.insert(FORWARDED, list);
     }
-    if is_missing(request, PORT) {
+    if is_missing(headers, PORT) {
         match session.server_addr().and_then(|address| address.as_inet()) {
             Some(address) => {
-                request.insert_header("x-forwarded-port", HeaderValue::from(address.port()))?;
+                let value = || HeaderValue::from(address.port());
+                headers.insert(
+                    PORT,
+                    connection
+                        .map_or_else(value, |connection| connection.port_value(value).clone()),
+                )
             }
-            None => drop(request.remove_header(&PORT)),
-        }
+            None => headers.remove(PORT),
+        };
     }
     Ok(())
 }
@@ -176,17 +179,16 @@ fn forwarded(peer: IpAddr, host: Option<&str>, proto: Option<&str>) -> String {
 
 /// Sets `Client-Cert` to what the client has shown here. What was in it is kept only if a trusted proxy
 /// sent it.
-fn set_client_cert(session: &Session, request: &mut RequestHeader, is_trusted: bool) -> Result<()> {
+fn set_client_cert(session: &Session, headers: &mut HeaderMap, is_trusted: bool) {
     let shown = Connection::of(session).and_then(|connection| connection.certificate());
     let is_certificate = |name: &HeaderName| name.as_str().starts_with("client-cert");
-    if (shown.is_some() || !is_trusted) && request.headers.keys().any(is_certificate) {
-        request.remove_header(&CLIENT_CERT);
-        request.remove_header(&CLIENT_CERT_CHAIN);
+    if (shown.is_some() || !is_trusted) && headers.keys().any(is_certificate) {
+        headers.remove(CLIENT_CERT);
+        headers.remove(CLIENT_CERT_CHAIN);
     }
     if let Some(certificate) = shown {
-        request.insert_header(CLIENT_CERT, certificate)?;
+        headers.insert(CLIENT_CERT, certificate.clone());
     }
-    Ok(())
 }
 
 fn value_of(peer: IpAddr) -> HeaderValue {
@@ -227,7 +229,7 @@ const SET_HERE: [&str; 9] = [
 
 /// Removes headers that CGI, WSGI and Rack cannot tell from those that this proxy sets: they make
 /// `X_LEADER_EPOCH` of `x-leader-epoch` and of `x_leader_epoch`.
-pub(super) fn remove_lookalikes(request: &mut RequestHeader) {
+pub(super) fn remove_lookalikes(headers: &mut HeaderMap) {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     let is_lookalike = |name: &&HeaderName| {
         let name = name.as_str().as_bytes();
@@ -239,8 +241,8 @@ pub(super) fn remove_lookalikes(request: &mut RequestHeader) {
                 folded.eq(ours.bytes())
             })
     };
-    while let Some(name) = request.headers.keys().find(is_lookalike).cloned() {
-        request.remove_header(&name);
+    while let Some(name) = headers.keys().find(is_lookalike).cloned() {
+        headers.remove(&name);
     }
 }
 
@@ -282,7 +284,7 @@ mod tests {
 
     #[test]
     fn names_that_differ_by_underscores_are_removed() {
-        let mut request = RequestHeader::build("GET", b"/", None).unwrap();
+        let mut headers = HeaderMap::new();
         for name in [
             "x_leader_epoch",
             "X-Leader_Epoch",
@@ -290,10 +292,11 @@ mod tests {
             "x_custom",
             "x-forwarded-for",
         ] {
-            request.insert_header(name.to_owned(), "1").unwrap();
+            let name: HeaderName = name.parse().unwrap();
+            headers.insert(name, HeaderValue::from_static("1"));
         }
-        remove_lookalikes(&mut request);
-        let mut left: Vec<_> = request.headers.keys().map(HeaderName::as_str).collect();
+        remove_lookalikes(&mut headers);
+        let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["x-forwarded-for", "x_custom"]);
     }

@@ -4,7 +4,9 @@ use std::time::Instant;
 
 use ::pingora::Result;
 use ::pingora::http::{RequestHeader, ResponseHeader};
-use http::{HeaderName, HeaderValue};
+use http::request::Parts as RequestParts;
+use http::response::Parts as ResponseParts;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use tracing::trace;
 
 use crate::balance::Upstream;
@@ -17,19 +19,71 @@ const UPSTREAM_NODE: &str = "x-upstream-node";
 /// On requests to the leader: the fencing token of its term.
 pub(super) const LEADER_EPOCH: HeaderName = HeaderName::from_static("x-leader-epoch");
 
-/// Adds the fencing token to a request for the leader.
-pub(super) fn set_leader_epoch(
+/// The most fields that the proxy and Pingora add to a request or a response.
+const ADDED: usize = 8;
+
+/// Forgets how a client has written the names of fields: from here on they are in lower case, as over HTTP/2. Pingora
+/// would keep each name twice, and copy both for each try and each hook, which costs more than all that is done here.
+pub(super) fn forget_case(request: &mut RequestHeader) {
+    if request.has_case() && is_target_in_parts(request) {
+        let empty = http::Request::new(()).into_parts().0;
+        let parts = RequestParts::from(std::mem::replace(request, empty.into()));
+        *request = parts.into();
+    }
+}
+
+/// Whether the target is in the parts of the request: that of a request to a proxy is not, and none that is no UTF-8.
+fn is_target_in_parts(request: &RequestHeader) -> bool {
+    let in_parts = request.uri.path_and_query();
+    in_parts.is_some_and(|path| path.as_str().as_bytes() == request.raw_path())
+}
+
+/// The same for a response.
+pub(super) fn forget_response_case(response: &mut ResponseHeader) {
+    if !response.has_case() {
+        return;
+    }
+    let usual = response.status.canonical_reason();
+    let reason = response.get_reason_phrase();
+    let reason = reason
+        .filter(|reason| Some(*reason) != usual)
+        .map(str::to_owned);
+    let empty = http::Response::new(()).into_parts().0;
+    let mut parts = ResponseParts::from(std::mem::replace(response, empty.into()));
+    parts.headers.reserve(ADDED);
+    *response = parts.into();
+    if reason.is_some() {
+        // It has been in a response already.
+        let _ = response.set_reason_phrase(reason.as_deref());
+    }
+}
+
+/// Changes the fields of a request for a backend, and forgets how their names were written.
+pub(super) fn change_fields(
     request: &mut RequestHeader,
-    leader: Option<&LeaderUpstream>,
+    change: impl FnOnce(&mut HeaderMap) -> Result<()>,
 ) -> Result<()> {
+    let raw = (!is_target_in_parts(request)).then(|| request.raw_path().to_vec());
+    let ends_stream = request.send_end_stream();
+    let empty = http::Request::new(()).into_parts().0;
+    let mut parts = RequestParts::from(std::mem::replace(request, empty.into()));
+    parts.headers.reserve(ADDED);
+    let changed = change(&mut parts.headers);
+    *request = parts.into();
+    if let Some(raw) = raw {
+        request.set_raw_path(&raw)?;
+    }
+    request.set_send_end_stream(ends_stream.unwrap_or(true));
+    changed
+}
+
+/// Adds the fencing token to a request for the leader.
+pub(super) fn set_leader_epoch(headers: &mut HeaderMap, leader: Option<&LeaderUpstream>) {
     // A client must not be able to send a token of its own.
-    if request.headers.keys().any(|name| *name == LEADER_EPOCH) {
-        request.remove_header(&LEADER_EPOCH);
-    }
-    if let Some(leader) = leader {
-        request.insert_header(LEADER_EPOCH, leader.epoch.to_string())?;
-    }
-    Ok(())
+    match leader {
+        Some(leader) => headers.insert(LEADER_EPOCH, HeaderValue::from(leader.epoch)),
+        None => headers.remove(LEADER_EPOCH),
+    };
 }
 
 /// Takes the load report out of a response, which is not for the client.
@@ -61,4 +115,48 @@ pub(super) fn set_upstream_node(response: &mut ResponseHeader, node: &Node) -> R
         response.insert_header(UPSTREAM_NODE, id)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_how_names_are_written_is_forgotten() {
+        for target in ["/a?b=1", "http://a.test/b", "*", "/\u{fc}"] {
+            let mut request = RequestHeader::build("GET", target.as_bytes(), None).unwrap();
+            request.insert_header("X-Some-Name", "Value").unwrap();
+            request.append_header("X-Some-Name", "Other").unwrap();
+            let before = request.clone();
+            forget_case(&mut request);
+            change_fields(&mut request, |headers| {
+                headers.insert("added", HeaderValue::from_static("1"));
+                Ok(())
+            })
+            .unwrap();
+            let mut wire = Vec::new();
+            request.header_to_h1_wire(&mut wire);
+            let wire = String::from_utf8(wire).unwrap();
+            let expected = "x-some-name: Value\r\nx-some-name: Other\r\nadded: 1\r\n";
+            assert_eq!(wire, expected);
+            assert_eq!(request.raw_path(), before.raw_path());
+            assert_eq!(request.uri, before.uri);
+            assert_eq!(request.method, before.method);
+            assert_eq!(request.version, before.version);
+        }
+    }
+
+    #[test]
+    fn the_reason_of_a_response_is_kept() {
+        for (status, reason) in [(200, "OK"), (200, "Fine"), (299, "Odd"), (404, "")] {
+            let mut response = ResponseHeader::build(status, None).unwrap();
+            response.insert_header("X-Name", "1").unwrap();
+            response.set_reason_phrase(Some(reason)).unwrap();
+            forget_response_case(&mut response);
+            assert!(!response.has_case());
+            assert_eq!(response.get_reason_phrase(), Some(reason));
+            assert_eq!(response.status, status);
+            assert_eq!(response.headers["x-name"], "1");
+        }
+    }
 }

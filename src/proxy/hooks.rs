@@ -19,7 +19,7 @@ use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
 use super::failure::is_unanswered;
 use super::grpc::Call;
-use super::headers::set_leader_epoch;
+use super::headers::{change_fields, forget_case, forget_response_case, set_leader_epoch};
 use super::hop_by_hop::{ends_with_connection, has_no_body};
 use super::outcome::outcome;
 use super::reply::{
@@ -39,10 +39,11 @@ fn answered(sent: Result<()>) -> Result<bool> {
 
 #[async_trait]
 impl ProxyHttp for ClusterProxy {
-    type CTX = RequestContext;
+    /// Pingora moves it several times, as a part of its future.
+    type CTX = Box<RequestContext>;
 
-    fn new_ctx(&self) -> RequestContext {
-        RequestContext::new(self.routing.load_full())
+    fn new_ctx(&self) -> Box<RequestContext> {
+        Box::new(RequestContext::new(self.routing.load_full()))
     }
 
     /// No module: the default one compresses, at a cost for each request.
@@ -51,8 +52,9 @@ impl ProxyHttp for ClusterProxy {
     async fn early_request_filter(
         &self,
         session: &mut Session,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<()> {
+        forget_case(session.req_header_mut());
         context.routing.limits.begin(session, &mut context.state);
         Ok(())
     }
@@ -60,7 +62,7 @@ impl ProxyHttp for ClusterProxy {
     async fn request_filter(
         &self,
         session: &mut Session,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<bool> {
         let (routing, state) = (&context.routing, &mut context.state);
         let peer = peer_of(session);
@@ -68,7 +70,7 @@ impl ProxyHttp for ClusterProxy {
             let is_trusted = peer.is_some_and(|peer| routing.trusted.contains(peer));
             state.span = spans.begin(session.req_header(), is_trusted);
         }
-        if self.via.is_on(session.req_header()) {
+        if self.via.is_on(&session.req_header().headers) {
             return Err(refused(508, "the request has come back to where it was"));
         }
         routing.limits.check_head(session, state)?;
@@ -109,7 +111,7 @@ impl ProxyHttp for ClusterProxy {
         _: &mut Session,
         body: &mut Option<Bytes>,
         is_end: bool,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<()> {
         let (routing, state) = (&context.routing, &mut context.state);
         state.time_left()?;
@@ -121,7 +123,7 @@ impl ProxyHttp for ClusterProxy {
     async fn upstream_peer(
         &self,
         session: &mut Session,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<Box<HttpPeer>> {
         match &context.group {
             Some(group) => group.next_peer(session, &mut context.state).await,
@@ -133,22 +135,25 @@ impl ProxyHttp for ClusterProxy {
         &self,
         session: &mut Session,
         request: &mut RequestHeader,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<()> {
         let (routing, state) = (&context.routing, &mut context.state);
-        remove_lookalikes(request);
-        set_forwarded(&routing.trusted, session, request, routing.sends_forwarded)?;
-        if routing.traceparent {
-            set_traceparent(request)?;
-        }
-        if let Some(span) = &state.span {
-            span.add_to(request)?;
-        }
-        if self.access_log.is_some() {
-            state.traceparent = traceparent(request).map(str::to_owned);
-        }
-        self.via.add_to(request)?;
-        set_leader_epoch(request, state.leader.as_ref())?;
+        change_fields(request, |headers| {
+            remove_lookalikes(headers);
+            set_forwarded(&routing.trusted, session, headers, routing.sends_forwarded)?;
+            if routing.traceparent {
+                set_traceparent(headers)?;
+            }
+            if let Some(span) = &state.span {
+                span.add_to(headers)?;
+            }
+            if self.access_log.is_some() {
+                state.traceparent = traceparent(headers).map(str::to_owned);
+            }
+            self.via.add_to(headers);
+            set_leader_epoch(headers, state.leader.as_ref());
+            Ok(())
+        })?;
         if let Some(route) = &context.route {
             route.change_request(request)?;
             context.begin_copy(request);
@@ -160,8 +165,9 @@ impl ProxyHttp for ClusterProxy {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<()> {
+        forget_response_case(response);
         match &context.group {
             Some(group) => group.take_response(session, response, &mut context.state),
             None => Ok(()),
@@ -173,7 +179,7 @@ impl ProxyHttp for ClusterProxy {
         _: &mut Session,
         _: &mut Option<Bytes>,
         _: bool,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<Option<Duration>> {
         context.state.time_left().map(|_| None)
     }
@@ -182,7 +188,7 @@ impl ProxyHttp for ClusterProxy {
         &self,
         _: &mut Session,
         trailers: &mut HeaderMap,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<()> {
         if let Some(call) = &mut context.state.call {
             call.take_status(trailers);
@@ -194,7 +200,7 @@ impl ProxyHttp for ClusterProxy {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<()> {
         let state = &mut context.state;
         if response.status == StatusCode::SWITCHING_PROTOCOLS {
@@ -224,7 +230,7 @@ impl ProxyHttp for ClusterProxy {
         _: &mut Session,
         _: &mut Option<Bytes>,
         is_end: bool,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> Result<Option<Duration>> {
         if is_end {
             context.state.answer_ends();
@@ -237,7 +243,7 @@ impl ProxyHttp for ClusterProxy {
         &self,
         _: &mut Session,
         peer: &HttpPeer,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
         error: Box<Error>,
     ) -> Box<Error> {
         debug!(%peer, %error, "cannot connect to the backend");
@@ -255,7 +261,7 @@ impl ProxyHttp for ClusterProxy {
         peer: &HttpPeer,
         session: &mut Session,
         error: Box<Error>,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
         client_reused: bool,
     ) -> Box<Error> {
         let error = error.more_context(format!("Peer: {peer}"));
@@ -269,7 +275,7 @@ impl ProxyHttp for ClusterProxy {
         &self,
         session: &mut Session,
         error: &Error,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) -> FailToProxy {
         let state = &context.state;
         let reply =
@@ -287,7 +293,12 @@ impl ProxyHttp for ClusterProxy {
     }
 
     /// What clients do wrong, and what the proxy refuses by itself, are no errors of this process.
-    fn suppress_error_log(&self, _: &Session, context: &RequestContext, error: &Error) -> bool {
+    fn suppress_error_log(
+        &self,
+        _: &Session,
+        context: &Box<RequestContext>,
+        error: &Error,
+    ) -> bool {
         let is_refused = matches!(error.etype(), ErrorType::HTTPStatus(_));
         let is_of_client = error.esource() == &ErrorSource::Downstream;
         if is_refused || is_of_client || is_slow_upload(&context.state, error) {
@@ -301,7 +312,7 @@ impl ProxyHttp for ClusterProxy {
         &self,
         session: &mut Session,
         error: Option<&Error>,
-        context: &mut RequestContext,
+        context: &mut Box<RequestContext>,
     ) {
         let state = &mut context.state;
         state.end();

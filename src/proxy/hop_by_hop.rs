@@ -13,24 +13,13 @@ const PROXY_INFO: HeaderName = HeaderName::from_static("proxy-authentication-inf
 /// Removes them (RFC 9110, section 7.6.1). `Connection` and `Transfer-Encoding` are Pingora's, which
 /// sets them anew. Returns after how many seconds the backend closes the connection, if it says so.
 pub(super) fn remove_hop_by_hop(response: &mut ResponseHeader) -> Option<u64> {
-    let seconds = response.headers.get("keep-alive").and_then(|value| {
-        let text = value.to_str().ok()?;
-        let parameter = |part: &str| {
-            let (name, value) = part.split_once('=')?;
-            let is_timeout = name.trim().eq_ignore_ascii_case("timeout");
-            is_timeout.then(|| value.trim().parse().ok())?
-        };
-        text.split(',').find_map(parameter)
-    });
-    if response.headers.contains_key(CONNECTION) {
-        for name in nominated(response) {
-            response.remove_header(&name);
-        }
-    }
     // Looking at the few names that there are costs less than looking for each of these.
+    let begins_like_ours = |name: &HeaderName| {
+        let first = name.as_str().bytes().next();
+        matches!(first, Some(b'k' | b't' | b'p'))
+    };
     let is_ours = |name: &&HeaderName| {
-        let text = name.as_str();
-        (text.starts_with('k') || text.starts_with('t') || text.starts_with('p'))
+        begins_like_ours(name)
             && [
                 KEEP_ALIVE,
                 TRAILER,
@@ -40,6 +29,28 @@ pub(super) fn remove_hop_by_hop(response: &mut ResponseHeader) -> Option<u64> {
             ]
             .contains(name)
     };
+    let (mut has_connection, mut may_have_ours) = (false, false);
+    for name in response.headers.keys() {
+        has_connection |= *name == CONNECTION;
+        may_have_ours |= begins_like_ours(name);
+    }
+    if !has_connection && !may_have_ours {
+        return None;
+    }
+    let seconds = response.headers.get(KEEP_ALIVE).and_then(|value| {
+        let text = value.to_str().ok()?;
+        let parameter = |part: &str| {
+            let (name, value) = part.split_once('=')?;
+            let is_timeout = name.trim().eq_ignore_ascii_case("timeout");
+            is_timeout.then(|| value.trim().parse().ok())?
+        };
+        text.split(',').find_map(parameter)
+    });
+    if has_connection {
+        for name in nominated(response) {
+            response.remove_header(&name);
+        }
+    }
     while let Some(name) = response.headers.keys().find(is_ours).cloned() {
         response.remove_header(&name);
     }

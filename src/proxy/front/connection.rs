@@ -71,6 +71,7 @@ pub(crate) struct Connection {
     certificate: Option<HeaderValue>,
     /// The address of the other end, as a value of a field.
     peer: OnceLock<HeaderValue>,
+    port: OnceLock<HeaderValue>,
     statistics: Arc<FrontStatistics>,
 }
 
@@ -79,6 +80,7 @@ impl Connection {
         Self {
             certificate,
             peer: OnceLock::new(),
+            port: OnceLock::new(),
             statistics,
             phase: AtomicU8::new(Phase::Accepted as u8),
             ended: AtomicU8::new(0),
@@ -102,6 +104,11 @@ impl Connection {
     /// The address of the other end, as a value of a field; `make` makes it once.
     pub(crate) fn peer_value(&self, make: impl FnOnce() -> HeaderValue) -> &HeaderValue {
         self.peer.get_or_init(make)
+    }
+
+    /// The port that the client has connected to, as a value of a field; `make` makes it once.
+    pub(crate) fn port_value(&self, make: impl FnOnce() -> HeaderValue) -> &HeaderValue {
+        self.port.get_or_init(make)
     }
 
     /// The client's certificate, for the field `Client-Cert`.

@@ -2,6 +2,7 @@
 
 use ::pingora::Result;
 use ::pingora::http::RequestHeader;
+use http::HeaderMap;
 
 use crate::config::OpenTelemetry;
 use crate::proxy::access_log::Entry;
@@ -22,7 +23,7 @@ impl Spans {
 }
 
 impl Span {
-    pub(in crate::proxy) fn add_to(&self, _: &mut RequestHeader) -> Result<()> {
+    pub(in crate::proxy) fn add_to(&self, _: &mut HeaderMap) -> Result<()> {
         match *self {}
     }
 

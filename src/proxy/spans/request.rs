@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use ::pingora::Result;
 use ::pingora::http::RequestHeader;
+use http::HeaderMap;
 use opentelemetry::trace::{
     Span as _, SpanContext, SpanId, SpanKind, Status, TraceContextExt, TraceFlags, TraceId,
     TraceState, Tracer as _,
@@ -45,7 +46,7 @@ impl Spans {
         is_trusted: bool,
     ) -> Option<Span> {
         self.is_started.get_or_init(|| self.start());
-        let parent = trace_parent(request);
+        let parent = trace_parent(&request.headers);
         let is_wanted = match parent {
             Some(parent) if is_trusted => TraceFlags::new(parent.flags).is_sampled(),
             _ => self.config.sample >= 1.0 || fastrand::f64() < self.config.sample,
@@ -95,12 +96,12 @@ fn remote(parent: TraceParent) -> SpanContext {
 
 impl Span {
     /// The backend's spans are children of this one.
-    pub(in crate::proxy) fn add_to(&self, request: &mut RequestHeader) -> Result<()> {
+    pub(in crate::proxy) fn add_to(&self, headers: &mut HeaderMap) -> Result<()> {
         let context = self.0.span_context();
         let trace = u128::from_be_bytes(context.trace_id().to_bytes());
         let span = u64::from_be_bytes(context.span_id().to_bytes());
         insert(
-            request,
+            headers,
             &written(trace, span, context.trace_flags().to_u8()),
         )
     }
