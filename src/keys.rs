@@ -16,6 +16,9 @@
 //! All prefixes end with a slash: without it, group `app` would see the keys of `app-2`. The key
 //! prefix in front of them also ends with one, unless it is empty: see [`with_slash`].
 
+#[cfg(any(test, feature = "discovery"))]
+use std::borrow::Cow;
+
 use crate::error::ClusterError;
 use crate::ids::LeaseId;
 use crate::validate;
@@ -24,10 +27,16 @@ use crate::validate;
 #[derive(Debug, Clone)]
 pub(crate) struct GroupKeys {
     registry: String,
+    /// Empty, like the next ones, for a group that others write: it has none.
     election: String,
     handover: String,
     overrides: String,
+    of_others: Option<Nested>,
 }
+
+/// Whether a key that others write may have more than one segment after the prefix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Nested(bool);
 
 /// The last segment of the key of an operator's request.
 pub(crate) const OPERATOR: &str = "operator";
@@ -39,7 +48,26 @@ impl GroupKeys {
             election: format!("{prefix}election/{group}/"),
             handover: format!("{prefix}handover/{group}/"),
             overrides: format!("{prefix}override/{group}/"),
+            of_others: None,
         }
+    }
+
+    /// Those of a group whose entries others write below this prefix.
+    #[cfg(feature = "discovery")]
+    pub(crate) fn of_others(prefix: String, nested: bool) -> Self {
+        Self {
+            registry: prefix,
+            election: String::new(),
+            handover: String::new(),
+            overrides: String::new(),
+            of_others: Some(Nested(nested)),
+        }
+    }
+
+    /// Whether this crate's nodes write the entries: then there is an election, and operators have a word.
+    #[cfg(feature = "discovery")]
+    pub(crate) fn are_ours(&self) -> bool {
+        self.of_others.is_none()
     }
 
     /// The prefix of what operators say of nodes.
@@ -94,10 +122,24 @@ impl GroupKeys {
     }
 
     /// The node id in a registry key. `None` for a key of a nested group (`registry/app/blue/n1`
-    /// belongs to group `app/blue`, not to `app`).
+    /// belongs to group `app/blue`, not to `app`). In a nested key of others, a slash is `%2F` in the id.
     #[cfg(any(test, feature = "discovery"))]
-    pub(crate) fn node_id<'k>(&self, key: &'k str) -> Option<&'k str> {
-        Self::last(&self.registry, key)
+    pub(crate) fn node_id<'k>(&self, key: &'k str) -> Option<Cow<'k, str>> {
+        if self.of_others != Some(Nested(true)) {
+            return Self::last(&self.registry, key).map(Cow::Borrowed);
+        }
+        let rest = key.strip_prefix(&*self.registry)?;
+        let rest = Some(rest).filter(|rest| !rest.is_empty() && !rest.ends_with('/'))?;
+        Some(match rest.contains(['/', '%']) {
+            true => Cow::Owned(rest.replace('%', "%25").replace('/', "%2F")),
+            false => Cow::Borrowed(rest),
+        })
+    }
+
+    /// Whether a node of this group can have this id.
+    #[cfg(any(test, feature = "discovery"))]
+    pub(crate) fn is_id(id: &str) -> bool {
+        !id.is_empty() && !id.contains('/')
     }
 
     /// Whether `key` is a candidacy in this group (not in a nested one).
@@ -107,6 +149,9 @@ impl GroupKeys {
 
     /// The last segment of a key that is directly below the prefix.
     fn last<'k>(prefix: &str, key: &'k str) -> Option<&'k str> {
+        if prefix.is_empty() {
+            return None;
+        }
         key.strip_prefix(prefix)
             .filter(|rest| !rest.is_empty() && !rest.contains('/'))
     }
@@ -235,7 +280,7 @@ mod tests {
     #[test]
     fn groups_do_not_mix() {
         let keys = GroupKeys::new("", "app");
-        assert_eq!(keys.node_id("registry/app/n1"), Some("n1"));
+        assert_eq!(keys.node_id("registry/app/n1").as_deref(), Some("n1"));
         assert_eq!(keys.node_id("registry/app-2/n1"), None);
         assert_eq!(keys.node_id("registry/app/blue/n1"), None);
         assert_eq!(keys.node_id("registry/app/"), None);

@@ -32,7 +32,7 @@
 //! # The guide
 //!
 //! [Getting started](guide::getting_started), [concepts](guide::concepts), [routing](guide::routing),
-//! [configuration](guide::configuration), [the command](guide::command), [leadership and fencing](guide::fencing),
+//! [configuration](guide::configuration), [other registries](guide::registries), [the command](guide::command), [leadership and fencing](guide::fencing),
 //! [when etcd is away](guide::when_etcd_is_away), [security](guide::security),
 //! [scale](guide::scale), [how it is tested](guide::testing), [limits](guide::limits),
 //! [coming from photon-etcd-cluster](guide::migrating).

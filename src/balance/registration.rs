@@ -132,7 +132,10 @@ impl Registration {
         // which one is older.
         let behind = self.node.last_seen.saturating_sub(node.last_seen);
         let is_outdated = node.revision() == 0 && behind > 0 && behind < CLOCK_SET_BACK_MS;
-        let is_same = node.last_seen == self.node.last_seen && node.metadata == self.node.metadata;
+        // Others than this crate's nodes do not say when they have written: each of their writes is a report.
+        let is_same = node.last_seen == self.node.last_seen
+            && (node.last_seen > 0 || node.revision() == self.node.revision())
+            && node.metadata == self.node.metadata;
         self.node = node.clone();
         self.weigh();
         self.endpoint.set_node(node.clone());

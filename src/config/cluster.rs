@@ -26,7 +26,7 @@ use crate::balance::{
 };
 use crate::cluster::Cluster;
 use crate::discovery::{
-    EntryLimits, NodeFilter, PUBLISH_INTERVAL, SelfPreservation, ServiceDiscovery,
+    EntryLimits, NodeFilter, PUBLISH_INTERVAL, Registry, SelfPreservation, ServiceDiscovery,
     ServiceDiscoveryBuilder, SnapshotFile,
 };
 use crate::error::{ClusterError, in_range};
@@ -66,6 +66,10 @@ pub struct ClusterConfig {
     /// `group`.
     #[serde(default)]
     pub routes: Vec<Route>,
+    /// Who writes the entries of the group, and where: this crate's nodes, or another registry. Default: nodes of this
+    /// crate.
+    #[serde(default)]
+    pub registry: Registry,
     /// Only nodes of these zones, with these tags. Default: all.
     #[serde(default)]
     pub filter: NodeFilter,
@@ -270,13 +274,18 @@ impl ClusterConfig {
             check.validate("cluster.health_check")?;
         }
         self.leader.validate("cluster.leader")?;
+        self.registry.validate("cluster.registry")?;
+        if self.leader.writes && !self.registry.is_native() {
+            let reason = "is not possible: only groups of this crate's nodes have a leader";
+            return Err(ClusterError::config("cluster.leader.writes", reason));
+        }
         if let Some(name) = &self.sticky_cookie
             && !is_token(name)
         {
             let reason = format!("{name:?} is not the name of a cookie");
             return Err(ClusterError::config("cluster.sticky_cookie", reason));
         }
-        self.backends.validate("cluster.backends")?;
+        self.spoken_to().validate("cluster.backends")?;
         if let Some(tls) = &self.tls {
             tls.validate("cluster.tls")?;
         }
@@ -314,6 +323,13 @@ impl ClusterConfig {
         Err(ClusterError::config("cluster.listen", reason))
     }
 
+    /// How backends are spoken to: in other registries, entries say it.
+    pub(crate) fn spoken_to(&self) -> Backends {
+        let mut backends = self.backends.clone();
+        backends.protocol_of_node |= !self.registry.is_native();
+        backends
+    }
+
     /// The discovery that this section describes.
     ///
     /// # Errors
@@ -335,6 +351,7 @@ impl ClusterConfig {
 
     fn describe(&self, builder: ServiceDiscoveryBuilder) -> ServiceDiscoveryBuilder {
         let builder = builder
+            .registry(self.registry.clone())
             .filter(self.filter.clone())
             .allowed_networks(self.allowed_networks.iter().cloned())
             .allowed_ports(self.allowed_ports.iter())

@@ -10,7 +10,7 @@ use super::retry::Retry;
 use super::timeouts::BackendTimeouts;
 use super::values::{HashOn, Port};
 use crate::balance::{Adaptive, Consistent, Headroom, Policy, Zones};
-use crate::discovery::{EntryLimits, NodeFilter, SelfPreservation, SnapshotFile};
+use crate::discovery::{EntryLimits, NodeFilter, Registry, SelfPreservation, SnapshotFile};
 
 /// The name of the group that the `cluster` section itself describes.
 pub const DEFAULT_GROUP: &str = "default";
@@ -28,6 +28,8 @@ pub const DEFAULT_GROUP: &str = "default";
 pub struct Group {
     /// The name in etcd. Default: the one it has in the file.
     pub group: Option<String>,
+    /// Default: as there, but below a prefix of its own.
+    pub registry: Option<Registry>,
     pub filter: Option<NodeFilter>,
     pub allowed_networks: Option<Vec<String>>,
     pub allowed_ports: Option<Vec<Port>>,

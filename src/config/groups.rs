@@ -54,6 +54,11 @@ impl ClusterConfig {
             leader_wait_ms,
             backends
         );
+        match &group.registry {
+            Some(registry) => config.registry.clone_from(registry),
+            // Two groups with one prefix would be the same nodes.
+            None => config.registry.prefix = None,
+        }
         config.group = group.group.clone().unwrap_or_else(|| name.to_owned());
         config.snapshot.clone_from(&group.snapshot);
         config.leader.clone_from(&group.leader);
@@ -130,9 +135,14 @@ impl ClusterConfig {
             let field = format!("cluster.routes[{index}]");
             route.validate(&field)?;
             for (name, group) in route.groups() {
-                if group != DEFAULT_GROUP && !self.groups.contains_key(group) {
+                let Some(of_group) = self.of_group(group) else {
                     let reason = format!("there is no group {group:?} in cluster.groups");
                     return Err(ClusterError::config(format!("{field}.{name}"), reason));
+                };
+                if route.leader && !of_group.registry.is_native() {
+                    let reason =
+                        format!("the group {group:?} is in another registry, and has no leader");
+                    return Err(ClusterError::config(format!("{field}.leader"), reason));
                 }
             }
             self.check_tunnel(&format!("{field}.timeouts"), route.timeouts.tunnel_ms)?;

@@ -7,6 +7,7 @@ use std::ops::RangeInclusive;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use super::format::{Decoder, Fault};
 use crate::error::{ClusterError, in_range};
 use crate::node::Node;
 use crate::store::Entry;
@@ -181,6 +182,16 @@ impl Refusal {
     }
 }
 
+impl From<Fault> for Refusal {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Malformed(reason) => Self::Malformed(reason),
+            Fault::NotAllowed(reason) => Self::NotAllowed(reason),
+            Fault::Unwanted => Self::Unwanted,
+        }
+    }
+}
+
 /// Which entries a discovery accepts.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Admission {
@@ -190,11 +201,17 @@ pub(super) struct Admission {
     pub(super) networks: Vec<IpNet>,
     /// If empty, every port is allowed.
     pub(super) ports: Vec<RangeInclusive<u16>>,
+    /// Reads entries that others write; `None` for those of this crate.
+    pub(super) decoder: Option<Decoder>,
 }
 
 impl Admission {
     /// Parses the entry under the key of this id, and checks that the node may be in the view.
     pub(super) fn admit(&self, id: &str, entry: &Entry) -> Result<Node, Refusal> {
+        if let Some(decoder) = &self.decoder {
+            let node = self.decode(decoder, id, entry)?;
+            return self.select(node, entry);
+        }
         self.limits.check(entry).map_err(Refusal::TooLarge)?;
         let node: Node = serde_json::from_slice(&entry.value)
             .map_err(|error| Refusal::Malformed(error.to_string()))?;
@@ -206,12 +223,48 @@ impl Admission {
             return Err(Refusal::Malformed(reason));
         }
         self.check_address(&node)?;
+        self.select(node, entry)
+    }
+
+    fn select(&self, node: Node, entry: &Entry) -> Result<Node, Refusal> {
         if !self.filter.matches(&node) {
             return Err(Refusal::Unwanted);
         }
         Ok(node
             .with_incarnation(incarnation(entry))
             .with_revision(entry.mod_revision))
+    }
+
+    /// Reads an entry that others write: the node at the first of its addresses that is allowed. What is not needed of
+    /// an entry does not count towards the limit of values.
+    fn decode(&self, decoder: &Decoder, id: &str, entry: &Entry) -> Result<Node, Refusal> {
+        let limits = &self.limits;
+        limits.check_key(&entry.key).map_err(Refusal::TooLarge)?;
+        let (length, most) = (entry.value.len(), limits.value_bytes);
+        if length > most {
+            let reason = format!("it is {length} bytes long, at most {most} allowed");
+            return Err(Refusal::TooLarge(reason));
+        }
+        let decoded = decoder.decode(id, &entry.key, &entry.value)?;
+        let (values, depth) = decoded.size;
+        if values > limits.values || depth > limits.depth {
+            let reason = format!(
+                "its metadata has {values} values, {depth} deep; at most {} and {} are allowed",
+                limits.values, limits.depth
+            );
+            return Err(Refusal::TooLarge(reason));
+        }
+        let mut fault = decoded
+            .fault
+            .as_ref()
+            .map(|fault| Refusal::from(fault.clone()));
+        for node in decoded.nodes() {
+            match self.check_address(&node) {
+                Ok(()) => return Ok(node),
+                Err(refusal) => fault = Some(refusal),
+            }
+        }
+        Err(fault.unwrap_or(Refusal::Unwanted))
     }
 
     /// The refusal of a node or candidate beyond the limit of the group.

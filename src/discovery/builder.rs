@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::admission::{Admission, EntryLimits, NodeFilter, parse_networks, parse_ports};
+use super::format::Registry;
 use super::handle::{ServiceDiscovery, Source};
 use super::published::Published;
 use super::self_preservation::SelfPreservation;
 use super::settings::Settings;
 use super::snapshot_file::SnapshotFile;
 use crate::error::ClusterError;
-use crate::keys::{self, GroupKeys};
+use crate::keys;
 use crate::lifecycle::Lifecycle;
 use crate::store::{EtcdOptions, LazyStore, Store};
 
@@ -33,6 +34,7 @@ pub struct ServiceDiscoveryBuilder {
     preserve: SelfPreservation,
     snapshot: Option<SnapshotFile>,
     publish_interval: Duration,
+    registry: Registry,
 }
 
 impl ServiceDiscoveryBuilder {
@@ -50,7 +52,15 @@ impl ServiceDiscoveryBuilder {
             preserve: SelfPreservation::default(),
             snapshot: None,
             publish_interval: PUBLISH_INTERVAL,
+            registry: Registry::default(),
         }
+    }
+
+    /// Reads entries that others write, such as those of gRPC, go-zero or Kratos. Default: this crate's own format.
+    #[must_use]
+    pub fn registry(mut self, registry: Registry) -> Self {
+        self.registry = registry;
+        self
     }
 
     /// Selects the nodes by zone and tags. Default: all nodes.
@@ -152,6 +162,7 @@ impl ServiceDiscoveryBuilder {
         keys::check_group(&self.group)?;
         self.limits.validate("limits")?;
         self.preserve.validate("self_preservation")?;
+        self.registry.validate("registry")?;
         if let Some(file) = &self.snapshot {
             file.validate("snapshot")?;
         }
@@ -161,13 +172,15 @@ impl ServiceDiscoveryBuilder {
         }
         let key_prefix = self.etcd.prefix();
         Ok(Settings {
-            keys: GroupKeys::new(&key_prefix, &self.group),
+            keys: self.registry.keys(&key_prefix, &self.group),
+            format: self.registry.mark(&self.group),
             key_prefix,
             admission: Admission {
                 filter: self.filter.clone(),
                 limits: self.limits,
                 networks: parse_networks(&self.networks)?,
                 ports: parse_ports(&self.ports)?,
+                decoder: self.registry.decoder(),
             },
             preserve: self.preserve,
             snapshot: self.snapshot.clone(),

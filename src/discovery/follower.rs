@@ -19,7 +19,7 @@ use super::staged::Staged;
 use super::state::{Input, News, Position, State};
 use super::status::DiscoveryStatus;
 use crate::error::ClusterError;
-use crate::store::{Store, WatchRange, Watcher};
+use crate::store::{Selector, Store, WatchRange, Watcher};
 use crate::supervise::{in_span, new_span};
 use crate::view::{Change, ClusterEvent};
 
@@ -69,7 +69,7 @@ impl<'d> Follower<'d> {
             group,
             state: State::start(published.is_ready(), file.is_some()),
             outbox: Outbox::new(settings.publish_interval, Instant::now()),
-            saver: file.map(|file| Saver::new(file, name.to_owned(), settings.key_prefix.clone())),
+            saver: file.map(|file| Saver::new(file, settings.origin(name))),
         }
     }
 
@@ -209,10 +209,11 @@ impl<'d> Follower<'d> {
             );
         }
         let from = revision + 1;
-        let ranges = selectors(&self.settings.keys).map(|keys| WatchRange { keys, from });
+        let ranges = selectors(&self.settings.keys);
+        let ranges = ranges.into_iter().map(|keys| WatchRange { keys, from });
         let position = Position {
             cluster_id,
-            ranges: ranges.into(),
+            ranges: ranges.collect(),
         };
         let news = self.transition(Input::Listed(position.clone()));
         self.publish_reset(changes);
@@ -252,8 +253,8 @@ impl<'d> Follower<'d> {
         let Some(file) = self.settings.snapshot.clone() else {
             return;
         };
-        let (group, prefix) = (self.name.to_owned(), self.settings.key_prefix.clone());
-        let read = move || file.read(&group, &prefix, SystemTime::now());
+        let origin = self.settings.origin(self.name);
+        let read = move || file.read(&origin, SystemTime::now());
         let snapshot = match tokio::task::spawn_blocking(read).await {
             Ok(Ok(snapshot)) => Some(snapshot),
             Ok(Err(error)) => {
@@ -291,7 +292,7 @@ impl<'d> Follower<'d> {
         if !self.state.lacks_a_view_of_the_store() {
             return;
         }
-        let [registrations, _] = selectors(&self.settings.keys);
+        let registrations = Selector::Prefix(self.settings.keys.registry_prefix().to_owned());
         let listing = match self.store.list_stale(&registrations).await {
             Ok(listing) => listing,
             Err(error) => {

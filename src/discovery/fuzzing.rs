@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::admission::{Admission, EntryLimits, NodeFilter, parse_networks, parse_ports};
+use super::format::Registry;
 use super::group::Group as FollowedGroup;
 use super::rejected::RejectedEntries;
 use super::self_preservation::SelfPreservation;
@@ -53,6 +54,7 @@ impl Group {
             limits,
             networks: parse_networks(allowed_networks)?,
             ports: parse_ports(allowed_ports)?,
+            decoder: None,
         };
         Ok(Self {
             group: FollowedGroup::new(GroupKeys::new("", "g"), admission, preserve),
@@ -117,6 +119,22 @@ impl Group {
             logged,
         }
     }
+}
+
+/// The node of an entry of another registry, as a discovery of the group `g` reads it.
+///
+/// # Errors
+///
+/// Why there is none, in words.
+pub fn read_foreign(registry: &Registry, entry: &Entry) -> Result<Node, String> {
+    let admission = Admission {
+        decoder: registry.decoder(),
+        ..Admission::default()
+    };
+    let keys = registry.keys("", "g");
+    let id = keys.node_id(&entry.key).ok_or("no id")?;
+    let admitted = admission.admit(&id, entry);
+    admitted.map_err(|refusal| refusal.reason().to_owned())
 }
 
 /// The nodes in the bytes of a snapshot file.

@@ -187,9 +187,7 @@ impl Group {
                 );
                 break;
             }
-            // The id must be valid as part of a key.
-            let has_key = self.keys.node_id(&self.keys.registration(&node.id)) == Some(&*node.id);
-            if has_key && self.admission.readmit(&node).is_ok() {
+            if GroupKeys::is_id(&node.id) && self.admission.readmit(&node).is_ok() {
                 self.take_in(Arc::new(node), &mut changes);
             }
         }
@@ -209,9 +207,9 @@ impl Group {
                 }
             } else if let Some(id) = self.keys.node_id(key) {
                 match event {
-                    WatchEvent::Put(entry) => self.put(id, entry, &mut changes),
+                    WatchEvent::Put(entry) => self.put(&id, entry, &mut changes),
                     WatchEvent::Delete { .. } => {
-                        if let Some(node) = self.nodes.get(id).cloned() {
+                        if let Some(node) = self.nodes.get(&id).cloned() {
                             self.vanish(&node, 0, &mut changes, now);
                         }
                     }

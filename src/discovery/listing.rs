@@ -13,10 +13,13 @@ pub(super) struct ReadAt {
     pub(super) cluster_id: u64,
 }
 
-/// The keys of a group: registrations and candidates.
-pub(super) fn selectors(keys: &GroupKeys) -> [Selector; 2] {
-    [keys.registry_prefix(), keys.election_prefix()]
+/// The keys of a group: registrations and, where there is an election, candidates.
+pub(super) fn selectors(keys: &GroupKeys) -> Vec<Selector> {
+    let prefixes = [keys.registry_prefix(), keys.election_prefix()];
+    let prefixes = prefixes.into_iter().filter(|prefix| !prefix.is_empty());
+    prefixes
         .map(|prefix| Selector::Prefix(prefix.to_owned()))
+        .collect()
 }
 
 /// A key that never exists: reading it is the cheapest way to learn the store's cluster and revision,

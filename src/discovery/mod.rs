@@ -5,6 +5,7 @@ mod builder;
 mod candidates;
 mod changes;
 mod follower;
+mod format;
 #[cfg(feature = "test-util")]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -36,6 +37,10 @@ pub use admission::{EntryLimits, NodeFilter};
 pub(crate) use builder::PUBLISH_INTERVAL;
 pub use builder::ServiceDiscoveryBuilder;
 pub use changes::Changes;
+pub use format::{
+    AddressAt, EntryTable, Equals, Format, HostAndPort, MetricAt, Registry, Scalar, Scheme,
+    WeightAt, ZeroWeight,
+};
 pub use handle::ServiceDiscovery;
 pub use rejected::RejectedEntries;
 pub use self_preservation::SelfPreservation;

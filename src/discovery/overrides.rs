@@ -28,6 +28,10 @@ impl ServiceDiscovery {
     pub(crate) async fn follow_overrides(&self, mut take: impl FnMut(&Overrides)) -> Infallible {
         let mut backoff = Backoff::new();
         let mut is_told = false;
+        let settings = self.source.settings.as_ref();
+        if settings.is_ok_and(|settings| !settings.keys.are_ours()) {
+            return std::future::pending().await;
+        }
         loop {
             let error = match self.try_follow_overrides(&mut take, &mut backoff).await {
                 Ok(never) => match never {},

@@ -28,14 +28,11 @@ pub(super) struct Saver {
 }
 
 impl Saver {
-    pub(super) fn new(file: SnapshotFile, group: String, key_prefix: String) -> Self {
+    /// Writes what belongs to this origin.
+    pub(super) fn new(file: SnapshotFile, origin: Origin) -> Self {
         Self {
             file,
-            origin: Origin {
-                group,
-                key_prefix,
-                ..Origin::default()
-            },
+            origin,
             job: None,
             created: Instant::now(),
             last_start: None,
@@ -130,7 +127,7 @@ mod tests {
     use std::path::Path;
 
     fn saver(path: &Path) -> Saver {
-        Saver::new(SnapshotFile::new(path), String::new(), String::new())
+        Saver::new(SnapshotFile::new(path), Origin::default())
     }
 
     /// With the real clock, whose readings always differ.

@@ -5,16 +5,31 @@ use std::time::Duration;
 use super::admission::Admission;
 use super::self_preservation::SelfPreservation;
 use super::snapshot_file::SnapshotFile;
+use super::snapshot_format::Origin;
 use crate::keys::GroupKeys;
 
 /// The settings of a discovery.
 pub(super) struct Settings {
     pub(super) keys: GroupKeys,
     pub(super) key_prefix: String,
+    /// Names the format of the entries; empty for this crate's own.
+    pub(super) format: String,
     pub(super) admission: Admission,
     pub(super) preserve: SelfPreservation,
     pub(super) snapshot: Option<SnapshotFile>,
     pub(super) publish_interval: Duration,
     /// Whether to serve what a single member has while there is no quorum.
     pub(super) serializable_fallback: bool,
+}
+
+impl Settings {
+    /// What a snapshot of this group belongs to.
+    pub(super) fn origin(&self, group: &str) -> Origin {
+        Origin {
+            group: group.to_owned(),
+            key_prefix: self.key_prefix.clone(),
+            format: self.format.clone(),
+            ..Origin::default()
+        }
+    }
 }

@@ -164,12 +164,7 @@ impl SnapshotFile {
     }
 
     /// Reads the file, and checks that it may be used for this group now. Blocks.
-    pub(super) fn read(
-        &self,
-        group: &str,
-        key_prefix: &str,
-        now: SystemTime,
-    ) -> Result<Snapshot, ClusterError> {
+    pub(super) fn read(&self, ours: &Origin, now: SystemTime) -> Result<Snapshot, ClusterError> {
         let mut file = File::open(&self.path).map_err(|error| self.error(error))?;
         let metadata = file.metadata().map_err(|error| self.error(error))?;
         check_owner_and_mode(&metadata).map_err(|reason| self.error(reason))?;
@@ -180,22 +175,10 @@ impl SnapshotFile {
         file.read_to_end(&mut bytes)
             .map_err(|error| self.error(error))?;
         let snapshot = decode(&bytes).map_err(|reason| self.error(reason))?;
-        self.check_origin(&snapshot.origin, group, key_prefix)
+        check_origin(&snapshot.origin, ours)
             .and_then(|()| self.check_age(snapshot.written, now))
             .map_err(|reason| self.error(reason))?;
         Ok(snapshot)
-    }
-
-    fn check_origin(&self, origin: &Origin, group: &str, key_prefix: &str) -> Result<(), String> {
-        for (what, theirs, ours) in [
-            ("group", &*origin.group, group),
-            ("key prefix", &*origin.key_prefix, key_prefix),
-        ] {
-            if theirs != ours {
-                return Err(format!("it belongs to {what} {theirs:?}, not to {ours:?}"));
-            }
-        }
-        Ok(())
     }
 
     fn check_age(&self, written: SystemTime, now: SystemTime) -> Result<(), String> {
@@ -233,6 +216,19 @@ fn check_owner_and_mode(_: &std::fs::Metadata) -> Result<(), String> {
     Ok(())
 }
 
+fn check_origin(theirs: &Origin, ours: &Origin) -> Result<(), String> {
+    for (what, theirs, ours) in [
+        ("group", &theirs.group, &ours.group),
+        ("key prefix", &theirs.key_prefix, &ours.key_prefix),
+        ("format", &theirs.format, &ours.format),
+    ] {
+        if theirs != ours {
+            return Err(format!("it belongs to {what} {theirs:?}, not to {ours:?}"));
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -249,7 +245,11 @@ mod tests {
         let read = |group: &str, age: i64| {
             let now = written.checked_add(Duration::from_secs(age.max(0).unsigned_abs()));
             let now = now.unwrap() - Duration::from_secs(age.min(0).unsigned_abs());
-            file.read(group, "", now).map_err(|error| error.to_string())
+            let ours = Origin {
+                group: group.to_owned(),
+                ..Origin::default()
+            };
+            file.read(&ours, now).map_err(|error| error.to_string())
         };
         assert_eq!(read("g", 3_600).unwrap().nodes.len(), 1);
         assert!(read("g", -60).is_ok());

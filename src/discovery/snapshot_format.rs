@@ -21,6 +21,8 @@ const TRAILER: usize = 18;
 pub(super) struct Origin {
     pub(super) group: String,
     pub(super) key_prefix: String,
+    /// Who writes the entries; empty for this crate.
+    pub(super) format: String,
     pub(super) cluster_id: u64,
     pub(super) revision: Revision,
 }
@@ -37,6 +39,8 @@ pub(super) struct Snapshot {
 struct Contents<Text, Entry> {
     group: Text,
     key_prefix: Text,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format: Option<Text>,
     cluster_id: u64,
     revision: Revision,
     /// Unix time in milliseconds.
@@ -68,6 +72,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Snapshot, String> {
         origin: Origin {
             group: contents.group,
             key_prefix: contents.key_prefix,
+            format: contents.format.unwrap_or_default(),
             cluster_id: contents.cluster_id,
             revision: contents.revision,
         },
@@ -109,6 +114,7 @@ pub(super) fn encode(
     let contents = Contents {
         group: &origin.group,
         key_prefix: &origin.key_prefix,
+        format: Some(&origin.format).filter(|format| !format.is_empty()),
         cluster_id: origin.cluster_id,
         revision: origin.revision,
         written: written.duration_since(UNIX_EPOCH).map_or(0, |time| {
@@ -189,6 +195,7 @@ pub(super) mod tests {
         let origin = Origin {
             group: "g".to_owned(),
             key_prefix: "p/".to_owned(),
+            format: "Kratos".to_owned(),
             cluster_id: u64::MAX,
             revision: 4,
         };

@@ -47,7 +47,7 @@ impl Staged {
         for entry in registrations {
             self.saw(entry);
             if let Some(id) = current.keys.node_id(&entry.key) {
-                self.add_node(current, id, entry);
+                self.add_node(current, &id, entry);
             }
         }
     }

@@ -7,6 +7,7 @@
 //! | [Routing](routing) | how a backend is chosen, how near to the optimum, at what cost |
 //! | [Configuration](configuration) | what the YAML file says, and how it is checked |
 //! | [The command](command) | run a balancer, look at a group, make any program a member |
+//! | [Other registries](registries) | fleets of gRPC, go-zero, Kratos and others, read as they are |
 //! | [Watching a process](operating) | the live page, JSON, metrics, alerts |
 //! | [At the edge](edge) | time-outs, limits and headers of the bundled proxy |
 //! | [Leadership and fencing](fencing) | who leads, for how long, and how two leaders do no harm |
@@ -47,6 +48,15 @@ pub mod getting_started {}
 /// [`SessionState`](crate::worker::SessionState), [`MetricsCollector`](crate::MetricsCollector),
 /// [`Deadband`](crate::metrics::Deadband), [`metadata_keys`](crate::metadata_keys)
 pub mod concepts {}
+
+#[doc = include_str!("links.md")]
+#[doc = include_str!("registries.md")]
+///
+/// # In the API
+///
+/// [`Registry`](crate::discovery::Registry), [`Format`](crate::discovery::Format),
+/// [`EntryTable`](crate::discovery::EntryTable)
+pub mod registries {}
 
 #[doc = include_str!("links.md")]
 #[doc = include_str!("routing.md")]

@@ -76,7 +76,12 @@ impl GroupProxy {
             },
             retry_on_status: config.retry.on_status.clone(),
             retry_budget: Arc::new(RetryBudget::new(&config.retry)),
-            peers: Arc::new(Peers::new(&config.timeouts, &config.backends, upgrade, tls)),
+            peers: Arc::new(Peers::new(
+                &config.timeouts,
+                &config.spoken_to(),
+                upgrade,
+                tls,
+            )),
             request_timeout: some_time(config.timeouts.request_ms),
             load_reports: config.load_reports,
             statistics,

@@ -63,6 +63,9 @@ impl ClusterProxy {
         config: &ClusterConfig,
         writes_to_leader: bool,
     ) -> Result<ProxyParts, ClusterError> {
+        let mut config = config.clone();
+        config.leader.writes |= writes_to_leader;
+        let config = &config;
         config.validate()?;
         let options = server.options.as_ref();
         let takes_over = options.is_some_and(|options| options.upgrade);
@@ -72,9 +75,6 @@ impl ClusterProxy {
             checked.map_err(|reason| ClusterError::config("cluster.listen", reason))?;
         }
         check_user(&server.configuration, &config.listen)?;
-        let mut config = config.clone();
-        config.leader.writes |= writes_to_leader;
-        let config = &config;
         let certificates = Reload::default();
         let reloader = background_service("balancer", Reloader::new(config, certificates.clone())?);
         let task = reloader.task();

@@ -1,5 +1,6 @@
 //! Valid inputs of each kind.
 
+use pingora_etcd::discovery::{EntryTable, Format, Registry, Scheme};
 use serde_json::{Map, Value, json};
 
 use crate::mutate::Corpus;
@@ -152,6 +153,66 @@ pub(crate) fn metadata() -> Corpus {
 }
 
 /// The JSON in a snapshot file.
+/// The registry of an entry in [`entries`], and the prefix of its keys.
+pub(crate) fn registry(index: usize) -> (Registry, String) {
+    let custom: EntryTable = serde_json::from_value(json!({
+        "require": [{ "at": "/kind", "is": ["web", 7, true] }],
+        "address": ["/url", { "host": "/Host", "port": "/Port" }],
+        "weight": { "at": "/Weight", "default": 100, "zero": "drain" },
+        "zone": "/MetadataX/zone", "tags": ["/version", "/labels"], "metadata": "/MetadataX",
+        "metrics": { "queue_depth": { "at": "/load/0" } }, "drain": [{ "at": "/Enable", "is": [false] }],
+    }))
+    .unwrap();
+    let (registry, prefix) = match index % 7 {
+        0 => (Registry::new(Format::Grpc), "g/"),
+        1 => (Registry::new(Format::GoZero), "g/"),
+        2 => (
+            Registry::new(Format::Kratos).scheme(Scheme::Grpc),
+            "/microservices/g/",
+        ),
+        3 => (Registry::new(Format::Cloudwego), "hertz/registry-etcd/g/"),
+        4 => (Registry::new(Format::GoMicro), "/micro/registry/g/"),
+        5 => (
+            Registry::new(Format::Goframe),
+            "/service/default/default/g/",
+        ),
+        _ => (Registry::custom("p/", custom), "p/"),
+    };
+    (registry, prefix.to_owned())
+}
+
+pub(crate) fn entries() -> Corpus {
+    let small = [
+        r#"{"Op":0,"Addr":"10.2.0.7:7443","Metadata":{"a":[1,null]}}"#,
+        "[fd00::7]:8080",
+        r#"{"id":"1","name":"g","version":"v1","metadata":{"weight":"20"},"endpoints":["http://10.2.0.7:8000","grpc://10.2.0.7:9000?isSecure=false"]}"#,
+        r#"{"network":"tcp","address":"fd00::7:8888","weight":10,"tags":{"zone":"a"}}"#,
+        r#"{"name":"g","version":"latest","metadata":null,"endpoints":[{"request":{"values":[]}}],"nodes":[{"metadata":{"protocol":"grpc"},"id":"x","address":"10.2.0.7:43211"}]}"#,
+        r#"{"protocol":"http","insecure":true,"weight":3}"#,
+        r#"{"kind":7,"Host":"fd00::1","Port":"8080","Weight":5,"Enable":true,"version":"v2","labels":["a",1],"load":[3],"MetadataX":{"zone":"a"}}"#,
+    ];
+    let small = small.map(|text| text.as_bytes().to_vec());
+    Corpus {
+        small: small.into(),
+        big: Vec::new(),
+        tokens: &[
+            "{",
+            "}",
+            "[",
+            "]",
+            ",",
+            ":",
+            "\"Addr\":",
+            "\"weight\":0",
+            "grpc://",
+            "[::]:80",
+            "db.test:1",
+            "null",
+        ],
+        is_json: true,
+    }
+}
+
 pub(crate) fn snapshots() -> Corpus {
     let nodes = nodes();
     let file = |nodes: &[Vec<u8>]| {

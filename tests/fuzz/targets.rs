@@ -32,7 +32,7 @@ pub(crate) struct Target {
     pub(crate) accepted: (f64, f64),
 }
 
-pub(crate) const TARGETS: [Target; 8] = [
+pub(crate) const TARGETS: [Target; 9] = [
     Target {
         name: "node",
         feed: node,
@@ -50,6 +50,12 @@ pub(crate) const TARGETS: [Target; 8] = [
         feed: metadata,
         share: 700,
         accepted: (30.0, 90.0),
+    },
+    Target {
+        name: "registry",
+        feed: registry,
+        share: 500,
+        accepted: (15.0, 80.0),
     },
     Target {
         name: "snapshot",
@@ -86,6 +92,7 @@ pub(crate) const TARGETS: [Target; 8] = [
 static NODES: LazyLock<Corpus> = LazyLock::new(corpora::nodes);
 static CANDIDATES: LazyLock<Corpus> = LazyLock::new(corpora::candidates);
 static METADATA: LazyLock<Corpus> = LazyLock::new(corpora::metadata);
+static ENTRIES: LazyLock<Corpus> = LazyLock::new(corpora::entries);
 static SNAPSHOTS: LazyLock<Corpus> = LazyLock::new(corpora::snapshots);
 static YAML: LazyLock<Corpus> = LazyLock::new(corpora::yaml);
 static PROXY_HEADERS: LazyLock<Corpus> = LazyLock::new(corpora::proxy_headers);
@@ -253,6 +260,61 @@ fn election(rng: &mut Rng, trace: &mut Trace) {
             "another leader"
         );
     }
+}
+
+/// Entries of other registries, each also read as if another one had written it.
+fn registry(rng: &mut Rng, trace: &mut Trace) {
+    let (index, value) = ENTRIES.next(rng);
+    trace.input(&value);
+    let index = index.filter(|_| rng.u8(..4) > 0);
+    let (registry, prefix) = corpora::registry(index.unwrap_or_else(|| rng.usize(..100)));
+    let (_, segment) = METADATA.next(rng);
+    let segment = match rng.bool() {
+        true => "10.0.0.1:80,10.0.0.2:81".to_owned(),
+        false => String::from_utf8_lossy(&segment[..segment.len().min(60)]).into_owned(),
+    };
+    let entry = Entry {
+        key: format!("{prefix}{segment}"),
+        value,
+        create_revision: 3,
+        mod_revision: 4,
+        lease: None,
+    };
+    let read = fuzzing::read_foreign(&registry, &entry);
+    if let Ok(node) = &read {
+        assert!(!node.id.is_empty() && !node.id.contains('/'), "{}", node.id);
+        assert!(
+            !node.ip.is_unspecified() && node.port != Some(0),
+            "{node:?}"
+        );
+        assert!(
+            node.weight
+                .is_none_or(|weight| weight.is_finite() && weight >= 0.0),
+            "{node:?}"
+        );
+        let protocol = node
+            .metadata
+            .get("protocol")
+            .map(|protocol| protocol.as_str().unwrap());
+        let known = [None, Some("http1"), Some("https"), Some("h2c"), Some("h2")];
+        assert!(known.contains(&protocol), "{node:?}");
+        let text = serde_json::to_string(node).unwrap();
+        let again: Node = serde_json::from_str(&text).unwrap();
+        let parts = |node: &Node| {
+            (
+                node.port,
+                node.weight.map(f64::to_bits),
+                node.tags.clone(),
+                node.metadata.clone(),
+            )
+        };
+        assert_eq!(
+            (&again, parts(&again)),
+            (node, parts(node)),
+            "a snapshot changes it: {text}"
+        );
+    }
+    trace.done(read.is_ok());
 }
 
 fn metadata(rng: &mut Rng, trace: &mut Trace) {

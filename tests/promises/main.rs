@@ -31,6 +31,7 @@ mod operate;
 mod overload;
 mod page;
 mod raw;
+mod registries;
 mod reload;
 mod retries;
 mod rfc;

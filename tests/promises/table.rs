@@ -630,6 +630,14 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::access_log::a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish"],
     ),
     (
+        "registry",
+        &[
+            "promises::registries::http_fleets_of_other_registries_are_served_as_they_are",
+            "promises::registries::grpc_fleets_of_other_registries_are_spoken_to_in_grpc",
+            "promises::registries::an_entry_that_cannot_be_read_is_named_and_harms_no_other",
+        ],
+    ),
+    (
         "opentelemetry",
         &[
             "promises::spans::each_request_is_a_span_with_its_node_and_the_backend_continues_it",

@@ -35,6 +35,7 @@ pub(super) fn usable(old: &ClusterConfig, new: &ClusterConfig) -> (ClusterConfig
 /// Whether both follow the same nodes in the same way, so that one discovery serves for both.
 pub(super) fn have_one_discovery(old: &ClusterConfig, new: &ClusterConfig) -> bool {
     old.group == new.group
+        && old.registry == new.registry
         && old.filter == new.filter
         && old.allowed_networks == new.allowed_networks
         && old.allowed_ports == new.allowed_ports

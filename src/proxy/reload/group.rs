@@ -109,7 +109,7 @@ pub(super) fn prepare(
     let mut proxy = GroupProxy::new(name, config, balancer, tls, statistics.unwrap_or_default());
     let are_peers_same = former.is_some_and(|former| {
         let old = former.config;
-        old.backends == config.backends
+        old.spoken_to() == config.spoken_to()
             && old.timeouts == config.timeouts
             && old.clients.upgrade == config.clients.upgrade
     });
@@ -141,11 +141,12 @@ fn backend_tls(
 ) -> Result<Option<BackendTls>, ClusterError> {
     // Without the feature, nodes that say that they want TLS cannot be spoken to.
     let has_tls = cfg!(feature = "proxy-tls");
-    let is_needed = config.backends.protocol.is_tls() || has_tls && config.backends.may_use_tls();
+    let backends = config.spoken_to();
+    let is_needed = backends.protocol.is_tls() || has_tls && backends.may_use_tls();
     if !is_needed {
         return Ok(None);
     }
-    let tls = BackendTls::new(&config.backends)?;
+    let tls = BackendTls::new(&backends)?;
     certificates.add(&tls.files());
     Ok(Some(tls))
 }

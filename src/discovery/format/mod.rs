@@ -1,0 +1,237 @@
+//! How the entries of a group are written: as this crate does, or as other registries do.
+
+mod address;
+mod decode;
+mod pick;
+mod presets;
+mod table;
+
+use serde::Deserialize;
+
+use crate::error::ClusterError;
+use crate::keys::GroupKeys;
+
+pub(super) use decode::{Decoder, Fault};
+pub use table::{
+    AddressAt, EntryTable, Equals, HostAndPort, MetricAt, Scalar, WeightAt, ZeroWeight,
+};
+
+/// Who has written the entries of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Format {
+    /// This crate, `photon-etcd-cluster`, or a program that follows the same protocol.
+    #[default]
+    Native,
+    /// `naming/endpoints` of etcd's own Go client, for gRPC. Prefix: `{group}/`.
+    Grpc,
+    /// go-zero, which registers gRPC servers. Prefix: `{group}/`.
+    GoZero,
+    /// Kratos. Prefix: `/microservices/{group}/`.
+    Kratos,
+    /// Hertz and, with a prefix such as `kitex/registry-etcd/{service}/`, Kitex. Prefix:
+    /// `hertz/registry-etcd/{group}/`.
+    Cloudwego,
+    /// go-micro. Prefix: `/micro/registry/{group}/`.
+    GoMicro,
+    /// GoFrame, all versions of a service. Prefix: `/service/default/default/{group}/`.
+    Goframe,
+    /// As [`Registry::custom`] says.
+    Custom,
+}
+
+/// Which of the addresses of a process is used, and how it is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Scheme {
+    /// The first one.
+    #[default]
+    Any,
+    /// HTTP/1.1.
+    Http,
+    /// HTTP/1.1 over TLS.
+    Https,
+    /// HTTP/2 without TLS.
+    Grpc,
+    /// HTTP/2 over TLS.
+    Grpcs,
+}
+
+/// Where the entries of a group are, and how they are written. The default is this crate's own format.
+///
+/// A group in another format has no leader, and operators cannot drain or weigh its nodes. Filter, allowed networks and
+/// ports, limits, self-preservation and the snapshot file hold for it as for any other.
+///
+/// ```
+/// use pingora_etcd::{ServiceDiscovery, discovery::{Format, Registry, Scheme}};
+///
+/// # fn main() -> Result<(), pingora_etcd::ClusterError> {
+/// let etcd = vec!["http://127.0.0.1:2379".to_owned()];
+/// let registry = Registry::new(Format::Kratos).scheme(Scheme::Http);
+/// ServiceDiscovery::builder(etcd, "billing").registry(registry).try_build()?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Registry {
+    /// Who writes the entries. Default: `native`.
+    pub format: Format,
+    /// The whole prefix of their keys, which ends with a slash; `etcd.key_prefix` is not put in front of it. Not for
+    /// `native`. Default: that of the format.
+    pub prefix: Option<String>,
+    /// Which of the addresses of an entry is used, and how it is spoken to; entries without such an address are left
+    /// out. Default: `any`.
+    pub scheme: Scheme,
+    /// How the entries are read, with the format `custom`. Default: none.
+    pub custom: Option<EntryTable>,
+}
+
+impl Registry {
+    /// Entries in this format, below its prefix.
+    pub fn new(format: Format) -> Self {
+        Self {
+            format,
+            ..Self::default()
+        }
+    }
+
+    /// Entries that are read as this table says, below this prefix.
+    pub fn custom(prefix: impl Into<String>, table: EntryTable) -> Self {
+        Self {
+            format: Format::Custom,
+            prefix: Some(prefix.into()),
+            custom: Some(table),
+            ..Self::default()
+        }
+    }
+
+    /// Sets [`prefix`](Self::prefix).
+    #[must_use]
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.prefix = Some(prefix.into());
+        self
+    }
+
+    /// Sets [`scheme`](Self::scheme).
+    #[must_use]
+    pub fn scheme(mut self, scheme: Scheme) -> Self {
+        self.scheme = scheme;
+        self
+    }
+
+    /// Whether it is this crate's own format.
+    pub fn is_native(&self) -> bool {
+        self.format == Format::Native
+    }
+
+    /// Checks every field. Errors name it as a part of `field`.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field and what is allowed.
+    pub fn validate(&self, field: &str) -> Result<(), ClusterError> {
+        let error = |name: &str, reason: String| {
+            Err(ClusterError::config(format!("{field}.{name}"), reason))
+        };
+        if let Some(prefix) = &self.prefix {
+            if self.is_native() {
+                let reason = "is for other formats; use etcd.key_prefix and group";
+                return error("prefix", reason.to_owned());
+            }
+            if !prefix.ends_with('/') {
+                let reason = format!(
+                    "{prefix:?} does not end with a slash: the keys of {prefix}-2 would belong to it"
+                );
+                return error("prefix", reason);
+            }
+        }
+        match (&self.custom, self.format) {
+            (Some(table), Format::Custom) => {
+                table.validate(&format!("{field}.custom"))?;
+                if self.prefix.is_none() {
+                    return error(
+                        "prefix",
+                        "is missing: the format custom has none of its own".to_owned(),
+                    );
+                }
+            }
+            (None, Format::Custom) => {
+                return error(
+                    "custom",
+                    "is missing: it says how entries are read".to_owned(),
+                );
+            }
+            (Some(_), _) => return error("custom", "is only for the format custom".to_owned()),
+            (None, _) => {}
+        }
+        let names_no_scheme = matches!(
+            self.format,
+            Format::Native | Format::Grpc | Format::GoZero | Format::Cloudwego
+        );
+        if names_no_scheme && self.scheme != Scheme::Any {
+            let reason = "entries of this format do not name one; set backends.protocol instead";
+            return error("scheme", reason.to_owned());
+        }
+        Ok(())
+    }
+
+    /// The keys of a group.
+    pub(super) fn keys(&self, key_prefix: &str, group: &str) -> GroupKeys {
+        match self.prefix_of(group) {
+            Some(prefix) => GroupKeys::of_others(prefix, self.has_nested_keys()),
+            None => GroupKeys::new(key_prefix, group),
+        }
+    }
+
+    fn prefix_of(&self, group: &str) -> Option<String> {
+        let usual = match self.format {
+            Format::Native => return None,
+            Format::Grpc | Format::GoZero | Format::Custom => format!("{group}/"),
+            Format::Kratos => format!("/microservices/{group}/"),
+            Format::Cloudwego => format!("hertz/registry-etcd/{group}/"),
+            Format::GoMicro => format!("/micro/registry/{group}/"),
+            Format::Goframe => format!("/service/default/default/{group}/"),
+        };
+        Some(self.prefix.clone().unwrap_or(usual))
+    }
+
+    fn has_nested_keys(&self) -> bool {
+        match &self.custom {
+            Some(table) => table.nested,
+            None => matches!(self.format, Format::Grpc | Format::Goframe),
+        }
+    }
+
+    /// What makes nodes of entries; `None` for this crate's own format.
+    pub(super) fn decoder(&self) -> Option<Decoder> {
+        let table = match self.format {
+            Format::Native => return None,
+            Format::Custom => self.custom.clone().unwrap_or_default(),
+            format => presets::table(format),
+        };
+        // Both are for servers of gRPC only.
+        let is_grpc = matches!(self.format, Format::Grpc | Format::GoZero);
+        let usual = is_grpc.then_some("grpc");
+        Some(Decoder::new(table, self.scheme, usual))
+    }
+
+    /// A word for a snapshot file, which is not read in another format.
+    pub(super) fn mark(&self, group: &str) -> String {
+        match self.prefix_of(group) {
+            None => String::new(),
+            Some(prefix) => format!(
+                "{:?} {prefix} {:?} {:?}",
+                self.format, self.scheme, self.custom
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
