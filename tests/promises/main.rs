@@ -23,6 +23,7 @@ mod fields;
 mod foreign;
 mod grpc;
 mod headers;
+mod languages;
 mod leader;
 mod logs;
 mod members;

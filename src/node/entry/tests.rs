@@ -126,3 +126,63 @@ fn values_of_other_writers_are_read() {
         assert!(!text.contains("weight"), "{text}");
     }
 }
+
+#[test]
+fn the_published_schema_accepts_what_is_read_and_refuses_what_is_not() {
+    let schema = include_str!("../../../config/node.schema.json");
+    let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
+    let options = jsonschema::options().should_validate_formats(true);
+    let schema = options.build(&schema).unwrap();
+    let field = |field: &str| format!(r#"{{"id":"n","ip":"10.0.0.1",{field}}}"#);
+    let full = field(
+        r#""port":8080,"last_seen":1755000000000,"state":"draining","weight":2.5,"zone":"a","tags":["x"],
+           "metadata":{"cpu_usage_percent":37.5},"priority":3,"leaving":true,"unknown":[]"#,
+    );
+    let nulls = field(
+        r#""port":null,"last_seen":null,"state":null,"zone":null,"tags":null,"leaving":null"#,
+    );
+    let mut cases = vec![
+        full,
+        nulls,
+        "[]".to_owned(),
+        "{}".to_owned(),
+        r#"{"id":"n"}"#.to_owned(),
+    ];
+    for ip in [
+        "::1",
+        "10.0.0.1:80",
+        "[::1]",
+        "a.test",
+        "fe80::1%eth0",
+        "10.0.0",
+    ] {
+        cases.push(format!(r#"{{"id":"n","ip":"{ip}"}}"#));
+    }
+    for one in [
+        r#""port":65536"#,
+        r#""port":"80""#,
+        r#""port":-1"#,
+        r#""port":1.5"#,
+        r#""last_seen":"1""#,
+        r#""last_seen":1.5"#,
+        r#""state":7"#,
+        r#""weight":"1""#,
+        r#""zone":1"#,
+        r#""tags":"a""#,
+        r#""tags":[1]"#,
+        r#""priority":-1"#,
+        r#""leaving":"yes""#,
+        r#""metadata":"text""#,
+    ] {
+        cases.push(field(one));
+    }
+    for case in cases {
+        let value = serde_json::from_str(&case).unwrap();
+        let is_read = serde_json::from_str::<Node>(&case);
+        assert_eq!(
+            schema.is_valid(&value),
+            is_read.is_ok(),
+            "{case}: {is_read:?}"
+        );
+    }
+}
