@@ -31,6 +31,7 @@ pub(crate) struct GroupKeys {
     election: String,
     handover: String,
     overrides: String,
+    #[cfg_attr(not(feature = "discovery"), allow(dead_code))]
     of_others: Option<Nested>,
 }
 

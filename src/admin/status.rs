@@ -55,9 +55,9 @@ pub struct CertificateStatus {
     pub field: String,
     /// The file.
     pub file: String,
-    /// The names that its first certificate is for.
+    /// The names that the certificate is for which ends then.
     pub names: Vec<String>,
-    /// When the first one of its certificates ends: Unix time in milliseconds.
+    /// When the first one of its certificates ends, of CAs the last one: Unix time in milliseconds.
     pub ends_ms: u64,
 }
 

@@ -11,8 +11,8 @@ pub struct CertificateFile {
     pub field: String,
     /// The file.
     pub file: PathBuf,
-    /// The names that the first certificate in it is for; its subject, if it is for none.
+    /// The names that the certificate is for which ends then; its subject, if it is for none.
     pub names: Vec<String>,
-    /// When the first one of its certificates ends.
+    /// When the first one of its certificates ends; of CAs, the last one.
     pub ends: SystemTime,
 }

@@ -63,7 +63,8 @@ pub(super) fn change_fields(
     request: &mut RequestHeader,
     change: impl FnOnce(&mut HeaderMap) -> Result<()>,
 ) -> Result<()> {
-    let raw = (!is_target_in_parts(request)).then(|| request.raw_path().to_vec());
+    let is_lost = request.uri.authority().is_none() && !is_target_in_parts(request);
+    let raw = is_lost.then(|| request.raw_path().to_vec());
     let ends_stream = request.send_end_stream();
     let empty = http::Request::new(()).into_parts().0;
     let mut parts = RequestParts::from(std::mem::replace(request, empty.into()));

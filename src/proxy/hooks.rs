@@ -67,7 +67,8 @@ impl ProxyHttp for ClusterProxy {
         let (routing, state) = (&context.routing, &mut context.state);
         let peer = peer_of(session);
         if let Some(spans) = &self.spans {
-            let is_trusted = peer.is_some_and(|peer| routing.trusted.contains(peer));
+            // Whoever can connect to a Unix socket of this machine is trusted.
+            let is_trusted = peer.is_none_or(|peer| routing.trusted.contains(peer));
             state.span = spans.begin(session.req_header(), is_trusted);
         }
         if self.via.is_on(&session.req_header().headers) {
@@ -315,7 +316,6 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
     ) {
         let state = &mut context.state;
-        state.end();
         state.leader_load = None;
         state.place = None;
         let status = session.response_written().map(|response| response.status);
@@ -336,6 +336,8 @@ impl ProxyHttp for ClusterProxy {
             }
         }
         let state = &mut context.state;
+        // Afterwards the process may end.
+        state.end();
         match &context.group {
             Some(group) => group.end(code, outcome, state),
             None => {

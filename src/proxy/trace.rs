@@ -5,7 +5,7 @@ use ::pingora::{OrErr, Result};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+pub(super) const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// Makes sure that a request has a valid field. Where the request has no span here, this process takes part in no
 /// trace, so a field that is there is passed on as it is.

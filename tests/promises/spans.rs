@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
     TraceService, TraceServiceServer,
@@ -15,12 +16,13 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Server;
+use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status};
 
+use super::common::certificates::{Authority, Directory};
 use super::common::etcd::Etcd;
 use super::common::{free_port, group};
-use super::raw::{Raw, RawBackend, ok, status};
+use super::raw::{Raw, RawBackend, ok, register, status};
 use super::world::{Balancer, Setup, entry, put, until};
 
 /// What a collector has got.
@@ -54,10 +56,14 @@ impl TraceService for Collector {
 
 impl Collector {
     async fn start(port: u16) -> Self {
+        Self::start_with(port, Server::builder()).await
+    }
+
+    async fn start_with(port: u16, mut server: Server) -> Self {
         let collector = Self::default();
         let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
         let service = TraceServiceServer::new(collector.clone());
-        let server = Server::builder().add_service(service);
+        let server = server.add_service(service);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         collector
     }
@@ -225,6 +231,47 @@ async fn a_trusted_proxy_says_which_requests_have_a_span_and_chance_does_otherwi
     assert!(collector.spans().iter().all(recorded));
 }
 
+/// What has been served is sent, however fast the process ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_spans_are_sent_over_tls_before_the_process_ends() {
+    let backend = RawBackend::start_slow(Duration::from_millis(700)).await;
+    let port = free_port();
+    let (files, authority) = (Directory::new(), Authority::new("collectors"));
+    let pair = authority.server(&["localhost"]);
+    let identity = Identity::from_pem(pair.cert, pair.key);
+    let tls = Server::builder().tls_config(ServerTlsConfig::new().identity(identity));
+    let collector = Collector::start_with(port, tls.unwrap()).await;
+    let group = group("last-spans");
+    register(&Etcd::shared(), &group, &[&backend]).await;
+    let fields =
+        format!("drain_delay_ms: 0\nopentelemetry: {{ endpoint: 'https://localhost:{port}' }}");
+    let ca = files.write("ca.pem", authority.pem());
+    let setup = Setup::shared(&group).with(&fields);
+    let setup = setup.variable("SSL_CERT_FILE", ca.to_str().unwrap());
+    let mut balancer = setup.listening().await;
+    until("spans are sent", async || {
+        get(&balancer, "/first", "").await;
+        !collector.spans().is_empty()
+    })
+    .await;
+    // In flight when the process is asked to end, and served all the same.
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"GET http://a.test/last?secret=1 HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        .await;
+    let known = backend.requests().len();
+    until("it is on its way", async || {
+        backend.requests().len() > known
+    })
+    .await;
+    balancer.program.signal("TERM");
+    assert_eq!(status(&client.response().await), "200");
+    drop(client);
+    assert!(balancer.program.ended().await.0.success());
+    let last = |span: &Span| text(&span.attributes, "url.path") == "/last";
+    assert!(collector.spans().iter().any(last));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collector_that_is_away_costs_one_line_and_no_request() {
     let backend = RawBackend::start(|_| ok("")).await;
@@ -249,8 +296,11 @@ async fn a_collector_that_is_away_costs_one_line_and_no_request() {
     .await;
     assert!(!collector.spans().is_empty());
     assert_eq!(says(&balancer), 1);
-    balancer.program.signal("TERM");
-    balancer.program.ended().await;
+    drop(collector);
+    balancer.program.signal("INT");
+    let (status, took) = balancer.program.ended().await;
+    assert!(status.success());
+    assert!(took < Duration::from_secs(10), "{took:?}");
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -643,6 +643,7 @@ const FIELDS: &[(&str, &[&str])] = &[
             "promises::spans::each_request_is_a_span_with_its_node_and_the_backend_continues_it",
             "promises::spans::a_trusted_proxy_says_which_requests_have_a_span_and_chance_does_otherwise",
             "promises::spans::a_collector_that_is_away_costs_one_line_and_no_request",
+            "promises::spans::the_last_spans_are_sent_over_tls_before_the_process_ends",
         ],
     ),
     (

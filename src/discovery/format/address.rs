@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-use super::Scheme;
+use super::kinds::Scheme;
 
 /// An address of an entry.
 #[derive(Debug, Clone, PartialEq, Eq)]

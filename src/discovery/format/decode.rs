@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use serde_json::{Map, Value};
 
-use super::Scheme;
 use super::address::{self, Address};
+use super::kinds::Scheme;
 use super::pick::{Picked, Wanted};
 use super::table::{
     AddressAt, EntryTable, Equals, HostAndPort, IN_KEY, Scalar, WeightAt, ZeroWeight,

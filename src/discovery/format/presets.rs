@@ -1,6 +1,6 @@
 //! The tables of known registries.
 
-use super::Format;
+use super::kinds::Format;
 use super::table::{AddressAt, EntryTable, Equals, IN_KEY, Scalar, WeightAt, ZeroWeight};
 
 fn at(place: &str) -> AddressAt {

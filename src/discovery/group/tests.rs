@@ -643,8 +643,8 @@ proptest! {
             let seen: BTreeMap<_, _> = group.nodes().iter().map(|node| (node.id.clone(), node.last_seen)).collect();
             prop_assert_eq!(&seen, &folded);
             for entry in registered.values().filter(|entry| entry.value != b"nonsense") {
-                let id = keys().node_id(&entry.key).unwrap().to_owned();
-                prop_assert_eq!(seen.get(&*id), Some(&entry.mod_revision));
+                let id = keys().node_id(&entry.key).unwrap().into_owned();
+                prop_assert_eq!(seen.get(&id), Some(&entry.mod_revision));
             }
             prop_assert!(seen.keys().all(|id| registered.contains_key(&keys().registration(id))));
             let first = queued.values().min_by_key(|entry| entry.create_revision)

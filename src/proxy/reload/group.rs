@@ -105,7 +105,11 @@ pub(super) fn prepare(
         }
     };
     let statistics = former.map(|former| former.proxy.statistics.clone());
-    let tls = backend_tls(config, certificates)?;
+    let field = match name {
+        DEFAULT_GROUP => "cluster.backends".to_owned(),
+        name => format!("cluster.groups.{name}.backends"),
+    };
+    let tls = backend_tls(config, &field, certificates)?;
     let mut proxy = GroupProxy::new(name, config, balancer, tls, statistics.unwrap_or_default());
     let are_peers_same = former.is_some_and(|former| {
         let old = former.config;
@@ -137,6 +141,7 @@ pub(super) fn prepare(
 
 fn backend_tls(
     config: &ClusterConfig,
+    field: &str,
     certificates: &Reload,
 ) -> Result<Option<BackendTls>, ClusterError> {
     // Without the feature, nodes that say that they want TLS cannot be spoken to.
@@ -146,7 +151,7 @@ fn backend_tls(
     if !is_needed {
         return Ok(None);
     }
-    let tls = BackendTls::new(&backends)?;
+    let tls = BackendTls::new(&backends, field)?;
     certificates.add(&tls.files());
     Ok(Some(tls))
 }

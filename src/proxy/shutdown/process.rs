@@ -33,6 +33,8 @@ pub struct Shutdown {
     /// Open connections of clients, with requests or without.
     connections: AtomicUsize,
     holds: AtomicUsize,
+    /// What has something to write when everything has been served.
+    writers: AtomicUsize,
     /// Whatever the process serves is a hold, if it is not a request of this crate's proxy.
     is_all_held: AtomicBool,
     drain_delay_ms: AtomicU64,
@@ -71,6 +73,7 @@ impl Shutdown {
             requests: AtomicUsize::new(0),
             connections: AtomicUsize::new(0),
             holds: AtomicUsize::new(0),
+            writers: AtomicUsize::new(0),
             is_all_held: AtomicBool::new(false),
             drain_delay_ms: AtomicU64::new(0),
             log_generation: AtomicU64::new(0),
@@ -94,6 +97,22 @@ impl Shutdown {
     /// signal end it all the same.
     pub fn hold(&'static self) -> Hold {
         Hold::new(&self.holds)
+    }
+
+    /// Keeps the process from ending, although everything has been served: something is still to be written.
+    #[cfg(feature = "opentelemetry")]
+    pub(in crate::proxy) fn writer(&'static self) -> Hold {
+        Hold::new(&self.writers)
+    }
+
+    /// Whether everything has been served that was accepted, and nothing is accepted any more.
+    #[cfg(feature = "opentelemetry")]
+    pub(in crate::proxy) fn has_served(&self) -> bool {
+        self.has_closed() && self.requests.load(Ordering::Acquire) == 0
+    }
+
+    pub(super) fn has_writers(&self) -> bool {
+        self.writers.load(Ordering::Acquire) > 0
     }
 
     /// Says that whatever this process serves beside this crate's proxy has a [`hold`](Self::hold).

@@ -190,7 +190,8 @@ async fn served(shutdown: &Shutdown) {
             let waited = now - since;
             // A connection that has just been accepted is counted a moment later.
             let is_empty = shutdown.is_closed_and_empty() && waited >= STEP;
-            if is_empty || waited >= IDLE_CONNECTIONS_WITHIN {
+            let is_served = is_empty || waited >= IDLE_CONNECTIONS_WITHIN;
+            if is_served && !shutdown.has_writers() {
                 return;
             }
         }

@@ -4,7 +4,8 @@ use std::sync::{Arc, OnceLock};
 
 use ::pingora::Result;
 use ::pingora::http::RequestHeader;
-use http::HeaderMap;
+use http::uri::Authority;
+use http::{HeaderMap, Uri};
 use opentelemetry::trace::{
     Span as _, SpanContext, SpanId, SpanKind, Status, TraceContextExt, TraceFlags, TraceId,
     TraceState, Tracer as _,
@@ -16,7 +17,7 @@ use tracing::error;
 use super::export;
 use crate::config::OpenTelemetry;
 use crate::proxy::access_log::Entry;
-use crate::proxy::trace::{TraceParent, insert, trace_parent, written};
+use crate::proxy::trace::{TRACESTATE, TraceParent, insert, trace_parent, written};
 use crate::supervise::say;
 
 /// Makes spans of requests.
@@ -28,7 +29,11 @@ pub(in crate::proxy) struct Spans {
 }
 
 /// The span of a request that has not ended.
-pub(in crate::proxy) struct Span(opentelemetry_sdk::trace::Span);
+pub(in crate::proxy) struct Span {
+    span: opentelemetry_sdk::trace::Span,
+    /// Whether the request continues the trace of somebody.
+    has_parent: bool,
+}
 
 impl Spans {
     pub(in crate::proxy) fn new(config: &OpenTelemetry) -> Option<Self> {
@@ -58,14 +63,16 @@ impl Spans {
         let builder = tracer
             .span_builder(name(request))
             .with_kind(SpanKind::Server);
+        let has_parent = parent.is_some();
         let parent = parent.map_or_else(Context::new, |parent| {
             Context::new().with_remote_span_context(remote(parent))
         });
-        Some(Span(tracer.build_with_context(builder, &parent)))
+        let span = tracer.build_with_context(builder, &parent);
+        Some(Span { span, has_parent })
     }
 
     fn start(&self) {
-        let (config, tracer) = (self.config.clone(), self.tracer.clone());
+        let (config, tracer) = (self.config.clone(), Arc::downgrade(&self.tracer));
         let thread = std::thread::Builder::new().name("spans".to_owned());
         if let Err(error) = thread.spawn(move || export::run(&config, &tracer)) {
             say(|| error!(%error, "no spans are sent to the collector"));
@@ -73,15 +80,26 @@ impl Spans {
     }
 }
 
-/// Methods that are not known are one name, so that clients cannot invent names of spans.
+/// Clients cannot invent names of spans.
 fn name(request: &RequestHeader) -> &'static str {
+    known_method(request.method.as_str()).unwrap_or("HTTP")
+}
+
+fn known_method(method: &str) -> Option<&'static str> {
     const KNOWN: [&str; 9] = [
         "GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "CONNECT", "TRACE",
     ];
-    let known = KNOWN
-        .iter()
-        .find(|known| **known == request.method.as_str());
-    known.copied().unwrap_or("HTTP")
+    KNOWN.into_iter().find(|known| *known == method)
+}
+
+/// Without the query, which may have secrets in it; of a request to a proxy, without the host.
+fn path_of(target: &str) -> String {
+    match target.starts_with('/') {
+        true => target.split('?').next().unwrap_or_default().to_owned(),
+        false => target
+            .parse::<Uri>()
+            .map_or_else(|_| String::new(), |uri| uri.path().to_owned()),
+    }
 }
 
 fn remote(parent: TraceParent) -> SpanContext {
@@ -97,7 +115,10 @@ fn remote(parent: TraceParent) -> SpanContext {
 impl Span {
     /// The backend's spans are children of this one.
     pub(in crate::proxy) fn add_to(&self, headers: &mut HeaderMap) -> Result<()> {
-        let context = self.0.span_context();
+        let context = self.span.span_context();
+        if !self.has_parent {
+            headers.remove(TRACESTATE);
+        }
         let trace = u128::from_be_bytes(context.trace_id().to_bytes());
         let span = u64::from_be_bytes(context.span_id().to_bytes());
         insert(
@@ -109,7 +130,7 @@ impl Span {
     /// The request has ended as `entry` says; the names of attributes are those of OpenTelemetry's semantic conventions
     /// for HTTP, and our own begin with `pingora_etcd`.
     pub(in crate::proxy) fn end(mut self, entry: &Entry, group: Option<&str>, route: Option<&str>) {
-        let span = &mut self.0;
+        let span = &mut self.span;
         span.set_attributes(attributes(entry, group, route));
         let failed = entry.status.is_none_or(|status| status >= 500);
         if failed || entry.error.is_some() && entry.outcome == "failed" {
@@ -120,18 +141,35 @@ impl Span {
 }
 
 fn attributes(entry: &Entry, group: Option<&str>, route: Option<&str>) -> Vec<KeyValue> {
-    let path = entry.target.split('?').next().unwrap_or_default();
+    let path = path_of(&entry.target);
+    let method = known_method(&entry.method);
+    let host = entry
+        .host
+        .as_deref()
+        .and_then(|host| host.parse::<Authority>().ok());
     let scheme = if entry.tls { "https" } else { "http" };
     let version = entry.protocol.trim_start_matches("HTTP/");
     let version = if version == "2.0" { "2" } else { version };
     let text = |text: &str| Some(Value::from(text.to_owned()));
     let optional = |value: &Option<String>| value.as_deref().and_then(text);
     let named = [
-        ("http.request.method", text(&entry.method)),
-        ("url.path", text(path)),
+        ("http.request.method", text(method.unwrap_or("_OTHER"))),
+        (
+            "http.request.method_original",
+            method.is_none().then(|| entry.method.clone().into()),
+        ),
+        ("url.path", text(&path)),
         ("url.scheme", text(scheme)),
         ("network.protocol.version", text(version)),
-        ("server.address", optional(&entry.host)),
+        (
+            "server.address",
+            host.as_ref().and_then(|host| text(host.host())),
+        ),
+        (
+            "server.port",
+            host.as_ref()
+                .and_then(|host| Some(i64::from(host.port_u16()?).into())),
+        ),
         (
             "client.address",
             entry.client.map(|client| client.to_string().into()),

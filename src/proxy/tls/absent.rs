@@ -46,8 +46,8 @@ impl ClientTls {
 }
 
 impl BackendTls {
-    pub(in crate::proxy) fn new(_: &Backends) -> Result<Self, ClusterError> {
-        Err(absent("cluster.backends"))
+    pub(in crate::proxy) fn new(_: &Backends, field: &str) -> Result<Self, ClusterError> {
+        Err(absent(field))
     }
 
     pub(in crate::proxy) fn files(&self) -> Arc<Files> {

@@ -13,8 +13,6 @@ use crate::config::Backends;
 use crate::error::ClusterError;
 use crate::pem::{certificates, invalid_file, private_key, provider, trusted_roots};
 
-const FIELD: &str = "cluster.backends";
-
 /// TLS to backends, beyond the name that they are verified by.
 #[derive(Clone)]
 pub(in crate::proxy) struct BackendTls(Arc<Reloaded<Material>>);
@@ -29,7 +27,8 @@ struct Material {
 }
 
 impl BackendTls {
-    pub(in crate::proxy) fn new(config: &Backends) -> Result<Self, ClusterError> {
+    /// Errors name the field as a part of `field`.
+    pub(in crate::proxy) fn new(config: &Backends, field: &str) -> Result<Self, ClusterError> {
         let named = [
             ("ca_file", &config.ca_file),
             ("cert_file", &config.cert_file),
@@ -37,7 +36,7 @@ impl BackendTls {
         ];
         let named = named.into_iter().filter_map(|(name, path)| {
             let path = path.as_ref()?;
-            Some(Named::new(&format!("{FIELD}.{name}"), path))
+            Some(Named::new(&format!("{field}.{name}"), path))
         });
         let files: Vec<_> = named.collect();
         let (has_roots, named) = (config.ca_file.is_some(), files.clone());

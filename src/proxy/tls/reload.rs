@@ -114,15 +114,19 @@ impl Reload {
         lock(&self.of_others).push(files);
     }
 
-    /// The certificates that are in use, each file once for each field that names it.
+    /// The certificates that are in use, each file once, by the first field that names it.
     pub(in crate::proxy) fn certificates(&self) -> Vec<CertificateFile> {
         let mut all: Vec<_> = self
             .in_use()
             .iter()
             .flat_map(|files| files.certificates())
             .collect();
-        all.sort_by(|one, other| (&one.field, &one.file).cmp(&(&other.field, &other.file)));
-        all.dedup();
+        // While a file is being replaced, it may have been read before and after that.
+        all.sort_by(|one, other| {
+            (&one.file, &one.field, one.ends).cmp(&(&other.file, &other.field, other.ends))
+        });
+        all.dedup_by(|one, other| one.file == other.file);
+        all.sort_by(|one, other| one.field.cmp(&other.field));
         all
     }
 

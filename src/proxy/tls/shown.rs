@@ -27,13 +27,17 @@ fn of(file: &Named, pem: &[u8]) -> Option<CertificateFile> {
         Some((names_of(&certificate), time(ends)))
     };
     // A bundle may contain some that are not understood.
-    let mut read = all.iter().filter_map(read);
-    let (names, first_end) = read.next()?;
+    let read = all.iter().filter_map(read);
+    // Of a chain each one is needed; among CAs there may be some that nobody uses any more.
+    let (names, ends) = match file.field.ends_with("ca_file") {
+        true => read.max_by_key(|(_, ends)| *ends)?,
+        false => read.min_by_key(|(_, ends)| *ends)?,
+    };
     Some(CertificateFile {
         field: file.field.clone(),
         file: file.path.clone(),
         names,
-        ends: read.fold(first_end, |first, (_, ends)| first.min(ends)),
+        ends,
     })
 }
 
@@ -119,11 +123,18 @@ mod tests {
             Named::new("cert_file", Path::new("a.pem")),
             Named::new("key_file", Path::new("a.key")),
         ];
-        let shown = shown(&files, &[pem.into_bytes(), b"no certificate".to_vec()]);
+        let pem = pem.into_bytes();
+        let cas = shown(&[Named::new("ca_file", Path::new("a.pem"))], &[pem.clone()]);
+        assert_eq!(
+            cas[0].ends,
+            SystemTime::from(days(9)),
+            "the others may be of no use any more"
+        );
+        let shown = shown(&files, &[pem, b"no certificate".to_vec()]);
         let expected = CertificateFile {
             field: "cert_file".to_owned(),
             file: "a.pem".into(),
-            names: vec!["a.test".to_owned(), "10.0.0.1".to_owned()],
+            names: vec!["b.test".to_owned(), "10.0.0.1".to_owned()],
             ends: days(2).into(),
         };
         assert_eq!(shown, [expected]);
