@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 
 use super::difference::have_one_discovery;
 use crate::cluster::Cluster;
-use crate::config::{ClusterConfig, READY_TIMEOUT};
+use crate::config::{ClusterConfig, DEFAULT_GROUP, READY_TIMEOUT};
 use crate::error::ClusterError;
 use crate::pingora::{BalancerService, Checker, NodeCheck};
 use crate::proxy::group::{GroupProxy, SameSettings};
@@ -105,11 +105,7 @@ pub(super) fn prepare(
         }
     };
     let statistics = former.map(|former| former.proxy.statistics.clone());
-    let field = match name {
-        DEFAULT_GROUP => "cluster.backends".to_owned(),
-        name => format!("cluster.groups.{name}.backends"),
-    };
-    let tls = backend_tls(config, &field, certificates)?;
+    let tls = backend_tls(config, name, certificates)?;
     let mut proxy = GroupProxy::new(name, config, balancer, tls, statistics.unwrap_or_default());
     let are_peers_same = former.is_some_and(|former| {
         let old = former.config;
@@ -141,7 +137,7 @@ pub(super) fn prepare(
 
 fn backend_tls(
     config: &ClusterConfig,
-    field: &str,
+    name: &str,
     certificates: &Reload,
 ) -> Result<Option<BackendTls>, ClusterError> {
     // Without the feature, nodes that say that they want TLS cannot be spoken to.
@@ -151,7 +147,11 @@ fn backend_tls(
     if !is_needed {
         return Ok(None);
     }
-    let tls = BackendTls::new(&backends, field)?;
+    let field = match name {
+        DEFAULT_GROUP => "cluster.backends".to_owned(),
+        name => format!("cluster.groups.{name}.backends"),
+    };
+    let tls = BackendTls::new(&backends, &field)?;
     certificates.add(&tls.files());
     Ok(Some(tls))
 }

@@ -124,7 +124,10 @@ mod tests {
             Named::new("key_file", Path::new("a.key")),
         ];
         let pem = pem.into_bytes();
-        let cas = shown(&[Named::new("ca_file", Path::new("a.pem"))], &[pem.clone()]);
+        let cas = shown(
+            &[Named::new("ca_file", Path::new("a.pem"))],
+            std::slice::from_ref(&pem),
+        );
         assert_eq!(
             cas[0].ends,
             SystemTime::from(days(9)),
