@@ -246,7 +246,9 @@ async fn the_last_spans_are_sent_over_tls_before_the_process_ends() {
     let fields =
         format!("drain_delay_ms: 0\nopentelemetry: {{ endpoint: 'https://localhost:{port}' }}");
     let ca = files.write("ca.pem", authority.pem());
-    let setup = Setup::shared(&group).with(&fields);
+    let setup = Setup::shared(&group)
+        .with(&fields)
+        .server("grace_period_seconds: 10\n");
     let setup = setup.variable("SSL_CERT_FILE", ca.to_str().unwrap());
     let mut balancer = setup.listening().await;
     until("spans are sent", async || {
@@ -255,11 +257,11 @@ async fn the_last_spans_are_sent_over_tls_before_the_process_ends() {
     })
     .await;
     // In flight when the process is asked to end, and served all the same.
+    let known = backend.requests().len();
     let mut client = Raw::to(&balancer).await;
     client
         .send(b"GET http://a.test/last?secret=1 HTTP/1.1\r\nHost: a.test\r\n\r\n")
         .await;
-    let known = backend.requests().len();
     until("it is on its way", async || {
         backend.requests().len() > known
     })
