@@ -46,20 +46,20 @@ impl OpenTelemetry {
             let reason = "this program is built without the feature opentelemetry";
             return Err(ClusterError::config(field, reason));
         }
+        if self.endpoint.contains('@') {
+            let reason = "has a user or a password, which is not sent; give headers by OTEL_EXPORTER_OTLP_HEADERS";
+            return Err(ClusterError::config(format!("{field}.endpoint"), reason));
+        }
         let uri = self.endpoint.parse::<Uri>().ok();
         let is_valid = uri.is_some_and(|uri| {
             let has_scheme = matches!(uri.scheme_str(), Some("http" | "https"));
             has_scheme && uri.host().is_some_and(|host| !host.is_empty())
         });
-        if !is_valid && !self.endpoint.contains('@') {
+        if !is_valid {
             let reason = format!(
                 "{:?} is no address of a collector, such as http://127.0.0.1:4317",
                 self.endpoint
             );
-            return Err(ClusterError::config(format!("{field}.endpoint"), reason));
-        }
-        if self.endpoint.contains('@') {
-            let reason = "has a user or a password, which is not sent; give headers by OTEL_EXPORTER_OTLP_HEADERS";
             return Err(ClusterError::config(format!("{field}.endpoint"), reason));
         }
         if self.service_name.trim().is_empty() {
