@@ -69,3 +69,36 @@ impl OpenTelemetry {
         in_range(field, "sample", self.sample, 0.0..=1.0)
     }
 }
+
+#[cfg(all(test, feature = "opentelemetry"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_values_are_refused_by_name() {
+        let validated = |yaml: &str| {
+            let config: OpenTelemetry = serde_saphyr::from_str(yaml).unwrap();
+            config.validate("cluster.opentelemetry")
+        };
+        validated("{ endpoint: 'https://collector:4317', sample: 0.5 }").unwrap();
+        for (yaml, field) in [
+            ("{ endpoint: '127.0.0.1:4317' }", "endpoint"),
+            ("{ endpoint: 'ftp://a:1' }", "endpoint"),
+            ("{ endpoint: '' }", "endpoint"),
+            ("{ endpoint: 'http://user:secret@a:1' }", "endpoint"),
+            ("{ endpoint: 'http://a:1', sample: 1.5 }", "sample"),
+            ("{ endpoint: 'http://a:1', sample: .nan }", "sample"),
+            (
+                "{ endpoint: 'http://a:1', service_name: ' ' }",
+                "service_name",
+            ),
+        ] {
+            let error = validated(yaml).unwrap_err().to_string();
+            let named = format!("cluster.opentelemetry.{field}");
+            assert!(
+                error.contains(&named) && !error.contains("secret"),
+                "{error}"
+            );
+        }
+    }
+}
