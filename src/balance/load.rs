@@ -22,7 +22,7 @@ pub struct Load {
 impl From<&LoadReport> for Load {
     fn from(report: &LoadReport) -> Self {
         Self {
-            cpu: report.cpu,
+            cpu: report.utilization(),
             memory: report.memory,
             queue: report.queue,
         }

@@ -76,7 +76,12 @@ impl Upstream {
         self.state.report(report, now);
     }
 
-    /// The same, with the value of the response header
+    /// Counts a report that could not be read, in [`refused_metrics`](super::Balancer::refused_metrics).
+    pub fn refuse_report(&self) {
+        self.state.refuse_report();
+    }
+
+    /// The same as [`report`](Self::report), with the value of the response header
     /// [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER).
     ///
     /// # Errors
@@ -84,7 +89,7 @@ impl Upstream {
     /// [`LoadReportError`] if it is not a report; that is counted in
     /// [`refused_metrics`](super::Balancer::refused_metrics).
     pub fn report_header(&self, value: &[u8], now: Instant) -> Result<(), LoadReportError> {
-        let report = LoadReport::parse(value).inspect_err(|_| self.state.refuse_report())?;
+        let report = LoadReport::parse(value).inspect_err(|_| self.refuse_report())?;
         self.report(&report, now);
         Ok(())
     }

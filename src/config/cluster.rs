@@ -30,6 +30,7 @@ use crate::discovery::{
     ServiceDiscoveryBuilder, SnapshotFile,
 };
 use crate::error::{ClusterError, in_range};
+use crate::metrics::{LoadReportForm, MetricNames};
 use crate::store::EtcdOptions;
 
 /// The `cluster:` section.
@@ -124,11 +125,22 @@ pub struct ClusterConfig {
     /// What `consistent` hashes. Default: `client_ip`.
     #[serde(default)]
     pub hash_on: HashOn,
-    /// Whether backends report their load in the response header `endpoint-load-metrics`
-    /// ([`LoadReport`](crate::metrics::LoadReport)). If so, the header does not reach the client.
-    /// Default: `false`, the header is ignored and passed on.
-    #[serde(default)]
+    /// Whether the load that backends report with their responses is used
+    /// ([`LoadReport`](crate::metrics::LoadReport)): in the header `endpoint-load-metrics`, in
+    /// `endpoint-load-metrics-bin`, or in the trailers of a gRPC call. Default: `true`. With `false` it is
+    /// ignored and passed on.
+    #[serde(default = "yes")]
     pub load_reports: bool,
+    /// Whether such a report also goes on to the client. Default: `false`.
+    #[serde(default)]
+    pub load_reports_to_clients: bool,
+    /// The form to ask backends for in the request header `endpoint-load-metrics-format`, for servers that
+    /// report only if they are asked, as vLLM does. Default: none is asked for.
+    #[serde(default)]
+    pub load_report_format: Option<LoadReportForm>,
+    /// Under which names backends report what routing uses, where they have other ones.
+    #[serde(default)]
+    pub load_report_metrics: MetricNames,
     /// The port of nodes that registered none. Default: 80. Range: 1 to 65,535.
     #[serde(default = "default_port")]
     pub default_port: u16,
@@ -155,7 +167,7 @@ pub struct ClusterConfig {
     /// Whether a request without a valid `traceparent` (W3C Trace Context) gets one on its way to the
     /// backend; a valid one is passed on in any case, and a request with a span has that of its span.
     /// Default: `true`.
-    #[serde(default = "default_traceparent")]
+    #[serde(default = "yes")]
     pub traceparent: bool,
     /// What happens when there are more requests than backends can take.
     #[serde(default)]
@@ -224,7 +236,7 @@ fn default_drain_delay_ms() -> u64 {
     5_000
 }
 
-fn default_traceparent() -> bool {
+fn yes() -> bool {
     true
 }
 
@@ -275,6 +287,8 @@ impl ClusterConfig {
         }
         self.leader.validate("cluster.leader")?;
         self.registry.validate("cluster.registry")?;
+        self.load_report_metrics
+            .validate("cluster.load_report_metrics")?;
         if self.leader.writes && !self.registry.is_native() {
             let reason = "is not possible: only groups of this crate's nodes have a leader";
             return Err(ClusterError::config("cluster.leader.writes", reason));

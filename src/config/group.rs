@@ -11,6 +11,7 @@ use super::timeouts::BackendTimeouts;
 use super::values::{HashOn, Port};
 use crate::balance::{Adaptive, Consistent, Headroom, Policy, Zones};
 use crate::discovery::{EntryLimits, NodeFilter, Registry, SelfPreservation, SnapshotFile};
+use crate::metrics::{LoadReportForm, MetricNames};
 
 /// The name of the group that the `cluster` section itself describes.
 pub const DEFAULT_GROUP: &str = "default";
@@ -46,6 +47,10 @@ pub struct Group {
     pub candidates: Option<usize>,
     pub hash_on: Option<HashOn>,
     pub load_reports: Option<bool>,
+    pub load_reports_to_clients: Option<bool>,
+    /// Default: as there.
+    pub load_report_format: Option<LoadReportForm>,
+    pub load_report_metrics: Option<MetricNames>,
     pub default_port: Option<u16>,
     pub retries: Option<usize>,
     pub retry: Option<Retry>,

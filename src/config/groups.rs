@@ -47,6 +47,8 @@ impl ClusterConfig {
             candidates,
             hash_on,
             load_reports,
+            load_reports_to_clients,
+            load_report_metrics,
             default_port,
             retries,
             retry,
@@ -54,6 +56,7 @@ impl ClusterConfig {
             leader_wait_ms,
             backends
         );
+        config.load_report_format = group.load_report_format.or(config.load_report_format);
         match &group.registry {
             Some(registry) => config.registry.clone_from(registry),
             // Two groups with one prefix would be the same nodes.

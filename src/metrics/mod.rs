@@ -10,8 +10,12 @@ mod sampler;
 mod system;
 #[cfg(feature = "tower")]
 mod tower;
+mod work;
 
-pub use crate::load_report::{LOAD_REPORT_HEADER, LoadReport, LoadReportError};
+pub use crate::load_report::{
+    LOAD_REPORT_BINARY_HEADER, LOAD_REPORT_FORMAT_HEADER, LOAD_REPORT_HEADER, LoadReport,
+    LoadReportError, LoadReportForm, MetricNames,
+};
 pub use collector::{CompositeMetricsCollector, MetricsCollector, NoopMetricsCollector};
 pub use deadband::{Deadband, Tolerance};
 pub use health::{Health, HealthCollector};

@@ -1,18 +1,23 @@
-//! Makes load reports: from the last sample of metrics and the number of requests in flight.
+//! Makes load reports: from the last sample of metrics, and from the requests that are counted.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use http::HeaderValue;
 
-use crate::load_report::LoadReport;
+use super::work::Work;
+use crate::load_report::{LoadReport, LoadReportForm};
 use crate::metadata::NodeMetadata;
 
 /// Reports in responses how loaded this process is: it makes the value of the header
 /// [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER) from the metrics of a node and a count
 /// of requests in flight. Balancers then learn the load from every response, without a write to etcd.
+///
+/// Where requests are counted, a report also contains what Envoy's and gRPC's weighted round robin compute
+/// weights from: `rps_fractional` and `eps`, the requests and the failures a second, over the last
+/// seconds; and with [`set_capacity`](Self::set_capacity) `application_utilization`.
 ///
 /// [`ClusterNode::load_reporter`](crate::ClusterNode::load_reporter) returns one that has the last
 /// sample of the node's collector. With the feature `tower`, `layer` does everything that a server
@@ -38,15 +43,29 @@ pub struct LoadReporter {
 #[derive(Debug, Default)]
 struct ReporterState {
     sample: ArcSwap<LoadReport>,
-    /// Every request in flight holds a clone, so that the reference count counts them.
-    in_flight: Arc<()>,
+    work: Work,
     is_counting: AtomicBool,
 }
 
 /// Counts a request as in flight until it is dropped. See [`LoadReporter::enter`].
 #[derive(Debug)]
 pub struct RequestGuard {
-    _in_flight: Arc<()>,
+    state: Arc<ReporterState>,
+    is_timed: bool,
+    has_failed: bool,
+}
+
+impl RequestGuard {
+    /// Counts this request as one that failed by the fault of this server, as a 5xx response does.
+    pub fn fail(&mut self) {
+        self.has_failed = true;
+    }
+}
+
+impl Drop for RequestGuard {
+    fn drop(&mut self) {
+        self.state.work.end(self.is_timed, self.has_failed);
+    }
 }
 
 impl LoadReporter {
@@ -69,8 +88,17 @@ impl LoadReporter {
     pub fn enter(&self) -> RequestGuard {
         self.counts_requests();
         RequestGuard {
-            _in_flight: self.state.in_flight.clone(),
+            is_timed: self.state.work.begin(),
+            state: self.state.clone(),
+            has_failed: false,
         }
+    }
+
+    /// Sets how many requests this process can work on at once. From then on reports say in
+    /// `application_utilization` how much of that was in use over the last seconds, from 0 to 1, which
+    /// has precedence over the CPU; 0 ends that. Each request then takes a lock twice.
+    pub fn set_capacity(&self, requests: u32) {
+        self.state.work.set_capacity(requests, Instant::now());
     }
 
     /// Declares that every request is counted from now on, so that none in flight means that there
@@ -90,13 +118,21 @@ impl LoadReporter {
 
     /// The number of requests in flight.
     pub fn in_flight(&self) -> usize {
-        Arc::strong_count(&self.state.in_flight) - 1
+        self.state.work.in_flight()
     }
 
     /// The report of this moment.
     pub fn report(&self) -> LoadReport {
+        let rates = if self.is_counting() {
+            self.state.work.rates(Instant::now())
+        } else {
+            Default::default()
+        };
         LoadReport {
             in_flight: Some(self.in_flight() as f64),
+            rps: rates.rps,
+            eps: rates.eps,
+            application: rates.utilization,
             refused: 0,
             ..**self.state.sample.load()
         }
@@ -105,8 +141,14 @@ impl LoadReporter {
     /// The value of the header [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER). Costs an
     /// allocation and a few hundred nanoseconds.
     pub fn header_value(&self) -> HeaderValue {
-        // The text of a report is always a valid header value.
-        HeaderValue::try_from(self.report().to_string())
+        self.header_value_as(LoadReportForm::Text)
+    }
+
+    /// The same in another form: in the one that a request asks for with the header
+    /// [`LOAD_REPORT_FORMAT_HEADER`](crate::metrics::LOAD_REPORT_FORMAT_HEADER).
+    pub fn header_value_as(&self, form: LoadReportForm) -> HeaderValue {
+        // Each form of a report is always a valid header value.
+        HeaderValue::try_from(self.report().to_header(form))
             .unwrap_or_else(|_| HeaderValue::from_static("TEXT "))
     }
 }

@@ -3,18 +3,28 @@
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use http::{HeaderName, Request, Response};
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
 use super::reporter::{LoadReporter, RequestGuard};
-use crate::load_report::LOAD_REPORT_HEADER;
+use crate::load_report::{
+    LOAD_REPORT_BINARY_HEADER, LOAD_REPORT_FORMAT_HEADER, LOAD_REPORT_HEADER, LoadReportForm,
+};
+
+/// The field that carries the status of a gRPC call.
+const GRPC_STATUS: &str = "grpc-status";
 
 /// A [`tower`](https://docs.rs/tower) layer for a server (feature `tower`): counts each request as
 /// in flight from its arrival until the last byte of its response is produced, and adds a load
-/// report to the response. A report that the service itself has added is kept.
+/// report to the response: as text, or in the form that the request asks for in
+/// [`LOAD_REPORT_FORMAT_HEADER`]. A report that the service itself has added is kept. That of a gRPC call
+/// is in the trailers, as [`LOAD_REPORT_BINARY_HEADER`], where gRPC's own balancers read it.
+///
+/// A 5xx response, or a gRPC status by which a server says that it failed, counts as a failure.
 ///
 /// ```
 /// use axum::{Router, routing::get};
@@ -71,7 +81,10 @@ where
     }
 
     fn call(&mut self, request: Request<Q>) -> Self::Future {
+        let asked = request.headers().get(LOAD_REPORT_FORMAT_HEADER);
+        let asked = asked.and_then(|form| form.to_str().ok());
         LoadReportFuture {
+            form: asked.and_then(LoadReportForm::from_name),
             request: Some(self.reporter.enter()),
             reporter: self.reporter.clone(),
             inner: self.inner.call(request),
@@ -86,6 +99,7 @@ pin_project! {
         #[pin]
         inner: F,
         reporter: LoadReporter,
+        form: Option<LoadReportForm>,
         request: Option<RequestGuard>,
     }
 }
@@ -100,15 +114,49 @@ where
         const HEADER: HeaderName = HeaderName::from_static(LOAD_REPORT_HEADER);
         let this = self.project();
         let result = ready!(this.inner.poll(context));
-        let request = this.request.take();
-        Poll::Ready(result.map(|mut response| {
-            let headers = response.headers_mut();
-            if !headers.contains_key(HEADER) {
-                headers.insert(HEADER, this.reporter.header_value());
+        let mut request = this.request.take();
+        let mut response = match result {
+            Ok(response) => response,
+            Err(error) => {
+                fail(&mut request);
+                return Poll::Ready(Err(error));
             }
-            response.map(|inner| CountedBody { inner, request })
-        }))
+        };
+        let is_error = response.status().is_server_error();
+        let headers = response.headers_mut();
+        if is_error || has_failed(headers) {
+            fail(&mut request);
+        }
+        let in_trailers = is_grpc(headers) && !headers.contains_key(GRPC_STATUS);
+        if !in_trailers && !headers.contains_key(HEADER) {
+            let form = this.form.unwrap_or_default();
+            headers.insert(HEADER, this.reporter.header_value_as(form));
+        }
+        let reporter = in_trailers.then(|| this.reporter.clone());
+        Poll::Ready(Ok(response.map(|inner| CountedBody {
+            inner,
+            request,
+            reporter,
+        })))
     }
+}
+
+fn fail(request: &mut Option<RequestGuard>) {
+    if let Some(request) = request {
+        request.fail();
+    }
+}
+
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+    kind.is_some_and(|kind| kind.starts_with(b"application/grpc"))
+}
+
+/// Whether a gRPC status is there that blames the server: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED,
+/// INTERNAL, UNAVAILABLE, DATA_LOSS.
+fn has_failed(headers: &HeaderMap) -> bool {
+    let status = headers.get(GRPC_STATUS).map(HeaderValue::as_bytes);
+    status.is_some_and(|status| [&b"2"[..], b"4", b"8", b"13", b"14", b"15"].contains(&status))
 }
 
 pin_project! {
@@ -118,6 +166,8 @@ pin_project! {
         #[pin]
         inner: B,
         request: Option<RequestGuard>,
+        // For the trailers.
+        reporter: Option<LoadReporter>,
     }
 }
 
@@ -130,9 +180,26 @@ impl<B: Body> Body for CountedBody<B> {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let this = self.project();
-        let frame = ready!(this.inner.poll_frame(context));
-        if frame.is_none() {
-            *this.request = None;
+        let mut frame = ready!(this.inner.poll_frame(context));
+        match &mut frame {
+            None => *this.request = None,
+            Some(Ok(frame)) => {
+                if let Some(trailers) = frame.trailers_mut() {
+                    if has_failed(trailers) {
+                        fail(this.request);
+                    }
+                    if let Some(reporter) = this.reporter
+                        && !trailers.contains_key(LOAD_REPORT_BINARY_HEADER)
+                    {
+                        let report = reporter.report().to_binary_header();
+                        // Base64 is always a valid header value.
+                        if let Ok(report) = HeaderValue::try_from(report) {
+                            trailers.insert(LOAD_REPORT_BINARY_HEADER, report);
+                        }
+                    }
+                }
+            }
+            Some(Err(_)) => fail(this.request),
         }
         Poll::Ready(frame)
     }
@@ -215,5 +282,68 @@ mod tests {
         assert_eq!(response.headers()[LOAD_REPORT_HEADER], "TEXT eps=1");
         drop(response);
         assert_eq!(reporter.in_flight(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_form_that_is_asked_for_is_given() {
+        let mut service = LoadReporter::new().layer().layer(Hello);
+        for (asked, prefix) in [("json", "JSON {"), ("BIN", "BIN "), ("xml", "TEXT ")] {
+            let request = Request::builder().header(LOAD_REPORT_FORMAT_HEADER, asked);
+            let response = service.call(request.body(()).unwrap()).await.unwrap();
+            let value = response.headers()[LOAD_REPORT_HEADER].to_str().unwrap();
+            assert!(value.starts_with(prefix), "{asked}: {value}");
+            assert_eq!(LoadReport::parse(value).unwrap().in_flight, Some(1.0));
+        }
+    }
+
+    /// A gRPC call as a body: a message, then trailers.
+    struct Call(u8);
+
+    impl Body for Call {
+        type Data = std::io::Cursor<&'static [u8]>;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Self::Data>, Infallible>>> {
+            self.0 += 1;
+            let mut trailers = HeaderMap::new();
+            trailers.insert(GRPC_STATUS, HeaderValue::from_static("14"));
+            Poll::Ready(match self.0 {
+                1 => Some(Ok(Frame::data(std::io::Cursor::new(b"data")))),
+                2 => Some(Ok(Frame::trailers(trailers))),
+                _ => None,
+            })
+        }
+    }
+
+    #[test]
+    fn a_call_of_grpc_has_the_report_in_its_trailers() {
+        let reporter = LoadReporter::new();
+        let mut body = std::pin::pin!(CountedBody {
+            inner: Call(0),
+            request: Some(reporter.enter()),
+            reporter: Some(reporter.clone()),
+        });
+        let mut context = Context::from_waker(Waker::noop());
+        let mut frames = Vec::new();
+        while let Poll::Ready(Some(Ok(frame))) = body.as_mut().poll_frame(&mut context) {
+            frames.push(frame);
+        }
+        let trailers = frames.pop().unwrap().into_trailers().unwrap();
+        let names = crate::metrics::MetricNames::default();
+        let report = LoadReport::from_headers(&trailers, &names)
+            .unwrap()
+            .unwrap();
+        assert_eq!(report.in_flight, Some(1.0));
+        assert_eq!(reporter.in_flight(), 0);
+        let eps = loop {
+            if let Some(eps) = reporter.report().eps {
+                break eps;
+            }
+            std::thread::yield_now();
+        };
+        assert!(eps > 0.0, "the call failed");
     }
 }

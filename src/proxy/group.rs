@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use ::pingora::proxy::Session;
 
 use super::leader::{LeaderRequests, find_leader};
+use super::load_reports::LoadReports;
 use super::outcome::Outcome;
 use super::peers::{Asked, Peers};
 use super::pick::Picker;
@@ -40,7 +41,7 @@ pub(super) struct GroupProxy {
     pub(super) peers: Arc<Peers>,
     /// The longest time for a whole request.
     pub(super) request_timeout: Option<Duration>,
-    pub(super) load_reports: bool,
+    pub(super) load_reports: Option<LoadReports>,
     pub(super) statistics: Arc<RequestStatistics>,
 }
 
@@ -83,7 +84,7 @@ impl GroupProxy {
                 tls,
             )),
             request_timeout: some_time(config.timeouts.request_ms),
-            load_reports: config.load_reports,
+            load_reports: LoadReports::new(config),
             statistics,
         }
     }

@@ -1,16 +1,11 @@
 //! The headers that the proxy adds and removes.
 
-use std::time::Instant;
-
 use ::pingora::Result;
 use ::pingora::http::{RequestHeader, ResponseHeader};
 use http::request::Parts as RequestParts;
 use http::response::Parts as ResponseParts;
 use http::{HeaderMap, HeaderName, HeaderValue};
-use tracing::trace;
 
-use crate::balance::Upstream;
-use crate::load_report::{BINARY_HEADER, LOAD_REPORT_HEADER};
 use crate::node::Node;
 use crate::pingora::LeaderUpstream;
 
@@ -85,29 +80,6 @@ pub(super) fn set_leader_epoch(headers: &mut HeaderMap, leader: Option<&LeaderUp
         Some(leader) => headers.insert(LEADER_EPOCH, HeaderValue::from(leader.epoch)),
         None => headers.remove(LEADER_EPOCH),
     };
-}
-
-/// Takes the load report out of a response, which is not for the client.
-pub(super) fn take_load_report(
-    response: &mut ResponseHeader,
-    upstream: Option<&Upstream>,
-    now: Instant,
-) {
-    // Looking at the few names that there are costs less than looking for each of these.
-    let is_report = |name: &HeaderName| {
-        let name = name.as_str();
-        name.starts_with('e') && [BINARY_HEADER, LOAD_REPORT_HEADER].contains(&name)
-    };
-    if !response.headers.keys().any(is_report) {
-        return;
-    }
-    response.remove_header(BINARY_HEADER);
-    if let Some(report) = response.remove_header(LOAD_REPORT_HEADER)
-        && let Some(upstream) = upstream
-        && let Err(error) = upstream.report_header(report.as_bytes(), now)
-    {
-        trace!(node = upstream.node().id, %error, "load report refused");
-    }
 }
 
 /// Names the node that answered.

@@ -153,6 +153,13 @@ impl ProxyHttp for ClusterProxy {
             }
             self.via.add_to(headers);
             set_leader_epoch(headers, state.leader.as_ref());
+            if let Some(reports) = context
+                .group
+                .as_ref()
+                .and_then(|it| it.load_reports.as_ref())
+            {
+                reports.ask(headers);
+            }
             Ok(())
         })?;
         if let Some(route) = &context.route {
@@ -193,6 +200,9 @@ impl ProxyHttp for ClusterProxy {
     ) -> Result<()> {
         if let Some(call) = &mut context.state.call {
             call.take_status(trailers);
+        }
+        if let Some(group) = &context.group {
+            group.take_trailers(trailers, &context.state);
         }
         Ok(())
     }

@@ -18,6 +18,7 @@ mod hooks;
 mod hop_by_hop;
 mod leader;
 mod listener;
+mod load_reports;
 mod mirror;
 mod outcome;
 mod overload;

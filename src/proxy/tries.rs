@@ -6,12 +6,12 @@ use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use ::pingora::upstreams::peer::HttpPeer;
 use ::pingora::{Error, Result};
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 use tracing::{debug, warn};
 
 use super::failure::{failure, is_local, retried_status};
 use super::group::GroupProxy;
-use super::headers::{set_upstream_node, take_load_report};
+use super::headers::set_upstream_node;
 use super::hop_by_hop::remove_hop_by_hop;
 use super::leader::is_misdirected;
 use super::outcome::Outcome;
@@ -84,8 +84,10 @@ impl GroupProxy {
         }
         let now = Instant::now();
         state.answered = Some(now.saturating_duration_since(state.sent));
-        if self.load_reports {
-            take_load_report(response, state.upstream.as_ref(), now);
+        if let Some(reports) = &self.load_reports {
+            for name in reports.take(&response.headers, state.upstream.as_ref(), now) {
+                response.remove_header(name);
+            }
         }
         if let Some(seconds) = remove_hop_by_hop(response)
             && let Some(addr) = state.addr()
@@ -93,6 +95,15 @@ impl GroupProxy {
             self.peers.closes_after(addr, seconds);
         }
         Ok(())
+    }
+
+    /// Takes notice of the trailers of a response.
+    pub(super) fn take_trailers(&self, trailers: &mut HeaderMap, state: &RequestState) {
+        if let Some(reports) = &self.load_reports {
+            for name in reports.take(trailers, state.upstream.as_ref(), Instant::now()) {
+                trailers.remove(name);
+            }
+        }
     }
 
     fn is_sent_again(

@@ -228,12 +228,27 @@ impl Election<'_> {
             Action::Lead { epoch } => {
                 if participant.tenure.is_valid() && quiet_for.is_zero() {
                     state.begin_term(*epoch, participant.tenure);
+                    return Ok(self.announce_once(*epoch).await);
                 }
                 return Ok(Progress::Waited);
             }
             Action::Follow { .. } | Action::StayDrained => return Ok(Progress::Waited),
         }
         Ok(Progress::Wrote)
+    }
+
+    /// Announces a term that has begun, the first time that it is read. A failure costs the term
+    /// nothing, so it is not tried again.
+    async fn announce_once(&self, epoch: Revision) -> Progress {
+        let participant = self.participant;
+        let before = std::mem::replace(&mut participant.state.record().announced, epoch);
+        if before == epoch {
+            return Progress::Waited;
+        }
+        if let Err(error) = participant.announce_term(epoch).await {
+            debug!(%error, "the beginning of the term was not announced");
+        }
+        Progress::Wrote
     }
 
     /// Opens a watch on every key that can change the decision. `None` if the state has changed

@@ -187,6 +187,17 @@ impl Participant<'_> {
         }
     }
 
+    /// Writes the candidacy of a term that has begun once more, as it is. The term does not depend
+    /// on it, nor does this crate's discovery; but that of `photon-etcd-cluster` takes for the leader
+    /// whose election key was written last, and would show none until then.
+    pub(super) async fn announce_term(&self, epoch: Revision) -> Result<(), ClusterError> {
+        let id = self.state.id().as_bytes().to_vec();
+        let announce = Txn::new()
+            .when(Condition::CreatedAt(self.candidacy.clone(), epoch))
+            .put(self.candidacy.clone(), id, Some(self.lease_id()));
+        self.store.txn(announce).await.map(drop)
+    }
+
     /// Deletes the candidacy that was created at this revision, and no later one: the request may
     /// be carried out long after this node has stopped waiting for it.
     pub(super) async fn withdraw(&self, created: Revision) -> Result<(), ClusterError> {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes};
 use futures_util::Stream;
+use pingora_etcd::metrics::LoadReporter;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -154,20 +155,30 @@ pub struct EchoServer {
 
 impl EchoServer {
     pub async fn start(name: &str) -> Self {
-        Self::start_with(name, None, None).await
+        Self::start_with(name, None, None, None).await
+    }
+
+    /// With this reporter as a layer.
+    pub async fn start_reporting(name: &str, reporter: &LoadReporter) -> Self {
+        Self::start_with(name, None, None, Some(reporter)).await
     }
 
     /// Every call fails with this status.
     pub async fn start_failing(name: &str, status: i32) -> Self {
-        Self::start_with(name, Some(status), None).await
+        Self::start_with(name, Some(status), None, None).await
     }
 
     /// Over TLS.
     pub async fn start_tls(name: &str, identity: Identity) -> Self {
-        Self::start_with(name, None, Some(identity)).await
+        Self::start_with(name, None, Some(identity), None).await
     }
 
-    async fn start_with(name: &str, fails: Option<i32>, identity: Option<Identity>) -> Self {
+    async fn start_with(
+        name: &str,
+        fails: Option<i32>,
+        identity: Option<Identity>,
+        reporter: Option<&LoadReporter>,
+    ) -> Self {
         let listener = TcpListener::bind((local(), 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (calls, open) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
@@ -184,8 +195,16 @@ impl EchoServer {
         }
         let mut serving = JoinSet::new();
         let incoming = TcpListenerStream::new(listener);
-        let server = server.add_service(echo);
-        serving.spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
+        match reporter.map(LoadReporter::layer) {
+            Some(layer) => {
+                let server = server.layer(layer).add_service(echo);
+                serving.spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
+            }
+            None => {
+                let server = server.add_service(echo);
+                serving.spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
+            }
+        }
         Self {
             address,
             calls,
@@ -235,6 +254,15 @@ impl EchoClient {
         let mut request = Request::new(text.to_owned());
         request.set_timeout(time);
         self.send(request).await
+    }
+
+    /// The trailers of a call with this message.
+    pub async fn trailers_of(&mut self, text: &str) -> http::HeaderMap {
+        let messages = tokio_stream::iter([text.to_owned()]);
+        let mut answers = self.stream(messages).await.unwrap();
+        while answers.message().await.unwrap().is_some() {}
+        let trailers = answers.trailers().await.unwrap();
+        trailers.unwrap_or_default().into_headers()
     }
 
     /// Messages in both directions at once.

@@ -244,28 +244,6 @@ async fn entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn load_reports_are_taken_and_not_passed_on_if_that_is_asked_for() {
-    let (setup, _, [a, b]) = two("reports", json!({}), json!({})).await;
-    a.reports_cpu(100);
-    b.reports_cpu(40);
-    let client = client();
-    for (fields, is_passed) in [("load_reports: true", false), ("load_reports: false", true)] {
-        let balancer = setup.clone().with(fields).serving().await;
-        until("a backend is known", async || balancer.get().await != "503").await;
-        let response = client.get(&balancer.url).send().await.unwrap();
-        let header = response.headers().contains_key("endpoint-load-metrics");
-        assert_eq!(header, is_passed, "{fields}");
-    }
-    let fields = "load_reports: true\npolicy: headroom\nheadroom: { cpu: 1, memory: 0, queue: 0 }";
-    let balancer = setup.with(fields).serving().await;
-    until("the weights follow the reports", async || {
-        let counted = balancer.gets(50).await;
-        counted.get("b").is_some_and(|b| *b > 40)
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tries_time_outs_and_the_default_port() {
     let (etcd, group) = (Etcd::shared(), group("tries"));
     let mut keys = etcd.raw_client().await;

@@ -437,7 +437,19 @@ const FIELDS: &[(&str, &[&str])] = &[
     ("zones", &["promises::fields::the_own_zone_comes_first"]),
     (
         "load_reports",
-        &["promises::fields::load_reports_are_taken_and_not_passed_on_if_that_is_asked_for"],
+        &["promises::load_reports::they_are_taken_and_not_passed_on"],
+    ),
+    (
+        "load_reports_to_clients",
+        &["promises::load_reports::they_are_taken_and_not_passed_on"],
+    ),
+    (
+        "load_report_format",
+        &["promises::load_reports::an_inference_server_is_balanced_by_its_queue"],
+    ),
+    (
+        "load_report_metrics",
+        &["promises::load_reports::an_inference_server_is_balanced_by_its_queue"],
     ),
     (
         "default_port",

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::http::StatusCode;
 use etcd_client::{Client, PutOptions};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -430,8 +430,6 @@ struct Shared {
     requests: AtomicU64,
     /// How long a response takes, in milliseconds.
     delay: AtomicU64,
-    /// The CPU usage in the header `endpoint-load-metrics`, in percent.
-    reported: AtomicU64,
     status: AtomicU64,
 }
 
@@ -440,19 +438,12 @@ impl Backend {
         let shared = Arc::new(Shared::default());
         shared.status.store(200, Ordering::Relaxed);
         let own = shared.clone();
-        let serve = async move |_: HeaderMap| {
+        let serve = async move || {
             own.requests.fetch_add(1, Ordering::Relaxed);
             let delay = own.delay.load(Ordering::Relaxed);
             tokio::time::sleep(Duration::from_millis(delay)).await;
-            let mut headers = HeaderMap::new();
-            let reported = own.reported.load(Ordering::Relaxed);
-            if reported > 0 {
-                let report = format!("TEXT cpu_utilization={}", reported as f64 / 100.0);
-                let report = HeaderValue::try_from(report).unwrap();
-                headers.insert("endpoint-load-metrics", report);
-            }
             let status = u16::try_from(own.status.load(Ordering::Relaxed)).unwrap();
-            (StatusCode::from_u16(status).unwrap(), headers)
+            StatusCode::from_u16(status).unwrap()
         };
         let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -474,10 +465,6 @@ impl Backend {
     pub fn set_delay(&self, delay: Duration) {
         let delay = u64::try_from(delay.as_millis()).unwrap();
         self.shared.delay.store(delay, Ordering::Relaxed);
-    }
-
-    pub fn reports_cpu(&self, percent: u64) {
-        self.shared.reported.store(percent, Ordering::Relaxed);
     }
 
     pub fn set_status(&self, status: u64) {
