@@ -16,7 +16,7 @@
 //! All prefixes end with a slash: without it, group `app` would see the keys of `app-2`. The key
 //! prefix in front of them also ends with one, unless it is empty: see [`with_slash`].
 
-#[cfg(any(test, feature = "discovery"))]
+#[cfg(feature = "discovery")]
 use std::borrow::Cow;
 
 use crate::error::ClusterError;
@@ -33,6 +33,19 @@ pub(crate) struct GroupKeys {
     overrides: String,
     #[cfg_attr(not(feature = "discovery"), allow(dead_code))]
     of_others: Option<Nested>,
+    /// Where others write entries of the same group.
+    #[cfg(feature = "discovery")]
+    further: Vec<FurtherKeys>,
+}
+
+/// Keys of others beside those of a group.
+#[cfg(feature = "discovery")]
+#[derive(Debug, Clone)]
+pub(crate) struct FurtherKeys {
+    pub(crate) prefix: String,
+    pub(crate) nested: bool,
+    /// Stands before the ids of their nodes, which could otherwise be those of others.
+    pub(crate) label: String,
 }
 
 /// Whether a key that others write may have more than one segment after the prefix.
@@ -50,6 +63,8 @@ impl GroupKeys {
             handover: format!("{prefix}handover/{group}/"),
             overrides: format!("{prefix}override/{group}/"),
             of_others: None,
+            #[cfg(feature = "discovery")]
+            further: Vec::new(),
         }
     }
 
@@ -62,7 +77,22 @@ impl GroupKeys {
             handover: String::new(),
             overrides: String::new(),
             of_others: Some(Nested(nested)),
+            further: Vec::new(),
         }
+    }
+
+    /// The same, with keys of others beside them.
+    #[cfg(feature = "discovery")]
+    pub(crate) fn with_further(mut self, further: Vec<FurtherKeys>) -> Self {
+        self.further = further;
+        self
+    }
+
+    /// The prefixes of all registrations, the group's own first.
+    #[cfg(feature = "discovery")]
+    pub(crate) fn registry_prefixes(&self) -> impl Iterator<Item = &str> {
+        let further = self.further.iter().map(|keys| &*keys.prefix);
+        std::iter::once(&*self.registry).chain(further)
     }
 
     /// Whether this crate's nodes write the entries: then there is an election, and operators have a word.
@@ -124,12 +154,25 @@ impl GroupKeys {
 
     /// The node id in a registry key. `None` for a key of a nested group (`registry/app/blue/n1`
     /// belongs to group `app/blue`, not to `app`). In a nested key of others, a slash is `%2F` in the id.
-    #[cfg(any(test, feature = "discovery"))]
+    /// Beside keys of the group itself, those of others have their label in front of it.
+    #[cfg(feature = "discovery")]
     pub(crate) fn node_id<'k>(&self, key: &'k str) -> Option<Cow<'k, str>> {
-        if self.of_others != Some(Nested(true)) {
-            return Self::last(&self.registry, key).map(Cow::Borrowed);
+        let is_nested = self.of_others == Some(Nested(true));
+        if let Some(id) = Self::id_below(&self.registry, is_nested, key) {
+            return Some(id);
         }
-        let rest = key.strip_prefix(&*self.registry)?;
+        self.further.iter().find_map(|keys| {
+            let id = Self::id_below(&keys.prefix, keys.nested, key)?;
+            Some(Cow::Owned(format!("{}:{id}", keys.label)))
+        })
+    }
+
+    #[cfg(feature = "discovery")]
+    fn id_below<'k>(prefix: &str, is_nested: bool, key: &'k str) -> Option<Cow<'k, str>> {
+        if !is_nested {
+            return Self::last(prefix, key).map(Cow::Borrowed);
+        }
+        let rest = key.strip_prefix(prefix)?;
         let rest = Some(rest).filter(|rest| !rest.is_empty() && !rest.ends_with('/'))?;
         Some(match rest.contains(['/', '%']) {
             true => Cow::Owned(rest.replace('%', "%25").replace('/', "%2F")),

@@ -52,6 +52,7 @@
 //! | `proxy-tls` | no | TLS to clients and backends in the bundled proxy, by rustls with ring; implies `pingora` |
 //! | `admin` | no | the module `admin`: a live page, JSON and metrics of a process; implies `pingora` |
 //! | `opentelemetry` | no | a span for each request of the bundled proxy, sent by OTLP; implies `pingora` |
+//! | `host-names` | no | host names as addresses in other registries, resolved by `hickory-resolver` |
 //! | `cli` | no | the command `pingora-etcd`, for `cargo install` |
 //! | `tower` | no | `LoadReporter::layer`: counts requests and reports load with every response |
 //! | `test-util` | no | controls of the in-memory store: compaction, expiry, refusal, silence |

@@ -40,6 +40,10 @@ pub mod metadata_keys {
     pub const PROTOCOL: &str = "protocol";
     /// The name that the node's certificate is for (`str`), for such proxies.
     pub const SERVER_NAME: &str = "server_name";
+    /// The host name that the address of the node was resolved from.
+    pub const HOST_NAME: &str = "host_name";
+    /// Why that name cannot be resolved at present: the address is the last one that it had.
+    pub const HOST_NAME_ERROR: &str = "host_name_error";
 }
 
 /// The metadata of a [`Node`](crate::Node). Dereferences to the [`NodeMetadata`] (a

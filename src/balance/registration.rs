@@ -1,5 +1,6 @@
 //! One registration of a node, with everything that only the updating side needs of it.
 
+use std::cmp::Reverse;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -233,9 +234,17 @@ impl Registration {
     /// Its claim to its address, for comparison. A node that drains or leaves has a weaker claim than
     /// one that serves. Of two nodes that serve, the one that was written last has the stronger claim,
     /// in the store's order, whatever the clocks of the nodes say.
-    pub(super) fn claim(&self) -> (bool, Revision, i64) {
+    ///
+    /// Where a group is followed in several registries, the word of the first one counts, so that a process that is in
+    /// two of them drains where it says so.
+    pub(super) fn claim(&self) -> (Reverse<u8>, bool, Revision, i64) {
         let node = &self.node;
-        (node.is_serving(), node.revision(), node.last_seen)
+        (
+            Reverse(node.place()),
+            node.is_serving(),
+            node.revision(),
+            node.last_seen,
+        )
     }
 
     /// Whether it gets traffic: it holds its address, serves, and its static weight is not 0.

@@ -71,6 +71,15 @@ pub struct ClusterConfig {
     /// crate.
     #[serde(default)]
     pub registry: Registry,
+    /// Further registries with nodes of the same group, such as while a fleet moves from one to another. Their nodes
+    /// have the name of the format in front of their ids, as in `kratos:0b9c`; two entries with one address are one
+    /// backend, for which `registry` comes first. Default: none.
+    #[serde(default)]
+    pub further_registries: Vec<Registry>,
+    /// What resolves the host names of nodes, `address:port`, where a registry has `host_names`. Default: none, the
+    /// servers of the system.
+    #[serde(default)]
+    pub name_servers: Vec<String>,
     /// Only nodes of these zones, with these tags. Default: all.
     #[serde(default)]
     pub filter: NodeFilter,
@@ -286,7 +295,7 @@ impl ClusterConfig {
             check.validate("cluster.health_check")?;
         }
         self.leader.validate("cluster.leader")?;
-        self.registry.validate("cluster.registry")?;
+        self.check_schemes()?;
         self.load_report_metrics
             .validate("cluster.load_report_metrics")?;
         if self.leader.writes && !self.registry.is_native() {
@@ -340,8 +349,30 @@ impl ClusterConfig {
     /// How backends are spoken to: in other registries, entries say it.
     pub(crate) fn spoken_to(&self) -> Backends {
         let mut backends = self.backends.clone();
-        backends.protocol_of_node |= !self.registry.is_native();
+        backends.protocol_of_node |= self.registries().any(|registry| !registry.is_native());
         backends
+    }
+
+    fn registries(&self) -> impl Iterator<Item = &Registry> {
+        std::iter::once(&self.registry).chain(&self.further_registries)
+    }
+
+    /// Where the file says that backends are spoken to over TLS, it has to be possible.
+    fn check_schemes(&self) -> Result<(), ClusterError> {
+        if !self.registries().any(|registry| registry.scheme.is_tls()) {
+            return Ok(());
+        }
+        let error = |field: &str, reason: &str| Err(ClusterError::config(field, reason));
+        if !cfg!(feature = "proxy-tls") {
+            let reason =
+                "needs TLS to backends, and this program is built without the feature proxy-tls";
+            return error("cluster.registry.scheme", reason);
+        }
+        if self.backends.server_name.is_none() {
+            let reason = "is missing: with a scheme over TLS, it is the name that certificates have to be for";
+            return error("cluster.backends.server_name", reason);
+        }
+        Ok(())
     }
 
     /// The discovery that this section describes.
@@ -366,6 +397,8 @@ impl ClusterConfig {
     fn describe(&self, builder: ServiceDiscoveryBuilder) -> ServiceDiscoveryBuilder {
         let builder = builder
             .registry(self.registry.clone())
+            .further_registries(self.further_registries.iter().cloned())
+            .name_servers(self.name_servers.iter().cloned())
             .filter(self.filter.clone())
             .allowed_networks(self.allowed_networks.iter().cloned())
             .allowed_ports(self.allowed_ports.iter())

@@ -31,6 +31,9 @@ pub struct Group {
     pub group: Option<String>,
     /// Default: as there, but below a prefix of its own.
     pub registry: Option<Registry>,
+    /// Default: none.
+    pub further_registries: Vec<Registry>,
+    pub name_servers: Option<Vec<String>>,
     pub filter: Option<NodeFilter>,
     pub allowed_networks: Option<Vec<String>>,
     pub allowed_ports: Option<Vec<Port>>,

@@ -46,6 +46,7 @@ impl ClusterConfig {
             zones,
             candidates,
             hash_on,
+            name_servers,
             load_reports,
             load_reports_to_clients,
             load_report_metrics,
@@ -62,6 +63,9 @@ impl ClusterConfig {
             // Two groups with one prefix would be the same nodes.
             None => config.registry.prefix = None,
         }
+        config
+            .further_registries
+            .clone_from(&group.further_registries);
         config.group = group.group.clone().unwrap_or_else(|| name.to_owned());
         config.snapshot.clone_from(&group.snapshot);
         config.leader.clone_from(&group.leader);

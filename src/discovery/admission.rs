@@ -3,12 +3,15 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::format::{Decoder, Fault};
+use super::format::{Decoded, Decoders, Fault, Host, HostNames};
+use super::names::{Answer, Names};
 use crate::error::{ClusterError, in_range};
+use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::store::Entry;
 use crate::validate::{self, Bounds};
@@ -143,6 +146,16 @@ impl EntryLimits {
             .map_err(|excess| excess.to_string())
     }
 
+    /// The same for an entry that others write, of which most may not be needed: only its length.
+    fn check_length(&self, entry: &Entry) -> Result<(), String> {
+        self.check_key(&entry.key)?;
+        let (length, most) = (entry.value.len(), self.value_bytes);
+        if length > most {
+            return Err(format!("it is {length} bytes long, at most {most} allowed"));
+        }
+        Ok(())
+    }
+
     pub(super) fn check_key(&self, key: &str) -> Result<(), String> {
         let (length, most) = (key.len(), self.key_bytes);
         if length > most {
@@ -165,19 +178,25 @@ pub(super) enum Refusal {
     NotAllowed(String),
     /// It is valid, but the filter does not select it.
     Unwanted,
+    /// Its host name has not been resolved yet.
+    Unresolved,
 }
 
 impl Refusal {
     /// Whether the node stays in the view as it was before this entry. It does not if it points
     /// elsewhere now, or is not selected any more.
     pub(super) fn keeps_the_node(&self) -> bool {
-        matches!(self, Self::Malformed(_) | Self::TooLarge(_))
+        matches!(
+            self,
+            Self::Malformed(_) | Self::TooLarge(_) | Self::Unresolved
+        )
     }
 
     pub(super) fn reason(&self) -> &str {
         match self {
             Self::Malformed(reason) | Self::TooLarge(reason) | Self::NotAllowed(reason) => reason,
             Self::Unwanted => "not selected by the filter",
+            Self::Unresolved => "its host name is not resolved yet",
         }
     }
 }
@@ -201,19 +220,61 @@ pub(super) struct Admission {
     pub(super) networks: Vec<IpNet>,
     /// If empty, every port is allowed.
     pub(super) ports: Vec<RangeInclusive<u16>>,
-    /// Reads entries that others write; `None` for those of this crate.
-    pub(super) decoder: Option<Decoder>,
+    /// Read entries that others write.
+    pub(super) decoders: Decoders,
+    /// Their host names.
+    pub(super) names: Arc<Names>,
+}
+
+/// The nodes of an entry.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    /// One, unless its address is a host name.
+    pub(super) nodes: Vec<Node>,
+    /// Its address is a host name, so the nodes change with what that leads to.
+    pub(super) has_name: bool,
 }
 
 impl Admission {
+    /// Whether entries may have host names: then [`admit_all`](Self::admit_all) is for them.
+    pub(super) fn resolves(&self) -> bool {
+        self.decoders.resolve()
+    }
+
     /// Parses the entry under the key of this id, and checks that the node may be in the view.
     pub(super) fn admit(&self, id: &str, entry: &Entry) -> Result<Node, Refusal> {
-        if let Some(decoder) = &self.decoder {
-            let node = self.decode(decoder, id, entry)?;
-            return self.select(node, entry);
+        if self.decoders.of(&entry.key).0.is_none() {
+            return self.admit_ours(id, entry);
         }
+        let admitted = self.admit_all(id, entry)?;
+        let first = admitted.nodes.into_iter().next();
+        first.ok_or(Refusal::Unwanted)
+    }
+
+    /// The same, with a node for each address of a host name.
+    pub(super) fn admit_all(&self, id: &str, entry: &Entry) -> Result<Admitted, Refusal> {
+        let (reader, place) = self.decoders.of(&entry.key);
+        let Some(reader) = reader else {
+            return Ok(Admitted {
+                nodes: vec![self.admit_ours(id, entry)?],
+                has_name: false,
+            });
+        };
+        self.limits.check_length(entry).map_err(Refusal::TooLarge)?;
+        let decoded = reader.decoder.decode(id, &entry.key, &entry.value)?;
+        self.check_size(&decoded)?;
+        let mut admitted = self.locate(&decoded, reader.host_names)?;
+        for node in &mut admitted.nodes {
+            node.set_place(place);
+            self.select(node, entry)?;
+        }
+        Ok(admitted)
+    }
+
+    /// Reads an entry of this crate's own nodes.
+    fn admit_ours(&self, id: &str, entry: &Entry) -> Result<Node, Refusal> {
         self.limits.check(entry).map_err(Refusal::TooLarge)?;
-        let node: Node = serde_json::from_slice(&entry.value)
+        let mut node: Node = serde_json::from_slice(&entry.value)
             .map_err(|error| Refusal::Malformed(error.to_string()))?;
         if node.id != id {
             let reason = format!(
@@ -222,46 +283,88 @@ impl Admission {
             );
             return Err(Refusal::Malformed(reason));
         }
-        self.check_address(&node)?;
-        self.select(node, entry)
+        self.check_address(node.ip, node.port)?;
+        self.select(&mut node, entry)?;
+        Ok(node)
     }
 
-    fn select(&self, node: Node, entry: &Entry) -> Result<Node, Refusal> {
-        if !self.filter.matches(&node) {
+    fn select(&self, node: &mut Node, entry: &Entry) -> Result<(), Refusal> {
+        if !self.filter.matches(node) {
             return Err(Refusal::Unwanted);
         }
-        Ok(node
-            .with_incarnation(incarnation(entry))
-            .with_revision(entry.mod_revision))
+        node.set_written(incarnation(entry), entry.mod_revision);
+        Ok(())
     }
 
-    /// Reads an entry that others write: the node at the first of its addresses that is allowed. What is not needed of
-    /// an entry does not count towards the limit of values.
-    fn decode(&self, decoder: &Decoder, id: &str, entry: &Entry) -> Result<Node, Refusal> {
+    /// Checks the size of what was read of an entry that others write. What is not needed of it does not count.
+    fn check_size(&self, decoded: &Decoded) -> Result<(), Refusal> {
         let limits = &self.limits;
-        limits.check_key(&entry.key).map_err(Refusal::TooLarge)?;
-        let (length, most) = (entry.value.len(), limits.value_bytes);
-        if length > most {
-            let reason = format!("it is {length} bytes long, at most {most} allowed");
-            return Err(Refusal::TooLarge(reason));
-        }
-        let decoded = decoder.decode(id, &entry.key, &entry.value)?;
         let (values, depth) = decoded.size;
         if values > limits.values || depth > limits.depth {
             let reason = format!(
-                "its metadata has {values} values, {depth} deep; at most {} and {} are allowed",
+                "its addresses, tags and metadata have {values} values, {depth} deep; at most {} and {} are allowed",
                 limits.values, limits.depth
             );
             return Err(Refusal::TooLarge(reason));
         }
+        Ok(())
+    }
+
+    /// The node of an entry at the first of its addresses that is allowed; with a host name, at its addresses.
+    fn locate(&self, decoded: &Decoded, host_names: HostNames) -> Result<Admitted, Refusal> {
         let mut fault = decoded
             .fault
             .as_ref()
             .map(|fault| Refusal::from(fault.clone()));
-        for node in decoded.nodes() {
-            match self.check_address(&node) {
-                Ok(()) => return Ok(node),
-                Err(refusal) => fault = Some(refusal),
+        for address in &decoded.addresses {
+            let name = match &address.host {
+                Host::Ip(ip) => match self.check_address(*ip, address.port) {
+                    Ok(()) => {
+                        let nodes = vec![decoded.node(address, *ip)];
+                        let has_name = false;
+                        return Ok(Admitted { nodes, has_name });
+                    }
+                    Err(refusal) => {
+                        fault = Some(refusal);
+                        continue;
+                    }
+                },
+                Host::Name(name) => name,
+            };
+            if host_names == HostNames::Refused {
+                let reason = format!(
+                    "its address {:?} is a host name; host names are not resolved unless host_names says so",
+                    shortened(name)
+                );
+                fault.get_or_insert(Refusal::NotAllowed(reason));
+                continue;
+            }
+            let Answer { addresses, error } = self.names.get(name);
+            if addresses.is_empty() {
+                fault.get_or_insert(Refusal::Unresolved);
+                continue;
+            }
+            let mut nodes = Vec::new();
+            for ip in addresses {
+                if let Err(refusal) = self.check_address(ip, address.port) {
+                    fault = Some(refusal);
+                    continue;
+                }
+                let mut node = decoded.node(address, ip);
+                if let Some(error) = &error {
+                    node.add_metadata(metadata_keys::HOST_NAME_ERROR, error);
+                }
+                if host_names == HostNames::All {
+                    node.id = format!("{}@{ip}", node.id);
+                }
+                nodes.push(node);
+                if host_names == HostNames::First {
+                    break;
+                }
+            }
+            if !nodes.is_empty() {
+                let has_name = true;
+                return Ok(Admitted { nodes, has_name });
             }
         }
         Err(fault.unwrap_or(Refusal::Unwanted))
@@ -277,7 +380,7 @@ impl Admission {
 
     /// Checks that a node from a snapshot file may be in the view.
     pub(super) fn readmit(&self, node: &Node) -> Result<(), Refusal> {
-        self.check_address(node)?;
+        self.check_address(node.ip, node.port)?;
         if self.filter.matches(node) {
             Ok(())
         } else {
@@ -285,22 +388,22 @@ impl Admission {
         }
     }
 
-    fn check_address(&self, node: &Node) -> Result<(), Refusal> {
-        validate::address(node.ip)
+    fn check_address(&self, ip: IpAddr, port: Option<u16>) -> Result<(), Refusal> {
+        validate::address(ip)
             .map_err(|reason| Refusal::NotAllowed(format!("its address {reason}")))?;
-        if node.port == Some(0) {
+        if port == Some(0) {
             let reason = "its port is 0, which nobody can connect to".to_owned();
             return Err(Refusal::NotAllowed(reason));
         }
         // An IPv4-mapped IPv6 address is reached as the IPv4 address.
-        let ip: IpAddr = node.ip.to_canonical();
+        let ip = ip.to_canonical();
         let in_network = |network: &IpNet| network.contains(&ip);
         if !self.networks.is_empty() && !self.networks.iter().any(in_network) {
             let reason = format!("its address {ip} is in none of the allowed networks");
             return Err(Refusal::NotAllowed(reason));
         }
         // A node without a port is reached at the reader's default port.
-        if let Some(port) = node.port
+        if let Some(port) = port
             && !self.ports.is_empty()
             && !self.ports.iter().any(|range| range.contains(&port))
         {

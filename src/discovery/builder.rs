@@ -1,10 +1,11 @@
 //! Builds a discovery, and checks its settings.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::admission::{Admission, EntryLimits, NodeFilter, parse_networks, parse_ports};
-use super::format::Registry;
+use super::format::{Places, Registry};
 use super::handle::{ServiceDiscovery, Source};
 use super::published::Published;
 use super::self_preservation::SelfPreservation;
@@ -34,7 +35,8 @@ pub struct ServiceDiscoveryBuilder {
     preserve: SelfPreservation,
     snapshot: Option<SnapshotFile>,
     publish_interval: Duration,
-    registry: Registry,
+    places: Places,
+    name_servers: Vec<String>,
 }
 
 impl ServiceDiscoveryBuilder {
@@ -52,14 +54,31 @@ impl ServiceDiscoveryBuilder {
             preserve: SelfPreservation::default(),
             snapshot: None,
             publish_interval: PUBLISH_INTERVAL,
-            registry: Registry::default(),
+            places: Places::default(),
+            name_servers: Vec::new(),
         }
     }
 
     /// Reads entries that others write, such as those of gRPC, go-zero or Kratos. Default: this crate's own format.
     #[must_use]
     pub fn registry(mut self, registry: Registry) -> Self {
-        self.registry = registry;
+        self.places.main = registry;
+        self
+    }
+
+    /// Reads entries of the same group in further registries, such as while a fleet moves from one to another. Their
+    /// nodes have the name of the format in front of their ids, as in `kratos:0b9c`. Two entries with one address are
+    /// one backend, and what [`registry`](Self::registry) says of it counts. Default: none.
+    #[must_use]
+    pub fn further_registries(mut self, registries: impl IntoIterator<Item = Registry>) -> Self {
+        self.places.further = registries.into_iter().collect();
+        self
+    }
+
+    /// Resolves host names with these servers, `address:port`. Default: with those of the system.
+    #[must_use]
+    pub fn name_servers(mut self, servers: impl IntoIterator<Item = String>) -> Self {
+        self.name_servers = servers.into_iter().collect();
         self
     }
 
@@ -162,7 +181,7 @@ impl ServiceDiscoveryBuilder {
         keys::check_group(&self.group)?;
         self.limits.validate("limits")?;
         self.preserve.validate("self_preservation")?;
-        self.registry.validate("registry")?;
+        self.places.validate()?;
         if let Some(file) = &self.snapshot {
             file.validate("snapshot")?;
         }
@@ -172,15 +191,17 @@ impl ServiceDiscoveryBuilder {
         }
         let key_prefix = self.etcd.prefix();
         Ok(Settings {
-            keys: self.registry.keys(&key_prefix, &self.group),
-            format: self.registry.mark(&self.group),
+            keys: self.places.keys(&key_prefix, &self.group)?,
+            format: self.places.mark(&self.group),
+            name_servers: parse_servers(&self.name_servers)?,
             key_prefix,
             admission: Admission {
                 filter: self.filter.clone(),
                 limits: self.limits,
                 networks: parse_networks(&self.networks)?,
                 ports: parse_ports(&self.ports)?,
-                decoder: self.registry.decoder(),
+                decoders: self.places.decoders(&self.group),
+                names: Arc::default(),
             },
             preserve: self.preserve,
             snapshot: self.snapshot.clone(),
@@ -204,6 +225,16 @@ impl ServiceDiscoveryBuilder {
             published: Arc::new(Published::new()),
         }
     }
+}
+
+fn parse_servers(texts: &[String]) -> Result<Vec<SocketAddr>, ClusterError> {
+    let parse = |text: &String| {
+        text.parse().map_err(|_| {
+            let reason = format!("{text:?} is no address of a server, such as 10.0.0.2:53");
+            ClusterError::config("name_servers", reason)
+        })
+    };
+    texts.iter().map(parse).collect()
 }
 
 impl ServiceDiscovery {

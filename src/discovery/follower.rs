@@ -4,7 +4,7 @@
 use std::convert::Infallible;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tracing::{debug, info, info_span, warn};
 
 use super::group::Group;
@@ -75,6 +75,14 @@ impl<'d> Follower<'d> {
 
     /// Follows the group until the future is dropped.
     pub(super) async fn follow(&mut self) {
+        let settings = self.settings;
+        tokio::select! {
+            () = settings.resolve_names() => {}
+            () = self.follow_store() => {}
+        }
+    }
+
+    async fn follow_store(&mut self) {
         let mut retry = Retry::new();
         loop {
             let error = match self.try_follow().await {
@@ -91,7 +99,18 @@ impl<'d> Follower<'d> {
             if self.settings.serializable_fallback && error.is_transient() {
                 self.list_one_member().await;
             }
-            sleep(delay).await;
+            self.rest(delay).await;
+        }
+    }
+
+    /// Waits, and goes on following host names meanwhile.
+    async fn rest(&mut self, delay: Duration) {
+        let names = &self.settings.admission.names;
+        let until = Instant::now() + delay;
+        while timeout_at(until, names.changed.notified()).await.is_ok() {
+            let changes = self.group.readdress(names);
+            self.outbox.add(changes);
+            self.publish_pending();
         }
     }
 
@@ -124,6 +143,7 @@ impl<'d> Follower<'d> {
 
     /// Applies the events of a watch until it fails.
     async fn watch(&mut self, watcher: &mut dyn Watcher) -> ClusterError {
+        let names = &self.settings.admission.names;
         loop {
             let due = self.next_due();
             tokio::select! {
@@ -136,6 +156,10 @@ impl<'d> Follower<'d> {
                     }
                     Err(error) => return error,
                 },
+                () = names.changed.notified() => {
+                    let changes = self.group.readdress(names);
+                    self.outbox.add(changes);
+                }
                 () = wait_until(due) => {}
                 () = wait_for_write(&mut self.saver) => {}
             }
@@ -292,19 +316,23 @@ impl<'d> Follower<'d> {
         if !self.state.lacks_a_view_of_the_store() {
             return;
         }
-        let registrations = Selector::Prefix(self.settings.keys.registry_prefix().to_owned());
-        let listing = match self.store.list_stale(&registrations).await {
-            Ok(listing) => listing,
-            Err(error) => {
-                debug!(%error, "no member returns what it has");
-                return;
-            }
-        };
         let mut staged = Staged::default();
-        self.group.stage(&mut staged, &listing.entries);
-        let changes = self.group.reset(staged, listing.revision, Instant::now());
+        let mut revision = 0;
+        for prefix in self.settings.keys.registry_prefixes() {
+            let registrations = Selector::Prefix(prefix.to_owned());
+            let listing = match self.store.list_stale(&registrations).await {
+                Ok(listing) => listing,
+                Err(error) => {
+                    debug!(%error, "no member returns what it has");
+                    return;
+                }
+            };
+            self.group.stage(&mut staged, &listing.entries);
+            revision = listing.revision;
+        }
+        let changes = self.group.reset(staged, revision, Instant::now());
         if !matches!(self.state, State::FromMember { .. }) {
-            let (revision, nodes) = (listing.revision, self.group.nodes().len());
+            let nodes = self.group.nodes().len();
             warn!(
                 revision,
                 nodes, "there is no quorum: serving what one member has, which may be out of date"

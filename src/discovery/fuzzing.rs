@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::admission::{Admission, EntryLimits, NodeFilter, parse_networks, parse_ports};
+use super::format::Places;
 use super::format::Registry;
 use super::group::Group as FollowedGroup;
 use super::rejected::RejectedEntries;
@@ -54,7 +55,7 @@ impl Group {
             limits,
             networks: parse_networks(allowed_networks)?,
             ports: parse_ports(allowed_ports)?,
-            decoder: None,
+            ..Admission::default()
         };
         Ok(Self {
             group: FollowedGroup::new(GroupKeys::new("", "g"), admission, preserve),
@@ -127,11 +128,15 @@ impl Group {
 ///
 /// Why there is none, in words.
 pub fn read_foreign(registry: &Registry, entry: &Entry) -> Result<Node, String> {
+    let places = Places {
+        main: registry.clone(),
+        ..Places::default()
+    };
     let admission = Admission {
-        decoder: registry.decoder(),
+        decoders: places.decoders("g"),
         ..Admission::default()
     };
-    let keys = registry.keys("", "g");
+    let keys = places.keys("", "g").map_err(|error| error.to_string())?;
     let id = keys.node_id(&entry.key).ok_or("no id")?;
     let admitted = admission.admit(&id, entry);
     admitted.map_err(|refusal| refusal.reason().to_owned())

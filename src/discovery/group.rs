@@ -1,19 +1,21 @@
 //! The state of a group as its follower builds it, from listings and watch events. No clock and no
 //! I/O.
 
-use std::collections::HashSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::admission::{Admission, incarnation};
+use super::admission::{Admission, Refusal, incarnation};
 use super::candidates::Candidates;
 use super::last_write::LastWrite;
+use super::names::Names;
 use super::rejected::{RejectedEntries, Rejections};
 use super::self_preservation::SelfPreservation;
-use super::staged::{Current, Staged, StagedNode, is_unchanged};
+use super::staged::{Current, NamedEntry, Staged, StagedNode, is_unchanged};
 use super::suspects::{Suspects, Verdict};
 use crate::keys::GroupKeys;
 use crate::node::Node;
@@ -32,6 +34,8 @@ pub(super) struct Group {
     /// `None` if the key that was written last has been deleted since.
     last_write: Option<LastWrite>,
     rejections: Rejections,
+    /// The entries with a host name, by the id in their keys.
+    named: BTreeMap<String, NamedEntry>,
 }
 
 impl Group {
@@ -45,6 +49,7 @@ impl Group {
             suspects: Suspects::new(preserve),
             last_write: None,
             rejections: Rejections::default(),
+            named: BTreeMap::new(),
         }
     }
 
@@ -100,6 +105,7 @@ impl Group {
             keys: &self.keys,
             admission: &self.admission,
             nodes: &self.nodes,
+            named: &self.named,
             rejections: &self.rejections,
         }
     }
@@ -122,6 +128,7 @@ impl Group {
         }
         self.remove_missing(&staged.nodes, &mut changes, now);
         self.rejections.add(staged.rejections);
+        self.named = staged.named.into_iter().collect();
         for (id, node) in staged.nodes {
             match node {
                 StagedNode::Valid(node) => {
@@ -207,10 +214,17 @@ impl Group {
                 }
             } else if let Some(id) = self.keys.node_id(key) {
                 match event {
+                    WatchEvent::Put(entry) if self.admission.resolves() => {
+                        self.put_named(&id, entry, &mut changes);
+                    }
                     WatchEvent::Put(entry) => self.put(&id, entry, &mut changes),
                     WatchEvent::Delete { .. } => {
-                        if let Some(node) = self.nodes.get(&id).cloned() {
-                            self.vanish(&node, 0, &mut changes, now);
+                        let named = self.named.remove(&*id);
+                        let ids = named.map_or_else(|| vec![id.into_owned()], |named| named.ids);
+                        for id in &ids {
+                            if let Some(node) = self.nodes.get(id).cloned() {
+                                self.vanish(&node, 0, &mut changes, now);
+                            }
                         }
                     }
                 }
@@ -301,12 +315,27 @@ impl Group {
     }
 
     fn put(&mut self, id: &str, entry: &Entry, changes: &mut Vec<Change>) {
+        let admitted = self
+            .room_for(id)
+            .and_then(|()| self.admission.admit(id, entry));
+        self.put_admitted(id, entry, admitted, changes);
+    }
+
+    fn room_for(&self, id: &str) -> Result<(), Refusal> {
         let is_new = self.nodes.get(id).is_none();
-        let admitted = if is_new && self.nodes.len() >= self.admission.limits.nodes {
-            Err(self.admission.too_many())
-        } else {
-            self.admission.admit(id, entry)
-        };
+        match is_new && self.nodes.len() >= self.admission.limits.nodes {
+            true => Err(self.admission.too_many()),
+            false => Ok(()),
+        }
+    }
+
+    fn put_admitted(
+        &mut self,
+        id: &str,
+        entry: &Entry,
+        admitted: Result<Node, Refusal>,
+        changes: &mut Vec<Change>,
+    ) {
         match admitted {
             Ok(node) => {
                 if let Some(fault) = validate::weight_fault(node.weight) {
@@ -323,6 +352,60 @@ impl Group {
                 }
             }
         }
+    }
+
+    /// The same for an entry that may have a host name: a node for each of its addresses.
+    fn put_named(&mut self, id: &str, entry: &Entry, changes: &mut Vec<Change>) {
+        let before = self.named.remove(id).map(|named| named.ids);
+        let mut before = before.unwrap_or_else(|| vec![id.to_owned()]);
+        let admitted = match self.admission.admit_all(id, entry) {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                for id in &before {
+                    self.put_admitted(id, entry, Err(refusal.clone()), changes);
+                }
+                if refusal == Refusal::Unresolved {
+                    before.retain(|id| self.nodes.get(id).is_some());
+                    self.remember_name(id, entry, before);
+                }
+                return;
+            }
+        };
+        let mut ids = Vec::new();
+        for node in admitted.nodes {
+            let of_node = node.id.clone();
+            let admitted = self.room_for(&of_node).map(|()| node);
+            self.put_admitted(&of_node, entry, admitted, changes);
+            ids.push(of_node);
+        }
+        for id in before.iter().filter(|id| !ids.contains(id)) {
+            self.remove_not_accepted(id, changes);
+        }
+        if admitted.has_name {
+            self.remember_name(id, entry, ids);
+        }
+    }
+
+    fn remember_name(&mut self, id: &str, entry: &Entry, ids: Vec<String>) {
+        let entry = entry.clone();
+        self.named.insert(id.to_owned(), NamedEntry { entry, ids });
+    }
+
+    /// What host names lead to has changed. Returns what that changes.
+    pub(super) fn readdress(&mut self, names: &Names) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let named = self.named.values().map(|named| named.entry.clone());
+        let named: Vec<Entry> = named.collect();
+        names.keep_what_is_used(|| {
+            for entry in &named {
+                let id = self.keys.node_id(&entry.key).map(Cow::into_owned);
+                if let Some(id) = id {
+                    self.put_named(&id, entry, &mut changes);
+                }
+            }
+        });
+        self.settle(&mut changes);
+        changes
     }
 
     fn take_in(&mut self, node: Arc<Node>, changes: &mut Vec<Change>) {

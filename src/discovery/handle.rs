@@ -69,6 +69,15 @@ impl fmt::Debug for ServiceDiscovery {
 }
 
 impl ServiceDiscovery {
+    /// Whether this crate's nodes write the entries of the group, so that it has a leader, and operators have a word.
+    /// Not so with another [`Registry`](super::Registry).
+    pub fn is_ours(&self) -> bool {
+        self.source
+            .settings
+            .as_ref()
+            .is_ok_and(|settings| settings.keys.are_ours())
+    }
+
     /// The name of the group.
     pub fn group_name(&self) -> &str {
         &self.source.group

@@ -13,13 +13,22 @@ pub(super) struct ReadAt {
     pub(super) cluster_id: u64,
 }
 
-/// The keys of a group: registrations and, where there is an election, candidates.
+type Stage = fn(&Group, &mut Staged, &[Entry]);
+
+/// The keys of a group, and what is made of them: registrations and, where there is an election, candidates.
+fn stages(keys: &GroupKeys) -> impl Iterator<Item = (&str, Stage)> {
+    let registrations = keys
+        .registry_prefixes()
+        .map(|prefix| (prefix, Group::stage as Stage));
+    let candidates = [(keys.election_prefix(), Group::stage_candidates as Stage)];
+    let all = registrations.chain(candidates);
+    all.filter(|(prefix, _)| !prefix.is_empty())
+}
+
+/// All keys of a group.
 pub(super) fn selectors(keys: &GroupKeys) -> Vec<Selector> {
-    let prefixes = [keys.registry_prefix(), keys.election_prefix()];
-    let prefixes = prefixes.into_iter().filter(|prefix| !prefix.is_empty());
-    prefixes
-        .map(|prefix| Selector::Prefix(prefix.to_owned()))
-        .collect()
+    let prefixes = stages(keys).map(|(prefix, _)| prefix.to_owned());
+    prefixes.map(Selector::Prefix).collect()
 }
 
 /// A key that never exists: reading it is the cheapest way to learn the store's cluster and revision,
@@ -35,13 +44,13 @@ pub(super) async fn list(
     group: &Group,
     staged: &mut Staged,
 ) -> Result<ReadAt, ClusterError> {
-    let stages: [fn(&Group, &mut Staged, &[Entry]); 2] = [Group::stage, Group::stage_candidates];
     let mut read_at: Option<ReadAt> = None;
-    for (keys, stage) in selectors(keys).iter().zip(stages) {
+    for (prefix, stage) in stages(keys) {
+        let keys = Selector::Prefix(prefix.to_owned());
         let mut start = None;
         loop {
             let at = read_at.map(|first| first.revision);
-            let page = store.list_page(keys, start, at).await?;
+            let page = store.list_page(&keys, start, at).await?;
             let listing = &page.listing;
             let first = read_at.get_or_insert(ReadAt {
                 revision: listing.revision,

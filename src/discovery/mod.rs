@@ -15,10 +15,13 @@ mod history;
 mod last_write;
 mod listing;
 mod log_once;
+mod names;
 mod outbox;
 mod overrides;
 mod published;
 mod rejected;
+#[cfg(feature = "host-names")]
+mod resolve;
 mod retry;
 mod saver;
 mod self_preservation;
@@ -38,8 +41,8 @@ pub(crate) use builder::PUBLISH_INTERVAL;
 pub use builder::ServiceDiscoveryBuilder;
 pub use changes::Changes;
 pub use format::{
-    AddressAt, EntryTable, Equals, Format, HostAndPort, MetricAt, Registry, Scalar, Scheme,
-    WeightAt, ZeroWeight,
+    AddressAt, EntryTable, Equals, Format, HostAndPort, HostNames, MetricAt, Registry, Scalar,
+    Scheme, WeightAt, ZeroWeight,
 };
 pub use handle::ServiceDiscovery;
 pub use rejected::RejectedEntries;

@@ -64,7 +64,7 @@ impl Rejections {
             Refusal::Malformed(_) => self.counts.malformed += 1,
             Refusal::TooLarge(_) => self.counts.too_large += 1,
             Refusal::NotAllowed(_) => self.counts.not_allowed += 1,
-            Refusal::Unwanted => {}
+            Refusal::Unwanted | Refusal::Unresolved => {}
         }
     }
 
@@ -73,7 +73,8 @@ impl Rejections {
     pub(super) fn skip(&mut self, earlier: Option<&Self>, entry: &Entry, refusal: &Refusal) {
         self.count(refusal);
         let reason = refusal.reason();
-        if *refusal != Refusal::Unwanted && self.is_first(earlier, entry, reason) {
+        let is_said = !matches!(refusal, Refusal::Unwanted | Refusal::Unresolved);
+        if is_said && self.is_first(earlier, entry, reason) {
             // The reason that a parser gives may repeat the value.
             let (key, revision) = (shortened(&entry.key), entry.mod_revision);
             warn!(key, revision, reason = shortened(reason), "entry skipped");

@@ -1,5 +1,6 @@
 //! What a discovery was built with, checked.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::admission::Admission;
@@ -15,6 +16,9 @@ pub(super) struct Settings {
     /// Names the format of the entries; empty for this crate's own.
     pub(super) format: String,
     pub(super) admission: Admission,
+    /// What resolves host names; none for those of the system.
+    #[cfg_attr(not(feature = "host-names"), allow(dead_code))]
+    pub(super) name_servers: Vec<SocketAddr>,
     pub(super) preserve: SelfPreservation,
     pub(super) snapshot: Option<SnapshotFile>,
     pub(super) publish_interval: Duration,
@@ -23,6 +27,15 @@ pub(super) struct Settings {
 }
 
 impl Settings {
+    /// Resolves the host names of the group for as long as it is polled.
+    pub(super) async fn resolve_names(&self) {
+        #[cfg(feature = "host-names")]
+        if self.admission.resolves() {
+            super::resolve::resolve(self.admission.names.clone(), self.name_servers.clone()).await;
+        }
+        std::future::pending().await
+    }
+
     /// What a snapshot of this group belongs to.
     pub(super) fn origin(&self, group: &str) -> Origin {
         Origin {

@@ -1,8 +1,9 @@
 //! A listing that is being read page by page, while the view in use stays as it is.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::admission::{Admission, incarnation};
+use super::admission::{Admission, Refusal, incarnation};
 use super::candidates::candidate_id;
 use super::last_write::LastWrite;
 use super::rejected::Rejections;
@@ -15,13 +16,23 @@ use crate::view::Nodes;
 /// What has been read of a listing. Nodes that have not changed are shared with the current view.
 #[derive(Default)]
 pub(super) struct Staged {
-    /// Ordered by id.
+    /// In the order of the listing.
     pub(super) nodes: Vec<(String, StagedNode)>,
+    /// The entries with a host name.
+    pub(super) named: Vec<(String, NamedEntry)>,
     pub(super) candidates: Vec<Entry>,
     /// Nodes of the current view that are still registered, but not accepted any more.
     pub(super) not_accepted: Vec<String>,
     pub(super) rejections: Rejections,
     pub(super) last_write: Option<LastWrite>,
+}
+
+/// An entry with a host name, whose nodes change with what that leads to.
+#[derive(Debug)]
+pub(super) struct NamedEntry {
+    pub(super) entry: Entry,
+    /// Of its nodes.
+    pub(super) ids: Vec<String>,
 }
 
 pub(super) enum StagedNode {
@@ -38,6 +49,7 @@ pub(super) struct Current<'g> {
     pub(super) keys: &'g GroupKeys,
     pub(super) admission: &'g Admission,
     pub(super) nodes: &'g Nodes,
+    pub(super) named: &'g BTreeMap<String, NamedEntry>,
     pub(super) rejections: &'g Rejections,
 }
 
@@ -47,12 +59,54 @@ impl Staged {
         for entry in registrations {
             self.saw(entry);
             if let Some(id) = current.keys.node_id(&entry.key) {
-                self.add_node(current, &id, entry);
+                match current.admission.resolves() {
+                    true => self.add_named(current, &id, entry),
+                    false => {
+                        let admitted = |admission: &Admission| admission.admit(&id, entry);
+                        self.add_node(current, &id, entry, admitted);
+                    }
+                }
             }
         }
     }
 
-    fn add_node(&mut self, current: &Current<'_>, id: &str, entry: &Entry) {
+    /// The same for an entry that may have a host name.
+    fn add_named(&mut self, current: &Current<'_>, id: &str, entry: &Entry) {
+        let ids = match current.admission.admit_all(id, entry) {
+            Ok(admitted) => {
+                let mut ids = Vec::new();
+                for node in admitted.nodes {
+                    let of_node = node.id.clone();
+                    self.add_node(current, &of_node, entry, |_| Ok(node));
+                    ids.push(of_node);
+                }
+                if !admitted.has_name {
+                    return;
+                }
+                ids
+            }
+            // The nodes that it had stay.
+            Err(Refusal::Unresolved) => {
+                let known = current.named.get(id);
+                let ids = known.map_or_else(Vec::new, |known| known.ids.clone());
+                for of_node in &ids {
+                    self.add_node(current, of_node, entry, |_| Err(Refusal::Unresolved));
+                }
+                ids
+            }
+            Err(refusal) => return self.add_node(current, id, entry, |_| Err(refusal)),
+        };
+        let entry = entry.clone();
+        self.named.push((id.to_owned(), NamedEntry { entry, ids }));
+    }
+
+    fn add_node(
+        &mut self,
+        current: &Current<'_>,
+        id: &str,
+        entry: &Entry,
+        admitted: impl FnOnce(&Admission) -> Result<Node, Refusal>,
+    ) {
         let earlier = Some(current.rejections);
         if self.nodes.len() >= current.admission.limits.nodes {
             let refusal = current.admission.too_many();
@@ -60,7 +114,7 @@ impl Staged {
             return;
         }
         let known = current.nodes.get(id);
-        let node = match current.admission.admit(id, entry) {
+        let node = match admitted(current.admission) {
             Ok(node) => {
                 if let Some(fault) = validate::weight_fault(node.weight) {
                     self.rejections.ignore_weight(earlier, entry, &fault);

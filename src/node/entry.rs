@@ -98,6 +98,8 @@ pub struct Node {
     incarnation: i64,
     #[serde(skip)]
     revision: Revision,
+    #[serde(skip)]
+    place: u8,
 }
 
 impl PartialEq for Node {
@@ -126,6 +128,7 @@ impl Node {
             run: None,
             incarnation: 0,
             revision: 0,
+            place: 0,
         }
     }
 
@@ -244,6 +247,33 @@ impl Node {
     pub fn with_revision(mut self, revision: Revision) -> Self {
         self.revision = revision;
         self
+    }
+
+    /// Sets by which lease and write the entry is there.
+    #[cfg(feature = "discovery")]
+    pub(crate) fn set_written(&mut self, incarnation: i64, revision: Revision) {
+        (self.incarnation, self.revision) = (incarnation, revision);
+    }
+
+    /// In which of the registries of its group the entry is, 0 for the first one.
+    #[cfg(feature = "balance")]
+    pub(crate) fn place(&self) -> u8 {
+        self.place
+    }
+
+    #[cfg(feature = "discovery")]
+    pub(crate) fn set_place(&mut self, place: u8) {
+        self.place = place;
+    }
+
+    /// Adds a field to the metadata.
+    #[cfg(feature = "discovery")]
+    pub(crate) fn add_metadata(&mut self, name: &str, value: &str) {
+        let metadata = serde_json::to_value(&self.metadata);
+        if let Ok(serde_json::Value::Object(mut fields)) = metadata {
+            fields.insert(name.to_owned(), value.into());
+            self.metadata = serde_json::Value::Object(fields).into();
+        }
     }
 
     /// Whether the node takes new requests.

@@ -650,6 +650,14 @@ const FIELDS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "further_registries",
+        &["promises::registries::a_fleet_moves_from_one_registry_to_another"],
+    ),
+    (
+        "name_servers",
+        &["promises::registries::host_names_are_followed"],
+    ),
+    (
         "opentelemetry",
         &[
             "promises::spans::each_request_is_a_span_with_its_node_and_the_backend_continues_it",

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use pingora_etcd::config::{self, ClusterConfig};
 use pingora_etcd::store::{Credentials, Password, TlsOptions};
-use pingora_etcd::{Cluster, ClusterError, EtcdOptions, config};
+use pingora_etcd::{Cluster, ClusterError, EtcdOptions, Operator, ServiceDiscovery};
 
 const GROUP: &str = "workers";
 const PASSWORD: &str = "ETCD_PASSWORD";
@@ -52,6 +53,8 @@ pub struct Connection {
 pub struct Target {
     pub etcd: EtcdOptions,
     pub group: String,
+    /// Where its nodes are, if the file says it.
+    places: Option<Box<ClusterConfig>>,
 }
 
 impl Connection {
@@ -61,8 +64,8 @@ impl Connection {
     pub fn target(&self) -> Result<Target, ClusterError> {
         let file = self.conf.as_ref().map(config::load).transpose()?;
         let file = file.map(|(cluster, _)| cluster);
-        let (mut etcd, mut group) = match file {
-            Some(file) => (file.etcd, file.group),
+        let (mut etcd, mut group) = match &file {
+            Some(file) => (file.etcd.clone(), file.group.clone()),
             None => (EtcdOptions::new([ENDPOINT]), GROUP.to_owned()),
         };
         if !self.endpoints.is_empty() {
@@ -85,7 +88,18 @@ impl Connection {
         if let Some(given) = &self.group {
             given.clone_into(&mut group);
         }
-        Ok(Target { etcd, group })
+        let places = file.and_then(|file| {
+            let names = file.groups.keys().map(String::as_str);
+            let mut all = names
+                .chain([config::DEFAULT_GROUP])
+                .filter_map(|name| file.of_group(name));
+            all.find(|of_group| of_group.group == group).map(Box::new)
+        });
+        Ok(Target {
+            etcd,
+            group,
+            places,
+        })
     }
 
     fn tls(&self) -> TlsOptions {
@@ -110,6 +124,34 @@ impl Target {
             names.push(name.clone());
         }
         names
+    }
+
+    /// # Errors
+    ///
+    /// If the name of the group or what the file says of it is wrong.
+    pub fn discovery(&self, cluster: &Cluster) -> Result<ServiceDiscovery, ClusterError> {
+        let mut builder = cluster.discovery(&self.group);
+        if let Some(file) = &self.places {
+            builder = builder
+                .registry(file.registry.clone())
+                .further_registries(file.further_registries.iter().cloned())
+                .name_servers(file.name_servers.iter().cloned());
+        }
+        builder.try_build()
+    }
+
+    /// # Errors
+    ///
+    /// If the name of the group is wrong, or its nodes are not this crate's, which operators cannot speak of.
+    pub fn operator(&self, cluster: &Cluster) -> Result<Operator, ClusterError> {
+        let registry = self.places.as_ref().map(|file| &file.registry);
+        if registry.is_some_and(|registry| !registry.is_native()) {
+            return Err(ClusterError::InvalidConfig {
+                field: "cluster.registry".to_owned(),
+                reason: "others write the nodes of this group, so that it has no leader, and nobody can drain, weigh or evict them from here".to_owned(),
+            });
+        }
+        Operator::new(cluster, &self.group)
     }
 
     /// # Errors

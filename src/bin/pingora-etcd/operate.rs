@@ -47,7 +47,7 @@ fn with_node(
     let runtime = Runtime::new()?;
     let within = Duration::from_secs(arguments.timeout);
     let done = runtime.block_on(async {
-        let operator = Operator::new(&target.cluster()?, &target.group)?;
+        let operator = target.operator(&target.cluster()?)?;
         match tokio::time::timeout(within, act(&operator, &arguments.id)).await {
             Ok(done) => Ok(done?),
             Err(_) => Err(format!("no answer from etcd within {within:?}").into()),

@@ -37,7 +37,8 @@ fn with_group<T>(
     let runtime = Runtime::new()?;
     runtime.block_on(async {
         let cluster = target.cluster()?;
-        let discovery = cluster.discovery(&target.group).try_build()?;
+        let discovery = target.discovery(&cluster)?;
+        // Only what is read of it is used here: in a group of others there is nothing.
         let operator = Operator::new(&cluster, &target.group)?;
         let within = Duration::from_secs(arguments.timeout);
         let following = discovery.run_until(std::future::pending());
@@ -194,6 +195,10 @@ fn as_table(members: &[Member<'_>]) -> String {
 
 /// How long ago a node has written its entry, by two clocks.
 fn age(node: &Node) -> String {
+    if node.last_seen <= 0 {
+        // Other registries do not say it.
+        return "-".to_owned();
+    }
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

@@ -96,6 +96,32 @@ fn wrong_values_are_named() {
         ),
         ("snapshot: {}", "file"),
         ("publish_interval_ms: 10001", "cluster.publish_interval_ms"),
+        (
+            "registry: { format: kratos, prefix: /x }",
+            "cluster.registry.prefix",
+        ),
+        (
+            "registry: { format: kratos }\n  leader: { writes: true }",
+            "cluster.leader.writes",
+        ),
+        (
+            "registry: { format: kratos, scheme: https }",
+            "cluster.backends.server_name",
+        ),
+        (
+            "further_registries: [{ format: native }]",
+            "cluster.further_registries[0].format",
+        ),
+        (
+            "further_registries: [{ format: grpc }, { format: go-zero }]",
+            "cluster.further_registries[1].prefix",
+        ),
+        ("name_servers: [localhost]", "cluster.name_servers"),
+        (
+            "load_report_metrics: { queue_depth: '' }",
+            "cluster.load_report_metrics.queue_depth",
+        ),
+        ("load_report_format: xml", "xml"),
         ("hash_on: 'header:not valid'", "not valid"),
     ] {
         let error = error(&format!("{MINIMAL}  {field}\n"));

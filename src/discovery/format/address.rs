@@ -1,81 +1,104 @@
 //! Addresses as other registries write them.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 
 use super::kinds::Scheme;
 
-/// An address of an entry.
+/// Where a backend is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Address {
-    /// `None` if it does not name one.
-    pub(super) scheme: Option<String>,
-    pub(super) ip: IpAddr,
-    pub(super) port: Option<u16>,
+pub(in crate::discovery) enum Host {
+    Ip(IpAddr),
+    /// A host name, which has to be resolved.
+    Name(String),
 }
 
-/// Reads `host:port` or a URL. An error is in words.
-pub(super) fn parse(text: &str) -> Result<Address, String> {
+/// An address of an entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::discovery) struct Address {
+    pub(in crate::discovery) host: Host,
+    pub(in crate::discovery) port: Option<u16>,
+    /// `None` if it is not known.
+    pub(super) scheme: Option<String>,
+}
+
+/// The scheme of a URL, and the rest.
+pub(super) fn split_scheme(text: &str) -> (Option<String>, &str) {
     let text = text.trim();
-    let (scheme, rest) = match text.split_once("://") {
-        Some((scheme, rest)) => (Some(scheme.to_ascii_lowercase()), rest),
-        None => (None, text),
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return (None, text);
     };
-    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
-    let (authority, more) = rest.split_at(end);
-    if scheme.is_none() && end < rest.len() {
-        return Err(format!("{text:?} is no address"));
-    }
+    let scheme = scheme.to_ascii_lowercase();
     // Kratos before 2.3.1 said it in this way.
-    let is_secure = more.contains("isSecure=true");
-    let scheme = scheme.map(|scheme| match &*scheme {
-        "grpc" | "http" if is_secure => format!("{scheme}s"),
-        _ => scheme,
-    });
-    let (ip, port) = host_and_port(authority)?;
-    let usual = match scheme.as_deref() {
+    let is_secure = rest.contains("isSecure=true") && ["grpc", "http"].contains(&&*scheme);
+    let scheme = if is_secure {
+        format!("{scheme}s")
+    } else {
+        scheme
+    };
+    (Some(scheme), rest)
+}
+
+/// Reads what follows the scheme. An error is in words.
+pub(super) fn host_and_port(
+    scheme: Option<&str>,
+    rest: &str,
+) -> Result<(Host, Option<u16>), String> {
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    if scheme.is_none() && end < rest.len() {
+        return Err(no_address(rest));
+    }
+    let (host, port) = split_port(&rest[..end])?;
+    let usual = match scheme {
         Some("http") => Some(80),
         Some("https") => Some(443),
         _ => None,
     };
-    Ok(Address {
-        scheme,
-        ip,
-        port: port.or(usual),
-    })
+    Ok((host, port.or(usual)))
 }
 
 /// Reads a host without a port.
-pub(super) fn host(text: &str) -> Result<IpAddr, String> {
+pub(super) fn host(text: &str) -> Result<Host, String> {
     let plain = text.trim();
     let inner = plain
         .strip_prefix('[')
         .and_then(|rest| rest.strip_suffix(']'));
-    let parsed = inner.unwrap_or(plain).parse::<IpAddr>();
-    parsed.map_err(|_| no_address(text))
+    if let Ok(ip) = inner.unwrap_or(plain).parse() {
+        return Ok(Host::Ip(ip));
+    }
+    let is_name = plain.len() <= 253
+        && plain.contains(|it: char| it.is_ascii_alphabetic())
+        && plain.split('.').all(is_label);
+    match is_name {
+        true => Ok(Host::Name(plain.to_ascii_lowercase())),
+        false => Err(no_address(text)),
+    }
+}
+
+/// A part of a host name. Underscores are not allowed in it, but used.
+fn is_label(text: &str) -> bool {
+    let is_inside = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+    (1..=63).contains(&text.len()) && text.bytes().all(is_inside) && !text.starts_with('-')
 }
 
 /// Some writers put no brackets around an IPv6 address: what follows the last colon is the port then.
-fn host_and_port(text: &str) -> Result<(IpAddr, Option<u16>), String> {
+fn split_port(text: &str) -> Result<(Host, Option<u16>), String> {
     if let Some((before, port)) = text.rsplit_once(':')
         && !port.is_empty()
         && port.bytes().all(|byte| byte.is_ascii_digit())
-        && let Ok(ip) = host(before)
+        && let Ok(host) = host(before)
     {
-        let is_bare = !text.starts_with('[') && before.contains(':');
-        // `::1` is an address, and `:` before a port is none.
-        if is_bare && before.ends_with(':') && text.parse::<Ipv6Addr>().is_ok() {
-            return Ok((host(text)?, None));
-        }
         let port = port.parse::<u16>();
         let port = port.map_err(|_| format!("{text:?} has a port out of range"))?;
-        return Ok((ip, Some(port)));
+        return Ok((host, Some(port)));
     }
     Ok((host(text)?, None))
 }
 
+/// Without what may be a password before the host.
 fn no_address(text: &str) -> String {
+    let (_, text) = text.rsplit_once('@').unwrap_or(("", text));
     let short: String = text.chars().take(80).collect();
-    format!("{short:?} is no IP address; host names are not resolved")
+    format!("{short:?} is neither an IP address nor a host name")
 }
 
 impl Scheme {

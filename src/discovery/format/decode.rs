@@ -1,11 +1,11 @@
 //! Makes a node of an entry.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use serde_json::{Map, Value};
 
-use super::address::{self, Address};
+use super::address::{self, Address, Host};
 use super::kinds::Scheme;
 use super::pick::{Picked, Wanted};
 use super::table::{
@@ -21,6 +21,8 @@ pub(in crate::discovery) struct Decoder {
     scheme: Scheme,
     /// Of addresses that do not name one.
     usual: Option<&'static str>,
+    /// An address that begins with `http` may be one of gRPC: this says what it is, and not the address.
+    is_url_any: bool,
     wanted: Wanted,
 }
 
@@ -38,7 +40,8 @@ pub(in crate::discovery) enum Fault {
 #[derive(Debug)]
 pub(in crate::discovery) struct Decoded {
     node: Node,
-    addresses: Vec<Address>,
+    metadata: Map<String, Value>,
+    pub(in crate::discovery) addresses: Vec<Address>,
     /// Why others were left out.
     pub(in crate::discovery) fault: Option<Fault>,
     /// How many values it has, and how deep they are.
@@ -46,28 +49,40 @@ pub(in crate::discovery) struct Decoded {
 }
 
 impl Decoded {
-    /// The node at each of its addresses.
-    pub(in crate::discovery) fn nodes(&self) -> impl Iterator<Item = Node> {
-        self.addresses.iter().map(|address| {
-            let mut node = self.node.clone();
-            (node.ip, node.port) = (address.ip, address.port);
-            let mut metadata = match serde_json::to_value(&node.metadata) {
-                Ok(Value::Object(fields)) => fields,
-                _ => Map::new(),
-            };
-            if let Some(protocol) = address.scheme.as_deref().and_then(address::protocol) {
-                metadata.insert(metadata_keys::PROTOCOL.to_owned(), protocol.into());
-            }
-            if metadata.is_empty() {
-                return node;
-            }
-            node.with_metadata(Value::Object(metadata))
-        })
+    /// The node at one of its addresses, whose host is this one.
+    pub(in crate::discovery) fn node(&self, address: &Address, ip: IpAddr) -> Node {
+        let mut node = self.node.clone();
+        (node.ip, node.port) = (ip, address.port);
+        let mut metadata = self.metadata.clone();
+        if let Some(protocol) = address.scheme.as_deref().and_then(address::protocol) {
+            metadata.insert(metadata_keys::PROTOCOL.to_owned(), protocol.into());
+        }
+        if let Host::Name(name) = &address.host {
+            metadata.insert(metadata_keys::HOST_NAME.to_owned(), name.clone().into());
+        }
+        match metadata.is_empty() {
+            true => node,
+            false => node.with_metadata(Value::Object(metadata)),
+        }
     }
 }
 
 impl Decoder {
     pub(super) fn new(table: EntryTable, scheme: Scheme, usual: Option<&'static str>) -> Self {
+        Self::with(table, scheme, usual, false)
+    }
+
+    /// The same, where an address that begins with `http` may be one of gRPC.
+    pub(super) fn of_urls(table: EntryTable, scheme: Scheme) -> Self {
+        Self::with(table, scheme, None, true)
+    }
+
+    fn with(
+        table: EntryTable,
+        scheme: Scheme,
+        usual: Option<&'static str>,
+        is_url_any: bool,
+    ) -> Self {
         let pointers: Vec<_> = table
             .pointers()
             .map(|(_, place)| place.to_owned())
@@ -77,6 +92,7 @@ impl Decoder {
             table,
             scheme,
             usual,
+            is_url_any,
         }
     }
 
@@ -93,6 +109,8 @@ impl Decoder {
                 let text = text.map_err(|error| Fault::Malformed(error.to_string()))?;
                 Picked::from([(String::new(), text.into())])
             }
+            // Everything may be in the key.
+            false if self.wanted.is_nothing() || value.is_empty() => Picked::new(),
             false => self.wanted.pick(value).map_err(Fault::Malformed)?,
         };
         if !self.table.require.iter().all(|place| holds(place, &picked)) {
@@ -100,7 +118,7 @@ impl Decoder {
         }
         let texts = self.texts(key, &picked)?;
         let (addresses, fault) = self.addresses(&texts, &picked)?;
-        let mut node = Node::new(id, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let mut node = Node::new(id, IpAddr::from([0; 4]));
         node.weight = self
             .table
             .weight
@@ -116,13 +134,11 @@ impl Decoder {
             node.state = NodeState::Draining;
         }
         let metadata = self.metadata(&picked);
-        let size = size(&Value::Object(metadata.clone()));
-        if !metadata.is_empty() {
-            node = node.with_metadata(Value::Object(metadata));
-        }
+        let (values, depth) = size_of(metadata.values());
         Ok(Decoded {
-            size: (size.0 + node.tags.len(), size.1),
+            size: (values + node.tags.len() + addresses.len(), depth),
             node,
+            metadata,
             addresses,
             fault,
         })
@@ -134,6 +150,7 @@ impl Decoder {
             let whole = picked.get("").and_then(Value::as_str).unwrap_or_default();
             return Ok(vec![Written::Whole(whole.to_owned())]);
         }
+        let mut is_empty_list = false;
         for place in &self.table.address {
             let found = match place {
                 AddressAt::Whole(place) if place == IN_KEY => {
@@ -147,6 +164,7 @@ impl Decoder {
                         vec![Written::Whole(text.clone())]
                     }
                     Some(Value::Array(list)) => {
+                        is_empty_list |= list.is_empty();
                         let texts = list.iter().filter_map(Value::as_str);
                         texts.map(|text| Written::Whole(text.to_owned())).collect()
                     }
@@ -157,7 +175,8 @@ impl Decoder {
                         .get(host)
                         .and_then(text)
                         .filter(|host| !host.is_empty());
-                    let port = picked.get(port).map(number);
+                    let port = picked.get(port).filter(|port| !port.is_null());
+                    let port = port.map(number);
                     host.map(|host| Written::Parts(host, port))
                         .into_iter()
                         .collect()
@@ -166,6 +185,10 @@ impl Decoder {
             if !found.is_empty() {
                 return Ok(found);
             }
+        }
+        if is_empty_list {
+            // A process that serves nothing, or nothing any more.
+            return Err(Fault::Unwanted);
         }
         Err(Fault::Malformed(
             "it has no address where one is expected".to_owned(),
@@ -178,32 +201,35 @@ impl Decoder {
         texts: &[Written],
         picked: &Picked,
     ) -> Result<(Vec<Address>, Option<Fault>), Fault> {
-        let said = self
-            .table
-            .scheme
-            .as_ref()
-            .and_then(|place| text(picked.get(place)?));
+        let said = self.table.scheme.as_ref();
+        let said = said.and_then(|place| text(picked.get(place)?));
+        let said = said.map(|word| word.trim().to_ascii_lowercase());
+        let said = said.filter(|word| !word.is_empty());
+        let wanted = self.scheme.word();
         let (mut addresses, mut fault) = (Vec::new(), None);
         for text in texts {
-            let mut address = match text.parse() {
-                Ok(address) => address,
+            let own = text.scheme();
+            let usual = || said.as_deref().or(self.usual).or(wanted).map(str::to_owned);
+            let mut scheme = own.or_else(usual);
+            if self.is_url_any
+                && let (Some("http"), Some("grpc")) | (Some("https"), Some("grpcs")) =
+                    (scheme.as_deref(), wanted)
+            {
+                scheme = wanted.map(str::to_owned);
+            }
+            let is_known = |scheme: &str| address::protocol(scheme).is_some();
+            let is_wanted = match wanted {
+                Some(wanted) => scheme.as_deref() == Some(wanted),
+                None => scheme.as_deref().is_none_or(is_known),
+            };
+            if !is_wanted {
+                continue;
+            }
+            match text.parse() {
+                Ok((host, port)) => addresses.push(Address { host, port, scheme }),
                 Err(reason) => {
                     fault.get_or_insert(Fault::NotAllowed(format!("its address {reason}")));
-                    continue;
                 }
-            };
-            let usual = || said.clone().or_else(|| self.usual.map(str::to_owned));
-            address.scheme = address.scheme.or_else(usual);
-            let is_known = address
-                .scheme
-                .as_deref()
-                .is_none_or(|scheme| address::protocol(scheme).is_some());
-            let is_wanted = match self.scheme.word() {
-                Some(wanted) => address.scheme.as_deref() == Some(wanted),
-                None => is_known,
-            };
-            if is_wanted {
-                addresses.push(address);
             }
         }
         match (addresses.is_empty(), fault) {
@@ -231,8 +257,8 @@ impl Decoder {
         tags
     }
 
-    /// What is copied, with the metrics on top of it. How a backend is spoken to is not copied: it follows from the
-    /// scheme.
+    /// What is copied, with the metrics on top of it. What has a meaning of its own here is not copied: how a backend
+    /// is spoken to follows from the scheme, and by which name it is verified is not for it to say.
     fn metadata(&self, picked: &Picked) -> Map<String, Value> {
         let copied = self
             .table
@@ -244,7 +270,25 @@ impl Decoder {
             None | Some(Value::Null) => Map::new(),
             Some(other) => Map::from_iter([("value".to_owned(), other.clone())]),
         };
-        metadata.remove(metadata_keys::PROTOCOL);
+        for name in [
+            metadata_keys::PROTOCOL,
+            metadata_keys::SERVER_NAME,
+            metadata_keys::HOST_NAME,
+            metadata_keys::HEALTH,
+            metadata_keys::HEALTH_REASON,
+        ] {
+            metadata.remove(name);
+        }
+        for name in [
+            metadata_keys::CPU_USAGE_PERCENT,
+            metadata_keys::MEMORY_USAGE_PERCENT,
+            metadata_keys::QUEUE_DEPTH,
+        ] {
+            let value = metadata.remove(name);
+            if let Some(value) = value.as_ref().and_then(number) {
+                metadata.insert(name.to_owned(), value.into());
+            }
+        }
         for (name, place) in &self.table.metrics {
             if let Some(value) = picked.get(&place.at).and_then(number) {
                 metadata.insert(name.clone(), (value * place.times).into());
@@ -262,20 +306,30 @@ enum Written {
 }
 
 impl Written {
-    fn parse(&self) -> Result<Address, String> {
+    /// The scheme that it names itself.
+    fn scheme(&self) -> Option<String> {
         match self {
-            Self::Whole(text) => address::parse(text),
-            Self::Parts(host, port) => Ok(Address {
-                scheme: None,
-                ip: address::host(host)?,
-                port: match port {
+            Self::Whole(text) => address::split_scheme(text).0,
+            Self::Parts(..) => None,
+        }
+    }
+
+    fn parse(&self) -> Result<(Host, Option<u16>), String> {
+        match self {
+            Self::Whole(text) => {
+                let (scheme, rest) = address::split_scheme(text);
+                address::host_and_port(scheme.as_deref(), rest)
+            }
+            Self::Parts(host, port) => {
+                let port = match port {
                     None => None,
                     Some(Some(port)) if (0.0..=65_535.0).contains(port) && port.fract() == 0.0 => {
                         Some(*port as u16)
                     }
                     Some(_) => return Err("has no valid port".to_owned()),
-                },
-            }),
+                };
+                Ok((address::host(host)?, port))
+            }
         }
     }
 }
@@ -288,15 +342,15 @@ fn weight(place: &WeightAt, picked: &Picked) -> f64 {
     }
 }
 
-/// Whether one of the values is in the place.
+/// Whether one of the values is in the place, also as text.
 fn holds(place: &Equals, picked: &Picked) -> bool {
-    let found = picked.get(&place.at);
-    found.is_some_and(|found| {
-        place.is.iter().any(|value| match value {
-            Scalar::Bool(value) => found.as_bool() == Some(*value),
-            Scalar::Number(value) => found.as_f64() == Some(*value),
-            Scalar::Text(value) => found.as_str() == Some(value),
-        })
+    let Some(found) = picked.get(&place.at) else {
+        return false;
+    };
+    place.is.iter().any(|value| match value {
+        Scalar::Bool(value) => text(found).is_some_and(|found| found == value.to_string()),
+        Scalar::Number(value) => number(found) == Some(*value),
+        Scalar::Text(value) => text(found).as_ref() == Some(value),
     })
 }
 
@@ -319,14 +373,14 @@ fn number(value: &Value) -> Option<f64> {
     number.filter(|number: &f64| number.is_finite())
 }
 
-/// How many values there are in a value, and how deep they are.
-fn size(value: &Value) -> (usize, usize) {
-    let inner: Vec<_> = match value {
-        Value::Array(list) => list.iter().map(size).collect(),
-        Value::Object(fields) => fields.values().map(size).collect(),
-        _ => return (1, 0),
-    };
-    let values = inner.iter().map(|(values, _)| values).sum::<usize>();
-    let depth = inner.iter().map(|(_, depth)| *depth).max().unwrap_or(0);
-    (values + 1, depth + 1)
+/// How many values there are in these and below them, and how deep they are.
+fn size_of<'v>(values: impl Iterator<Item = &'v Value>) -> (usize, usize) {
+    values.fold((1, 1), |(count, depth), value| {
+        let (more, below) = match value {
+            Value::Array(list) => size_of(list.iter()),
+            Value::Object(fields) => size_of(fields.values()),
+            _ => (1, 0),
+        };
+        (count + more, depth.max(below + 1))
+    })
 }

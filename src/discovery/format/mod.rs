@@ -4,16 +4,18 @@ mod address;
 mod decode;
 mod kinds;
 mod pick;
+mod places;
 mod presets;
 mod table;
 
 use serde::Deserialize;
 
 use crate::error::ClusterError;
-use crate::keys::GroupKeys;
 
-pub(super) use decode::{Decoder, Fault};
-pub use kinds::{Format, Scheme};
+pub(super) use address::Host;
+pub(super) use decode::{Decoded, Decoder, Fault};
+pub use kinds::{Format, HostNames, Scheme};
+pub(super) use places::{Decoders, Places};
 pub use table::{
     AddressAt, EntryTable, Equals, HostAndPort, MetricAt, Scalar, WeightAt, ZeroWeight,
 };
@@ -47,6 +49,8 @@ pub struct Registry {
     pub scheme: Scheme,
     /// How the entries are read, with the format `custom`. Default: none.
     pub custom: Option<EntryTable>,
+    /// What becomes of addresses with a host name (feature `host-names`). Default: `refused`.
+    pub host_names: HostNames,
 }
 
 impl Registry {
@@ -79,6 +83,13 @@ impl Registry {
     #[must_use]
     pub fn scheme(mut self, scheme: Scheme) -> Self {
         self.scheme = scheme;
+        self
+    }
+
+    /// Sets [`host_names`](Self::host_names).
+    #[must_use]
+    pub fn host_names(mut self, host_names: HostNames) -> Self {
+        self.host_names = host_names;
         self
     }
 
@@ -127,23 +138,21 @@ impl Registry {
             (Some(_), _) => return error("custom", "is only for the format custom".to_owned()),
             (None, _) => {}
         }
-        let names_no_scheme = matches!(
-            self.format,
-            Format::Native | Format::Grpc | Format::GoZero | Format::Cloudwego
-        );
-        if names_no_scheme && self.scheme != Scheme::Any {
+        if self.is_native() && self.scheme != Scheme::Any {
             let reason = "entries of this format do not name one; set backends.protocol instead";
             return error("scheme", reason.to_owned());
         }
-        Ok(())
-    }
-
-    /// The keys of a group.
-    pub(super) fn keys(&self, key_prefix: &str, group: &str) -> GroupKeys {
-        match self.prefix_of(group) {
-            Some(prefix) => GroupKeys::of_others(prefix, self.has_nested_keys()),
-            None => GroupKeys::new(key_prefix, group),
+        if self.host_names != HostNames::Refused {
+            if self.is_native() {
+                let reason = "is for other formats: this one has IP addresses";
+                return error("host_names", reason.to_owned());
+            }
+            if !cfg!(feature = "host-names") {
+                let reason = "this program is built without the feature host-names";
+                return error("host_names", reason.to_owned());
+            }
         }
+        Ok(())
     }
 
     fn prefix_of(&self, group: &str) -> Option<String> {
@@ -172,10 +181,14 @@ impl Registry {
             Format::Custom => self.custom.clone().unwrap_or_default(),
             format => presets::table(format),
         };
-        // Both are for servers of gRPC only.
-        let is_grpc = matches!(self.format, Format::Grpc | Format::GoZero);
-        let usual = is_grpc.then_some("grpc");
-        Some(Decoder::new(table, self.scheme, usual))
+        Some(match self.format {
+            Format::Custom => Decoder::of_urls(table, self.scheme),
+            // Both are for servers of gRPC only, unless the file says something else.
+            Format::Grpc | Format::GoZero if self.scheme == Scheme::Any => {
+                Decoder::new(table, self.scheme, Some("grpc"))
+            }
+            _ => Decoder::new(table, self.scheme, None),
+        })
     }
 
     /// A word for a snapshot file, which is not read in another format.
@@ -183,8 +196,8 @@ impl Registry {
         match self.prefix_of(group) {
             None => String::new(),
             Some(prefix) => format!(
-                "{:?} {prefix} {:?} {:?}",
-                self.format, self.scheme, self.custom
+                "{:?} {prefix} {:?} {:?} {:?}",
+                self.format, self.scheme, self.custom, self.host_names
             ),
         }
     }

@@ -31,6 +31,11 @@ impl Wanted {
         all
     }
 
+    /// Whether no place at all is wanted.
+    pub(super) fn is_nothing(&self) -> bool {
+        !self.is_wanted && self.below.is_empty()
+    }
+
     /// Reads a JSON text. An error is in words.
     pub(super) fn pick(&self, json: &[u8]) -> Result<Picked, String> {
         let mut picked = Picked::new();

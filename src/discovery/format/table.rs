@@ -26,7 +26,7 @@ pub struct EntryTable {
     /// order: the first one that has the scheme, and is allowed. Required for JSON.
     pub address: Vec<AddressAt>,
     /// Where the name of the scheme is, if addresses do not begin with it: `http`, `https`, `grpc` or `grpcs`. Entries
-    /// with another word are left out. Default: none.
+    /// with another word are left out. Default: none; where none is named, `scheme` of the registry says it.
     pub scheme: Option<String>,
     /// Where the static weight is. Default: none, all are equal.
     pub weight: Option<WeightAt>,
@@ -43,7 +43,7 @@ pub struct EntryTable {
     pub drain: Vec<Equals>,
 }
 
-/// A place with one of these values.
+/// A place with one of these values; a number, `true` and `false` also as text.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
@@ -166,6 +166,18 @@ impl EntryTable {
         }
         for (name, pointer) in self.pointers() {
             check_pointer(pointer).map_err(|reason| error(&name, reason))?;
+        }
+        if let Some(index) = self.require.iter().position(|place| place.is.is_empty()) {
+            let reason = "is empty: no entry could be for this group";
+            return Err(error(&format!("require[{index}].is"), reason.to_owned()));
+        }
+        if let Some(index) = self.drain.iter().position(|place| place.is.is_empty()) {
+            let reason = "is empty: no entry could say it";
+            return Err(error(&format!("drain[{index}].is"), reason.to_owned()));
+        }
+        if self.text && !self.address.is_empty() {
+            let reason = "is not for text: the value is the address";
+            return Err(error("address", reason.to_owned()));
         }
         if self.text && self.pointers().next().is_some() {
             let reason = "an entry that is nothing but an address has no places in it";

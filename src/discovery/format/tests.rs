@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::discovery::admission::{Admission, Refusal};
+use crate::keys::GroupKeys;
 use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::store::Entry;
@@ -11,11 +12,12 @@ use crate::store::Entry;
 /// Reads an entry as a discovery does.
 fn read(registry: &Registry, key: &str, value: &str) -> Result<Node, Refusal> {
     registry.validate("registry").unwrap();
+    let places = places(registry);
     let admission = Admission {
-        decoder: registry.decoder(),
+        decoders: places.decoders("billing"),
         ..Admission::default()
     };
-    let keys = registry.keys("", "billing");
+    let keys = places.keys("", "billing").unwrap();
     let entry = Entry {
         key: key.to_owned(),
         value: value.as_bytes().to_vec(),
@@ -25,6 +27,13 @@ fn read(registry: &Registry, key: &str, value: &str) -> Result<Node, Refusal> {
     };
     let id = keys.node_id(key).ok_or(Refusal::Unwanted)?;
     admission.admit(&id, &entry)
+}
+
+fn places(registry: &Registry) -> Places {
+    Places {
+        main: registry.clone(),
+        further: Vec::new(),
+    }
 }
 
 fn address(node: &Node) -> String {
@@ -209,7 +218,7 @@ fn what_is_not_for_this_group_is_left_out_and_what_is_wrong_says_so() {
             Registry::new(Format::GoZero),
             "billing/1",
             "rpcx_path",
-            &says("no IP address"),
+            &says("host name"),
         ),
         (
             Registry::new(Format::GoMicro),
@@ -311,7 +320,7 @@ custom:
 fn the_first_address_that_is_allowed_counts() {
     let registry = Registry::new(Format::Goframe);
     let admission = Admission {
-        decoder: registry.decoder(),
+        decoders: places(&registry).decoders("billing"),
         networks: vec!["192.168.0.0/16".parse().unwrap()],
         ..Admission::default()
     };
@@ -334,8 +343,26 @@ fn the_first_address_that_is_allowed_counts() {
     assert!(matches!(refusal, Refusal::NotAllowed(_)), "{refusal:?}");
 }
 
+fn parse(text: &str) -> Result<(Host, Option<u16>), String> {
+    let (scheme, rest) = address::split_scheme(text);
+    address::host_and_port(scheme.as_deref(), rest)
+}
+
 #[test]
 fn addresses_are_read_in_every_spelling() {
+    for (text, name, port) in [
+        ("db.test:80", "db.test", Some(80)),
+        ("https://DB-1.test./x", "", None),
+        ("https://DB-1.test/x", "db-1.test", Some(443)),
+        ("a_b:1", "a_b", Some(1)),
+    ] {
+        let read = parse(text);
+        let expected = (!name.is_empty()).then(|| (Host::Name(name.to_owned()), port));
+        assert_eq!(read.ok(), expected, "{text}");
+    }
+    // A password is not for a log.
+    let error = parse("postgres://user:secret@1.2.3:5432").unwrap_err();
+    assert!(!error.contains("secret"), "{error}");
     for (text, ip, port) in [
         ("10.0.0.1:80", "10.0.0.1", Some(80)),
         ("10.0.0.1", "10.0.0.1", None),
@@ -349,24 +376,21 @@ fn addresses_are_read_in_every_spelling() {
         ("https://10.0.0.1", "10.0.0.1", Some(443)),
         ("grpc://[fd00::1]:9000?isSecure=true", "fd00::1", Some(9000)),
     ] {
-        let read = address::parse(text).unwrap();
-        assert_eq!(
-            (read.ip, read.port),
-            (ip.parse::<IpAddr>().unwrap(), port),
-            "{text}"
-        );
+        let read = parse(text).unwrap();
+        let host = Host::Ip(ip.parse::<IpAddr>().unwrap());
+        assert_eq!(read, (host, port), "{text}");
     }
     for wrong in [
         "",
         ":80",
-        "a:80",
+        "a..b:80",
         "10.0.0.1:x",
         "10.0.0.1:99999",
         "unix:/run/x",
         "10.0.0.1/8",
         "http://",
     ] {
-        assert!(address::parse(wrong).is_err(), "{wrong}");
+        assert!(parse(wrong).is_err(), "{wrong}");
     }
 }
 
@@ -390,7 +414,24 @@ fn settings_that_cannot_be_meant_are_refused_by_name() {
     };
     let text = EntryTable {
         text: true,
+        address: Vec::new(),
         ..pointer("/zone").custom.unwrap()
+    };
+    let text_with_address = EntryTable {
+        text: true,
+        ..table()
+    };
+    let nothing = |drain: bool| {
+        let nothing = vec![Equals {
+            at: "/x".to_owned(),
+            is: Vec::new(),
+        }];
+        let mut table = table();
+        match drain {
+            true => table.drain = nothing,
+            false => table.require = nothing,
+        }
+        Registry::custom("p/", table)
     };
     for (registry, field) in [
         (
@@ -402,6 +443,17 @@ fn settings_that_cannot_be_meant_are_refused_by_name() {
             "registry.prefix",
         ),
         (Registry::new(Format::Custom), "registry.custom"),
+        (nothing(false), "registry.custom.require[0].is"),
+        (nothing(true), "registry.custom.drain[0].is"),
+        (
+            Registry::custom("p/", text_with_address),
+            "registry.custom.address",
+        ),
+        (Registry::default().scheme(Scheme::Http), "registry.scheme"),
+        (
+            Registry::default().host_names(HostNames::All),
+            "registry.host_names",
+        ),
         (
             Registry {
                 prefix: None,
@@ -428,15 +480,210 @@ fn settings_that_cannot_be_meant_are_refused_by_name() {
         ),
         (Registry::custom("p/", text), "registry.custom.text"),
         (
-            Registry::new(Format::GoZero).scheme(Scheme::Http),
-            "registry.scheme",
-        ),
-        (
             Registry::new(Format::Native).scheme(Scheme::Http),
             "registry.scheme",
         ),
     ] {
         let error = registry.validate("registry").unwrap_err().to_string();
         assert!(error.contains(&format!("{field}: ")), "{error}");
+    }
+}
+
+#[test]
+fn what_names_no_scheme_has_the_one_of_the_file() {
+    let text = EntryTable {
+        text: true,
+        ..EntryTable::default()
+    };
+    let text = || Registry::custom("p/", text.clone());
+    let parts = AddressAt::Parts(HostAndPort {
+        host: "/h".to_owned(),
+        port: "/p".to_owned(),
+    });
+    let parts = Registry::custom("p/", EntryTable::new([parts]));
+    let mut said = EntryTable::new([AddressAt::Whole("/a".to_owned())]);
+    said.scheme = Some("/s".to_owned());
+    let said = Registry::custom("p/", said);
+    let go_zero = Registry::new(Format::GoZero);
+    let grpc = Scheme::Grpc;
+    for (registry, key, value, expected) in [
+        (text(), "p/1", "10.0.0.1:1", None),
+        (text(), "p/1", "http://10.0.0.1:1", Some("http1")),
+        (text().scheme(grpc), "p/1", "http://10.0.0.1:1", Some("h2c")),
+        (text().scheme(grpc), "p/1", "10.0.0.1:1", Some("h2c")),
+        (
+            text().scheme(Scheme::Grpcs),
+            "p/1",
+            "https://10.0.0.1:1",
+            Some("h2"),
+        ),
+        (
+            parts.clone().scheme(grpc),
+            "p/1",
+            r#"{"h":"10.0.0.1","p":"7"}"#,
+            Some("h2c"),
+        ),
+        (parts, "p/1", r#"{"h":"10.0.0.1","p":null}"#, None),
+        (
+            go_zero.clone().scheme(Scheme::Grpcs),
+            "billing/1",
+            "10.0.0.1:1",
+            Some("h2"),
+        ),
+        (
+            go_zero.scheme(Scheme::Http),
+            "billing/1",
+            "10.0.0.1:1",
+            Some("http1"),
+        ),
+        (
+            said.clone(),
+            "p/1",
+            r#"{"a":"10.0.0.1:1","s":"HTTP"}"#,
+            Some("http1"),
+        ),
+        (said, "p/1", r#"{"a":"10.0.0.1:1","s":""}"#, None),
+    ] {
+        let node = read(&registry, key, value).unwrap_or_else(|error| panic!("{value}: {error:?}"));
+        assert_eq!(protocol(&node), expected, "{registry:?} {value}");
+    }
+    let http = Registry::new(Format::Kratos).scheme(Scheme::Http);
+    for value in [
+        r#"{"endpoints":[]}"#,
+        r#"{"endpoints":["grpc://db.test:9000"]}"#,
+        r#"{"endpoints":["unix:///x"]}"#,
+    ] {
+        let refusal = read(&http, "/microservices/billing/1", value).unwrap_err();
+        assert_eq!(refusal, Refusal::Unwanted, "{value}");
+    }
+}
+
+#[test]
+fn a_key_with_the_address_needs_no_value() {
+    let table = EntryTable::new([AddressAt::Whole("key".to_owned())]);
+    let registry = Registry::custom("p/", table);
+    for value in ["", "weight=5&x", "{}"] {
+        assert_eq!(
+            address(&read(&registry, "p/10.0.0.1:1", value).unwrap()),
+            "10.0.0.1:1"
+        );
+    }
+    let goframe = Registry::new(Format::Goframe);
+    let key = "/service/default/default/billing/v1/10.0.0.1:1";
+    read(&goframe, key, "").unwrap();
+    assert!(matches!(
+        read(&goframe, key, "{"),
+        Err(Refusal::Malformed(_))
+    ));
+}
+
+#[test]
+fn what_has_a_meaning_here_is_not_taken_from_the_metadata_of_others() {
+    let value = json!({
+        "Addr": "10.0.0.1:1",
+        "Metadata": {
+            "protocol": "https", "server_name": "evil.test", "health": "failing", "host_name": "x",
+            "cpu_usage_percent": "37", "queue_depth": "many", "region": "eu"
+        }
+    });
+    let registry = Registry::new(Format::Grpc);
+    let node = read(&registry, "billing/1", &value.to_string()).unwrap();
+    assert_eq!(protocol(&node), Some("h2c"));
+    assert_eq!(node.metric("cpu_usage_percent"), Some(37.0));
+    for name in ["server_name", "health", "host_name", "queue_depth"] {
+        assert!(node.metadata.get(name).is_none(), "{name}");
+    }
+    assert_eq!(node.metadata.get("region"), Some(json!("eu")).as_ref());
+}
+
+#[test]
+fn simple_values_are_compared_as_texts_too_and_addresses_are_limited() {
+    let text = r#"
+format: custom
+prefix: p/
+custom:
+  address: [/a]
+  drain: [{ at: /up, is: [false] }, { at: /code, is: [7] }]
+"#;
+    let registry: Registry = serde_saphyr::from_str(text).unwrap();
+    for (more, serves) in [
+        (json!({ "up": "false" }), false),
+        (json!({ "up": false }), false),
+        (json!({ "code": "7" }), false),
+        (json!({ "code": 7.0 }), false),
+        (json!({ "up": "true", "code": 8 }), true),
+        (json!({ "up": null }), true),
+    ] {
+        let mut value = more.clone();
+        value["a"] = json!("10.0.0.1:1");
+        let node = read(&registry, "p/1", &value.to_string()).unwrap();
+        assert_eq!(node.is_serving(), serves, "{more}");
+    }
+    let many = vec!["10.0.0.1:0"; 2_000];
+    let refusal = read(&registry, "p/1", &json!({ "a": many }).to_string()).unwrap_err();
+    assert!(matches!(refusal, Refusal::TooLarge(_)), "{refusal:?}");
+}
+
+#[test]
+fn several_registries_do_not_mix() {
+    let both = Places {
+        main: Registry::default(),
+        further: vec![
+            Registry::new(Format::Kratos),
+            Registry::new(Format::Kratos).prefix("/old/billing/"),
+            Registry::new(Format::GoZero),
+        ],
+    };
+    both.validate().unwrap();
+    let keys = both.keys("", "billing").unwrap();
+    for (key, id) in [
+        ("registry/billing/a", Some("a")),
+        ("/microservices/billing/a", Some("kratos:a")),
+        ("/old/billing/a", Some("kratos-2:a")),
+        ("billing/7", Some("go-zero:7")),
+        ("billing-2/7", None),
+        ("/microservices/billing/a/b", None),
+    ] {
+        assert_eq!(keys.node_id(key).as_deref(), id, "{key}");
+    }
+    assert!(keys.are_ours() && keys.is_candidacy("election/billing/1a"));
+    let admission = Admission {
+        decoders: both.decoders("billing"),
+        ..Admission::default()
+    };
+    let entry = |key: &str, value: &str| Entry {
+        key: key.to_owned(),
+        value: value.as_bytes().to_vec(),
+        create_revision: 1,
+        mod_revision: 1,
+        lease: None,
+    };
+    let own = entry("registry/billing/a", r#"{"id":"a","ip":"10.0.0.1"}"#);
+    assert_eq!(admission.admit("a", &own).unwrap().place(), 0);
+    let other = entry("billing/7", "10.0.0.1:1");
+    assert_eq!(admission.admit("go-zero:7", &other).unwrap().place(), 3);
+
+    let wrong = |main, further| Places { main, further }.keys("", "billing").unwrap_err();
+    for (error, field) in [
+        (
+            wrong(Registry::new(Format::Kratos), vec![Registry::default()]),
+            "further_registries[0].format",
+        ),
+        (
+            wrong(
+                Registry::default(),
+                vec![Registry::new(Format::Grpc), Registry::new(Format::GoZero)],
+            ),
+            "further_registries[1].prefix",
+        ),
+        (
+            wrong(
+                Registry::default(),
+                vec![Registry::new(Format::Grpc).prefix("registry/")],
+            ),
+            "further_registries[0].prefix",
+        ),
+    ] {
+        assert!(error.to_string().contains(field), "{error}");
     }
 }

@@ -700,3 +700,123 @@ proptest! {
         prop_assert_eq!(group.nodes().suspects(), 0);
     }
 }
+
+#[test]
+fn the_nodes_of_a_host_name_follow_its_addresses() {
+    use crate::discovery::format::{Format, HostNames, Places, Registry};
+    use std::net::IpAddr;
+
+    let ip = |last: u8| IpAddr::from([10, 0, 0, last]);
+    let soon = std::time::Instant::now() + Duration::from_secs(60);
+    let with = |host_names| {
+        let places = Places {
+            main: Registry::new(Format::GoZero).host_names(host_names),
+            further: Vec::new(),
+        };
+        let admission = Admission {
+            decoders: places.decoders("g"),
+            networks: vec!["10.0.0.0/29".parse().unwrap()],
+            ..Admission::default()
+        };
+        let names = admission.names.clone();
+        let keys = places.keys("", "g").unwrap();
+        (Group::new(keys, admission, SelfPreservation::off()), names)
+    };
+    let entry = |key: &str, value: &str, revision| Entry {
+        key: key.to_owned(),
+        value: value.as_bytes().to_vec(),
+        create_revision: 1,
+        mod_revision: revision,
+        lease: Some(LeaseId(9)),
+    };
+    let shown = |group: &Group| {
+        let nodes = group.nodes().iter();
+        let mut nodes: Vec<_> = nodes
+            .map(|node| format!("{} {}", node.id, node.addr(0)))
+            .collect();
+        nodes.sort();
+        nodes
+    };
+    let known = |names: &Names, addresses: &[u8]| {
+        let addresses = addresses.iter().map(|last| ip(*last)).collect();
+        names.set("db.test", Ok((addresses, soon)), std::time::Instant::now());
+    };
+
+    let (mut group, names) = with(HostNames::All);
+    let listing = [
+        entry("g/1", "db.test:80", 2),
+        entry("g/2", "10.0.0.6:80", 3),
+    ];
+    reset(&mut group, &listing, &[], 3);
+    assert_eq!(
+        shown(&group),
+        ["2 10.0.0.6:80"],
+        "not known yet, and no error"
+    );
+    assert_eq!(group.rejected_entries(), RejectedEntries::default());
+    known(&names, &[1, 2, 99]);
+    group.readdress(&names);
+    let both = [
+        "1@10.0.0.1 10.0.0.1:80",
+        "1@10.0.0.2 10.0.0.2:80",
+        "2 10.0.0.6:80",
+    ];
+    assert_eq!(shown(&group), both, "99 is in no allowed network");
+    // One address is replaced by another, and nothing else changes.
+    known(&names, &[2, 3]);
+    let changes = group.readdress(&names);
+    assert_eq!(
+        shown(&group)[..2],
+        ["1@10.0.0.2 10.0.0.2:80", "1@10.0.0.3 10.0.0.3:80"]
+    );
+    let lost_or_new = |change: &&Change| matches!(change, Change::Left(_) | Change::Joined(_));
+    assert_eq!(changes.iter().filter(lost_or_new).count(), 2);
+    // While it cannot be resolved, the last addresses stay, and say so.
+    names.set("db.test", Err("away".to_owned()), std::time::Instant::now());
+    group.readdress(&names);
+    let node = group.nodes().get("1@10.0.0.3").unwrap().clone();
+    assert_eq!(
+        node.metadata.get("host_name_error"),
+        Some(serde_json::json!("away")).as_ref()
+    );
+    assert_eq!(
+        node.metadata.get("host_name"),
+        Some(serde_json::json!("db.test")).as_ref()
+    );
+    reset(&mut group, &listing, &[], 4);
+    assert_eq!(shown(&group).len(), 3, "a listing changes nothing");
+    // A name that is not known yet: the former nodes stay until it is.
+    group.apply(&[put(entry("g/1", "other.test:80", 5))], Instant::now());
+    assert_eq!(shown(&group).len(), 3);
+    names.set(
+        "other.test",
+        Ok((vec![ip(5)], soon)),
+        std::time::Instant::now(),
+    );
+    group.readdress(&names);
+    assert_eq!(shown(&group), ["1@10.0.0.5 10.0.0.5:80", "2 10.0.0.6:80"]);
+    group.apply(&[put(entry("g/1", "10.0.0.4:80", 6))], Instant::now());
+    assert_eq!(shown(&group), ["1 10.0.0.4:80", "2 10.0.0.6:80"]);
+    group.apply(&[put(entry("g/1", "other.test:80", 7))], Instant::now());
+    assert_eq!(shown(&group), ["1@10.0.0.5 10.0.0.5:80", "2 10.0.0.6:80"]);
+    group.apply(&[delete("g/1".to_owned(), 8)], Instant::now());
+    assert_eq!(shown(&group), ["2 10.0.0.6:80"]);
+    group.readdress(&names);
+    assert_eq!(shown(&group), ["2 10.0.0.6:80"]);
+
+    let (mut group, names) = with(HostNames::First);
+    group.apply(&[put(entry("g/1", "db.test:80", 2))], Instant::now());
+    known(&names, &[2, 3]);
+    group.readdress(&names);
+    assert_eq!(shown(&group), ["1 10.0.0.2:80"]);
+    known(&names, &[1, 2]);
+    group.readdress(&names);
+    assert_eq!(shown(&group), ["1 10.0.0.2:80"], "while it is among them");
+    known(&names, &[1, 3]);
+    group.readdress(&names);
+    assert_eq!(shown(&group), ["1 10.0.0.1:80"]);
+    let (mut group, _) = with(HostNames::Refused);
+    group.apply(&[put(entry("g/1", "db.test:80", 2))], Instant::now());
+    assert!(shown(&group).is_empty());
+    assert_eq!(group.rejected_entries().not_allowed, 1);
+}

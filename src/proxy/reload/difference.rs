@@ -36,6 +36,8 @@ pub(super) fn usable(old: &ClusterConfig, new: &ClusterConfig) -> (ClusterConfig
 pub(super) fn have_one_discovery(old: &ClusterConfig, new: &ClusterConfig) -> bool {
     old.group == new.group
         && old.registry == new.registry
+        && old.further_registries == new.further_registries
+        && old.name_servers == new.name_servers
         && old.filter == new.filter
         && old.allowed_networks == new.allowed_networks
         && old.allowed_ports == new.allowed_ports

@@ -157,8 +157,14 @@ impl Reloader {
     pub fn operator(&self, name: &str) -> Option<Result<Operator, ClusterError>> {
         let groups = self.groups();
         let group = groups.into_iter().find(|group| group.name == name)?;
-        let in_etcd = group.balancer.discovery().group_name();
-        Some(Operator::new(&self.cluster, in_etcd))
+        let discovery = group.balancer.discovery();
+        if !discovery.is_ours() {
+            return Some(Err(ClusterError::config(
+                "registry",
+                "others write the nodes of this group: operators cannot speak of them",
+            )));
+        }
+        Some(Operator::new(&self.cluster, discovery.group_name()))
     }
 
     /// The routes that are in use now, in their order.
