@@ -152,7 +152,7 @@ bench-build: deps ## compile the benchmarks, and run those of the pick once with
 	cargo bench --all-features --bench proxy -- --test
 
 install: deps ## install the command pingora-etcd
-	cargo install --locked --path . --features cli,mimalloc,opentelemetry
+	cargo install --locked --path . --features cli,host-names,mimalloc,opentelemetry
 
 clean: ## remove target/, downloaded tools included
 	cargo clean

@@ -124,7 +124,7 @@ pub use node::{HealthStatus, Node, NodeState};
 pub use operator::Operator;
 pub use store::EtcdOptions;
 #[cfg(feature = "discovery")]
-pub use view::{Change, ClusterEvent, Nodes};
+pub use view::{Change, ClusterEvent, Nodes, Source};
 pub use view::{Leadership, NodeOverride};
 pub use worker::{ClusterNode, ClusterNodeBuilder};
 

@@ -8,6 +8,7 @@ registers again when its lease is lost, drains at SIGUSR1, and leaves at SIGTERM
 """
 
 import base64
+import http.client
 import json
 import os
 import signal
@@ -59,6 +60,9 @@ def leave(*_):
     is_leaving = True
 
 
+# What can go wrong with a call: no connection, an answer that is cut off, or one that says that it failed.
+FAILURES = (OSError, ValueError, KeyError, http.client.HTTPException)
+
 signal.signal(signal.SIGUSR1, drain)
 signal.signal(signal.SIGTERM, leave)
 signal.signal(signal.SIGINT, leave)
@@ -79,12 +83,16 @@ while not is_leaving:
         if published is None or published[0] != state or time.monotonic() - published[1] >= 5:
             publish(lease)
             published = (state, time.monotonic())
-    except OSError as error:
+    except FAILURES as error:
         # etcd is away: what is registered stays for as long as the lease.
-        print(f"register.py: {error}", file=sys.stderr, flush=True)
+        print(f"register.py: {error!r}", file=sys.stderr, flush=True)
     time.sleep(min(1, ttl / 3))
 
 if lease is not None:
     state = "draining"
-    publish(lease)
-    call("lease/revoke", {"ID": lease})
+    try:
+        publish(lease)
+        call("lease/revoke", {"ID": lease})
+    except FAILURES as error:
+        # The lease ends the entry.
+        print(f"register.py: {error!r}", file=sys.stderr, flush=True)

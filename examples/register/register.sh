@@ -11,7 +11,8 @@ key=registry/$2/$3
 state=serving lease=
 leaving=
 
-call() { curl -sS -m "$ttl" -X POST "$etcd/v3/$1" -d "$2"; }
+# Fails, and says nothing, if etcd refuses.
+call() { curl -sSf -m "$ttl" -X POST "$etcd/v3/$1" -d "$2"; }
 encoded() { printf %s "$1" | base64 -w0; }
 # The value of a field, which is a number or a text of digits.
 field() { sed -n "s/.*\"$1\":\"\{0,1\}\([0-9]*\).*/\1/p" | head -n 1; }
@@ -45,8 +46,8 @@ while true; do
     fi
     if [ -n "$lease" ]; then
         answer=$(call lease/keepalive "{\"ID\":\"$lease\"}")
-        # No answer: etcd is away, and what is registered stays for as long as the lease.
-        if [ -n "$answer" ]; then
+        # Anything but a result: etcd is away, and what is registered stays for as long as the lease.
+        if [[ $answer == *'"result"'* ]]; then
             left=$(printf %s "$answer" | field TTL)
             if [ "${left:-0}" -le 0 ]; then
                 # It is gone, with the entry: another one.

@@ -10,7 +10,7 @@ name=$3 ip=$4 port=$5 ttl=${6:-10}
 key=registry/$2/$3
 etcdctl=${ETCDCTL:-etcdctl}
 export ETCDCTL_API=3 ETCDCTL_ENDPOINTS=$1
-state=serving lease='' keeper='' leaving=''
+state=serving lease='' leaving=''
 
 # Always with the lease: an entry without one stays for ever.
 publish() {
@@ -25,7 +25,6 @@ leave() {
     if [ -n "$lease" ]; then
         state=draining leaving=',"leaving":true'
         publish
-        kill "$keeper" 2>/dev/null
         "$etcdctl" lease revoke "$lease" >/dev/null
     fi
     exit 0
@@ -38,15 +37,14 @@ published=
 while true; do
     if [ -z "$lease" ]; then
         lease=$("$etcdctl" lease grant "$ttl" | awk '{print $2}')
-        if [ -n "$lease" ]; then
-            # Ends when the lease is gone.
-            "$etcdctl" lease keep-alive "$lease" >/dev/null &
-            keeper=$!
-            published=
+        published=
+    else
+        # Once, and not in a process of its own, which would keep the entry alive if this one is killed.
+        answer=$("$etcdctl" lease keep-alive --once "$lease" 2>&1)
+        if [[ $answer == *"expired or revoked"* || $answer == *"lease not found"* ]]; then
+            lease=
+            continue
         fi
-    elif ! kill -0 "$keeper" 2>/dev/null; then
-        lease=
-        continue
     fi
     # At once after a change of state, otherwise every 5 s.
     if [ -n "$lease" ] && { [ "${published%% *}" != "$state" ] || [ $((SECONDS - ${published##* })) -ge 5 ]; }; then

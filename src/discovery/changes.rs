@@ -9,7 +9,7 @@ use futures_core::Stream;
 use tokio_stream::wrappers::BroadcastStream;
 
 use super::published::Published;
-use crate::view::Change;
+use crate::view::{Change, Source};
 
 /// The state of a group and every change to it; see
 /// [`ServiceDiscovery::changes`](super::ServiceDiscovery::changes).
@@ -54,6 +54,12 @@ impl Changes {
                 Poll::Pending => return Poll::Pending,
             }
         }
+    }
+}
+
+impl Source for Changes {
+    async fn next(&mut self) -> Change {
+        Changes::next(self).await
     }
 }
 

@@ -13,10 +13,10 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
-use super::pace::{every_tick, pause_after};
 use super::restart::restart_forever;
 use super::weights::LiveWeights;
 use crate::balance::BalancerBuilder;
+use crate::balance::pace::{every_tick, pause_after};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::supervise::in_span;

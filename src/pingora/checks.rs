@@ -14,8 +14,8 @@ use tracing::{info, warn};
 
 use super::check::NodeCheck;
 use super::check_state::CheckState;
-use super::pace::pause_after;
 use crate::balance::Balancer;
+use crate::balance::pace::pause_after;
 use crate::discovery::ServiceDiscovery;
 use crate::node::Node;
 use crate::supervise::{caught, say};

@@ -17,10 +17,10 @@ use tracing::error;
 
 use super::backends::ClusterBackends;
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
-use super::pace::{every_tick, pause_after};
 use super::restart::restart_forever;
 use super::weights::LiveWeights;
 use crate::balance::BalancerBuilder;
+use crate::balance::pace::{every_tick, pause_after};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 

@@ -34,7 +34,6 @@ mod exchange;
 mod follow;
 mod leader;
 mod live;
-mod pace;
 mod peer;
 mod restart;
 mod selection;

@@ -13,10 +13,10 @@ use async_trait::async_trait;
 use super::check::NodeCheck;
 use super::checks::{CheckStatus, Checker, Checks};
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
-use super::pace::{every_tick, pause_after};
 use super::peer::http_peer;
 use super::restart::restart_forever;
 use crate::balance::Balancer;
+use crate::balance::pace::every_tick;
 use crate::discovery::ServiceDiscovery;
 use crate::node::Node;
 use crate::view::Change;
@@ -118,30 +118,6 @@ impl BalancerService {
         self.balancer.publish(now);
     }
 
-    /// Applies changes as they come, and publishes tables: the first at once, the next ones at
-    /// intervals that leave almost all of a core to others.
-    async fn apply_changes(&self) -> Infallible {
-        let mut changes = self.discovery.changes();
-        let mut due = tokio::time::Instant::now();
-        let mut is_published = true;
-        loop {
-            tokio::select! {
-                biased;
-                // First, so that all changes that are there already are published together.
-                change = changes.next() => {
-                    self.balancer.apply(&change, Instant::now());
-                    is_published = false;
-                }
-                () = tokio::time::sleep_until(due), if !is_published => {
-                    let start = Instant::now();
-                    self.balancer.publish(start);
-                    is_published = true;
-                    due = tokio::time::Instant::now() + pause_after(start.elapsed());
-                }
-            }
-        }
-    }
-
     async fn signal_ready(&self, ready: Option<ServiceReadyNotifier>) -> Infallible {
         if let Some(ready) = ready {
             wait_ready(&self.discovery, self.ready_timeout).await;
@@ -156,7 +132,9 @@ impl BalancerService {
         tokio::join!(
             restart_forever(&span, "discovery", || follow(&self.discovery)),
             // It starts with a complete view, whatever it had applied before.
-            restart_forever(&span, "balancer", || self.apply_changes()),
+            restart_forever(&span, "balancer", || {
+                self.balancer.apply_changes(self.discovery.changes())
+            }),
             restart_forever(&span, "weights", || every_tick(|now| self
                 .balancer
                 .tick(now))),

@@ -30,6 +30,11 @@ pub enum Change {
 }
 
 impl Change {
+    /// The complete state, as a list. Of several nodes with one id, the last one counts.
+    pub fn all(nodes: impl IntoIterator<Item = Node>) -> Self {
+        Self::Reset(Arc::new(nodes.into_iter().map(Arc::new).collect()))
+    }
+
     /// The event that reports this change to subscribers, if there is one.
     pub(crate) fn event(&self) -> Option<ClusterEvent> {
         Some(match self {

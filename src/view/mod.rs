@@ -9,6 +9,8 @@ mod leadership;
 mod node_override;
 #[cfg(feature = "discovery")]
 mod nodes;
+#[cfg(feature = "discovery")]
+mod source;
 
 #[cfg(feature = "discovery")]
 pub use change::Change;
@@ -18,3 +20,5 @@ pub use leadership::Leadership;
 pub use node_override::NodeOverride;
 #[cfg(feature = "discovery")]
 pub use nodes::Nodes;
+#[cfg(feature = "discovery")]
+pub use source::Source;

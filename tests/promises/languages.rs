@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use super::common::etcd::Etcd;
 use super::common::group;
@@ -20,16 +21,17 @@ async fn answer(balancer: &Balancer) -> String {
     status(&client.get("").await).to_owned()
 }
 
-/// A program registers, publishes, survives a lost lease, drains, and leaves.
+/// A program registers, publishes, survives a lost lease and an etcd that is away, drains, and leaves; and if it is
+/// killed, its entry ends.
 async fn lives_a_whole_life(name: &str, mut command: Command) {
-    let (etcd, group) = (Etcd::shared(), group(name));
+    let (etcd, group) = (Etcd::own(), group(name));
     let mut keys = etcd.raw_client().await;
     let backend = RawBackend::start(ok).await;
     let port = backend.address.port().to_string();
     let endpoint = &etcd.endpoints()[0];
     command.args([endpoint, &group, "w1", "127.0.0.1", &port, "5"]);
     let mut program = Program::spawn(&mut command);
-    let balancer = Setup::shared(&group).listening().await;
+    let balancer = Setup::new(etcd.endpoints(), &group).listening().await;
     until("it is used", async || answer(&balancer).await == "200").await;
     let (entry, lease) = registered(&mut keys, &group, "w1").await.unwrap();
     assert!(lease > 0, "{entry}");
@@ -61,6 +63,23 @@ async fn lives_a_whole_life(name: &str, mut command: Command) {
     })
     .await;
 
+    etcd.stop();
+    // Longer than a call of its takes.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(program.lives(), "while etcd is away");
+    etcd.start();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let now = i64::try_from(now.unwrap().as_millis()).unwrap();
+    until("it publishes again", async || {
+        let entry = registered(&mut again, &group, "w1").await;
+        entry.is_some_and(|(entry, _)| entry["last_seen"].as_i64() > Some(now))
+    })
+    .await;
+    until("it is used again", async || {
+        answer(&balancer).await == "200"
+    })
+    .await;
+
     program.signal("USR1");
     until("it gets no more requests", async || {
         answer(&balancer).await == "503"
@@ -76,6 +95,29 @@ async fn lives_a_whole_life(name: &str, mut command: Command) {
         registered(&mut keys, &group, "w1").await.is_none(),
         "it leaves at once"
     );
+
+    let killed = Program::spawn(&mut command);
+    until("it is registered", async || {
+        registered(&mut again, &group, "w1").await.is_some()
+    })
+    .await;
+    drop(killed);
+    until("its lease ends the entry", async || {
+        registered(&mut again, &group, "w1").await.is_none()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_program_in_go_is_a_member() {
+    if is_installed("go") {
+        let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("register-go");
+        let mut build = Command::new("go");
+        build.arg("build").arg("-o").arg(&program);
+        let built = build.arg(example("register.go")).status();
+        assert!(built.unwrap().success());
+        lives_a_whole_life("go", Command::new(program)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -41,6 +41,7 @@ mod rfc;
 mod routes;
 mod shutdown;
 mod snapshot;
+mod sources;
 mod spans;
 mod store;
 mod table;

@@ -142,6 +142,15 @@ impl RawBackend {
         Self::started(Arc::new(answer), false, Duration::ZERO).await
     }
 
+    /// One at this address, which nobody else uses.
+    pub async fn start_at(
+        address: SocketAddr,
+        answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
+        Self::serving(listener, Arc::new(answer), false, Duration::ZERO)
+    }
+
     /// One that does not wait for the body of a request.
     pub async fn start_early(answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static) -> Self {
         Self::started(Arc::new(answer), true, Duration::ZERO).await
@@ -154,6 +163,10 @@ impl RawBackend {
 
     async fn started(answer: Answer, is_early: bool, after: Duration) -> Self {
         let listener = TcpListener::bind((local(), 0)).await.unwrap();
+        Self::serving(listener, answer, is_early, after)
+    }
+
+    fn serving(listener: TcpListener, answer: Answer, is_early: bool, after: Duration) -> Self {
         let address = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
         let recorded = requests.clone();

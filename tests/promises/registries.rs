@@ -1,13 +1,20 @@
 //! Tests of fleets that are registered in etcd by others: the entries are the bytes that their writers put there.
 
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+
 use etcd_client::{Client, PutOptions};
-use serde_json::json;
+use serde_json::{Value, json};
+use tokio::net::UdpSocket;
+use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
-use super::common::{free_port, group};
+use super::common::programs::{COMMAND, optimised};
+use super::common::{free_port, group, local};
 use super::echo::{EchoClient, EchoServer};
 use super::raw::{Raw, RawBackend, ok, status};
-use super::world::{Balancer, Setup, until};
+use super::world::{Balancer, Setup, entry, put, until};
 
 /// A registry as its writers use it.
 struct Case {
@@ -161,8 +168,9 @@ async fn http_fleets_of_other_registries_are_served_as_they_are() {
         let [one, two] = [RawBackend::start(ok).await, RawBackend::start(ok).await];
         let first = case.register(&mut keys, &group, one.address.port()).await;
         // What is beside the prefix is another service.
-        let beside = format!("{group}-2");
-        case.register(&mut keys, &beside, free_port()).await;
+        let (beside, other) = (format!("{group}-2"), RawBackend::start(ok).await);
+        case.register(&mut keys, &beside, other.address.port())
+            .await;
         let balancer = case.setup(&group).listening().await;
         for _ in 0..10 {
             assert_eq!(answer(&balancer).await, "200", "{}", case.name);
@@ -186,6 +194,7 @@ async fn http_fleets_of_other_registries_are_served_as_they_are() {
         .await;
         keys.lease_revoke(second).await.unwrap();
         until("nobody is left", async || answer(&balancer).await == "503").await;
+        assert!(other.requests().is_empty(), "{}", case.name);
     }
 }
 
@@ -201,9 +210,289 @@ async fn grpc_fleets_of_other_registries_are_spoken_to_in_grpc() {
         let balancer = case.setup(&group).listening().await;
         let mut client = EchoClient::to(&balancer.url).await;
         assert_eq!(client.call("one").await.unwrap(), "s: one", "{}", case.name);
-        // After a lost lease, go-zero is there twice for a while: it stays one backend.
-        case.register(&mut keys, &group, port).await;
-        assert_eq!(client.call("two").await.unwrap(), "s: two", "{}", case.name);
+    }
+}
+
+/// After a lost lease, go-zero is there under two keys for a while. It is one backend, whichever of them goes first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_under_two_keys_is_one_backend() {
+    let etcd = Etcd::shared();
+    let mut keys = etcd.raw_client().await;
+    for newer_goes_first in [false, true] {
+        let group = group("go-zero-twice");
+        let servers = [EchoServer::start("a").await, EchoServer::start("b").await];
+        let mut leases = Vec::new();
+        for (number, server) in [(1, 0), (2, 1), (3, 0)] {
+            let lease = keys.lease_grant(60, None).await.unwrap().id();
+            let address = servers[server].address.to_string();
+            let options = PutOptions::new().with_lease(lease);
+            let key = format!("{group}/75878812345678901{number}");
+            keys.put(key, address, Some(options)).await.unwrap();
+            leases.push(lease);
+        }
+        let fields = "registry: { format: go-zero }\npolicy: round_robin";
+        let balancer = Setup::shared(&group).with(fields).listening().await;
+        let mut client = EchoClient::to(&balancer.url).await;
+        let mut counted = async || {
+            let mut of_a = 0;
+            for _ in 0..40 {
+                let answer = client.call("x").await.unwrap();
+                of_a += u32::from(answer.starts_with('a'));
+            }
+            of_a
+        };
+        assert_eq!(counted().await, 20, "two backends, not three");
+        let gone = leases.remove(if newer_goes_first { 2 } else { 0 });
+        keys.lease_revoke(gone).await.unwrap();
+        until("it is still served", async || counted().await == 20).await;
+        keys.lease_revoke(leases[if newer_goes_first { 0 } else { 1 }])
+            .await
+            .unwrap();
+        until("the other one is left", async || counted().await == 0).await;
+    }
+}
+
+/// A fleet that moves: some processes are in the former registry, one is in both, and some are in the new one only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_moves_from_one_registry_to_another() {
+    let etcd = Etcd::shared();
+    let mut keys = etcd.raw_client().await;
+    let group = group("moving");
+    let mut backends = Vec::new();
+    for _ in 0..3 {
+        backends.push(RawBackend::start(ok).await);
+    }
+    let [old, both, new] = [0, 1, 2].map(|index| backends[index].address.port());
+    let kratos = |port: u16| {
+        let endpoints = json!([format!("http://127.0.0.1:{port}")]);
+        json!({ "id": "x", "name": "moving", "endpoints": endpoints }).to_string()
+    };
+    for port in [old, both] {
+        let key = format!("/microservices/{group}/{port}");
+        keys.put(key, kratos(port), None).await.unwrap();
+    }
+    for (id, port) in [("both", both), ("new", new)] {
+        let entry = entry(id, Some(port), json!({}));
+        put(&mut keys, &group, &entry, None).await;
+    }
+    let fields = "policy: round_robin\nfurther_registries: [{ format: kratos, scheme: http }]";
+    let balancer = Setup::shared(&group).with(fields).listening().await;
+    let counted = async |count: usize| {
+        let before = backends.iter().map(|it| it.requests().len());
+        let before: Vec<_> = before.collect();
+        for _ in 0..count {
+            assert_eq!(answer(&balancer).await, "200");
+        }
+        let after = backends.iter().zip(before);
+        after
+            .map(|(it, before)| it.requests().len() - before)
+            .collect::<Vec<_>>()
+    };
+    until("each is one backend", async || {
+        counted(30).await == [10, 10, 10]
+    })
+    .await;
+    // The one in both drains where this crate's word counts.
+    let draining = entry("both", Some(both), json!({ "state": "draining" }));
+    put(&mut keys, &group, &draining, None).await;
+    until("it drains", async || counted(20).await == [10, 0, 10]).await;
+    // The last one of the former registry goes.
+    let key = format!("/microservices/{group}/{old}");
+    keys.delete(key, None).await.unwrap();
+    until("only the new one is left", async || {
+        counted(10).await == [0, 0, 10]
+    })
+    .await;
+    // The command shows the nodes of both, and the ids say where they are.
+    let ids = nodes(&balancer);
+    let expected = [
+        "both".to_owned(),
+        format!("kratos:{both}"),
+        "new".to_owned(),
+    ];
+    assert_eq!(ids, expected);
+}
+
+/// What `pingora-etcd nodes` prints for the file of a balancer: the ids.
+fn nodes(balancer: &Balancer) -> Vec<String> {
+    let mut command = Command::new(optimised(COMMAND));
+    let printed = command
+        .args(["nodes", "--json", "--conf"])
+        .arg(&balancer.conf)
+        .output()
+        .unwrap();
+    assert!(printed.status.success(), "{printed:?}");
+    let nodes: Vec<Value> = serde_json::from_slice(&printed.stdout).unwrap();
+    let mut ids: Vec<_> = nodes
+        .iter()
+        .map(|node| node["id"].as_str().unwrap().to_owned())
+        .collect();
+    ids.sort();
+    ids
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_command_knows_of_other_registries() {
+    let etcd = Etcd::shared();
+    let mut keys = etcd.raw_client().await;
+    let group = group("command");
+    let case = &HTTP[0];
+    let backend = RawBackend::start(ok).await;
+    case.register(&mut keys, &group, backend.address.port())
+        .await;
+    // One of the same id in this crate's own registry, which nobody asked for.
+    let entry = entry("0b9c2f7e", Some(1), json!({}));
+    put(&mut keys, &group, &entry, None).await;
+    let balancer = case.setup(&group).listening().await;
+    assert_eq!(nodes(&balancer), ["0b9c2f7e"]);
+    let mut command = Command::new(optimised(COMMAND));
+    let said = command
+        .args(["drain", "0b9c2f7e", "--conf"])
+        .arg(&balancer.conf)
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(
+        !said.status.success() && error.contains("cluster.registry"),
+        "{error}"
+    );
+    assert_eq!(answer(&balancer).await, "200");
+}
+
+/// A server of DNS, which answers every question for IPv4 with these addresses, for a second.
+struct Dns {
+    address: SocketAddr,
+    /// `None`: it says that it has failed.
+    answers: Arc<Mutex<Option<Vec<Ipv4Addr>>>>,
+    _serving: JoinSet<()>,
+}
+
+impl Dns {
+    async fn start(answers: &[Ipv4Addr]) -> Self {
+        let socket = UdpSocket::bind((local(), 0)).await.unwrap();
+        let address = socket.local_addr().unwrap();
+        let answers = Arc::new(Mutex::new(Some(answers.to_vec())));
+        let given = answers.clone();
+        let mut serving = JoinSet::new();
+        serving.spawn(async move {
+            let mut question = [0; 512];
+            while let Ok((length, client)) = socket.recv_from(&mut question).await {
+                // RFC 1035: a head of 12 bytes, then the name, which ends with a zero, its type and its class.
+                let name = 12
+                    + question[12..length]
+                        .iter()
+                        .position(|byte| *byte == 0)
+                        .unwrap();
+                let end = name + 5;
+                let is_ipv4 = question[name + 2] == 1;
+                let given = given.lock().unwrap().clone();
+                let failed = u8::from(given.is_none()) * 2;
+                let addresses = given.filter(|_| is_ipv4).unwrap_or_default();
+                let mut answer = question[..2].to_vec();
+                answer.extend([
+                    0x81,
+                    0x80 | failed,
+                    0,
+                    1,
+                    0,
+                    addresses.len() as u8,
+                    0,
+                    0,
+                    0,
+                    0,
+                ]);
+                answer.extend(&question[12..end]);
+                for address in addresses {
+                    answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
+                    answer.extend(address.octets());
+                }
+                let _ = socket.send_to(&answer, client).await;
+            }
+        });
+        Self {
+            address,
+            answers,
+            _serving: serving,
+        }
+    }
+
+    fn answer(&self, answers: Option<&[Ipv4Addr]>) {
+        *self.answers.lock().unwrap() = answers.map(<[_]>::to_vec);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn host_names_are_followed() {
+    let etcd = Etcd::shared();
+    let mut keys = etcd.raw_client().await;
+    let group = group("names");
+    let port = free_port();
+    let ips = [2, 3, 4].map(|last| Ipv4Addr::new(127, 0, 0, last));
+    let mut backends = Vec::new();
+    for ip in ips {
+        backends.push(RawBackend::start_at((ip, port).into(), ok).await);
+    }
+    let dns = Dns::start(&ips[..2]).await;
+    let key = format!("/services/{group}/1");
+    let value = format!("shop.test:{port}");
+    keys.put(key, value, None).await.unwrap();
+    let setup = |host_names: &str| {
+        let registry = format!(
+            "registry: {{ format: custom, prefix: /services/{group}/, custom: {{ text: true }}, host_names: {host_names} }}\n\
+             name_servers: ['{}']\npolicy: round_robin",
+            dns.address
+        );
+        Setup::shared(&group).with(&registry).start()
+    };
+    let all = setup("all");
+    let first = setup("first");
+    let counted = async |balancer: &Balancer| {
+        let before = backends.iter().map(|it| it.requests().len());
+        let before: Vec<_> = before.collect();
+        for _ in 0..10 {
+            let Ok(stream) = tokio::net::TcpStream::connect(&balancer.listen).await else {
+                return Vec::new();
+            };
+            Raw(stream).get("").await;
+        }
+        let after = backends.iter().zip(before);
+        after
+            .map(|(it, before)| it.requests().len() - before)
+            .collect()
+    };
+    until("all addresses are used", async || {
+        counted(&all).await == [5, 5, 0]
+    })
+    .await;
+    until("one address is used", async || {
+        counted(&first).await == [10, 0, 0]
+    })
+    .await;
+    dns.answer(Some(&ips));
+    until("a new one is used", async || {
+        let counted = counted(&all).await;
+        counted.iter().all(|count| *count >= 3)
+    })
+    .await;
+    assert_eq!(
+        counted(&first).await,
+        [10, 0, 0],
+        "it stays while it is there"
+    );
+    // While nothing can be resolved, the last addresses stay.
+    dns.answer(None);
+    until("it is in the log", async || {
+        all.log_text().contains("shop.test")
+    })
+    .await;
+    let used = counted(&all).await;
+    assert!(used.iter().all(|count| *count >= 3), "{used:?}");
+    dns.answer(Some(&ips[2..]));
+    for balancer in [&all, &first] {
+        until("only the last one is used", async || {
+            counted(balancer).await == [0, 0, 10]
+        })
+        .await;
     }
 }
 

@@ -334,11 +334,12 @@ impl Written {
     }
 }
 
+/// In relation to that of entries which have none: each registry has a scale of its own.
 fn weight(place: &WeightAt, picked: &Picked) -> f64 {
     match picked.get(&place.at).and_then(number) {
-        Some(weight) if weight > 0.0 => weight,
+        Some(weight) if weight > 0.0 => weight / place.default,
         Some(_) if place.zero == ZeroWeight::Drain => 0.0,
-        _ => place.default,
+        _ => 1.0,
     }
 }
 

@@ -105,7 +105,8 @@ pub(super) const IN_KEY: &str = "key";
 pub struct WeightAt {
     /// The place, with a number or a text that is one.
     pub at: String,
-    /// The weight of entries that have none. Default: 1.
+    /// The weight of entries that have none. Weights count in relation to it, so that registries with different scales
+    /// can stand beside each other. Default: 1.
     #[serde(default = "one")]
     pub default: f64,
     /// What zero and less means. Default: `default`.

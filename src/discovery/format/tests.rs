@@ -142,7 +142,7 @@ fn each_format_is_read_as_its_writers_write_it() {
         assert!(GroupKeys::is_id(&node.id), "{}", node.id);
     }
     let node = read(&any(Format::Kratos), "/microservices/billing/0b9c", &both).unwrap();
-    assert_eq!((&*node.id, node.weight), ("0b9c", Some(20.0)));
+    assert_eq!((&*node.id, node.weight), ("0b9c", Some(0.2)));
     assert!(node.tags.contains("v1.4.0"));
     assert_eq!(node.metadata.get("zone"), Some(json!("eu-1a")).as_ref());
     let hertz = r#"{"network":"tcp","address":"10.2.0.7:8888","weight":-1,"tags":{"zone":"a"}}"#;
@@ -152,7 +152,7 @@ fn each_format_is_read_as_its_writers_write_it() {
         hertz,
     )
     .unwrap();
-    assert_eq!(node.weight, Some(10.0));
+    assert_eq!(node.weight, Some(1.0));
     assert!(node.tags.contains("zone=a"));
     let node = read(
         &any(Format::Grpc),
@@ -266,7 +266,7 @@ custom:
     };
     let node = read_with(&|_| {}).unwrap();
     assert_eq!(address(&node), "[fd00::1]:8080");
-    assert_eq!((node.weight, node.zone.as_deref()), (Some(5.0), Some("a")));
+    assert_eq!((node.weight, node.zone.as_deref()), (Some(0.05), Some("a")));
     assert!(
         ["a", "b", "3", "v2"]
             .iter()
@@ -297,7 +297,7 @@ custom:
         read_with(&|value| value["Weight"] = json!("x"))
             .unwrap()
             .weight,
-        Some(100.0)
+        Some(1.0)
     );
     assert_eq!(
         read_with(&|value| value["kind"] = json!("db")).unwrap_err(),

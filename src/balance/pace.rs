@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::MissedTickBehavior;
 
-use crate::balance::TICK;
+use super::balancer::TICK;
 
 /// The shortest time from one update to the next. The first of several changes takes effect at once,
 /// the next ones together after this time: with many nodes, each of which reports every few seconds,
@@ -15,12 +15,12 @@ const MIN_PAUSE: Duration = Duration::from_millis(20);
 const PAUSE_FACTOR: u32 = 50;
 
 /// How long to wait until the next update, when the last one took `cost`.
-pub(super) fn pause_after(cost: Duration) -> Duration {
+pub(crate) fn pause_after(cost: Duration) -> Duration {
     MIN_PAUSE.max(cost * PAUSE_FACTOR)
 }
 
 /// Calls `tick` as often as weights need it.
-pub(super) async fn every_tick(tick: impl Fn(Instant)) -> Infallible {
+pub(crate) async fn every_tick(tick: impl Fn(Instant)) -> Infallible {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -1,0 +1,138 @@
+//! Tests of balancers whose nodes come from elsewhere than etcd.
+
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::common::programs::{Program, optimised};
+use super::common::{free_port, local};
+use super::raw::{Raw, RawBackend, ok, status};
+use super::world::{entry, scratch, until};
+
+/// A proxy of the examples.
+struct Proxy {
+    _program: Program,
+    listen: String,
+}
+
+impl Proxy {
+    fn start(example: &str, argument: &str, source: &str) -> Self {
+        let listen = format!("{}:{}", local(), free_port());
+        let mut command = Command::new(optimised(example));
+        command
+            .args([argument, source, "--listen", &listen])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Self {
+            _program: Program::spawn(&mut command),
+            listen,
+        }
+    }
+
+    async fn answer(&self) -> String {
+        let Ok(stream) = TcpStream::connect(&self.listen).await else {
+            return "none".to_owned();
+        };
+        status(&Raw(stream).get("").await).to_owned()
+    }
+
+    /// Waits until requests are answered by these of the backends, and by no others.
+    async fn until_served_by(&self, what: &str, backends: &[RawBackend], expected: &[bool]) {
+        until(what, async || {
+            let before: Vec<_> = backends.iter().map(|it| it.requests().len()).collect();
+            for _ in 0..20 {
+                if self.answer().await != "200" {
+                    return false;
+                }
+            }
+            let used = backends.iter().zip(before);
+            let used = used.map(|(it, before)| it.requests().len() > before);
+            used.collect::<Vec<_>>() == expected
+        })
+        .await;
+    }
+}
+
+fn list(backends: &[&RawBackend]) -> Value {
+    let nodes = backends.iter().map(|backend| {
+        let port = backend.address.port();
+        entry(&port.to_string(), Some(port), json!({}))
+    });
+    nodes.collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_list_in_a_file_is_followed() {
+    let backends = [RawBackend::start(ok).await, RawBackend::start(ok).await];
+    let [one, two] = &backends;
+    let file = scratch("nodes-from-file.json");
+    std::fs::write(&file, list(&[one]).to_string()).unwrap();
+    let proxy = Proxy::start("nodes_from_file", "--file", file.to_str().unwrap());
+    let served_by = async |what: &str, expected: [bool; 2]| {
+        proxy.until_served_by(what, &backends, &expected).await;
+    };
+    served_by("the first list", [true, false]).await;
+    std::fs::write(&file, list(&[one, two]).to_string()).unwrap();
+    served_by("a longer list", [true, true]).await;
+    // What cannot be read changes nothing.
+    std::fs::write(&file, "[{").unwrap();
+    for _ in 0..20 {
+        assert_eq!(proxy.answer().await, "200");
+    }
+    std::fs::write(&file, list(&[two]).to_string()).unwrap();
+    served_by("another list", [false, true]).await;
+    std::fs::remove_file(&file).unwrap();
+    for _ in 0..20 {
+        assert_eq!(proxy.answer().await, "200");
+    }
+    std::fs::write(&file, "[]").unwrap();
+    until("nobody is left", async || proxy.answer().await == "503").await;
+}
+
+/// A list behind HTTP; `None` for a server that fails.
+type Served = Arc<Mutex<(u32, Option<Value>)>>;
+
+async fn served(State(served): State<Served>, headers: HeaderMap) -> Response {
+    let (version, list) = served.lock().unwrap().clone();
+    let tag = format!("\"{version}\"");
+    match list {
+        None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        Some(_)
+            if headers
+                .get(header::IF_NONE_MATCH)
+                .is_some_and(|known| *known == tag) =>
+        {
+            StatusCode::NOT_MODIFIED.into_response()
+        }
+        Some(list) => ([(header::ETAG, tag)], list.to_string()).into_response(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_list_behind_http_is_followed() {
+    let backends = [RawBackend::start(ok).await, RawBackend::start(ok).await];
+    let [one, two] = &backends;
+    let state: Served = Arc::new(Mutex::new((1, Some(list(&[one])))));
+    let app = axum::Router::new()
+        .fallback(served)
+        .with_state(state.clone());
+    let listener = TcpListener::bind((local(), 0)).await.unwrap();
+    let url = format!("http://{}/nodes.json", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    let proxy = Proxy::start("nodes_from_http", "--url", &url);
+    let served_by = async |what: &str, expected: [bool; 2]| {
+        proxy.until_served_by(what, &backends, &expected).await;
+    };
+    served_by("the first list", [true, false]).await;
+    *state.lock().unwrap() = (2, None);
+    for _ in 0..20 {
+        assert_eq!(proxy.answer().await, "200", "the last list stays");
+    }
+    *state.lock().unwrap() = (3, Some(list(&[two])));
+    served_by("another list", [false, true]).await;
+}
