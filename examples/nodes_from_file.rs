@@ -30,21 +30,21 @@ struct Arguments {
 
 struct FileSource {
     file: PathBuf,
-    /// What was read last.
-    last: Vec<u8>,
+    /// What was read last, or why it could not be.
+    last: Option<Result<Vec<u8>, String>>,
 }
 
 impl FileSource {
     /// The list, if it is another one than before.
     async fn read(&mut self) -> Option<Change> {
         let read = tokio::fs::read(&self.file).await;
-        let read = read.unwrap_or_else(|error| format!("cannot be read: {error}").into_bytes());
-        if read == self.last {
+        let read = read.map_err(|error| error.to_string());
+        if self.last.as_ref() == Some(&read) {
             return None;
         }
-        self.last = read;
+        self.last = Some(read.clone());
         // With a file that is broken or gone, the last list stays in use.
-        match sources::nodes(&self.last) {
+        match read.and_then(|json| sources::nodes(&json)) {
             Ok(nodes) => {
                 info!(nodes = nodes.len(), "the list of nodes has changed");
                 Some(Change::all(nodes))
@@ -70,6 +70,5 @@ impl Source for FileSource {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let Arguments { file, listen } = Arguments::parse();
-    let last = Vec::new();
-    sources::serve(&listen, FileSource { file, last })
+    sources::serve(&listen, FileSource { file, last: None })
 }

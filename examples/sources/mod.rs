@@ -92,11 +92,11 @@ impl ProxyHttp for Proxy {
         // A client that went away says nothing of the backend.
         match (error, status) {
             (None, Some(status)) if !status.is_server_error() => {
-                upstream.succeeded(since.elapsed())
+                upstream.succeeded(since.elapsed());
             }
             (None, Some(_)) => upstream.failed(),
             (Some(error), _) if *error.esource() == pingora::ErrorSource::Upstream => {
-                upstream.failed()
+                upstream.failed();
             }
             _ => drop(upstream),
         }

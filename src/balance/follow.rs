@@ -58,10 +58,18 @@ impl Balancer {
         loop {
             tokio::select! {
                 biased;
-                // First, so that all changes that are there already are published together.
+                // A source that has one change after the other does not keep those that are due waiting.
+                () = std::future::ready(()), if !is_published && due <= TokioInstant::now() => {
+                    let start = Instant::now();
+                    self.publish(start);
+                    is_published = true;
+                    due = TokioInstant::now() + pause_after(start.elapsed());
+                }
                 change = source.next() => {
                     self.apply(&change, Instant::now());
                     is_published = false;
+                    // Nor does it keep the thread for itself.
+                    tokio::task::consume_budget().await;
                 }
                 () = sleep_until(due), if !is_published => {
                     let start = Instant::now();
@@ -71,5 +79,36 @@ impl Balancer {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::Node;
+    use crate::view::Change;
+
+    /// It has a change whenever it is asked.
+    struct Busy;
+
+    impl Source for Busy {
+        async fn next(&mut self) -> Change {
+            Change::all([Node::new("a", [10, 0, 0, 1].into())])
+        }
+    }
+
+    #[tokio::test]
+    async fn a_source_that_never_waits_keeps_nobody_waiting() {
+        let balancer = Balancer::builder().try_build().unwrap();
+        let is_there = async {
+            while balancer.is_empty() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            never = balancer.follow(Busy) => match never {},
+            () = is_there => {}
+        }
+        assert_eq!(balancer.len(), 1);
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::format::{Decoded, Decoders, Fault, Host, HostNames};
+use super::format::{Address, Decoded, Decoders, Fault, Host, HostNames, Reader};
 use super::names::{Answer, Names};
 use crate::error::{ClusterError, in_range};
 use crate::metadata::metadata_keys;
@@ -226,13 +226,22 @@ pub(super) struct Admission {
     pub(super) names: Arc<Names>,
 }
 
-/// The nodes of an entry.
+/// What becomes of an entry.
 #[derive(Debug)]
 pub(super) struct Admitted {
-    /// One, unless its address is a host name.
-    pub(super) nodes: Vec<Node>,
-    /// Its address is a host name, so the nodes change with what that leads to.
-    pub(super) has_name: bool,
+    /// One node, unless its address is a host name.
+    pub(super) nodes: Result<Vec<Node>, Refusal>,
+    /// The host names that it depends on: with what they lead to, the nodes change.
+    pub(super) names: Vec<String>,
+}
+
+impl From<Result<Node, Refusal>> for Admitted {
+    fn from(node: Result<Node, Refusal>) -> Self {
+        Self {
+            nodes: node.map(|node| vec![node]),
+            names: Vec::new(),
+        }
+    }
 }
 
 impl Admission {
@@ -246,34 +255,50 @@ impl Admission {
         if self.decoders.of(&entry.key).0.is_none() {
             return self.admit_ours(id, entry);
         }
-        let admitted = self.admit_all(id, entry)?;
-        let first = admitted.nodes.into_iter().next();
+        let first = self.admit_all(id, entry).nodes?.into_iter().next();
         first.ok_or(Refusal::Unwanted)
     }
 
     /// The same, with a node for each address of a host name.
-    pub(super) fn admit_all(&self, id: &str, entry: &Entry) -> Result<Admitted, Refusal> {
+    pub(super) fn admit_all(&self, id: &str, entry: &Entry) -> Admitted {
         let (reader, place) = self.decoders.of(&entry.key);
         let Some(reader) = reader else {
-            return Ok(Admitted {
-                nodes: vec![self.admit_ours(id, entry)?],
-                has_name: false,
-            });
+            return self.admit_ours(id, entry).into();
         };
+        let decoded = match self.decode(reader, id, entry) {
+            Ok(decoded) => decoded,
+            Err(refusal) => return Err(refusal).into(),
+        };
+        let mut admitted = self.locate(&decoded, reader.host_names);
+        if let Ok(nodes) = &mut admitted.nodes {
+            let mut all = nodes.iter_mut();
+            let selected = all.try_for_each(|node| {
+                node.set_place(place);
+                self.select(node, entry)
+            });
+            if let Err(refusal) = selected {
+                admitted.nodes = Err(refusal);
+            }
+        }
+        admitted
+    }
+
+    fn decode(&self, reader: &Reader, id: &str, entry: &Entry) -> Result<Decoded, Refusal> {
         self.limits.check_length(entry).map_err(Refusal::TooLarge)?;
+        self.decoders
+            .check_id(id, &entry.key)
+            .map_err(Refusal::Malformed)?;
         let decoded = reader.decoder.decode(id, &entry.key, &entry.value)?;
         self.check_size(&decoded)?;
-        let mut admitted = self.locate(&decoded, reader.host_names)?;
-        for node in &mut admitted.nodes {
-            node.set_place(place);
-            self.select(node, entry)?;
-        }
-        Ok(admitted)
+        Ok(decoded)
     }
 
     /// Reads an entry of this crate's own nodes.
     fn admit_ours(&self, id: &str, entry: &Entry) -> Result<Node, Refusal> {
         self.limits.check(entry).map_err(Refusal::TooLarge)?;
+        self.decoders
+            .check_id(id, &entry.key)
+            .map_err(Refusal::Malformed)?;
         let mut node: Node = serde_json::from_slice(&entry.value)
             .map_err(|error| Refusal::Malformed(error.to_string()))?;
         if node.id != id {
@@ -311,63 +336,77 @@ impl Admission {
     }
 
     /// The node of an entry at the first of its addresses that is allowed; with a host name, at its addresses.
-    fn locate(&self, decoded: &Decoded, host_names: HostNames) -> Result<Admitted, Refusal> {
-        let mut fault = decoded
-            .fault
-            .as_ref()
-            .map(|fault| Refusal::from(fault.clone()));
+    fn locate(&self, decoded: &Decoded, host_names: HostNames) -> Admitted {
+        let fault = decoded.fault.as_ref();
+        let mut fault = fault.map(|fault| Refusal::from(fault.clone()));
+        let mut names = Vec::new();
+        let mut is_unresolved = false;
         for address in &decoded.addresses {
-            let name = match &address.host {
-                Host::Ip(ip) => match self.check_address(*ip, address.port) {
-                    Ok(()) => {
-                        let nodes = vec![decoded.node(address, *ip)];
-                        let has_name = false;
-                        return Ok(Admitted { nodes, has_name });
-                    }
-                    Err(refusal) => {
-                        fault = Some(refusal);
-                        continue;
-                    }
-                },
-                Host::Name(name) => name,
+            let found = match &address.host {
+                Host::Ip(ip) => self
+                    .check_address(*ip, address.port)
+                    .map(|()| vec![decoded.node(address, *ip)]),
+                Host::Name(name) if host_names == HostNames::Refused => {
+                    let reason = format!(
+                        "its address {:?} is a host name; host names are not resolved unless host_names says so",
+                        shortened(name)
+                    );
+                    Err(Refusal::NotAllowed(reason))
+                }
+                Host::Name(name) => {
+                    names.push(name.clone());
+                    self.resolve(decoded, address, name, host_names)
+                }
             };
-            if host_names == HostNames::Refused {
-                let reason = format!(
-                    "its address {:?} is a host name; host names are not resolved unless host_names says so",
-                    shortened(name)
-                );
-                fault.get_or_insert(Refusal::NotAllowed(reason));
-                continue;
-            }
-            let Answer { addresses, error } = self.names.get(name);
-            if addresses.is_empty() {
-                fault.get_or_insert(Refusal::Unresolved);
-                continue;
-            }
-            let mut nodes = Vec::new();
-            for ip in addresses {
-                if let Err(refusal) = self.check_address(ip, address.port) {
-                    fault = Some(refusal);
-                    continue;
+            match found {
+                Ok(nodes) => {
+                    let nodes = Ok(nodes);
+                    return Admitted { nodes, names };
                 }
-                let mut node = decoded.node(address, ip);
-                if let Some(error) = &error {
-                    node.add_metadata(metadata_keys::HOST_NAME_ERROR, error);
-                }
-                if host_names == HostNames::All {
-                    node.id = format!("{}@{ip}", node.id);
-                }
-                nodes.push(node);
-                if host_names == HostNames::First {
-                    break;
-                }
-            }
-            if !nodes.is_empty() {
-                let has_name = true;
-                return Ok(Admitted { nodes, has_name });
+                Err(Refusal::Unresolved) => is_unresolved = true,
+                Err(refusal) => fault = Some(refusal),
             }
         }
-        Err(fault.unwrap_or(Refusal::Unwanted))
+        let refusal = match is_unresolved {
+            true => Refusal::Unresolved,
+            false => fault.unwrap_or(Refusal::Unwanted),
+        };
+        let nodes = Err(refusal);
+        Admitted { nodes, names }
+    }
+
+    /// The nodes at what a host name leads to.
+    fn resolve(
+        &self,
+        decoded: &Decoded,
+        address: &Address,
+        name: &str,
+        host_names: HostNames,
+    ) -> Result<Vec<Node>, Refusal> {
+        let Answer { addresses, error } = self.names.get(name);
+        let mut refusal = Refusal::Unresolved;
+        let mut nodes = Vec::new();
+        for ip in addresses {
+            if let Err(not_allowed) = self.check_address(ip, address.port) {
+                refusal = not_allowed;
+                continue;
+            }
+            let mut node = decoded.node(address, ip);
+            if let Some(error) = &error {
+                node.add_metadata(metadata_keys::HOST_NAME_ERROR, error);
+            }
+            if host_names == HostNames::All {
+                node.id = format!("{}@{ip}", node.id);
+            }
+            nodes.push(node);
+            if host_names == HostNames::First {
+                break;
+            }
+        }
+        match nodes.is_empty() {
+            true => Err(refusal),
+            false => Ok(nodes),
+        }
     }
 
     /// The refusal of a node or candidate beyond the limit of the group.

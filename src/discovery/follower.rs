@@ -27,6 +27,8 @@ use crate::view::{Change, ClusterEvent};
 const REPEATED_LISTINGS: usize = 3;
 /// How long to wait for the store before a snapshot file is used.
 const FILE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a listing waits for the host names in it.
+const NAMES_PATIENCE: Duration = Duration::from_secs(2);
 /// The maximum time that a run which ends takes to write the last changes to the snapshot file.
 const FINAL_SAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -224,7 +226,13 @@ impl<'d> Follower<'d> {
             },
         ) = self.list().await?;
         self.end_silence();
-        let changes = self.group.reset(staged, revision, Instant::now());
+        let mut changes = self.group.reset(staged, revision, Instant::now());
+        if self.settings.admission.resolves() {
+            // A view without the nodes whose names are resolved next would be one without backends.
+            let names = &self.settings.admission.names;
+            let _ = timeout(NAMES_PATIENCE, names.until_settled()).await;
+            changes.extend(self.group.readdress(names));
+        }
         let on_disk = self.state.on_disk();
         if let Some(on_disk) = on_disk.filter(|on_disk| *on_disk != cluster_id) {
             warn!(

@@ -1,7 +1,8 @@
 //! The state of a group as its follower builds it, from listings and watch events. No clock and no
 //! I/O.
 
-use std::borrow::Cow;
+mod named;
+
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,6 @@ use tracing::{info, warn};
 use super::admission::{Admission, Refusal, incarnation};
 use super::candidates::Candidates;
 use super::last_write::LastWrite;
-use super::names::Names;
 use super::rejected::{RejectedEntries, Rejections};
 use super::self_preservation::SelfPreservation;
 use super::staged::{Current, NamedEntry, Staged, StagedNode, is_unchanged};
@@ -63,6 +63,9 @@ impl Group {
         self.rejections.continue_from(rejected);
         self.nodes = nodes.clone();
         self.nodes.clear_suspects();
+        if self.admission.resolves() {
+            self.named = named::named(&self.nodes);
+        }
         self.leader = leader.map(Arc::unwrap_or_clone);
     }
 
@@ -199,6 +202,9 @@ impl Group {
             }
         }
         self.nodes.set_revision(revision);
+        if self.admission.resolves() {
+            self.named = named::named(&self.nodes);
+        }
         changes
     }
 
@@ -218,13 +224,12 @@ impl Group {
                         self.put_named(&id, entry, &mut changes);
                     }
                     WatchEvent::Put(entry) => self.put(&id, entry, &mut changes),
+                    WatchEvent::Delete { .. } if self.admission.resolves() => {
+                        self.vanish_named(&id, &mut changes, now);
+                    }
                     WatchEvent::Delete { .. } => {
-                        let named = self.named.remove(&*id);
-                        let ids = named.map_or_else(|| vec![id.into_owned()], |named| named.ids);
-                        for id in &ids {
-                            if let Some(node) = self.nodes.get(id).cloned() {
-                                self.vanish(&node, 0, &mut changes, now);
-                            }
+                        if let Some(node) = self.nodes.get(&id).cloned() {
+                            self.vanish(&node, 0, &mut changes, now);
                         }
                     }
                 }
@@ -345,67 +350,23 @@ impl Group {
             }
             Err(refusal) => {
                 self.rejections.skip(None, entry, &refusal);
-                if refusal.keeps_the_node() {
-                    self.remove_unless(id, incarnation(entry), changes);
-                } else {
-                    self.remove_not_accepted(id, changes);
-                }
+                self.put_refused(id, entry, &refusal, changes);
             }
         }
     }
 
-    /// The same for an entry that may have a host name: a node for each of its addresses.
-    fn put_named(&mut self, id: &str, entry: &Entry, changes: &mut Vec<Change>) {
-        let before = self.named.remove(id).map(|named| named.ids);
-        let mut before = before.unwrap_or_else(|| vec![id.to_owned()]);
-        let admitted = match self.admission.admit_all(id, entry) {
-            Ok(admitted) => admitted,
-            Err(refusal) => {
-                for id in &before {
-                    self.put_admitted(id, entry, Err(refusal.clone()), changes);
-                }
-                if refusal == Refusal::Unresolved {
-                    before.retain(|id| self.nodes.get(id).is_some());
-                    self.remember_name(id, entry, before);
-                }
-                return;
-            }
-        };
-        let mut ids = Vec::new();
-        for node in admitted.nodes {
-            let of_node = node.id.clone();
-            let admitted = self.room_for(&of_node).map(|()| node);
-            self.put_admitted(&of_node, entry, admitted, changes);
-            ids.push(of_node);
-        }
-        for id in before.iter().filter(|id| !ids.contains(id)) {
+    fn put_refused(
+        &mut self,
+        id: &str,
+        entry: &Entry,
+        refusal: &Refusal,
+        changes: &mut Vec<Change>,
+    ) {
+        if refusal.keeps_the_node() {
+            self.remove_unless(id, incarnation(entry), changes);
+        } else {
             self.remove_not_accepted(id, changes);
         }
-        if admitted.has_name {
-            self.remember_name(id, entry, ids);
-        }
-    }
-
-    fn remember_name(&mut self, id: &str, entry: &Entry, ids: Vec<String>) {
-        let entry = entry.clone();
-        self.named.insert(id.to_owned(), NamedEntry { entry, ids });
-    }
-
-    /// What host names lead to has changed. Returns what that changes.
-    pub(super) fn readdress(&mut self, names: &Names) -> Vec<Change> {
-        let mut changes = Vec::new();
-        let named = self.named.values().map(|named| named.entry.clone());
-        let named: Vec<Entry> = named.collect();
-        names.keep_what_is_used(|| {
-            for entry in &named {
-                let id = self.keys.node_id(&entry.key).map(Cow::into_owned);
-                if let Some(id) = id {
-                    self.put_named(&id, entry, &mut changes);
-                }
-            }
-        });
-        self.settle(&mut changes);
-        changes
     }
 
     fn take_in(&mut self, node: Arc<Node>, changes: &mut Vec<Change>) {
@@ -424,7 +385,8 @@ impl Group {
     /// unless the key belongs to another registration by now.
     fn remove_unless(&mut self, id: &str, incarnation: i64, changes: &mut Vec<Change>) {
         let other = self.nodes.get(id).map(|old| old.incarnation());
-        if other.is_some_and(|other| other != incarnation) {
+        // 0 is that of a node in a snapshot file.
+        if other.is_some_and(|other| other != 0 && other != incarnation) {
             self.remove(id, changes);
         }
     }

@@ -15,6 +15,7 @@ mod history;
 mod last_write;
 mod listing;
 mod log_once;
+#[cfg_attr(not(feature = "host-names"), allow(dead_code))]
 mod names;
 mod outbox;
 mod overrides;

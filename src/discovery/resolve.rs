@@ -1,5 +1,6 @@
 //! Resolves the host names of a group.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,11 +8,13 @@ use std::time::{Duration, Instant};
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig, ResolverOpts};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use hickory_resolver::net::{DnsError, NetError};
+use hickory_resolver::proto::rr::RecordType;
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
 use tracing::warn;
 
-use super::names::Names;
+use super::names::{Names, Resolved};
 
 /// This many names are resolved at once.
 const AT_ONCE: usize = 16;
@@ -27,13 +30,15 @@ pub(super) async fn resolve(names: Arc<Names>, servers: Vec<SocketAddr>) {
             return;
         }
     };
-    let mut waiting: Vec<String> = Vec::new();
+    // What an earlier run had begun.
+    names.restart();
+    let mut waiting: VecDeque<String> = VecDeque::new();
     let mut running = JoinSet::new();
     loop {
         let (due, next) = names.take_due(Instant::now());
         waiting.extend(due);
         while running.len() < AT_ONCE
-            && let Some(name) = waiting.pop()
+            && let Some(name) = waiting.pop_front()
         {
             let resolver = resolver.clone();
             running.spawn(async move {
@@ -51,9 +56,11 @@ pub(super) async fn resolve(names: Arc<Names>, servers: Vec<SocketAddr>) {
             }
         };
         tokio::select! {
-            Some(Ok((name, answer))) = running.join_next() => {
-                names.set(&name, answer, Instant::now());
-            }
+            Some(ended) = running.join_next() => match ended {
+                Ok((name, answer)) => names.set(&name, answer, Instant::now()),
+                // A panic. Which name it was is not known.
+                Err(_) => names.restart(),
+            },
             () = names.wanted.notified() => {}
             () = next => {}
         }
@@ -81,12 +88,51 @@ fn resolver(servers: &[SocketAddr]) -> Result<TokioResolver, String> {
     builder.build().map_err(|error| error.to_string())
 }
 
-async fn addresses(resolver: &TokioResolver, name: &str) -> Result<(Vec<IpAddr>, Instant), String> {
-    let found = resolver.lookup_ip(name).await;
-    let found = found.map_err(|error| error.to_string())?;
-    let addresses: Vec<_> = found.iter().collect();
-    match addresses.is_empty() {
-        true => Err("it has no address".to_owned()),
-        false => Ok((addresses, found.valid_until())),
+/// Asks for both kinds of addresses. If only one can be asked for, that is no failure.
+async fn addresses(resolver: &TokioResolver, name: &str) -> Result<Resolved, String> {
+    let (ipv4, ipv6) = tokio::join!(
+        addresses_of(resolver, name, RecordType::A),
+        addresses_of(resolver, name, RecordType::AAAA),
+    );
+    let mut resolved = Resolved {
+        addresses: Vec::new(),
+        valid_until: Instant::now(),
+        failed: None,
+    };
+    let mut ends = Vec::new();
+    let mut error = None;
+    for (found, is_ipv6) in [(ipv4, false), (ipv6, true)] {
+        match found {
+            Ok((addresses, valid_until)) => {
+                ends.extend((!addresses.is_empty()).then_some(valid_until));
+                resolved.addresses.extend(addresses);
+            }
+            Err(reason) => {
+                resolved.failed = Some(is_ipv6);
+                error = Some(reason);
+            }
+        }
+    }
+    if resolved.addresses.is_empty() {
+        return Err(error.unwrap_or_else(|| "it has no address".to_owned()));
+    }
+    resolved.valid_until = ends.into_iter().min().unwrap_or(resolved.valid_until);
+    Ok(resolved)
+}
+
+/// The addresses of one kind, and until when they are valid. None are no failure.
+async fn addresses_of(
+    resolver: &TokioResolver,
+    name: &str,
+    kind: RecordType,
+) -> Result<(Vec<IpAddr>, Instant), String> {
+    match resolver.lookup(name, kind).await {
+        Ok(found) => {
+            let answers = found.answers().iter();
+            let addresses = answers.filter_map(|record| record.data.ip_addr());
+            Ok((addresses.collect(), found.valid_until()))
+        }
+        Err(NetError::Dns(DnsError::NoRecordsFound(_))) => Ok((Vec::new(), Instant::now())),
+        Err(error) => Err(error.to_string()),
     }
 }

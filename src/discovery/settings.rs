@@ -33,7 +33,7 @@ impl Settings {
         if self.admission.resolves() {
             super::resolve::resolve(self.admission.names.clone(), self.name_servers.clone()).await;
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     /// What a snapshot of this group belongs to.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::admission::{Admission, Refusal, incarnation};
+use super::admission::{Admission, Admitted, Refusal, incarnation};
 use super::candidates::candidate_id;
 use super::last_write::LastWrite;
 use super::rejected::Rejections;
@@ -30,9 +30,28 @@ pub(super) struct Staged {
 /// An entry with a host name, whose nodes change with what that leads to.
 #[derive(Debug)]
 pub(super) struct NamedEntry {
-    pub(super) entry: Entry,
+    /// `None` if it cannot be read, or is in a snapshot file only: then its nodes stay as they are.
+    pub(super) entry: Option<Entry>,
+    pub(super) names: Vec<String>,
     /// Of its nodes.
     pub(super) ids: Vec<String>,
+}
+
+impl NamedEntry {
+    /// What is to be remembered of an entry with this id; `None` if it is an ordinary one.
+    pub(super) fn new(
+        id: &str,
+        entry: &Entry,
+        names: Vec<String>,
+        ids: Vec<String>,
+    ) -> Option<Self> {
+        let is_ordinary = names.is_empty() && ids.iter().all(|of_node| of_node == id);
+        (!is_ordinary).then(|| Self {
+            entry: (!names.is_empty()).then(|| entry.clone()),
+            names,
+            ids,
+        })
+    }
 }
 
 pub(super) enum StagedNode {
@@ -51,6 +70,21 @@ pub(super) struct Current<'g> {
     pub(super) nodes: &'g Nodes,
     pub(super) named: &'g BTreeMap<String, NamedEntry>,
     pub(super) rejections: &'g Rejections,
+}
+
+impl Current<'_> {
+    /// The nodes of the entry with this id.
+    fn ids_of(&self, id: &str) -> Vec<String> {
+        match self.named.get(id) {
+            Some(named) => named.ids.clone(),
+            None => self
+                .nodes
+                .get(id)
+                .map(|node| node.id.clone())
+                .into_iter()
+                .collect(),
+        }
+    }
 }
 
 impl Staged {
@@ -72,32 +106,47 @@ impl Staged {
 
     /// The same for an entry that may have a host name.
     fn add_named(&mut self, current: &Current<'_>, id: &str, entry: &Entry) {
-        let ids = match current.admission.admit_all(id, entry) {
-            Ok(admitted) => {
+        let Admitted { mut nodes, names } = current.admission.admit_all(id, entry);
+        if self.named.len() >= current.admission.limits.nodes {
+            nodes = Err(current.admission.too_many());
+        }
+        let ids = match nodes {
+            Ok(nodes) => {
                 let mut ids = Vec::new();
-                for node in admitted.nodes {
+                for node in nodes {
                     let of_node = node.id.clone();
                     self.add_node(current, &of_node, entry, |_| Ok(node));
                     ids.push(of_node);
                 }
-                if !admitted.has_name {
-                    return;
+                ids
+            }
+            Err(refusal) => {
+                let mut ids = current.ids_of(id);
+                let first = ids.first().map_or(id, |first| first);
+                self.add_node(current, first, entry, |_| Err(refusal.clone()));
+                for of_node in ids.iter().skip(1) {
+                    self.add_refused(of_node, entry, &refusal);
+                }
+                if !refusal.keeps_the_node() {
+                    ids.clear();
                 }
                 ids
             }
-            // The nodes that it had stay.
-            Err(Refusal::Unresolved) => {
-                let known = current.named.get(id);
-                let ids = known.map_or_else(Vec::new, |known| known.ids.clone());
-                for of_node in &ids {
-                    self.add_node(current, of_node, entry, |_| Err(Refusal::Unresolved));
-                }
-                ids
-            }
-            Err(refusal) => return self.add_node(current, id, entry, |_| Err(refusal)),
         };
-        let entry = entry.clone();
-        self.named.push((id.to_owned(), NamedEntry { entry, ids }));
+        if let Some(named) = NamedEntry::new(id, entry, names, ids) {
+            self.named.push((id.to_owned(), named));
+        }
+    }
+
+    /// A node of the current view whose entry is refused now.
+    fn add_refused(&mut self, id: &str, entry: &Entry, refusal: &Refusal) {
+        if !refusal.keeps_the_node() {
+            self.not_accepted.push(id.to_owned());
+            return;
+        }
+        let incarnation = incarnation(entry);
+        self.nodes
+            .push((id.to_owned(), StagedNode::Unusable { incarnation }));
     }
 
     fn add_node(
@@ -129,13 +178,7 @@ impl Staged {
                     // There is nothing to keep, so it must not count towards the limit of nodes.
                     return;
                 }
-                if !refusal.keeps_the_node() {
-                    self.not_accepted.push(id.to_owned());
-                    return;
-                }
-                StagedNode::Unusable {
-                    incarnation: incarnation(entry),
-                }
+                return self.add_refused(id, entry, &refusal);
             }
         };
         self.nodes.push((id.to_owned(), node));

@@ -6,8 +6,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value};
 
-use super::LoadReport;
 use super::message::Message;
+use super::report::LoadReport;
 
 /// The form of a load report, as a request names it in `endpoint-load-metrics-format`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
@@ -49,7 +49,7 @@ impl fmt::Display for LoadReportForm {
 }
 
 impl LoadReport {
-    /// The value of the header [`LOAD_REPORT_HEADER`](super::LOAD_REPORT_HEADER) in this form. What is no
+    /// The value of the header [`LOAD_REPORT_HEADER`](crate::metrics::LOAD_REPORT_HEADER) in this form. What is no
     /// finite number is left out.
     pub fn to_header(&self, form: LoadReportForm) -> String {
         match form {
@@ -59,7 +59,7 @@ impl LoadReport {
         }
     }
 
-    /// The value of the header [`LOAD_REPORT_BINARY_HEADER`](super::LOAD_REPORT_BINARY_HEADER): the
+    /// The value of the header [`LOAD_REPORT_BINARY_HEADER`](crate::metrics::LOAD_REPORT_BINARY_HEADER): the
     /// protobuf message in base64.
     pub fn to_binary_header(&self) -> String {
         STANDARD.encode(prost::Message::encode_to_vec(&Message::from(self)))

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::LoadReport;
+use super::report::LoadReport;
 
 /// The fields of the message that are read or written, with the numbers that they have in it. The others
 /// are skipped.

@@ -19,7 +19,7 @@ use crate::error::ClusterError;
 /// assert_eq!((report.queue, report.memory), (Some(7.0), Some(0.4)));
 /// ```
 ///
-/// [`LoadReport`]: super::LoadReport
+/// [`LoadReport`]: crate::metrics::LoadReport
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]

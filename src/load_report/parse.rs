@@ -8,10 +8,8 @@ use prost::Message as _;
 use serde_json::Value;
 
 use super::message::Message;
-use super::names::{Meaning, Place};
-use super::{
-    LOAD_REPORT_BINARY_HEADER, LOAD_REPORT_HEADER, LoadReport, LoadReportError, MetricNames,
-};
+use super::names::{Meaning, MetricNames, Place};
+use super::report::{LOAD_REPORT_BINARY_HEADER, LOAD_REPORT_HEADER, LoadReport, LoadReportError};
 
 /// Longer headers are refused: no useful report is this long.
 const MAX_LENGTH: usize = 4096;

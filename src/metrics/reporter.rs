@@ -51,7 +51,6 @@ struct ReporterState {
 #[derive(Debug)]
 pub struct RequestGuard {
     state: Arc<ReporterState>,
-    is_timed: bool,
     has_failed: bool,
 }
 
@@ -64,7 +63,7 @@ impl RequestGuard {
 
 impl Drop for RequestGuard {
     fn drop(&mut self) {
-        self.state.work.end(self.is_timed, self.has_failed);
+        self.state.work.end(self.has_failed);
     }
 }
 
@@ -87,8 +86,8 @@ impl LoadReporter {
     /// Counts a request as in flight until the guard is dropped.
     pub fn enter(&self) -> RequestGuard {
         self.counts_requests();
+        self.state.work.begin();
         RequestGuard {
-            is_timed: self.state.work.begin(),
             state: self.state.clone(),
             has_failed: false,
         }

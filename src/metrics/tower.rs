@@ -149,7 +149,12 @@ fn fail(request: &mut Option<RequestGuard>) {
 
 fn is_grpc(headers: &HeaderMap) -> bool {
     let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
-    kind.is_some_and(|kind| kind.starts_with(b"application/grpc"))
+    // The trailers of gRPC-Web are in its body.
+    let is_grpc = |kind: &[u8]| {
+        let rest = kind.strip_prefix(b"application/grpc");
+        rest.is_some_and(|rest| !rest.starts_with(b"-web"))
+    };
+    kind.is_some_and(is_grpc)
 }
 
 /// Whether a gRPC status is there that blames the server: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED,

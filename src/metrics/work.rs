@@ -23,7 +23,8 @@ pub(super) struct Work {
     rates: Mutex<Rates>,
 }
 
-/// The sum over time of the requests in flight.
+/// The sum over time of the requests in flight. How many there are is read from the other count each time, so that a
+/// race makes an error for a moment and not for ever.
 #[derive(Debug)]
 struct Busy {
     in_flight: u32,
@@ -77,10 +78,12 @@ impl Default for Work {
 }
 
 impl Busy {
-    fn advance(&mut self, now: Instant) {
+    /// From now on this many are in flight.
+    fn advance(&mut self, in_flight: usize, now: Instant) {
         let seconds = now.saturating_duration_since(self.since).as_secs_f64();
         self.sum += seconds * f64::from(self.in_flight);
         self.since = self.since.max(now);
+        self.in_flight = u32::try_from(in_flight).unwrap_or(u32::MAX);
     }
 }
 
@@ -90,10 +93,19 @@ impl Work {
     }
 
     pub(super) fn set_capacity(&self, requests: u32, now: Instant) {
-        let mut busy = lock(&self.busy);
-        busy.advance(now);
-        busy.in_flight = u32::try_from(self.in_flight()).unwrap_or(u32::MAX);
+        let mut rates = lock(&self.rates);
         self.capacity.store(requests, Ordering::Relaxed);
+        // What came before was not counted, or by another capacity.
+        rates.busy = self.advance(now);
+        rates.since = now;
+        rates.last.utilization = None;
+    }
+
+    /// Returns the sum.
+    fn advance(&self, now: Instant) -> f64 {
+        let mut busy = lock(&self.busy);
+        busy.advance(self.in_flight(), now);
+        busy.sum
     }
 
     /// Whether how busy it is is counted: only then does each request take a lock.
@@ -101,28 +113,21 @@ impl Work {
         self.capacity.load(Ordering::Relaxed) > 0
     }
 
-    /// A request begins. Returns what its end has to be told.
-    pub(super) fn begin(&self) -> bool {
+    pub(super) fn begin(&self) {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        let is_timed = self.is_timed();
-        if is_timed {
-            let mut busy = lock(&self.busy);
-            busy.advance(Instant::now());
-            busy.in_flight = busy.in_flight.saturating_add(1);
+        if self.is_timed() {
+            self.advance(Instant::now());
         }
-        is_timed
     }
 
-    pub(super) fn end(&self, is_timed: bool, has_failed: bool) {
+    pub(super) fn end(&self, has_failed: bool) {
         if has_failed {
             self.failed.fetch_add(1, Ordering::Relaxed);
         }
         self.ended.fetch_add(1, Ordering::Relaxed);
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
-        if is_timed || self.is_timed() {
-            let mut busy = lock(&self.busy);
-            busy.advance(Instant::now());
-            busy.in_flight = busy.in_flight.saturating_sub(1);
+        if self.is_timed() {
+            self.advance(Instant::now());
         }
     }
 
@@ -149,11 +154,10 @@ impl Work {
             utilization: None,
         };
         if capacity > 0 {
-            let mut busy = lock(&self.busy);
-            busy.advance(now);
-            let used = (busy.sum - rates.busy) / seconds / f64::from(capacity);
+            let sum = self.advance(now);
+            let used = (sum - rates.busy) / seconds / f64::from(capacity);
             last.utilization = smooth(rates.last.utilization, used.clamp(0.0, 1.0));
-            rates.busy = busy.sum;
+            rates.busy = sum;
         }
         rates.since = now;
         rates.ended = ended;
@@ -174,8 +178,8 @@ mod tests {
         assert_eq!(work.rates(start), WorkRates::default(), "not known yet");
         let serve = |requests: u32, failures: u32| {
             for request in 0..requests {
-                let timed = work.begin();
-                work.end(timed, request < failures);
+                work.begin();
+                work.end(request < failures);
             }
         };
         serve(10, 1);
@@ -198,17 +202,18 @@ mod tests {
     #[test]
     fn how_busy_it_is_counts_requests_in_progress() {
         let work = Work::default();
-        let early = work.begin();
+        work.begin();
         let start = Instant::now();
         work.set_capacity(4, start);
-        let (first, second) = (work.begin(), work.begin());
-        work.end(early, false);
+        work.begin();
+        work.begin();
+        work.end(false);
         // Two of four are in use the whole time, though none has ended.
         let rates = work.rates(start + Duration::from_secs(10));
         let used = rates.utilization.unwrap();
         assert!((used - 0.5).abs() < 0.05, "{used}");
-        work.end(first, false);
-        work.end(second, false);
+        work.end(false);
+        work.end(false);
         let rates = work.rates(start + Duration::from_secs(100));
         assert!(rates.utilization.unwrap() < 0.01, "{rates:?}");
         assert_eq!(work.in_flight(), 0);

@@ -256,7 +256,7 @@ impl Node {
     }
 
     /// In which of the registries of its group the entry is, 0 for the first one.
-    #[cfg(feature = "balance")]
+    #[cfg_attr(not(feature = "balance"), allow(dead_code))]
     pub(crate) fn place(&self) -> u8 {
         self.place
     }

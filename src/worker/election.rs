@@ -10,7 +10,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{debug, info, warn};
 
 use super::command::{Command, respond};
@@ -28,6 +28,10 @@ use crate::store::{LeaseId, Revision, Selector, WatchEvent, WatchRange, Watcher}
 /// After this many steps in a row that wrote something, the next one has to wait: whatever the
 /// reason, the store must not be kept busy.
 const MAX_WRITES_IN_A_ROW: u32 = 12;
+
+/// How long after a candidate that waits has gone the leader announces its term again: those that go together are
+/// answered together.
+const ANNOUNCE_AFTER: Duration = Duration::from_millis(500);
 
 /// Keeps a node registered and in the election under one lease.
 pub(super) async fn take_part(
@@ -245,10 +249,14 @@ impl Election<'_> {
         if before == epoch {
             return Progress::Waited;
         }
-        if let Err(error) = participant.announce_term(epoch).await {
-            debug!(%error, "the beginning of the term was not announced");
-        }
+        self.announce(epoch).await;
         Progress::Wrote
+    }
+
+    async fn announce(&self, epoch: Revision) {
+        if let Err(error) = self.participant.announce_term(epoch).await {
+            debug!(%error, "the term was not announced");
+        }
     }
 
     /// Opens a watch on every key that can change the decision. `None` if the state has changed
@@ -267,7 +275,12 @@ impl Election<'_> {
         ];
         let has_requests = !reading.requests.is_empty();
         match action {
-            Action::Lead { .. } => watched.extend(self.handover.watched(has_requests)),
+            Action::Lead { .. } => {
+                watched.extend(self.handover.watched(has_requests));
+                // To announce the term again, and for nothing else.
+                let election = participant.state.keys.election_prefix();
+                watched.push(Selector::Prefix(election.to_owned()));
+            }
             Action::Follow { ahead } => {
                 watched.extend(self.handover.watched(false));
                 watched.push(Selector::Key(ahead.clone()));
@@ -347,11 +360,34 @@ impl Election<'_> {
         let (participant, state) = (self.participant, self.participant.state);
         let holder = reading.registration.as_ref().and_then(|entry| entry.lease);
         let follows = matches!(action, Action::Follow { .. });
+        let leads = match action {
+            Action::Lead { epoch } => Some(*epoch),
+            _ => None,
+        };
+        let mut announce_at = None;
         loop {
-            let events = watcher.next().await?;
+            let announce = async {
+                match announce_at {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let events = tokio::select! {
+                events = watcher.next() => events?,
+                () = announce => {
+                    announce_at = None;
+                    self.announce(leads.unwrap_or(0)).await;
+                    continue;
+                }
+            };
             let mut matters = false;
             for event in &events {
-                if follows && state.keys.is_handover(event.key()) {
+                let key = event.key();
+                if leads.is_some() && state.keys.is_candidacy(key) && key != participant.candidacy {
+                    if matches!(event, WatchEvent::Delete { .. }) {
+                        announce_at.get_or_insert_with(|| Instant::now() + ANNOUNCE_AFTER);
+                    }
+                } else if follows && state.keys.is_handover(event.key()) {
                     reading.apply_request(event);
                 } else {
                     matters |= !self.is_plain_update(event, holder);

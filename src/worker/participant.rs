@@ -187,9 +187,9 @@ impl Participant<'_> {
         }
     }
 
-    /// Writes the candidacy of a term that has begun once more, as it is. The term does not depend
-    /// on it, nor does this crate's discovery; but that of `photon-etcd-cluster` takes for the leader
-    /// whose election key was written last, and would show none until then.
+    /// Writes the candidacy of a term once more, as it is. The term does not depend on it, nor does this crate's
+    /// discovery; but that of `photon-etcd-cluster` learns of a leader from a write to an election key only, and shows
+    /// none any more when another key goes.
     pub(super) async fn announce_term(&self, epoch: Revision) -> Result<(), ClusterError> {
         let id = self.state.id().as_bytes().to_vec();
         let announce = Txn::new()

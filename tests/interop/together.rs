@@ -70,6 +70,39 @@ async fn the_other_is_next(first: Kind, crash: bool) {
     assert!(!overlap(&before, &after), "{before:?} {after:?}");
 }
 
+/// One leads, and one of either kind that waits goes: nothing changes for the views.
+#[tokio::test]
+async fn the_leader_stays_in_the_views_when_one_that_waits_goes() {
+    let etcd = Etcd::start().await;
+    let group = "g";
+    let views = Views::of(&etcd, group).await;
+    let leader = Member::start(Kind::Ours, &etcd, group, "first");
+    until("the first one leads", async || leader.leads()).await;
+    for (kind, crash) in [
+        (Kind::Theirs, false),
+        (Kind::Ours, false),
+        (Kind::Theirs, true),
+    ] {
+        let waiting = Member::start(kind, &etcd, group, "second");
+        until("the second one waits", async || {
+            candidates(&etcd, group).await == ["first", "second"]
+        })
+        .await;
+        views.until_nodes(&["first", "second"]).await;
+        match crash {
+            true => waiting.crash(),
+            false => waiting.stop(),
+        };
+        until("the second one is gone", async || {
+            candidates(&etcd, group).await == ["first"]
+        })
+        .await;
+        views.until_nodes(&["first"]).await;
+        views.until_leader(Some("first")).await;
+        assert!(leader.leads());
+    }
+}
+
 fn overlap(one: &[Led], other: &[Led]) -> bool {
     let mut pairs = one.iter().flat_map(|a| other.iter().map(move |b| (a, b)));
     pairs.any(|(a, b)| a.from < b.to && b.from < a.to)

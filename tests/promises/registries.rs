@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use etcd_client::{Client, PutOptions};
@@ -14,7 +15,7 @@ use super::common::programs::{COMMAND, optimised};
 use super::common::{free_port, group, local};
 use super::echo::{EchoClient, EchoServer};
 use super::raw::{Raw, RawBackend, ok, status};
-use super::world::{Balancer, Setup, entry, put, until};
+use super::world::{Balancer, Setup, entry, put, scratch, until};
 
 /// A registry as its writers use it.
 struct Case {
@@ -359,11 +360,83 @@ async fn the_command_knows_of_other_registries() {
     assert_eq!(answer(&balancer).await, "200");
 }
 
+/// A balancer that starts without etcd knows the nodes of each format from its file, and how they are spoken to; but not
+/// those of another format.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_format_is_in_the_snapshot_file() {
+    let etcd = Etcd::own();
+    let mut keys = etcd.raw_client().await;
+    let (http, grpc) = (RawBackend::start(ok).await, EchoServer::start("s").await);
+    let is_served = async |balancer: &Balancer, is_grpc: bool| match is_grpc {
+        true => match tonic::transport::Channel::from_shared(balancer.url.clone())
+            .unwrap()
+            .connect()
+            .await
+        {
+            Ok(channel) => EchoClient::new(channel).call("x").await.is_ok(),
+            Err(_) => false,
+        },
+        false => match tokio::net::TcpStream::connect(&balancer.listen).await {
+            Ok(stream) => status(&Raw(stream).get("").await) == "200",
+            Err(_) => false,
+        },
+    };
+    let mut setups = Vec::new();
+    for (case, is_grpc) in HTTP
+        .iter()
+        .map(|case| (case, false))
+        .chain(GRPC.iter().map(|case| (case, true)))
+    {
+        let group = group(case.name);
+        let port = if is_grpc {
+            grpc.address.port()
+        } else {
+            http.address.port()
+        };
+        case.register(&mut keys, &group, port).await;
+        let file = scratch(&format!("{group}.nodes"));
+        let snapshot = format!(
+            "ready_timeout_ms: 300\nsnapshot: {{ file: '{}', interval_ms: 100 }}",
+            file.display()
+        );
+        let setup = Setup::new(etcd.endpoints(), &group).with(&snapshot);
+        let registry = (case.fields)(&group);
+        let full = setup.clone().with(&format!("registry: {{ {registry} }}"));
+        let balancer = full.start();
+        until(&format!("{}: it is served", case.name), async || {
+            is_served(&balancer, is_grpc).await
+        })
+        .await;
+        until(&format!("{}: there is a file", case.name), async || {
+            file.exists()
+        })
+        .await;
+        setups.push((case.name, is_grpc, setup, full));
+    }
+    etcd.stop();
+    for (name, is_grpc, setup, full) in &setups {
+        let balancer = full.start();
+        until(&format!("{name}: it is served from the file"), async || {
+            is_served(&balancer, *is_grpc).await
+        })
+        .await;
+        if *name == "kratos" {
+            let other = setup.clone().with("registry: { format: go-micro }").start();
+            until("the file is refused", async || {
+                other.log_text().contains("snapshot file cannot be used")
+            })
+            .await;
+            assert!(!is_served(&other, false).await);
+        }
+    }
+}
+
 /// A server of DNS, which answers every question for IPv4 with these addresses, for a second.
 struct Dns {
     address: SocketAddr,
     /// `None`: it says that it has failed.
     answers: Arc<Mutex<Option<Vec<Ipv4Addr>>>>,
+    asked: Arc<AtomicUsize>,
     _serving: JoinSet<()>,
 }
 
@@ -373,10 +446,13 @@ impl Dns {
         let address = socket.local_addr().unwrap();
         let answers = Arc::new(Mutex::new(Some(answers.to_vec())));
         let given = answers.clone();
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
         let mut serving = JoinSet::new();
         serving.spawn(async move {
             let mut question = [0; 512];
             while let Ok((length, client)) = socket.recv_from(&mut question).await {
+                count.fetch_add(1, Ordering::Relaxed);
                 // RFC 1035: a head of 12 bytes, then the name, which ends with a zero, its type and its class.
                 let name = 12
                     + question[12..length]
@@ -412,6 +488,7 @@ impl Dns {
         Self {
             address,
             answers,
+            asked,
             _serving: serving,
         }
     }
@@ -427,7 +504,7 @@ async fn host_names_are_followed() {
     let mut keys = etcd.raw_client().await;
     let group = group("names");
     let port = free_port();
-    let ips = [2, 3, 4].map(|last| Ipv4Addr::new(127, 0, 0, last));
+    let ips = [3, 4, 2].map(|last| Ipv4Addr::new(127, 0, 0, last));
     let mut backends = Vec::new();
     for ip in ips {
         backends.push(RawBackend::start_at((ip, port).into(), ok).await);

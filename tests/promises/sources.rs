@@ -18,17 +18,20 @@ use super::world::{entry, scratch, until};
 struct Proxy {
     _program: Program,
     listen: String,
+    log: std::path::PathBuf,
 }
 
 impl Proxy {
     fn start(example: &str, argument: &str, source: &str) -> Self {
         let listen = format!("{}:{}", local(), free_port());
+        let log = scratch(&format!("{example}.log"));
         let mut command = Command::new(optimised(example));
         command
             .args([argument, source, "--listen", &listen])
             .stdout(Stdio::null())
-            .stderr(Stdio::null());
+            .stderr(std::fs::File::create(&log).unwrap());
         Self {
+            log,
             _program: Program::spawn(&mut command),
             listen,
         }
@@ -39,6 +42,18 @@ impl Proxy {
             return "none".to_owned();
         };
         status(&Raw(stream).get("").await).to_owned()
+    }
+
+    /// Waits until it has said for this number of times that it has no list, and is still serving then.
+    async fn until_without_list(&self, says: &str, times: usize) {
+        until(&format!("{says:?} is in the log"), async || {
+            let log = std::fs::read_to_string(&self.log).unwrap();
+            log.matches(says).count() == times
+        })
+        .await;
+        for _ in 0..20 {
+            assert_eq!(self.answer().await, "200", "the last list stays");
+        }
     }
 
     /// Waits until requests are answered by these of the backends, and by no others.
@@ -81,15 +96,11 @@ async fn a_list_in_a_file_is_followed() {
     served_by("a longer list", [true, true]).await;
     // What cannot be read changes nothing.
     std::fs::write(&file, "[{").unwrap();
-    for _ in 0..20 {
-        assert_eq!(proxy.answer().await, "200");
-    }
+    proxy.until_without_list("cannot be used", 1).await;
     std::fs::write(&file, list(&[two]).to_string()).unwrap();
     served_by("another list", [false, true]).await;
     std::fs::remove_file(&file).unwrap();
-    for _ in 0..20 {
-        assert_eq!(proxy.answer().await, "200");
-    }
+    proxy.until_without_list("cannot be used", 2).await;
     std::fs::write(&file, "[]").unwrap();
     until("nobody is left", async || proxy.answer().await == "503").await;
 }
@@ -130,9 +141,7 @@ async fn a_list_behind_http_is_followed() {
     };
     served_by("the first list", [true, false]).await;
     *state.lock().unwrap() = (2, None);
-    for _ in 0..20 {
-        assert_eq!(proxy.answer().await, "200", "the last list stays");
-    }
+    proxy.until_without_list("there is no list", 1).await;
     *state.lock().unwrap() = (3, Some(list(&[two])));
     served_by("another list", [false, true]).await;
 }

@@ -90,8 +90,9 @@ impl Connection {
         }
         let places = file.and_then(|file| {
             let names = file.groups.keys().map(String::as_str);
-            let mut all = names
-                .chain([config::DEFAULT_GROUP])
+            // The group of the section itself first: two may have one name in etcd, in different registries.
+            let mut all = std::iter::once(config::DEFAULT_GROUP)
+                .chain(names)
                 .filter_map(|name| file.of_group(name));
             all.find(|of_group| of_group.group == group).map(Box::new)
         });

@@ -1,6 +1,8 @@
 //! Where a group reads entries: in its own registry, and in further ones beside it.
 
-use super::{Decoder, Registry};
+use super::decode::Decoder;
+use super::kinds::HostNames;
+use super::registry::Registry;
 use crate::error::ClusterError;
 use crate::keys::{FurtherKeys, GroupKeys};
 
@@ -54,20 +56,23 @@ impl Places {
                     return error("prefix", reason);
                 }
             }
-            let name = registry.format.name();
-            let before = self.further[..index].iter();
-            let before = before.filter(|other| other.format == registry.format);
-            let label = match before.count() {
-                0 => name.to_owned(),
-                count => format!("{name}-{}", count + 1),
-            };
             further.push(FurtherKeys {
                 prefix,
                 nested: registry.has_nested_keys(),
-                label,
+                label: self.label(index),
             });
         }
         Ok(keys.with_further(further))
+    }
+
+    /// What stands before the ids of a further registry.
+    fn label(&self, index: usize) -> String {
+        let format = self.further[index].format;
+        let before = self.further[..index].iter();
+        match before.filter(|other| other.format == format).count() {
+            0 => format.name().to_owned(),
+            count => format!("{}-{}", format.name(), count + 1),
+        }
     }
 
     /// What makes nodes of entries.
@@ -85,6 +90,9 @@ impl Places {
                 host_names: self.main.host_names,
             }),
             further: further.collect(),
+            labels: (0..self.further.len())
+                .map(|index| self.label(index))
+                .collect(),
         }
     }
 
@@ -100,7 +108,7 @@ impl Places {
 #[derive(Debug, Clone)]
 pub(in crate::discovery) struct Reader {
     pub(in crate::discovery) decoder: Decoder,
-    pub(in crate::discovery) host_names: super::HostNames,
+    pub(in crate::discovery) host_names: HostNames,
 }
 
 /// What makes nodes of the entries of a group, by their keys.
@@ -110,6 +118,8 @@ pub(in crate::discovery) struct Decoders {
     main: Option<Reader>,
     /// By the prefix of the keys.
     further: Vec<(String, Reader)>,
+    /// What stands before the ids of those.
+    labels: Vec<String>,
 }
 
 impl Decoders {
@@ -124,6 +134,30 @@ impl Decoders {
         }
     }
 
+    /// Checks that the id of an entry cannot be that of a node elsewhere: ids of further registries have a label in
+    /// front of them, and those of host names an address behind them. An error is in words.
+    pub(in crate::discovery) fn check_id(&self, id: &str, key: &str) -> Result<(), String> {
+        let (reader, place) = self.of(key);
+        let is_labelled = |label: &String| {
+            let rest = id.strip_prefix(&**label);
+            rest.is_some_and(|rest| rest.starts_with(':'))
+        };
+        if place == 0
+            && let Some(label) = self.labels.iter().find(|label| is_labelled(label))
+        {
+            return Err(format!(
+                "its id begins with {label}: as those of a further registry do"
+            ));
+        }
+        let all = reader.is_some_and(|reader| reader.host_names == HostNames::All);
+        match all && id.contains('@') {
+            true => Err(
+                "its id contains @, which stands before the addresses of a host name".to_owned(),
+            ),
+            false => Ok(()),
+        }
+    }
+
     /// Whether host names are resolved.
     pub(in crate::discovery) fn resolve(&self) -> bool {
         let all = self
@@ -131,6 +165,6 @@ impl Decoders {
             .iter()
             .chain(self.further.iter().map(|(_, reader)| reader));
         let mut all = all.map(|reader| reader.host_names);
-        all.any(|host_names| host_names != super::HostNames::Refused)
+        all.any(|host_names| host_names != HostNames::Refused)
     }
 }

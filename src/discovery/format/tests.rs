@@ -687,3 +687,48 @@ fn several_registries_do_not_mix() {
         assert!(error.to_string().contains(field), "{error}");
     }
 }
+
+#[test]
+fn an_id_cannot_be_that_of_a_node_elsewhere() {
+    let places = Places {
+        main: Registry::default(),
+        further: vec![
+            Registry::new(Format::Kratos),
+            Registry::new(Format::GoZero).host_names(HostNames::All),
+        ],
+    };
+    let admission = Admission {
+        decoders: places.decoders("billing"),
+        ..Admission::default()
+    };
+    let keys = places.keys("", "billing").unwrap();
+    for (key, value, is_refused) in [
+        (
+            "registry/billing/kratos:1",
+            r#"{"id":"kratos:1","ip":"10.0.0.1"}"#,
+            true,
+        ),
+        (
+            "registry/billing/kratos",
+            r#"{"id":"kratos","ip":"10.0.0.1"}"#,
+            false,
+        ),
+        (
+            "registry/billing/a@b",
+            r#"{"id":"a@b","ip":"10.0.0.1"}"#,
+            false,
+        ),
+        ("billing/a@10.0.0.1", "10.0.0.1:1", true),
+        ("billing/a", "10.0.0.1:1", false),
+    ] {
+        let entry = Entry {
+            key: key.to_owned(),
+            value: value.as_bytes().to_vec(),
+            create_revision: 1,
+            mod_revision: 1,
+            lease: None,
+        };
+        let id = keys.node_id(key).unwrap();
+        assert_eq!(admission.admit(&id, &entry).is_err(), is_refused, "{key}");
+    }
+}

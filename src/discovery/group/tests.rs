@@ -704,6 +704,7 @@ proptest! {
 #[test]
 fn the_nodes_of_a_host_name_follow_its_addresses() {
     use crate::discovery::format::{Format, HostNames, Places, Registry};
+    use crate::discovery::names::{Names, Resolved};
     use std::net::IpAddr;
 
     let ip = |last: u8| IpAddr::from([10, 0, 0, last]);
@@ -737,9 +738,16 @@ fn the_nodes_of_a_host_name_follow_its_addresses() {
         nodes.sort();
         nodes
     };
+    let ok = |addresses: &[IpAddr]| {
+        Ok(Resolved {
+            addresses: addresses.to_vec(),
+            valid_until: soon,
+            failed: None,
+        })
+    };
     let known = |names: &Names, addresses: &[u8]| {
-        let addresses = addresses.iter().map(|last| ip(*last)).collect();
-        names.set("db.test", Ok((addresses, soon)), std::time::Instant::now());
+        let addresses: Vec<_> = addresses.iter().map(|last| ip(*last)).collect();
+        names.set("db.test", ok(&addresses), std::time::Instant::now());
     };
 
     let (mut group, names) = with(HostNames::All);
@@ -788,11 +796,7 @@ fn the_nodes_of_a_host_name_follow_its_addresses() {
     // A name that is not known yet: the former nodes stay until it is.
     group.apply(&[put(entry("g/1", "other.test:80", 5))], Instant::now());
     assert_eq!(shown(&group).len(), 3);
-    names.set(
-        "other.test",
-        Ok((vec![ip(5)], soon)),
-        std::time::Instant::now(),
-    );
+    names.set("other.test", ok(&[ip(5)]), std::time::Instant::now());
     group.readdress(&names);
     assert_eq!(shown(&group), ["1@10.0.0.5 10.0.0.5:80", "2 10.0.0.6:80"]);
     group.apply(&[put(entry("g/1", "10.0.0.4:80", 6))], Instant::now());
@@ -803,6 +807,63 @@ fn the_nodes_of_a_host_name_follow_its_addresses() {
     assert_eq!(shown(&group), ["2 10.0.0.6:80"]);
     group.readdress(&names);
     assert_eq!(shown(&group), ["2 10.0.0.6:80"]);
+
+    // A name that leads to what is not allowed for a while, and an entry that is broken for a while.
+    group.apply(&[put(entry("g/1", "db.test:80", 9))], Instant::now());
+    known(&names, &[1, 2]);
+    group.readdress(&names);
+    assert_eq!(shown(&group).len(), 3);
+    known(&names, &[99]);
+    group.readdress(&names);
+    assert_eq!(shown(&group), ["2 10.0.0.6:80"]);
+    known(&names, &[1, 2]);
+    group.readdress(&names);
+    assert_eq!(shown(&group).len(), 3);
+    group.apply(&[put(entry("g/1", "a b", 10))], Instant::now());
+    assert_eq!(shown(&group), ["2 10.0.0.6:80"], "no address at all");
+    group.apply(&[put(entry("g/1", "db.test:80", 11))], Instant::now());
+    group.apply(
+        &[put(Entry {
+            value: vec![0xff],
+            ..entry("g/1", "", 12)
+        })],
+        Instant::now(),
+    );
+    assert_eq!(
+        shown(&group).len(),
+        3,
+        "an entry that cannot be read changes nothing"
+    );
+    let broken = Entry {
+        value: vec![0xff],
+        ..entry("g/1", "", 12)
+    };
+    reset(&mut group, &[broken, listing[1].clone()], &[], 12);
+    assert_eq!(shown(&group).len(), 3);
+    group.apply(&[delete("g/1".to_owned(), 13)], Instant::now());
+    assert_eq!(shown(&group), ["2 10.0.0.6:80"]);
+
+    // After a start from a file, nodes stay until their names are known.
+    let stored: Vec<Node> = [1, 2]
+        .map(|last| {
+            Node::new(format!("1@10.0.0.{last}"), ip(last))
+                .with_port(80)
+                .with_metadata(serde_json::json!({ "host_name": "db.test" }))
+        })
+        .into();
+    let (mut group, names) = with(HostNames::All);
+    group.restore(stored, 5);
+    reset(&mut group, &[entry("g/1", "db.test:80", 6)], &[], 6);
+    assert_eq!(
+        shown(&group),
+        ["1@10.0.0.1 10.0.0.1:80", "1@10.0.0.2 10.0.0.2:80"]
+    );
+    known(&names, &[2, 3]);
+    group.readdress(&names);
+    assert_eq!(
+        shown(&group),
+        ["1@10.0.0.2 10.0.0.2:80", "1@10.0.0.3 10.0.0.3:80"]
+    );
 
     let (mut group, names) = with(HostNames::First);
     group.apply(&[put(entry("g/1", "db.test:80", 2))], Instant::now());
@@ -819,4 +880,42 @@ fn the_nodes_of_a_host_name_follow_its_addresses() {
     group.apply(&[put(entry("g/1", "db.test:80", 2))], Instant::now());
     assert!(shown(&group).is_empty());
     assert_eq!(group.rejected_entries().not_allowed, 1);
+}
+
+/// One entry with many addresses is one loss.
+#[test]
+fn the_end_of_a_host_name_is_no_mass_loss() {
+    use crate::discovery::format::{Format, HostNames, Places, Registry};
+    use crate::discovery::names::Resolved;
+
+    let places = Places {
+        main: Registry::new(Format::GoZero).host_names(HostNames::All),
+        further: Vec::new(),
+    };
+    let admission = Admission {
+        decoders: places.decoders("g"),
+        ..Admission::default()
+    };
+    let names = admission.names.clone();
+    let keys = places.keys("", "g").unwrap();
+    let mut group = Group::new(keys, admission, SelfPreservation::default());
+    let entry = Entry {
+        key: "g/1".to_owned(),
+        value: b"db.test:80".to_vec(),
+        create_revision: 1,
+        mod_revision: 1,
+        lease: None,
+    };
+    group.apply(&[put(entry)], Instant::now());
+    let now = std::time::Instant::now();
+    let resolved = Resolved {
+        addresses: (1..6).map(|last| [10, 0, 0, last].into()).collect(),
+        valid_until: now,
+        failed: None,
+    };
+    names.set("db.test", Ok(resolved), now);
+    group.readdress(&names);
+    assert_eq!(group.nodes().len(), 5);
+    group.apply(&[delete("g/1".to_owned(), 2)], Instant::now());
+    assert_eq!((group.nodes().len(), group.nodes().suspects()), (0, 0));
 }
