@@ -63,9 +63,7 @@ impl Group {
         self.rejections.continue_from(rejected);
         self.nodes = nodes.clone();
         self.nodes.clear_suspects();
-        if self.admission.resolves() {
-            self.named = named::named(&self.nodes);
-        }
+        self.find_named();
         self.leader = leader.map(Arc::unwrap_or_clone);
     }
 
@@ -202,9 +200,7 @@ impl Group {
             }
         }
         self.nodes.set_revision(revision);
-        if self.admission.resolves() {
-            self.named = named::named(&self.nodes);
-        }
+        self.find_named();
         changes
     }
 

@@ -115,7 +115,7 @@ impl MetricNames {
     ///
     /// # Errors
     ///
-    /// [`ClusterError::Config`] for an empty name or one that no report can contain, with `section` and the
+    /// [`ClusterError::InvalidConfig`] for an empty name or one that no report can contain, with `section` and the
     /// field.
     pub fn validate(&self, section: &str) -> Result<(), ClusterError> {
         let all = [

@@ -551,6 +551,12 @@ async fn host_names_are_followed() {
         counted.iter().all(|count| *count >= 3)
     })
     .await;
+    // Once both have asked again.
+    let asked = dns.asked.load(Ordering::Relaxed);
+    until("it is asked again", async || {
+        dns.asked.load(Ordering::Relaxed) > asked + 8
+    })
+    .await;
     assert_eq!(
         counted(&first).await,
         [10, 0, 0],

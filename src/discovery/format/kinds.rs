@@ -84,6 +84,7 @@ pub enum Scheme {
 
 impl Scheme {
     /// Whether backends are spoken to over TLS.
+    #[cfg(feature = "config")]
     pub(crate) fn is_tls(self) -> bool {
         matches!(self, Self::Https | Self::Grpcs)
     }

@@ -1,7 +1,7 @@
 //! Entries with host names in a group: their nodes change with what the names lead to.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
 use tokio::time::Instant;
 
@@ -12,7 +12,7 @@ use crate::discovery::staged::{NamedEntry, is_unchanged};
 use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::store::Entry;
-use crate::view::{Change, Nodes};
+use crate::view::Change;
 
 impl Group {
     /// Takes in an entry that may have a host name: a node for each of its addresses.
@@ -121,24 +121,25 @@ impl Group {
         self.settle(&mut changes);
         changes
     }
-}
 
-/// The entries whose nodes have host names, as far as the nodes say it.
-pub(super) fn named(nodes: &Nodes) -> BTreeMap<String, NamedEntry> {
-    let mut named: BTreeMap<String, NamedEntry> = BTreeMap::new();
-    for node in nodes.iter() {
-        if node.metadata.get(metadata_keys::HOST_NAME).is_none() {
-            continue;
+    /// Remembers the entries of nodes that were not read from the store, as far as the nodes say it.
+    pub(super) fn find_named(&mut self) {
+        if !self.admission.resolves() {
+            return;
         }
-        let id = node.id.strip_suffix(&format!("@{}", node.ip));
-        let of_entry = named
-            .entry(id.unwrap_or(&node.id).to_owned())
-            .or_insert_with(|| NamedEntry {
+        self.named.clear();
+        for node in self.nodes.iter() {
+            if node.metadata.get(metadata_keys::HOST_NAME).is_none() {
+                continue;
+            }
+            let id = node.id.strip_suffix(&format!("@{}", node.ip));
+            let id = id.unwrap_or(&node.id).to_owned();
+            let of_entry = self.named.entry(id).or_insert_with(|| NamedEntry {
                 entry: None,
                 names: Vec::new(),
                 ids: Vec::new(),
             });
-        of_entry.ids.push(node.id.clone());
+            of_entry.ids.push(node.id.clone());
+        }
     }
-    named
 }
