@@ -106,10 +106,11 @@ impl Staged {
 
     /// The same for an entry that may have a host name.
     fn add_named(&mut self, current: &Current<'_>, id: &str, entry: &Entry) {
-        let Admitted { mut nodes, names } = current.admission.admit_all(id, entry);
-        if self.named.len() >= current.admission.limits.nodes {
-            nodes = Err(current.admission.too_many());
+        let mut admitted = current.admission.admit_all(id, entry);
+        if !admitted.names.is_empty() && self.named.len() >= current.admission.limits.nodes {
+            admitted = Err(current.admission.too_many()).into();
         }
+        let Admitted { nodes, names } = admitted;
         let ids = match nodes {
             Ok(nodes) => {
                 let mut ids = Vec::new();

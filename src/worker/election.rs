@@ -383,8 +383,11 @@ impl Election<'_> {
             let mut matters = false;
             for event in &events {
                 let key = event.key();
-                if leads.is_some() && state.keys.is_candidacy(key) && key != participant.candidacy {
-                    if matches!(event, WatchEvent::Delete { .. }) {
+                let is_of_others =
+                    key.starts_with(state.keys.election_prefix()) && key != participant.candidacy;
+                if leads.is_some() && is_of_others {
+                    let is_deleted = matches!(event, WatchEvent::Delete { .. });
+                    if is_deleted && state.keys.is_candidacy(key) {
                         announce_at.get_or_insert_with(|| Instant::now() + ANNOUNCE_AFTER);
                     }
                 } else if follows && state.keys.is_handover(event.key()) {

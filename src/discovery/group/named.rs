@@ -18,11 +18,12 @@ impl Group {
     /// Takes in an entry that may have a host name: a node for each of its addresses.
     pub(super) fn put_named(&mut self, id: &str, entry: &Entry, changes: &mut Vec<Change>) {
         let before = self.ids_of(id);
-        let Admitted { mut nodes, names } = self.admission.admit_all(id, entry);
-        let is_new = !self.named.contains_key(id);
-        if is_new && self.named.len() >= self.admission.limits.nodes {
-            nodes = Err(self.admission.too_many());
+        let mut admitted = self.admission.admit_all(id, entry);
+        let has_room = self.named.len() < self.admission.limits.nodes;
+        if !admitted.names.is_empty() && !has_room && !self.named.contains_key(id) {
+            admitted = Err(self.admission.too_many()).into();
         }
+        let Admitted { nodes, names } = admitted;
         let ids = match nodes {
             Ok(nodes) => self.put_each(nodes, entry, changes),
             Err(refusal) => self.refuse_each(id, &before, entry, &refusal, changes),
