@@ -732,3 +732,31 @@ fn an_id_cannot_be_that_of_a_node_elsewhere() {
         assert_eq!(admission.admit(&id, &entry).is_err(), is_refused, "{key}");
     }
 }
+
+/// What holds for nodes of this crate holds for others too.
+#[test]
+fn filter_networks_and_ports_hold_for_every_format() {
+    use crate::discovery::NodeFilter;
+
+    let kratos = |version: &str, port: u16| Entry {
+        key: "/microservices/billing/1".to_owned(),
+        value: json!({ "version": version, "endpoints": [format!("http://10.0.0.1:{port}")] })
+            .to_string()
+            .into_bytes(),
+        create_revision: 1,
+        mod_revision: 1,
+        lease: None,
+    };
+    let admission = Admission {
+        decoders: places(&Registry::new(Format::Kratos)).decoders("billing"),
+        filter: NodeFilter::new().tag("v2"),
+        ports: crate::discovery::admission::parse_ports(&["8000".to_owned()]).unwrap(),
+        networks: vec!["10.0.0.0/8".parse().unwrap()],
+        ..Admission::default()
+    };
+    let admitted = |version, port| admission.admit("1", &kratos(version, port));
+    admitted("v2", 8_000).unwrap();
+    assert_eq!(admitted("v1", 8_000).unwrap_err(), Refusal::Unwanted);
+    let refusal = admitted("v2", 8_001).unwrap_err();
+    assert!(matches!(refusal, Refusal::NotAllowed(_)), "{refusal:?}");
+}
