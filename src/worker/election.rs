@@ -232,7 +232,6 @@ impl Election<'_> {
             Action::Lead { epoch } => {
                 if participant.tenure.is_valid() && quiet_for.is_zero() {
                     state.begin_term(*epoch, participant.tenure);
-                    return Ok(self.announce_once(*epoch).await);
                 }
                 return Ok(Progress::Waited);
             }
@@ -241,19 +240,16 @@ impl Election<'_> {
         Ok(Progress::Wrote)
     }
 
-    /// Announces a term that has begun, the first time that it is read. A failure costs the term
-    /// nothing, so it is not tried again.
-    async fn announce_once(&self, epoch: Revision) -> Progress {
-        let participant = self.participant;
-        let before = std::mem::replace(&mut participant.state.record().announced, epoch);
-        if before == epoch {
-            return Progress::Waited;
-        }
-        self.announce(epoch).await;
-        Progress::Wrote
+    /// Whether the beginning of this term is still to be announced.
+    fn is_unannounced(&self, epoch: Revision) -> bool {
+        let state = self.participant.state;
+        let leads = state.term().is_some_and(|term| term.epoch == epoch);
+        leads && state.record().announced != epoch
     }
 
+    /// Announces a term. A failure costs it nothing, so that it is not tried again.
     async fn announce(&self, epoch: Revision) {
+        self.participant.state.record().announced = epoch;
         if let Err(error) = self.participant.announce_term(epoch).await {
             debug!(%error, "the term was not announced");
         }
@@ -364,7 +360,8 @@ impl Election<'_> {
             Action::Lead { epoch } => Some(*epoch),
             _ => None,
         };
-        let mut announce_at = None;
+        let is_new = leads.is_some_and(|epoch| self.is_unannounced(epoch));
+        let mut announce_at = is_new.then(Instant::now);
         loop {
             let announce = async {
                 match announce_at {
@@ -393,7 +390,9 @@ impl Election<'_> {
                 } else if follows && state.keys.is_handover(event.key()) {
                     reading.apply_request(event);
                 } else {
-                    matters |= !self.is_plain_update(event, holder);
+                    let is_announced =
+                        leads.is_some_and(|epoch| self.is_announcement(event, epoch));
+                    matters |= !is_announced && !self.is_plain_update(event, holder);
                 }
             }
             // A request concerns those between its target and the leader, and not all who wait.
@@ -406,6 +405,16 @@ impl Election<'_> {
                 return Ok(());
             }
         }
+    }
+
+    /// Whether the event is what [`announce`](Self::announce) writes.
+    fn is_announcement(&self, event: &WatchEvent, epoch: Revision) -> bool {
+        let participant = self.participant;
+        matches!(event, WatchEvent::Put(entry)
+            if entry.key == participant.candidacy
+                && entry.create_revision == epoch
+                && entry.lease == Some(participant.lease_id())
+                && entry.value == participant.state.id().as_bytes())
     }
 
     /// Whether the event is an update of the registration by its holder.

@@ -18,7 +18,7 @@ pub(super) struct RunRecord {
     /// The create revision of a candidacy that was given up, 0 for none. It never leads again,
     /// whatever became of the request to delete it.
     pub(super) abandoned: Revision,
-    /// The epoch whose beginning was announced last, 0 for none.
+    /// The epoch that was announced last, 0 for none.
     pub(super) announced: Revision,
     /// It has written a request under `handover/`, and may have left one behind.
     pub(super) has_requested: bool,

@@ -133,6 +133,22 @@ async fn a_link_that_becomes_slow_does_not_cost_the_lease() {
     let discovery = watch_group(&link.options(), &group);
     within("the discovery is ready", discovery.wait_ready()).await;
     let epoch = node.node.leadership().unwrap().epoch;
+    // What the node writes at the start of its term has been answered: a request in flight just now would be lost with
+    // its connection.
+    let mut client = etcd.raw_client().await;
+    let election = format!("election/{group}/");
+    within("the term is announced", async {
+        loop {
+            let prefix = etcd_client::GetOptions::new().with_prefix();
+            let found = client.get(&*election, Some(prefix)).await.unwrap();
+            if found.kvs().first().is_some_and(|entry| entry.version() > 1) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
     link.set_delay(Duration::from_secs(2));
     keeps_its_lease(&node.node, epoch, Duration::from_secs(30)).await;
     put(&etcd, &group, "n").await;

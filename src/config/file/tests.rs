@@ -415,14 +415,20 @@ fn a_group_in_another_registry_has_a_prefix_of_its_own_and_no_leader() {
     let config = ClusterConfig::from_yaml(&text, "file.yaml").unwrap();
     let orders = config.of_group("orders").unwrap();
     assert_eq!(orders.registry.format, config.registry.format);
-    assert_eq!(orders.registry.prefix, None, "two groups are never the same nodes");
+    assert_eq!(
+        orders.registry.prefix, None,
+        "two groups are never the same nodes"
+    );
     assert!(orders.further_registries.is_empty());
     for (to, is_refused) in [("orders", true), ("native", false)] {
         let routed = format!("{text}  routes: [{{ to: {to}, leader: true }}]\n");
         let result = ClusterConfig::from_yaml(&routed, "file.yaml");
         assert_eq!(result.is_err(), is_refused, "{to}");
         if let Err(error) = result {
-            assert!(error.to_string().contains("cluster.routes[0].leader"), "{error}");
+            assert!(
+                error.to_string().contains("cluster.routes[0].leader"),
+                "{error}"
+            );
         }
     }
 }
