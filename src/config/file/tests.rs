@@ -421,7 +421,7 @@ fn a_group_in_another_registry_has_a_prefix_of_its_own_and_no_leader() {
     );
     assert!(orders.further_registries.is_empty());
     for (to, is_refused) in [("orders", true), ("native", false)] {
-        let routed = format!("{text}  routes: [{{ to: {to}, leader: true }}]\n");
+        let routed = format!("{text}  routes: [{{ group: {to}, leader: true }}]\n");
         let result = ClusterConfig::from_yaml(&routed, "file.yaml");
         assert_eq!(result.is_err(), is_refused, "{to}");
         if let Err(error) = result {
