@@ -189,7 +189,7 @@ async fn load_reports_move_weights_and_do_not_reach_the_client() {
         let silent = |builder: pingora_etcd::ClusterNodeBuilder| builder.metrics_update_interval(0);
         backends.push(Backend::register(&etcd.options(), &group, id, port, silent));
     }
-    let reads = proxy(&etcd.options(), &group, false, "  load_reports: true\n").await;
+    let reads = proxy(&etcd.options(), &group, false, "").await;
     reads.until_it_has(2).await;
     let response = client().get(&reads.url).send().await.unwrap();
     assert!(!response.headers().contains_key(LOAD_REPORT_HEADER));
@@ -201,7 +201,7 @@ async fn load_reports_move_weights_and_do_not_reach_the_client() {
     }
 
     // Without `load_reports` the header belongs to the client and is forwarded.
-    let ignores = proxy(&etcd.options(), &group, false, "").await;
+    let ignores = proxy(&etcd.options(), &group, false, "  load_reports: false\n").await;
     ignores.until_it_has(2).await;
     let response = client().get(&ignores.url).send().await.unwrap();
     assert!(response.headers().contains_key(LOAD_REPORT_HEADER));
