@@ -79,6 +79,7 @@ impl<'d> Follower<'d> {
     pub(super) async fn follow(&mut self) {
         let settings = self.settings;
         tokio::select! {
+            biased;
             () = settings.resolve_names() => {}
             () = self.follow_store() => {}
         }

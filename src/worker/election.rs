@@ -370,6 +370,7 @@ impl Election<'_> {
                 }
             };
             let events = tokio::select! {
+                biased;
                 events = watcher.next() => events?,
                 () = announce => {
                     announce_at = None;
