@@ -324,10 +324,13 @@ mod tests {
     #[test]
     fn groups_do_not_mix() {
         let keys = GroupKeys::new("", "app");
-        assert_eq!(keys.node_id("registry/app/n1").as_deref(), Some("n1"));
-        assert_eq!(keys.node_id("registry/app-2/n1"), None);
-        assert_eq!(keys.node_id("registry/app/blue/n1"), None);
-        assert_eq!(keys.node_id("registry/app/"), None);
+        #[cfg(feature = "discovery")]
+        {
+            assert_eq!(keys.node_id("registry/app/n1").as_deref(), Some("n1"));
+            assert_eq!(keys.node_id("registry/app-2/n1"), None);
+            assert_eq!(keys.node_id("registry/app/blue/n1"), None);
+            assert_eq!(keys.node_id("registry/app/"), None);
+        }
         assert!(!keys.is_candidacy("election/app-2/1"));
         assert!(!keys.is_candidacy("election/app/blue/1"));
         assert!(!keys.is_handover("handover/app/blue/1"));
