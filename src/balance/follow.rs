@@ -56,28 +56,25 @@ impl Balancer {
         let mut due = TokioInstant::now();
         let mut is_published = true;
         loop {
+            let is_due = !is_published && due <= TokioInstant::now();
             tokio::select! {
                 biased;
                 // A source that has one change after the other does not keep those that are due waiting.
-                () = std::future::ready(()), if !is_published && due <= TokioInstant::now() => {
-                    let start = Instant::now();
-                    self.publish(start);
-                    is_published = true;
-                    due = TokioInstant::now() + pause_after(start.elapsed());
-                }
+                () = std::future::ready(()), if is_due => {}
+                // All changes that are there already are published together.
                 change = source.next() => {
                     self.apply(&change, Instant::now());
                     is_published = false;
                     // Nor does it keep the thread for itself.
                     tokio::task::consume_budget().await;
+                    continue;
                 }
-                () = sleep_until(due), if !is_published => {
-                    let start = Instant::now();
-                    self.publish(start);
-                    is_published = true;
-                    due = TokioInstant::now() + pause_after(start.elapsed());
-                }
+                () = sleep_until(due), if !is_published => {}
             }
+            let start = Instant::now();
+            self.publish(start);
+            is_published = true;
+            due = TokioInstant::now() + pause_after(start.elapsed());
         }
     }
 }

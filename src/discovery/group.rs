@@ -381,8 +381,7 @@ impl Group {
     /// unless the key belongs to another registration by now.
     fn remove_unless(&mut self, id: &str, incarnation: i64, changes: &mut Vec<Change>) {
         let other = self.nodes.get(id).map(|old| old.incarnation());
-        // 0 is that of a node in a snapshot file.
-        if other.is_some_and(|other| other != 0 && other != incarnation) {
+        if other.is_some_and(|other| other != incarnation) {
             self.remove(id, changes);
         }
     }

@@ -74,7 +74,7 @@ pub(super) struct Current<'g> {
 
 impl Current<'_> {
     /// The nodes of the entry with this id.
-    fn ids_of(&self, id: &str) -> Vec<String> {
+    pub(super) fn ids_of(&self, id: &str) -> Vec<String> {
         match self.named.get(id) {
             Some(named) => named.ids.clone(),
             None => self

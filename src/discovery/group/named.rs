@@ -17,7 +17,7 @@ use crate::view::Change;
 impl Group {
     /// Takes in an entry that may have a host name: a node for each of its addresses.
     pub(super) fn put_named(&mut self, id: &str, entry: &Entry, changes: &mut Vec<Change>) {
-        let before = self.ids_of(id);
+        let before = self.current().ids_of(id);
         let mut admitted = self.admission.admit_all(id, entry);
         let has_room = self.named.len() < self.admission.limits.nodes;
         if !admitted.names.is_empty() && !has_room && !self.named.contains_key(id) {
@@ -76,20 +76,9 @@ impl Group {
         stay.cloned().collect()
     }
 
-    /// The nodes of the entry with this id.
-    fn ids_of(&self, id: &str) -> Vec<String> {
-        match self.named.get(id) {
-            Some(named) => named.ids.clone(),
-            None => {
-                let node = self.nodes.get(id);
-                node.map(|node| node.id.clone()).into_iter().collect()
-            }
-        }
-    }
-
     /// The entry with this id is deleted: that is one loss, however many nodes it had.
     pub(super) fn vanish_named(&mut self, id: &str, changes: &mut Vec<Change>, now: Instant) {
-        let ids = self.ids_of(id);
+        let ids = self.current().ids_of(id);
         self.named.remove(id);
         let Some(first) = ids.first() else { return };
         for of_node in &ids {

@@ -849,6 +849,7 @@ fn the_nodes_of_a_host_name_follow_its_addresses() {
             Node::new(format!("1@10.0.0.{last}"), ip(last))
                 .with_port(80)
                 .with_metadata(serde_json::json!({ "host_name": "db.test" }))
+                .with_incarnation(9)
         })
         .into();
     let (mut group, names) = with(HostNames::All);
