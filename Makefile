@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help deps demo memory install check test promises interop test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-proxy bench-scale bench-fleets bench-routing bench-build clean
+.PHONY: help deps demo memory install check test promises interop test-docker simulate mutants limits deny fuzz real-load chaos outage lint bench bench-proxy bench-scale bench-fleets bench-rivals bench-routing bench-build figures clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -141,6 +141,20 @@ bench-scale: deps ## measure what 100 to 100,000 nodes cost: memory, loading, ea
 
 bench-fleets: deps ## estimate what fleets of balancers cost etcd, with a simulation and a real etcd
 	ETCD_BIN=$$(.ci/install-etcd) cargo bench --all-features --bench scale -- --fleets
+
+bench-rivals: deps ## under load beside nginx, HAProxy and Envoy, where they are installed: REPEATS=n
+	cargo build --profile bench --all-features --examples
+	if envoy=$$(.ci/install-envoy); then export ENVOY=$$envoy; fi; \
+	ETCD_BIN=$$(.ci/install-etcd) cargo test --profile bench --all-features --test real_load -- --rivals --repeats $(REPEATS)
+REPEATS ?= 5
+
+# An hour and a half: every comparison, one after the other, on a machine that does nothing else.
+figures: deps ## run every comparison and put what it prints into the guide: FIGURES="routing pick" some
+	@.ci/install-clients
+	cargo build --profile bench --all-features --examples
+	if envoy=$$(.ci/install-envoy); then export ENVOY=$$envoy; fi; \
+	ETCD_BIN=$$(.ci/install-etcd) .ci/figures $(FIGURES)
+FIGURES ?=
 
 bench-routing: SEEDS = 3
 bench-routing: deps ## simulate routing: SEEDS=n seeds starting at FIRST=s; a short run is part of test

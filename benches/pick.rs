@@ -19,6 +19,7 @@ use pingora::lb::selection::{BackendIter, BackendSelection, Consistent, Random, 
 use pingora::lb::{Backend, Backends, LoadBalancer, discovery};
 use pingora::services::background::BackgroundService;
 use pingora_etcd::balance::{Balancer, BalancerBuilder, PickOptions, Policy, TICK};
+use pingora_etcd::metrics::LoadReport;
 use pingora_etcd::pingora::{ClusterBackends, MetricsWeighted};
 use pingora_etcd::store::{MemoryStore, Store, Txn};
 use pingora_etcd::{Change, EtcdOptions, Node, ServiceDiscovery};
@@ -120,6 +121,29 @@ fn pick_adaptive_gated(bencher: Bencher, count: usize) {
     bencher.bench(|| {
         for _ in 0..BATCH {
             drop(black_box(balancer.pick()));
+        }
+    });
+}
+
+/// Where backends report their requests in flight, and those that have just done so are considered, too.
+#[divan::bench(args = SIZES, threads = THREADS)]
+fn pick_adaptive_told(bencher: Bencher, count: usize) {
+    let balancer = balancer(count, Balancer::builder());
+    let now = Instant::now();
+    let mut report = LoadReport::new();
+    for (index, backend) in balancer.backends().iter().enumerate() {
+        let upstream = balancer.upstream_at(backend.addr).unwrap();
+        report.in_flight = Some((index % 5) as f64);
+        upstream.report(&report, now);
+    }
+    balancer.tick(now);
+    let options = PickOptions {
+        now: Some(now),
+        ..PickOptions::default()
+    };
+    bencher.bench(|| {
+        for _ in 0..BATCH {
+            drop(black_box(balancer.pick_with(options)));
         }
     });
 }

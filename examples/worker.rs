@@ -26,6 +26,9 @@
 //! With `--slots 4 --service-ms 20` it processes four requests at a time, for 20 ms each on
 //! average, and reports how much of that capacity is in use; `PUT /slots?count=2` reduces it to two
 //! slots, as if a neighbour had taken the others.
+//!
+//! Over HTTP/2 without TLS it also answers calls of gRPC, of any method, each with a stream that holds a slot:
+//! nine of ten are short, a third of `--service-ms`, the others last seven times as long.
 
 #[path = "../src/bin/pingora-etcd/log.rs"]
 mod log;

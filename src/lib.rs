@@ -100,6 +100,8 @@ mod operator;
 mod pem;
 #[cfg(feature = "pingora")]
 pub mod pingora;
+#[cfg(feature = "discovery")]
+mod private_file;
 #[cfg(feature = "pingora")]
 pub mod proxy;
 mod signal;

@@ -26,8 +26,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// The command `pingora-etcd` does the same.
 ///
 /// Drains and weights are kept in etcd beside the registration, under its lease: they hold for this process, and end
-/// with it. A balancer that has seen them keeps to them even when the lease is lost and the process goes on. The balancers of this crate follow them (`BalancerService` and the
-/// bundled load balancer); a view of a group (`ServiceDiscovery`) still shows what the
+/// with it. A balancer that has seen them keeps to them even when the lease is lost and the process goes on. The balancers of this crate follow them (`BalancerService`,
+/// `LiveLoadBalancer`, `ClusterBackends` and the bundled load balancer); a view of a group (`ServiceDiscovery`) still shows what the
 /// node says of itself.
 ///
 /// ```

@@ -9,8 +9,12 @@ pub struct Figures {
     pub p99: f64,
     /// Share of requests that failed.
     pub errors: f64,
-    /// Share of requests that went to the first server, since the trouble began if there is any.
-    pub first: f64,
+    /// Share of requests that went to each server that fails, while any does.
+    pub faulty: f64,
+    /// Share of requests that went to servers that are going to fail.
+    pub before: f64,
+    /// Share of requests that went to servers that had failed, from 10 s after they worked again.
+    pub returned: f64,
     /// p99 of the last server in its first 30 s.
     pub joined_p99: f64,
     /// How much the servers' utilisation varies over time: mean over servers of standard deviation

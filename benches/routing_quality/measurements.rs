@@ -2,16 +2,36 @@
 
 use crate::figures::{Figures, quantile};
 
+/// How many of some requests went to certain servers.
+#[derive(Default)]
+pub struct Part {
+    all: u64,
+    there: u64,
+}
+
+impl Part {
+    pub fn add(&mut self, is_there: bool) {
+        self.all += 1;
+        self.there += u64::from(is_there);
+    }
+
+    fn get(&self) -> f64 {
+        self.there as f64 / self.all.max(1) as f64
+    }
+}
+
 /// What is measured during a run.
 pub struct Measurements {
     pub latencies: Vec<f32>,
     /// Latencies of the last server in its first 30 s.
     pub joined: Vec<f32>,
     pub requests: u64,
-    /// Requests since the trouble began, if there is any.
-    pub since_trouble: u64,
-    /// Those of each server.
-    pub counts: Vec<u64>,
+    /// How many servers fail at a time.
+    pub faulty: u64,
+    /// While some server fails, before that, and after they have worked again for some time.
+    pub while_faulty: Part,
+    pub before_faults: Part,
+    pub after_faults: Part,
     /// Requests that stayed in their zone.
     pub near: u64,
     pub failed: u64,
@@ -27,8 +47,10 @@ impl Measurements {
             latencies: Vec::new(),
             joined: Vec::new(),
             requests: 0,
-            since_trouble: 0,
-            counts: vec![0; servers],
+            faulty: 1,
+            while_faulty: Part::default(),
+            before_faults: Part::default(),
+            after_faults: Part::default(),
             near: 0,
             failed: 0,
             windows: vec![Vec::new(); servers],
@@ -60,7 +82,9 @@ impl Measurements {
             p99: quantile(&mut self.latencies, 0.99),
             joined_p99: quantile(&mut self.joined, 0.99),
             errors: share(self.failed),
-            first: self.counts[0] as f64 / self.since_trouble.max(1) as f64,
+            faulty: self.while_faulty.get() / self.faulty.max(1) as f64,
+            before: self.before_faults.get(),
+            returned: self.after_faults.get(),
             near: share(self.near),
         }
     }

@@ -29,6 +29,7 @@ pub fn table(runs: &Runs) -> String {
 
 fn short(ratio: f64) -> String {
     match ratio {
+        _ if ratio.is_nan() => "-".to_owned(),
         _ if ratio < 9.995 => format!("{ratio:.2}"),
         _ => format!("{ratio:.0}"),
     }
@@ -59,13 +60,14 @@ fn as_json(runs: &Runs, checks: &[Check]) -> serde_json::Value {
                 "p99_ms": of(|figures| figures.p99) * 1e3,
                 "p99_by_oracle": runs.relative_p99(row, *kind),
                 "errors": of(|figures| figures.errors),
-                "share_of_first_server": of(|figures| figures.first),
+                "share_of_failing_servers": of(|figures| figures.faulty),
                 "share_in_own_zone": of(|figures| figures.near),
                 "variation_of_utilisation": of(|figures| figures.variation),
             })
         };
         serde_json::json!({
             "scenario": described.scenario.name,
+            "seeds": runs.seeds_of(row),
             "details": format!("{:?}", described.scenario),
             "routers": runs.kinds.iter().map(router).collect::<Vec<_>>(),
         })

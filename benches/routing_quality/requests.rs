@@ -10,6 +10,8 @@ pub struct Request {
     pub serial: u32,
     pub server: u32,
     pub proxy: u32,
+    /// How many requests its server had in flight, including this one.
+    pub in_flight: u32,
     pub ticket: Option<Ticket>,
 }
 

@@ -13,6 +13,8 @@ use crate::view::View;
 pub enum Outcome {
     Succeeded(Duration),
     Failed,
+    /// There was no connection.
+    Refused,
 }
 
 /// A request under way, as its router sees it.
@@ -34,6 +36,16 @@ impl Ticket {
 pub trait Router {
     fn pick(&mut self, servers: &[Server], rng: &mut fastrand::Rng, now: Instant)
     -> Option<Ticket>;
+    /// For a request that these servers have refused; only some routers care.
+    fn pick_again(
+        &mut self,
+        _tried: &[usize],
+        servers: &[Server],
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Option<Ticket> {
+        self.pick(servers, rng, now)
+    }
     fn done(&mut self, ticket: Ticket, outcome: Outcome, report: Option<&LoadReport>, now: Instant);
     fn metrics(&mut self, view: &View, now: Instant);
     fn tick(&mut self, now: Instant);

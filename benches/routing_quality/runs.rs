@@ -15,7 +15,7 @@ pub struct Runs {
 }
 
 impl Runs {
-    /// The median over seeds of a measure of one router, compared with the oracle.
+    /// The median over seeds of a measure of one router, compared with the oracle; not a number if it has not run.
     pub fn median(
         &self,
         row: usize,
@@ -25,12 +25,18 @@ impl Runs {
         let index = self.kinds.iter().position(|other| *other == kind);
         let Some(index) = index else { return f64::NAN };
         let of_seed = |seed: &u64| {
-            let oracle = &self.figures[&(row, 0, *seed)];
-            measure(&self.figures[&(row, index, *seed)], oracle)
+            let oracle = self.figures.get(&(row, 0, *seed))?;
+            Some(measure(self.figures.get(&(row, index, *seed))?, oracle))
         };
-        let mut values: Vec<f64> = self.seeds.iter().map(of_seed).collect();
+        let mut values: Vec<f64> = self.seeds.iter().filter_map(of_seed).collect();
         values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
+        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    }
+
+    /// The seeds that a scenario has run with.
+    pub fn seeds_of(&self, row: usize) -> Vec<u64> {
+        let has_run = |seed: &u64| self.figures.contains_key(&(row, 0, *seed));
+        self.seeds.iter().copied().filter(has_run).collect()
     }
 
     pub fn relative_p99(&self, row: usize, kind: RouterKind) -> f64 {

@@ -1,6 +1,6 @@
 //! What can be varied in a simulated world.
 
-use crate::server::Discipline;
+use crate::server::{Discipline, Fault};
 use crate::units::{MEAN_WORK, Seconds};
 
 /// How the work of requests is distributed.
@@ -49,8 +49,12 @@ pub enum Metrics {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Trouble {
     None,
-    /// The first server fails every request at once.
-    FailsFast,
+    /// The first server fails requests for 80 s.
+    Fails(Fault),
+    /// So does a third of the servers.
+    ThirdFails(Fault),
+    /// A third of the servers, one after the other, each for 20 s.
+    FailInTurn(Fault),
     /// The last server joins.
     Joins,
     /// The same with cold caches: a third as fast at first, and ten seconds to warm up.
@@ -68,6 +72,13 @@ impl Trouble {
         matches!(self, Self::Joins | Self::JoinsCold)
     }
 }
+
+/// How long servers fail.
+pub const FAILS_FOR: Seconds = 80.0;
+/// How long each of several servers fails, one after the other.
+pub const TURN: Seconds = 20.0;
+/// How long a server that works again has until it is to have its share.
+pub const RETURNS_WITHIN: Seconds = 10.0;
 
 /// When the trouble begins, after the start of the measurement.
 pub const TROUBLE_AFTER: Seconds = 20.0;
@@ -92,6 +103,8 @@ pub struct Scenario {
     pub neighbours: bool,
     /// Two zones, with this additional latency between them, there and back.
     pub zones: Option<Seconds>,
+    /// How many of the servers do not take connections at all; a request is tried three times.
+    pub dead: usize,
     pub warm: Seconds,
     pub measure: Seconds,
 }
@@ -111,6 +124,7 @@ impl Default for Scenario {
             trouble: Trouble::None,
             neighbours: true,
             zones: None,
+            dead: 0,
             warm: 60.0,
             measure: 120.0,
         }

@@ -18,6 +18,23 @@ pub enum Discipline {
     Fifo,
 }
 
+/// How many answers a server remembers, and of how many it tells the latency.
+const RECENT: usize = 64;
+const ALIKE: usize = 16;
+
+/// How a server fails requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It does not take connections.
+    Refuses,
+    /// Each at once.
+    Fast,
+    /// Each after the work is done.
+    Slow,
+    /// Each third one, after the work is done.
+    EachThird,
+}
+
 /// A request finishes when the work done for each request, `progress` since the server started, has
 /// reached what it needs. Progress runs at the rate that every request in service gets.
 pub struct Server {
@@ -25,8 +42,11 @@ pub struct Server {
     pub discipline: Discipline,
     /// The part taken by a neighbour, 0 to 1.
     pub stolen: f64,
-    /// It fails every request at once.
-    pub failing: bool,
+    pub fault: Option<Fault>,
+    /// The latencies of its last answers, with the requests that were in flight when they began.
+    recent: VecDeque<(u32, Seconds)>,
+    /// How many requests it has answered since it has a fault.
+    answers: u64,
     /// It does nothing at all.
     pub hanging: bool,
     /// Its speed relative to its final one: caches are cold after a start.
@@ -68,7 +88,9 @@ impl Server {
             cores,
             discipline,
             stolen: 0.0,
-            failing: false,
+            fault: None,
+            recent: VecDeque::new(),
+            answers: 0,
             hanging: false,
             warmth: 1.0,
             progress: 0.0,
@@ -78,6 +100,36 @@ impl Server {
             generation: 0,
             busy: 0.0,
             served: 0,
+        }
+    }
+
+    /// Takes notice of an answer.
+    pub fn record(&mut self, in_flight: u32, latency: Seconds) {
+        self.recent.push_back((in_flight, latency));
+        if self.recent.len() > RECENT {
+            self.recent.pop_front();
+        }
+    }
+
+    /// What it says to a probe that asks for its latency: the median of those of its last answers that
+    /// began with about as many requests in flight.
+    pub fn expected_latency(&self) -> Seconds {
+        let now = self.in_flight() as u32 + 1;
+        let mut recent: Vec<_> = self.recent.iter().copied().collect();
+        recent.sort_unstable_by_key(|(in_flight, _)| in_flight.abs_diff(now));
+        recent.truncate(ALIKE);
+        let middle = recent.len() / 2;
+        recent.sort_unstable_by(|(_, one), (_, two)| one.total_cmp(two));
+        recent.get(middle).map_or(0.0, |(_, latency)| *latency)
+    }
+
+    /// Whether it fails the request that it answers now.
+    pub fn fails(&mut self) -> bool {
+        self.answers += 1;
+        match self.fault {
+            None => false,
+            Some(Fault::EachThird) => self.answers.is_multiple_of(3),
+            Some(Fault::Refuses | Fault::Fast | Fault::Slow) => true,
         }
     }
 

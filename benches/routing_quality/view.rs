@@ -30,8 +30,8 @@ impl View {
     pub fn new(scenario: &Scenario) -> Self {
         let zones = scenario.zones.is_some();
         let node = |index: usize| {
-            let ip = std::net::Ipv4Addr::from_bits(0x0a00_0001 + index as u32);
-            let mut node = Node::new(format!("n{index:04}"), ip.into()).with_port(80);
+            let ip = address_of(index).ip();
+            let mut node = Node::new(format!("n{index:04}"), ip).with_port(80);
             if zones {
                 node = node.with_zone(format!("z{}", index % 2));
             }
@@ -110,6 +110,12 @@ impl View {
             .filter(|index| self.present[*index])
             .collect()
     }
+}
+
+/// The address of a server.
+pub fn address_of(server: usize) -> std::net::SocketAddr {
+    let ip = std::net::Ipv4Addr::from_bits(0x0a00_0001 + server as u32);
+    (ip, 80).into()
 }
 
 /// The server behind an address of [`View`].

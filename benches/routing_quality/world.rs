@@ -8,13 +8,15 @@ use crate::events::{Event, Events};
 use crate::figures::Figures;
 use crate::measurements::Measurements;
 use crate::requests::{Request, Requests};
-use crate::router::{Outcome, Router};
+use crate::router::{Outcome, Router, Ticket};
 use crate::routers::RouterKind;
-use crate::scenario::{Metrics, Scenario, TROUBLE_AFTER, Trouble};
-use crate::server::Server;
+use crate::scenario::{FAILS_FOR, Metrics, RETURNS_WITHIN, Scenario, TROUBLE_AFTER, TURN, Trouble};
+use crate::server::{Fault, Server};
 use crate::units::{MEAN_WORK, RequestId, Seconds};
 use crate::view::View;
 
+/// How often a request is tried.
+const TRIES: usize = 3;
 /// How long a proxy waits for a request.
 const TIMEOUT: Seconds = 5.0;
 /// The time from a report to its effect in a proxy.
@@ -42,7 +44,6 @@ pub struct World {
     busy: Vec<f64>,
     requests_reported: Vec<u64>,
     dirty: bool,
-    troubled: bool,
     measured: Measurements,
 }
 
@@ -70,8 +71,9 @@ impl World {
         } else {
             1.0
         };
-        let joining = scenario.trouble.joins();
-        let capacity: f64 = cores.iter().take(cores.len() - usize::from(joining)).sum();
+        let joining = usize::from(scenario.trouble.joins());
+        let serving = cores.len() - joining - scenario.dead;
+        let capacity: f64 = cores.iter().take(serving).sum();
         let rate = scenario.load * capacity * left / MEAN_WORK;
         let count = scenario.servers;
         Self {
@@ -90,7 +92,6 @@ impl World {
             busy: vec![0.0; count],
             requests_reported: vec![0; count],
             dirty: false,
-            troubled: scenario.trouble == Trouble::None,
             measured: Measurements::new(count),
             scenario,
         }
@@ -143,6 +144,10 @@ impl World {
         }
         if self.scenario.trouble != Trouble::None {
             self.at(self.scenario.warm + TROUBLE_AFTER, Event::Trouble);
+        }
+        let alive = self.servers.len() - self.scenario.dead;
+        for server in &mut self.servers[alive..] {
+            server.fault = Some(Fault::Refuses);
         }
         if self.scenario.trouble.joins() {
             let last = self.servers.len() - 1;
@@ -198,10 +203,7 @@ impl World {
             }
             Event::Neighbour { server } => self.move_neighbour(server as usize),
             Event::Window => self.window(),
-            Event::Trouble => {
-                self.troubled = true;
-                self.trouble(true);
-            }
+            Event::Trouble => self.trouble(true),
             Event::TroubleEnds => self.trouble(false),
             Event::Warm => self.warm_up(),
         }
@@ -249,11 +251,41 @@ impl World {
         }
     }
 
+    /// A third of the servers.
+    fn third(&self) -> usize {
+        self.servers.len() / 3
+    }
+
+    /// The servers that are to have a fault now, `since` after the trouble began.
+    fn faulty(&self, since: Seconds) -> std::ops::Range<usize> {
+        match self.scenario.trouble {
+            Trouble::Fails(_) if since < FAILS_FOR => 0..1,
+            Trouble::ThirdFails(_) if since < FAILS_FOR => 0..self.third(),
+            Trouble::FailInTurn(_) if since < TURN * self.third() as f64 => {
+                let turn = (since / TURN) as usize;
+                turn..turn + 1
+            }
+            _ => 0..0,
+        }
+    }
+
+    fn set_faults(&mut self, fault: Fault) -> Option<Seconds> {
+        let since = self.now - self.scenario.warm - TROUBLE_AFTER;
+        // The clock may be a little before the end of a turn.
+        let faulty = self.faulty(since + 1e-6);
+        for (index, server) in self.servers.iter_mut().enumerate() {
+            server.fault = faulty.contains(&index).then_some(fault);
+        }
+        (!faulty.is_empty()).then_some(TURN)
+    }
+
     fn trouble(&mut self, begins: bool) {
         let ends = match self.scenario.trouble {
             Trouble::None => return,
-            Trouble::FailsFast => {
-                self.servers[0].failing = begins;
+            Trouble::Fails(fault) | Trouble::ThirdFails(fault) | Trouble::FailInTurn(fault) => {
+                if let Some(after) = self.set_faults(fault) {
+                    self.at(self.now + after, Event::TroubleEnds);
+                }
                 None
             }
             Trouble::Joins | Trouble::JoinsCold => {
@@ -277,7 +309,7 @@ impl World {
             Trouble::ZoneFails => {
                 for index in 0..self.servers.len() {
                     if self.view.zone(index) == 0 {
-                        self.servers[index].failing = begins;
+                        self.servers[index].fault = begins.then_some(Fault::Fast);
                     }
                 }
                 Some(30.0)
@@ -294,10 +326,9 @@ impl World {
         let work = self.scenario.work.draw(&mut self.nature);
         let proxy = self.nature.u32(..self.proxies.len() as u32);
         self.at(self.now + pause, Event::Arrival);
-        let now = self.instant();
-        let picked = self.proxies[proxy as usize].pick(&self.servers, &mut self.rng, now);
-        let Some(ticket) = picked else {
+        let Some(ticket) = self.pick(proxy as usize) else {
             self.measured.failed += u64::from(self.measuring());
+            self.measured.requests += u64::from(self.measuring());
             return;
         };
         let server = ticket.server;
@@ -307,12 +338,12 @@ impl World {
             serial: 0,
             server: server as u32,
             proxy,
+            in_flight: self.servers[server].in_flight() as u32 + 1,
             ticket: Some(ticket),
         });
         if self.measuring() {
             self.measured.requests += 1;
-            self.measured.since_trouble += u64::from(self.troubled);
-            self.measured.counts[server] += u64::from(self.troubled);
+            self.count_faults(server);
             let near = self.view.zone(server) == self.view.zone_of_proxy(proxy as usize);
             self.measured.near += u64::from(near);
         }
@@ -323,7 +354,7 @@ impl World {
             };
             self.at(arrival + TIMEOUT, timeout);
         }
-        if self.servers[server].failing {
+        if self.servers[server].fault == Some(Fault::Fast) {
             // It is finished before anything else happens.
             self.answer(id);
             return;
@@ -332,21 +363,57 @@ impl World {
         self.reschedule(server);
     }
 
+    /// The server that takes a request, after those that refuse a connection.
+    fn pick(&mut self, proxy: usize) -> Option<Ticket> {
+        let now = self.instant();
+        let mut tried = Vec::new();
+        while tried.len() < TRIES {
+            let router = &mut self.proxies[proxy];
+            let ticket = match tried.is_empty() {
+                true => router.pick(&self.servers, &mut self.rng, now)?,
+                false => router.pick_again(&tried, &self.servers, &mut self.rng, now)?,
+            };
+            if self.servers[ticket.server].fault != Some(Fault::Refuses) {
+                return Some(ticket);
+            }
+            tried.push(ticket.server);
+            router.done(ticket, Outcome::Refused, None, now);
+        }
+        None
+    }
+
+    /// Counts the requests of servers that fail, and of those that have failed.
+    fn count_faults(&mut self, server: usize) {
+        let since = self.now - self.scenario.warm - TROUBLE_AFTER;
+        let is_to_fail = self.faulty(0.0).contains(&server);
+        let now = self.faulty(since);
+        if since < 0.0 {
+            self.measured.before_faults.add(is_to_fail);
+        } else if !now.is_empty() {
+            self.measured.faulty = now.len() as u64;
+            let is_faulty = self.servers[server].fault.is_some();
+            self.measured.while_faulty.add(is_faulty);
+        } else if since > FAILS_FOR + RETURNS_WITHIN {
+            self.measured.after_faults.add(is_to_fail);
+        }
+    }
+
     fn answer(&mut self, id: RequestId) {
         let request = self.requests.get(id);
         let (server, proxy) = (request.server as usize, request.proxy as usize);
-        let arrival = request.arrival;
+        let (arrival, in_flight) = (request.arrival, request.in_flight);
         let ticket = request.ticket.take();
         self.requests.free(id);
         let Some(ticket) = ticket else { return };
         let now = self.instant();
         let measured = arrival >= self.scenario.warm;
-        if self.servers[server].failing {
+        if self.servers[server].fails() {
             self.measured.failed += u64::from(measured);
             self.proxies[proxy].done(ticket, Outcome::Failed, None, now);
             return;
         }
         let mut latency = self.now - arrival;
+        self.servers[server].record(in_flight, latency);
         if let Some(far) = self.scenario.zones
             && self.view.zone(server) != self.view.zone_of_proxy(proxy)
         {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{Query, State};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{post, put};
@@ -28,8 +29,11 @@ const SERVICE_TIME: Duration = Duration::from_millis(2);
 
 #[path = "slots.rs"]
 mod slots;
+#[path = "stream.rs"]
+mod stream;
 
 use slots::Slots;
+use stream::GRPC;
 
 /// How a worker is started.
 pub struct WorkerOptions {
@@ -300,6 +304,12 @@ async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
         }
     }
     let request = shared.reporter.enter();
+    if let Some(slots) = &shared.slots
+        && headers.get(CONTENT_TYPE).is_some_and(|it| it == GRPC)
+    {
+        let response = stream::answer(slots, request).await;
+        return with_report(response, &shared);
+    }
     match &shared.slots {
         Some(slots) => slots.serve().await,
         None => {
@@ -311,12 +321,15 @@ async fn serve(State(shared): State<Shared>, headers: HeaderMap) -> Response {
         }
     }
     drop(request);
-    let id = shared.node.id();
-    let mut response = format!("{id}\n").into_response();
+    with_report(format!("{}\n", shared.node.id()).into_response(), &shared)
+}
+
+/// Says who has answered, and how much there is to do.
+fn with_report(mut response: Response, shared: &Shared) -> Response {
     // With the feature `tower` its layer does this, and counts the request until the body is sent.
     let report = shared.reporter.header_value();
     response.headers_mut().insert(LOAD_REPORT_HEADER, report);
-    if let Ok(id) = HeaderValue::from_bytes(id.as_bytes()) {
+    if let Ok(id) = HeaderValue::from_bytes(shared.node.id().as_bytes()) {
         response.headers_mut().insert("x-served-by", id);
     }
     response

@@ -1,7 +1,7 @@
 //! A capacity that does not depend on the machine: a number of concurrent requests, and a time that
 //! each of them takes.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
@@ -59,17 +59,28 @@ impl Slots {
     }
 
     /// Waits for a slot and holds it for a random service time.
-    pub async fn serve(&self) {
-        let waiting = Waiting::new(self);
-        let Ok(permit) = self.free.acquire().await else {
-            return;
-        };
-        // Returned by `Working`, or kept for the neighbour.
-        permit.forget();
-        drop(waiting);
-        let _working = Working::new(self);
+    pub async fn serve(self: &Arc<Self>) {
+        let _working = self.enter().await;
         let work = -(1.0 - fastrand::f64()).ln();
         tokio::time::sleep(self.service.mul_f64(work)).await;
+    }
+
+    /// Waits for a slot, which is in use until the returned value is dropped.
+    pub async fn enter(self: &Arc<Self>) -> Working {
+        let waiting = Waiting::new(self);
+        if let Ok(permit) = self.free.acquire().await {
+            // Returned by `Working`, or kept for the neighbour.
+            permit.forget();
+        }
+        drop(waiting);
+        Working::new(self)
+    }
+
+    /// The length of a stream. Nine of ten are short, a third of the mean service time; the others take seven
+    /// times that time.
+    pub fn stream_length(&self) -> Duration {
+        let is_long = fastrand::u32(..10) == 0;
+        self.service.mul_f64(if is_long { 7.0 } else { 1.0 / 3.0 })
     }
 
     /// Lets a neighbour take all slots but this many.
@@ -138,19 +149,19 @@ impl Drop for Waiting<'_> {
 }
 
 /// A request that uses a slot, until it ends or is dropped.
-struct Working<'a>(&'a Slots);
+pub struct Working(Arc<Slots>);
 
-impl<'a> Working<'a> {
-    fn new(slots: &'a Slots) -> Self {
+impl Working {
+    fn new(slots: &Arc<Slots>) -> Self {
         let mut state = slots.state();
         state.account();
         state.busy += 1;
         drop(state);
-        Self(slots)
+        Self(slots.clone())
     }
 }
 
-impl Drop for Working<'_> {
+impl Drop for Working {
     fn drop(&mut self) {
         let mut state = self.0.state();
         state.account();

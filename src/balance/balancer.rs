@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+#[cfg(feature = "pingora")]
+use super::endpoint::{Endpoint, Holder};
 use super::fleet::Fleet;
+use super::learned::Learned;
 use super::pick::PickOptions;
 use super::policy::{ActivePolicy, RoutingPolicy};
 use super::table::{Slot, Table};
 use super::upstream::Upstream;
 use super::weigher::{Weigher, WeigherSettings};
-use super::weight::Share;
 use crate::node::Node;
 use crate::sync::lock;
 use crate::view::{Change, NodeOverride};
@@ -97,9 +99,9 @@ impl Balancer {
     /// proportional to it.
     ///
     /// A node that has left ([`Change::Left`]) is avoided from now on by the policies that look at outcomes
-    /// (`adaptive`, `headroom`, `consistent`). If it returns, it starts slowly. But if its process is
-    /// the same one ([`Node::run`]) and has only lost its lease, what was learned about it still
-    /// holds for two minutes.
+    /// (`adaptive`, `headroom`, `consistent`). If it returns, it starts slowly, and, within ten minutes, with the
+    /// weight that was learned before. But if its process is the same one ([`Node::run`]) and has only lost its
+    /// lease, everything that was learned about it still holds for two minutes.
     ///
     /// ```
     /// use std::sync::Arc;
@@ -134,6 +136,37 @@ impl Balancer {
         self.publish_table(&weighing);
     }
 
+    /// Replaces everything that is known by these nodes, and computes their weights. For those who read weights
+    /// and do not pick, nothing has to be published.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn replace<'a>(
+        &self,
+        nodes: impl IntoIterator<Item = &'a Arc<Node>>,
+        now: Instant,
+        publishes: bool,
+    ) {
+        let mut weighing = self.weighing();
+        weighing.weigher.reset(nodes, now);
+        weighing.settle(now);
+        if publishes {
+            self.publish_table(&weighing);
+        }
+    }
+
+    /// [`tick`](Self::tick) for those who read weights and do not pick.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn tick_weights(&self, now: Instant) {
+        let mut weighing = self.weighing();
+        let Weighing { weigher, policy } = &mut *weighing;
+        weigher.tick(policy, now);
+    }
+
+    /// One backend for each address, including those that cannot be picked.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn holders(&self) -> Vec<Holder> {
+        self.weighing().weigher.holders()
+    }
+
     /// Lets weights follow what requests have found out (latencies, failures, reports in responses)
     /// and time. To be called every [`TICK`] with the current time, as `pingora::BalancerService`
     /// does. Costs as much as [`publish`](Self::publish); but under the policies that metrics play
@@ -148,18 +181,22 @@ impl Balancer {
     fn publish_table(&self, weighing: &Weighing) {
         let Weighing { weigher, policy } = weighing;
         let active = weigher.active_endpoints();
+        self.fleet.set_ejecting(policy.heeds_outcomes());
         let is_static = policy.is_static();
         let last = self.published.load();
         let is_same = Arc::ptr_eq(&last.policy, policy);
         if is_static && is_same && last.table.is_built_from(active.clone()) {
             return;
         }
-        let shares: Vec<Share> = active.clone().map(|endpoint| endpoint.share()).collect();
-        let mut table = Table::new(active.cloned().collect(), weigher.alike());
+        let mut table = Table::new(active.cloned().collect());
+        table.earlier_turns = last.table.turns_so_far();
+        let shares = table.shares();
         policy.index(&mut table, &shares);
         if is_static {
             table.built_from = shares.into();
         }
+        let is_any_on_trial = !(table.ejected.is_empty() && table.new.is_empty());
+        self.fleet.set_on_trial(is_any_on_trial);
         // Under the weigher's lock, so that of two tables the later one is published last.
         let policy = policy.clone();
         self.published.store(Arc::new(Published { table, policy }));
@@ -187,7 +224,38 @@ impl Balancer {
         let mut random = fastrand::Rng::with_seed(seed);
         let picked = policy.pick(table, &self.fleet, &options, &mut random)?;
         let state = table.slots[picked.index].endpoint.enter();
-        Some(Upstream::new(state, picked.in_flight))
+        Some(Upstream::new(state, picked.in_flight, picked.is_probe))
+    }
+
+    /// Where the next request is to go, but for these backends, for a caller that may follow it, and then
+    /// [begins](Self::begin) the request. `None` if the policy does not choose by requests in flight.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn propose(&self, exclude: &[SocketAddr]) -> Option<SocketAddr> {
+        let published = self.published.load();
+        let Published { table, policy } = &**published;
+        if table.slots.is_empty() || !policy.compares_requests() {
+            return None;
+        }
+        let mut random = fastrand::Rng::with_seed(fastrand::u64(..));
+        let options = PickOptions {
+            exclude,
+            ..PickOptions::default()
+        };
+        let picked = policy.pick(table, &self.fleet, &options, &mut random)?;
+        let state = table.slots[picked.index].endpoint.state();
+        if picked.is_probe {
+            state.offer_probe();
+        }
+        Some(state.addr())
+    }
+
+    /// Begins a request to a backend, whoever has chosen it.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn begin(&self, endpoint: &Endpoint) -> Upstream {
+        let state = endpoint.enter();
+        let is_probe = state.take_offered_probe();
+        let in_flight = self.published.load().policy.count();
+        Upstream::new(state, in_flight, is_probe)
     }
 
     /// The backend at this address, whatever the policy would pick, if it is one that can be picked;
@@ -215,6 +283,7 @@ impl Balancer {
         Some(Upstream::new(
             slot.endpoint.enter(),
             published.policy.count(),
+            false,
         ))
     }
 
@@ -223,12 +292,18 @@ impl Balancer {
     pub(crate) fn works_at(&self, addr: SocketAddr) -> bool {
         let published = self.published.load();
         let slot = published.table.at(addr);
-        slot.is_some_and(|slot| slot.acceptance >= 0.5)
+        slot.is_some_and(|slot| slot.acceptance >= 0.5 && !slot.endpoint.is_ejected())
     }
 
     /// How many backends can be picked.
     pub fn len(&self) -> usize {
         self.published.load().table.slots.len()
+    }
+
+    /// How many of them are not ejected; all, if all are.
+    #[cfg_attr(not(feature = "pingora"), allow(dead_code))]
+    pub(crate) fn working(&self) -> usize {
+        self.published.load().table.live
     }
 
     /// Where requests for a node are sent, whether it can be picked or not.
@@ -300,6 +375,7 @@ impl Balancer {
             share: endpoint.share().get(),
             success: f64::from(endpoint.success()).max(0.0),
             in_flight: endpoint.in_flight(),
+            is_ejected: endpoint.is_ejected(),
         };
         self.published
             .load()
@@ -308,6 +384,38 @@ impl Balancer {
             .iter()
             .map(status)
             .collect()
+    }
+
+    /// What was learned of the backends that have had requests of this process. Costs time in proportion to the
+    /// number of nodes.
+    pub fn learned(&self, now: Instant) -> Learned {
+        self.weighing().weigher.learned(now)
+    }
+
+    /// Begins with what another balancer, or a former process, had [learned](Self::learned) `passed` ago: of
+    /// the nodes that are here, or come within two minutes, and are of the same processes. What requests have
+    /// shown here already counts more. It takes effect at once.
+    ///
+    /// It fades with its age, with the half-life `stale_half_life_ms` of [`Adaptive`](super::Adaptive), and
+    /// what is older than ten minutes is left out. Nothing of it goes beyond what the settings allow, at most
+    /// half of the backends begin as ejected, and all of it is corrected by what requests and reports show;
+    /// so it does little harm where it is wrong.
+    ///
+    /// ```
+    /// use std::time::{Duration, Instant};
+    /// use pingora_etcd::balance::{Balancer, Learned};
+    ///
+    /// let (old, new) = (Balancer::builder().try_build()?, Balancer::builder().try_build()?);
+    /// let learned = serde_json::to_string(&old.learned(Instant::now()))?;
+    /// let learned: Learned = serde_json::from_str(&learned)?;
+    /// new.teach(&learned, Duration::from_secs(3), Instant::now());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn teach(&self, learned: &Learned, passed: Duration, now: Instant) {
+        let mut weighing = self.weighing();
+        weighing.weigher.teach(learned, passed, now);
+        weighing.settle(now);
+        self.publish_table(&weighing);
     }
 
     /// How many metrics have been refused since the start because they were not a number, not
@@ -344,4 +452,6 @@ pub struct BackendStatus {
     pub success: f64,
     /// How many requests of this process it is working on.
     pub in_flight: u32,
+    /// It fails, and gets nothing but a few probes until it works again.
+    pub is_ejected: bool,
 }

@@ -57,9 +57,19 @@ impl Balancer {
     /// As [`try_build`](BalancerBuilder::try_build). Then nothing has changed.
     pub fn reconfigure(&self, settings: BalancerBuilder, now: Instant) -> Result<(), ClusterError> {
         settings.validate()?;
-        let policy = settings.active_policy();
-        self.change(policy, settings.weigher_settings(true), now);
+        self.change_to_valid(&settings, now);
         Ok(())
+    }
+}
+
+impl Balancer {
+    /// Takes over settings that are known to be valid.
+    pub(crate) fn change_to_valid(&self, settings: &BalancerBuilder, now: Instant) {
+        self.change(
+            settings.active_policy(),
+            settings.weigher_settings(true),
+            now,
+        );
     }
 }
 
@@ -138,11 +148,13 @@ impl BalancerBuilder {
     /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field and its range.
     pub fn try_build(self) -> Result<Balancer, ClusterError> {
         self.validate()?;
-        Ok(Balancer::new(
-            self.active_policy(),
-            self.weigher(true),
-            self.default_port,
-        ))
+        Ok(self.build_valid(true))
+    }
+
+    /// A balancer with settings that are known to be valid. `counts_requests`: see [`WeigherSettings`].
+    pub(crate) fn build_valid(&self, counts_requests: bool) -> Balancer {
+        let weigher = Weigher::new(self.weigher_settings(counts_requests));
+        Balancer::new(self.active_policy(), weigher, self.default_port)
     }
 
     pub(crate) fn validate(&self) -> Result<(), ClusterError> {
@@ -164,13 +176,8 @@ impl BalancerBuilder {
         in_range("", "candidates", candidates, 1..=MAX_CANDIDATES)
     }
 
-    pub(crate) fn active_policy(&self) -> ActivePolicy {
+    fn active_policy(&self) -> ActivePolicy {
         ActivePolicy::new(&self.policies)
-    }
-
-    /// `counts_requests`: see [`WeigherSettings`].
-    pub(crate) fn weigher(&self, counts_requests: bool) -> Weigher {
-        Weigher::new(self.weigher_settings(counts_requests))
     }
 
     pub(super) fn weigher_settings(&self, counts_requests: bool) -> WeigherSettings {

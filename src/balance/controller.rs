@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::endpoint::Latencies;
+use super::learned::{LearnedWeight, Lesson, millis_between};
 use super::mean::Mean;
 use super::settings::Adaptive;
 
@@ -183,8 +184,9 @@ impl Controller {
         }
     }
 
-    /// Corrects the weight by its excess latency; `mean` is the mean excess latency of all backends.
-    pub(super) fn correct_by_latency(&mut self, settings: &Adaptive, mean: &Mean) {
+    /// Corrects the weight by its excess latency; `mean` is the mean excess latency of all backends, and `shared`
+    /// how much of their load comes from others, 0 to 1.
+    pub(super) fn correct_by_latency(&mut self, settings: &Adaptive, shared: f64, mean: &Mean) {
         let mean_excess = mean.value();
         if !self.has_new_latency || mean_excess <= 0.0 {
             return;
@@ -193,9 +195,43 @@ impl Controller {
             return;
         };
         let error = ((mean_excess - excess) / mean_excess).clamp(-1.0, 1.0);
-        let step = settings.latency_gain * error;
+        let step = settings.latency_gain_at(shared) * error;
         let range = settings.latency_range.ln();
         self.latency = (settings.latency_keep * self.latency + step).clamp(-range, range);
+    }
+
+    /// Sets the factor on the static weight, whatever metrics and latency have said.
+    pub(super) fn hold(&mut self, settings: &Adaptive, factor: f64) {
+        let range = settings.metrics_range.ln();
+        self.metrics = (factor.ln() - self.latency).clamp(-range, range);
+    }
+
+    /// Begins with what a former process has learned.
+    pub(super) fn learn(&mut self, lesson: &Lesson) {
+        self.metrics = lesson.metrics;
+        self.latency = lesson.latency;
+        // As the window before: what was wrong about it is forgotten with the first own one.
+        if let Some(lowest) = lesson.lowest_latency {
+            self.lowest_latencies[1] = lowest;
+        }
+        self.joined_at = lesson.joined_at;
+    }
+
+    /// Begins with this factor on the static weight, which later reports and latencies correct.
+    pub(super) fn begin_with(&mut self, factor: f64) {
+        self.metrics = factor.ln();
+    }
+
+    /// What another process can begin with.
+    pub(super) fn learned(&self, now: Instant) -> LearnedWeight {
+        let lowest = self.lowest_latencies[0].min(self.lowest_latencies[1]);
+        LearnedWeight {
+            metrics: self.metrics,
+            metrics_age_ms: millis_between(self.reported_at, now),
+            latency: self.latency,
+            lowest_latency: Some(lowest).filter(|lowest| lowest.is_finite()),
+            joined_ms: self.joined_at.map(|joined| millis_between(joined, now)),
+        }
     }
 
     /// Moves the mean of `metrics` over all backends back to 0; no-op without a recent report.

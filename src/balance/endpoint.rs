@@ -1,5 +1,7 @@
 //! One backend as all threads share it: what requests write, and what picks read.
 
+mod outcomes;
+
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError, Weak};
@@ -9,8 +11,7 @@ use arc_swap::ArcSwap;
 
 use super::atomic::AtomicF32;
 use super::fleet::Fleet;
-#[cfg(feature = "pingora")]
-use super::weight::BaseWeight;
+use super::learned::Lesson;
 use super::weight::{Share, Weight};
 use crate::load_report::LoadReport;
 use crate::node::Node;
@@ -37,6 +38,8 @@ pub(crate) struct Endpoint {
 pub(super) struct EndpointState {
     /// The success rate, 0 to 1; below 0 once the registration is gone.
     success: AtomicF32,
+    /// The same, without the requests for which it said that it is overloaded.
+    faultless: AtomicF32,
     /// Successes since the latencies were last taken.
     successes: AtomicU32,
     /// All failures; wraps.
@@ -47,12 +50,25 @@ pub(super) struct EndpointState {
     lowest_latency: AtomicU64,
     /// The last report of requests in flight: the bits of an `f32`, and a time stamp in ms.
     in_flight_report: AtomicU64,
+    /// Its place in the last table.
+    place: AtomicU32,
     /// The bits of an `f64`.
     weight: AtomicU64,
     /// The weight before it is reduced for its zone: what its own counts are compared with. Above 0.
     capacity: AtomicF32,
     /// The probability of acceptance that is part of its share: below 1 for a backend that fails.
     acceptance: AtomicF32,
+    /// The probability with which it is taken in its turn while it has nothing in flight.
+    calm: AtomicF32,
+    /// It failed, and gets nothing but probes.
+    is_ejected: AtomicBool,
+    /// A request is to try it: the first one, or a probe.
+    is_due: AtomicBool,
+    /// A probe is under way.
+    is_probed: AtomicBool,
+    /// The turn of a probe was taken, for a request that has not begun.
+    #[cfg(feature = "pingora")]
+    is_offered: AtomicBool,
     fleet: Arc<Fleet>,
     addr: SocketAddr,
     node: ArcSwap<Node>,
@@ -64,10 +80,18 @@ pub(super) struct EndpointState {
     orphaned: AtomicBool,
 }
 
+/// The backend that holds an address, whether it is used or not.
+#[cfg(any(test, feature = "pingora"))]
+pub(crate) struct Holder {
+    pub(crate) endpoint: Arc<Endpoint>,
+    /// It takes traffic, and health checks say nothing against it.
+    pub(crate) is_used: bool,
+    /// Its static weight, as it registered it or an operator has said.
+    pub(crate) static_weight: f64,
+}
+
 /// There is no report of requests in flight.
 const NO_REPORT: u64 = u64::MAX;
-/// Longer latencies count as one hour, so that 2^22 of them can be added up.
-const MAX_LATENCY_NANOS: u64 = 3_600_000_000_000;
 
 impl EndpointState {
     pub(super) fn addr(&self) -> SocketAddr {
@@ -88,37 +112,16 @@ impl EndpointState {
         self.success.get()
     }
 
-    /// It works, and how fast is not known.
-    pub(super) fn answered(&self) {
-        let success = self.success.get();
-        // A backend that is gone stays gone, whatever becomes of its last requests.
-        if (0.0..1.0).contains(&success) {
-            self.success.set(self.fleet.after_success(success));
-        }
+    /// Whether it gets nothing but probes.
+    pub(super) fn is_ejected(&self) -> bool {
+        self.is_ejected.load(Ordering::Relaxed)
     }
 
-    pub(super) fn succeeded(&self, latency: Duration) {
-        self.answered();
-        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
-        let nanos = nanos.min(MAX_LATENCY_NANOS);
-        self.latency_sum.fetch_add(nanos, Ordering::Relaxed);
-        if nanos < self.lowest_latency.load(Ordering::Relaxed) {
-            self.lowest_latency.fetch_min(nanos, Ordering::Relaxed);
-        }
-        self.successes.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn failed(&self) {
-        self.failures.fetch_add(1, Ordering::Relaxed);
-        let before = self.success.get();
-        if before < 0.0 {
-            return;
-        }
-        // Two failures at the same time may count as one; the next one corrects that.
-        let success = self.fleet.after_failure(before);
-        self.success.set(success);
-        if self.fleet.acceptance(success) < 1.0 {
-            self.fleet.set_some_fail();
+    /// The probability with which it is accepted when it is drawn.
+    pub(super) fn acceptance_now(&self) -> f32 {
+        match self.is_ejected() {
+            true => 0.0,
+            false => self.fleet.acceptance(self.success.get()),
         }
     }
 
@@ -138,6 +141,7 @@ impl EndpointState {
             self.in_flight_report.store(stamped, Ordering::Relaxed);
             self.fleet
                 .add_in_flight_report(in_flight / self.capacity.get());
+            self.fleet.hear(self.place.load(Ordering::Relaxed), now);
         }
         if report.has_load() {
             let stored = self
@@ -194,14 +198,22 @@ impl Endpoint {
         Self {
             state: Arc::new(EndpointState {
                 success: AtomicF32::new(1.0),
+                faultless: AtomicF32::new(1.0),
+                is_ejected: AtomicBool::new(false),
+                is_due: AtomicBool::new(false),
+                is_probed: AtomicBool::new(false),
+                #[cfg(feature = "pingora")]
+                is_offered: AtomicBool::new(false),
                 successes: AtomicU32::new(0),
                 failures: AtomicU32::new(0),
                 latency_sum: AtomicU64::new(0),
                 lowest_latency: AtomicU64::new(u64::MAX),
                 in_flight_report: AtomicU64::new(NO_REPORT),
+                place: AtomicU32::new(u32::MAX),
                 weight: AtomicU64::new(1_f64.to_bits()),
                 capacity: AtomicF32::new(1.0),
                 acceptance: AtomicF32::new(1.0),
+                calm: AtomicF32::new(1.0),
                 fleet: fleet.clone(),
                 addr,
                 node: ArcSwap::new(node.clone()),
@@ -224,15 +236,14 @@ impl Endpoint {
         self.state.node.store(node);
     }
 
-    /// Whether it may get traffic.
-    #[cfg(feature = "pingora")]
-    pub(crate) fn is_serving(&self) -> bool {
-        let node = self.state.node.load();
-        node.is_serving() && BaseWeight::new(node.weight).allows_traffic()
-    }
-
     pub(super) fn weight(&self) -> Weight {
         self.state.weight()
+    }
+
+    /// What it gets while nothing else does.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn share_at_last(&self) -> Share {
+        Share::new(self.state.weight().get())
     }
 
     pub(crate) fn share(&self) -> Share {
@@ -241,6 +252,14 @@ impl Endpoint {
 
     pub(super) fn acceptance(&self) -> f32 {
         self.state.acceptance.get()
+    }
+
+    pub(super) fn calm(&self) -> f32 {
+        self.state.calm.get()
+    }
+
+    pub(super) fn set_calm(&self, calm: f32) {
+        self.state.calm.set(calm);
     }
 
     /// Sets how much it can take, the part of that which counts because of its zone, and its
@@ -254,6 +273,11 @@ impl Endpoint {
             self.state.capacity.set(capacity.get() as f32);
         }
         self.state.acceptance.set(acceptance);
+    }
+
+    /// Sets its place in the table that will be published.
+    pub(super) fn set_place(&self, place: u32) {
+        self.state.place.store(place, Ordering::Relaxed);
     }
 
     pub(super) fn state(&self) -> &EndpointState {
@@ -337,12 +361,71 @@ impl Endpoint {
     /// Keeps requests away from it, though it is still in the table: its registration is gone.
     pub(super) fn retire(&self) {
         self.state.success.set(-1.0);
+        self.state.is_due.store(false, Ordering::Relaxed);
         self.state.fleet.set_some_fail();
     }
 
     /// Undoes [`retire`](Self::retire), with the success rate it had before.
     pub(super) fn revive(&self, success: f32) {
         self.state.success.set(success);
+        self.state.fleet.set_some_fail();
+        if self.is_ejected() {
+            self.state.fleet.set_ejected(true);
+        }
+    }
+
+    /// Begins with what a former process has learned of it.
+    pub(super) fn learn(&self, lesson: &Lesson) {
+        let state = &self.state;
+        state.success.set(lesson.success);
+        state.faultless.set(lesson.success);
+        state.is_ejected.store(lesson.is_ejected, Ordering::Relaxed);
+        // It is not new.
+        state.is_due.store(false, Ordering::Relaxed);
+        if lesson.is_ejected {
+            state.fleet.set_ejected(true);
+        }
+        if lesson.success < 1.0 {
+            state.fleet.set_some_fail();
+        }
+    }
+
+    /// Whether it gets nothing but probes.
+    pub(crate) fn is_ejected(&self) -> bool {
+        self.state.is_ejected()
+    }
+
+    /// The probability with which it is accepted when it is drawn, as of now.
+    pub(super) fn acceptance_now(&self) -> f32 {
+        self.state.acceptance_now()
+    }
+
+    /// Whether a request is to try it.
+    pub(super) fn is_due(&self) -> bool {
+        self.state.is_due.load(Ordering::Relaxed)
+    }
+
+    /// Asks for a request that tries it, or for none any more.
+    pub(super) fn set_due(&self, is_due: bool) {
+        self.state.is_due.store(is_due, Ordering::Relaxed);
+    }
+
+    /// Whether a probe is under way.
+    pub(super) fn is_probed(&self) -> bool {
+        self.state.is_probed.load(Ordering::Relaxed)
+    }
+
+    /// Uses it again.
+    pub(super) fn readmit(&self) {
+        self.state.readmit();
+    }
+
+    /// Uses it again if the others have become no better than it is, or if nobody cares.
+    pub(super) fn readmit_if_alike(&self) {
+        let fleet = &self.state.fleet;
+        if self.is_ejected() && (fleet.readmits(self.success()) || !fleet.is_ejecting()) {
+            self.state.readmit();
+        }
     }
 
     /// A reader of its requests in flight.

@@ -1,16 +1,38 @@
 //! What requests have found out about all backends together, for the pick to read.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::atomic::AtomicF32;
+use super::heard::Heard;
+use super::pick::Probes;
 use super::settings::Adaptive;
+
+/// How a backend has failed a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Failure {
+    /// It answered wrongly, too late or not to the end.
+    Fault,
+    /// No connection could be made: it is probably not there.
+    Unreachable,
+    /// It said that it has too much to do.
+    Overload,
+}
+
+/// The success rates of one backend.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SuccessRates {
+    pub(super) success: f32,
+    /// Without the requests for which it said that it is overloaded.
+    pub(super) faultless: f32,
+}
 
 /// State of all backends of a balancer together. Every pick reads it; it is written rarely.
 #[derive(Debug)]
 pub(super) struct Fleet {
-    /// Bits of [`SOME_FAIL`] and [`SOME_REPORT_IN_FLIGHT`]; 0 selects the fast path of a pick.
+    /// Bits of [`SOME_FAIL`], [`SOME_REPORT_IN_FLIGHT`], [`SOME_ON_TRIAL`], [`SOME_EJECTED`] and
+    /// [`MOST_REPORT_IN_FLIGHT`]; without the first two a pick is fast.
     mode: AtomicU8,
     /// The best success rate of any backend, as of the last tick.
     best_success: AtomicF32,
@@ -20,8 +42,24 @@ pub(super) struct Fleet {
     success_gain: AtomicF32,
     /// The part of the best success rate below which a backend is drawn less often.
     gate_below: AtomicF32,
-    /// The lowest probability with which such a backend is accepted.
-    gate_floor: AtomicF32,
+    /// The part of the median success rate below which a backend that fails is ejected.
+    eject_below: AtomicF32,
+    /// The success rate below which it is ejected, as of the last tick.
+    eject_limit: AtomicF32,
+    /// The success rate from which on it is used again, as of the last tick.
+    readmit_limit: AtomicF32,
+    /// How many more backends may be ejected before the next tick.
+    may_eject: AtomicU32,
+    /// Requests that may be lost to probes, in [`UNITS`] of a request.
+    probe_credit: AtomicU32,
+    /// What each request adds to it.
+    probe_part: AtomicU32,
+    /// The last pick went to a new backend.
+    was_new: AtomicBool,
+    /// Any request may be a probe, because no other ones come.
+    probes_with_any: AtomicBool,
+    /// The policy in use heeds outcomes.
+    is_ejecting: AtomicBool,
     /// The time over which a report of requests in flight fades, in seconds.
     in_flight_fade: AtomicF32,
     /// The factor by which such a report moves a score at most.
@@ -30,12 +68,42 @@ pub(super) struct Fleet {
     epoch: OnceLock<Instant>,
     /// How many values in reports, and whole reports, were refused.
     refused: AtomicU64,
+    heard: Heard,
 }
 
 /// The success rate of some backend is low.
 const SOME_FAIL: u8 = 1;
 /// Some backend reports how many requests it has in flight.
 const SOME_REPORT_IN_FLIGHT: u8 = 2;
+/// More than half of those do that get requests.
+const MOST_REPORT_IN_FLIGHT: u8 = 16;
+/// Some backend is new or ejected, and is to be tried.
+const SOME_ON_TRIAL: u8 = 4;
+/// Some backend is ejected.
+const SOME_EJECTED: u8 = 8;
+
+/// A report of requests in flight is news for this many times the time over which it fades.
+const NEWS_FADES: f32 = 2.0;
+/// The units of a request that may be lost to a probe.
+const UNITS: u32 = 10_000;
+/// The most requests that may be lost to probes at once.
+const MOST_CREDIT: u32 = 2 * UNITS;
+/// How many standard deviations of its success rate a backend has to be below the median, so that
+/// chance alone does not eject it.
+const EJECT_DEVIATIONS: f32 = 4.0;
+/// The same, for being used again.
+const READMIT_DEVIATIONS: f32 = 2.0;
+/// The part of the best success rate below which a backend is ejected whatever most do, and also one
+/// that is only overloaded: until then less of the traffic may be all that it needs.
+const EJECT_ALWAYS_BELOW: f32 = 0.3;
+/// The part of the median success rate from which on a backend that was ejected is used again.
+const READMIT_FROM: f32 = 0.95;
+/// How much the outcome of a probe moves a success rate.
+const PROBE_GAIN: f32 = 0.25;
+
+fn probe_part(settings: &Adaptive) -> u32 {
+    (settings.probe_part * f64::from(UNITS)).round() as u32
+}
 
 impl Fleet {
     pub(super) fn new(settings: &Adaptive) -> Self {
@@ -45,11 +113,20 @@ impl Fleet {
             reported_in_flight: AtomicF32::new(0.0),
             success_gain: AtomicF32::new(settings.success_gain as f32),
             gate_below: AtomicF32::new(settings.gate_below as f32),
-            gate_floor: AtomicF32::new(settings.gate_floor as f32),
+            eject_below: AtomicF32::new(settings.eject_below as f32),
+            eject_limit: AtomicF32::new(settings.eject_below as f32),
+            readmit_limit: AtomicF32::new(READMIT_FROM),
+            may_eject: AtomicU32::new(1),
+            probe_credit: AtomicU32::new(UNITS),
+            probe_part: AtomicU32::new(probe_part(settings)),
+            was_new: AtomicBool::new(false),
+            probes_with_any: AtomicBool::new(false),
+            is_ejecting: AtomicBool::new(false),
             in_flight_fade: AtomicF32::new(settings.in_flight_fade_ms as f32 / 1e3),
             in_flight_bound: AtomicF32::new(settings.in_flight_bound as f32),
             epoch: OnceLock::new(),
             refused: AtomicU64::new(0),
+            heard: Heard::new(),
         }
     }
 
@@ -57,7 +134,9 @@ impl Fleet {
     pub(super) fn change(&self, settings: &Adaptive) {
         self.success_gain.set(settings.success_gain as f32);
         self.gate_below.set(settings.gate_below as f32);
-        self.gate_floor.set(settings.gate_floor as f32);
+        self.eject_below.set(settings.eject_below as f32);
+        self.probe_part
+            .store(probe_part(settings), Ordering::Relaxed);
         let fade = settings.in_flight_fade_ms as f32 / 1e3;
         self.in_flight_fade.set(fade);
         self.in_flight_bound.set(settings.in_flight_bound as f32);
@@ -65,7 +144,27 @@ impl Fleet {
 
     /// Whether a pick depends on nothing but weights and its own counts of requests in flight.
     pub(super) fn is_quiet(&self) -> bool {
-        self.mode.load(Ordering::Relaxed) == 0
+        self.mode.load(Ordering::Relaxed) & (SOME_FAIL | SOME_REPORT_IN_FLIGHT) == 0
+    }
+
+    /// Whether a pick may have to try a backend that is new or ejected.
+    pub(super) fn some_on_trial(&self) -> bool {
+        self.mode.load(Ordering::Relaxed) & SOME_ON_TRIAL != 0
+    }
+
+    /// Picks look for backends that are to be tried from now on, or no more.
+    pub(super) fn set_on_trial(&self, is_any: bool) {
+        self.set(SOME_ON_TRIAL, is_any);
+    }
+
+    /// Whether some backend is ejected.
+    pub(super) fn some_ejected(&self) -> bool {
+        self.mode.load(Ordering::Relaxed) & SOME_EJECTED != 0
+    }
+
+    /// Some backend is ejected from now on, or none.
+    pub(super) fn set_ejected(&self, is_any: bool) {
+        self.set(SOME_EJECTED, is_any);
     }
 
     pub(super) fn some_fail(&self) -> bool {
@@ -83,14 +182,36 @@ impl Fleet {
         }
     }
 
+    fn set(&self, bit: u8, is_set: bool) {
+        match is_set {
+            true => self.set_mode(bit),
+            false if self.mode.load(Ordering::Relaxed) & bit != 0 => {
+                self.mode.fetch_and(!bit, Ordering::Relaxed);
+            }
+            false => {}
+        }
+    }
+
     /// From now on picks check success rates, because one has become low.
     pub(super) fn set_some_fail(&self) {
         self.set_mode(SOME_FAIL);
     }
 
-    /// Takes over the best and the worst success rate of all backends, as of now.
-    pub(super) fn set_success_rates(&self, best: f32, worst: f32) {
+    /// Takes over the best success rate of all backends, and the median and the worst one of those that
+    /// are not ejected, as of now.
+    pub(super) fn set_success_rates(&self, best: f32, median: f32, worst: f32) {
         self.best_success.set(best);
+        // The variance of a moving mean of outcomes.
+        let gain = self.success_gain.get();
+        let deviation = (median * (1.0 - median) * gain / (2.0 - gain))
+            .max(0.0)
+            .sqrt();
+        let limit =
+            |part: f32, deviations: f32| (median * part).min(median - deviations * deviation);
+        let eject_below = self.eject_below.get();
+        self.eject_limit.set(limit(eject_below, EJECT_DEVIATIONS));
+        self.readmit_limit
+            .set(limit(READMIT_FROM, READMIT_DEVIATIONS));
         if self.acceptance(worst) < 1.0 {
             self.set_some_fail();
         } else {
@@ -98,22 +219,124 @@ impl Fleet {
         }
     }
 
+    /// Whether a backend is ejected with these success rates.
+    pub(super) fn ejects(&self, rates: SuccessRates, failure: Failure) -> bool {
+        let (best, eject_below) = (self.best_success.get(), self.eject_below.get());
+        // Where most fail, those are none to compare with; where all do, none is ejected.
+        let is_any_good = best > EJECT_ALWAYS_BELOW;
+        let has_failed = eject_below > 0.0 && rates.success < best * EJECT_ALWAYS_BELOW;
+        let is_absent = failure == Failure::Unreachable && rates.faultless < best * eject_below;
+        is_any_good && (has_failed || is_absent) || rates.faultless < self.eject_limit.get()
+    }
+
+    /// Lets up to half of those that work be ejected before the next tick, which finds out how well the
+    /// others do: if all begin to fail at the same time, none should be.
+    pub(super) fn allow_ejections(&self, working: u32) {
+        self.may_eject
+            .store((working / 2).max(1), Ordering::Relaxed);
+    }
+
+    /// Whether one more backend may be ejected; if so, that counts.
+    pub(super) fn take_ejection(&self) -> bool {
+        let take = |left: u32| left.checked_sub(1);
+        self.may_eject
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+            .is_ok()
+    }
+
+    /// Whether a backend that was ejected is used again with this success rate.
+    pub(super) fn readmits(&self, success: f32) -> bool {
+        success >= self.readmit_limit.get()
+    }
+
+    /// Counts a request while some backend is ejected. Returns whether it may be a probe.
+    pub(super) fn may_probe(&self, probes: Probes) -> bool {
+        let part = self.probe_part.load(Ordering::Relaxed);
+        let earn = |credit: u32| Some(credit.saturating_add(part).min(MOST_CREDIT));
+        let _ = self
+            .probe_credit
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, earn);
+        match probes {
+            Probes::FirstTry | Probes::Yes => true,
+            Probes::IfNoOther => self.probes_with_any.load(Ordering::Relaxed),
+            Probes::No => false,
+        }
+    }
+
+    /// Whether a probe could be paid for now.
+    pub(super) fn can_probe(&self) -> bool {
+        self.probe_credit.load(Ordering::Relaxed) >= UNITS
+    }
+
+    /// Whether any request may be a probe, also one that cannot be sent again.
+    pub(super) fn set_probes_with_any(&self, with_any: bool) {
+        self.probes_with_any.store(with_any, Ordering::Relaxed);
+    }
+
+    /// Whether there may be a probe now; if so, that is paid for.
+    pub(super) fn pay_probe(&self) -> bool {
+        let pay = |credit: u32| credit.checked_sub(UNITS);
+        self.probe_credit
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay)
+            .is_ok()
+    }
+
+    /// A probe has cost nothing: it succeeded, or says nothing.
+    pub(super) fn repay_probe(&self) {
+        let repay = |credit: u32| Some(credit.saturating_add(UNITS).min(MOST_CREDIT));
+        let _ = self
+            .probe_credit
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, repay);
+    }
+
+    /// Whether the policy in use heeds outcomes; if not, none is ejected.
+    pub(super) fn is_ejecting(&self) -> bool {
+        self.is_ejecting.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_ejecting(&self, is_ejecting: bool) {
+        self.is_ejecting.store(is_ejecting, Ordering::Relaxed);
+    }
+
+    /// Whether the next pick may go to a new backend: at most every second one does.
+    pub(super) fn allows_new(&self) -> bool {
+        !self.was_new.load(Ordering::Relaxed)
+    }
+
+    /// Whether a pick went to a new backend.
+    pub(super) fn set_was_new(&self, was_new: bool) {
+        self.was_new.store(was_new, Ordering::Relaxed);
+    }
+
     /// No backend reports requests in flight any more.
     pub(super) fn clear_in_flight_reports(&self) {
-        self.mode
-            .fetch_and(!SOME_REPORT_IN_FLIGHT, Ordering::Relaxed);
+        self.set(SOME_REPORT_IN_FLIGHT, false);
+        self.set(MOST_REPORT_IN_FLIGHT, false);
+    }
+
+    /// Whether most of the backends that get requests report how many they have in flight.
+    pub(super) fn set_most_report_in_flight(&self, is_most: bool) {
+        self.set(MOST_REPORT_IN_FLIGHT, is_most);
     }
 
     /// The success rate after a success.
-    pub(super) fn after_success(&self, success: f32) -> f32 {
-        let next = success + self.success_gain.get() * (1.0 - success);
+    pub(super) fn after_success(&self, success: f32, is_ejected: bool) -> f32 {
+        let next = success + self.gain(is_ejected) * (1.0 - success);
         // So close to 1 that the formula would never reach it.
         if next > 0.9999 { 1.0 } else { next }
     }
 
     /// The success rate after a failure.
-    pub(super) fn after_failure(&self, success: f32) -> f32 {
-        success * (1.0 - self.success_gain.get())
+    pub(super) fn after_failure(&self, success: f32, is_ejected: bool) -> f32 {
+        success * (1.0 - self.gain(is_ejected))
+    }
+
+    /// How much an outcome moves a success rate: more, where there are only probes.
+    fn gain(&self, is_ejected: bool) -> f32 {
+        match is_ejected {
+            true => PROBE_GAIN,
+            false => self.success_gain.get(),
+        }
     }
 
     /// The probability with which a backend with this success rate is accepted when it is drawn: its
@@ -128,7 +351,7 @@ impl Fleet {
         if relative >= self.gate_below.get() {
             return 1.0;
         }
-        (relative * relative).clamp(self.gate_floor.get(), 1.0)
+        (relative * relative).min(1.0)
     }
 
     /// Takes over a backend's report of requests in flight, per unit of its weight.
@@ -157,6 +380,25 @@ impl Fleet {
         };
         let bound = self.in_flight_bound.get();
         ((per_weight + 1.0) / (mean + 1.0)).clamp(1.0 / bound, bound)
+    }
+
+    /// Takes notice of a backend, by its place in the table, that reports its requests in flight.
+    pub(super) fn hear(&self, place: u32, now: Instant) {
+        self.heard.add(place, self.millis(now));
+    }
+
+    /// The places of the last backends that have reported their requests in flight, as long as that is news; none if
+    /// few report, which would be preferred for that alone, or if such reports are to play no part.
+    pub(super) fn heard(&self, now: Instant) -> impl Iterator<Item = usize> {
+        let is_wanted = self.mode.load(Ordering::Relaxed) & MOST_REPORT_IN_FLIGHT != 0
+            && self.in_flight_bound.get() > 1.0;
+        let longest = (self.in_flight_fade.get() * NEWS_FADES * 1e3) as u32;
+        let reports = is_wanted.then(|| self.heard.reports());
+        reports
+            .into_iter()
+            .flatten()
+            .filter(move |(_, stamp)| self.age(*stamp, now) <= longest)
+            .map(|(place, _)| place)
     }
 
     pub(super) fn count_refused(&self, values: u64) {

@@ -22,7 +22,9 @@ mod departed;
 mod endpoint;
 mod fleet;
 mod follow;
+mod heard;
 mod index;
+mod learned;
 mod load;
 mod mean;
 pub(crate) mod pace;
@@ -32,10 +34,14 @@ mod registration;
 mod ring;
 mod roster;
 mod settings;
+mod sharing;
 mod spread;
+mod successors;
 mod table;
 #[cfg(test)]
 mod tests;
+mod totals;
+mod trial;
 mod upstream;
 mod weigher;
 mod weight;
@@ -43,8 +49,9 @@ mod zone;
 
 pub use balancer::{BackendStatus, Balancer, TICK};
 pub use builder::BalancerBuilder;
+pub use learned::Learned;
 pub use load::Load;
-pub use pick::PickOptions;
+pub use pick::{PickOptions, Probes};
 pub use settings::{Adaptive, Consistent, Headroom, Policy, Zones};
 pub use upstream::Upstream;
 
@@ -54,5 +61,7 @@ pub(crate) use builder::DEFAULT_PORT;
 pub(crate) use policy::DEFAULT_CANDIDATES;
 #[cfg(feature = "pingora")]
 pub(crate) use {
-    endpoint::Endpoint, policy::ActivePolicy, spread::Spread, weigher::Weigher, weight::Share,
+    endpoint::{Endpoint, Holder},
+    spread::Spread,
+    weight::Share,
 };

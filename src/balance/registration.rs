@@ -9,7 +9,10 @@ use super::checked::Checked;
 use super::controller::Controller;
 use super::endpoint::Endpoint;
 use super::fleet::Fleet;
+use super::learned::{LearnedBackend, Lesson, Taught, millis_between};
 use super::load::Load;
+use super::settings::Adaptive;
+use super::trial::Trial;
 use super::weight::BaseWeight;
 use crate::ids::Revision;
 use crate::load_report::LoadReport;
@@ -54,10 +57,16 @@ pub(super) struct Registration {
     pub(super) has_new_load: bool,
     /// It was sent something since its last report.
     pub(super) was_used: bool,
+    /// When this process last had a request there.
+    used_at: Option<Instant>,
+    taught: Option<Taught>,
     /// The number of the last complete view that contained it.
     pub(super) last_view: u32,
     /// Its outcomes as of the last tick.
     pub(super) outcomes_at_tick: u32,
+    trial: Trial,
+    /// The factor on its static weight when it was ejected, relative to those that work.
+    held: Option<f64>,
 }
 
 #[derive(Debug)]
@@ -98,9 +107,15 @@ impl Registration {
             is_shadowed: false,
             has_new_load: true,
             was_used: false,
+            used_at: None,
+            taught: None,
             last_view: 0,
             outcomes_at_tick: 0,
+            trial: Trial::default(),
+            held: None,
         };
+        // Whoever joins gets a request soon, however little traffic there is.
+        registration.endpoint.set_due(joined_at.is_some());
         registration.weigh();
         (registration, refused)
     }
@@ -172,9 +187,14 @@ impl Registration {
         self.said
     }
 
+    /// As it registered it, or as an operator has said.
+    pub(super) fn static_weight(&self) -> BaseWeight {
+        let said = self.said.and_then(|said| said.weight);
+        BaseWeight::new(said.or(self.node.weight))
+    }
+
     fn weigh(&mut self) {
-        let weight = self.said.and_then(|said| said.weight);
-        let weight = BaseWeight::new(weight.or(self.node.weight));
+        let weight = self.static_weight();
         let health = self.node.metadata.get(metadata_keys::HEALTH);
         let health = health.and_then(|health| health.as_str());
         self.is_failing = health == Some("failing");
@@ -224,6 +244,79 @@ impl Registration {
         }
         self.load = Load::from(&report).or(self.load);
         self.has_new_load = true;
+    }
+
+    /// Decides whether a request is to try it.
+    pub(super) fn tick_trial(&mut self, most_pause: Duration, now: Instant) {
+        let endpoint = &self.endpoint;
+        endpoint.readmit_if_alike();
+        if !endpoint.is_ejected() {
+            self.trial.reset();
+            if endpoint.is_due() && endpoint.is_active_since(0) {
+                endpoint.set_due(false);
+            }
+        } else if !endpoint.is_due() && !endpoint.is_probed() && self.trial.is_due(most_pause, now)
+        {
+            endpoint.set_due(true);
+        }
+    }
+
+    /// Begins with what a former process has learned of it, unless requests have shown more by now.
+    pub(super) fn learn(&mut self, taught: Taught, lesson: &Lesson) {
+        if self.used_at.is_none() && !self.endpoint.is_active_since(0) {
+            self.controller.learn(lesson);
+            self.endpoint.learn(lesson);
+            self.taught = Some(taught);
+        }
+    }
+
+    /// The factor on its static weight that was learned; `None` if it was never used.
+    pub(super) fn learned_factor(&self) -> Option<f64> {
+        self.used_at.map(|_| self.controller.factor())
+    }
+
+    /// It is ejected because a former process says so.
+    pub(super) fn is_ejected_by_predecessor(&self) -> bool {
+        self.taught.is_some() && self.endpoint.is_ejected()
+    }
+
+    /// It has had a request.
+    pub(super) fn set_used(&mut self, now: Instant) {
+        self.used_at = Some(now);
+        self.taught = None;
+    }
+
+    /// What is learned of it, by this process or, if it had no request, by the one before; `None` if there is nothing.
+    pub(super) fn learned(&self, now: Instant) -> Option<LearnedBackend> {
+        // What has happened since the last tick counts, too.
+        let is_active = self.endpoint.is_active_since(self.outcomes_at_tick);
+        let used_at = match (is_active, self.used_at) {
+            (true, _) => now,
+            (false, Some(used_at)) => used_at,
+            (false, None) => return Some(self.taught.as_ref()?.learned(now)),
+        };
+        Some(LearnedBackend {
+            id: self.node.id.clone(),
+            addr: self.addr(),
+            run: self.node.run(),
+            incarnation: self.node.incarnation(),
+            requests_age_ms: millis_between(used_at, now),
+            success: self.endpoint.success().max(0.0),
+            is_ejected: self.endpoint.is_ejected(),
+            weight: self.controller.learned(now),
+        })
+    }
+
+    /// Keeps its weight, relative to the mean of those that work, while it is ejected and shows nothing of
+    /// what it can do: so it has its share when it is back.
+    pub(super) fn hold_weight(&mut self, settings: &Adaptive, mean_factor: f64) {
+        if !self.endpoint.is_ejected() {
+            self.held = None;
+        } else if mean_factor > 0.0 {
+            let factor = self.controller.factor() / mean_factor;
+            let held = *self.held.get_or_insert(factor);
+            self.controller.hold(settings, held * mean_factor);
+        }
     }
 
     /// Whether it is in this zone; without a zone every registration is.

@@ -10,46 +10,20 @@ use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 use super::checked::{Checked, Gate, gate};
 use super::departed::Departed;
 #[cfg(any(test, feature = "pingora"))]
-use super::endpoint::Endpoint;
+use super::endpoint::Holder;
 use super::fleet::Fleet;
 use super::index::Index;
-use super::load::{Load, LoadSum};
+use super::learned::Lessons;
+use super::load::Load;
 use super::mean::Mean;
 use super::registration::Registration;
+use super::successors::Successors;
+use super::totals::Totals;
 use crate::node::Node;
 use crate::view::NodeOverride;
 
 /// The panic threshold without health checks, for nodes that say themselves that they cannot serve.
 const PANIC_THRESHOLD: f64 = 0.5;
-
-/// Sums over the registrations that take traffic, kept up to date change by change, so that a change
-/// costs the same whatever the number of nodes.
-#[derive(Debug, Default)]
-struct Totals {
-    loads: LoadSum,
-    /// Of the loads that the controllers work with.
-    controlled: Mean,
-}
-
-impl Totals {
-    fn add(&mut self, registration: &Registration) {
-        if registration.takes_traffic() {
-            self.loads.add(registration.load());
-            if let Some(load) = registration.controller.load() {
-                self.controlled.add(load, 1.0);
-            }
-        }
-    }
-
-    fn remove(&mut self, registration: &Registration) {
-        if registration.takes_traffic() {
-            self.loads.remove(registration.load());
-            if let Some(load) = registration.controller.load() {
-                self.controlled.remove(load);
-            }
-        }
-    }
-}
 
 /// All registrations of a group. Of several registrations at one address, the one with the strongest
 /// [claim](Registration::claim) holds it: that process is there, and the others are leases that have
@@ -74,6 +48,10 @@ pub(super) struct Roster {
     /// Whether there have been nodes: the first ones are not new.
     is_started: bool,
     departed: Departed,
+    successors: Successors,
+    lessons: Lessons,
+    /// What is used by word of a former process has changed.
+    has_learned: bool,
     refused: u64,
 }
 
@@ -92,6 +70,9 @@ impl Roster {
             views: 0,
             is_started: false,
             departed: Departed::default(),
+            successors: Successors::default(),
+            lessons: Lessons::default(),
+            has_learned: false,
             refused: 0,
         }
     }
@@ -164,17 +145,27 @@ impl Roster {
 
     /// The registrations that are used: they take traffic, and health checks say nothing against it.
     pub(super) fn used(&self) -> impl Iterator<Item = &Registration> + Clone {
+        let is_used = self.is_used();
+        self.registrations.iter().filter(move |it| is_used(it))
+    }
+
+    fn is_used(&self) -> impl Fn(&Registration) -> bool + Clone {
         let (gate, has_checks) = (self.gate(), self.checks.is_some());
-        self.active()
-            .filter(move |it| gate == Gate::Open || it.checked(has_checks) == Checked::Well)
+        let is_well = move |it: &Registration| it.checked(has_checks) == Checked::Well;
+        move |it| it.takes_traffic() && (gate == Gate::Open || is_well(it))
     }
 
     /// One backend for each address, including those that drain or have a static weight of 0.
     #[cfg(any(test, feature = "pingora"))]
-    pub(super) fn holders(&self) -> impl Iterator<Item = &Arc<Endpoint>> {
+    pub(super) fn holders(&self) -> impl Iterator<Item = Holder> {
+        let is_used = self.is_used();
         let all = self.registrations.iter();
         all.filter(|registration| !registration.is_shadowed)
-            .map(|registration| &registration.endpoint)
+            .map(move |registration| Holder {
+                endpoint: registration.endpoint.clone(),
+                is_used: is_used(registration),
+                static_weight: registration.static_weight().get(),
+            })
     }
 
     pub(super) fn get(&self, id: &str) -> Option<&Registration> {
@@ -212,6 +203,8 @@ impl Roster {
             if self.registrations[at].last_view != self.views {
                 let success = self.registrations[at].endpoint.success();
                 let gone = self.remove_at(at);
+                self.successors
+                    .keep(gone.node(), gone.learned_factor(), now);
                 self.departed.keep(gone, success, now);
             }
         }
@@ -235,8 +228,26 @@ impl Roster {
             let success = self.registrations[at].endpoint.success();
             self.registrations[at].endpoint.retire();
             let gone = self.remove_at(at);
+            self.successors
+                .keep(gone.node(), gone.learned_factor(), now);
             self.departed.keep(gone, success, now);
         }
+    }
+
+    /// Takes over what a former process has learned of nodes that are there, or will be soon.
+    pub(super) fn teach(&mut self, mut lessons: Lessons) {
+        for registration in &mut self.registrations {
+            if let Some((taught, lesson)) = lessons.take(registration.node(), registration.addr()) {
+                registration.learn(taught, &lesson);
+            }
+        }
+        self.lessons = lessons;
+        self.has_learned = true;
+    }
+
+    /// Whether something was taken over from a former process since this was last asked.
+    pub(super) fn take_has_learned(&mut self) -> bool {
+        std::mem::take(&mut self.has_learned)
     }
 
     /// Moves the nodes that registered no port.
@@ -292,6 +303,11 @@ impl Roster {
         joined_at: Option<Instant>,
         now: Instant,
     ) -> usize {
+        if let Some(at) = predecessor {
+            let gone = &self.registrations[at];
+            self.successors
+                .keep(gone.node(), gone.learned_factor(), now);
+        }
         let mut registration = match self.departed.take(node, addr, now) {
             Some(mut registration) => {
                 self.refused += u64::from(registration.update(node, now));
@@ -300,9 +316,15 @@ impl Roster {
                 registration
             }
             None => {
-                let (registration, refused) =
+                let (mut registration, refused) =
                     Registration::new(node, addr, &self.fleet, joined_at, now);
                 self.refused += u64::from(refused);
+                if let Some((taught, lesson)) = self.lessons.take(node, addr) {
+                    registration.learn(taught, &lesson);
+                    self.has_learned = true;
+                } else if let Some(factor) = self.successors.get(node, now) {
+                    registration.controller.begin_with(factor);
+                }
                 registration
             }
         };
@@ -316,6 +338,10 @@ impl Roster {
         self.index.insert_id(&self.registrations, at);
         self.with_new_load.push(at as u32);
         at
+    }
+
+    pub(super) fn successors(&mut self) -> &mut Successors {
+        &mut self.successors
     }
 
     fn remove_at(&mut self, at: usize) -> Registration {
@@ -409,6 +435,8 @@ impl Roster {
     /// long ago.
     pub(super) fn tick(&mut self, now: Instant) {
         self.departed.remove_expired(now);
+        self.successors.remove_expired(now);
+        self.lessons.tick(now);
         // Added up from zero: sums that are only ever changed would drift.
         self.totals = Totals::default();
         for (at, registration) in self.registrations.iter_mut().enumerate() {

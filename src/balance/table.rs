@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::alias::AliasTable;
@@ -15,6 +16,10 @@ use super::weight::Share;
 /// already).
 pub(super) const MAX_REDRAWS: usize = 4;
 
+/// How many picks from one table are spread evenly. Beyond that they are so many that chance spreads
+/// them as well, and threads do not have to share a counter.
+const EVEN_TURNS: u32 = 4_096;
+
 /// A backend as a pick sees it.
 #[derive(Debug)]
 pub(super) struct Slot {
@@ -24,6 +29,8 @@ pub(super) struct Slot {
     pub(super) inverse_weight: f32,
     /// The probability of acceptance that is part of its share, as of this table.
     pub(super) acceptance: f32,
+    /// The probability with which it is taken in its turn while it has nothing in flight.
+    pub(super) calm: f32,
 }
 
 /// The backends to pick from, with the indexes that the policy in use needs; the other indexes are
@@ -35,9 +42,14 @@ pub(super) struct Table {
     pub(super) ring: Ring,
     /// `None` where all shares are equal.
     pub(super) spread: Option<Spread>,
-    /// Chance decides between backends without requests in flight whose weights differ by less than
-    /// this part.
-    pub(super) alike: f32,
+    /// How many of the backends can be drawn: those before the ones that are ejected.
+    pub(super) live: usize,
+    /// Where the backends are that are ejected, and those that are to get their first request.
+    pub(super) ejected: Box<[u32]>,
+    pub(super) new: Box<[u32]>,
+    /// The turns that have been taken from this table, and those before it.
+    pub(super) turns: AtomicU32,
+    pub(super) earlier_turns: u64,
     /// How many draws it takes on average to get the wanted number of different candidates; 0 if all
     /// backends are candidates.
     pub(super) draws: usize,
@@ -49,20 +61,53 @@ pub(super) struct Table {
 
 impl Table {
     /// A table without any index.
-    pub(super) fn new(endpoints: Vec<Arc<Endpoint>>, alike: f32) -> Self {
+    pub(super) fn new(mut endpoints: Vec<Arc<Endpoint>>) -> Self {
+        let is_live = |endpoint: &Arc<Endpoint>| endpoint.acceptance() > 0.0;
+        let live = endpoints.iter().filter(|it| is_live(it)).count();
+        if live < endpoints.len() {
+            endpoints.sort_by_key(|endpoint| !is_live(endpoint));
+        }
         let weights = endpoints.iter().map(|endpoint| endpoint.weight().get());
         let mean = weights.sum::<f64>() / endpoints.len().max(1) as f64;
         let slot = |endpoint: Arc<Endpoint>| Slot {
             in_flight: endpoint.counter(),
             inverse_weight: (mean / endpoint.weight().get()) as f32,
             acceptance: endpoint.acceptance(),
+            calm: endpoint.calm(),
             endpoint,
         };
         Self {
+            // Where all are ejected, none is.
+            live: if live == 0 { endpoints.len() } else { live },
             slots: endpoints.into_iter().map(slot).collect(),
-            alike,
             ..Self::default()
         }
+    }
+
+    /// The chance of each backend to be drawn.
+    pub(super) fn shares(&self) -> Vec<Share> {
+        let is_any_live = self.slots.first().is_some_and(|slot| slot.acceptance > 0.0);
+        let slots = self.slots.iter().map(|slot| &slot.endpoint);
+        slots
+            .map(|endpoint| match is_any_live {
+                true => endpoint.share(),
+                false => Share::new(endpoint.weight().get()),
+            })
+            .collect()
+    }
+
+    /// All turns that have been taken so far.
+    pub(super) fn turns_so_far(&self) -> u64 {
+        self.earlier_turns + u64::from(self.turns.load(Ordering::Relaxed))
+    }
+
+    /// The turn of a pick, while turns are counted.
+    pub(super) fn take_turn(&self) -> Option<u64> {
+        if self.turns.load(Ordering::Relaxed) >= EVEN_TURNS {
+            return None;
+        }
+        let turn = self.turns.fetch_add(1, Ordering::Relaxed);
+        Some(self.earlier_turns + u64::from(turn))
     }
 
     /// Whether a table of these backends would be the same, under a policy whose shares rarely
@@ -106,13 +151,30 @@ impl Table {
     /// Draws one of the backends that are not excluded, by share, in one pass over all of them: for
     /// when draws keep giving excluded ones.
     pub(super) fn draw_other_than(&self, exclude: &[SocketAddr], random: u64) -> Option<usize> {
+        self.draw_where(|index| !self.is_excluded(index, exclude), random)
+    }
+
+    /// The same, of those that are not ejected.
+    pub(super) fn draw_working(&self, exclude: &[SocketAddr], random: u64) -> Option<usize> {
+        let works = |index: usize| !self.slots[index].endpoint.is_ejected();
+        self.draw_where(
+            |index| works(index) && !self.is_excluded(index, exclude),
+            random,
+        )
+    }
+
+    fn draw_where(&self, is_fit: impl Fn(usize) -> bool, random: u64) -> Option<usize> {
         let others = || {
-            self.slots
-                .iter()
-                .enumerate()
-                .filter(|(index, _)| !self.is_excluded(*index, exclude))
+            let all = self.slots.iter().enumerate();
+            all.filter(|(index, _)| is_fit(*index))
         };
         let total: f64 = others().map(|(_, slot)| slot.endpoint.share().get()).sum();
+        if total <= 0.0 {
+            // Only those are left that are ejected.
+            let count = others().count() as u64;
+            let nth = random.checked_rem(count)?;
+            return others().nth(nth as usize).map(|(index, _)| index);
+        }
         let mut rest = random as f64 / 2_f64.powi(64) * total;
         let mut last = None;
         for (index, slot) in others() {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::endpoint::{EndpointState, in_flight_with_guard};
+use super::fleet::Failure;
 use crate::load_report::{LoadReport, LoadReportError};
 use crate::node::Node;
 
@@ -20,13 +21,19 @@ pub struct Upstream {
     state: Arc<EndpointState>,
     /// Counts the request among all of the balancer, for the policy that needs their number.
     _in_flight: Option<Arc<()>>,
+    is_probe: bool,
 }
 
 impl Upstream {
-    pub(super) fn new(state: Arc<EndpointState>, in_flight: Option<Arc<()>>) -> Self {
+    pub(super) fn new(
+        state: Arc<EndpointState>,
+        in_flight: Option<Arc<()>>,
+        is_probe: bool,
+    ) -> Self {
         Self {
             state,
             _in_flight: in_flight,
+            is_probe,
         }
     }
 
@@ -52,21 +59,63 @@ impl Upstream {
 
     /// Reports that the backend answered, `latency` after the request was sent to it: time spent on
     /// earlier tries at other backends does not count. The policies that learn from outcomes use it.
-    pub fn succeeded(self, latency: Duration) {
-        self.state.succeeded(latency);
+    pub fn succeeded(mut self, latency: Duration) {
+        match self.take_probe() {
+            true => self.state.probe_succeeds(),
+            false => self.state.succeeded(latency),
+        }
     }
 
     /// Reports that the backend works, but answered without doing what it usually does, such as with
     /// 401 or 404. How fast it did so says nothing, and does not attract requests.
-    pub fn answered(self) {
-        self.state.answered();
+    pub fn answered(mut self) {
+        match self.take_probe() {
+            true => self.state.probe_succeeds(),
+            false => self.state.answered(),
+        }
     }
 
-    /// Reports that the backend failed the request: no connection, a time-out, a 5xx response, or 429,
-    /// by which it says that it has too much to do. Do not call it for a client that went away: drop
-    /// the guard instead.
+    /// Whether the backend had failed, and this request finds out whether it works again. If it fails,
+    /// send it to another backend if you can.
+    pub fn is_probe(&self) -> bool {
+        self.is_probe
+    }
+
+    /// If this is a probe, it has succeeded, though the request goes on: the response has begun. From
+    /// now on it is a request like any other, whose outcome is reported at its end.
+    pub fn begins_to_answer(&mut self) {
+        if self.take_probe() {
+            self.state.probe_succeeds();
+        }
+    }
+
+    /// Reports that the backend failed the request: a time-out, a 5xx response, or one that broke off.
+    /// Do not call it for a client that went away: drop the guard instead.
     pub fn failed(self) {
-        self.state.failed();
+        self.fails(Failure::Fault);
+    }
+
+    /// Reports that no connection to the backend could be made. It counts twice: whoever refuses a
+    /// connection is probably not there.
+    pub fn unreachable(self) {
+        self.fails(Failure::Unreachable);
+    }
+
+    /// Reports that the backend has too much to do, as it says with 429. It gets less, and only if
+    /// hardly anything succeeds, nothing.
+    pub fn overloaded(self) {
+        self.fails(Failure::Overload);
+    }
+
+    fn fails(mut self, failure: Failure) {
+        match self.take_probe() {
+            true => self.state.probe_fails(failure),
+            false => self.state.failed(failure),
+        }
+    }
+
+    fn take_probe(&mut self) -> bool {
+        std::mem::take(&mut self.is_probe)
     }
 
     /// Takes over the load that the backend reported with its response at `now`. Weights follow with
@@ -92,6 +141,14 @@ impl Upstream {
         let report = LoadReport::parse(value).inspect_err(|_| self.refuse_report())?;
         self.report(&report, now);
         Ok(())
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        if self.is_probe {
+            self.state.probe_says_nothing();
+        }
     }
 }
 

@@ -7,16 +7,22 @@ use std::time::{Duration, Instant};
 use super::checked::{Checked, Gate};
 use super::controller::{Controller, ReportContext, Trust};
 use super::endpoint::Endpoint;
+#[cfg(feature = "pingora")]
+use super::endpoint::Holder;
 use super::fleet::Fleet;
+use super::learned::{Learned, Lessons, too_many_ejected};
 use super::load::Load;
 use super::mean::Mean;
 use super::policy::{ActivePolicy, RoutingPolicy};
 use super::roster::Roster;
 use super::settings::{Adaptive, Zones};
+use super::sharing::Sharing;
 use super::zone::{Spill, ZoneSample, ZoneSource};
 use crate::node::Node;
 use crate::view::NodeOverride;
 
+/// After this number of ticks for which a probe could not be sent, any request may be one.
+const TICKS_WITHOUT_PROBE: u32 = 2;
 /// How long a report of requests in flight counts.
 const IN_FLIGHT_REPORT_VALID: Duration = Duration::from_secs(5);
 
@@ -35,27 +41,34 @@ pub(super) struct WeigherSettings {
 /// Weighs the nodes of a group, and learns about each registration what a single report does not
 /// show.
 #[derive(Debug)]
-pub(crate) struct Weigher {
+pub(super) struct Weigher {
     settings: WeigherSettings,
     fleet: Arc<Fleet>,
     roster: Roster,
     trust: Trust,
+    sharing: Sharing,
+    /// How calm half of the backends that report are at least, as of the last weights.
+    calm_of_half: f64,
     spill: Spill,
     /// The balancer's own zone.
     zone: Option<String>,
     last_tick: Option<Instant>,
+    ticks_without_probe: u32,
 }
 
 /// What one tick found out about all backends together.
 #[derive(Default)]
 struct TickSummary {
-    best_success: Option<f32>,
-    worst_success: f32,
+    /// Some report their requests in flight.
     reports_in_flight: bool,
+    /// How many have had requests since the last tick, and how many of these report.
+    active: usize,
+    active_reporting: usize,
     /// Of the logarithms of weights by metrics, where there is a recent report.
     metrics: Mean,
     loads: Mean,
     excess_latency: Mean,
+    in_flight: Mean,
 }
 
 impl Weigher {
@@ -66,9 +79,12 @@ impl Weigher {
             fleet,
             settings,
             trust: Trust::default(),
+            sharing: Sharing::default(),
+            calm_of_half: 1.0,
             spill: Spill::default(),
             zone: None,
             last_tick: None,
+            ticks_without_probe: 0,
         }
     }
 
@@ -106,12 +122,44 @@ impl Weigher {
         self.roster.gate() == Gate::Open && has_down()
     }
 
+    /// What is learned of the backends, for another process.
+    pub(super) fn learned(&self, now: Instant) -> Learned {
+        let all = self.roster.registrations().iter();
+        Learned {
+            backends: all
+                .filter_map(|registration| registration.learned(now))
+                .collect(),
+        }
+    }
+
+    /// Takes over what another process had learned `passed` ago; takes effect with the next
+    /// [`settle`](Self::settle).
+    pub(super) fn teach(&mut self, learned: &Learned, passed: Duration, now: Instant) {
+        let lessons = Lessons::new(learned, &self.settings.adaptive, passed, now);
+        self.roster.teach(lessons);
+    }
+
+    /// Of too many that are ejected only because a former process says so, those with the best success rates are used.
+    fn limit_ejected_by_predecessor(&self) {
+        let all = self.roster.used().count();
+        let ejected = self
+            .roster
+            .used()
+            .filter(|it| it.is_ejected_by_predecessor());
+        let mut ejected: Vec<_> = ejected.map(|it| &it.endpoint).collect();
+        let too_many = too_many_ejected(ejected.len(), all);
+        ejected.sort_by(|one, other| other.success().total_cmp(&one.success()));
+        for endpoint in ejected.into_iter().take(too_many) {
+            endpoint.readmit();
+        }
+    }
+
     pub(super) fn fleet(&self) -> &Arc<Fleet> {
         &self.fleet
     }
 
     /// Replaces everything by these nodes; takes effect with the next [`settle`](Self::settle).
-    pub(crate) fn reset<'a>(
+    pub(super) fn reset<'a>(
         &mut self,
         nodes: impl IntoIterator<Item = &'a Arc<Node>>,
         now: Instant,
@@ -132,20 +180,24 @@ impl Weigher {
 
     /// Computes the weights that follow from the changes so far. Costs time in proportion to the
     /// number of nodes.
-    pub(crate) fn settle(&mut self, policy: &ActivePolicy, now: Instant) {
+    pub(super) fn settle(&mut self, policy: &ActivePolicy, now: Instant) {
         self.find_zone();
         self.learn_from_reports(now);
+        if self.roster.take_has_learned() {
+            self.limit_ejected_by_predecessor();
+        }
         self.weigh(policy, now);
     }
 
     /// The same, and takes over what time and requests have brought; to be called once a second.
-    pub(crate) fn tick(&mut self, policy: &ActivePolicy, now: Instant) {
+    pub(super) fn tick(&mut self, policy: &ActivePolicy, now: Instant) {
         let last = self.last_tick.replace(now).unwrap_or(now);
         let passed = now.saturating_duration_since(last);
         self.roster.tick(now);
         self.find_zone();
         self.learn_from_reports(now);
         self.learn_from_requests(now, passed);
+        self.decide_trials(now);
         self.measure_zones();
         self.weigh(policy, now);
     }
@@ -207,24 +259,28 @@ impl Weigher {
     /// Takes over what requests have found out since the last tick, which was `passed` ago.
     fn learn_from_requests(&mut self, now: Instant, passed: Duration) {
         let adaptive = &self.settings.adaptive;
-        let mut summary = TickSummary {
-            worst_success: 1.0,
-            ..TickSummary::default()
-        };
+        let mut summary = TickSummary::default();
+        let shared = self.sharing.level(self.calm_of_half);
+        let samples = adaptive.latency_samples_at(shared);
         for registration in self.roster.registrations_mut() {
+            let outcomes = registration.outcomes_at_tick;
+            let is_active = registration.endpoint.is_active_since(outcomes);
+            if is_active {
+                registration.set_used(now);
+            }
             let endpoint = &registration.endpoint;
             let controller = &mut registration.controller;
             controller.age(adaptive, now, passed);
-            let is_active = endpoint.is_active_since(registration.outcomes_at_tick);
             if is_active || !self.settings.counts_requests {
                 registration.was_used = true;
             } else {
                 controller.forget_a_part(adaptive);
             }
-            controller.set_latencies(endpoint.take_latencies(adaptive.latency_samples));
+            controller.set_latencies(endpoint.take_latencies(samples));
             registration.outcomes_at_tick = endpoint.outcomes();
             if registration.takes_traffic() {
-                summary.add(&registration.endpoint, &registration.controller, now);
+                let controller = &registration.controller;
+                summary.add(&registration.endpoint, controller, is_active, now);
             }
         }
         // Without those that have just become stale.
@@ -233,15 +289,68 @@ impl Weigher {
             if registration.takes_traffic() {
                 let controller = &mut registration.controller;
                 controller.center(summary.metrics.value());
-                controller.correct_by_latency(adaptive, &summary.excess_latency);
+                controller.correct_by_latency(adaptive, shared, &summary.excess_latency);
             }
         }
+        self.sharing.tick(&summary.in_flight);
         if !summary.reports_in_flight {
             self.fleet.clear_in_flight_reports();
         }
+        // Those that get no requests cannot report.
+        if summary.active > 0 {
+            let most_report = summary.active_reporting * 2 > summary.active;
+            self.fleet.set_most_report_in_flight(most_report);
+        }
+        self.compare_success_rates();
+    }
+
+    /// Takes over the success rates of the backends that are used.
+    fn compare_success_rates(&self) {
+        let used = || self.roster.used().map(|it| &it.endpoint);
         // Without any backend all is well: the first one to come has not failed yet.
-        let best = summary.best_success.unwrap_or(1.0);
-        self.fleet.set_success_rates(best, summary.worst_success);
+        let best = used().map(|it| it.success()).reduce(f32::max);
+        let best = best.unwrap_or(1.0);
+        let working = used().filter(|endpoint| !endpoint.is_ejected());
+        let mut rates: Vec<f32> = working.map(|endpoint| endpoint.success()).collect();
+        let worst = rates.iter().copied().fold(1.0, f32::min);
+        // Of two the better one.
+        let middle = rates.len() / 2;
+        let median = match rates.is_empty() {
+            true => best,
+            false => *rates.select_nth_unstable_by(middle, f32::total_cmp).1,
+        };
+        self.fleet.set_success_rates(best, median, worst);
+    }
+
+    /// Decides which of the backends that are new or ejected the next requests try.
+    fn decide_trials(&mut self, now: Instant) {
+        let most_pause = Duration::from_millis(self.settings.adaptive.probe_most_ms);
+        let (mut is_any_ejected, mut is_any_waiting) = (false, false);
+        for registration in self.roster.registrations_mut() {
+            let endpoint = &registration.endpoint;
+            is_any_waiting |= endpoint.is_ejected() && endpoint.is_due();
+            registration.tick_trial(most_pause, now);
+            is_any_ejected |= registration.endpoint.is_ejected();
+        }
+        self.fleet.set_ejected(is_any_ejected);
+        let mut working = Mean::default();
+        for registration in self.roster.used() {
+            if !registration.endpoint.is_ejected() {
+                working.add(registration.controller.factor(), 1.0);
+            }
+        }
+        self.roster.successors().set_mean(working.value());
+        for registration in self.roster.registrations_mut() {
+            registration.hold_weight(&self.settings.adaptive, working.value());
+        }
+        let count = u32::try_from(working.count()).unwrap_or(u32::MAX);
+        self.fleet.allow_ejections(count);
+        match is_any_waiting && self.fleet.can_probe() {
+            true => self.ticks_without_probe = self.ticks_without_probe.saturating_add(1),
+            false => self.ticks_without_probe = 0,
+        }
+        let with_any = self.ticks_without_probe >= TICKS_WITHOUT_PROBE;
+        self.fleet.set_probes_with_any(with_any);
     }
 
     /// Measures the own zone and the others, which decides how much traffic leaves the zone.
@@ -267,15 +376,18 @@ impl Weigher {
 
     /// Computes the weights of all backends, and lets picks see them.
     fn weigh(&mut self, policy: &ActivePolicy, now: Instant) {
+        self.calm_of_half = self.calm_of_half();
         let weights = policy.weights(&self.roster, now);
         let registrations = self.roster.registrations();
         let zone = self.zone.as_deref();
+        let calm_of_half = self.calm_of_half;
+        let adaptive = &self.settings.adaptive;
         let mut working = Mean::default();
         let gate = self.roster.gate();
         for (registration, weight) in registrations.iter().zip(&weights) {
             let is_used = gate == Gate::Open || self.roster.checked(registration) == Checked::Well;
             if registration.takes_traffic() && is_used && registration.is_in_zone(zone) {
-                let acceptance = self.fleet.acceptance(registration.endpoint.success());
+                let acceptance = registration.endpoint.acceptance_now();
                 working.add(f64::from(acceptance), weight.get());
             }
         }
@@ -285,7 +397,7 @@ impl Weigher {
         for (registration, weight) in registrations.iter().zip(weights) {
             let is_own = !follows_zones || registration.is_in_zone(zone);
             let acceptance = if reduces_failing_shares {
-                self.fleet.acceptance(registration.endpoint.success())
+                registration.endpoint.acceptance_now()
             } else {
                 1.0
             };
@@ -293,27 +405,32 @@ impl Weigher {
             registration
                 .endpoint
                 .set_weight(weight, zone_part, acceptance);
+            let load = adaptive.load(registration.load(), &Load::default(), 1.0);
+            let load = load.filter(|_| !policy.weighs_by_load());
+            let calm = load.map_or(calm_of_half, |load| adaptive.calm(load));
+            // Whoever is far comes into play when those nearby are compared with it.
+            registration.endpoint.set_calm((calm * zone_part) as f32);
         }
     }
 
-    /// Up to which relative difference in weight chance decides between idle backends: any, while
-    /// all of them report little load.
-    pub(super) fn alike(&self) -> f32 {
+    /// How calm half of the backends that report are at least; entirely, where none reports.
+    fn calm_of_half(&self) -> f64 {
         let adaptive = &self.settings.adaptive;
         let active = self.roster.used();
         let loads = active.filter_map(|it| adaptive.load(it.load(), &Load::default(), 1.0));
-        let Some(busiest) = loads.reduce(f64::max) else {
-            return adaptive.alike as f32;
-        };
-        // Any difference up to the calm load, and the configured one from twice that on.
-        let calm = (2.0 - busiest / adaptive.calm_load.max(1e-9)).clamp(0.0, 1.0);
-        (adaptive.alike + (1.0 - adaptive.alike) * calm) as f32
+        let mut loads: Vec<f64> = loads.collect();
+        if loads.is_empty() {
+            return 1.0;
+        }
+        let middle = (loads.len() - 1) / 2;
+        let (_, middle, _) = loads.select_nth_unstable_by(middle, f64::total_cmp);
+        adaptive.calm(*middle)
     }
 
     /// One backend for each address, including those that drain or have a static weight of 0.
     #[cfg(feature = "pingora")]
-    pub(crate) fn endpoints(&self) -> impl Iterator<Item = &Arc<Endpoint>> {
-        self.roster.holders()
+    pub(super) fn holders(&self) -> Vec<Holder> {
+        self.roster.holders().collect()
     }
 
     /// The backends that take traffic.
@@ -328,16 +445,16 @@ impl Weigher {
 }
 
 impl TickSummary {
-    fn add(&mut self, endpoint: &Endpoint, controller: &Controller, now: Instant) {
-        let success = endpoint.success();
-        let best = self.best_success.map_or(success, |best| best.max(success));
-        self.best_success = Some(best);
-        self.worst_success = self.worst_success.min(success);
-        self.reports_in_flight |= endpoint.reports_in_flight(IN_FLIGHT_REPORT_VALID, now);
+    fn add(&mut self, endpoint: &Endpoint, controller: &Controller, is_active: bool, now: Instant) {
+        let is_reporting = endpoint.reports_in_flight(IN_FLIGHT_REPORT_VALID, now);
+        self.reports_in_flight |= is_reporting;
+        self.active += usize::from(is_active);
+        self.active_reporting += usize::from(is_active && is_reporting);
         if let Some(load) = controller.load() {
             self.metrics.add(controller.metrics(), 1.0);
             self.loads.add(load, 1.0);
         }
+        self.in_flight.add(endpoint.in_flight().into(), 1.0);
         if let Some(excess) = controller.excess_latency() {
             self.excess_latency.add(excess, endpoint.share().get());
         }

@@ -96,7 +96,8 @@ pub struct ClusterConfig {
     /// When nodes are kept although their leases are gone.
     #[serde(default)]
     pub self_preservation: SelfPreservation,
-    /// A file that stores the nodes for a start without etcd. Default: none.
+    /// A file that stores the nodes for a start without etcd, and beside it, with `.learned` added to its name, what
+    /// was learned of them: weights, success rates, the lowest latencies. Default: none.
     #[serde(default)]
     pub snapshot: Option<SnapshotFile>,
     /// The shortest time from publishing one change to publishing the next ones. Default: 20 ms.
@@ -409,6 +410,15 @@ impl ClusterConfig {
             Some(file) => builder.snapshot_file(file.clone()),
             None => builder,
         }
+    }
+
+    /// The file with what was learned of the backends, beside the one with the nodes, and how often it is written.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn learned_file(&self) -> Option<(std::path::PathBuf, Duration)> {
+        let snapshot = self.snapshot.as_ref()?;
+        let mut path = snapshot.path.clone().into_os_string();
+        path.push(".learned");
+        Some((path.into(), Duration::from_millis(snapshot.interval_ms)))
     }
 
     /// The balancer that this section describes.

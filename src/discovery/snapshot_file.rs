@@ -1,20 +1,15 @@
 //! The snapshot file: where it is, whether it may be used, and how it is replaced.
 
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
 
 use super::snapshot_format::{Origin, Snapshot, decode, encode};
 use crate::error::{ClusterError, in_range};
+use crate::private_file;
 use crate::view::Nodes;
 
-/// The suffix of a file that is being written.
-const TEMPORARY: &str = ".tmp";
-/// A temporary file that is older than this is left over: no write takes that long.
-const ABANDONED: Duration = Duration::from_secs(600);
 /// The maximum length of a file. A hundred thousand nodes take 40 MiB.
 const MAX_LENGTH: u64 = 4 << 30;
 
@@ -95,7 +90,7 @@ impl SnapshotFile {
         let path = self.path.display();
         let reason = if self.path.file_name().is_none() || self.path.is_dir() {
             format!("{path} does not name a file")
-        } else if !self.directory().is_dir() {
+        } else if !private_file::directory(&self.path).is_dir() {
             format!("the directory of {path} does not exist")
         } else {
             return Ok(());
@@ -103,36 +98,9 @@ impl SnapshotFile {
         Err(ClusterError::config(format!("{field}.file"), reason))
     }
 
-    fn directory(&self) -> &Path {
-        match self.path.parent() {
-            Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-            Some(parent) => parent,
-            None => Path::new("/"),
-        }
-    }
-
-    fn temporary_prefix(&self) -> String {
-        let name = self.path.file_name().unwrap_or_default();
-        format!(".{}.", name.to_string_lossy())
-    }
-
     /// Removes temporary files of processes that were killed while they wrote.
     pub(super) fn remove_abandoned(&self) {
-        let prefix = self.temporary_prefix();
-        let Ok(entries) = std::fs::read_dir(self.directory()) else {
-            return;
-        };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            let is_old = || {
-                let modified = entry.metadata().and_then(|metadata| metadata.modified());
-                modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > ABANDONED))
-            };
-            if name.starts_with(&prefix) && name.ends_with(TEMPORARY) && is_old() {
-                let _ = std::fs::remove_file(entry.path());
-            }
-        }
+        private_file::remove_abandoned(&self.path);
     }
 
     pub(super) fn error(&self, reason: impl ToString) -> ClusterError {
@@ -149,31 +117,14 @@ impl SnapshotFile {
         nodes: &Nodes,
         written: SystemTime,
     ) -> Result<(), ClusterError> {
-        let write = || -> std::io::Result<()> {
-            let mut file = tempfile::Builder::new()
-                .prefix(&self.temporary_prefix())
-                .suffix(TEMPORARY)
-                .tempfile_in(self.directory())?;
-            encode(file.as_file_mut(), origin, written, nodes)?;
-            file.as_file().sync_all()?;
-            file.persist(&self.path)?;
-            // The new name has to be on the disk too.
-            File::open(self.directory())?.sync_all()
-        };
-        write().map_err(|error| self.error(error))
+        private_file::replace(&self.path, |file| encode(file, origin, written, nodes))
+            .map_err(|error| self.error(error))
     }
 
     /// Reads the file, and checks that it may be used for this group now. Blocks.
     pub(super) fn read(&self, ours: &Origin, now: SystemTime) -> Result<Snapshot, ClusterError> {
-        let mut file = File::open(&self.path).map_err(|error| self.error(error))?;
-        let metadata = file.metadata().map_err(|error| self.error(error))?;
-        check_owner_and_mode(&metadata).map_err(|reason| self.error(reason))?;
-        if metadata.len() > MAX_LENGTH {
-            return Err(self.error(format!("{} bytes is too long", metadata.len())));
-        }
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)
-            .map_err(|error| self.error(error))?;
+        let bytes = private_file::read(&self.path, MAX_LENGTH);
+        let bytes = bytes.map_err(|reason| self.error(reason))?;
         let snapshot = decode(&bytes).map_err(|reason| self.error(reason))?;
         check_origin(&snapshot.origin, ours)
             .and_then(|()| self.check_age(snapshot.written, now))
@@ -196,24 +147,6 @@ impl SnapshotFile {
             _ => Ok(()),
         }
     }
-}
-
-#[cfg(unix)]
-fn check_owner_and_mode(metadata: &std::fs::Metadata) -> Result<(), String> {
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
-    let (mode, owner) = (metadata.permissions().mode() & 0o777, metadata.uid());
-    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
-        return Err(format!("it belongs to another user (uid {owner})"));
-    }
-    if mode & 0o022 != 0 {
-        return Err(format!("others may write it (mode {mode:04o})"));
-    }
-    Ok(())
-}
-
-#[cfg(not(unix))]
-fn check_owner_and_mode(_: &std::fs::Metadata) -> Result<(), String> {
-    Ok(())
 }
 
 fn check_origin(theirs: &Origin, ours: &Origin) -> Result<(), String> {

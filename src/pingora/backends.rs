@@ -26,11 +26,13 @@ use crate::sync::lock;
 ///
 /// The first `discover` starts following the group, in the runtime that calls it, and waits for the
 /// first complete view for 10 s at most. Membership then reaches the load balancer every
-/// `update_frequency`, which has to be set; weights reach
-/// [`MetricsWeighted`](super::MetricsWeighted) at once.
+/// `update_frequency`, which has to be set; weights, draining and departures reach
+/// [`MetricsWeighted`](super::MetricsWeighted) at once. A selection of Pingora's own sees the registered
+/// weights: [`BackendNode`](super::BackendNode).
 ///
-/// Each `discover` sets for every backend whether it is enabled: draining nodes, and those with a
-/// static weight of 0, are not. That overrides earlier calls of `set_enable`; to take a node out by
+/// Each `discover` sets for every backend whether it is enabled: nodes that drain, that say that they
+/// cannot serve, and those with a static weight of 0, are not. That overrides earlier calls of
+/// `set_enable`; to take a node out by
 /// hand, let it [`drain`](crate::ClusterNode::drain).
 ///
 /// ```
@@ -105,6 +107,12 @@ impl ClusterBackends {
         }
     }
 
+    /// The weights of the nodes, for those who tell of requests by the address they went to:
+    /// [`LiveWeights::begin_at`].
+    pub fn weights(&self) -> &Arc<LiveWeights> {
+        &self.weights
+    }
+
     /// Sets how long the first `discover` waits for a complete view. Default: 10 s.
     #[must_use]
     pub fn ready_timeout(mut self, timeout: Duration) -> Self {
@@ -130,6 +138,11 @@ impl ClusterBackends {
                     &discovery, &weights
                 )),
                 restart_forever(&span, "weights", || every_tick(|now| weights.tick(now))),
+                restart_forever(&span, "overrides", || discovery.follow_overrides(
+                    |overrides| {
+                        weights.set_overrides(overrides);
+                    }
+                )),
             );
         };
         *task = Some(Task(tokio::spawn(running)));

@@ -12,7 +12,7 @@ use ::pingora::server::ShutdownWatch;
 use ::pingora::services::ServiceReadyNotifier;
 use ::pingora::services::background::BackgroundService;
 use async_trait::async_trait;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tracing::error;
 
 use super::backends::ClusterBackends;
@@ -29,7 +29,8 @@ use crate::error::ClusterError;
 /// `LoadBalancer`, so `select` and the other methods work as before.
 ///
 /// Membership and draining go through Pingora's own discovery and enablement. Weights are kept beside
-/// the backends, so that an update of metrics does not reset the health of a backend.
+/// the backends, so that an update of metrics does not reset the health of a backend. A selection of
+/// Pingora's own sees the registered weights: [`BackendNode`](super::BackendNode).
 ///
 /// ```
 /// use pingora::lb::health_check::TcpHealthCheck;
@@ -56,6 +57,8 @@ where
     load_balancer: LoadBalancer<S>,
     discovery: ServiceDiscovery,
     weights: Arc<LiveWeights>,
+    /// What operators say of nodes has changed.
+    said: Notify,
     /// How often health is checked, if a check is set. Default: `None`, once at the start.
     pub health_check_frequency: Option<Duration>,
     /// Whether all backends are checked at the same time. Default: `true`.
@@ -95,6 +98,7 @@ where
             load_balancer: LoadBalancer::from_backends(Backends::new(Box::new(backends))),
             discovery,
             weights,
+            said: Notify::new(),
             health_check_frequency: None,
             parallel_health_check: true,
             ready_timeout: READY_TIMEOUT,
@@ -111,6 +115,12 @@ where
         &self.discovery
     }
 
+    /// The weights of the nodes, for those who tell of requests by the address they went to:
+    /// [`LiveWeights::begin_at`].
+    pub fn weights(&self) -> &Arc<LiveWeights> {
+        &self.weights
+    }
+
     /// Keeps weights and membership up to date. Returns why it cannot go on.
     async fn keep_up_to_date(
         &self,
@@ -118,24 +128,33 @@ where
         updated: &watch::Sender<bool>,
     ) -> &'static str {
         let mut nodes = self.discovery.watch_nodes();
-        let mut is_first = true;
+        let mut is_due = true;
         wait_ready(&self.discovery, self.ready_timeout).await;
         loop {
             nodes.mark_unchanged();
             let start = Instant::now();
-            let membership_changed = self.weights.refresh(&self.discovery);
-            if (membership_changed || is_first) && self.discovery.is_ready() {
+            is_due |= self.weights.refresh(&self.discovery);
+            if is_due && self.discovery.is_ready() {
                 match self.load_balancer.update().await {
-                    Ok(()) => drop(updated.send_replace(true)),
+                    Ok(()) => {
+                        is_due = false;
+                        updated.send_replace(true);
+                    }
+                    // It stays due.
                     Err(error) => error!(%error, "the load balancer could not be updated"),
                 }
             }
-            is_first = false;
             // Dropping it signals ready.
             drop(ready.take());
             tokio::time::sleep(pause_after(start.elapsed())).await;
-            if nodes.changed().await.is_err() {
-                return "the discovery was dropped";
+            tokio::select! {
+                biased;
+                changed = nodes.changed() => {
+                    if changed.is_err() {
+                        return "the discovery was dropped";
+                    }
+                }
+                () = self.said.notified() => is_due = true,
             }
         }
     }
@@ -166,6 +185,13 @@ where
             restart_forever(&span, "weights", || every_tick(|now| self
                 .weights
                 .tick(now))),
+            restart_forever(&span, "overrides", || self.discovery.follow_overrides(
+                |overrides| {
+                    if self.weights.set_overrides(overrides) {
+                        self.said.notify_one();
+                    }
+                }
+            )),
         );
     }
 }

@@ -33,11 +33,13 @@ mod checks;
 mod exchange;
 mod follow;
 mod leader;
+mod learned_file;
 mod live;
 mod peer;
 mod restart;
 mod selection;
 mod service;
+mod slot;
 mod turns;
 mod weights;
 
@@ -48,6 +50,10 @@ pub use checks::CheckStatus;
 pub(crate) use checks::Checker;
 pub(crate) use exchange::exchange;
 pub use leader::{LeaderRoute, LeaderUpstream};
+pub(crate) use learned_file::{
+    LearnedByGroup, LearnedFile, read as read_learned, teach as teach_learned,
+    within as within_learned, write as write_learned,
+};
 pub use live::LiveLoadBalancer;
 pub use peer::http_peer;
 pub use selection::MetricsWeighted;

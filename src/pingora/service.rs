@@ -2,7 +2,9 @@
 
 use std::convert::Infallible;
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ::pingora::server::ShutdownWatch;
@@ -13,13 +15,18 @@ use async_trait::async_trait;
 use super::check::NodeCheck;
 use super::checks::{CheckStatus, Checker, Checks};
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
+use super::learned_file::{LearnedFile, begin_with, keep};
 use super::peer::http_peer;
 use super::restart::restart_forever;
 use crate::balance::Balancer;
 use crate::balance::pace::every_tick;
 use crate::discovery::ServiceDiscovery;
 use crate::node::Node;
+use crate::supervise::{caught, in_span};
 use crate::view::Change;
+
+/// How often what is learned is written.
+const WRITE_LEARNED_EVERY: Duration = Duration::from_secs(10);
 
 /// A [`Balancer`] that follows a group, as a background service. It dereferences to the balancer.
 ///
@@ -44,6 +51,8 @@ pub struct BalancerService {
     checks: Arc<Checks>,
     discovery: ServiceDiscovery,
     ready_timeout: Duration,
+    learned_file: Option<LearnedFile>,
+    keeps_learned: AtomicBool,
 }
 
 impl BalancerService {
@@ -54,6 +63,8 @@ impl BalancerService {
             checks: Arc::new(Checks::new()),
             discovery,
             ready_timeout: READY_TIMEOUT,
+            learned_file: None,
+            keeps_learned: AtomicBool::new(true),
         }
     }
 
@@ -61,6 +72,23 @@ impl BalancerService {
     #[must_use]
     pub fn ready_timeout(mut self, timeout: Duration) -> Self {
         self.ready_timeout = timeout;
+        self
+    }
+
+    /// Keeps what is learned of the backends in this file: weights, success rates, the lowest latencies. It is
+    /// written every 10 s, with mode 0600, and read at the start, so that a process that is started again
+    /// begins with it: [`Balancer::teach`] says how much of it holds. A file that cannot be read or written is
+    /// a line in the log, and nothing more. Its directory must exist, and each service needs a file of its own.
+    #[must_use]
+    pub fn learned_file(self, path: impl Into<PathBuf>) -> Self {
+        self.maybe_learned_file(Some(LearnedFile {
+            path: path.into(),
+            interval: WRITE_LEARNED_EVERY,
+        }))
+    }
+
+    pub(crate) fn maybe_learned_file(mut self, file: Option<LearnedFile>) -> Self {
+        self.learned_file = file;
         self
     }
 
@@ -96,6 +124,8 @@ impl BalancerService {
             checks: self.checks.clone(),
             discovery,
             ready_timeout,
+            learned_file: None,
+            keeps_learned: AtomicBool::new(true),
         }
     }
 
@@ -118,6 +148,16 @@ impl BalancerService {
         self.balancer.publish(now);
     }
 
+    async fn keep_learned(&self) -> Infallible {
+        match &self.learned_file {
+            Some(file) => {
+                let group = self.discovery.group_name();
+                keep(file, group, &self.balancer, &self.keeps_learned).await
+            }
+            None => std::future::pending().await,
+        }
+    }
+
     async fn signal_ready(&self, ready: Option<ServiceReadyNotifier>) -> Infallible {
         if let Some(ready) = ready {
             wait_ready(&self.discovery, self.ready_timeout).await;
@@ -127,9 +167,21 @@ impl BalancerService {
         std::future::pending().await
     }
 
+    /// Whether what is learned is written: not by a process whose successor serves.
+    pub(crate) fn keep_learned_file(&self, is_kept: bool) {
+        self.keeps_learned.store(is_kept, Ordering::Relaxed);
+    }
+
     pub(crate) async fn run(&self, mut ready: Option<ServiceReadyNotifier>) {
         let span = balancer_span(&self.discovery);
+        if let Some(file) = &self.learned_file {
+            // Before there are nodes, and so before there are requests.
+            let beginning = begin_with(file, self.discovery.group_name(), &self.balancer);
+            // What panics has been logged, and costs no more than what was learned.
+            let _ = caught(in_span(&span, beginning)).await;
+        }
         tokio::join!(
+            restart_forever(&span, "what was learned", || self.keep_learned()),
             restart_forever(&span, "discovery", || follow(&self.discovery)),
             // It starts with a complete view, whatever it had applied before.
             restart_forever(&span, "balancer", || {

@@ -3,36 +3,37 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use ::pingora::lb::Backend;
-use arc_swap::ArcSwap;
+use tracing::warn;
 
-use crate::balance::{ActivePolicy, Adaptive, Balancer, BalancerBuilder, Endpoint, Share, Weigher};
+use super::slot::{Slot, Slots};
+use crate::balance::{Adaptive, Balancer, BalancerBuilder, Upstream};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::node::Node;
 use crate::sync::lock;
+use crate::view::NodeOverride;
 
 /// The node behind a [`Backend`], in its `ext`.
 ///
-/// A backend's identity in Pingora is its address and weight, and what is in `ext` never counts as a
-/// change. So the weight of every backend here is 1, and everything that changes is behind this
-/// handle: a change of metrics or weights leaves the backend's health and enablement alone. Pingora's
-/// own selections see the weight 1 and treat all backends alike, including `Consistent`: for weights
-/// use [`MetricsWeighted`](super::MetricsWeighted), or a
-/// [`BalancerService`](super::BalancerService) with
-/// [`Policy::Consistent`](crate::balance::Policy::Consistent).
+/// What is in `ext` is no part of a backend's identity in Pingora, which is its address and its weight. So
+/// everything that changes is behind this handle, and a change of metrics leaves the backend's health and
+/// enablement alone.
+///
+/// [`MetricsWeighted`](super::MetricsWeighted) follows the weights behind this handle. Pingora's own
+/// selections know nothing of it; they see [`Backend::weight`]: the weight that the node has registered, or an
+/// operator has given it, as a whole number from 1 to 1,000 (a log line names the nodes whose weight is another
+/// one), divided by what the weights of all have in common. There metrics play no part, and a backend with
+/// another weight begins anew in Pingora's health checks.
 #[derive(Debug, Clone)]
 pub struct BackendNode {
     slot: Arc<Slot>,
     weights: Arc<LiveWeights>,
 }
-
-/// The registration at an address: the same slot for as long as the address is known, whichever node
-/// registers there.
-type Slot = ArcSwap<Endpoint>;
 
 impl BackendNode {
     /// The node of a backend that came from [`ClusterBackends`](super::ClusterBackends).
@@ -42,24 +43,44 @@ impl BackendNode {
 
     /// The node, as it is now.
     pub fn node(&self) -> Arc<Node> {
-        self.slot.load().node()
+        self.slot.endpoint().node()
     }
 
-    /// Its share of traffic relative to the other backends, as it is now. 0 for a node whose static
-    /// weight is 0: it is not enabled, and gets nothing.
+    /// Its share of traffic relative to the other backends, as it is now. 0 for a node that gets
+    /// nothing: it has left, drains, says that it cannot serve, or has a static weight of 0; or it fails
+    /// (if [outcomes](Self::begin) are given), and gets nothing but probes.
     pub fn weight(&self) -> f64 {
-        self.share().get()
+        self.slot.share().get()
     }
 
-    pub(super) fn share(&self) -> Share {
-        self.slot.load().share()
+    /// Begins a request to this backend: it counts as in flight until the returned guard is dropped, and the
+    /// guard takes its outcome. [`MetricsWeighted`](super::MetricsWeighted) selects by what it learns from
+    /// that, from the second after the first call on: requests in flight, latencies, and failures, for which
+    /// a backend is left out until it works again. So begin every request, or none.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use pingora::lb::LoadBalancer;
+    /// use pingora_etcd::pingora::{BackendNode, MetricsWeighted};
+    ///
+    /// # fn f(upstreams: &LoadBalancer<MetricsWeighted>) -> Option<()> {
+    /// let backend = upstreams.select(b"", 16)?;
+    /// let request = BackendNode::of(&backend)?.begin(); // to be kept in the context of the request
+    /// // When the response is there; or `request.failed()`.
+    /// request.succeeded(Duration::from_millis(12));
+    /// # Some(()) }
+    /// ```
+    pub fn begin(&self) -> Upstream {
+        self.weights.set_informed();
+        self.weights.balancer.begin(&self.slot.endpoint())
     }
 
-    /// Calls `dependent` after every change of weights, until it is dropped.
-    pub(super) fn notify(&self, dependent: Weak<dyn WeightsDependent>) {
-        let mut dependents = lock(&self.weights.dependents);
-        dependents.retain(|dependent| dependent.strong_count() > 0);
-        dependents.push(dependent);
+    pub(super) fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    pub(super) fn weights(&self) -> &Arc<LiveWeights> {
+        &self.weights
     }
 }
 
@@ -91,126 +112,168 @@ pub(super) trait WeightsDependent: fmt::Debug + Send + Sync {
 /// ```
 #[derive(Debug)]
 pub struct LiveWeights {
-    policy: ActivePolicy,
-    state: Mutex<State>,
+    balancer: Balancer,
+    /// The settings to work with once outcomes are given.
+    if_informed: BalancerBuilder,
+    /// A request has begun.
+    is_informed: AtomicBool,
+    /// The balancer works with requests and their outcomes.
+    heeds_requests: AtomicBool,
+    /// Held from reading nodes to publishing what follows from them.
+    updating: Mutex<()>,
+    slots: Mutex<Slots>,
     dependents: Mutex<Vec<Weak<dyn WeightsDependent>>>,
-}
-
-#[derive(Debug)]
-struct State {
-    weigher: Weigher,
-    /// Each with whether it was serving.
-    slots: HashMap<SocketAddr, (Arc<Slot>, bool)>,
-    /// Slots of addresses that are gone, while some backend still refers to them. An address that
-    /// returns before Pingora has discovered again is no change for Pingora, which keeps the backend
-    /// it has.
-    departed: HashMap<SocketAddr, Weak<Slot>>,
-}
-
-impl State {
-    /// Returns whether addresses have been added or removed, or have started or stopped serving.
-    fn update<'a>(
-        &mut self,
-        policy: &ActivePolicy,
-        nodes: impl IntoIterator<Item = &'a Arc<Node>>,
-        now: Instant,
-    ) -> bool {
-        let mut changed = false;
-        self.weigher.reset(nodes, now);
-        self.weigher.settle(policy, now);
-        let mut before = std::mem::take(&mut self.slots);
-        for endpoint in self.weigher.endpoints().cloned() {
-            let (addr, serving) = (endpoint.addr(), endpoint.is_serving());
-            let slot = match before.remove(&addr) {
-                Some((slot, was_serving)) => {
-                    changed |= was_serving != serving;
-                    slot.store(endpoint);
-                    slot
-                }
-                None => {
-                    changed = true;
-                    match self.departed.remove(&addr).and_then(|slot| slot.upgrade()) {
-                        Some(slot) => {
-                            slot.store(endpoint);
-                            slot
-                        }
-                        None => Arc::new(Slot::new(endpoint)),
-                    }
-                }
-            };
-            self.slots.insert(addr, (slot, serving));
-        }
-        changed |= !before.is_empty();
-        let gone = before
-            .into_iter()
-            .map(|(addr, (slot, _))| (addr, Arc::downgrade(&slot)));
-        self.departed.extend(gone);
-        self.departed.retain(|_, slot| slot.strong_count() > 0);
-        changed
-    }
 }
 
 impl LiveWeights {
     /// Weights as a balancer with these settings has them. Settings that only a pick needs, such as
-    /// the number of candidates, have no effect.
+    /// the number of candidates, have an effect once outcomes are given ([`BackendNode::begin`]).
     ///
     /// # Errors
     ///
     /// As [`BalancerBuilder::try_build`].
     pub fn try_new(settings: &BalancerBuilder) -> Result<Arc<Self>, ClusterError> {
         settings.validate()?;
-        Ok(Self::from_valid(settings))
+        Ok(Self::from_valid(settings, settings))
     }
 
-    /// Weights by metrics alone, the default for a stock load balancer.
+    /// The default for a stock load balancer: weights by metrics alone, or, if outcomes are given, as a
+    /// balancer has them by default.
     pub(super) fn by_metrics(default_port: u16) -> Arc<Self> {
-        let settings = Balancer::builder()
-            .adaptive(Adaptive::metrics_only())
-            .default_port(default_port);
-        Self::from_valid(&settings)
+        let settings = Balancer::builder().default_port(default_port);
+        let by_metrics = settings.clone().adaptive(Adaptive::metrics_only());
+        Self::from_valid(&by_metrics, &settings)
     }
 
     /// Weights with settings that are known to be valid.
-    pub(super) fn from_valid(settings: &BalancerBuilder) -> Arc<Self> {
+    fn from_valid(settings: &BalancerBuilder, if_informed: &BalancerBuilder) -> Arc<Self> {
         Arc::new(Self {
-            policy: settings.active_policy(),
-            state: Mutex::new(State {
-                weigher: settings.weigher(false),
-                slots: HashMap::new(),
-                departed: HashMap::new(),
-            }),
-            dependents: Mutex::new(Vec::new()),
+            balancer: settings.build_valid(false),
+            if_informed: if_informed.clone(),
+            is_informed: AtomicBool::new(false),
+            heeds_requests: AtomicBool::new(false),
+            updating: Mutex::default(),
+            slots: Mutex::default(),
+            dependents: Mutex::default(),
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
-    }
-
     /// Replaces the nodes by these, with what they report, and rebuilds the selections in use.
-    /// Returns whether addresses have been added or removed, or have started or stopped serving:
-    /// then Pingora has to discover again. Costs time in proportion to the number of nodes.
+    /// Returns whether addresses have been added or removed, or have started or stopped serving, or have
+    /// registered another weight that a selection sees: then Pingora has to discover again. Costs time in
+    /// proportion to the number of nodes.
     pub fn update<'a>(&self, nodes: impl IntoIterator<Item = &'a Arc<Node>>, now: Instant) -> bool {
-        let changed = self.state().update(&self.policy, nodes, now);
-        self.rebuild_dependents();
-        changed
+        self.change(|balancer| balancer.replace(nodes, now, self.heeds_requests()))
     }
 
     /// The same with the nodes that a discovery has now.
     pub(super) fn refresh(&self, discovery: &ServiceDiscovery) -> bool {
-        let changed = {
-            let mut state = self.state();
-            // Read under the lock, so that of two refreshes the later one has the newer nodes.
-            state.update(&self.policy, discovery.nodes().iter(), Instant::now())
-        };
+        // Read while nobody else updates, so that of two refreshes the later one has the newer nodes.
+        self.change(|balancer| {
+            let picks = self.heeds_requests();
+            balancer.replace(discovery.nodes().iter(), Instant::now(), picks);
+        })
+    }
+
+    /// Takes over what operators say of nodes; returns the same as [`update`](Self::update).
+    pub(super) fn set_overrides(&self, overrides: &HashMap<String, NodeOverride>) -> bool {
+        self.change(|balancer| {
+            balancer.set_overrides(overrides);
+            balancer.publish(Instant::now());
+        })
+    }
+
+    fn change(&self, change: impl FnOnce(&Balancer)) -> bool {
+        let _updating = lock(&self.updating);
+        change(&self.balancer);
+        let (holders, is_followed) = (self.balancer.holders(), self.is_followed());
+        // Requests wait for this lock, so that it is held for a short time only.
+        let has_changed = lock(&self.slots).update(holders, is_followed);
         self.rebuild_dependents();
-        changed
+        has_changed
     }
 
     /// Lets weights follow time; to be called every [`TICK`](crate::balance::TICK).
     pub fn tick(&self, now: Instant) {
-        self.state().weigher.tick(&self.policy, now);
+        if self.is_informed.load(Ordering::Relaxed) && !self.heeds_requests() {
+            self.balancer.change_to_valid(&self.if_informed, now);
+            self.heeds_requests.store(true, Ordering::Relaxed);
+        }
+        match self.heeds_requests() {
+            true => self.balancer.tick(now),
+            false => self.balancer.tick_weights(now),
+        }
         self.rebuild_dependents();
+        if !self.is_followed() {
+            self.tell_inexact(|node, weight| {
+                warn!(
+                    node = node.id,
+                    registered = node.weight,
+                    weight,
+                    "Pingora's own selections know whole weights from 1 to 1,000 only; MetricsWeighted knows others"
+                );
+            });
+        }
+    }
+
+    /// Tells once of each node that Pingora's own selections see with another weight than it has.
+    pub(super) fn tell_inexact(&self, tell: impl FnMut(&Node, usize)) {
+        lock(&self.slots).take_inexact(tell);
+    }
+
+    fn set_informed(&self) {
+        // Almost always it is set, and then nothing is written, which other threads would have to wait for.
+        if !self.is_informed.load(Ordering::Relaxed) {
+            self.is_informed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn heeds_requests(&self) -> bool {
+        self.heeds_requests.load(Ordering::Relaxed)
+    }
+
+    /// Begins a request to the backend at this address, for those who know no more of it than that:
+    /// see [`BackendNode::begin`], which takes no lock. `None` if there is none.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::time::Instant;
+    /// use pingora_etcd::Node;
+    /// use pingora_etcd::balance::Balancer;
+    /// use pingora_etcd::pingora::LiveWeights;
+    ///
+    /// let weights = LiveWeights::try_new(&Balancer::builder().default_port(80))?;
+    /// let node = Node::new("a", "10.0.0.1".parse().unwrap());
+    /// let addr = node.addr(80);
+    /// weights.update(&[Arc::new(node)], Instant::now());
+    /// weights.begin_at(addr).unwrap().failed();
+    /// # Ok::<(), pingora_etcd::ClusterError>(())
+    /// ```
+    pub fn begin_at(&self, addr: SocketAddr) -> Option<Upstream> {
+        let endpoint = lock(&self.slots).at(addr)?.endpoint();
+        self.set_informed();
+        Some(self.balancer.begin(&endpoint))
+    }
+
+    /// Where the next request is to go, by requests and their outcomes; `None` if these are not given.
+    pub(super) fn propose(&self, exclude: &[SocketAddr]) -> Option<SocketAddr> {
+        self.heeds_requests()
+            .then(|| self.balancer.propose(exclude))?
+    }
+
+    /// Calls `dependent` after every change of weights, until it is dropped.
+    pub(super) fn notify(&self, dependent: Weak<dyn WeightsDependent>) {
+        let mut dependents = lock(&self.dependents);
+        dependents.retain(|dependent| dependent.strong_count() > 0);
+        dependents.push(dependent);
+    }
+
+    /// Whether a selection follows the weights here, so that those that Pingora sees do not matter.
+    fn is_followed(&self) -> bool {
+        let dependents = lock(&self.dependents);
+        dependents
+            .iter()
+            .any(|dependent| dependent.strong_count() > 0)
     }
 
     fn rebuild_dependents(&self) {
@@ -223,23 +286,23 @@ impl LiveWeights {
         });
     }
 
-    /// The backends, each with whether it serves. A node that drains, or has a static weight of 0,
-    /// does not.
+    /// The backends, each with whether it serves. A node that drains, says that it cannot serve, or has a
+    /// static weight of 0, does not.
     pub fn backends(self: &Arc<Self>) -> Vec<(Backend, bool)> {
-        let state = self.state();
-        let backend = |(addr, (slot, serving)): (&SocketAddr, &(Arc<Slot>, bool))| {
+        let slots = lock(&self.slots);
+        let backend = |(addr, slot, weight): (SocketAddr, &Arc<Slot>, usize)| {
             let mut ext = http::Extensions::new();
             ext.insert(BackendNode {
                 slot: slot.clone(),
                 weights: self.clone(),
             });
             let backend = Backend {
-                addr: (*addr).into(),
-                weight: 1,
+                addr: addr.into(),
+                weight,
                 ext,
             };
-            (backend, *serving)
+            (backend, slot.is_used())
         };
-        state.slots.iter().map(backend).collect()
+        slots.iter().map(backend).collect()
     }
 }

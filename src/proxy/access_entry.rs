@@ -52,6 +52,7 @@ pub(super) fn entry(
             Outcome::Succeeded => "succeeded",
             Outcome::Answered => "answered",
             Outcome::Failed => "failed",
+            Outcome::Overloaded => "overloaded",
             Outcome::Unknown => "unknown",
         },
         duration,

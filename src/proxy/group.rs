@@ -169,10 +169,10 @@ impl GroupProxy {
         Ok(())
     }
 
-    /// A backend has failed in an earlier try.
-    pub(super) fn blame(&self, upstream: Upstream) {
+    /// A backend has failed in an earlier try; `report` says how.
+    pub(super) fn blame(&self, upstream: Upstream, report: impl FnOnce(Upstream)) {
         self.statistics.backend_ends(upstream.addr(), None);
-        upstream.failed();
+        report(upstream);
     }
 
     /// Counts what has become of a request at its last backend.
@@ -182,10 +182,10 @@ impl GroupProxy {
                 let latency = state.latency();
                 self.statistics.backend_ends(addr, Some(latency));
             }
-            Outcome::Failed if !state.is_blameless => {
+            Outcome::Failed | Outcome::Overloaded if !state.is_blameless => {
                 self.statistics.backend_ends(addr, None);
             }
-            Outcome::Failed | Outcome::Unknown => {}
+            Outcome::Failed | Outcome::Overloaded | Outcome::Unknown => {}
         }
         // Backends that are gone are not kept for ever.
         if self.statistics.backends() > 2 * self.balancer.len() + KEPT_BACKENDS {

@@ -52,8 +52,10 @@ pub(super) enum Verdict {
     Succeeded,
     /// The application says no.
     Answered,
-    /// The backend is not there, overloaded or too slow.
+    /// The backend is not there or too slow.
     Failed,
+    /// The backend has too much to do.
+    Overloaded,
 }
 
 impl Call {
@@ -91,6 +93,11 @@ impl Call {
         }
     }
 
+    /// Whether the response is over already, without success.
+    pub(super) fn has_failed(self) -> bool {
+        self.status.is_some_and(|status| status != 0)
+    }
+
     /// What a complete response says that took this long; `None` if it is none of gRPC. One without a
     /// status was broken off.
     pub(super) fn verdict(self, took: Duration) -> Option<Verdict> {
@@ -99,8 +106,10 @@ impl Call {
             Some(0) => Verdict::Succeeded,
             // DEADLINE_EXCEEDED of the client's own making.
             Some(4) if is_late => Verdict::Answered,
-            // DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE.
-            Some(4 | 8 | 14) | None => Verdict::Failed,
+            // RESOURCE_EXHAUSTED.
+            Some(8) => Verdict::Overloaded,
+            // DEADLINE_EXCEEDED, UNAVAILABLE.
+            Some(4 | 14) | None => Verdict::Failed,
             Some(_) => Verdict::Answered,
         })
     }
@@ -164,14 +173,14 @@ mod tests {
 
     #[test]
     fn the_status_says_whose_fault_it_is() {
-        use Verdict::{Answered, Failed, Succeeded};
+        use Verdict::{Answered, Failed, Overloaded, Succeeded};
         for (status, expected) in [
             (None, Failed),
             (Some("0"), Succeeded),
             (Some("5"), Answered),
             (Some("13"), Answered),
             (Some("4"), Failed),
-            (Some("8"), Failed),
+            (Some("8"), Overloaded),
             (Some("14"), Failed),
             (Some("what"), Answered),
         ] {

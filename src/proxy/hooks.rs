@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ::pingora::http::{RequestHeader, ResponseHeader};
 use ::pingora::modules::http::HttpModules;
-use ::pingora::proxy::{FailToProxy, ProxyHttp, Session};
+use ::pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use ::pingora::upstreams::peer::HttpPeer;
 use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use async_trait::async_trait;
@@ -317,6 +317,19 @@ impl ProxyHttp for ClusterProxy {
             return true;
         }
         false
+    }
+
+    /// A line for each try would be one for each request while a backend is away; the balancer says once
+    /// that it fails.
+    fn suppress_proxy_warn_log(
+        &self,
+        _: &Session,
+        _: &Box<RequestContext>,
+        error: &Error,
+        _: ProxyWarnLogContext,
+    ) -> bool {
+        debug!(%error, "a request is tried again");
+        true
     }
 
     async fn logging(

@@ -14,6 +14,7 @@ use tracing::debug;
 use super::group::GroupProxy;
 use super::headers::LEADER_EPOCH;
 use super::peers::Asked;
+use crate::balance::{PickOptions, Probes};
 use crate::config;
 use crate::pingora::exchange;
 
@@ -81,7 +82,12 @@ impl Mirror {
     }
 
     async fn send(&self, head: RequestHeader, body: Bytes) {
-        let Some(upstream) = self.group.balancer.pick() else {
+        // Nobody hears what becomes of a copy.
+        let picked = self.group.balancer.pick_with(PickOptions {
+            probes: Probes::No,
+            ..PickOptions::default()
+        });
+        let Some(upstream) = picked else {
             return;
         };
         let asked = Asked::default();

@@ -17,6 +17,7 @@ mod headers;
 mod hooks;
 mod hop_by_hop;
 mod leader;
+mod learned;
 mod listener;
 mod load_reports;
 mod mirror;

@@ -12,8 +12,10 @@ pub(super) enum Outcome {
     Succeeded,
     /// It works, but did not do what it usually does, so its latency says nothing.
     Answered,
-    /// It failed the request, or is overloaded.
+    /// It failed the request.
     Failed,
+    /// It said that it has too much to do.
+    Overloaded,
     /// Nothing: the client or this process ended the request.
     Unknown,
 }
@@ -30,6 +32,7 @@ pub(super) fn outcome(
             Verdict::Succeeded => Outcome::Succeeded,
             Verdict::Answered => Outcome::Answered,
             Verdict::Failed => Outcome::Failed,
+            Verdict::Overloaded => Outcome::Overloaded,
         };
     }
     match (error, status) {
@@ -39,7 +42,7 @@ pub(super) fn outcome(
         (Some(_), _) | (None, None) => Outcome::Unknown,
         (None, Some(status)) if status.is_server_error() => Outcome::Failed,
         // Otherwise a backend that refuses at once would look like the fastest, and get all requests.
-        (None, Some(StatusCode::TOO_MANY_REQUESTS)) => Outcome::Failed,
+        (None, Some(StatusCode::TOO_MANY_REQUESTS)) => Outcome::Overloaded,
         (None, Some(status)) if status.is_client_error() => Outcome::Answered,
         (None, Some(_)) => Outcome::Succeeded,
     }
@@ -52,11 +55,11 @@ mod tests {
     #[test]
     fn a_backend_is_judged_by_its_own_failures() {
         use ErrorSource::{Downstream, Upstream};
-        use Outcome::{Answered, Failed, Succeeded, Unknown};
+        use Outcome::{Answered, Failed, Overloaded, Succeeded, Unknown};
         for (error, status, expected) in [
             (None, Some(StatusCode::OK), Succeeded),
             (None, Some(StatusCode::NOT_FOUND), Answered),
-            (None, Some(StatusCode::TOO_MANY_REQUESTS), Failed),
+            (None, Some(StatusCode::TOO_MANY_REQUESTS), Overloaded),
             (None, Some(StatusCode::BAD_GATEWAY), Failed),
             (None, None, Unknown),
             (Some(Upstream), None, Failed),

@@ -13,7 +13,7 @@ use http::HeaderValue;
 use super::overload::Overload;
 use super::request_state::RequestState;
 use super::sticky;
-use crate::balance::{PickOptions, Policy, Upstream};
+use crate::balance::{PickOptions, Policy, Probes, Upstream};
 use crate::config::{ClusterConfig, HashOn};
 use crate::pingora::BalancerService;
 
@@ -89,7 +89,7 @@ impl Picker {
         context: &RequestState,
     ) -> Result<Upstream, Nothing> {
         let now = Instant::now();
-        let paused = self.overload.paused(now, balancer.len());
+        let paused = self.overload.paused(now, balancer.working());
         if let Some(upstream) = self.named_by_cookie(balancer, session, context, &paused) {
             return Ok(upstream);
         }
@@ -97,18 +97,27 @@ impl Picker {
             Some(hash_on) => hash_key(hash_on, session, context.client),
             None => Cow::Borrowed(&[][..]),
         };
-        let pick = |exclude: &[SocketAddr]| {
+        let is_repeatable = session.req_header().method.is_safe() && context.may_try();
+        let probes = match (context.tried.is_empty(), is_repeatable) {
+            (true, true) if !context.is_upgrade => Probes::Yes,
+            (true, _) => Probes::IfNoOther,
+            (false, _) => Probes::No,
+        };
+        let pick = |exclude: &[SocketAddr], only_working: bool| {
             balancer.pick_with(PickOptions {
                 key: &key,
                 exclude,
+                only_working,
+                probes,
                 now: Some(now),
                 random: None,
             })
         };
         let first = match paused.is_empty() {
-            true => pick(&context.tried),
-            // While there is nobody else, a pause helps nobody.
-            false => pick(&[&context.tried[..], &paused].concat()).or_else(|| pick(&context.tried)),
+            true => pick(&context.tried, false),
+            // While there is nobody else that works, a pause helps nobody.
+            false => pick(&[&context.tried[..], &paused].concat(), true)
+                .or_else(|| pick(&context.tried, false)),
         };
         let mut upstream = first.ok_or(Nothing::Left)?;
         if self.overload.allows(upstream.in_flight()) {
@@ -117,7 +126,7 @@ impl Picker {
         let mut exclude = [&context.tried[..], &paused].concat();
         for _ in 0..MOST_FULL {
             exclude.push(upstream.addr());
-            upstream = pick(&exclude).ok_or(Nothing::Full)?;
+            upstream = pick(&exclude, true).ok_or(Nothing::Full)?;
             if self.overload.allows(upstream.in_flight()) {
                 return Ok(upstream);
             }

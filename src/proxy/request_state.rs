@@ -142,6 +142,11 @@ impl RequestState {
         }
     }
 
+    /// Whether this try finds out if a backend that failed works again.
+    pub(super) fn is_probe(&self) -> bool {
+        self.upstream.as_ref().is_some_and(Upstream::is_probe)
+    }
+
     /// The connection is a tunnel from now on.
     pub(super) fn becomes_tunnel(&mut self) {
         self.is_tunnel = true;

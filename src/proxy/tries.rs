@@ -5,12 +5,13 @@ use std::time::Instant;
 use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use ::pingora::upstreams::peer::HttpPeer;
-use ::pingora::{Error, Result};
+use ::pingora::{Error, ErrorType, Result};
 use http::{HeaderMap, StatusCode};
 use tracing::{debug, warn};
 
 use super::failure::{failure, is_local, retried_status};
 use super::group::GroupProxy;
+use super::grpc::Call;
 use super::headers::set_upstream_node;
 use super::hop_by_hop::remove_hop_by_hop;
 use super::leader::is_misdirected;
@@ -19,6 +20,11 @@ use super::peers::Asked;
 use super::reply::{bad_gateway, is_slow_upload, refused, unavailable};
 use super::request_state::RequestState;
 use super::retry::{Decision, RetryRules, decide};
+use crate::balance::Upstream;
+
+fn is_failure(status: StatusCode) -> bool {
+    status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS
+}
 
 impl GroupProxy {
     /// The backend for the next try.
@@ -56,7 +62,7 @@ impl GroupProxy {
             let Some(upstream) = state.upstream.take() else {
                 return Err(bad_gateway(reason));
             };
-            self.blame(upstream);
+            self.blame(upstream, Upstream::failed);
         }
     }
 
@@ -81,6 +87,10 @@ impl GroupProxy {
         }
         if let Some(call) = &mut state.call {
             call.take_head(&response.headers);
+        }
+        let is_failure = is_failure(status) || state.call.is_some_and(Call::has_failed);
+        if !is_failure && let Some(upstream) = &mut state.upstream {
+            upstream.begins_to_answer();
         }
         let now = Instant::now();
         state.answered = Some(now.saturating_duration_since(state.sent));
@@ -125,10 +135,20 @@ impl GroupProxy {
             state.leader = None;
             return true;
         }
-        self.retry_on_status.contains(&response.status.as_u16())
+        let status = response.status;
+        (self.retry_on_status.contains(&status.as_u16()) || state.is_probe() && is_failure(status))
             && state.tried.len() < self.balancer.len()
             && session.req_header().method.is_safe()
-            && self.may_send_again(state)
+            && self.may_send_elsewhere(state)
+    }
+
+    /// Whether the request may be sent to another backend; if so, that counts. The client of a probe
+    /// is served by another one in any case: there are few of them.
+    fn may_send_elsewhere(&self, state: &mut RequestState) -> bool {
+        match state.is_probe() {
+            true => state.may_try_again(),
+            false => self.may_send_again(state),
+        }
     }
 
     /// Names the node that has answered.
@@ -162,7 +182,7 @@ impl GroupProxy {
         if let Some(upstream) = upstream
             && state.time_left().is_ok()
         {
-            self.blame(upstream);
+            self.blame(upstream, Upstream::unreachable);
         }
         if let Some(leader) = state.leader.take() {
             self.statistics.backend_ends(leader.addr, None);
@@ -186,7 +206,13 @@ impl GroupProxy {
         state.answered = None;
         if std::mem::take(&mut state.is_retried_for_status) {
             if let Some(upstream) = state.upstream.take() {
-                self.blame(upstream);
+                self.blame(
+                    upstream,
+                    match error.etype() {
+                        ErrorType::HTTPStatus(429) => Upstream::overloaded,
+                        _ => Upstream::failed,
+                    },
+                );
             }
             error.set_retry(true);
             return error;
@@ -199,7 +225,8 @@ impl GroupProxy {
         let failure = failure(session, state, &error, client_reused);
         let rules = RetryRules {
             most: state.most_retries,
-            ..self.retries
+            // That a probe is late is no surprise.
+            on_timeout: self.retries.on_timeout || state.is_probe(),
         };
         let is_retried = match decide(&failure, rules) {
             Decision::RetryAnywhere => {
@@ -207,11 +234,11 @@ impl GroupProxy {
                 state.tried.pop();
                 true
             }
-            Decision::RetryElsewhere if self.may_send_again(state) => {
+            Decision::RetryElsewhere if self.may_send_elsewhere(state) => {
                 if let Some(upstream) = state.upstream.take()
                     && failure.is_from_backend
                 {
-                    self.blame(upstream);
+                    self.blame(upstream, Upstream::failed);
                 }
                 true
             }
@@ -239,6 +266,7 @@ impl GroupProxy {
                 Outcome::Succeeded => upstream.succeeded(state.latency()),
                 Outcome::Answered => upstream.answered(),
                 Outcome::Failed => upstream.failed(),
+                Outcome::Overloaded => upstream.overloaded(),
                 Outcome::Unknown => drop(upstream),
             }
         }

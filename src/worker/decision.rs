@@ -38,6 +38,14 @@ pub(super) enum Action {
 }
 
 impl Action {
+    /// The term in which the node leads.
+    pub(super) fn term(&self) -> Option<Revision> {
+        match self {
+            Self::Lead { epoch } => Some(*epoch),
+            _ => None,
+        }
+    }
+
     /// How a node is registered that takes this action, given whether it has a candidacy.
     pub(super) fn registered(&self, has_candidacy: bool) -> Registered {
         match self {

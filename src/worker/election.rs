@@ -272,13 +272,13 @@ impl Election<'_> {
         let has_requests = !reading.requests.is_empty();
         match action {
             Action::Lead { .. } => {
-                watched.extend(self.handover.watched(has_requests));
-                // To announce the term again, and for nothing else.
+                watched.extend(self.handover.watched());
+                // To announce the term again, and to see who makes way.
                 let election = participant.state.keys.election_prefix();
                 watched.push(Selector::Prefix(election.to_owned()));
             }
             Action::Follow { ahead } => {
-                watched.extend(self.handover.watched(false));
+                watched.extend(self.handover.watched());
                 watched.push(Selector::Key(ahead.clone()));
             }
             _ => {}
@@ -356,10 +356,9 @@ impl Election<'_> {
         let (participant, state) = (self.participant, self.participant.state);
         let holder = reading.registration.as_ref().and_then(|entry| entry.lease);
         let follows = matches!(action, Action::Follow { .. });
-        let leads = match action {
-            Action::Lead { epoch } => Some(*epoch),
-            _ => None,
-        };
+        let leads = action.term();
+        // Candidates that make way for a successor are seen only by their keys.
+        let hands_over = !reading.requests.is_empty() || self.handover.is_transferring();
         let is_new = leads.is_some_and(|epoch| self.is_unannounced(epoch));
         let mut announce_at = is_new.then(Instant::now);
         loop {
@@ -385,6 +384,7 @@ impl Election<'_> {
                     key.starts_with(state.keys.election_prefix()) && key != participant.candidacy;
                 if leads.is_some() && is_of_others {
                     let is_deleted = matches!(event, WatchEvent::Delete { .. });
+                    matters |= hands_over;
                     if is_deleted && state.keys.is_candidacy(key) {
                         announce_at.get_or_insert_with(|| Instant::now() + ANNOUNCE_AFTER);
                     }

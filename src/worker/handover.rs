@@ -38,19 +38,16 @@ impl<'a> Handover<'a> {
         }
     }
 
-    /// What a candidate watches beside its own keys. `leads_with_requests`: it leads, and there are
-    /// requests that another candidate is to lead next.
-    pub(super) fn watched(&self, leads_with_requests: bool) -> Vec<Selector> {
-        let keys = &self.participant.state.keys;
-        let mut watched = Vec::new();
-        if self.participant.may_read_requests() {
-            watched.push(Selector::Prefix(keys.handover_prefix().to_owned()));
-        }
-        if leads_with_requests || self.transfer.is_some() {
-            // Candidates that make way are seen only by their keys.
-            watched.push(Selector::Prefix(keys.election_prefix().to_owned()));
-        }
-        watched
+    /// What a candidate watches beside the keys of the election.
+    pub(super) fn watched(&self) -> Option<Selector> {
+        let requests = self.participant.state.keys.handover_prefix();
+        let may_read = self.participant.may_read_requests();
+        may_read.then(|| Selector::Prefix(requests.to_owned()))
+    }
+
+    /// Whether the application has asked this node to hand over, and it has not yet.
+    pub(super) fn is_transferring(&self) -> bool {
+        self.transfer.is_some()
     }
 
     /// When the next step is due, even if nothing changes.

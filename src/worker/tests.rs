@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep};
 use super::{ClusterNode, ClusterNodeBuilder};
 use crate::cluster::Cluster;
 use crate::error::ClusterError;
+use crate::keys::GroupKeys;
 use crate::node::{HealthStatus, Node};
 use crate::store::{
     Clock, EtcdOptions, Fault, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Revision,
@@ -493,6 +494,52 @@ async fn without_rights_to_hand_over_everything_else_works_and_the_error_says_wh
     leader.node.transfer_to(id(1)).await.unwrap();
     let next = nodes.iter().find(|running| running.node.id() == id(1));
     until("the next one leads", || next.unwrap().node.is_leader()).await;
+}
+
+/// A candidate between the leader and the one that is to lead, which takes its time to make way.
+#[tokio::test(start_paused = true)]
+async fn leadership_passes_on_as_soon_as_the_last_one_between_has_made_way() {
+    for by_operator in [true, false] {
+        let store = MemoryStore::new();
+        let keys = GroupKeys::new("", "g");
+        let put = async |key: String, value: Vec<u8>, lease: LeaseId| {
+            let txn = Txn::new().put(key, value, Some(lease));
+            store.txn(txn).await.unwrap();
+        };
+        let first = start(&store, "n1");
+        until("the first one leads", || first.node.is_leader()).await;
+        let between = store.grant(Duration::from_secs(600)).await.unwrap().id;
+        let entry = br#"{"id":"between","ip":"10.0.0.2","last_seen":1,"priority":0}"#;
+        put(keys.registration("between"), entry.to_vec(), between).await;
+        put(keys.candidacy(between), b"between".to_vec(), between).await;
+        let last = start(&store, "n3");
+        until("the last one queues", || store.entries().len() == 6).await;
+        let asking = match by_operator {
+            true => {
+                let queued = store.entries();
+                let queued = queued.iter().find(|entry| entry.value == b"n3").unwrap();
+                let wanted = super::operators_request(&queued.key, queued.create_revision);
+                put(keys.operator_request(), wanted, between).await;
+                None
+            }
+            false => {
+                let node = first.node.clone();
+                Some(tokio::spawn(async move { node.transfer_to("n3").await }))
+            }
+        };
+        sleep(Duration::from_secs(2)).await;
+        assert!(first.node.is_leader() && !last.node.is_leader());
+        let made_way = Txn::new().delete(keys.candidacy(between));
+        store.txn(made_way).await.unwrap();
+        let took = until("the last one leads", || last.node.is_leader()).await;
+        assert!(
+            took < Duration::from_millis(300),
+            "{took:?}, by an operator: {by_operator}"
+        );
+        if let Some(asking) = asking {
+            asking.await.unwrap().unwrap();
+        }
+    }
 }
 
 /// Counts all calls but those for leases and watches, and panics in the next `panics` renewals.

@@ -29,6 +29,7 @@ const FLOORS: &[(u8, &[&str])] = &[
             "load_report",
             "metadata",
             "node",
+            "private_file",
             "signal",
             "supervise",
             "sync",

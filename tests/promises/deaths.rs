@@ -15,8 +15,8 @@ use pingora::services::background::BackgroundService;
 use pingora_etcd::balance::Balancer;
 use pingora_etcd::pingora::{BalancerService, ClusterBackends, LiveLoadBalancer};
 use pingora_etcd::store::{
-    Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Revision, Selector, Store, Txn, WatchEvent,
-    WatchRange, Watcher,
+    Entry, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Revision, Selector, Store, Txn,
+    WatchEvent, WatchRange, Watcher,
 };
 use pingora_etcd::{
     ClusterError, ClusterNode, ClusterNodeBuilder, HealthStatus, ServiceDiscovery,
@@ -342,6 +342,14 @@ async fn a_run_that_panics_is_over_for_its_handles_and_can_be_run_again() {
         if again {
             return;
         }
+        // It announces its term by a write of its own, which the panic is not meant for.
+        let election = Selector::Prefix(format!("election/{group}/"));
+        until("the term is announced", async || {
+            let keys = store.inner.list(&election, None).await.unwrap().entries;
+            let is_written_again = |key: &Entry| key.mod_revision > key.create_revision;
+            keys.iter().any(is_written_again)
+        })
+        .await;
         // A panic in the task that renews the lease: the task is restarted, and the term continues.
         let term = node.leadership().unwrap().epoch;
         store.break_now();

@@ -23,11 +23,16 @@ struct Reloaded {
     balancer: Balancer,
     admin: String,
     text: String,
+    _shared: Option<Arc<Etcd>>,
 }
 
 impl Reloaded {
     async fn start(name: &str, backends: &[&RawBackend], fields: &str) -> Self {
-        Self::start_with(&Etcd::shared(), name, backends, fields).await
+        let etcd = Etcd::shared();
+        let mut started = Self::start_with(&etcd, name, backends, fields).await;
+        // It ends with the last one who has it.
+        started._shared = Some(etcd);
+        started
     }
 
     async fn start_with(etcd: &Etcd, name: &str, backends: &[&RawBackend], fields: &str) -> Self {
@@ -44,6 +49,7 @@ impl Reloaded {
             balancer,
             admin,
             text,
+            _shared: None,
         };
         until("the page is there", async || {
             ready.try_status().await.is_some()
@@ -251,7 +257,7 @@ async fn what_was_learned_of_nodes_and_what_is_in_flight_stays() {
     // Another policy over the same nodes; other coefficients; other nodes to follow, of which both are some.
     for (count, fields) in [
         (1, "policy: headroom"),
-        (2, "adaptive: { gate_floor: 0.02 }"),
+        (2, "adaptive: { eject_below: 0.7 }"),
         (3, "allowed_networks: [127.0.0.0/8]"),
         (4, "filter: {}\n  zone: a"),
     ] {

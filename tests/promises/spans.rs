@@ -241,8 +241,8 @@ async fn the_last_spans_are_sent_over_tls_before_the_process_ends() {
     let identity = Identity::from_pem(pair.cert, pair.key);
     let tls = Server::builder().tls_config(ServerTlsConfig::new().identity(identity));
     let collector = Collector::start_with(port, tls.unwrap()).await;
-    let group = group("last-spans");
-    register(&Etcd::shared(), &group, &[&backend]).await;
+    let (etcd, group) = (Etcd::shared(), group("last-spans"));
+    register(&etcd, &group, &[&backend]).await;
     let fields =
         format!("drain_delay_ms: 0\nopentelemetry: {{ endpoint: 'https://localhost:{port}' }}");
     let ca = files.write("ca.pem", authority.pem());

@@ -92,6 +92,13 @@ const PROMISES: &[(&str, &[&str])] = &[
         &["proxy::drop_in::a_down_backend_stays_down_when_its_weight_changes"],
     ),
     (
+        "What was learned of backends outlives the process",
+        &[
+            "promises::learned::a_successor_begins_with_what_its_predecessor_has_learned",
+            "promises::learned::a_start_begins_with_what_the_last_process_has_learned",
+        ],
+    ),
+    (
         "A log that cannot be written costs its lines only",
         &["promises::logs::a_log_that_cannot_be_written_costs_nothing_but_its_lines"],
     ),
@@ -184,6 +191,10 @@ const PROMISES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "What the old one has learned of the backends goes along",
+        &["promises::learned::a_successor_begins_with_what_its_predecessor_has_learned"],
+    ),
+    (
         "A service manager is told",
         &["promises::shutdown::a_service_manager_is_told"],
     ),
@@ -241,8 +252,11 @@ const PROMISES: &[(&str, &[&str])] = &[
         &["proxy::programs::wrong_configurations_are_explained"],
     ),
     (
-        "A backend that fails loses its traffic within a few dozen requests",
+        "Backends that fail are ejected after four failures in a row",
         &[
+            "promises::failing::a_backend_that_fails_gets_next_to_nothing_and_is_back_within_seconds",
+            "promises::failing::a_few_that_work_serve_all_requests_however_many_refuse",
+            "promises::failing::a_few_that_work_serve_all_requests_while_self_preservation_keeps_the_others",
             "promises::fields::adaptive_turns_away_from_what_fails_and_back",
             "proxy::learning::a_backend_that_answers_5xx_loses_its_traffic_and_gets_it_back",
         ],

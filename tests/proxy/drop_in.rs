@@ -12,9 +12,9 @@ use pingora::lb::{Backends, LoadBalancer};
 use pingora::proxy::{ProxyHttp, Session, http_proxy_service};
 use pingora::services::background::background_service;
 use pingora::upstreams::peer::HttpPeer;
-use pingora_etcd::ServiceDiscovery;
 use pingora_etcd::balance::{Balancer, BalancerBuilder, Policy};
 use pingora_etcd::pingora::{BackendNode, ClusterBackends, LiveLoadBalancer, MetricsWeighted};
+use pingora_etcd::{Cluster, Operator, ServiceDiscovery};
 
 use super::common::etcd::Etcd;
 use super::common::{eventually, free_port, group, local, throughout};
@@ -247,4 +247,113 @@ async fn a_stock_load_balancer_with_our_discovery_and_selection() {
     })
     .await;
     drop(server);
+}
+
+/// Between two updates of Pingora's, which are an hour apart here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_drains_or_leaves_gets_nothing_before_the_next_update() {
+    let etcd = Etcd::shared();
+    let group = group("between");
+    let mut backends = Vec::new();
+    for id in ["b1", "b2", "b3"] {
+        backends.push(Backend::start(&etcd.options(), &group, id).await);
+    }
+    let nodes = discovery(&etcd, &group);
+    let watching = nodes.clone();
+    tokio::spawn(async move { watching.run(None).await });
+    eventually("all are registered", || nodes.nodes().len() == 3).await;
+    let ours = ClusterBackends::new(discovery(&etcd, &group), 80);
+    let mut lb = LoadBalancer::<MetricsWeighted>::from_backends(Backends::new(Box::new(ours)));
+    lb.update_frequency = Some(Duration::from_secs(3_600));
+    let service = background_service("between", lb);
+    let lb = service.task();
+    let _server = RunningServer::start(|server| drop(server.add_service(service)));
+    let are_selected = |wanted: &[&Backend]| {
+        let counts = selected(ports!(lb), 60);
+        let wanted: BTreeMap<u16, ()> = wanted.iter().map(|it| (it.port, ())).collect();
+        counts.keys().eq(wanted.keys())
+    };
+    eventually("all are selected", || {
+        are_selected(&backends.iter().collect::<Vec<_>>())
+    })
+    .await;
+    backends[0].node.drain().await.unwrap();
+    eventually("the one that drains is not", || {
+        are_selected(&[&backends[1], &backends[2]])
+    })
+    .await;
+    backends[1].leave();
+    eventually("nor the one that leaves", || are_selected(&[&backends[2]])).await;
+    assert_eq!(
+        lb.backends().get_backend().len(),
+        3,
+        "Pingora knows nothing of it"
+    );
+}
+
+/// Registered weights, and what operators say, in a selection of Pingora's own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pingoras_round_robin_has_the_registered_weights() {
+    let etcd = Etcd::shared();
+    let group = group("own-rr");
+    let light = Backend::start(&etcd.options(), &group, "light").await;
+    let nine = |builder: pingora_etcd::ClusterNodeBuilder| builder.weight(9.0);
+    let heavy = Backend::start_with(&etcd.options(), &group, "heavy", nine).await;
+    let live = LiveLoadBalancer::<RoundRobin>::new(discovery(&etcd, &group), 80);
+    let service = background_service("own-rr", live);
+    let lb = service.task();
+    let _server = RunningServer::start(|server| drop(server.add_service(service)));
+    eventually("one to nine", || {
+        let counts = selected(ports!(lb), 100);
+        counts.get(&light.port) == Some(&10) && counts.get(&heavy.port) == Some(&90)
+    })
+    .await;
+    // An operator drains it, and it says nothing of that itself.
+    let cluster = Cluster::connect(etcd.options()).unwrap();
+    let operator = Operator::new(&cluster, &group).unwrap();
+    operator.drain("heavy").await.unwrap();
+    eventually("what an operator drains is not selected", || {
+        selected(ports!(lb), 20).keys().eq([&light.port])
+    })
+    .await;
+    operator.undrain("heavy").await.unwrap();
+    eventually("until the operator says otherwise", || {
+        selected(ports!(lb), 20).len() == 2
+    })
+    .await;
+}
+
+/// With outcomes, a backend that fails is left out, and tried again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stock_selection_that_is_told_of_outcomes_leaves_out_who_fails() {
+    let etcd = Etcd::shared();
+    let group = group("told");
+    let works = Backend::start(&etcd.options(), &group, "works").await;
+    let fails = Backend::dead(&etcd.options(), &group, "fails");
+    let live = LiveLoadBalancer::<MetricsWeighted>::new(discovery(&etcd, &group), 80);
+    let service = background_service("told", live);
+    let lb = service.task();
+    let _server = RunningServer::start(|server| drop(server.add_service(service)));
+    eventually("both backends are known", || {
+        lb.backends().get_backend().len() == 2
+    })
+    .await;
+    let send = |refuses: bool| {
+        let backend = lb.select(b"", 16).unwrap();
+        let request = BackendNode::of(&backend).unwrap().begin();
+        let port = port(&backend);
+        match refuses && port == fails.port {
+            true => request.unreachable(),
+            false => request.succeeded(Duration::from_millis(5)),
+        }
+        port
+    };
+    let failed =
+        |count: u32, refuses: bool| (0..count).filter(|_| send(refuses) == fails.port).count();
+    eventually("next to nothing goes there", || failed(500, true) <= 5).await;
+    eventually("it works again, and has its share", || {
+        failed(500, false) > 200
+    })
+    .await;
+    drop(works);
 }

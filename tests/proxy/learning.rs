@@ -68,7 +68,7 @@ async fn a_backend_that_answers_5xx_loses_its_traffic_and_gets_it_back() {
         "{} of 1,000 requests failed",
         failed.len()
     );
-    assert!(status(&proxy, "bad").success < 0.5);
+    assert!(status(&proxy, "bad").success <= 0.5);
     assert_eq!(status(&proxy, "g1").success, 1.0);
 
     broken.store(false, Ordering::SeqCst);
@@ -102,7 +102,7 @@ async fn leases_that_are_lost_all_at_once_cost_neither_what_was_learned_nor_conn
     proxy.until_it_has(2).await;
     load(&proxy.url, 500, 2).await;
     let learned = status(&proxy, "bad").success;
-    assert!(learned < 0.5, "{learned}");
+    assert!(learned <= 0.5, "{learned}");
     let connections = || links.iter().map(Link::connections).collect::<Vec<_>>();
     let before = connections();
 
@@ -122,7 +122,7 @@ async fn leases_that_are_lost_all_at_once_cost_neither_what_was_learned_nor_conn
     })
     .await;
     let after = status(&proxy, "bad").success;
-    assert!(after < 0.5, "{learned} before, {after} after");
+    assert!(after <= 0.5, "{learned} before, {after} after");
     assert_eq!(status(&proxy, "good").success, 1.0);
     load(&proxy.url, 20, 1).await;
     assert_eq!(connections(), before, "pooled connections must be reused");

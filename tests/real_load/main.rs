@@ -1,12 +1,14 @@
-//! Compares the policies under real load, one after the other: worker processes of unequal
-//! capacity, the largest of which loses half of its capacity for a while; two balancer processes;
-//! and requests with random arrival times, at three quarters of the workers' capacity.
+//! Compares balancers under real load: worker processes of unequal capacity to which something happens, several
+//! balancer processes in front, and requests with random arrival times, at three quarters of the workers' mean
+//! capacity.
 //!
 //! Capacity is a number of slots and a service time, so it does not depend on the cores of the
-//! machine. The ratio between policies is what counts, not the milliseconds.
+//! machine. The ratio between balancers is what counts, not the milliseconds.
+//! The work of requests is exponentially distributed; calls of gRPC are streams of two lengths.
 //!
 //! ```text
-//! make real-load
+//! make real-load       the policies of this crate, one after the other: part of the tests
+//! make bench-rivals    beside nginx, HAProxy and Envoy, where they are installed
 //! ```
 
 // A test is one scenario, read from top to bottom.
@@ -15,257 +17,268 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod balancers;
+mod fleet;
+mod shape;
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use balancers::{Kind, POLICIES, WITH_RIVALS};
+use clap::Parser;
 use common::etcd::Etcd;
-use common::{DEADLINE, free_port, group, local};
-use tokio::task::JoinSet;
+use fleet::{Figures, PATIENCE, SERVICE_TIME, quantile, run};
+use serde_json::json;
+use shape::Shape;
 
-/// The slots of each worker; 20 in all.
-const SLOTS: [u32; 4] = [8, 6, 4, 2];
-/// The slots of the first worker while its capacity is reduced.
-const REDUCED_SLOTS: u32 = 4;
-const SERVICE_TIME: Duration = Duration::from_millis(40);
-/// The load as a part of the workers' average capacity.
-const LOAD: f64 = 0.75;
-/// Time for the weights to settle; requests in it are not measured.
-const WARM_UP: Duration = Duration::from_secs(5);
-/// The first worker has all of its slots for a third of this time, half of them for a third, and
-/// all of them again.
-const MEASURE: Duration = Duration::from_secs(9);
-const POLICIES: [&str; 5] = [
-    "round_robin",
-    "random",
-    "consistent",
-    "headroom",
-    "adaptive",
-];
+/// The most that the p99 of `adaptive` may be, relative to the best of the others: the median of the repeats,
+/// while one worker loses half of its slots.
+const AGAINST_RIVALS: f64 = 0.8;
 
-/// A program that is killed when this is dropped.
-struct Program(Child);
-
-impl Program {
-    fn start(name: &str, arguments: &[&str]) -> Self {
-        let test = std::env::current_exe().unwrap();
-        let target = test.parent().and_then(Path::parent).unwrap();
-        let child = Command::new(target.join("examples").join(name))
-            .args(arguments)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap_or_else(|error| panic!("example {name}: {error}; build the examples first"));
-        Self(child)
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-#[derive(Default)]
-struct Figures {
-    latencies: Vec<Duration>,
-    failed: usize,
-}
-
-impl Figures {
-    fn quantile(&self, quantile: f64) -> Duration {
-        let rank = (self.latencies.len().saturating_sub(1) as f64 * quantile) as usize;
-        self.latencies.get(rank).copied().unwrap_or_default()
-    }
-
-    fn errors(&self) -> f64 {
-        self.failed as f64 / (self.latencies.len() + self.failed).max(1) as f64
-    }
-}
-
-fn config(etcd: &str, group: &str, policy: &str) -> (PathBuf, String) {
-    let listen = format!("{}:{}", local(), free_port());
-    let text = format!(
-        "version: 1\nthreads: 1\ncluster:\n  etcd: {{ endpoints: ['{etcd}'] }}\n  group: {group}\n  \
-         listen: '{listen}'\n  policy: {policy}\n  hash_on: header:x-user\n  load_reports: true\n  \
-         headroom: {{ queue_capacity: 20 }}\n"
-    );
-    let name = format!("{group}-{policy}-{}.yaml", free_port());
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::write(&file, text).unwrap();
-    (file, format!("http://{listen}/"))
-}
-
-async fn set_slots(client: &reqwest::Client, worker: &str, count: u32) {
-    let answer = client
-        .put(format!("{worker}/slots?count={count}"))
-        .send()
-        .await;
-    assert!(answer.unwrap().status().is_success());
-}
-
-/// Waits until this many nodes have responded through the proxy.
-async fn until_nodes_answer(client: &reqwest::Client, url: &str, count: usize) {
-    let start = Instant::now();
-    let mut nodes = std::collections::HashSet::new();
-    let mut user = 0;
-    while nodes.len() < count {
-        assert!(
-            start.elapsed() < DEADLINE,
-            "only {nodes:?} responded at {url}"
-        );
-        user += 1;
-        let request = client.get(url).header("x-user", user);
-        match request.send().await {
-            Ok(response) => nodes.extend(response.headers().get("x-upstream-node").cloned()),
-            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
-        }
-    }
-}
-
-/// The processes of one run, with the URLs of the workers and of the balancers.
-struct Fleet {
-    workers: Vec<String>,
-    balancers: Vec<String>,
-    _programs: Vec<Program>,
-}
-
-async fn start_fleet(client: &reqwest::Client, etcd: &str, policy: &str) -> Fleet {
-    let group = group("load");
-    let mut programs = Vec::new();
-    let mut workers = Vec::new();
-    let service = SERVICE_TIME.as_millis().to_string();
-    for (index, slots) in SLOTS.iter().enumerate() {
-        let listen = format!("{}:{}", local(), free_port());
-        let (id, slots) = (format!("w{index}"), slots.to_string());
-        programs.push(Program::start(
-            "worker",
-            &[
-                "--etcd",
-                etcd,
-                "--group",
-                &group,
-                "--id",
-                &id,
-                "--listen",
-                &listen,
-                "--slots",
-                &slots,
-                "--service-ms",
-                &service,
-            ],
-        ));
-        workers.push(format!("http://{listen}"));
-    }
-    let mut balancers = Vec::new();
-    for _ in 0..2 {
-        let (file, url) = config(etcd, &group, policy);
-        programs.push(Program::start(
-            "load_balancer",
-            &["--conf", file.to_str().unwrap()],
-        ));
-        until_nodes_answer(client, &url, SLOTS.len()).await;
-        balancers.push(url);
-    }
-    Fleet {
-        workers,
-        balancers,
-        _programs: programs,
-    }
-}
-
-async fn run(client: &reqwest::Client, etcd: &str, policy: &str) -> Figures {
-    let Fleet {
-        workers,
-        balancers,
-        _programs,
-    } = start_fleet(client, etcd, policy).await;
-    let slots = f64::from(SLOTS.iter().sum::<u32>()) - f64::from(SLOTS[0] - REDUCED_SLOTS) / 3.0;
-    let rate = LOAD * slots / SERVICE_TIME.as_secs_f64();
-    let start = Instant::now();
-    let (reduce_at, restore_at) = (WARM_UP + MEASURE / 3, WARM_UP + MEASURE * 2 / 3);
-    let mut requests = JoinSet::new();
-    let mut due = Duration::ZERO;
-    let mut sent = 0_usize;
-    let (mut is_reduced, mut is_restored) = (false, false);
-    while due < WARM_UP + MEASURE {
-        due += Duration::from_secs_f64(-(1.0 - fastrand::f64()).ln() / rate);
-        tokio::time::sleep_until((start + due).into()).await;
-        if due > reduce_at && !std::mem::replace(&mut is_reduced, due > reduce_at) {
-            set_slots(client, &workers[0], REDUCED_SLOTS).await;
-        }
-        if due > restore_at && !std::mem::replace(&mut is_restored, due > restore_at) {
-            set_slots(client, &workers[0], SLOTS[0]).await;
-        }
-        let url = balancers[sent % balancers.len()].clone();
-        let request = client.get(url).header("x-user", fastrand::u32(..1000));
-        let (from, measured) = (start + due, due > WARM_UP);
-        sent += 1;
-        requests.spawn(async move {
-            // The latency counts from the due time, so that a late generator does not make it look
-            // short.
-            let answer = request.send().await;
-            let well = answer.is_ok_and(|answer| answer.status().is_success());
-            (measured, well.then(|| from.elapsed()))
-        });
-    }
-    let mut figures = Figures::default();
-    for (measured, latency) in requests.join_all().await {
-        match latency {
-            _ if !measured => {}
-            Some(latency) => figures.latencies.push(latency),
-            None => figures.failed += 1,
-        }
-    }
-    figures.latencies.sort_unstable();
-    figures
+/// Compares balancers under real load.
+#[derive(Parser)]
+struct Arguments {
+    /// Beside others than this crate's.
+    #[arg(long)]
+    rivals: bool,
+    /// How often each runs, in turn.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    repeats: u32,
+    /// Only shapes with this in their name.
+    #[arg(long, default_value = "")]
+    shape: String,
+    /// Only balancers with this in their name.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Given by cargo, for tests that have a harness.
+    #[arg(long, hide = true)]
+    list: bool,
+    #[arg(hide = true)]
+    filters: Vec<String>,
+    #[arg(long, hide = true)]
+    nocapture: bool,
 }
 
 #[tokio::main]
-async fn main() {
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
     // There is no test harness, so that the table is always printed; a harness's `--list` must
     // still work.
-    if std::env::args().any(|argument| argument == "--list") {
-        return;
+    if arguments.list {
+        return ExitCode::SUCCESS;
     }
     let etcd = Etcd::shared();
     let endpoint = etcd.endpoints()[0].clone();
-    let client = Arc::new(
-        reqwest::Client::builder()
-            .timeout(Duration::from_secs(5))
-            .build()
-            .unwrap(),
-    );
+    let client = reqwest::Client::builder()
+        .timeout(PATIENCE)
+        .build()
+        .unwrap();
+    if !arguments.rivals {
+        compare_policies(&client, &endpoint).await;
+        println!("test result: ok. 1 passed; 0 failed; 0 ignored");
+        return ExitCode::SUCCESS;
+    }
+    let mut kinds = Vec::new();
+    for kind in WITH_RIVALS {
+        match kind.version() {
+            _ if !kind.name().contains(&arguments.only) => {}
+            Some(version) => {
+                println!("{} {version}", kind.name());
+                kinds.push((kind, version));
+            }
+            None => println!("{}: not installed, so it is left out", kind.name()),
+        }
+    }
+    let shapes = shape::all();
+    let shapes = shapes
+        .iter()
+        .filter(|shape| shape.name.contains(&arguments.shape));
+    // Calls over few connections, as programs of gRPC make them.
+    let calls = reqwest::Client::builder()
+        .timeout(PATIENCE)
+        .http2_prior_knowledge()
+        .build()
+        .unwrap();
+    let (mut is_broken, mut measured) = (false, Vec::new());
+    for shape in shapes {
+        let client = if shape.are_streams { &calls } else { &client };
+        let runs = repeat(client, &endpoint, shape, &kinds, arguments.repeats).await;
+        is_broken |= !show(shape, &runs);
+        measured.push(described(shape, &runs));
+    }
+    write(&kinds, &measured);
+    match is_broken {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    }
+}
+
+/// The policies of this crate, once each.
+async fn compare_policies(client: &reqwest::Client, etcd: &str) {
+    let shape = shape::usual();
     let mut all = Vec::new();
-    for policy in POLICIES {
-        all.push((policy, run(&client, &endpoint, policy).await));
+    for kind in POLICIES {
+        all.push((kind, run(client, etcd, &shape, kind).await));
     }
     let (_, adaptive) = all.last().unwrap();
     let best = adaptive.quantile(0.99);
     println!("| policy | requests | p50 | p99 | p99 / adaptive | errors |");
     println!("|---|---|---|---|---|---|");
-    for (policy, figures) in &all {
+    for (kind, figures) in &all {
         let p99 = figures.quantile(0.99);
         println!(
-            "| {policy} | {} | {:.0?} | {:.0?} | {:.2} | {:.2} % |",
-            figures.latencies.len() + figures.failed,
+            "| {} | {} | {:.0?} | {:.0?} | {:.2} | {:.2} % |",
+            kind.name(),
+            figures.latencies.len(),
             figures.quantile(0.5),
             p99,
             p99.as_secs_f64() / best.as_secs_f64(),
             figures.errors() * 100.0,
         );
     }
-    for (policy, figures) in &all {
-        if ["round_robin", "random"].contains(policy) {
+    for (kind, figures) in &all {
+        if ["round_robin", "random"].contains(&kind.name()) {
             let ratio = figures.quantile(0.99).as_secs_f64() / best.as_secs_f64();
             assert!(
                 ratio > 1.5,
-                "the p99 of {policy} is only {ratio:.2} times that of adaptive"
+                "the p99 of {} is only {ratio:.2} times that of adaptive",
+                kind.name()
             );
         }
     }
-    assert_eq!(adaptive.errors(), 0.0, "adaptive must not fail requests");
-    println!("test result: ok. 1 passed; 0 failed; 0 ignored");
+    assert_eq!(adaptive.failed, 0, "adaptive must not fail requests");
+}
+
+type Runs = Vec<(Kind, Vec<Figures>)>;
+
+/// Each balancer in turn, several times.
+async fn repeat(
+    client: &reqwest::Client,
+    etcd: &str,
+    shape: &Shape,
+    kinds: &[(Kind, String)],
+    repeats: u32,
+) -> Runs {
+    let mut runs: Runs = kinds.iter().map(|(kind, _)| (*kind, Vec::new())).collect();
+    for _ in 0..repeats {
+        for (kind, figures) in &mut runs {
+            figures.push(run(client, etcd, shape, *kind).await);
+        }
+    }
+    runs
+}
+
+/// Lowest, median and highest value.
+fn spread(values: impl Iterator<Item = Duration>) -> [Duration; 3] {
+    let mut values: Vec<_> = values.collect();
+    values.sort_unstable();
+    [0.0, 0.5, 1.0].map(|rank| quantile(&values, rank))
+}
+
+fn p99(figures: &[Figures]) -> [Duration; 3] {
+    spread(figures.iter().map(|one| one.quantile(0.99)))
+}
+
+/// The median of the p99 of each phase.
+fn phases(figures: &[Figures]) -> Vec<Duration> {
+    let count = figures.first().map_or(0, |one| one.phases.len());
+    let median = |phase| spread(figures.iter().map(|one| one.phases[phase]))[1];
+    (0..count).map(median).collect()
+}
+
+/// Prints the table of a shape. Returns whether the limit holds.
+fn show(shape: &Shape, runs: &Runs) -> bool {
+    let rivals = runs.iter().filter(|(kind, _)| !kind.is_ours());
+    let best = rivals.map(|(_, figures)| p99(figures)[1]).min();
+    let relative = |duration: Duration| {
+        best.map_or("-".to_owned(), |best| {
+            format!("{:.2}", duration.as_secs_f64() / best.as_secs_f64())
+        })
+    };
+    println!(
+        "\n{}, {} balancers, slots {:?}:\n",
+        shape.name, shape.balancers, shape.slots
+    );
+    println!(
+        "| balancer | p50 | p99, median | p99, lowest to highest | p99 / best of others | failed | p99 by phase |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    // The work of requests is exponentially distributed. No balancer can be faster than that.
+    let alone = |rank: f64| match shape.are_streams {
+        true => SERVICE_TIME.mul_f64(if rank < 0.9 { 1.0 / 3.0 } else { 7.0 }),
+        false => SERVICE_TIME.mul_f64(-(1.0 - rank).ln()),
+    };
+    println!(
+        "| the work alone, without any queue | {:.0?} | {:.0?} | | {} | | |",
+        alone(0.5),
+        alone(0.99),
+        relative(alone(0.99)),
+    );
+    for (kind, figures) in runs {
+        let p50 = spread(figures.iter().map(|one| one.quantile(0.5)))[1];
+        let [lowest, median, highest] = p99(figures);
+        let failed: usize = figures.iter().map(|one| one.failed).sum();
+        let all: usize = figures.iter().map(|one| one.latencies.len()).sum();
+        let phases: Vec<_> = phases(figures)
+            .iter()
+            .map(|it| format!("{it:.0?}"))
+            .collect();
+        println!(
+            "| {} | {p50:.0?} | {median:.0?} | {lowest:.0?} to {highest:.0?} | {} | {:.2} % | {} |",
+            kind.name(),
+            relative(median),
+            failed as f64 / all.max(1) as f64 * 100.0,
+            phases.join(", "),
+        );
+    }
+    println!();
+    let adaptive = runs
+        .iter()
+        .find(|(kind, _)| *kind == Kind::Ours("adaptive"));
+    let (Some(best), Some((_, adaptive))) = (best, adaptive) else {
+        return true;
+    };
+    if shape.name != shape::usual().name {
+        return true;
+    }
+    let ratio = p99(adaptive)[1].as_secs_f64() / best.as_secs_f64();
+    let holds = ratio <= AGAINST_RIVALS;
+    let mark = if holds { "ok    " } else { "BROKEN" };
+    println!(
+        "{mark} {ratio:.2} <= {AGAINST_RIVALS} p99 of adaptive / best of others: {}",
+        shape.name
+    );
+    holds
+}
+
+fn described(shape: &Shape, runs: &Runs) -> serde_json::Value {
+    let milliseconds = |duration: Duration| (duration.as_secs_f64() * 1e4).round() / 10.0;
+    let of_balancer = |(kind, figures): &(Kind, Vec<Figures>)| {
+        let each = figures.iter().map(|one| milliseconds(one.quantile(0.99)));
+        let about = json!({
+            "p99_ms": each.collect::<Vec<_>>(),
+            "p99_ms_by_phase": phases(figures).into_iter().map(milliseconds).collect::<Vec<_>>(),
+            "failed": figures.iter().map(|one| one.failed).sum::<usize>(),
+            "requests": figures.iter().map(|one| one.latencies.len()).sum::<usize>(),
+        });
+        (kind.name(), about)
+    };
+    let balancers: BTreeMap<_, _> = runs.iter().map(of_balancer).collect();
+    json!({ "shape": shape.name, "balancers": balancers })
+}
+
+/// Writes what was measured beside the figures of the benchmarks.
+fn write(kinds: &[(Kind, String)], measured: &[serde_json::Value]) {
+    let versions: BTreeMap<_, _> = kinds
+        .iter()
+        .map(|(kind, version)| (kind.name(), version))
+        .collect();
+    let all = json!({ "versions": versions, "shapes": measured });
+    let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("../rivals.json");
+    match std::fs::write(&file, format!("{all:#}\n")) {
+        Ok(()) => println!("written: {}", file.display()),
+        Err(error) => println!("{} cannot be written: {error}", file.display()),
+    }
 }

@@ -4,9 +4,12 @@ use std::time::Instant;
 
 use pingora_etcd::balance::Policy;
 
+use super::known::KnownCapacity;
+use super::least::LeastOfAll;
 use super::of_two::OfTwo;
 use super::oracle::Oracle;
 use super::ours::{DropIn, Ours, settings};
+use super::prequal::Prequal;
 use super::random::Random;
 use super::turns::{Turns, grpc_weight, one_minus_load};
 use crate::router::Router;
@@ -25,7 +28,10 @@ pub enum RouterKind {
     GrpcWeighted,
     LeastOfTwo,
     PeakEwma,
-    DropIn,
+    LeastOfAll,
+    Prequal,
+    KnownCapacity,
+    DropIn { is_informed: bool },
 }
 
 impl RouterKind {
@@ -41,13 +47,33 @@ impl RouterKind {
             Self::GrpcWeighted => "gRPC weighted round robin".into(),
             Self::LeastOfTwo => "choice of two, in flight".into(),
             Self::PeakEwma => "choice of two, peak EWMA".into(),
-            Self::DropIn => "drop-in selection".into(),
+            Self::LeastOfAll => "least connections of all".into(),
+            Self::Prequal => "probing, Prequal".into(),
+            Self::KnownCapacity => "known capacity, own in flight".into(),
+            Self::DropIn { is_informed: false } => "drop-in selection".into(),
+            Self::DropIn { is_informed: true } => "drop-in selection, with outcomes".into(),
         }
     }
 
     /// Whether it is one of this crate.
     pub fn is_ours(self) -> bool {
-        matches!(self, Self::Adaptive { .. } | Self::Headroom | Self::DropIn)
+        matches!(
+            self,
+            Self::Adaptive { .. } | Self::Headroom | Self::DropIn { .. }
+        )
+    }
+
+    /// Whether it is compared in the largest scenarios, too, which take long.
+    pub fn is_for_many(self) -> bool {
+        self.is_limited()
+            || matches!(
+                self,
+                Self::Headroom
+                    | Self::DropIn { .. }
+                    | Self::LeastOfAll
+                    | Self::Prequal
+                    | Self::KnownCapacity
+            )
     }
 
     /// Whether it is needed to check a limit.
@@ -84,7 +110,12 @@ impl RouterKind {
             Self::GrpcWeighted => Box::new(Turns::new(count, &mut rng, grpc_weight)),
             Self::LeastOfTwo => Box::new(OfTwo::new(count, false)),
             Self::PeakEwma => Box::new(OfTwo::new(count, true)),
-            Self::DropIn => Box::new(DropIn::new(scenario, view, start)),
+            Self::LeastOfAll => Box::new(LeastOfAll::new(count)),
+            Self::Prequal => Box::new(Prequal::new(count)),
+            Self::KnownCapacity => Box::new(KnownCapacity::new(view)),
+            Self::DropIn { is_informed } => {
+                Box::new(DropIn::new(scenario, is_informed, view, start))
+            }
         }
     }
 }

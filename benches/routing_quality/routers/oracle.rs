@@ -35,7 +35,7 @@ impl Router for Oracle {
     fn pick(&mut self, servers: &[Server], _: &mut fastrand::Rng, _: Instant) -> Option<Ticket> {
         let expected = |index: usize| {
             let server = &servers[index];
-            if server.failing {
+            if server.fault.is_some() {
                 return f64::INFINITY;
             }
             let crowd = (server.in_flight() + 1) as f64 / server.capacity();

@@ -6,13 +6,13 @@ use std::time::Instant;
 use pingora::lb::selection::{BackendIter, BackendSelection};
 use pingora_etcd::balance::{Adaptive, Balancer, BalancerBuilder, PickOptions};
 use pingora_etcd::metrics::LoadReport;
-use pingora_etcd::pingora::{LiveWeights, MetricsWeighted};
+use pingora_etcd::pingora::{BackendNode, LiveWeights, MetricsWeighted};
 use pingora_etcd::{Change, Nodes};
 
 use crate::router::{Outcome, Router, Ticket};
 use crate::scenario::Scenario;
 use crate::server::Server;
-use crate::view::{View, server_at};
+use crate::view::{View, address_of, server_at};
 
 /// The constants of the adaptive policy, if the command line sets others than the defaults.
 pub static ADAPTIVE: OnceLock<Adaptive> = OnceLock::new();
@@ -50,8 +50,25 @@ impl Ours {
 }
 
 impl Router for Ours {
-    fn pick(&mut self, _: &[Server], rng: &mut fastrand::Rng, now: Instant) -> Option<Ticket> {
+    fn pick(
+        &mut self,
+        servers: &[Server],
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Option<Ticket> {
+        self.pick_again(&[], servers, rng, now)
+    }
+
+    fn pick_again(
+        &mut self,
+        tried: &[usize],
+        _: &[Server],
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Option<Ticket> {
+        let tried: Vec<_> = tried.iter().map(|server| address_of(*server)).collect();
         let options = PickOptions {
+            exclude: &tried,
             now: Some(now),
             random: Some(rng.u64(..)),
             ..PickOptions::default()
@@ -70,14 +87,7 @@ impl Router for Ours {
         report: Option<&LoadReport>,
         now: Instant,
     ) {
-        let Some(guard) = ticket.guard else { return };
-        if let Some(report) = report {
-            guard.report(report, now);
-        }
-        match outcome {
-            Outcome::Succeeded(latency) => guard.succeeded(latency),
-            Outcome::Failed => guard.failed(),
-        }
+        finish(ticket, outcome, report, now);
     }
 
     fn metrics(&mut self, view: &View, now: Instant) {
@@ -89,19 +99,41 @@ impl Router for Ours {
     }
 }
 
-/// This crate's selection for a stock Pingora load balancer, which is not informed of outcomes.
+/// Tells the guard of a request how it ended.
+fn finish(ticket: Ticket, outcome: Outcome, report: Option<&LoadReport>, now: Instant) {
+    let Some(guard) = ticket.guard else { return };
+    if let Some(report) = report {
+        guard.report(report, now);
+    }
+    match outcome {
+        Outcome::Succeeded(latency) => guard.succeeded(latency),
+        Outcome::Failed => guard.failed(),
+        Outcome::Refused => guard.unreachable(),
+    }
+}
+
+/// This crate's selection for a stock Pingora load balancer.
 pub struct DropIn {
     weights: Arc<LiveWeights>,
     selection: Arc<MetricsWeighted>,
+    /// Whether it is told of requests and their outcomes.
+    is_informed: bool,
 }
 
 impl DropIn {
-    pub fn new(scenario: &Scenario, view: &View, start: Instant) -> Self {
-        let weights =
-            LiveWeights::try_new(&settings_with(scenario, Adaptive::metrics_only())).unwrap();
+    pub fn new(scenario: &Scenario, is_informed: bool, view: &View, start: Instant) -> Self {
+        let adaptive = match is_informed {
+            true => Adaptive::default(),
+            false => Adaptive::metrics_only(),
+        };
+        let weights = LiveWeights::try_new(&settings_with(scenario, adaptive)).unwrap();
         weights.update(view.nodes(), start);
         let selection = Self::select(&weights);
-        Self { weights, selection }
+        Self {
+            weights,
+            selection,
+            is_informed,
+        }
     }
 
     fn select(weights: &Arc<LiveWeights>) -> Arc<MetricsWeighted> {
@@ -113,11 +145,23 @@ impl DropIn {
 impl Router for DropIn {
     fn pick(&mut self, _: &[Server], _: &mut fastrand::Rng, _: Instant) -> Option<Ticket> {
         let mut choices = self.selection.iter(b"");
-        let addr = choices.next()?.addr.as_inet().copied()?;
-        Some(Ticket::to(server_at(addr)))
+        let backend = choices.next()?;
+        let guard = || Some(BackendNode::of(backend)?.begin());
+        Some(Ticket {
+            server: server_at(backend.addr.as_inet().copied()?),
+            guard: if self.is_informed { guard() } else { None },
+        })
     }
 
-    fn done(&mut self, _: Ticket, _: Outcome, _: Option<&LoadReport>, _: Instant) {}
+    fn done(
+        &mut self,
+        ticket: Ticket,
+        outcome: Outcome,
+        report: Option<&LoadReport>,
+        now: Instant,
+    ) {
+        finish(ticket, outcome, report, now);
+    }
 
     fn metrics(&mut self, view: &View, now: Instant) {
         if self.weights.update(view.nodes(), now) {

@@ -52,7 +52,7 @@ impl Router for Turns {
     }
 
     fn done(&mut self, ticket: Ticket, outcome: Outcome, _: Option<&LoadReport>, _: Instant) {
-        if matches!(outcome, Outcome::Failed) {
+        if matches!(outcome, Outcome::Failed | Outcome::Refused) {
             self.errors[ticket.server] += 1.0;
         }
     }

@@ -41,7 +41,7 @@ impl Default for PolicySettings {
 
 /// One of the policies.
 #[derive(Debug)]
-pub(crate) enum ActivePolicy {
+pub(in crate::balance) enum ActivePolicy {
     RoundRobin(RoundRobinPolicy),
     Random(RandomPolicy),
     Consistent(ConsistentPolicy),
@@ -51,7 +51,8 @@ pub(crate) enum ActivePolicy {
 
 impl ActivePolicy {
     pub(in crate::balance) fn new(settings: &PolicySettings) -> Self {
-        let least_busy = |own_request| LeastBusy::new(settings.candidates, own_request);
+        let alike = settings.adaptive.alike as f32;
+        let least_busy = |own_request| LeastBusy::new(settings.candidates, own_request, alike);
         match settings.policy {
             Policy::RoundRobin => Self::RoundRobin(RoundRobinPolicy::default()),
             Policy::Random => Self::Random(RandomPolicy),
@@ -64,6 +65,14 @@ impl ActivePolicy {
                 Self::Adaptive(AdaptivePolicy::new(settings.adaptive, least_busy))
             }
         }
+    }
+}
+
+impl ActivePolicy {
+    /// Whether it chooses among several by their requests in flight.
+    #[cfg(feature = "pingora")]
+    pub(in crate::balance) fn compares_requests(&self) -> bool {
+        matches!(self, Self::Headroom(_) | Self::Adaptive(_))
     }
 }
 
@@ -86,6 +95,14 @@ impl RoutingPolicy for ActivePolicy {
 
     fn is_static(&self) -> bool {
         dispatch!(self, policy => policy.is_static())
+    }
+
+    fn heeds_outcomes(&self) -> bool {
+        dispatch!(self, policy => policy.heeds_outcomes())
+    }
+
+    fn weighs_by_load(&self) -> bool {
+        dispatch!(self, policy => policy.weighs_by_load())
     }
 
     fn follows_zones(&self) -> bool {

@@ -59,6 +59,10 @@ impl RoutingPolicy for AdaptivePolicy {
         false
     }
 
+    fn heeds_outcomes(&self) -> bool {
+        true
+    }
+
     fn reduces_failing_shares(&self) -> bool {
         true
     }
@@ -98,7 +102,6 @@ impl RoutingPolicy for AdaptivePolicy {
         options: &PickOptions<'_>,
         random: &mut fastrand::Rng,
     ) -> Option<Picked> {
-        let index = self.least_busy.pick(table, fleet, options, random);
-        index.map(Picked::from)
+        self.least_busy.pick(table, fleet, options, random)
     }
 }

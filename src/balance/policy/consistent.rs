@@ -50,9 +50,8 @@ impl ConsistentPolicy {
         // One number for all cells, so that a backend with many cells is not accepted at last only
         // because it was asked often.
         let lot = random_unit(random);
-        let works = |index: usize| {
-            !fleet.some_fail() || fleet.acceptance(table.slots[index].endpoint.success()) > lot
-        };
+        let all_work = !fleet.some_fail() && !fleet.some_ejected();
+        let works = |index: usize| all_work || table.slots[index].endpoint.acceptance_now() > lot;
         let is_allowed = |index: usize| !table.is_excluded(index, options.exclude);
         let (ring, key) = (&table.ring, options.key);
         let mut full = None;
@@ -70,7 +69,23 @@ impl ConsistentPolicy {
             ring.owner_among(key, |index| is_fit(index) && has_room(index))
                 .or_else(|| ring.owner_among(key, is_fit))
         })
-        .or_else(|| ring.owner_among(key, is_allowed))
+        .or_else(|| match options.only_working {
+            true => None,
+            false => ring.owner_among(key, is_allowed),
+        })
+    }
+
+    /// The owner of the key, if it is ejected and due to be probed.
+    fn to_probe(&self, table: &Table, fleet: &Fleet, options: &PickOptions<'_>) -> Option<usize> {
+        if !fleet.some_ejected() || !fleet.may_probe(options.probes) || !options.may_try() {
+            return None;
+        }
+        let owners = table.ring.owners(options.key).take(MAX_CELLS_SEARCHED);
+        let state = |index: usize| table.slots[index].endpoint.state();
+        owners
+            .filter(|index| !table.is_excluded(*index, options.exclude))
+            .take_while(|index| state(*index).is_ejected())
+            .find(|index| state(*index).take_probe())
     }
 }
 
@@ -78,6 +93,10 @@ impl RoutingPolicy for ConsistentPolicy {
     /// A key stays where it is, whatever zone that is in.
     fn follows_zones(&self) -> bool {
         false
+    }
+
+    fn heeds_outcomes(&self) -> bool {
+        true
     }
 
     fn count(&self) -> Option<Arc<()>> {
@@ -98,10 +117,12 @@ impl RoutingPolicy for ConsistentPolicy {
         random: &mut fastrand::Rng,
     ) -> Option<Picked> {
         let in_flight = self.in_flight.clone();
-        let index = self.owner(table, fleet, options, random)?;
+        let probed = self.to_probe(table, fleet, options);
+        let index = probed.or_else(|| self.owner(table, fleet, options, random))?;
         Some(Picked {
             index,
             in_flight: Some(in_flight),
+            is_probe: probed.is_some(),
         })
     }
 }

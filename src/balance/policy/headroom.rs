@@ -31,6 +31,18 @@ impl RoutingPolicy for HeadroomPolicy {
         false
     }
 
+    fn heeds_outcomes(&self) -> bool {
+        true
+    }
+
+    fn weighs_by_load(&self) -> bool {
+        true
+    }
+
+    fn reduces_failing_shares(&self) -> bool {
+        true
+    }
+
     fn weights(&self, roster: &Roster, _: Instant) -> Vec<Weight> {
         let mean = roster.mean_load();
         let registrations = roster.registrations().iter();
@@ -54,7 +66,6 @@ impl RoutingPolicy for HeadroomPolicy {
         options: &PickOptions<'_>,
         random: &mut fastrand::Rng,
     ) -> Option<Picked> {
-        let index = self.least_busy.pick(table, fleet, options, random);
-        index.map(Picked::from)
+        self.least_busy.pick(table, fleet, options, random)
     }
 }

@@ -2,12 +2,16 @@
 //! requests in flight for its weight.
 
 use std::net::SocketAddr;
+use std::sync::OnceLock;
 use std::time::Instant;
 
-use super::routing::random_unit;
+use super::routing::{Picked, random_unit, unit};
 use crate::balance::alias::AliasTable;
+use crate::balance::endpoint::{Endpoint, EndpointState};
 use crate::balance::fleet::Fleet;
+use crate::balance::heard::HEARD;
 use crate::balance::pick::PickOptions;
+use crate::balance::spread::Spread;
 use crate::balance::table::{MAX_REDRAWS, Table};
 use crate::balance::weight::Share;
 
@@ -22,25 +26,70 @@ const EXPLORE_MASK: u64 = 255;
 /// How many backends are drawn with equal probability when none of those drawn by share works.
 const UNIFORM_DRAWS: usize = 16;
 
+/// A backend that reports more requests in flight than the others, by this factor on its score, is not
+/// calm.
+const MOST_CALM_FACTOR: f32 = 1.1;
+/// How many of the backends on trial one pick looks at.
+const MOST_ON_TRIAL: usize = 64;
+
 /// How one of several backends is chosen.
 #[derive(Debug)]
 pub(super) struct LeastBusy {
     candidates: usize,
     /// How much the request to be placed counts beside those in flight.
     own_request: f32,
+    /// Chance decides between backends without requests in flight whose weights differ by less than this
+    /// part.
+    alike: f32,
+    /// Where the turns of this process begin, so that several processes do not begin at the same backend.
+    first_turn: OnceLock<u64>,
+}
+
+/// The best candidate so far.
+struct Best {
+    index: Option<usize>,
+    score: f32,
+}
+
+impl Best {
+    const NONE: Self = Self {
+        index: None,
+        score: f32::INFINITY,
+    };
+
+    fn consider(&mut self, index: usize, score: f32) {
+        if score < self.score {
+            (self.index, self.score) = (Some(index), score);
+        }
+    }
 }
 
 impl LeastBusy {
-    pub(super) fn new(candidates: usize, own_request: f32) -> Self {
+    pub(super) fn new(candidates: usize, own_request: f32, alike: f32) -> Self {
         Self {
             candidates,
             own_request,
+            alike,
+            first_turn: OnceLock::new(),
         }
     }
 
     pub(super) fn index(&self, table: &mut Table, shares: &[Share]) {
-        table.alias = AliasTable::new(shares);
-        table.draws = draws_for(shares.len(), self.candidates);
+        let live = &shares[..table.live];
+        table.alias = AliasTable::new(live);
+        let all_equal = live.windows(2).all(|pair| pair[0] == pair[1]);
+        table.spread = (!all_equal).then(|| Spread::new(live));
+        table.draws = draws_for(table.live, self.candidates);
+        for (slot, place) in table.slots.iter().zip(0..) {
+            slot.endpoint.set_place(place);
+        }
+        let places = |is_wanted: fn(&Endpoint) -> bool| {
+            let slots = table.slots.iter().zip(0_u32..);
+            let wanted = slots.filter(|(slot, _)| is_wanted(&slot.endpoint));
+            wanted.map(|(_, index)| index).collect()
+        };
+        table.ejected = places(Endpoint::is_ejected);
+        table.new = places(|endpoint| !endpoint.is_ejected() && endpoint.is_due());
     }
 
     #[inline]
@@ -50,19 +99,46 @@ impl LeastBusy {
         fleet: &Fleet,
         options: &PickOptions<'_>,
         random: &mut fastrand::Rng,
-    ) -> Option<usize> {
+    ) -> Option<Picked> {
+        if fleet.some_on_trial()
+            && let Some(picked) = to_try(table, fleet, options, random)
+        {
+            return Some(picked);
+        }
         if fleet.is_quiet() && options.exclude.is_empty() {
-            return Some(self.pick_quickly(table, random));
+            return Some(self.pick_quickly(table, random).into());
         }
         let conditions = Conditions {
             table,
-            fleet,
             exclude: options.exclude,
+            only_working: options.only_working,
             now: fleet
                 .some_report_in_flight()
                 .then(|| options.now.unwrap_or_else(Instant::now)),
         };
-        self.pick_carefully(&conditions, random)
+        self.pick_carefully(&conditions, fleet, random)
+            .map(Picked::from)
+    }
+
+    /// The first candidate: backends take turns by their shares, so that their parts are right even of a
+    /// few requests; with very many requests it is drawn by chance.
+    fn first(&self, table: &Table, random: &mut fastrand::Rng) -> usize {
+        let Some(turn) = table.take_turn() else {
+            return table.alias.draw(random.u64(..));
+        };
+        let first = *self.first_turn.get_or_init(|| random.u64(..) >> 1);
+        let turn = first.wrapping_add(turn);
+        match &table.spread {
+            None => (turn % table.live as u64) as usize,
+            Some(spread) => spread.turn(turn),
+        }
+    }
+
+    /// Whether a candidate that comes by its turn, or next after one that is loaded, is taken without
+    /// comparing it with others: where backends have nothing to do, traffic follows the weights.
+    fn is_calm(table: &Table, index: usize, chance: f32) -> bool {
+        let slot = &table.slots[index];
+        slot.in_flight.get() == 0 && chance < slot.calm
     }
 
     /// How busy a backend is for its weight, which decides between candidates.
@@ -73,7 +149,7 @@ impl LeastBusy {
     fn score(&self, table: &Table, index: usize, chance: f32) -> f32 {
         let slot = &table.slots[index];
         let in_flight = slot.in_flight.get() as f32;
-        (in_flight + self.own_request * (1.0 - table.alike * chance)) * slot.inverse_weight
+        (in_flight + self.own_request * (1.0 - self.alike * chance)) * slot.inverse_weight
     }
 
     /// The pick while all backends work, none is excluded, and none reports its requests in flight:
@@ -85,20 +161,28 @@ impl LeastBusy {
             let score = self.score(table, index, chance).to_bits();
             u64::from(score) << 32 | index as u64
         };
+        let first = self.first(table, random);
         let mut bits = random.u64(..);
-        let (first, chance) = table.alias.draw_with_rest(bits);
-        if bits & EXPLORE_MASK == 0 {
+        let chance = unit(bits);
+        let is_only = self.candidates == 1 || bits & EXPLORE_MASK == 0;
+        if is_only || Self::is_calm(table, first, chance) {
             return first;
         }
-        let mut best = u64::MAX;
+        // If the first one is loaded, calm ones share its turn by their weights.
+        let mut best = key(first, chance);
+        let (second, chance) = table.alias.draw_with_rest(random.u64(..));
+        if key(second, chance) < best && Self::is_calm(table, second, chance) {
+            return second;
+        }
         if table.draws == 0 {
-            for index in 0..table.slots.len() {
+            // All are candidates.
+            for index in 0..table.live {
                 bits = bits.rotate_left(13);
-                best = best.min(key(index, (bits as u16) as f32 * (1.0 / 65536.0)));
+                best = best.min(key(index, unit(bits)));
             }
         } else {
-            best = key(first, chance);
-            for _ in 1..table.draws {
+            best = best.min(key(second, chance));
+            for _ in 2..table.draws {
                 let (index, chance) = table.alias.draw_with_rest(random.u64(..));
                 best = best.min(key(index, chance));
             }
@@ -111,52 +195,108 @@ impl LeastBusy {
     fn pick_carefully(
         &self,
         conditions: &Conditions<'_>,
+        fleet: &Fleet,
         random: &mut fastrand::Rng,
     ) -> Option<usize> {
         let table = conditions.table;
-        let first = random.u64(..);
-        let wanted = if first & EXPLORE_MASK == 0 {
-            1
-        } else {
-            self.candidates.min(table.slots.len())
+        let first = self.first(table, random);
+        let bits = random.u64(..);
+        let chance = unit(bits);
+        let wanted = match bits & EXPLORE_MASK {
+            0 => 1,
+            _ => self.candidates.min(table.live),
         };
-        let mut next = Some(first);
-        let mut drawn = [usize::MAX; MAX_CANDIDATES];
+        let mut next = Some((first, chance));
+        let mut drawn = [usize::MAX; MAX_CANDIDATES + HEARD];
         let mut count = 0;
-        let mut best = None;
-        let mut least = f32::INFINITY;
+        let mut best = Best::NONE;
         let mut redraws = MAX_REDRAWS;
         while count < wanted {
-            let bits = next.take().unwrap_or_else(|| random.u64(..));
-            let (index, chance) = table.alias.draw_with_rest(bits);
-            let mut accepted = None;
-            if !drawn[..count].contains(&index) && conditions.is_allowed(index) {
-                let score = self.score(table, index, chance);
-                accepted = conditions.accept(index, score, random);
-            }
-            let Some(score) = accepted else {
-                if redraws == 0 {
-                    break;
+            let draw = || table.alias.draw_with_rest(random.u64(..));
+            let (index, chance) = next.take().unwrap_or_else(draw);
+            let is_new = !drawn[..count].contains(&index) && conditions.is_allowed(index);
+            if is_new && conditions.accepts(index, random) {
+                let factor = conditions.factor(index);
+                let score = self.score(table, index, chance) * factor;
+                let is_early = count < 2 && score < best.score && factor <= MOST_CALM_FACTOR;
+                if is_early && Self::is_calm(table, index, chance) {
+                    return Some(index);
                 }
+                best.consider(index, score);
+                drawn[count] = index;
+                count += 1;
+            } else if redraws > 0 {
                 redraws -= 1;
-                continue;
-            };
-            drawn[count] = index;
-            count += 1;
-            if score < least {
-                (best, least) = (Some(index), score);
+            } else {
+                break;
             }
         }
-        best.or_else(|| conditions.any_accepted(random))
-            .or_else(|| table.draw(conditions.exclude, random))
+        if let Some(now) = conditions.now
+            && wanted > 1
+        {
+            for index in fleet.heard(now).filter(|index| *index < table.live) {
+                let is_new = !drawn[..count].contains(&index) && conditions.is_allowed(index);
+                if is_new && conditions.accepts_undrawn(index, random) {
+                    let score = self.score(table, index, random_unit(random));
+                    best.consider(index, score * conditions.factor(index));
+                    drawn[count] = index;
+                    count += 1;
+                }
+            }
+        }
+        (best.index)
+            .or_else(|| conditions.any_accepted(random))
+            .or_else(|| match conditions.only_working {
+                true => table.draw_working(conditions.exclude, random.u64(..)),
+                false => table.draw(conditions.exclude, random),
+            })
     }
+}
+
+/// A backend that this request is to try, because it is new, or because it was ejected and may work
+/// again.
+#[cold]
+fn to_try(
+    table: &Table,
+    fleet: &Fleet,
+    options: &PickOptions<'_>,
+    random: &mut fastrand::Rng,
+) -> Option<Picked> {
+    if !options.may_try() {
+        return None;
+    }
+    let mut in_turn = |places: &[u32], take: fn(&EndpointState) -> bool| {
+        let from = random.usize(..places.len().max(1));
+        let (before, after) = places.split_at(from);
+        let all = after.iter().chain(before).map(|index| *index as usize);
+        let is_allowed = |index: &usize| !table.is_excluded(*index, options.exclude);
+        all.take(MOST_ON_TRIAL)
+            .filter(is_allowed)
+            .find(|index| take(table.slots[*index].endpoint.state()))
+    };
+    let mut new = None;
+    if fleet.allows_new() {
+        new = in_turn(&table.new, EndpointState::take_first);
+    }
+    fleet.set_was_new(new.is_some());
+    if let Some(index) = new {
+        return Some(index.into());
+    }
+    if !fleet.may_probe(options.probes) || !fleet.can_probe() {
+        return None;
+    }
+    let index = in_turn(&table.ejected, EndpointState::take_probe)?;
+    Some(Picked {
+        is_probe: true,
+        ..Picked::from(index)
+    })
 }
 
 /// What a pick has to take into account besides weights and its own counts.
 struct Conditions<'a> {
     table: &'a Table,
-    fleet: &'a Fleet,
     exclude: &'a [SocketAddr],
+    only_working: bool,
     /// The time, if some backend reports its requests in flight.
     now: Option<Instant>,
 }
@@ -166,33 +306,49 @@ impl Conditions<'_> {
         !self.table.is_excluded(index, self.exclude)
     }
 
-    /// Accepts a backend that was drawn, unless it fails, and returns its score, corrected by its own
-    /// reports of requests in flight.
-    fn accept(&self, index: usize, score: f32, random: &mut fastrand::Rng) -> Option<f32> {
+    /// Whether a backend that was drawn is accepted: not always, if it fails.
+    fn accepts(&self, index: usize, random: &mut fastrand::Rng) -> bool {
         let slot = &self.table.slots[index];
+        let now = slot.endpoint.acceptance_now();
         // How it was when the table was built is already part of how often it is drawn.
-        let chance = self.fleet.acceptance(slot.endpoint.success()) / slot.acceptance;
-        let is_accepted = chance >= 1.0 || random_unit(random) <= chance;
-        if !is_accepted {
-            return None;
-        }
-        Some(match self.now {
-            Some(now) => score * slot.endpoint.state().in_flight_factor(now),
-            None => score,
-        })
+        let chance = if slot.acceptance > 0.0 {
+            now / slot.acceptance
+        } else {
+            now
+        };
+        chance >= 1.0 || random_unit(random) < chance
+    }
+
+    /// Whether a backend is accepted that was not drawn by its share, of which this would be part.
+    fn accepts_undrawn(&self, index: usize, random: &mut fastrand::Rng) -> bool {
+        let chance = self.table.slots[index].endpoint.acceptance_now();
+        chance >= 1.0 || random_unit(random) < chance
+    }
+
+    /// By how much its own reports of requests in flight change its score.
+    fn factor(&self, index: usize) -> f32 {
+        let state = self.table.slots[index].endpoint.state();
+        self.now.map_or(1.0, |now| state.in_flight_factor(now))
     }
 
     /// Any backend that works, when everything that is drawn by share has failed since the table was
     /// built, as when a whole zone fails.
     #[cold]
     fn any_accepted(&self, random: &mut fastrand::Rng) -> Option<usize> {
-        (0..UNIFORM_DRAWS).find_map(|_| {
-            let index = (random.u64(..) % self.table.slots.len() as u64) as usize;
-            if !self.is_allowed(index) {
-                return None;
+        let count = self.table.slots.len();
+        let is_fit = |index: &usize, random: &mut fastrand::Rng| {
+            self.is_allowed(*index) && self.accepts(*index, random)
+        };
+        for _ in 0..UNIFORM_DRAWS {
+            let index = random.usize(..count);
+            if is_fit(&index, random) {
+                return Some(index);
             }
-            self.accept(index, 1.0, random).map(|_| index)
-        })
+        }
+        let from = random.usize(..count);
+        (from..count)
+            .chain(0..from)
+            .find(|index| is_fit(index, random))
     }
 }
 

@@ -9,8 +9,7 @@ mod random;
 mod round_robin;
 mod routing;
 
-pub(crate) use active::ActivePolicy;
-pub(super) use active::PolicySettings;
+pub(super) use active::{ActivePolicy, PolicySettings};
 #[cfg(feature = "config")]
 pub(crate) use least_busy::DEFAULT_CANDIDATES;
 pub(super) use least_busy::MAX_CANDIDATES;

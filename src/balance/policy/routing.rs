@@ -15,6 +15,8 @@ pub(in crate::balance) struct Picked {
     pub(in crate::balance) index: usize,
     /// Counts the request among all requests in flight, where the policy needs their number.
     pub(in crate::balance) in_flight: Option<Arc<()>>,
+    /// The request finds out whether the backend works again.
+    pub(in crate::balance) is_probe: bool,
 }
 
 impl From<usize> for Picked {
@@ -22,6 +24,7 @@ impl From<usize> for Picked {
         Self {
             index,
             in_flight: None,
+            is_probe: false,
         }
     }
 }
@@ -38,6 +41,17 @@ pub(in crate::balance) trait RoutingPolicy {
     /// Whether backends in other zones count with a part of their weight only.
     fn follows_zones(&self) -> bool {
         true
+    }
+
+    /// Whether outcomes play a part, so that backends that fail are ejected.
+    fn heeds_outcomes(&self) -> bool {
+        false
+    }
+
+    /// Whether weights follow the load that backends report at once, so that whoever is loaded can be taken
+    /// in its turn as others are.
+    fn weighs_by_load(&self) -> bool {
+        false
     }
 
     /// Whether the share of a backend that fails is reduced.
@@ -74,5 +88,10 @@ pub(in crate::balance) trait RoutingPolicy {
 
 /// A random number from 0 to 1.
 pub(super) fn random_unit(random: &mut fastrand::Rng) -> f32 {
-    (random.u64(..) >> 40) as f32 / (1_u32 << 24) as f32
+    unit(random.u64(..))
+}
+
+/// A number from 0 to 1 of the high bits.
+pub(super) fn unit(bits: u64) -> f32 {
+    (bits >> 40) as f32 / (1_u32 << 24) as f32
 }

@@ -24,7 +24,8 @@ fn of_two_registrations_of_one_address_the_newer_holds_it() {
         roster.reset(&nodes, Instant::now());
         let holders: Vec<_> = roster.holders().collect();
         assert_eq!(holders.len(), 1);
-        assert_eq!(holders[0].node().id, "new");
+        assert_eq!(holders[0].endpoint.node().id, "new");
+        assert!(holders[0].is_used);
     }
 }
 
@@ -40,7 +41,10 @@ fn a_report_is_counted_once() {
 }
 
 fn addrs(roster: &Roster) -> Vec<SocketAddr> {
-    let mut addrs: Vec<_> = roster.holders().map(|endpoint| endpoint.addr()).collect();
+    let mut addrs: Vec<_> = roster
+        .holders()
+        .map(|holder| holder.endpoint.addr())
+        .collect();
     addrs.sort_unstable();
     addrs
 }

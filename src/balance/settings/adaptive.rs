@@ -40,15 +40,26 @@ use crate::error::{ClusterError, in_range};
 ///
 /// Every tick, a backend with `latency_samples` or more new successes compares its excess latency
 /// (the mean minus the lowest of the last 30 to 60 s, which is mostly distance) with the weighted
-/// mean of all: `l = latency_keep * l + latency_gain * e`.
+/// mean of all: `l = latency_keep * l + latency_gain * e`. Where most backends report to be
+/// busy (above `calm_load`), though this process has less than half a request in flight at each, there are probably
+/// many processes like it. Then the gain is up to twice as high, and half of the samples are enough: the noise of
+/// each process is averaged out in the traffic of all.
 ///
 /// # Success
 ///
-/// Each outcome moves a backend's success rate by `success_gain` of the difference. A backend
-/// whose rate is below `gate_below` of the best one is accepted, when drawn, only with a probability
-/// of the square of their ratio, at least `gate_floor`: so a backend that fails, however fast, loses
-/// its traffic within a few dozen requests, and is still tried now and then. If all backends fail
-/// alike, none is avoided.
+/// Each outcome moves a backend's success rate by `success_gain` of the difference; a connection that
+/// could not be made counts twice. A backend whose rate is below `gate_below` of the best one is
+/// accepted, when drawn, only with a probability of the square of their ratio.
+///
+/// Below `eject_below` of the median of those that work (of two, the better one) it is *ejected*: it
+/// gets nothing but probes. What it lacks has to be more than chance explains, 4 standard deviations of
+/// the median. One that refuses connections is compared with the best one instead, since most may do so;
+/// answers by which a backend says that it is overloaded eject it only below 0.3 of the best one: fewer
+/// requests may be all that it needs. The first probe comes after 1 to 2 s; each one that fails doubles
+/// the pause, up to `probe_most_ms`. After a probe that succeeds the next request is one, too, until the
+/// rate, of which each moves 0.25, has come to 0.95 of the median, after about ten. A probe that fails
+/// costs the balancer a request, and those may be `probe_part` of all, however many backends are
+/// ejected. If all backends fail alike, none is avoided.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
@@ -95,15 +106,16 @@ pub struct Adaptive {
     /// The time in which that effect then fades by half. Default: 180,000 ms. Range: 1,000 to
     /// 86,400,000.
     pub stale_half_life_ms: u64,
-    /// The part of a difference in latency that one tick corrects. Default: 0.2. Range: 0 to 1; with
-    /// 0 latencies play no part.
+    /// The part of a difference in latency that one tick corrects; up to twice that, where most of the load
+    /// comes from other processes. Default: 0.2. Range: 0 to 1; with 0 latencies play no part.
     pub latency_gain: f64,
     /// The part of what was learned from latencies that a tick keeps. Default: 0.98. Range: 0 to 1.
     pub latency_keep: f64,
     /// How far latencies can move a weight in total: the static weight is multiplied or divided by
     /// at most this. Default: 8. Range: 1 to 1,000.
     pub latency_range: f64,
-    /// The number of successes from which on a mean latency counts. Default: 4. Range: 1 to 1,000.
+    /// The number of successes from which on a mean latency counts; down to half of that, where most of the load
+    /// comes from other processes. Default: 4. Range: 1 to 1,000.
     pub latency_samples: u32,
     /// The lowest latency of one to two windows of this length counts as distance. Default:
     /// 30,000 ms. Range: 1,000 to 3,600,000.
@@ -113,9 +125,14 @@ pub struct Adaptive {
     /// The part of the best success rate below which a backend is drawn less often. Default:
     /// 0.98. Range: 0 to 1; with 0 no backend is.
     pub gate_below: f64,
-    /// The lowest probability with which such a backend is accepted when it is drawn. Default:
-    /// 0.005. Range: 0.0001 to 1.
-    pub gate_floor: f64,
+    /// The part of the median success rate below which a backend is ejected: it gets nothing but probes.
+    /// Default: 0.85. Range: 0 to 1; with 0 none is.
+    pub eject_below: f64,
+    /// The part of all requests that may be lost to probes. Default: 0.01. Range: 0.0001 to 0.5.
+    pub probe_part: f64,
+    /// The longest pause between two probes of a backend, and up to a second; the first one comes after
+    /// 1 to 2 s, and each that fails doubles the pause. Default: 5,000 ms. Range: 1,000 to 3,600,000.
+    pub probe_most_ms: u64,
     /// How much the request to be placed counts beside those in flight, in
     /// `(in flight + own_request) / weight`. With many proxies each of them has few requests in
     /// flight anywhere, and the greatest weight would win too often. Default: 0.5. Range: 0.01 to 1.
@@ -124,9 +141,10 @@ pub struct Adaptive {
     /// this part, so that all of them get something while there is little traffic. Default: 0.25.
     /// Range: 0 to 1.
     pub alike: f64,
-    /// While no backend reports more load than this, chance decides between idle backends whatever
-    /// their weights; from twice this load on, only as far as `alike` allows. Default: 0.3. Range: 0
-    /// to 1.
+    /// A backend without requests in flight is taken in its turn, which follows from the weights, while
+    /// it reports no more load than this, whatever others report; one that does not report, while half
+    /// of those that do report no more. From twice this load on, backends that come by chance are
+    /// compared with it. Default: 0.2. Range: 0 to 1.
     pub calm_load: f64,
     /// The lowest weight relative to the mean, times the static weight. Default: 0.1. Range: 0.001
     /// to 1.
@@ -140,11 +158,12 @@ pub struct Adaptive {
     /// The part of its share that such a backend starts with. Default: 0.1. Range: 0.001 to 1.
     pub slow_start_floor: f64,
     /// The most that the other backends carry for those that start slowly, as a multiple of their
-    /// own share: where many join at once, they start less slowly. Default: 1.25. Range: 1 to
+    /// own share: where many join at once, or there are few others, they start less slowly. Default: 1.1. Range: 1 to
     /// 100.
     pub slow_start_strain: f64,
-    /// The time over which a report of requests in flight fades. Default: 200 ms. Range: 1 to
-    /// 60,000.
+    /// The time over which a report of requests in flight fades. For twice this time, the last four backends to
+    /// report are candidates of a pick, beside those that it draws, if more than half of those that get requests
+    /// report. Default: 200 ms. Range: 1 to 60,000.
     pub in_flight_fade_ms: u64,
     /// How far such a report can move a backend's score: it is multiplied or divided by at most
     /// this. Default: 2. Range: 1 to 100; with 1 such reports play no part.
@@ -170,7 +189,7 @@ impl Default for Adaptive {
             idle_keep: 0.97,
             own_request: 0.5,
             alike: 0.25,
-            calm_load: 0.3,
+            calm_load: 0.2,
             stale_after_ms: 180_000,
             stale_half_life_ms: 180_000,
             latency_gain: 0.2,
@@ -180,12 +199,14 @@ impl Default for Adaptive {
             latency_window_ms: 30_000,
             success_gain: 0.05,
             gate_below: 0.98,
-            gate_floor: 0.005,
+            eject_below: 0.85,
+            probe_part: 0.01,
+            probe_most_ms: 5_000,
             weight_min: 0.1,
             weight_max: 10.0,
             slow_start_ms: 30_000,
             slow_start_floor: 0.1,
-            slow_start_strain: 1.25,
+            slow_start_strain: 1.1,
             in_flight_fade_ms: 200,
             in_flight_bound: 2.0,
         }
@@ -201,13 +222,15 @@ impl Adaptive {
     /// The constants for a selection that is not informed of outcomes and does not count requests
     /// in flight, such as `pingora::MetricsWeighted` in a stock load balancer. Metrics are all that
     /// it has, so weights follow them faster (`metrics_gain` 0.6, steps of 1) and in full
-    /// (`trust_floor` 1), but within narrower bounds (`metrics_range` 4).
+    /// (`trust_floor` 1), but within narrower bounds (`metrics_range` 4), and a queue, which is long as
+    /// soon as there is too much, counts less (`queue_gain` 0.4).
     pub fn metrics_only() -> Self {
         Self {
             metrics_gain: 0.6,
             step_up: 1.0,
             step_down: 1.0,
             metrics_range: 4.0,
+            queue_gain: 0.4,
             trust_floor: 1.0,
             ..Self::default()
         }
@@ -229,9 +252,9 @@ impl Adaptive {
         number("queue_capacity", self.queue_capacity, queue_capacities)?;
         number("queue_most", self.queue_most, 0.0..=1e3)?;
         number("idle_load", self.idle_load, 0.001..=1.0)?;
-        number("latency_range", self.latency_range, 1.0..=1e3)?;
         number("alike", self.alike, 0.0..=1.0)?;
         number("calm_load", self.calm_load, 0.0..=1.0)?;
+        number("latency_range", self.latency_range, 1.0..=1e3)?;
         number("memory_limit", self.memory_limit, 0.0..=1.0)?;
         number("memory_gain", self.memory_gain, 0.0..=10.0)?;
         number("trust_memory", self.trust_memory, 1.0..=1e3)?;
@@ -243,7 +266,8 @@ impl Adaptive {
         number("latency_keep", self.latency_keep, 0.0..=1.0)?;
         number("success_gain", self.success_gain, 0.001..=0.5)?;
         number("gate_below", self.gate_below, 0.0..=1.0)?;
-        number("gate_floor", self.gate_floor, 1e-4..=1.0)?;
+        number("eject_below", self.eject_below, 0.0..=1.0)?;
+        number("probe_part", self.probe_part, 1e-4..=0.5)?;
         number("weight_min", self.weight_min, 0.001..=1.0)?;
         number("weight_max", self.weight_max, 1.0..=1e3)?;
         number("slow_start_floor", self.slow_start_floor, 0.001..=1.0)?;
@@ -258,6 +282,7 @@ impl Adaptive {
             1_000..=DAY_MS,
         )?;
         millis("latency_window_ms", self.latency_window_ms, 1_000..=HOUR_MS)?;
+        millis("probe_most_ms", self.probe_most_ms, 1_000..=HOUR_MS)?;
         millis("slow_start_ms", self.slow_start_ms, 0..=HOUR_MS)?;
         millis("in_flight_fade_ms", self.in_flight_fade_ms, 1..=60_000)
     }
@@ -278,6 +303,22 @@ impl Adaptive {
                 + excess_tenths * self.memory_gain
                 + (1.0 - f64::from(success)),
         )
+    }
+
+    /// The part of a difference in latency that one tick corrects, where this much of the load comes from others.
+    pub(in crate::balance) fn latency_gain_at(&self, shared: f64) -> f64 {
+        self.latency_gain * (1.0 + shared)
+    }
+
+    /// The number of successes from which on a mean latency counts, likewise.
+    pub(in crate::balance) fn latency_samples_at(&self, shared: f64) -> u32 {
+        let samples = f64::from(self.latency_samples) * (1.0 - shared / 2.0);
+        samples.round().max(1.0) as u32
+    }
+
+    /// Whether a backend with this load has little to do: 1 up to the calm load, 0 from twice that on.
+    pub(in crate::balance) fn calm(&self, load: f64) -> f64 {
+        (2.0 - load / self.calm_load.max(1e-9)).clamp(0.0, 1.0)
     }
 
     /// The part of its share that a backend gets this long after it joined.

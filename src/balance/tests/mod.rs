@@ -2,8 +2,11 @@
 
 mod adaptive;
 mod consistent;
+mod ejection;
+mod learned;
 mod policies;
 mod properties;
+mod quiet;
 mod registrations;
 mod reports;
 mod settings;

@@ -168,7 +168,8 @@ proptest! {
                     _ => 0.02,
                 };
                 prop_assert!(part.is_finite() && part >= least * 0.999 && part <= 10.001, "{backend:?}");
-                prop_assert!(backend.share > 0.0 && backend.share <= backend.weight);
+                prop_assert!(backend.share > 0.0 || backend.is_ejected);
+                prop_assert!((0.0..=backend.weight).contains(&backend.share));
                 prop_assert!((0.0..=1.0).contains(&backend.success));
             }
             // Every backend is picked if the others are excluded.
@@ -184,6 +185,7 @@ proptest! {
                         now: Some(rig.now),
                         key: b"k",
                         random: Some(rig.rng.u64(..)),
+                        ..PickOptions::default()
                     };
                     let picked = rig.balancer.pick_with(options);
                     prop_assert_eq!(picked.map(|upstream| upstream.addr()), Some(backend.addr));

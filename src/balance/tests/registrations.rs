@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Rig, balancer, joined, node, nodes, set_nodes, set_nodes_at};
-use crate::balance::{Balancer, Policy};
+use super::{Rig, balancer, bare, joined, node, nodes, set_nodes, set_nodes_at};
+use crate::balance::{Adaptive, Balancer, Policy};
 use crate::node::Node;
 use crate::view::Change;
 
@@ -83,6 +83,70 @@ fn what_was_learned_of_a_process_outlives_its_lease() {
         gone(Duration::from_secs(8));
         back(of(0, 5, 9), Duration::from_secs(8 + 130));
         assert_eq!(success(&balancer), Some(1.0));
+    }
+}
+
+/// A worker is restarted: it is as strong as before, whatever else has changed.
+#[test]
+fn a_process_that_succeeds_another_one_begins_with_its_weight() {
+    let adaptive = Adaptive {
+        slow_start_ms: 0,
+        ..Adaptive::default()
+    };
+    for pause in [0, 5, 700] {
+        let mut rig = Rig::new(Balancer::builder().adaptive(adaptive));
+        let of = |index: u16, run: u64| {
+            let node = Node::clone(&bare(index));
+            Arc::new(node.with_incarnation(run as i64).with_run(run))
+        };
+        for index in 0..4 {
+            rig.nodes.insert(format!("n{index}"), of(index, 1));
+        }
+        rig.update();
+        for _ in 0..4 {
+            // The first one has less to do than the others.
+            for _ in 0..40 {
+                let upstream = rig.pick();
+                let is_fast = upstream.addr().port() == 1000;
+                let latency = 5 + rig.rng.u64(..if is_fast { 4 } else { 16 });
+                upstream.succeeded(Duration::from_millis(latency));
+            }
+            rig.seconds(1);
+        }
+        let learned = rig.weight(0);
+        let other = rig.weight(1);
+        let failing = rig.balancer.upstream_at(bare(0).addr(80)).unwrap();
+        failing.failed();
+        if pause > 0 {
+            rig.nodes.remove("n0");
+            rig.update();
+            rig.now += Duration::from_secs(pause);
+        }
+        rig.nodes.insert("n0".to_owned(), of(0, 2));
+        rig.update();
+        let (again, same) = (rig.weight(0), rig.weight(1));
+        let difference = (again / same - learned / other).abs();
+        assert_eq!(
+            difference < 0.05,
+            pause < 600,
+            "after {pause} s: {again} and {same}, before {learned} and {other}"
+        );
+        let status = rig.balancer.backends();
+        assert!(
+            status
+                .iter()
+                .all(|backend| backend.node.id != "n0" || backend.success == 1.0)
+        );
+        // Whoever registers another static weight is another one.
+        let heavier = Node::clone(&of(0, 3)).with_weight(2.0);
+        rig.nodes.insert("n0".to_owned(), Arc::new(heavier));
+        rig.update();
+        let others = (1..4).map(|index| rig.weight(index)).sum::<f64>() / 3.0;
+        let ratio = rig.weight(0) / others;
+        assert!(
+            ratio < 3.5,
+            "{ratio}: twice what is a little above their mean"
+        );
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::{Rig, balancer, bare, node, set_nodes_at};
-use crate::balance::Policy;
+use crate::balance::{Policy, Upstream};
 use crate::load_report::LoadReport;
 use crate::node::Node;
 
@@ -69,6 +69,96 @@ fn reports_in_responses_move_weights_at_the_next_tick_and_count_once() {
         rig.seconds(1);
     }
     assert!(rig.weight(0) < 0.8, "{}", rig.weight(0));
+}
+
+/// A hundred backends that are not so idle that all take their turns.
+fn busy_hundred() -> Rig {
+    let mut rig = Rig::of(100);
+    for index in 0..100 {
+        rig.report(index, 60.0, 1);
+    }
+    rig
+}
+
+fn says_in_flight(rig: &Rig, upstream: &Upstream, in_flight: u32) {
+    let mut report = LoadReport::new();
+    report.in_flight = Some(in_flight.into());
+    upstream.report(&report, rig.now);
+}
+
+/// Among a hundred backends it would hardly ever be drawn.
+#[test]
+fn who_has_just_said_to_have_nothing_to_do_is_considered_by_the_next_pick() {
+    let mut rig = busy_hundred();
+    let mut all = Vec::new();
+    for index in 0..100 {
+        let addr = bare(index).addr(80);
+        all.push(rig.balancer.upstream_at(addr).unwrap());
+    }
+    let say_all = |rig: &Rig| {
+        for upstream in &all {
+            says_in_flight(rig, upstream, 8);
+        }
+    };
+    say_all(&rig);
+    rig.seconds(1);
+    let mut followed = (0, 0);
+    for turn in 0..200 {
+        say_all(&rig);
+        let idle = &all[turn % 100];
+        says_in_flight(&rig, idle, 0);
+        followed.0 += u32::from(rig.pick().addr() == idle.addr());
+        // What was said before is no news.
+        rig.now += Duration::from_millis(500);
+        followed.1 += u32::from(rig.pick().addr() == idle.addr());
+        rig.now += Duration::from_millis(500);
+    }
+    assert!(followed.0 > 180 && followed.1 < 40, "{followed:?} of 200");
+}
+
+#[test]
+fn the_only_one_that_reports_its_requests_is_not_preferred_for_that() {
+    let mut rig = busy_hundred();
+    let mut picked = 0;
+    for request in 0..4_000 {
+        let upstream = rig.pick();
+        if upstream.addr().port() == 1_000 {
+            says_in_flight(&rig, &upstream, 3);
+            picked += 1;
+        }
+        upstream.answered();
+        if request % 100 == 0 {
+            rig.seconds(1);
+        }
+    }
+    assert!((10..120).contains(&picked), "{picked} of 4,000");
+}
+
+/// It answers at once, and has nothing in flight: but less is all that it may get.
+#[test]
+fn who_is_overloaded_is_not_preferred_because_it_has_just_reported() {
+    let mut rig = busy_hundred();
+    let mut late = [0, 0];
+    for request in 0..20_000 {
+        let upstream = rig.pick();
+        let is_overloaded = upstream.addr().port() == 1_000;
+        says_in_flight(&rig, &upstream, if is_overloaded { 0 } else { 6 });
+        match is_overloaded && rig.rng.bool() {
+            true => upstream.overloaded(),
+            false => upstream.answered(),
+        }
+        if request >= 10_000 {
+            late[usize::from(is_overloaded)] += 1;
+        }
+        if request % 200 == 0 {
+            rig.seconds(1);
+        } else {
+            rig.now += Duration::from_millis(2);
+        }
+    }
+    let share = f64::from(late[1]) / f64::from(late[0] + late[1]);
+    // Drawn for five in a hundred picks, accepted for a fourth of them, and then the one with the least to do.
+    assert!(share < 0.02, "{share}");
 }
 
 #[test]

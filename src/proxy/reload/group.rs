@@ -10,8 +10,9 @@ use super::difference::have_one_discovery;
 use crate::cluster::Cluster;
 use crate::config::{ClusterConfig, DEFAULT_GROUP, READY_TIMEOUT};
 use crate::error::ClusterError;
-use crate::pingora::{BalancerService, Checker, NodeCheck};
+use crate::pingora::{BalancerService, Checker, LearnedFile, NodeCheck};
 use crate::proxy::group::{GroupProxy, SameSettings};
+use crate::proxy::learned;
 use crate::proxy::tls::{BackendTls, Reload};
 
 /// The tasks of a group; dropping them ends them.
@@ -83,27 +84,7 @@ pub(super) fn prepare(
             change: Change::None,
         });
     }
-    // At a start, 0 says that nobody waits; nodes that nobody knows cannot be taken over.
-    let ready_timeout = match (config.ready_timeout_ms, former.is_some()) {
-        (0, true) => READY_TIMEOUT,
-        (milliseconds, _) => Duration::from_millis(milliseconds),
-    };
-    let (balancer, change) = match former {
-        Some(former) if have_one_discovery(former.config, config) => {
-            (former.proxy.balancer.clone(), Change::Settings)
-        }
-        Some(former) => {
-            let discovery = config.discovery_over(cluster)?;
-            let balancer = former.proxy.balancer.over(discovery, ready_timeout);
-            (Arc::new(balancer), Change::Nodes(Tasks::default()))
-        }
-        None => {
-            let discovery = config.discovery_over(cluster)?;
-            let balancer = BalancerService::new(discovery, config.balancer()?);
-            let balancer = balancer.ready_timeout(ready_timeout);
-            (Arc::new(balancer), Change::Nodes(Tasks::default()))
-        }
-    };
+    let (balancer, change) = balancer(config, former, cluster)?;
     let statistics = former.map(|former| former.proxy.statistics.clone());
     let tls = backend_tls(config, name, certificates)?;
     let mut proxy = GroupProxy::new(name, config, balancer, tls, statistics.unwrap_or_default());
@@ -135,6 +116,36 @@ pub(super) fn prepare(
     })
 }
 
+/// The balancer of a group, and what has to happen to it.
+fn balancer(
+    config: &ClusterConfig,
+    former: Option<&Former<'_>>,
+    cluster: &Cluster,
+) -> Result<(Arc<BalancerService>, Change), ClusterError> {
+    // At a start, 0 says that nobody waits; nodes that nobody knows cannot be taken over.
+    let ready_timeout = match (config.ready_timeout_ms, former.is_some()) {
+        (0, true) => READY_TIMEOUT,
+        (milliseconds, _) => Duration::from_millis(milliseconds),
+    };
+    let balancer = match former {
+        Some(former) if have_one_discovery(former.config, config) => {
+            return Ok((former.proxy.balancer.clone(), Change::Settings));
+        }
+        Some(former) => {
+            let discovery = config.discovery_over(cluster)?;
+            former.proxy.balancer.over(discovery, ready_timeout)
+        }
+        None => {
+            let discovery = config.discovery_over(cluster)?;
+            BalancerService::new(discovery, config.balancer()?).ready_timeout(ready_timeout)
+        }
+    };
+    let file = config.learned_file();
+    let file = file.map(|(path, interval)| LearnedFile { path, interval });
+    let balancer = balancer.maybe_learned_file(file);
+    Ok((Arc::new(balancer), Change::Nodes(Tasks::default())))
+}
+
 fn backend_tls(
     config: &ClusterConfig,
     name: &str,
@@ -162,6 +173,7 @@ impl Prepared {
         if let Some(checker) = self.checker {
             self.proxy.balancer.set_checker(checker);
         }
+        learned::include(&self.proxy.balancer);
         self.proxy
     }
 
@@ -199,6 +211,7 @@ impl Prepared {
         runtime: &Handle,
     ) -> Result<Tasks, ClusterError> {
         let balancer = &self.proxy.balancer;
+        learned::include(balancer);
         if let Some(checker) = self.checker {
             balancer.set_checker(checker);
         }

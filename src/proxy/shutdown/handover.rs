@@ -23,6 +23,7 @@ use tracing::{debug, info, warn};
 
 use super::listeners::{is_in_use, listen_error};
 use super::process::Shutdown;
+use crate::proxy::learned;
 use crate::supervise::say;
 
 /// How long the predecessor waits for a successor to be ready.
@@ -32,6 +33,8 @@ const CONFIRMED_WITHIN: Duration = Duration::from_secs(10);
 /// How long the successor waits for a message on a connection, and then looks whether the
 /// predecessor is still there.
 const MESSAGE_WITHIN: Duration = Duration::from_secs(1);
+/// How old what was learned may be that the predecessor leaves.
+const LEAVES_EVERY: Duration = Duration::from_secs(1);
 const STEP: Duration = Duration::from_millis(20);
 const CONFIRMATION: u8 = b'1';
 /// What Pingora sends at most.
@@ -47,9 +50,26 @@ pub(super) async fn hand_over(shutdown: &Shutdown, path: &Path) -> Result<(), St
         return Err("this process does not listen yet".to_owned());
     };
     say(|| info!(path = %path.display(), "waiting for a successor that is ready"));
+    let handed_over = hand_sockets_over(&sockets, path).await;
+    learned::has_handed_over(path, handed_over.is_ok());
+    handed_over
+}
+
+async fn hand_sockets_over(sockets: &ListenFds, path: &Path) -> Result<(), String> {
     let deadline = Instant::now() + SUCCESSOR_WITHIN;
-    // Before, because sending complains in the log about a socket that does not exist.
-    while !(is_there(path)? && send(&sockets, path).await?) {
+    let mut left_at: Option<Instant> = None;
+    loop {
+        // Before, because sending complains in the log about a socket that does not exist.
+        if is_there(path)? {
+            // The file of a successor that has died may be there for long.
+            if left_at.is_none_or(|at| at.elapsed() > LEAVES_EVERY) {
+                learned::hand_over(path).await;
+                left_at = Some(Instant::now());
+            }
+            if send(sockets, path).await? {
+                break;
+            }
+        }
         if Instant::now() > deadline {
             return Err(format!(
                 "no successor was ready within {SUCCESSOR_WITHIN:?}"
@@ -164,6 +184,7 @@ pub(in crate::proxy) async fn take_over(
             }
         };
         if let Ok(received) = timeout(MESSAGE_WITHIN, successor.receive()).await {
+            learned::take_over(Path::new(path)).await;
             take(sockets, received);
         }
     }

@@ -1,0 +1,190 @@
+//! What requests find out about a backend, and what follows for the next ones.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tracing::{info, warn};
+
+use super::EndpointState;
+use crate::balance::fleet::{Failure, SuccessRates};
+
+/// The most that a success rate is when a backend is ejected.
+const EJECTED_SUCCESS: f32 = 0.5;
+/// Longer latencies count as one hour, so that 2^22 of them can be added up.
+const MAX_LATENCY_NANOS: u64 = 3_600_000_000_000;
+
+impl EndpointState {
+    /// Takes the turn of the first request; `false` if that is not to come now.
+    pub(in crate::balance) fn take_first(&self) -> bool {
+        !self.is_ejected() && self.is_due.swap(false, Ordering::Relaxed)
+    }
+
+    /// Takes the turn of a probe; `false` if none is due, or none can be paid for.
+    pub(in crate::balance) fn take_probe(&self) -> bool {
+        if !self.is_ejected() || !self.is_due.load(Ordering::Relaxed) || !self.fleet.pay_probe() {
+            return false;
+        }
+        let is_taken = self.is_due.swap(false, Ordering::Relaxed);
+        match is_taken {
+            true => self.is_probed.store(true, Ordering::Relaxed),
+            false => self.fleet.repay_probe(),
+        }
+        is_taken
+    }
+
+    /// The probe whose turn was taken may follow, or not.
+    #[cfg(feature = "pingora")]
+    pub(in crate::balance) fn offer_probe(&self) {
+        self.is_offered.store(true, Ordering::Relaxed);
+        // If it does not, it has cost nothing, and the next one has a turn of its own.
+        self.fleet.repay_probe();
+        self.is_probed.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the request that begins is the probe that was offered.
+    #[cfg(feature = "pingora")]
+    pub(in crate::balance) fn take_offered_probe(&self) -> bool {
+        let is_offered = self.is_offered.load(Ordering::Relaxed)
+            && self.is_offered.swap(false, Ordering::Relaxed)
+            && self.is_ejected();
+        if is_offered {
+            self.fleet.pay_probe();
+            self.is_probed.store(true, Ordering::Relaxed);
+        }
+        is_offered
+    }
+
+    /// A probe has ended without an outcome: the next request is one instead.
+    pub(in crate::balance) fn probe_says_nothing(&self) {
+        self.fleet.repay_probe();
+        self.probe_ends(true);
+    }
+
+    fn probe_ends(&self, is_due_again: bool) {
+        self.is_probed.store(false, Ordering::Relaxed);
+        if is_due_again && self.is_ejected() {
+            self.is_due.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// A probe has succeeded.
+    pub(in crate::balance) fn probe_succeeds(&self) {
+        self.fleet.repay_probe();
+        self.add_success();
+        if self.is_ejected() && self.fleet.readmits(self.success()) {
+            self.readmit();
+            let node = self.node();
+            info!(node = node.id, addr = %self.addr, "a backend that failed works again");
+        }
+        // One success says little: the next request tries it again.
+        self.probe_ends(true);
+    }
+
+    /// A probe has failed.
+    pub(in crate::balance) fn probe_fails(&self, failure: Failure) {
+        self.add_failure(failure);
+        self.probe_ends(false);
+    }
+
+    fn add_success(&self) {
+        let success = self.success.get();
+        // A backend that is gone stays gone, whatever becomes of its last requests.
+        if !(0.0..1.0).contains(&success) {
+            return;
+        }
+        let is_ejected = self.is_ejected();
+        self.success
+            .set(self.fleet.after_success(success, is_ejected));
+        let faultless = self.faultless.get();
+        self.faultless
+            .set(self.fleet.after_success(faultless, is_ejected));
+    }
+
+    fn add_failure(&self, failure: Failure) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        let before = self.success.get();
+        if before < 0.0 {
+            return;
+        }
+        let is_ejected = self.is_ejected();
+        let after = |rate: f32| self.fleet.after_failure(rate, is_ejected);
+        // Two failures at the same time may count as one; the next one corrects that.
+        let success = match failure {
+            Failure::Unreachable => after(after(before)),
+            Failure::Fault | Failure::Overload => after(before),
+        };
+        self.success.set(success);
+        let faultless = self.faultless.get();
+        self.faultless.set(match failure {
+            Failure::Unreachable => after(after(faultless)),
+            Failure::Fault => after(faultless),
+            Failure::Overload => faultless,
+        });
+    }
+
+    /// It works, and how fast is not known.
+    pub(in crate::balance) fn answered(&self) {
+        // What was in flight when it was ejected says nothing about now.
+        if !self.is_ejected() {
+            self.add_success();
+        }
+    }
+
+    pub(in crate::balance) fn readmit(&self) {
+        self.is_due.store(false, Ordering::Relaxed);
+        self.faultless.set(self.success.get());
+        self.is_ejected.store(false, Ordering::Relaxed);
+    }
+
+    fn eject(&self) {
+        if !self.is_ejected.swap(true, Ordering::Relaxed) {
+            // What it has to make up for with probes.
+            self.success.set(self.success.get().min(EJECTED_SUCCESS));
+            self.faultless.set(self.success.get());
+            self.is_due.store(false, Ordering::Relaxed);
+            self.fleet.set_ejected(true);
+            let node = self.node();
+            warn!(
+                node = node.id,
+                addr = %self.addr,
+                "a backend fails: it gets nothing but a few probes until it works again"
+            );
+        }
+    }
+
+    pub(in crate::balance) fn succeeded(&self, latency: Duration) {
+        self.answered();
+        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        let nanos = nanos.min(MAX_LATENCY_NANOS);
+        self.latency_sum.fetch_add(nanos, Ordering::Relaxed);
+        if nanos < self.lowest_latency.load(Ordering::Relaxed) {
+            self.lowest_latency.fetch_min(nanos, Ordering::Relaxed);
+        }
+        self.successes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(in crate::balance) fn failed(&self, failure: Failure) {
+        if self.is_ejected() {
+            self.failures.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        self.add_failure(failure);
+        let rates = SuccessRates {
+            success: self.success.get(),
+            faultless: self.faultless.get(),
+        };
+        if rates.success < 0.0 {
+            return;
+        }
+        // Whoever refuses connections is not there, however many they are.
+        let is_ejected = self.fleet.is_ejecting()
+            && self.fleet.ejects(rates, failure)
+            && (failure == Failure::Unreachable || self.fleet.take_ejection());
+        if is_ejected {
+            self.eject();
+        }
+        if is_ejected || self.fleet.acceptance(rates.success) < 1.0 {
+            self.fleet.set_some_fail();
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! Backends that fail: how much they get, how they are tried, and how fast they are back.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::{Rig, bare};
+use crate::balance::{Adaptive, Balancer, PickOptions, Policy, Probes, Upstream};
+
+/// How a backend answers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Answer {
+    Works,
+    Fails,
+    Refuses,
+    Overloaded,
+}
+
+/// What came of requests that were sent one after the other, each at most three times.
+#[derive(Debug, Default)]
+struct Sent {
+    requests: u32,
+    failed: u32,
+    /// Tries, by backend.
+    tries: BTreeMap<u16, u32>,
+}
+
+impl Sent {
+    fn part(&self, backends: impl IntoIterator<Item = u16>) -> f64 {
+        let tries = backends
+            .into_iter()
+            .filter_map(|index| self.tries.get(&index));
+        f64::from(tries.sum::<u32>()) / f64::from(self.requests)
+    }
+}
+
+fn report(upstream: Upstream, answer: Answer) {
+    match answer {
+        Answer::Works => upstream.succeeded(Duration::from_millis(10)),
+        Answer::Fails => upstream.failed(),
+        Answer::Refuses => upstream.unreachable(),
+        Answer::Overloaded => upstream.overloaded(),
+    }
+}
+
+impl Rig {
+    /// Sends requests for some seconds, this many in each.
+    fn send(
+        &mut self,
+        seconds: u32,
+        per_second: u32,
+        mut answer: impl FnMut(u16) -> Answer,
+    ) -> Sent {
+        let mut sent = Sent::default();
+        for _ in 0..seconds {
+            for _ in 0..per_second {
+                sent.requests += 1;
+                let mut tried: Vec<SocketAddr> = Vec::new();
+                let works = (0..3).any(|_| {
+                    let options = PickOptions {
+                        exclude: &tried,
+                        now: Some(self.now),
+                        random: Some(self.rng.u64(..)),
+                        ..PickOptions::default()
+                    };
+                    let Some(upstream) = self.balancer.pick_with(options) else {
+                        return false;
+                    };
+                    let index = upstream.addr().port() - 1000;
+                    *sent.tries.entry(index).or_default() += 1;
+                    tried.push(upstream.addr());
+                    let answer = answer(index);
+                    report(upstream, answer);
+                    answer == Answer::Works
+                });
+                sent.failed += u32::from(!works);
+            }
+            self.seconds(1);
+        }
+        sent
+    }
+
+    fn ejected(&self) -> usize {
+        let backends = self.balancer.backends();
+        backends.iter().filter(|backend| backend.is_ejected).count()
+    }
+}
+
+#[test]
+fn however_many_refuse_connections_requests_are_served_by_those_that_work() {
+    for policy in [Policy::Adaptive, Policy::Headroom] {
+        for (alive, dead) in [(3, 3), (3, 9), (3, 27), (3, 97), (1, 200)] {
+            let mut rig = Rig::new(Balancer::builder().policy(policy));
+            for index in 0..alive + dead {
+                rig.nodes.insert(format!("n{index:03}"), bare(index));
+            }
+            rig.update();
+            let answer = |index| match index < alive {
+                true => Answer::Works,
+                false => Answer::Refuses,
+            };
+            rig.send(5, 200, answer);
+            let sent = rig.send(60, 200, answer);
+            let of_dead = sent.part(alive..alive + dead);
+            assert_eq!(sent.failed, 0, "{policy:?}: {alive} and {dead}");
+            assert!(
+                of_dead <= 0.011,
+                "{policy:?}: {alive} and {dead}: {of_dead}"
+            );
+            assert!(of_dead > 0.0, "{policy:?}: nobody looks whether they work");
+        }
+    }
+}
+
+#[test]
+fn a_backend_that_works_again_is_back_within_seconds() {
+    for answer in [Answer::Fails, Answer::Refuses, Answer::Overloaded] {
+        let mut rig = Rig::of(5);
+        rig.send(60, 200, |index| match index {
+            2 => answer,
+            _ => Answer::Works,
+        });
+        assert_eq!(rig.ejected(), 1, "{answer:?}");
+        rig.send(10, 200, |_| Answer::Works);
+        let sent = rig.send(20, 200, |_| Answer::Works);
+        let part = sent.part([2]);
+        assert!(part > 0.18, "{answer:?}: {part}");
+        assert_eq!(rig.ejected(), 0, "{answer:?}");
+    }
+}
+
+#[test]
+fn a_backend_that_fails_now_and_then_gets_next_to_nothing() {
+    for every in [2, 3] {
+        let mut rig = Rig::of(10);
+        let mut count = 0;
+        let sent = rig.send(80, 750, |index| {
+            count += u32::from(index == 4);
+            match index == 4 && count % every == 0 {
+                true => Answer::Fails,
+                false => Answer::Works,
+            }
+        });
+        let part = sent.part([4]);
+        assert!(part < 0.003, "one of {every} fails: {part}");
+    }
+}
+
+#[test]
+fn a_backend_that_is_overloaded_in_part_gets_less_and_is_not_ejected() {
+    let mut rig = Rig::of(5);
+    let mut count = 0;
+    let sent = rig.send(60, 200, |index| {
+        count += u32::from(index == 1);
+        match index == 1 && count % 3 == 0 {
+            true => Answer::Overloaded,
+            false => Answer::Works,
+        }
+    });
+    assert_eq!(rig.ejected(), 0);
+    let part = sent.part([1]);
+    assert!((0.02..0.18).contains(&part), "{part}");
+}
+
+#[test]
+fn backends_that_all_fail_by_chance_are_not_ejected() {
+    let mut rig = Rig::of(10);
+    let mut random = fastrand::Rng::with_seed(3);
+    let mut fails = || match random.f64() < 0.3 {
+        true => Answer::Fails,
+        false => Answer::Works,
+    };
+    rig.send(10, 500, |_| fails());
+    let mut ejected = 0;
+    for _ in 0..60 {
+        rig.send(1, 500, |_| fails());
+        ejected += rig.ejected();
+    }
+    assert!(ejected < 60, "{ejected} of 600");
+}
+
+#[test]
+fn a_request_that_cannot_be_sent_again_is_no_probe_while_others_come() {
+    let mut rig = Rig::of(3);
+    let fails = |index| match index == 0 {
+        true => Answer::Fails,
+        false => Answer::Works,
+    };
+    rig.send(2, 100, fails);
+    assert_eq!(rig.ejected(), 1);
+    let post = |rig: &mut Rig, seconds, gets: bool| {
+        let mut probes = 0;
+        for _ in 0..seconds {
+            for _ in 0..100 {
+                let options = PickOptions {
+                    probes: Probes::IfNoOther,
+                    now: Some(rig.now),
+                    random: Some(rig.rng.u64(..)),
+                    ..PickOptions::default()
+                };
+                let upstream = rig.balancer.pick_with(options).unwrap();
+                probes += u32::from(upstream.is_probe());
+                let index = upstream.addr().port() - 1000;
+                report(upstream, fails(index));
+            }
+            match gets {
+                true => drop(rig.send(1, 1, fails)),
+                false => rig.seconds(1),
+            }
+        }
+        probes
+    };
+    assert_eq!(post(&mut rig, 30, true), 0);
+    let probes = post(&mut rig, 30, false);
+    assert!((1..10).contains(&probes), "{probes}");
+}
+
+/// A probe is one request; until its outcome is known there is no other.
+#[test]
+fn there_is_one_probe_at_a_time() {
+    let mut rig = Rig::of(3);
+    let fails = |index| match index == 0 {
+        true => Answer::Refuses,
+        false => Answer::Works,
+    };
+    rig.send(2, 100, fails);
+    let mut held = Vec::new();
+    for _ in 0..30 {
+        for _ in 0..100 {
+            let upstream = rig.pick();
+            match upstream.is_probe() {
+                true => held.push(upstream),
+                false => upstream.succeeded(Duration::from_millis(10)),
+            }
+        }
+        rig.seconds(1);
+    }
+    assert_eq!(held.len(), 1);
+    // One that is dropped says nothing, and is followed by another one.
+    held.clear();
+    let next = rig.pick();
+    assert!(next.is_probe());
+    next.unreachable();
+    assert!(!rig.pick().is_probe(), "a failure is followed by a pause");
+}
+
+#[test]
+fn what_was_in_flight_before_says_nothing_of_a_backend_that_is_ejected() {
+    let mut rig = Rig::of(3);
+    rig.seconds(1);
+    let held: Vec<_> = (0..300).map(|_| rig.pick()).collect();
+    let (of_first, others): (Vec<_>, Vec<_>) = held
+        .into_iter()
+        .partition(|upstream| upstream.addr().port() == 1000);
+    drop(others);
+    let mut of_first = of_first.into_iter();
+    for upstream in of_first.by_ref().take(2) {
+        upstream.unreachable();
+    }
+    assert_eq!(rig.ejected(), 1);
+    for upstream in of_first.by_ref().take(50) {
+        upstream.succeeded(Duration::from_millis(10));
+    }
+    assert_eq!(rig.ejected(), 1);
+    // Requests that stay there for ever do not keep probes away.
+    assert!(of_first.len() > 0);
+    let sent = rig.send(10, 100, |_| Answer::Works);
+    assert!(sent.tries[&0] >= 8, "{sent:?}");
+    assert_eq!(rig.ejected(), 0);
+}
+
+#[test]
+fn only_those_that_work_are_picked_where_that_is_asked_for() {
+    for policy in [Policy::Adaptive, Policy::Headroom, Policy::Consistent] {
+        let mut rig = Rig::new(Balancer::builder().policy(policy));
+        for index in 0..3 {
+            rig.nodes.insert(format!("n{index}"), bare(index));
+        }
+        rig.update();
+        for _ in 0..3 {
+            for key in 0..100_u32 {
+                let options = PickOptions {
+                    key: &key.to_le_bytes(),
+                    now: Some(rig.now),
+                    ..PickOptions::default()
+                };
+                let upstream = rig.balancer.pick_with(options).unwrap();
+                match upstream.addr().port() {
+                    1000 => upstream.unreachable(),
+                    _ => upstream.succeeded(Duration::from_millis(10)),
+                }
+            }
+            rig.seconds(1);
+        }
+        assert_eq!(rig.ejected(), 1, "{policy:?}");
+        let working: [SocketAddr; 2] =
+            ["10.0.0.1:1001", "10.0.0.1:1002"].map(|addr| addr.parse().unwrap());
+        for only_working in [true, false] {
+            for key in 0..50_u32 {
+                let options = PickOptions {
+                    key: &key.to_le_bytes(),
+                    exclude: &working,
+                    only_working,
+                    now: Some(rig.now),
+                    random: Some(rig.rng.u64(..)),
+                    ..PickOptions::default()
+                };
+                let picked = rig.balancer.pick_with(options);
+                assert_eq!(picked.is_none(), only_working, "{policy:?}");
+            }
+        }
+    }
+}
+
+/// Where outcomes play no part, or not that part.
+#[test]
+fn nobody_is_ejected_where_that_is_not_wanted() {
+    let never = Adaptive {
+        eject_below: 0.0,
+        ..Adaptive::default()
+    };
+    for (name, builder) in [
+        ("turns", Balancer::builder().policy(Policy::RoundRobin)),
+        ("random", Balancer::builder().policy(Policy::Random)),
+        ("never", Balancer::builder().adaptive(never)),
+    ] {
+        let mut rig = Rig::new(builder);
+        for index in 0..4 {
+            rig.nodes.insert(format!("n{index}"), bare(index));
+        }
+        rig.update();
+        rig.send(10, 200, |index| match index {
+            0 => Answer::Fails,
+            _ => Answer::Works,
+        });
+        assert_eq!(rig.ejected(), 0, "{name}");
+    }
+}
+
+#[test]
+fn backends_that_all_refuse_are_not_ejected_and_used_again_for_ever() {
+    let mut rig = Rig::of(3);
+    rig.send(10, 100, |_| Answer::Refuses);
+    for _ in 0..10 {
+        let sent = rig.send(1, 100, |_| Answer::Refuses);
+        assert_eq!(sent.tries.len(), 3, "{sent:?}");
+        assert_eq!(rig.ejected(), 0);
+    }
+    // When they work again, so does everything.
+    let sent = rig.send(2, 100, |_| Answer::Works);
+    assert_eq!(sent.failed, 0);
+}
+
+#[test]
+fn consistent_hashing_probes_with_the_keys_of_the_backend() {
+    let mut rig = Rig::new(Balancer::builder().policy(Policy::Consistent));
+    for index in 0..4 {
+        rig.nodes.insert(format!("n{index}"), bare(index));
+    }
+    rig.update();
+    let round = |rig: &mut Rig, works: bool| {
+        let mut tries = BTreeMap::new();
+        for key in 0..400_u32 {
+            let options = PickOptions {
+                key: &key.to_le_bytes(),
+                now: Some(rig.now),
+                random: Some(rig.rng.u64(..)),
+                ..PickOptions::default()
+            };
+            let upstream = rig.balancer.pick_with(options).unwrap();
+            let index = upstream.addr().port() - 1000;
+            *tries.entry(index).or_default() += 1_u32;
+            match index == 1 && !works {
+                true => upstream.failed(),
+                false => upstream.succeeded(Duration::from_millis(10)),
+            }
+        }
+        rig.seconds(1);
+        tries
+    };
+    let before = round(&mut rig, true);
+    for _ in 0..3 {
+        round(&mut rig, false);
+    }
+    let failing = (0..40).map(|_| round(&mut rig, false).get(&1).copied().unwrap_or(0));
+    let failing: u32 = failing.sum();
+    assert!((1..=160).contains(&failing), "{failing} of 16,000");
+    for _ in 0..10 {
+        round(&mut rig, true);
+    }
+    assert_eq!(round(&mut rig, true), before, "each key is where it was");
+}

@@ -1,0 +1,136 @@
+//! Little traffic: one request at a time.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::{Rig, bare};
+use crate::balance::{Balancer, Headroom, Policy, TICK};
+use crate::node::Node;
+
+/// Sends requests one after the other, with a pause after each, and returns how many each backend got
+/// and should have got by its weight.
+fn send(rig: &mut Rig, requests: u32, pause: Duration) -> BTreeMap<u16, (f64, f64)> {
+    let mut got: BTreeMap<u16, (f64, f64)> = BTreeMap::new();
+    let mut ticked = rig.now;
+    for _ in 0..requests {
+        let backends = rig.balancer.backends();
+        let total: f64 = backends.iter().map(|backend| backend.weight).sum();
+        for backend in &backends {
+            let index = backend.addr.port() - 1000;
+            got.entry(index).or_default().1 += backend.weight / total;
+        }
+        let upstream = rig.pick();
+        got.entry(upstream.addr().port() - 1000).or_default().0 += 1.0;
+        upstream.succeeded(Duration::from_millis(5));
+        rig.now += pause;
+        while ticked + TICK <= rig.now {
+            ticked += TICK;
+            rig.balancer.tick(ticked);
+        }
+    }
+    got
+}
+
+fn loaded(index: u16, cpu: f64, seconds: i64) -> Arc<Node> {
+    let mut node = Node::clone(&bare(index)).with_metadata(json!({ "cpu_usage_percent": cpu }));
+    node.last_seen = seconds * 1_000;
+    Arc::new(node)
+}
+
+#[test]
+fn idle_backends_share_by_weight_whatever_others_report() {
+    for policy in [Policy::Adaptive, Policy::Headroom] {
+        for count in [2, 3, 10, 100] {
+            for (with_metrics, pause) in [(true, 10), (true, 500), (true, 3_000), (false, 200)] {
+                let mut rig = Rig::new(Balancer::builder().policy(policy));
+                // The first one is loaded by others, and the rest is idle, and not equally so.
+                for round in 0..20 {
+                    for index in 0..count {
+                        let cpu = if index == 0 {
+                            90.0
+                        } else {
+                            f64::from(2 + index % 5)
+                        };
+                        let node = match with_metrics {
+                            true => loaded(index, cpu, round * 5),
+                            false => bare(index),
+                        };
+                        rig.nodes.insert(format!("n{index}"), node);
+                    }
+                    rig.update();
+                    send(&mut rig, 20, Duration::from_millis(250));
+                }
+                let pause = Duration::from_millis(pause);
+                let mut got = send(&mut rig, 300, pause);
+                if with_metrics {
+                    // Whoever is loaded gets no more than its share.
+                    let (of_loaded, share) = got.remove(&0).unwrap();
+                    assert!(of_loaded <= share + 2.5, "{of_loaded} instead of {share}");
+                }
+                let sum = |of: fn(&(f64, f64)) -> f64| got.values().map(of).sum::<f64>();
+                let (all, shares) = (sum(|it| it.0), sum(|it| it.1));
+                for (index, (got, share)) in got {
+                    let expected = share * all / shares;
+                    // One or two requests more or less cannot be avoided while weights change.
+                    let tolerance = (0.15 * expected).max(2.5);
+                    assert!(
+                        (got - expected).abs() <= tolerance,
+                        "{policy:?}, {count} backends, metrics {with_metrics}, {pause:?}: \
+                         {index} got {got} instead of {expected}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A policy for which CPU does not matter treats all alike.
+#[test]
+fn headroom_follows_its_own_weights() {
+    let headroom = Headroom {
+        cpu: 0.0,
+        memory: 1.0,
+        ..Headroom::default()
+    };
+    let builder = Balancer::builder().policy(Policy::Headroom);
+    let mut rig = Rig::new(builder.headroom(headroom));
+    for (index, cpu) in [(0, 100.0), (1, 0.0)] {
+        rig.nodes.insert(format!("n{index}"), loaded(index, cpu, 1));
+    }
+    rig.update();
+    let got = send(&mut rig, 100, Duration::from_millis(10));
+    assert!((45.0..=55.0).contains(&got[&0].0), "{got:?}");
+}
+
+#[test]
+fn who_joins_gets_a_request_at_once_but_not_all_of_them() {
+    let mut rig = Rig::of(3);
+    send(&mut rig, 10, TICK);
+    rig.nodes.insert("n3".to_owned(), bare(3));
+    rig.update();
+    let got = send(&mut rig, 2, TICK);
+    assert_eq!(got[&3].0, 1.0, "{got:?}");
+    // Many at once: every second request at most.
+    for index in 4..24 {
+        rig.nodes.insert(format!("n{index}"), bare(index));
+    }
+    rig.update();
+    let got = send(&mut rig, 44, Duration::from_millis(20));
+    let of_old: f64 = (0..4).map(|index| got[&index].0).sum();
+    assert!(of_old >= 3.0, "{got:?}");
+    assert!((4..24).all(|index| got[&index].0 >= 1.0), "{got:?}");
+}
+
+#[test]
+fn several_balancers_do_not_begin_with_the_same_backend() {
+    let mut first = std::collections::BTreeSet::new();
+    for seed in 0..20 {
+        let mut rig = Rig::of(10);
+        rig.rng = fastrand::Rng::with_seed(seed);
+        first.insert(rig.pick().addr());
+    }
+    assert!(first.len() >= 5, "{first:?}");
+}

@@ -1,0 +1,153 @@
+//! Tests that what a balancer has learned of its backends outlives the process.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::Value;
+
+use super::common::etcd::Etcd;
+use super::common::group;
+use super::raw::{RawBackend, ok, register};
+use super::world::{Balancer, Setup, scratch, until};
+
+/// Three backends that work and one that answers with errors.
+struct Fleet {
+    group: String,
+    /// How many requests the one that fails got.
+    failed: Arc<AtomicUsize>,
+    _etcd: Arc<Etcd>,
+    _backends: Vec<RawBackend>,
+}
+
+impl Fleet {
+    async fn start(name: &str) -> Self {
+        let (etcd, group) = (Etcd::shared(), group(name));
+        let failed = Arc::<AtomicUsize>::default();
+        let counted = failed.clone();
+        let bad = move |_: &str| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n".to_vec()
+        };
+        let mut backends = vec![RawBackend::start(bad).await];
+        for _ in 0..3 {
+            backends.push(RawBackend::start(ok).await);
+        }
+        register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
+        Self {
+            group,
+            failed,
+            _etcd: etcd,
+            _backends: backends,
+        }
+    }
+
+    /// How many of 100 requests go to the one that fails, which is a quarter of them if nobody knows.
+    async fn wasted_by(&self, balancer: &Balancer) -> usize {
+        let before = self.failed.load(Ordering::SeqCst);
+        balancer.gets(100).await;
+        self.failed.load(Ordering::SeqCst) - before
+    }
+
+    /// Sends requests until the balancer knows which one fails.
+    async fn is_learned_by(&self, balancer: &Balancer) {
+        let first = self.wasted_by(balancer).await;
+        assert!(
+            first > 3,
+            "a balancer that knows nothing finds out: {first}"
+        );
+        until("it is ejected", async || {
+            balancer.gets(20).await;
+            balancer.log_text().contains("a backend fails")
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_begins_with_what_the_last_process_has_learned() {
+    let fleet = Fleet::start("learned").await;
+    let nodes = scratch(&format!("{}.nodes", fleet.group));
+    let learned = scratch(&format!("{}.nodes.learned", fleet.group));
+    let snapshot = format!(
+        "snapshot: {{ file: '{}', interval_ms: 100 }}",
+        nodes.display()
+    );
+    let setup = Setup::shared(&fleet.group).with(&snapshot);
+    let mut balancer = setup.listening().await;
+    fleet.is_learned_by(&balancer).await;
+    until("what was learned is written", async || {
+        let text = std::fs::read_to_string(&learned).unwrap_or_default();
+        text.contains(r#""is_ejected":true"#)
+    })
+    .await;
+    let text = std::fs::read_to_string(&learned).unwrap();
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let of_group = &json["groups"][&fleet.group]["backends"];
+    assert_eq!(of_group.as_array().unwrap().len(), 4, "{text}");
+
+    // As when a machine loses its power.
+    balancer.program.signal("KILL");
+    balancer.program.ended().await;
+    let mut balancer = setup.listening().await;
+    let wasted = fleet.wasted_by(&balancer).await;
+    assert!(wasted <= 3, "{wasted}\n{}", balancer.log_text());
+    assert!(
+        (balancer.log_text()).contains("begins with what a former process has learned"),
+        "{}",
+        balancer.log_text()
+    );
+
+    // With something else in the file, it begins anew, and says so.
+    balancer.program.signal("KILL");
+    balancer.program.ended().await;
+    std::fs::write(&learned, "nothing of the kind").unwrap();
+    let balancer = setup.listening().await;
+    fleet.is_learned_by(&balancer).await;
+    assert!(
+        balancer
+            .log_text()
+            .contains("cannot be read; the balancer begins anew"),
+        "{}",
+        balancer.log_text()
+    );
+    until("the file is written again", async || {
+        let text = std::fs::read_to_string(&learned).unwrap_or_default();
+        text.contains(r#""is_ejected":true"#)
+    })
+    .await;
+    drop(balancer);
+    for file in [nodes, learned] {
+        let _ = std::fs::remove_file(file);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_successor_begins_with_what_its_predecessor_has_learned() {
+    let fleet = Fleet::start("learned-over").await;
+    let setup = Setup::shared(&fleet.group).server("grace_period_seconds: 20");
+    let mut old = setup.listening().await;
+    fleet.is_learned_by(&old).await;
+    let setup = setup.listen(&old.listen).argument("--upgrade");
+    let new = setup.start();
+    until("it waits for the sockets", async || {
+        new.log_text().contains("ready to take the sockets over")
+    })
+    .await;
+    old.program.signal("QUIT");
+    let (status, _) = old.program.ended().await;
+    assert!(status.success(), "{status}\n{}", old.log_text());
+    let wasted = fleet.wasted_by(&new).await;
+    assert!(wasted <= 3, "{wasted}\n{}", new.log_text());
+    assert!(
+        (new.log_text()).contains("begins with what a former process has learned"),
+        "{}",
+        new.log_text()
+    );
+    let left = std::fs::read_dir(scratch("")).unwrap().flatten();
+    let own = new.listen.replace(':', "-");
+    let left: Vec<_> = left
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.starts_with(&own) && name.ends_with(".learned"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
