@@ -428,6 +428,11 @@ impl Endpoint {
         }
     }
 
+    /// Ejects it if it gets no requests any more because too many have failed.
+    pub(super) fn eject_if_avoided(&self) {
+        self.state.eject_if_avoided();
+    }
+
     /// A reader of its requests in flight.
     pub(super) fn counter(&self) -> InFlightCounter {
         InFlightCounter(Arc::downgrade(&self.state))

@@ -222,11 +222,21 @@ impl Fleet {
     /// Whether a backend is ejected with these success rates.
     pub(super) fn ejects(&self, rates: SuccessRates, failure: Failure) -> bool {
         let (best, eject_below) = (self.best_success.get(), self.eject_below.get());
-        // Where most fail, those are none to compare with; where all do, none is ejected.
-        let is_any_good = best > EJECT_ALWAYS_BELOW;
-        let has_failed = eject_below > 0.0 && rates.success < best * EJECT_ALWAYS_BELOW;
         let is_absent = failure == Failure::Unreachable && rates.faultless < best * eject_below;
-        is_any_good && (has_failed || is_absent) || rates.faultless < self.eject_limit.get()
+        self.has_failed(rates.success)
+            || (self.is_any_good() && is_absent)
+            || rates.faultless < self.eject_limit.get()
+    }
+
+    /// Whether a backend with this success rate is ejected whatever the others do, as long as any of them is good.
+    pub(super) fn has_failed(&self, success: f32) -> bool {
+        let limit = self.best_success.get() * EJECT_ALWAYS_BELOW;
+        self.is_any_good() && self.eject_below.get() > 0.0 && success < limit
+    }
+
+    /// Where most fail, those are none to compare with; where all do, none is ejected.
+    fn is_any_good(&self) -> bool {
+        self.best_success.get() > EJECT_ALWAYS_BELOW
     }
 
     /// Lets up to half of those that work be ejected before the next tick, which finds out how well the

@@ -64,6 +64,8 @@ pub(super) struct Registration {
     pub(super) last_view: u32,
     /// Its outcomes as of the last tick.
     pub(super) outcomes_at_tick: u32,
+    /// A request there has ended between the last two ticks.
+    pub(super) had_outcome: bool,
     trial: Trial,
     /// The factor on its static weight when it was ejected, relative to those that work.
     held: Option<f64>,
@@ -111,6 +113,7 @@ impl Registration {
             taught: None,
             last_view: 0,
             outcomes_at_tick: 0,
+            had_outcome: false,
             trial: Trial::default(),
             held: None,
         };
@@ -250,6 +253,9 @@ impl Registration {
     pub(super) fn tick_trial(&mut self, most_pause: Duration, now: Instant) {
         let endpoint = &self.endpoint;
         endpoint.readmit_if_alike();
+        if !self.had_outcome && self.takes_traffic() {
+            endpoint.eject_if_avoided();
+        }
         if !endpoint.is_ejected() {
             self.trial.reset();
             if endpoint.is_due() && endpoint.is_active_since(0) {

@@ -269,6 +269,7 @@ impl Weigher {
                 registration.set_used(now);
             }
             let endpoint = &registration.endpoint;
+            registration.had_outcome = endpoint.outcomes() != outcomes;
             let controller = &mut registration.controller;
             controller.age(adaptive, now, passed);
             if is_active || !self.settings.counts_requests {

@@ -152,6 +152,14 @@ impl EndpointState {
         }
     }
 
+    /// Ejects a backend that gets no requests any more because too many have failed: without probes, it could never
+    /// show that it works again.
+    pub(in crate::balance) fn eject_if_avoided(&self) {
+        if self.fleet.is_ejecting() && self.fleet.has_failed(self.success.get()) {
+            self.eject();
+        }
+    }
+
     pub(in crate::balance) fn succeeded(&self, latency: Duration) {
         self.answered();
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);

@@ -352,6 +352,29 @@ fn backends_that_all_refuse_are_not_ejected_and_used_again_for_ever() {
 }
 
 #[test]
+fn after_a_failure_of_all_none_is_avoided_for_ever() {
+    for refuses in [false, true] {
+        let mut rig = Rig::of(10);
+        let answer = if refuses {
+            Answer::Refuses
+        } else {
+            Answer::Fails
+        };
+        rig.send(60, 50, |_| answer);
+        // All work again, and the one that shows it first must not be the only one that is used.
+        for _ in 0..100 {
+            let upstream = rig.balancer.upstream_at(bare(0).addr(0)).unwrap();
+            report(upstream, Answer::Works);
+        }
+        rig.send(20, 10, |_| Answer::Works);
+        let sent = rig.send(60, 10, |_| Answer::Works);
+        for index in 0..10 {
+            assert!(sent.part([index]) > 0.05, "{refuses} {index}: {sent:?}");
+        }
+    }
+}
+
+#[test]
 fn consistent_hashing_probes_with_the_keys_of_the_backend() {
     let mut rig = Rig::new(Balancer::builder().policy(Policy::Consistent));
     for index in 0..4 {
