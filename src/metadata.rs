@@ -83,6 +83,20 @@ impl Metadata {
         }
     }
 
+    /// A text at the top level; `None` if it is absent or no text. The same cost, and next to none where nothing in the
+    /// metadata has that name. The key must be one that JSON writes as it is.
+    pub(crate) fn string(&self, key: &str) -> Option<String> {
+        let mut found = None;
+        if self.text.starts_with('{') && self.text.contains(key) {
+            let mut json = serde_json::Deserializer::from_str(&self.text);
+            let _ = json.deserialize_map(LookupString {
+                key,
+                found: &mut found,
+            });
+        }
+        found
+    }
+
     /// Whether the node published nothing.
     pub fn is_null(&self) -> bool {
         self.text.is_empty()
@@ -138,6 +152,32 @@ impl<'de, const N: usize> Visitor<'de> for Lookup<'_, N> {
         while let Some(at) = map.next_key_seed(IndexOf(&self.keys))? {
             match at {
                 Some(at) => self.found[at] = map.next_value()?,
+                None => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(())
+    }
+}
+
+struct LookupString<'f> {
+    key: &'f str,
+    found: &'f mut Option<String>,
+}
+
+impl<'de> Visitor<'de> for LookupString<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(at) = map.next_key_seed(IndexOf(&[self.key]))? {
+            match at {
+                Some(_) => {
+                    let value: NodeMetadata = map.next_value()?;
+                    *self.found = value.as_str().map(str::to_owned);
+                }
                 None => drop(map.next_value::<IgnoredAny>()?),
             }
         }
@@ -307,6 +347,10 @@ mod tests {
         assert_eq!([c, d, f, g], [Found::Other; 4]);
         assert_eq!(e, Found::Absent);
         assert_eq!(metadata.number("quo\"te"), Some(3.0));
+        assert_eq!(metadata.string("c").as_deref(), Some("text"));
+        for other in ["a", "d", "e", "f", "text", "missing"] {
+            assert_eq!(metadata.string(other), None, "{other}");
+        }
         assert_eq!(metadata.number("missing"), None);
         assert_eq!(metadata, value);
         for other in [json!(null), json!(3), json!([1]), json!("a")] {

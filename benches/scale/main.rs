@@ -18,8 +18,10 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pingora_etcd::balance::Balancer;
-use pingora_etcd::{Change, EtcdOptions, ServiceDiscovery};
+use pingora::services::background::BackgroundService;
+use pingora_etcd::balance::{Balancer, TICK};
+use pingora_etcd::pingora::{LiveLoadBalancer, MetricsWeighted};
+use pingora_etcd::{Change, EtcdOptions, Node, ServiceDiscovery};
 use rustix::time::{ClockId, clock_gettime};
 
 use feed::Feed;
@@ -29,10 +31,17 @@ const SIZES: [usize; 4] = [100, 1_000, 10_000, 100_000];
 const CHANGES: usize = 20_000;
 /// The number of tables over which each figure is averaged.
 const TABLES: u32 = 20;
+/// The number of changes that a `LiveLoadBalancer` is given one by one.
+const LIVE_CHANGES: u32 = 100;
+/// It works on each of them by itself: the shortest time between two updates is 20 ms.
+const LIVE_PAUSE: Duration = Duration::from_millis(30);
 
 /// Limits at 10,000 nodes: CPU time of a change, and bytes in total.
 const MOST_CPU: Duration = Duration::from_micros(10);
-const MOST_BYTES: i64 = 13 << 20;
+const MOST_CPU_REPORT: Duration = Duration::from_micros(20);
+const MOST_CPU_IDLE: Duration = Duration::from_micros(1);
+const MOST_CPU_LIVE: Duration = Duration::from_millis(1);
+const MOST_BYTES: i64 = 15 << 20;
 /// The limit at 100,000 nodes: the cost of a change, as a multiple of the cost at 10,000.
 const MOST_GROWTH: f64 = 2.0;
 
@@ -68,12 +77,18 @@ struct Figures {
     coalesced: Duration,
     /// The CPU time of a change in the balancer.
     balance: Duration,
-    /// The CPU time to build a table.
+    /// The CPU time until picks go by what one node has reported.
+    report: Duration,
+    /// The CPU time to weigh all nodes and build a table.
     table: Duration,
+    /// The CPU time of a tick without anything new.
+    idle: Duration,
+    /// The CPU time of a change in a `LiveLoadBalancer`, with everything that follows from it.
+    live: Duration,
 }
 
 impl Figures {
-    const COUNT: usize = 8;
+    const COUNT: usize = 11;
 
     fn line(&self) -> String {
         let nanos = |duration: Duration| duration.as_nanos() as i64;
@@ -85,7 +100,10 @@ impl Figures {
             nanos(self.publish),
             nanos(self.coalesced),
             nanos(self.balance),
+            nanos(self.report),
             nanos(self.table),
+            nanos(self.idle),
+            nanos(self.live),
         ];
         numbers.map(|number| number.to_string()).join(" ")
     }
@@ -103,7 +121,10 @@ impl Figures {
             publish,
             coalesced,
             balance,
+            report,
             table,
+            idle,
+            live,
         ] = <[i64; Self::COUNT]>::try_from(numbers).ok()?;
         let nanos = |number: i64| Duration::from_nanos(number.unsigned_abs());
         Some(Self {
@@ -114,7 +135,10 @@ impl Figures {
             publish: nanos(publish),
             coalesced: nanos(coalesced),
             balance: nanos(balance),
+            report: nanos(report),
             table: nanos(table),
+            idle: nanos(idle),
+            live: nanos(live),
         })
     }
 }
@@ -148,7 +172,7 @@ fn print_titles() {
         "CPU time, except for the load, which is elapsed time; memory is the growth of the process\n"
     );
     println!(
-        "{:>9} {:>10} {:>13} {:>13} {:>10} {:>10} {:>10} {:>10} {:>10}",
+        "{:>9} {:>10} {:>13} {:>13} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}",
         "nodes",
         "load",
         "discovery",
@@ -157,14 +181,17 @@ fn print_titles() {
         "a change",
         "in a burst",
         "balancer",
-        "table"
+        "a report",
+        "table",
+        "idle tick",
+        "live"
     );
 }
 
 fn print_row(result: &Figures) {
     let mib = |bytes: i64| bytes as f64 / f64::from(1 << 20);
     println!(
-        "{:>9} {:>10.1?} {:>9.2} MiB {:>9.2} MiB {:>8} B {:>10.2?} {:>10.2?} {:>10.2?} {:>10.1?}",
+        "{:>9} {:>10.1?} {:>9.2} MiB {:>9.2} MiB {:>8} B {:>10.2?} {:>10.2?} {:>10.2?} {:>10.2?} {:>10.1?} {:>10.2?} {:>10.1?}",
         result.nodes,
         result.load,
         mib(result.discovery),
@@ -173,7 +200,10 @@ fn print_row(result: &Figures) {
         result.publish,
         result.coalesced,
         result.balance,
-        result.table
+        result.report,
+        result.table,
+        result.idle,
+        result.live
     );
 }
 
@@ -230,6 +260,27 @@ fn limits_hold(figures: &[Figures]) -> bool {
             growth <= MOST_GROWTH,
         ),
         (
+            format!(
+                "picks that go by a report, at 10,000 nodes: {:.1?}, limit {MOST_CPU_REPORT:?}",
+                middle.report
+            ),
+            middle.report <= MOST_CPU_REPORT,
+        ),
+        (
+            format!(
+                "a tick without anything new, at 10,000 nodes: {:.1?}, limit {MOST_CPU_IDLE:?}",
+                middle.idle
+            ),
+            middle.idle <= MOST_CPU_IDLE,
+        ),
+        (
+            format!(
+                "a change in a LiveLoadBalancer of 10,000 nodes: {:.1?}, limit {MOST_CPU_LIVE:?}",
+                middle.live
+            ),
+            middle.live <= MOST_CPU_LIVE,
+        ),
+        (
             format!("10,000 nodes: {bytes} bytes, limit {MOST_BYTES}"),
             bytes <= MOST_BYTES,
         ),
@@ -252,6 +303,14 @@ fn resident() -> i64 {
     pages.unwrap_or(0_i64) * 4096
 }
 
+fn discovery(feed: &Feed, publish_interval: Duration) -> ServiceDiscovery {
+    ServiceDiscovery::builder(EtcdOptions::memory("scale"), "g")
+        .store(Arc::new(feed.clone()))
+        .publish_interval(publish_interval)
+        .try_build()
+        .expect("a discovery")
+}
+
 /// A discovery over the feed that runs until this is dropped.
 struct Following {
     discovery: ServiceDiscovery,
@@ -260,11 +319,7 @@ struct Following {
 
 impl Following {
     async fn start(feed: &Feed, publish_interval: Duration) -> Self {
-        let discovery = ServiceDiscovery::builder(EtcdOptions::memory("scale"), "g")
-            .store(Arc::new(feed.clone()))
-            .publish_interval(publish_interval)
-            .try_build()
-            .expect("a discovery");
+        let discovery = discovery(feed, publish_interval);
         let running = discovery.clone();
         let task = tokio::spawn(async move {
             running.run(None).await.expect("the discovery runs");
@@ -326,11 +381,19 @@ async fn measure(nodes: usize) -> Figures {
         }
         balance += cpu() - start;
     }
-    let start = cpu();
-    for _ in 0..TABLES {
-        balancer.publish(Instant::now());
+    balancer.publish(now);
+    let events = feed.changes(500);
+    feed.deliver(events).await;
+    let mut report = Duration::ZERO;
+    for _ in 0..500 {
+        let change = changes.next().await;
+        let start = cpu();
+        balancer.apply(&change, now);
+        balancer.publish(now);
+        report += cpu() - start;
     }
-    let table = (cpu() - start) / TABLES;
+    let idle = idle_tick(&balancer, now);
+    let table = tables(&balancer, now);
     drop(changes);
     following.stop().await;
 
@@ -342,6 +405,8 @@ async fn measure(nodes: usize) -> Figures {
     let coalesced = cpu() - start;
     following.stop().await;
 
+    let live = live(&feed).await;
+
     let count = CHANGES as u32;
     Figures {
         nodes,
@@ -351,6 +416,66 @@ async fn measure(nodes: usize) -> Figures {
         publish: publish / count,
         coalesced: coalesced / count,
         balance: balance / count,
+        report: report / 500,
         table,
+        idle,
+        live,
     }
+}
+
+/// The CPU time of a tick once nothing happens any more.
+fn idle_tick(balancer: &Balancer, now: Instant) -> Duration {
+    // Later than all reports, so that what follows from them has faded.
+    let mut now = now;
+    let mut tick = || {
+        now += TICK;
+        let start = cpu();
+        balancer.tick(now);
+        cpu() - start
+    };
+    for _ in 0..1_000 {
+        tick();
+    }
+    let mut ticks: Vec<_> = (0..50).map(|_| tick()).collect();
+    ticks.sort_unstable();
+    // Once a minute it looks whether there is really nothing to do.
+    ticks[ticks.len() / 2]
+}
+
+/// The CPU time to weigh all and build a table, which everything but a report leads to.
+fn tables(balancer: &Balancer, now: Instant) -> Duration {
+    let node = Arc::new(Node::new("another", [192, 0, 2, 1].into()));
+    let changes = [Change::Joined(node.clone()), Change::Left(node)];
+    let mut spent = Duration::ZERO;
+    for at in 0..TABLES {
+        balancer.apply(&changes[at as usize % 2], now);
+        let start = cpu();
+        balancer.publish(now);
+        spent += cpu() - start;
+    }
+    spent / TABLES
+}
+
+/// The CPU time of a change in a `LiveLoadBalancer`: in its discovery, its weights and its selection.
+async fn live(feed: &Feed) -> Duration {
+    let discovery = discovery(feed, Duration::from_millis(20));
+    let upstreams = LiveLoadBalancer::<MetricsWeighted>::new(discovery.clone(), 80);
+    let upstreams = Arc::new(upstreams);
+    let (_stop, shutdown) = tokio::sync::watch::channel(false);
+    let running = upstreams.clone();
+    let task = tokio::spawn(async move { running.start(shutdown).await });
+    discovery.wait_ready().await;
+    while upstreams.select(b"", 1).is_none() {
+        tokio::time::sleep(LIVE_PAUSE).await;
+    }
+    until_watched(feed).await;
+    let start = cpu();
+    for _ in 0..LIVE_CHANGES {
+        feed.deliver(feed.changes(1)).await;
+        tokio::time::sleep(LIVE_PAUSE).await;
+    }
+    let spent = cpu() - start;
+    task.abort();
+    let _ = task.await;
+    spent / LIVE_CHANGES
 }

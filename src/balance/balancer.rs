@@ -14,9 +14,10 @@ use super::fleet::Fleet;
 use super::learned::Learned;
 use super::pick::PickOptions;
 use super::policy::{ActivePolicy, RoutingPolicy};
+use super::scale::WeigherSettings;
 use super::table::{Slot, Table};
 use super::upstream::Upstream;
-use super::weigher::{Weigher, WeigherSettings};
+use super::weigher::{Settled, Weigher};
 use crate::node::Node;
 use crate::sync::lock;
 use crate::view::{Change, NodeOverride};
@@ -87,8 +88,7 @@ impl Balancer {
         self.default_port
             .store(settings.default_port, Ordering::Relaxed);
         weighing.weigher.change(settings, now);
-        weighing.settle(now);
-        self.publish_table(&weighing);
+        self.settle(&mut weighing, now, true);
     }
 
     /// Takes over a change of the group; takes effect with the next [`publish`](Self::publish).
@@ -130,35 +130,65 @@ impl Balancer {
     /// of nodes, off the request path. Where changes come often, publish several of them together
     /// (`pingora::BalancerService` uses at most 2 % of a core for it, and waits at least 20 ms from
     /// one table to the next).
+    ///
+    /// With 256 nodes or more, if all that has changed is what some of them report, the cost depends on their
+    /// number only. Picks compare backends by their new weights at once, and draw them by these from the next
+    /// table on: after a [`tick`](Self::tick), or when the weights of all together have moved by 2 %.
     pub fn publish(&self, now: Instant) {
         let mut weighing = self.weighing();
-        weighing.settle(now);
-        self.publish_table(&weighing);
+        self.settle(&mut weighing, now, true);
+    }
+
+    /// Lets weights follow what has changed, and publishes them, if that is wanted. Returns whether more has changed
+    /// than the weights of some backends that have reported.
+    fn settle(&self, weighing: &mut Weighing, now: Instant, publishes: bool) -> bool {
+        let settled = weighing.weigher.settle(&weighing.policy, now);
+        if publishes {
+            match &settled {
+                Settled::All => self.publish_table(weighing),
+                Settled::Only(some) => {
+                    let published = self.published.load();
+                    for endpoint in some {
+                        published.table.adjust(endpoint);
+                    }
+                }
+            }
+        }
+        matches!(settled, Settled::All)
     }
 
     /// Replaces everything that is known by these nodes, and computes their weights. For those who read weights
-    /// and do not pick, nothing has to be published.
+    /// and do not pick, nothing has to be published. Returns whether more has changed than the weights of some
+    /// backends.
     #[cfg(feature = "pingora")]
     pub(crate) fn replace<'a>(
         &self,
         nodes: impl IntoIterator<Item = &'a Arc<Node>>,
         now: Instant,
         publishes: bool,
-    ) {
+    ) -> bool {
         let mut weighing = self.weighing();
         weighing.weigher.reset(nodes, now);
-        weighing.settle(now);
-        if publishes {
-            self.publish_table(&weighing);
-        }
+        self.settle(&mut weighing, now, publishes)
     }
 
-    /// [`tick`](Self::tick) for those who read weights and do not pick.
+    /// [`publish`](Self::publish) for those who read weights and, maybe, do not pick.
     #[cfg(feature = "pingora")]
-    pub(crate) fn tick_weights(&self, now: Instant) {
+    pub(crate) fn publish_weights(&self, now: Instant, publishes: bool) -> bool {
+        let mut weighing = self.weighing();
+        self.settle(&mut weighing, now, publishes)
+    }
+
+    /// [`tick`](Self::tick) for those who read weights and, maybe, do not pick. Returns whether there was anything to do.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn tick_weights(&self, now: Instant, publishes: bool) -> bool {
         let mut weighing = self.weighing();
         let Weighing { weigher, policy } = &mut *weighing;
-        weigher.tick(policy, now);
+        let has_changed = weigher.tick(policy, now);
+        if has_changed && publishes {
+            self.publish_table(&weighing);
+        }
+        has_changed
     }
 
     /// One backend for each address, including those that cannot be picked.
@@ -169,13 +199,15 @@ impl Balancer {
 
     /// Lets weights follow what requests have found out (latencies, failures, reports in responses)
     /// and time. To be called every [`TICK`] with the current time, as `pingora::BalancerService`
-    /// does. Costs as much as [`publish`](Self::publish); but under the policies that metrics play
-    /// no part in, nothing is published while nothing has changed.
+    /// does. Costs as much as a table; but where nothing has happened since the last ticks, and nothing is
+    /// about to change, it costs nothing, and under the policies that metrics play no part in, nothing is
+    /// published while nothing has changed.
     pub fn tick(&self, now: Instant) {
         let mut weighing = self.weighing();
         let Weighing { weigher, policy } = &mut *weighing;
-        weigher.tick(policy, now);
-        self.publish_table(&weighing);
+        if weigher.tick(policy, now) {
+            self.publish_table(&weighing);
+        }
     }
 
     fn publish_table(&self, weighing: &Weighing) {
@@ -414,8 +446,7 @@ impl Balancer {
     pub fn teach(&self, learned: &Learned, passed: Duration, now: Instant) {
         let mut weighing = self.weighing();
         weighing.weigher.teach(learned, passed, now);
-        weighing.settle(now);
-        self.publish_table(&weighing);
+        self.settle(&mut weighing, now, true);
     }
 
     /// How many metrics have been refused since the start because they were not a number, not
@@ -427,12 +458,6 @@ impl Balancer {
     #[cfg(test)]
     pub(super) fn table(&self) -> Arc<Published> {
         self.published.load_full()
-    }
-}
-
-impl Weighing {
-    fn settle(&mut self, now: Instant) {
-        self.weigher.settle(&self.policy, now);
     }
 }
 

@@ -4,8 +4,9 @@ use std::time::Instant;
 
 use super::balancer::Balancer;
 use super::policy::{ActivePolicy, MAX_CANDIDATES, PolicySettings};
+use super::scale::WeigherSettings;
 use super::settings::{Adaptive, Consistent, Headroom, Policy, Zones};
-use super::weigher::{Weigher, WeigherSettings};
+use super::weigher::Weigher;
 use super::zone::ZoneSource;
 use crate::error::{ClusterError, in_range};
 

@@ -167,10 +167,21 @@ impl Controller {
             self.metrics *= 0.5_f64.powf(half_lives);
         }
         let window = Duration::from_millis(settings.latency_window_ms);
-        if now.saturating_duration_since(self.window_start) >= window {
+        let age = now.saturating_duration_since(self.window_start);
+        if age >= window {
             self.window_start = now;
-            self.lowest_latencies = [f64::INFINITY, self.lowest_latencies[0]];
+            let last = match age < 2 * window {
+                true => self.lowest_latencies[0],
+                false => f64::INFINITY,
+            };
+            self.lowest_latencies = [f64::INFINITY, last];
         }
+    }
+
+    /// When the load it last reported is stale, unless it reports again.
+    pub(super) fn stale_at(&self, settings: &Adaptive) -> Option<Instant> {
+        let valid = Duration::from_millis(settings.stale_after_ms);
+        self.load.and_then(|_| self.reported_at.checked_add(valid))
     }
 
     /// Takes over the latencies of a tick, if there were enough successes.

@@ -132,6 +132,7 @@ impl EndpointState {
 
     pub(super) fn report(&self, report: &LoadReport, now: Instant) {
         let report = &report.sane();
+        self.fleet.add_news();
         if report.refused > 0 {
             self.fleet.count_refused(report.refused.into());
         }
@@ -273,6 +274,11 @@ impl Endpoint {
             self.state.capacity.set(capacity.get() as f32);
         }
         self.state.acceptance.set(acceptance);
+    }
+
+    /// Its place in the last table.
+    pub(super) fn place(&self) -> u32 {
+        self.state.place.load(Ordering::Relaxed)
     }
 
     /// Sets its place in the table that will be published.

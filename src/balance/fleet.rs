@@ -31,8 +31,8 @@ pub(super) struct SuccessRates {
 /// State of all backends of a balancer together. Every pick reads it; it is written rarely.
 #[derive(Debug)]
 pub(super) struct Fleet {
-    /// Bits of [`SOME_FAIL`], [`SOME_REPORT_IN_FLIGHT`], [`SOME_ON_TRIAL`], [`SOME_EJECTED`] and
-    /// [`MOST_REPORT_IN_FLIGHT`]; without the first two a pick is fast.
+    /// Bits of [`SOME_FAIL`], [`SOME_REPORT_IN_FLIGHT`], [`SOME_ON_TRIAL`], [`SOME_EJECTED`],
+    /// [`MOST_REPORT_IN_FLIGHT`] and [`NEWS`]; without the first two a pick is fast.
     mode: AtomicU8,
     /// The best success rate of any backend, as of the last tick.
     best_success: AtomicF32,
@@ -77,6 +77,8 @@ const SOME_FAIL: u8 = 1;
 const SOME_REPORT_IN_FLIGHT: u8 = 2;
 /// More than half of those do that get requests.
 const MOST_REPORT_IN_FLIGHT: u8 = 16;
+/// A request has had an outcome since the last tick, or a backend has reported something.
+const NEWS: u8 = 32;
 /// Some backend is new or ejected, and is to be tried.
 const SOME_ON_TRIAL: u8 = 4;
 /// Some backend is ejected.
@@ -190,6 +192,18 @@ impl Fleet {
             }
             false => {}
         }
+    }
+
+    /// A request had an outcome, or a response a report.
+    pub(super) fn add_news(&self) {
+        self.set_mode(NEWS);
+    }
+
+    /// Whether there was any since this was last asked.
+    pub(super) fn take_news(&self) -> bool {
+        let has_news = self.mode.load(Ordering::Relaxed) & NEWS != 0;
+        self.set(NEWS, false);
+        has_news
     }
 
     /// From now on picks check success rates, because one has become low.

@@ -33,6 +33,7 @@ mod policy;
 mod registration;
 mod ring;
 mod roster;
+mod scale;
 mod settings;
 mod sharing;
 mod spread;

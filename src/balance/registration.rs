@@ -198,10 +198,9 @@ impl Registration {
 
     fn weigh(&mut self) {
         let weight = self.static_weight();
-        let health = self.node.metadata.get(metadata_keys::HEALTH);
-        let health = health.and_then(|health| health.as_str());
-        self.is_failing = health == Some("failing");
-        self.base = match health {
+        let health = self.node.metadata.string(metadata_keys::HEALTH);
+        self.is_failing = health.as_deref() == Some("failing");
+        self.base = match health.as_deref() {
             Some("degraded") => weight.times(DEGRADED),
             _ => weight,
         };
@@ -344,6 +343,11 @@ impl Registration {
             node.revision(),
             node.last_seen,
         )
+    }
+
+    /// How it is used, whatever load it has.
+    pub(super) fn usage(&self) -> (bool, bool, BaseWeight) {
+        (self.takes_traffic(), self.is_failing, self.base)
     }
 
     /// Whether it gets traffic: it holds its address, serves, and its static weight is not 0.

@@ -43,6 +43,8 @@ pub(super) struct Roster {
     totals: Totals,
     /// Positions of registrations with a new load. Some may have moved since.
     with_new_load: Vec<u32>,
+    /// Something else than loads has changed since this was last asked.
+    has_changed: bool,
     /// The number of complete views so far.
     views: u32,
     /// Whether there have been nodes: the first ones are not new.
@@ -50,8 +52,6 @@ pub(super) struct Roster {
     departed: Departed,
     successors: Successors,
     lessons: Lessons,
-    /// What is used by word of a former process has changed.
-    has_learned: bool,
     refused: u64,
 }
 
@@ -67,18 +67,34 @@ impl Roster {
             shadowed_at: HashMap::default(),
             totals: Totals::default(),
             with_new_load: Vec::new(),
+            has_changed: true,
             views: 0,
             is_started: false,
             departed: Departed::default(),
             successors: Successors::default(),
             lessons: Lessons::default(),
-            has_learned: false,
             refused: 0,
         }
     }
 
     pub(super) fn registrations(&self) -> &[Registration] {
         &self.registrations
+    }
+
+    /// Something has changed that the weights of others depend on.
+    pub(super) fn set_changed(&mut self) {
+        self.has_changed = true;
+    }
+
+    /// Whether something else than loads has changed since this was last asked: which registrations take traffic,
+    /// with which static weights, in which zones.
+    pub(super) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.has_changed)
+    }
+
+    /// Whether there is anything that weights do not follow yet.
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.has_changed || !self.with_new_load.is_empty()
     }
 
     pub(super) fn registrations_mut(&mut self) -> &mut [Registration] {
@@ -97,6 +113,7 @@ impl Roster {
         for registration in &mut self.registrations {
             let said = self.overrides.get(&registration.node().id);
             if said.is_some() || registration.said().is_some() {
+                self.has_changed = true;
                 self.totals.remove(registration);
                 registration.set_override(said);
                 self.totals.add(registration);
@@ -107,6 +124,7 @@ impl Roster {
     /// Whether there are health checks, and from which part of nodes that are well on these are used alone.
     pub(super) fn set_checks(&mut self, panic_threshold: Option<f64>) {
         let is_new = self.checks.is_none() && panic_threshold.is_some();
+        self.has_changed |= self.checks != panic_threshold;
         self.checks = panic_threshold;
         if is_new {
             // They are used until they have been checked, as the first nodes of all are.
@@ -129,7 +147,9 @@ impl Roster {
             true => Checked::Well,
             false => Checked::Down,
         };
-        Some(std::mem::replace(&mut registration.checked, checked) != checked)
+        let is_news = std::mem::replace(&mut registration.checked, checked) != checked;
+        self.has_changed |= is_news;
+        Some(is_news)
     }
 
     /// Which of the registrations that take traffic are used.
@@ -196,16 +216,15 @@ impl Roster {
     ) {
         self.views = self.views.wrapping_add(1);
         let joined_at = self.is_started.then_some(now);
+        let nodes = nodes.into_iter();
+        let more = nodes.size_hint().0.saturating_sub(self.registrations.len());
+        self.registrations.reserve_exact(more);
         for node in nodes {
             self.upsert(node, joined_at, now);
         }
         for at in (0..self.registrations.len()).rev() {
             if self.registrations[at].last_view != self.views {
-                let success = self.registrations[at].endpoint.success();
-                let gone = self.remove_at(at);
-                self.successors
-                    .keep(gone.node(), gone.learned_factor(), now);
-                self.departed.keep(gone, success, now);
+                self.leave_at(at, now);
             }
         }
         // The group may have been much larger before.
@@ -225,13 +244,15 @@ impl Roster {
     /// process returns soon, what was learned about it still holds.
     pub(super) fn remove(&mut self, id: &str, now: Instant) {
         if let Some(at) = self.index.position_of(&self.registrations, id) {
-            let success = self.registrations[at].endpoint.success();
-            self.registrations[at].endpoint.retire();
-            let gone = self.remove_at(at);
-            self.successors
-                .keep(gone.node(), gone.learned_factor(), now);
-            self.departed.keep(gone, success, now);
+            self.leave_at(at, now);
         }
+    }
+
+    fn leave_at(&mut self, at: usize, now: Instant) {
+        let success = self.registrations[at].endpoint.success();
+        self.registrations[at].endpoint.retire();
+        let gone = self.remove_at(at, now);
+        self.departed.keep(gone, success, now);
     }
 
     /// Takes over what a former process has learned of nodes that are there, or will be soon.
@@ -242,12 +263,7 @@ impl Roster {
             }
         }
         self.lessons = lessons;
-        self.has_learned = true;
-    }
-
-    /// Whether something was taken over from a former process since this was last asked.
-    pub(super) fn take_has_learned(&mut self) -> bool {
-        std::mem::take(&mut self.has_learned)
+        self.has_changed = true;
     }
 
     /// Moves the nodes that registered no port.
@@ -285,9 +301,11 @@ impl Roster {
     fn update_at(&mut self, at: usize, node: &Arc<Node>, now: Instant) {
         let registration = &mut self.registrations[at];
         self.totals.remove(registration);
+        let (use_before, zone_before) = (registration.usage(), registration.node().zone.clone());
         self.refused += u64::from(registration.update(node, now));
         registration.set_override(self.overrides.get(&node.id));
         self.totals.add(registration);
+        self.has_changed |= registration.usage() != use_before || node.zone != zone_before;
         if registration.has_new_load {
             self.with_new_load.push(at as u32);
         }
@@ -303,10 +321,8 @@ impl Roster {
         joined_at: Option<Instant>,
         now: Instant,
     ) -> usize {
-        if let Some(at) = predecessor {
-            let gone = &self.registrations[at];
-            self.successors
-                .keep(gone.node(), gone.learned_factor(), now);
+        if let Some(predecessor) = predecessor {
+            self.remove_at(predecessor, now);
         }
         let mut registration = match self.departed.take(node, addr, now) {
             Some(mut registration) => {
@@ -321,19 +337,16 @@ impl Roster {
                 self.refused += u64::from(refused);
                 if let Some((taught, lesson)) = self.lessons.take(node, addr) {
                     registration.learn(taught, &lesson);
-                    self.has_learned = true;
                 } else if let Some(factor) = self.successors.get(node, now) {
                     registration.controller.begin_with(factor);
                 }
                 registration
             }
         };
-        if let Some(predecessor) = predecessor {
-            self.remove_at(predecessor);
-        }
         registration.set_override(self.overrides.get(&node.id));
         self.totals.add(&registration);
         let at = self.registrations.len();
+        self.has_changed = true;
         self.registrations.push(registration);
         self.index.insert_id(&self.registrations, at);
         self.with_new_load.push(at as u32);
@@ -344,7 +357,8 @@ impl Roster {
         &mut self.successors
     }
 
-    fn remove_at(&mut self, at: usize) -> Registration {
+    fn remove_at(&mut self, at: usize, now: Instant) -> Registration {
+        self.has_changed = true;
         self.index.remove_id(&self.registrations, at);
         let addr = self.registrations[at].addr();
         let is_holder = self.index.holder(&self.registrations, addr) == Some(at);
@@ -353,6 +367,8 @@ impl Roster {
         }
         let removed = self.registrations.swap_remove(at);
         self.totals.remove(&removed);
+        let factor = removed.learned_factor();
+        self.successors.keep(removed.node(), factor, now);
         if removed.is_shadowed {
             self.count_shadowed(addr, false);
         }
@@ -412,6 +428,7 @@ impl Roster {
         if registration.is_shadowed == is_shadowed {
             return;
         }
+        self.has_changed = true;
         self.totals.remove(registration);
         registration.is_shadowed = is_shadowed;
         self.totals.add(registration);
@@ -431,12 +448,15 @@ impl Roster {
         }
     }
 
-    /// Takes over what responses have reported since the last tick, and forgets processes that left
-    /// long ago.
-    pub(super) fn tick(&mut self, now: Instant) {
+    /// Forgets processes that left long ago.
+    pub(super) fn remove_expired(&mut self, now: Instant) {
         self.departed.remove_expired(now);
         self.successors.remove_expired(now);
         self.lessons.tick(now);
+    }
+
+    /// Takes over what responses have reported since the last tick.
+    pub(super) fn tick(&mut self, now: Instant) {
         // Added up from zero: sums that are only ever changed would drift.
         self.totals = Totals::default();
         for (at, registration) in self.registrations.iter_mut().enumerate() {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::alias::AliasTable;
+use super::atomic::AtomicF32;
 use super::endpoint::{Endpoint, InFlightCounter};
 use super::ring::Ring;
 use super::spread::Spread;
@@ -25,12 +26,12 @@ const EVEN_TURNS: u32 = 4_096;
 pub(super) struct Slot {
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) in_flight: InFlightCounter,
-    /// Mean weight divided by its weight, as of this table.
-    pub(super) inverse_weight: f32,
+    /// Mean weight as of this table, divided by its weight.
+    pub(super) inverse_weight: AtomicF32,
     /// The probability of acceptance that is part of its share, as of this table.
     pub(super) acceptance: f32,
     /// The probability with which it is taken in its turn while it has nothing in flight.
-    pub(super) calm: f32,
+    pub(super) calm: AtomicF32,
 }
 
 /// The backends to pick from, with the indexes that the policy in use needs; the other indexes are
@@ -38,6 +39,7 @@ pub(super) struct Slot {
 #[derive(Debug, Default)]
 pub(super) struct Table {
     pub(super) slots: Box<[Slot]>,
+    pub(super) mean_weight: f64,
     pub(super) alias: AliasTable,
     pub(super) ring: Ring,
     /// `None` where all shares are equal.
@@ -71,16 +73,27 @@ impl Table {
         let mean = weights.sum::<f64>() / endpoints.len().max(1) as f64;
         let slot = |endpoint: Arc<Endpoint>| Slot {
             in_flight: endpoint.counter(),
-            inverse_weight: (mean / endpoint.weight().get()) as f32,
+            inverse_weight: AtomicF32::new((mean / endpoint.weight().get()) as f32),
             acceptance: endpoint.acceptance(),
-            calm: endpoint.calm(),
+            calm: AtomicF32::new(endpoint.calm()),
             endpoint,
         };
         Self {
             // Where all are ejected, none is.
             live: if live == 0 { endpoints.len() } else { live },
+            mean_weight: mean,
             slots: endpoints.into_iter().map(slot).collect(),
             ..Self::default()
+        }
+    }
+
+    /// Lets picks compare a backend by its weight of now, while it is still drawn by the one as of this table.
+    pub(super) fn adjust(&self, endpoint: &Arc<Endpoint>) {
+        let slot = self.slots.get(endpoint.place() as usize);
+        if let Some(slot) = slot.filter(|slot| Arc::ptr_eq(&slot.endpoint, endpoint)) {
+            let inverse = self.mean_weight / endpoint.weight().get();
+            slot.inverse_weight.set(inverse as f32);
+            slot.calm.set(endpoint.calm());
         }
     }
 

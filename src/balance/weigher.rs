@@ -11,32 +11,22 @@ use super::endpoint::Endpoint;
 use super::endpoint::Holder;
 use super::fleet::Fleet;
 use super::learned::{Learned, Lessons, too_many_ejected};
-use super::load::Load;
 use super::mean::Mean;
-use super::policy::{ActivePolicy, RoutingPolicy};
+use super::policy::ActivePolicy;
 use super::roster::Roster;
-use super::settings::{Adaptive, Zones};
+use super::scale::{Scale, WeigherSettings};
 use super::sharing::Sharing;
-use super::zone::{Spill, ZoneSample, ZoneSource};
 use crate::node::Node;
 use crate::view::NodeOverride;
 
 /// After this number of ticks for which a probe could not be sent, any request may be one.
 const TICKS_WITHOUT_PROBE: u32 = 2;
+/// With fewer backends than this, all are weighed again after each change, which costs little.
+const WEIGHED_ALONE_FROM: usize = 256;
+/// For how long nothing is looked at, at most, where nothing happens.
+const LONGEST_REST: Duration = Duration::from_secs(60);
 /// How long a report of requests in flight counts.
 const IN_FLIGHT_REPORT_VALID: Duration = Duration::from_secs(5);
-
-/// What weights follow from, beside the policy.
-#[derive(Debug, Clone)]
-pub(super) struct WeigherSettings {
-    pub(super) adaptive: Adaptive,
-    pub(super) zones: Zones,
-    pub(super) zone: ZoneSource,
-    pub(super) default_port: u16,
-    /// Whether requests are counted and their outcomes reported. If not, every backend counts as
-    /// busy.
-    pub(super) counts_requests: bool,
-}
 
 /// Weighs the nodes of a group, and learns about each registration what a single report does not
 /// show.
@@ -47,13 +37,18 @@ pub(super) struct Weigher {
     roster: Roster,
     trust: Trust,
     sharing: Sharing,
-    /// How calm half of the backends that report are at least, as of the last weights.
-    calm_of_half: f64,
-    spill: Spill,
-    /// The balancer's own zone.
-    zone: Option<String>,
+    scale: Scale,
+    /// Until when a tick without news would find nothing to do.
+    rests_until: Option<Instant>,
     last_tick: Option<Instant>,
     ticks_without_probe: u32,
+}
+
+/// Which weights have been changed.
+pub(super) enum Settled {
+    All,
+    /// Those of backends that have reported.
+    Only(Vec<Arc<Endpoint>>),
 }
 
 /// What one tick found out about all backends together.
@@ -80,9 +75,8 @@ impl Weigher {
             settings,
             trust: Trust::default(),
             sharing: Sharing::default(),
-            calm_of_half: 1.0,
-            spill: Spill::default(),
-            zone: None,
+            scale: Scale::default(),
+            rests_until: None,
             last_tick: None,
             ticks_without_probe: 0,
         }
@@ -92,7 +86,8 @@ impl Weigher {
     pub(super) fn change(&mut self, settings: WeigherSettings, now: Instant) {
         self.fleet.change(&settings.adaptive);
         self.roster.set_default_port(settings.default_port, now);
-        self.zone = None;
+        self.roster.set_changed();
+        self.scale.forget_zone();
         self.settings = settings;
     }
 
@@ -178,45 +173,73 @@ impl Weigher {
         self.roster.remove(id, now);
     }
 
-    /// Computes the weights that follow from the changes so far. Costs time in proportion to the
-    /// number of nodes.
-    pub(super) fn settle(&mut self, policy: &ActivePolicy, now: Instant) {
-        self.find_zone();
-        self.learn_from_reports(now);
-        if self.roster.take_has_learned() {
+    /// Computes the weights that follow from the changes so far. Costs time in proportion to the number of nodes,
+    /// unless there are many of them and only some have reported something.
+    pub(super) fn settle(&mut self, policy: &ActivePolicy, now: Instant) -> Settled {
+        self.rests_until = None;
+        self.scale.find_zone(&self.settings.zone, &self.roster);
+        let reporting = self.learn_from_reports(now);
+        let has_changed = self.roster.take_changed();
+        if has_changed {
             self.limit_ejected_by_predecessor();
+        } else if self.roster.registrations().len() >= WEIGHED_ALONE_FROM {
+            let (settings, roster) = (&self.settings, &self.roster);
+            let weighed = self
+                .scale
+                .weigh_some(settings, policy, roster, &reporting, now);
+            if !self.scale.has_moved() {
+                return Settled::Only(weighed);
+            }
         }
-        self.weigh(policy, now);
+        self.scale.weigh(&self.settings, policy, &self.roster, now);
+        Settled::All
     }
 
-    /// The same, and takes over what time and requests have brought; to be called once a second.
-    pub(super) fn tick(&mut self, policy: &ActivePolicy, now: Instant) {
+    /// The same, and takes over what time and requests have brought; to be called once a second. Returns whether
+    /// there was anything to do; if there has been nothing for some time, this costs next to nothing.
+    pub(super) fn tick(&mut self, policy: &ActivePolicy, now: Instant) -> bool {
         let last = self.last_tick.replace(now).unwrap_or(now);
         let passed = now.saturating_duration_since(last);
+        self.roster.remove_expired(now);
+        let has_news = self.fleet.take_news() || self.roster.is_unsettled();
+        if !has_news && self.rests_until.is_some_and(|until| now < until) {
+            return false;
+        }
         self.roster.tick(now);
-        self.find_zone();
+        self.scale.find_zone(&self.settings.zone, &self.roster);
         self.learn_from_reports(now);
         self.learn_from_requests(now, passed);
         self.decide_trials(now);
-        self.measure_zones();
-        self.weigh(policy, now);
-    }
-
-    /// Finds this balancer's zone: the one it was given, or that of a node that has registered.
-    fn find_zone(&mut self) {
-        self.zone = match &self.settings.zone {
-            ZoneSource::None => None,
-            ZoneSource::Name(zone) => Some(zone.clone()),
-            ZoneSource::OfNode(id) => match self.roster.get(id) {
-                Some(registration) => registration.node().zone.clone(),
-                // A node that is gone for a moment has not moved.
-                None => self.zone.take(),
-            },
+        self.scale.measure_zones(&self.settings.zones, &self.roster);
+        if self.roster.take_changed() {
+            self.limit_ejected_by_predecessor();
+        }
+        let is_still = self.scale.weigh(&self.settings, policy, &self.roster, now);
+        self.rests_until = match is_still && !has_news {
+            true => self.find_rest(now),
+            false => None,
         };
+        true
     }
 
-    /// Gives the controllers the reports that are new.
-    fn learn_from_reports(&mut self, now: Instant) {
+    /// Until when nothing will change by itself.
+    fn find_rest(&self, now: Instant) -> Option<Instant> {
+        let adaptive = &self.settings.adaptive;
+        let mut until = now.checked_add(LONGEST_REST)?;
+        for registration in self.roster.registrations() {
+            let endpoint = &registration.endpoint;
+            let is_starting = registration.controller.slow_start(adaptive, now) < 1.0;
+            if endpoint.is_ejected() || endpoint.is_due() || is_starting {
+                return None;
+            }
+            let stale_at = registration.controller.stale_at(adaptive);
+            until = stale_at.map_or(until, |stale_at| until.min(stale_at));
+        }
+        (!self.fleet.some_report_in_flight()).then_some(until)
+    }
+
+    /// Gives the controllers the reports that are new. Returns whose they are, by their positions.
+    fn learn_from_reports(&mut self, now: Instant) -> Vec<u32> {
         let adaptive = &self.settings.adaptive;
         let new = self.roster.take_new_loads();
         let mean = self.roster.mean_load();
@@ -233,8 +256,8 @@ impl Weigher {
         }
         let mean = *self.roster.controlled_load();
         let registrations = self.roster.registrations_mut();
-        for at in new {
-            let Some(registration) = registrations.get_mut(at as usize) else {
+        for at in &new {
+            let Some(registration) = registrations.get_mut(*at as usize) else {
                 continue;
             };
             let is_new = std::mem::take(&mut registration.has_new_load);
@@ -254,13 +277,14 @@ impl Weigher {
             let controller = &mut registration.controller;
             controller.correct_by_load(adaptive, trust, &mean, context);
         }
+        new
     }
 
     /// Takes over what requests have found out since the last tick, which was `passed` ago.
     fn learn_from_requests(&mut self, now: Instant, passed: Duration) {
         let adaptive = &self.settings.adaptive;
         let mut summary = TickSummary::default();
-        let shared = self.sharing.level(self.calm_of_half);
+        let shared = self.sharing.level(self.scale.calm_of_half());
         let samples = adaptive.latency_samples_at(shared);
         for registration in self.roster.registrations_mut() {
             let outcomes = registration.outcomes_at_tick;
@@ -352,80 +376,6 @@ impl Weigher {
         }
         let with_any = self.ticks_without_probe >= TICKS_WITHOUT_PROBE;
         self.fleet.set_probes_with_any(with_any);
-    }
-
-    /// Measures the own zone and the others, which decides how much traffic leaves the zone.
-    fn measure_zones(&mut self) {
-        let zone = self.zone.as_deref();
-        if zone.is_none() {
-            return;
-        }
-        let (mut own, mut others) = (ZoneSample::default(), ZoneSample::default());
-        for registration in self.roster.used() {
-            let is_own = registration.is_in_zone(zone);
-            let sample = if is_own { &mut own } else { &mut others };
-            let weight = registration.endpoint.weight().get();
-            if let Some(load) = registration.controller.load() {
-                sample.load.add(load, weight);
-            }
-            if let Some(latency) = registration.controller.new_mean_latency() {
-                sample.latency.add(latency, weight);
-            }
-        }
-        self.spill.tick(&self.settings.zones, &own, &others);
-    }
-
-    /// Computes the weights of all backends, and lets picks see them.
-    fn weigh(&mut self, policy: &ActivePolicy, now: Instant) {
-        self.calm_of_half = self.calm_of_half();
-        let weights = policy.weights(&self.roster, now);
-        let registrations = self.roster.registrations();
-        let zone = self.zone.as_deref();
-        let calm_of_half = self.calm_of_half;
-        let adaptive = &self.settings.adaptive;
-        let mut working = Mean::default();
-        let gate = self.roster.gate();
-        for (registration, weight) in registrations.iter().zip(&weights) {
-            let is_used = gate == Gate::Open || self.roster.checked(registration) == Checked::Well;
-            if registration.takes_traffic() && is_used && registration.is_in_zone(zone) {
-                let acceptance = registration.endpoint.acceptance_now();
-                working.add(f64::from(acceptance), weight.get());
-            }
-        }
-        let spill = self.spill.level(&self.settings.zones, working.value());
-        let (follows_zones, reduces_failing_shares) =
-            (policy.follows_zones(), policy.reduces_failing_shares());
-        for (registration, weight) in registrations.iter().zip(weights) {
-            let is_own = !follows_zones || registration.is_in_zone(zone);
-            let acceptance = if reduces_failing_shares {
-                registration.endpoint.acceptance_now()
-            } else {
-                1.0
-            };
-            let zone_part = if is_own { 1.0 } else { spill };
-            registration
-                .endpoint
-                .set_weight(weight, zone_part, acceptance);
-            let load = adaptive.load(registration.load(), &Load::default(), 1.0);
-            let load = load.filter(|_| !policy.weighs_by_load());
-            let calm = load.map_or(calm_of_half, |load| adaptive.calm(load));
-            // Whoever is far comes into play when those nearby are compared with it.
-            registration.endpoint.set_calm((calm * zone_part) as f32);
-        }
-    }
-
-    /// How calm half of the backends that report are at least; entirely, where none reports.
-    fn calm_of_half(&self) -> f64 {
-        let adaptive = &self.settings.adaptive;
-        let active = self.roster.used();
-        let loads = active.filter_map(|it| adaptive.load(it.load(), &Load::default(), 1.0));
-        let mut loads: Vec<f64> = loads.collect();
-        if loads.is_empty() {
-            return 1.0;
-        }
-        let middle = (loads.len() - 1) / 2;
-        let (_, middle, _) = loads.select_nth_unstable_by(middle, f64::total_cmp);
-        adaptive.calm(*middle)
     }
 
     /// One backend for each address, including those that drain or have a static weight of 0.

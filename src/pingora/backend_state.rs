@@ -124,9 +124,10 @@ fn state(
     check: Option<&CheckStatus>,
 ) -> (BackendState, String) {
     let is_failing = backend.is_some_and(|backend| backend.success < FAILING);
-    let text = |key| node.metadata.get(key).and_then(|value| value.as_str());
-    let says = |health| text(metadata_keys::HEALTH) == Some(health);
-    let own_reason = text(metadata_keys::HEALTH_REASON).unwrap_or("no reason given");
+    let health = node.metadata.string(metadata_keys::HEALTH);
+    let says = |wanted| health.as_deref() == Some(wanted);
+    let own_reason = node.metadata.string(metadata_keys::HEALTH_REASON);
+    let own_reason = own_reason.as_deref().unwrap_or("no reason given");
     let (state, reason) = match (backend, check) {
         _ if nodes.is_suspect(&node.id) => (
             BackendState::Suspect,

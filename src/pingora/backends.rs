@@ -176,7 +176,10 @@ impl PingoraDiscovery for ClusterBackends {
                 );
             }
         }
-        self.weights.refresh(&self.discovery);
+        // The service refreshes them itself.
+        if matches!(self.runner, Runner::OwnTask(_)) {
+            self.weights.refresh(&self.discovery);
+        }
         let mut backends = BTreeSet::new();
         let mut enablement = HashMap::new();
         for (backend, serving) in self.weights.backends() {

@@ -24,6 +24,9 @@ use crate::balance::pace::{every_tick, pause_after};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 
+/// How many changes are published together at most.
+const MOST_TOGETHER: usize = 10_000;
+
 /// A Pingora `LoadBalancer` that a change in etcd reaches at once instead of every
 /// `update_frequency`, with its health checks, as a background service. It dereferences to the
 /// `LoadBalancer`, so `select` and the other methods work as before.
@@ -121,19 +124,26 @@ where
         &self.weights
     }
 
-    /// Keeps weights and membership up to date. Returns why it cannot go on.
+    /// Keeps weights and membership up to date.
     async fn keep_up_to_date(
         &self,
         mut ready: Option<ServiceReadyNotifier>,
         updated: &watch::Sender<bool>,
-    ) -> &'static str {
-        let mut nodes = self.discovery.watch_nodes();
+    ) -> Infallible {
+        let mut changes = self.discovery.changes();
         let mut is_due = true;
         wait_ready(&self.discovery, self.ready_timeout).await;
         loop {
-            nodes.mark_unchanged();
+            // All changes that are there already are published together.
+            for _ in 0..MOST_TOGETHER {
+                tokio::select! {
+                    biased;
+                    change = changes.next() => self.weights.apply(&change, Instant::now()),
+                    () = std::future::ready(()) => break,
+                }
+            }
             let start = Instant::now();
-            is_due |= self.weights.refresh(&self.discovery);
+            is_due |= self.weights.publish(start);
             if is_due && self.discovery.is_ready() {
                 match self.load_balancer.update().await {
                     Ok(()) => {
@@ -149,11 +159,7 @@ where
             tokio::time::sleep(pause_after(start.elapsed())).await;
             tokio::select! {
                 biased;
-                changed = nodes.changed() => {
-                    if changed.is_err() {
-                        return "the discovery was dropped";
-                    }
-                }
+                change = changes.next() => self.weights.apply(&change, Instant::now()),
                 () = self.said.notified() => is_due = true,
             }
         }

@@ -16,7 +16,7 @@ use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::node::Node;
 use crate::sync::lock;
-use crate::view::NodeOverride;
+use crate::view::{Change, NodeOverride};
 
 /// The node behind a [`Backend`], in its `ext`.
 ///
@@ -161,9 +161,22 @@ impl LiveWeights {
     /// Replaces the nodes by these, with what they report, and rebuilds the selections in use.
     /// Returns whether addresses have been added or removed, or have started or stopped serving, or have
     /// registered another weight that a selection sees: then Pingora has to discover again. Costs time in
-    /// proportion to the number of nodes.
+    /// proportion to the number of nodes; [`apply`](Self::apply) does not.
     pub fn update<'a>(&self, nodes: impl IntoIterator<Item = &'a Arc<Node>>, now: Instant) -> bool {
         self.change(|balancer| balancer.replace(nodes, now, self.heeds_requests()))
+    }
+
+    /// Takes over a change of the group; takes effect with the next [`publish`](Self::publish). The cost does not
+    /// depend on the number of nodes, except for [`Change::Reset`].
+    pub fn apply(&self, change: &Change, now: Instant) {
+        self.balancer.apply(change, now);
+    }
+
+    /// Lets weights follow the changes so far; returns the same as [`update`](Self::update). Where there are
+    /// hundreds of nodes, and all that has changed is what some of them report, the cost does not depend on the
+    /// number of nodes, and selections follow within a second.
+    pub fn publish(&self, now: Instant) -> bool {
+        self.change(|balancer| balancer.publish_weights(now, self.heeds_requests()))
     }
 
     /// The same with the nodes that a discovery has now.
@@ -171,7 +184,7 @@ impl LiveWeights {
         // Read while nobody else updates, so that of two refreshes the later one has the newer nodes.
         self.change(|balancer| {
             let picks = self.heeds_requests();
-            balancer.replace(discovery.nodes().iter(), Instant::now(), picks);
+            balancer.replace(discovery.nodes().iter(), Instant::now(), picks)
         })
     }
 
@@ -179,13 +192,16 @@ impl LiveWeights {
     pub(super) fn set_overrides(&self, overrides: &HashMap<String, NodeOverride>) -> bool {
         self.change(|balancer| {
             balancer.set_overrides(overrides);
-            balancer.publish(Instant::now());
+            balancer.publish_weights(Instant::now(), self.heeds_requests())
         })
     }
 
-    fn change(&self, change: impl FnOnce(&Balancer)) -> bool {
+    /// `change` says whether more has changed than the weights of some backends.
+    fn change(&self, change: impl FnOnce(&Balancer) -> bool) -> bool {
         let _updating = lock(&self.updating);
-        change(&self.balancer);
+        if !change(&self.balancer) {
+            return false;
+        }
         let (holders, is_followed) = (self.balancer.holders(), self.is_followed());
         // Requests wait for this lock, so that it is held for a short time only.
         let has_changed = lock(&self.slots).update(holders, is_followed);
@@ -199,11 +215,9 @@ impl LiveWeights {
             self.balancer.change_to_valid(&self.if_informed, now);
             self.heeds_requests.store(true, Ordering::Relaxed);
         }
-        match self.heeds_requests() {
-            true => self.balancer.tick(now),
-            false => self.balancer.tick_weights(now),
+        if self.balancer.tick_weights(now, self.heeds_requests()) {
+            self.rebuild_dependents();
         }
-        self.rebuild_dependents();
         if !self.is_followed() {
             self.tell_inexact(|node, weight| {
                 warn!(

@@ -87,6 +87,7 @@ impl EndpointState {
     }
 
     fn add_success(&self) {
+        self.fleet.add_news();
         let success = self.success.get();
         // A backend that is gone stays gone, whatever becomes of its last requests.
         if !(0.0..1.0).contains(&success) {
@@ -102,6 +103,7 @@ impl EndpointState {
 
     fn add_failure(&self, failure: Failure) {
         self.failures.fetch_add(1, Ordering::Relaxed);
+        self.fleet.add_news();
         let before = self.success.get();
         if before < 0.0 {
             return;

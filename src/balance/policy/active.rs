@@ -9,9 +9,10 @@ use super::headroom::HeadroomPolicy;
 use super::least_busy::{DEFAULT_CANDIDATES, LeastBusy};
 use super::random::RandomPolicy;
 use super::round_robin::RoundRobinPolicy;
-use super::routing::{Picked, RoutingPolicy};
+use super::routing::{Picked, Reference, RoutingPolicy};
 use crate::balance::fleet::Fleet;
 use crate::balance::pick::PickOptions;
+use crate::balance::registration::Registration;
 use crate::balance::roster::Roster;
 use crate::balance::settings::{Adaptive, Consistent, Headroom, Policy};
 use crate::balance::table::Table;
@@ -113,8 +114,12 @@ impl RoutingPolicy for ActivePolicy {
         dispatch!(self, policy => policy.reduces_failing_shares())
     }
 
-    fn weights(&self, roster: &Roster, now: Instant) -> Vec<Weight> {
-        dispatch!(self, policy => policy.weights(roster, now))
+    fn reference(&self, roster: &Roster, now: Instant) -> Reference {
+        dispatch!(self, policy => policy.reference(roster, now))
+    }
+
+    fn weight(&self, registration: &Registration, reference: &Reference, now: Instant) -> Weight {
+        dispatch!(self, policy => policy.weight(registration, reference, now))
     }
 
     fn index(&self, table: &mut Table, shares: &[Share]) {

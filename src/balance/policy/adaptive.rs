@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::least_busy::LeastBusy;
-use super::routing::{Picked, RoutingPolicy};
+use super::routing::{Picked, Reference, RoutingPolicy};
 use crate::balance::fleet::Fleet;
 use crate::balance::mean::Mean;
 use crate::balance::pick::PickOptions;
@@ -29,24 +29,28 @@ impl AdaptivePolicy {
     }
 
     /// The part of its share that a backend which starts slowly gets at least, so that the others do
-    /// not carry too much; `None` if no backend is starting.
-    fn slow_start_limit(&self, roster: &Roster, weights: &[f64], now: Instant) -> Option<f64> {
-        let (mut settled, mut starting) = (0.0, 0.0);
-        for (registration, weight) in roster.registrations().iter().zip(weights) {
-            if !registration.takes_traffic() {
-                continue;
-            }
-            if self.slow_start(registration, now) < 1.0 {
-                starting += weight;
-            } else {
-                settled += weight;
-            }
-        }
+    /// not carry too much; 1 if no backend is starting.
+    fn slow_start_limit(&self, roster: &Roster, mean_factor: f64, now: Instant) -> f64 {
+        let is_starting = |it: &&Registration| self.slow_start(it, now) < 1.0;
+        let starting = roster.active().filter(is_starting);
+        let weights = starting.map(|it| self.settled_weight(it, mean_factor));
+        let starting: f64 = weights.sum();
         if starting <= 0.0 {
-            return None;
+            return 1.0;
         }
-        let carried = (settled + starting) / self.settings.slow_start_strain;
-        Some(((carried - settled) / starting).min(1.0))
+        let weights = roster
+            .active()
+            .map(|it| self.settled_weight(it, mean_factor));
+        let all: f64 = weights.sum();
+        let carried = all / self.settings.slow_start_strain;
+        ((carried - (all - starting)) / starting).min(1.0)
+    }
+
+    /// The weight of a backend that does not start slowly.
+    fn settled_weight(&self, registration: &Registration, mean_factor: f64) -> f64 {
+        let (least, most) = (self.settings.weight_min, self.settings.weight_max);
+        let factor = registration.controller.factor() / mean_factor;
+        registration.base().get() * factor.clamp(least, most)
     }
 
     fn slow_start(&self, registration: &Registration, now: Instant) -> f64 {
@@ -67,27 +71,23 @@ impl RoutingPolicy for AdaptivePolicy {
         true
     }
 
-    fn weights(&self, roster: &Roster, now: Instant) -> Vec<Weight> {
-        let registrations = roster.registrations();
-        let factors = registrations.iter().map(|it| it.controller.factor());
-        let mut weights: Vec<f64> = factors.collect();
+    fn reference(&self, roster: &Roster, now: Instant) -> Reference {
         let mut mean = Mean::default();
-        for (registration, factor) in registrations.iter().zip(&weights) {
-            if registration.takes_traffic() {
-                mean.add(*factor, 1.0);
-            }
+        for registration in roster.active() {
+            mean.add(registration.controller.factor(), 1.0);
         }
-        let mean = mean.value().max(f64::MIN_POSITIVE);
-        let (least, most) = (self.settings.weight_min, self.settings.weight_max);
-        for (registration, weight) in registrations.iter().zip(&mut weights) {
-            *weight = registration.base().get() * (*weight / mean).clamp(least, most);
+        let factor = mean.value().max(f64::MIN_POSITIVE);
+        Reference {
+            factor,
+            slow_start_limit: self.slow_start_limit(roster, factor, now),
+            ..Reference::default()
         }
-        if let Some(limit) = self.slow_start_limit(roster, &weights, now) {
-            for (registration, weight) in registrations.iter().zip(&mut weights) {
-                *weight *= self.slow_start(registration, now).max(limit);
-            }
-        }
-        weights.into_iter().map(Weight::new).collect()
+    }
+
+    fn weight(&self, registration: &Registration, reference: &Reference, now: Instant) -> Weight {
+        let started = self.slow_start(registration, now);
+        let started = started.max(reference.slow_start_limit).min(1.0);
+        Weight::new(self.settled_weight(registration, reference.factor) * started)
     }
 
     fn index(&self, table: &mut Table, shares: &[Share]) {

@@ -44,7 +44,7 @@ impl ConsistentPolicy {
         let fair = total as f32 * self.settings.balance_factor as f32 / table.slots.len() as f32;
         let has_room = |index: usize| {
             let slot = &table.slots[index];
-            let room = (fair / slot.inverse_weight).ceil() as usize;
+            let room = (fair / slot.inverse_weight.get()).ceil() as usize;
             slot.in_flight.get() < room.max(self.settings.slack)
         };
         // One number for all cells, so that a backend with many cells is not accepted at last only

@@ -3,9 +3,10 @@
 use std::time::Instant;
 
 use super::least_busy::LeastBusy;
-use super::routing::{Picked, RoutingPolicy};
+use super::routing::{Picked, Reference, RoutingPolicy};
 use crate::balance::fleet::Fleet;
 use crate::balance::pick::PickOptions;
+use crate::balance::registration::Registration;
 use crate::balance::roster::Roster;
 use crate::balance::settings::Headroom;
 use crate::balance::table::Table;
@@ -43,15 +44,16 @@ impl RoutingPolicy for HeadroomPolicy {
         true
     }
 
-    fn weights(&self, roster: &Roster, _: Instant) -> Vec<Weight> {
-        let mean = roster.mean_load();
-        let registrations = roster.registrations().iter();
-        registrations
-            .map(|registration| {
-                let (base, load) = (registration.base().get(), registration.load());
-                Weight::new(self.settings.weight(base, load, &mean))
-            })
-            .collect()
+    fn reference(&self, roster: &Roster, _: Instant) -> Reference {
+        Reference {
+            load: roster.mean_load(),
+            ..Reference::default()
+        }
+    }
+
+    fn weight(&self, registration: &Registration, reference: &Reference, _: Instant) -> Weight {
+        let (base, load) = (registration.base().get(), registration.load());
+        Weight::new(self.settings.weight(base, load, &reference.load))
     }
 
     fn index(&self, table: &mut Table, shares: &[Share]) {

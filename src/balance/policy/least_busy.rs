@@ -138,7 +138,7 @@ impl LeastBusy {
     /// comparing it with others: where backends have nothing to do, traffic follows the weights.
     fn is_calm(table: &Table, index: usize, chance: f32) -> bool {
         let slot = &table.slots[index];
-        slot.in_flight.get() == 0 && chance < slot.calm
+        slot.in_flight.get() == 0 && chance < slot.calm.get()
     }
 
     /// How busy a backend is for its weight, which decides between candidates.
@@ -149,7 +149,7 @@ impl LeastBusy {
     fn score(&self, table: &Table, index: usize, chance: f32) -> f32 {
         let slot = &table.slots[index];
         let in_flight = slot.in_flight.get() as f32;
-        (in_flight + self.own_request * (1.0 - self.alike * chance)) * slot.inverse_weight
+        (in_flight + self.own_request * (1.0 - self.alike * chance)) * slot.inverse_weight.get()
     }
 
     /// The pick while all backends work, none is excluded, and none reports its requests in flight:

@@ -13,4 +13,4 @@ pub(super) use active::{ActivePolicy, PolicySettings};
 #[cfg(feature = "config")]
 pub(crate) use least_busy::DEFAULT_CANDIDATES;
 pub(super) use least_busy::MAX_CANDIDATES;
-pub(super) use routing::RoutingPolicy;
+pub(super) use routing::{Reference, RoutingPolicy};

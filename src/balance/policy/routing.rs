@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::balance::fleet::Fleet;
+use crate::balance::load::Load;
 use crate::balance::pick::PickOptions;
+use crate::balance::registration::Registration;
 use crate::balance::roster::Roster;
 use crate::balance::table::Table;
 use crate::balance::weight::{Share, Weight};
@@ -25,6 +27,27 @@ impl From<usize> for Picked {
             index,
             in_flight: None,
             is_probe: false,
+        }
+    }
+}
+
+/// What a weight depends on beside its registration. It changes little with a single one of many.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::balance) struct Reference {
+    /// The mean of the loads that are reported.
+    pub(super) load: Load,
+    /// The mean factor on static weights.
+    pub(super) factor: f64,
+    /// The part of its share that a backend which starts slowly gets at least.
+    pub(super) slow_start_limit: f64,
+}
+
+impl Default for Reference {
+    fn default() -> Self {
+        Self {
+            load: Load::default(),
+            factor: 1.0,
+            slow_start_limit: 1.0,
         }
     }
 }
@@ -59,12 +82,14 @@ pub(in crate::balance) trait RoutingPolicy {
         false
     }
 
-    /// The weight of each registration, in their order, before it is reduced for its zone.
-    fn weights(&self, roster: &Roster, _now: Instant) -> Vec<Weight> {
-        let registrations = roster.registrations().iter();
-        registrations
-            .map(|registration| Weight::new(registration.base().get()))
-            .collect()
+    /// What all registrations together contribute to the weight of each.
+    fn reference(&self, _roster: &Roster, _now: Instant) -> Reference {
+        Reference::default()
+    }
+
+    /// The weight of a registration, before it is reduced for its zone.
+    fn weight(&self, registration: &Registration, _: &Reference, _now: Instant) -> Weight {
+        Weight::new(registration.base().get())
     }
 
     /// Counts a request that was not picked among all requests in flight, where the policy needs their

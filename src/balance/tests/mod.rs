@@ -3,6 +3,7 @@
 mod adaptive;
 mod consistent;
 mod ejection;
+mod large;
 mod learned;
 mod policies;
 mod properties;

@@ -119,7 +119,7 @@ impl Group {
         }
         self.named.clear();
         for node in self.nodes.iter() {
-            if node.metadata.get(metadata_keys::HOST_NAME).is_none() {
+            if node.metadata.string(metadata_keys::HOST_NAME).is_none() {
                 continue;
             }
             let id = node.id.strip_suffix(&format!("@{}", node.ip));
