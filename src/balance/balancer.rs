@@ -56,7 +56,7 @@ pub struct Balancer {
 /// What picks read.
 #[derive(Debug)]
 pub(super) struct Published {
-    table: Table,
+    pub(super) table: Table,
     policy: Arc<ActivePolicy>,
 }
 
@@ -158,18 +158,17 @@ impl Balancer {
     }
 
     /// Replaces everything that is known by these nodes, and computes their weights. For those who read weights
-    /// and do not pick, nothing has to be published. Returns whether more has changed than the weights of some
-    /// backends.
+    /// and do not pick, nothing has to be published.
     #[cfg(feature = "pingora")]
     pub(crate) fn replace<'a>(
         &self,
         nodes: impl IntoIterator<Item = &'a Arc<Node>>,
         now: Instant,
         publishes: bool,
-    ) -> bool {
+    ) {
         let mut weighing = self.weighing();
         weighing.weigher.reset(nodes, now);
-        self.settle(&mut weighing, now, publishes)
+        self.settle(&mut weighing, now, publishes);
     }
 
     /// [`publish`](Self::publish) for those who read weights and, maybe, do not pick.
@@ -180,15 +179,20 @@ impl Balancer {
     }
 
     /// [`tick`](Self::tick) for those who read weights and, maybe, do not pick. Returns whether there was anything to do.
-    #[cfg(feature = "pingora")]
     pub(crate) fn tick_weights(&self, now: Instant, publishes: bool) -> bool {
         let mut weighing = self.weighing();
         let Weighing { weigher, policy } = &mut *weighing;
         let has_changed = weigher.tick(policy, now);
-        if has_changed && publishes {
+        if publishes && (has_changed || self.published.load().table.is_used_up()) {
             self.publish_table(&weighing);
         }
         has_changed
+    }
+
+    /// Another number after each change of anything else than loads.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn version(&self) -> u64 {
+        self.weighing().weigher.version()
     }
 
     /// One backend for each address, including those that cannot be picked.
@@ -203,11 +207,7 @@ impl Balancer {
     /// about to change, it costs nothing, and under the policies that metrics play no part in, nothing is
     /// published while nothing has changed.
     pub fn tick(&self, now: Instant) {
-        let mut weighing = self.weighing();
-        let Weighing { weigher, policy } = &mut *weighing;
-        if weigher.tick(policy, now) {
-            self.publish_table(&weighing);
-        }
+        self.tick_weights(now, true);
     }
 
     fn publish_table(&self, weighing: &Weighing) {

@@ -8,6 +8,9 @@ use super::learned::{LearnedWeight, Lesson, millis_between};
 use super::mean::Mean;
 use super::settings::Adaptive;
 
+/// What was learned has faded when the logarithm of a weight is less than this.
+const FADED: f64 = 0.01;
+
 /// How much of the reported differences in load is real: the load of a server that gets too much
 /// stays too high from one report to the next, noise does not.
 #[derive(Debug, Clone, Default)]
@@ -160,21 +163,18 @@ impl Controller {
     /// the time since the last tick.
     pub(super) fn age(&mut self, settings: &Adaptive, now: Instant, passed: Duration) {
         let silence = now.saturating_duration_since(self.reported_at);
-        if silence > Duration::from_millis(settings.stale_after_ms) {
+        let stale_after = Duration::from_millis(settings.stale_after_ms);
+        if silence > stale_after {
             self.load = None;
             self.error = 0.0;
+            let passed = passed.min(silence - stale_after);
             let half_lives = passed.as_secs_f64() / (settings.stale_half_life_ms as f64 / 1e3);
             self.metrics *= 0.5_f64.powf(half_lives);
         }
         let window = Duration::from_millis(settings.latency_window_ms);
-        let age = now.saturating_duration_since(self.window_start);
-        if age >= window {
+        if now.saturating_duration_since(self.window_start) >= window {
             self.window_start = now;
-            let last = match age < 2 * window {
-                true => self.lowest_latencies[0],
-                false => f64::INFINITY,
-            };
-            self.lowest_latencies = [f64::INFINITY, last];
+            self.lowest_latencies = [f64::INFINITY, self.lowest_latencies[0]];
         }
     }
 
@@ -252,10 +252,20 @@ impl Controller {
         }
     }
 
-    /// Forgets a part, after a tick without any request: a backend that is not tried cannot show
+    /// Forgets a part, after some time without any request: a backend that is not tried cannot show
     /// that it is better than assumed.
-    pub(super) fn forget_a_part(&mut self, settings: &Adaptive) {
-        self.metrics *= settings.idle_keep;
-        self.latency *= settings.idle_keep;
+    pub(super) fn forget_a_part(&mut self, settings: &Adaptive, passed: Duration) {
+        // Once a second; the first tick has nothing before it.
+        let times = passed.as_secs_f64().round().max(1.0);
+        let kept = settings.idle_keep.powf(times);
+        self.metrics *= kept;
+        self.latency *= kept;
+    }
+
+    /// Whether weights change without any report or request: what was learned fades while no requests come, and
+    /// when there are no reports any more.
+    pub(super) fn is_fading(&self, counts_requests: bool) -> bool {
+        let is_kept = self.load.is_some() && !counts_requests;
+        self.latency.abs() > FADED || (self.metrics.abs() > FADED && !is_kept)
     }
 }

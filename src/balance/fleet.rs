@@ -201,9 +201,9 @@ impl Fleet {
 
     /// Whether there was any since this was last asked.
     pub(super) fn take_news(&self) -> bool {
-        let has_news = self.mode.load(Ordering::Relaxed) & NEWS != 0;
-        self.set(NEWS, false);
-        has_news
+        // News that comes between the two is for the next time.
+        self.mode.load(Ordering::Relaxed) & NEWS != 0
+            && self.mode.fetch_and(!NEWS, Ordering::Relaxed) & NEWS != 0
     }
 
     /// From now on picks check success rates, because one has become low.

@@ -64,8 +64,8 @@ pub(super) struct Registration {
     pub(super) last_view: u32,
     /// Its outcomes as of the last tick.
     pub(super) outcomes_at_tick: u32,
-    /// A request there has ended between the last two ticks.
-    pub(super) had_outcome: bool,
+    /// There was a request between the last two ticks.
+    pub(super) is_active: bool,
     trial: Trial,
     /// The factor on its static weight when it was ejected, relative to those that work.
     held: Option<f64>,
@@ -113,7 +113,7 @@ impl Registration {
             taught: None,
             last_view: 0,
             outcomes_at_tick: 0,
-            had_outcome: false,
+            is_active: false,
             trial: Trial::default(),
             held: None,
         };
@@ -252,9 +252,6 @@ impl Registration {
     pub(super) fn tick_trial(&mut self, most_pause: Duration, now: Instant) {
         let endpoint = &self.endpoint;
         endpoint.readmit_if_alike();
-        if !self.had_outcome && self.takes_traffic() {
-            endpoint.eject_if_avoided();
-        }
         if !endpoint.is_ejected() {
             self.trial.reset();
             if endpoint.is_due() && endpoint.is_active_since(0) {
@@ -346,8 +343,9 @@ impl Registration {
     }
 
     /// How it is used, whatever load it has.
-    pub(super) fn usage(&self) -> (bool, bool, BaseWeight) {
-        (self.takes_traffic(), self.is_failing, self.base)
+    pub(super) fn usage(&self) -> (bool, bool, BaseWeight, BaseWeight) {
+        let (base, own) = (self.base, self.static_weight());
+        (self.takes_traffic(), self.is_failing, base, own)
     }
 
     /// Whether it gets traffic: it holds its address, serves, and its static weight is not 0.

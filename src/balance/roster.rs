@@ -43,8 +43,8 @@ pub(super) struct Roster {
     totals: Totals,
     /// Positions of registrations with a new load. Some may have moved since.
     with_new_load: Vec<u32>,
-    /// Something else than loads has changed since this was last asked.
-    has_changed: bool,
+    /// Counts the changes of anything else than loads.
+    version: u64,
     /// The number of complete views so far.
     views: u32,
     /// Whether there have been nodes: the first ones are not new.
@@ -67,7 +67,7 @@ impl Roster {
             shadowed_at: HashMap::default(),
             totals: Totals::default(),
             with_new_load: Vec::new(),
-            has_changed: true,
+            version: 0,
             views: 0,
             is_started: false,
             departed: Departed::default(),
@@ -81,20 +81,15 @@ impl Roster {
         &self.registrations
     }
 
-    /// Something has changed that the weights of others depend on.
-    pub(super) fn set_changed(&mut self) {
-        self.has_changed = true;
+    /// Another number after each change of anything else than loads: which registrations take traffic, with which
+    /// static weights, in which zones.
+    pub(super) fn version(&self) -> u64 {
+        self.version
     }
 
-    /// Whether something else than loads has changed since this was last asked: which registrations take traffic,
-    /// with which static weights, in which zones.
-    pub(super) fn take_changed(&mut self) -> bool {
-        std::mem::take(&mut self.has_changed)
-    }
-
-    /// Whether there is anything that weights do not follow yet.
-    pub(super) fn is_unsettled(&self) -> bool {
-        self.has_changed || !self.with_new_load.is_empty()
+    /// Whether there are loads that weights do not follow yet.
+    pub(super) fn has_new_loads(&self) -> bool {
+        !self.with_new_load.is_empty()
     }
 
     pub(super) fn registrations_mut(&mut self) -> &mut [Registration] {
@@ -113,7 +108,7 @@ impl Roster {
         for registration in &mut self.registrations {
             let said = self.overrides.get(&registration.node().id);
             if said.is_some() || registration.said().is_some() {
-                self.has_changed = true;
+                self.version += 1;
                 self.totals.remove(registration);
                 registration.set_override(said);
                 self.totals.add(registration);
@@ -124,7 +119,7 @@ impl Roster {
     /// Whether there are health checks, and from which part of nodes that are well on these are used alone.
     pub(super) fn set_checks(&mut self, panic_threshold: Option<f64>) {
         let is_new = self.checks.is_none() && panic_threshold.is_some();
-        self.has_changed |= self.checks != panic_threshold;
+        self.version += u64::from(self.checks != panic_threshold);
         self.checks = panic_threshold;
         if is_new {
             // They are used until they have been checked, as the first nodes of all are.
@@ -148,7 +143,7 @@ impl Roster {
             false => Checked::Down,
         };
         let is_news = std::mem::replace(&mut registration.checked, checked) != checked;
-        self.has_changed |= is_news;
+        self.version += u64::from(is_news);
         Some(is_news)
     }
 
@@ -263,7 +258,7 @@ impl Roster {
             }
         }
         self.lessons = lessons;
-        self.has_changed = true;
+        self.version += 1;
     }
 
     /// Moves the nodes that registered no port.
@@ -305,7 +300,8 @@ impl Roster {
         self.refused += u64::from(registration.update(node, now));
         registration.set_override(self.overrides.get(&node.id));
         self.totals.add(registration);
-        self.has_changed |= registration.usage() != use_before || node.zone != zone_before;
+        let is_used_alike = registration.usage() == use_before && node.zone == zone_before;
+        self.version += u64::from(!is_used_alike);
         if registration.has_new_load {
             self.with_new_load.push(at as u32);
         }
@@ -346,7 +342,7 @@ impl Roster {
         registration.set_override(self.overrides.get(&node.id));
         self.totals.add(&registration);
         let at = self.registrations.len();
-        self.has_changed = true;
+        self.version += 1;
         self.registrations.push(registration);
         self.index.insert_id(&self.registrations, at);
         self.with_new_load.push(at as u32);
@@ -358,7 +354,7 @@ impl Roster {
     }
 
     fn remove_at(&mut self, at: usize, now: Instant) -> Registration {
-        self.has_changed = true;
+        self.version += 1;
         self.index.remove_id(&self.registrations, at);
         let addr = self.registrations[at].addr();
         let is_holder = self.index.holder(&self.registrations, addr) == Some(at);
@@ -428,7 +424,7 @@ impl Roster {
         if registration.is_shadowed == is_shadowed {
             return;
         }
-        self.has_changed = true;
+        self.version += 1;
         self.totals.remove(registration);
         registration.is_shadowed = is_shadowed;
         self.totals.add(registration);

@@ -114,9 +114,14 @@ impl Table {
         self.earlier_turns + u64::from(self.turns.load(Ordering::Relaxed))
     }
 
+    /// Whether its turns have all been taken.
+    pub(super) fn is_used_up(&self) -> bool {
+        self.turns.load(Ordering::Relaxed) >= EVEN_TURNS
+    }
+
     /// The turn of a pick, while turns are counted.
     pub(super) fn take_turn(&self) -> Option<u64> {
-        if self.turns.load(Ordering::Relaxed) >= EVEN_TURNS {
+        if self.is_used_up() {
             return None;
         }
         let turn = self.turns.fetch_add(1, Ordering::Relaxed);

@@ -23,6 +23,8 @@ use crate::view::NodeOverride;
 const TICKS_WITHOUT_PROBE: u32 = 2;
 /// With fewer backends than this, all are weighed again after each change, which costs little.
 const WEIGHED_ALONE_FROM: usize = 256;
+/// If more than one in so many have reported, all are weighed.
+const FEW_OF: usize = 50;
 /// For how long nothing is looked at, at most, where nothing happens.
 const LONGEST_REST: Duration = Duration::from_secs(60);
 /// How long a report of requests in flight counts.
@@ -38,6 +40,8 @@ pub(super) struct Weigher {
     trust: Trust,
     sharing: Sharing,
     scale: Scale,
+    /// The version of the roster that weights follow.
+    settled_version: Option<u64>,
     /// Until when a tick without news would find nothing to do.
     rests_until: Option<Instant>,
     last_tick: Option<Instant>,
@@ -76,6 +80,7 @@ impl Weigher {
             trust: Trust::default(),
             sharing: Sharing::default(),
             scale: Scale::default(),
+            settled_version: None,
             rests_until: None,
             last_tick: None,
             ticks_without_probe: 0,
@@ -86,7 +91,7 @@ impl Weigher {
     pub(super) fn change(&mut self, settings: WeigherSettings, now: Instant) {
         self.fleet.change(&settings.adaptive);
         self.roster.set_default_port(settings.default_port, now);
-        self.roster.set_changed();
+        self.settled_version = None;
         self.scale.forget_zone();
         self.settings = settings;
     }
@@ -149,6 +154,12 @@ impl Weigher {
         }
     }
 
+    /// Another number after each change of anything else than loads.
+    #[cfg(feature = "pingora")]
+    pub(super) fn version(&self) -> u64 {
+        self.roster.version()
+    }
+
     pub(super) fn fleet(&self) -> &Arc<Fleet> {
         &self.fleet
     }
@@ -179,10 +190,10 @@ impl Weigher {
         self.rests_until = None;
         self.scale.find_zone(&self.settings.zone, &self.roster);
         let reporting = self.learn_from_reports(now);
-        let has_changed = self.roster.take_changed();
-        if has_changed {
+        let is_few = reporting.len() * FEW_OF < self.roster.registrations().len();
+        if self.take_changed() {
             self.limit_ejected_by_predecessor();
-        } else if self.roster.registrations().len() >= WEIGHED_ALONE_FROM {
+        } else if is_few && self.roster.registrations().len() >= WEIGHED_ALONE_FROM {
             let (settings, roster) = (&self.settings, &self.roster);
             let weighed = self
                 .scale
@@ -198,20 +209,22 @@ impl Weigher {
     /// The same, and takes over what time and requests have brought; to be called once a second. Returns whether
     /// there was anything to do; if there has been nothing for some time, this costs next to nothing.
     pub(super) fn tick(&mut self, policy: &ActivePolicy, now: Instant) -> bool {
-        let last = self.last_tick.replace(now).unwrap_or(now);
-        let passed = now.saturating_duration_since(last);
         self.roster.remove_expired(now);
-        let has_news = self.fleet.take_news() || self.roster.is_unsettled();
+        let has_news = self.fleet.take_news()
+            || self.roster.has_new_loads()
+            || self.settled_version != Some(self.roster.version());
         if !has_news && self.rests_until.is_some_and(|until| now < until) {
             return false;
         }
+        let last = self.last_tick.replace(now).unwrap_or(now);
+        let passed = now.saturating_duration_since(last);
         self.roster.tick(now);
         self.scale.find_zone(&self.settings.zone, &self.roster);
         self.learn_from_reports(now);
         self.learn_from_requests(now, passed);
         self.decide_trials(now);
         self.scale.measure_zones(&self.settings.zones, &self.roster);
-        if self.roster.take_changed() {
+        if self.take_changed() {
             self.limit_ejected_by_predecessor();
         }
         let is_still = self.scale.weigh(&self.settings, policy, &self.roster, now);
@@ -222,17 +235,24 @@ impl Weigher {
         true
     }
 
+    /// Whether anything has changed but loads that weights do not follow yet; they will now.
+    fn take_changed(&mut self) -> bool {
+        let version = Some(self.roster.version());
+        std::mem::replace(&mut self.settled_version, version) != version
+    }
+
     /// Until when nothing will change by itself.
     fn find_rest(&self, now: Instant) -> Option<Instant> {
         let adaptive = &self.settings.adaptive;
         let mut until = now.checked_add(LONGEST_REST)?;
-        for registration in self.roster.registrations() {
-            let endpoint = &registration.endpoint;
-            let is_starting = registration.controller.slow_start(adaptive, now) < 1.0;
-            if endpoint.is_ejected() || endpoint.is_due() || is_starting {
+        for registration in self.roster.used() {
+            let controller = &registration.controller;
+            let is_starting = controller.slow_start(adaptive, now) < 1.0;
+            let is_fading = controller.is_fading(self.settings.counts_requests);
+            if registration.endpoint.is_ejected() || is_starting || is_fading {
                 return None;
             }
-            let stale_at = registration.controller.stale_at(adaptive);
+            let stale_at = controller.stale_at(adaptive);
             until = stale_at.map_or(until, |stale_at| until.min(stale_at));
         }
         (!self.fleet.some_report_in_flight()).then_some(until)
@@ -289,17 +309,17 @@ impl Weigher {
         for registration in self.roster.registrations_mut() {
             let outcomes = registration.outcomes_at_tick;
             let is_active = registration.endpoint.is_active_since(outcomes);
+            registration.is_active = is_active;
             if is_active {
                 registration.set_used(now);
             }
             let endpoint = &registration.endpoint;
-            registration.had_outcome = endpoint.outcomes() != outcomes;
             let controller = &mut registration.controller;
             controller.age(adaptive, now, passed);
             if is_active || !self.settings.counts_requests {
                 registration.was_used = true;
             } else {
-                controller.forget_a_part(adaptive);
+                controller.forget_a_part(adaptive, passed);
             }
             controller.set_latencies(endpoint.take_latencies(samples));
             registration.outcomes_at_tick = endpoint.outcomes();
@@ -358,6 +378,12 @@ impl Weigher {
             is_any_ejected |= registration.endpoint.is_ejected();
         }
         self.fleet.set_ejected(is_any_ejected);
+        // After the others, so that it is not compared with what was before it is ejected.
+        for registration in self.roster.used() {
+            if !registration.is_active {
+                registration.endpoint.eject_if_avoided();
+            }
+        }
         let mut working = Mean::default();
         for registration in self.roster.used() {
             if !registration.endpoint.is_ejected() {

@@ -134,6 +134,8 @@ where
         let mut is_due = true;
         wait_ready(&self.discovery, self.ready_timeout).await;
         loop {
+            // Before the changes are taken, among which the first view is then.
+            let is_ready = self.discovery.is_ready();
             // All changes that are there already are published together.
             for _ in 0..MOST_TOGETHER {
                 tokio::select! {
@@ -144,7 +146,7 @@ where
             }
             let start = Instant::now();
             is_due |= self.weights.publish(start);
-            if is_due && self.discovery.is_ready() {
+            if is_due && is_ready {
                 match self.load_balancer.update().await {
                     Ok(()) => {
                         is_due = false;
@@ -159,8 +161,9 @@ where
             tokio::time::sleep(pause_after(start.elapsed())).await;
             tokio::select! {
                 biased;
-                change = changes.next() => self.weights.apply(&change, Instant::now()),
+                // First, because changes may come without a pause.
                 () = self.said.notified() => is_due = true,
+                change = changes.next() => self.weights.apply(&change, Instant::now()),
             }
         }
     }

@@ -24,7 +24,9 @@ const MIN_SHARE: f64 = 1e-6;
 /// Weights follow metrics, by [`Policy::Adaptive`](crate::balance::Policy::Adaptive) with
 /// [`Adaptive::metrics_only`](crate::balance::Adaptive::metrics_only) unless other settings are
 /// given. They are read beside the backends, so a change takes effect with the next request, without
-/// an update of the load balancer: a node that drains or leaves gets nothing from then on. Picks are
+/// an update of the load balancer: a node that drains or leaves gets nothing from then on. (In a
+/// [`LiveLoadBalancer`](super::LiveLoadBalancer) of 256 nodes or more, what one of them reports takes effect
+/// within a second.) Picks are
 /// spread evenly in proportion to the weights (5, 1, 1 gives no run of five), memory per backend is
 /// constant whatever the weights, and later choices are weighted too and never repeat an earlier one.
 /// The key is ignored.

@@ -119,8 +119,8 @@ pub struct LiveWeights {
     is_informed: AtomicBool,
     /// The balancer works with requests and their outcomes.
     heeds_requests: AtomicBool,
-    /// Held from reading nodes to publishing what follows from them.
-    updating: Mutex<()>,
+    /// The version of the balancer that `slots` are of. Held from reading nodes to publishing what follows from them.
+    updating: Mutex<Option<u64>>,
     slots: Mutex<Slots>,
     dependents: Mutex<Vec<Weak<dyn WeightsDependent>>>,
 }
@@ -163,7 +163,10 @@ impl LiveWeights {
     /// registered another weight that a selection sees: then Pingora has to discover again. Costs time in
     /// proportion to the number of nodes; [`apply`](Self::apply) does not.
     pub fn update<'a>(&self, nodes: impl IntoIterator<Item = &'a Arc<Node>>, now: Instant) -> bool {
-        self.change(|balancer| balancer.replace(nodes, now, self.heeds_requests()))
+        self.change(|balancer| {
+            balancer.replace(nodes, now, self.heeds_requests());
+            true
+        })
     }
 
     /// Takes over a change of the group; takes effect with the next [`publish`](Self::publish). The cost does not
@@ -184,7 +187,8 @@ impl LiveWeights {
         // Read while nobody else updates, so that of two refreshes the later one has the newer nodes.
         self.change(|balancer| {
             let picks = self.heeds_requests();
-            balancer.replace(discovery.nodes().iter(), Instant::now(), picks)
+            balancer.replace(discovery.nodes().iter(), Instant::now(), picks);
+            true
         })
     }
 
@@ -196,15 +200,19 @@ impl LiveWeights {
         })
     }
 
-    /// `change` says whether more has changed than the weights of some backends.
+    /// `change` says whether selections have to be rebuilt.
     fn change(&self, change: impl FnOnce(&Balancer) -> bool) -> bool {
-        let _updating = lock(&self.updating);
-        if !change(&self.balancer) {
+        let mut slots_version = lock(&self.updating);
+        let is_rebuilt = change(&self.balancer);
+        // Whatever else has taken notice of a change before, such as a tick.
+        let version = Some(self.balancer.version());
+        if !is_rebuilt && *slots_version == version {
             return false;
         }
         let (holders, is_followed) = (self.balancer.holders(), self.is_followed());
         // Requests wait for this lock, so that it is held for a short time only.
         let has_changed = lock(&self.slots).update(holders, is_followed);
+        *slots_version = version;
         self.rebuild_dependents();
         has_changed
     }

@@ -375,6 +375,25 @@ fn after_a_failure_of_all_none_is_avoided_for_ever() {
 }
 
 #[test]
+fn backends_that_are_at_work_are_not_ejected_for_what_was() {
+    let mut rig = Rig::of(10);
+    rig.send(60, 50, |_| Answer::Fails);
+    // All work again, and answer after two seconds, but for the first one.
+    let held: Vec<_> = (1..10)
+        .map(|index| rig.balancer.upstream_at(bare(index).addr(0)).unwrap())
+        .collect();
+    for _ in 0..100 {
+        let upstream = rig.balancer.upstream_at(bare(0).addr(0)).unwrap();
+        report(upstream, Answer::Works);
+    }
+    rig.seconds(2);
+    assert_eq!(rig.ejected(), 0);
+    for upstream in held {
+        upstream.succeeded(Duration::from_secs(2));
+    }
+}
+
+#[test]
 fn consistent_hashing_probes_with_the_keys_of_the_backend() {
     let mut rig = Rig::new(Balancer::builder().policy(Policy::Consistent));
     for index in 0..4 {

@@ -1,9 +1,10 @@
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::weights::LiveWeights;
 use super::*;
 use crate::balance::{Balancer, BalancerBuilder, Policy};
 use crate::node::{Node, NodeState};
+use crate::view::Change;
 use serde_json::json;
 
 fn headroom() -> BalancerBuilder {
@@ -442,4 +443,47 @@ fn among_backends_of_several_kinds_all_have_their_turns() {
     weights.begin_at("127.0.0.1:1".parse().unwrap());
     weights.tick(Instant::now());
     assert!((share(&first_ports(&selection, 300), 9) - 1.0 / 3.0).abs() < 0.05);
+}
+
+#[test]
+fn a_tick_hides_no_change_of_many_nodes() {
+    let weights = live(&headroom());
+    let nodes: Vec<_> = (1..=300).map(|port| node(port, 10.0)).collect();
+    let mut now = Instant::now();
+    weights.update(&nodes, now);
+    let selection = selection(&weights);
+    let used = || {
+        weights
+            .backends()
+            .into_iter()
+            .filter(|(_, is_used)| *is_used)
+            .count()
+    };
+    let mut apply_and_tick = |change: Change| {
+        now += Duration::from_secs(1);
+        weights.apply(&change, now);
+        weights.tick(now);
+        weights.publish(now)
+    };
+    assert!(apply_and_tick(Change::Left(nodes[6].clone())));
+    assert_eq!((weights.backends().len(), used()), (299, 299));
+    let draining = Arc::new(Node::clone(&nodes[7]).with_state(NodeState::Draining));
+    let change = |new: Arc<Node>| Change::Updated {
+        old: new.clone(),
+        new,
+    };
+    assert!(apply_and_tick(change(draining)));
+    assert_eq!((weights.backends().len(), used()), (299, 298));
+    assert!(
+        !apply_and_tick(change(node(9, 90.0))),
+        "it is the same for Pingora"
+    );
+    let ports = first_ports(&selection, 30_000);
+    assert!(!ports.contains(&7) && !ports.contains(&8));
+    assert!(
+        share(&ports, 9) < 0.8 * share(&ports, 10),
+        "{} {}",
+        share(&ports, 9),
+        share(&ports, 10)
+    );
 }
