@@ -254,7 +254,7 @@ fn pingora_select_metrics_weighted(bencher: Bencher, count: usize) {
     select(bencher, lb);
 }
 
-/// One node has reported: its controller, every weight, and the table.
+/// One node has reported: its controller, its weight, and, of few nodes, every weight and the table.
 #[divan::bench(args = FLEETS)]
 fn update_after_one_report(bencher: Bencher, count: usize) {
     let balancer = Balancer::builder().try_build().unwrap();
@@ -275,12 +275,14 @@ fn update_after_one_report(bencher: Bencher, count: usize) {
     });
 }
 
-/// The controller's tick, every weight, and the table.
+/// A request, and the tick that takes it over: the controllers, every weight, and the table.
 #[divan::bench(args = FLEETS)]
 fn tick(bencher: Bencher, count: usize) {
     let balancer = balancer(count, Balancer::builder());
     let mut now = Instant::now();
     bencher.counter(ItemsCount::new(1_usize)).bench_local(|| {
+        let upstream = balancer.pick().expect("a backend");
+        upstream.succeeded(Duration::from_millis(10));
         now += TICK;
         balancer.tick(now);
     });

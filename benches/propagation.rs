@@ -20,7 +20,9 @@ use tokio::sync::watch;
 
 use common::etcd::Etcd;
 
-const PUTS: u32 = 500;
+const PUTS: u32 = 200;
+/// Between two puts. The first of several changes takes effect at once, the next ones together 20 ms later.
+const PAUSE: Duration = Duration::from_millis(60);
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() {
@@ -62,6 +64,7 @@ async fn main() {
     let mut by_watch = Vec::new();
     let mut by_pick = Vec::new();
     for round in 1..=PUTS {
+        tokio::time::sleep(PAUSE).await;
         let value = format!(
             r#"{{"id":"n1","ip":"127.0.0.1","last_seen":{round},"metadata":{{"queue_depth":{round}}}}}"#
         );
@@ -82,7 +85,7 @@ async fn main() {
             .unwrap();
         by_watch.push(at.saturating_duration_since(start));
     }
-    println!("from before the put, {PUTS} puts, one after the other:\n");
+    println!("from before the put, {PUTS} puts, {PAUSE:?} after one another:\n");
     println!("{:<28}{:>12}{:>12}{:>12}", "", "median", "p90", "p99");
     let watch = row("raw etcd-client watch", by_watch);
     let pick = row("a pick uses it", by_pick);
