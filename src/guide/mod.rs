@@ -14,6 +14,7 @@
 //! | [When etcd is away](when_etcd_is_away) | outages, slow servers, silent connections, bad entries |
 //! | [Security](security) | TLS, users, the rights that each program needs |
 //! | [Scale](scale) | what nodes cost a balancer, and what balancers cost etcd |
+//! | [What Pingora could do better](upstream) | what a request costs, and where that goes |
 //! | [How it is tested](testing) | promises, simulation, mutants, fuzzing, chaos |
 //! | [Limits](limits) | what it does not do, and what it relies on |
 //! | [Coming from photon-etcd-cluster](migrating) | the predecessor's calls, and what replaces them |
@@ -152,6 +153,14 @@ pub mod security {}
 /// [`Deadband`](crate::metrics::Deadband), [`LoadReport`](crate::metrics::LoadReport),
 /// [`NodeFilter`](crate::discovery::NodeFilter), [`Cluster`](crate::Cluster)
 pub mod scale {}
+
+#[doc = include_str!("links.md")]
+#[doc = include_str!("upstream.md")]
+///
+/// # In the API
+///
+/// [`ClusterProxy`](crate::proxy::ClusterProxy)
+pub mod upstream {}
 
 #[doc = include_str!("links.md")]
 #[doc = include_str!("testing.md")]
