@@ -277,9 +277,11 @@ proptest! {
 #[test]
 fn what_operators_and_checks_say_of_one_of_many_counts_at_once() {
     let mut rig = many(Policy::Adaptive);
-    let mut said = NodeOverride::default();
-    said.state = NodeState::Draining;
-    said.created = Some(-bare(7).incarnation());
+    let said = NodeOverride {
+        state: NodeState::Draining,
+        created: Some(-bare(7).incarnation()),
+        ..NodeOverride::default()
+    };
     rig.balancer
         .set_overrides(&HashMap::from([("n7".to_owned(), said)]));
     rig.publish();
