@@ -83,17 +83,28 @@ impl Metadata {
         }
     }
 
-    /// A text at the top level; `None` if it is absent or no text. The same cost, and next to none where nothing in the
-    /// metadata has that name. The key must be one that JSON writes as it is.
-    pub(crate) fn string(&self, key: &str) -> Option<String> {
-        let mut found = None;
-        if self.text.starts_with('{') && self.text.contains(key) {
-            let mut json = serde_json::Deserializer::from_str(&self.text);
-            let _ = json.deserialize_map(LookupString {
-                key,
-                found: &mut found,
-            });
+    /// A text at the top level; `None` if it is absent or not a text. Scans the text of the metadata as
+    /// [`number`](Self::number) does, and costs next to nothing where the key is nowhere in it.
+    ///
+    /// ```
+    /// use pingora_etcd::Node;
+    /// use serde_json::json;
+    ///
+    /// let node = Node::new("n", "10.0.0.1".parse().unwrap()).with_metadata(json!({ "health": "well" }));
+    /// assert_eq!(node.metadata.string("health").as_deref(), Some("well"));
+    /// ```
+    pub fn string(&self, key: &str) -> Option<String> {
+        let is_escaped = |byte: u8| byte < b' ' || byte == b'"' || byte == b'\\';
+        let is_plain = !key.bytes().any(is_escaped);
+        if !self.text.starts_with('{') || (is_plain && !self.text.contains(key)) {
+            return None;
         }
+        let mut found = None;
+        let mut json = serde_json::Deserializer::from_str(&self.text);
+        let _ = json.deserialize_map(LookupString {
+            key,
+            found: &mut found,
+        });
         found
     }
 
@@ -348,6 +359,16 @@ mod tests {
         assert_eq!(e, Found::Absent);
         assert_eq!(metadata.number("quo\"te"), Some(3.0));
         assert_eq!(metadata.string("c").as_deref(), Some("text"));
+        let escaped =
+            Metadata::from(json!({ "quo\"te": "a", "back\\slash": "b", "tab\t": "c", "ä": "d" }));
+        for (key, text) in [
+            ("quo\"te", "a"),
+            ("back\\slash", "b"),
+            ("tab\t", "c"),
+            ("ä", "d"),
+        ] {
+            assert_eq!(escaped.string(key).as_deref(), Some(text), "{key}");
+        }
         for other in ["a", "d", "e", "f", "text", "missing"] {
             assert_eq!(metadata.string(other), None, "{other}");
         }

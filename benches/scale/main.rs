@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use pingora::services::background::BackgroundService;
 use pingora_etcd::balance::{Balancer, TICK};
+use pingora_etcd::discovery::Changes;
 use pingora_etcd::pingora::{LiveLoadBalancer, MetricsWeighted};
 use pingora_etcd::{Change, EtcdOptions, Node, ServiceDiscovery};
 use rustix::time::{ClockId, clock_gettime};
@@ -31,6 +32,8 @@ const SIZES: [usize; 4] = [100, 1_000, 10_000, 100_000];
 const CHANGES: usize = 20_000;
 /// The number of tables over which each figure is averaged.
 const TABLES: u32 = 20;
+/// The number of reports that are published one by one.
+const REPORTS: u32 = 500;
 /// The number of changes that a `LiveLoadBalancer` is given one by one.
 const LIVE_CHANGES: u32 = 100;
 /// It works on each of them by itself: the shortest time between two updates is 20 ms.
@@ -381,17 +384,7 @@ async fn measure(nodes: usize) -> Figures {
         }
         balance += cpu() - start;
     }
-    balancer.publish(now);
-    let events = feed.changes(500);
-    feed.deliver(events).await;
-    let mut report = Duration::ZERO;
-    for _ in 0..500 {
-        let change = changes.next().await;
-        let start = cpu();
-        balancer.apply(&change, now);
-        balancer.publish(now);
-        report += cpu() - start;
-    }
+    let report = report(&feed, &mut changes, &balancer, now).await;
     let idle = idle_tick(&balancer, now);
     let table = tables(&balancer, now);
     drop(changes);
@@ -416,11 +409,26 @@ async fn measure(nodes: usize) -> Figures {
         publish: publish / count,
         coalesced: coalesced / count,
         balance: balance / count,
-        report: report / 500,
+        report,
         table,
         idle,
         live,
     }
+}
+
+/// The CPU time until picks go by what one node has reported.
+async fn report(feed: &Feed, changes: &mut Changes, balancer: &Balancer, now: Instant) -> Duration {
+    balancer.publish(now);
+    feed.deliver(feed.changes(REPORTS as usize)).await;
+    let mut spent = Duration::ZERO;
+    for _ in 0..REPORTS {
+        let change = changes.next().await;
+        let start = cpu();
+        balancer.apply(&change, now);
+        balancer.publish(now);
+        spent += cpu() - start;
+    }
+    spent / REPORTS
 }
 
 /// The CPU time of a tick once nothing happens any more.
