@@ -45,6 +45,8 @@ pub(super) struct Registration {
     pub(super) controller: Controller,
     /// What came with responses, if anything did.
     response_load: Option<Box<ResponseLoad>>,
+    /// The load of its entry is newer than what responses have said, and was not used yet.
+    pub(super) has_unread_entry: bool,
     /// What an operator says of it.
     said: Option<NodeOverride>,
     /// What health checks have said of it.
@@ -98,6 +100,7 @@ impl Registration {
             load,
             controller: Controller::new(joined_at, now),
             response_load: None,
+            has_unread_entry: false,
             said: None,
             // The first nodes of all are used until they have been checked: the first one that passes could not carry
             // the load of all.
@@ -168,9 +171,11 @@ impl Registration {
             let mut registered = self.load;
             let refused = registered.read_metadata(node);
             self.load = Load::from(&response.sample).or(registered);
+            self.has_unread_entry |= !is_same;
             return refused;
         }
         self.has_new_load |= !is_same;
+        self.has_unread_entry = false;
         self.load.read_metadata(node)
     }
 
@@ -215,6 +220,21 @@ impl Registration {
         }
     }
 
+    /// Takes over the load of an entry that came while responses were preferred, if none have come for some time: a
+    /// node may not write again as long as its load stays what it is.
+    pub(super) fn update_from_entry(&mut self, now: Instant) {
+        let is_due = self.has_unread_entry
+            && self.response_load.as_ref().is_none_or(|response| {
+                now.saturating_duration_since(response.received_at) >= RESPONSE_LOAD_VALID
+            });
+        if is_due {
+            self.has_unread_entry = false;
+            // What was refused of it has been counted.
+            self.load.read_metadata(&self.node);
+            self.has_new_load = true;
+        }
+    }
+
     /// Takes over a load that came with a response.
     pub(super) fn update_from_response(&mut self, report: LoadReport, now: Instant) {
         if let Some(response) = &mut self.response_load {
@@ -245,6 +265,7 @@ impl Registration {
             None => self.response_load = Some(Box::new(new)),
         }
         self.load = Load::from(&report).or(self.load);
+        self.has_unread_entry = false;
         self.has_new_load = true;
     }
 

@@ -458,9 +458,10 @@ impl Roster {
         for (at, registration) in self.registrations.iter_mut().enumerate() {
             if let Some(report) = registration.endpoint.take_load_report() {
                 registration.update_from_response(report, now);
-                if registration.has_new_load {
-                    self.with_new_load.push(at as u32);
-                }
+            }
+            registration.update_from_entry(now);
+            if registration.has_new_load {
+                self.with_new_load.push(at as u32);
             }
             self.totals.add(registration);
         }

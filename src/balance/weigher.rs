@@ -249,7 +249,8 @@ impl Weigher {
             let controller = &registration.controller;
             let is_starting = controller.slow_start(adaptive, now) < 1.0;
             let is_fading = controller.is_fading(self.settings.counts_requests);
-            if registration.endpoint.is_ejected() || is_starting || is_fading {
+            let is_unread = registration.has_unread_entry;
+            if registration.endpoint.is_ejected() || is_starting || is_fading || is_unread {
                 return None;
             }
             let stale_at = controller.stale_at(adaptive);

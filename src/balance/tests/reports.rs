@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::{Rig, balancer, bare, node, set_nodes_at};
-use crate::balance::{Policy, Upstream};
+use crate::balance::{Balancer, Policy, Upstream};
 use crate::load_report::LoadReport;
 use crate::node::Node;
 
@@ -218,6 +218,34 @@ fn metrics_missing_in_responses_are_read_from_the_registration() {
         rig.seconds(1);
     }
     assert!(rig.weight(0) < 0.8 * rig.weight(1), "{}", rig.weight(0));
+}
+
+#[test]
+fn what_a_backend_writes_counts_when_its_responses_have_ceased() {
+    let mut rig = Rig::new(Balancer::builder().policy(Policy::Headroom));
+    for index in 0..2 {
+        rig.nodes.insert(format!("n{index}"), bare(index));
+    }
+    rig.update();
+    rig.report(1, 0.0, 1_000);
+    let loaded = rig.balancer.upstream_at(bare(0).addr(0)).unwrap();
+    loaded
+        .report_header(
+            b"TEXT cpu_utilization=0.95,named_metrics.sampled_at=1000",
+            rig.now,
+        )
+        .unwrap();
+    rig.seconds(1);
+    assert!(rig.weight(0) < 0.7 * rig.weight(1));
+    // It has nothing to do any more, says so once, and gets no requests whose responses would say it.
+    rig.report(0, 0.0, 2_000);
+    rig.seconds(5);
+    assert!(
+        rig.weight(0) < 0.7 * rig.weight(1),
+        "responses are preferred"
+    );
+    rig.seconds(6);
+    assert!(rig.weight(0) > 0.9 * rig.weight(1), "{}", rig.weight(0));
 }
 
 #[test]
