@@ -163,6 +163,8 @@ where
                 biased;
                 // First, because changes may come without a pause.
                 () = self.said.notified() => is_due = true,
+                // The first view may have been taken a moment before the discovery said that it is there.
+                () = self.discovery.wait_ready(), if is_due && !is_ready => {}
                 change = changes.next() => self.weights.apply(&change, Instant::now()),
             }
         }
