@@ -84,10 +84,19 @@ async fn a_backend_that_answers_5xx_loses_its_traffic_and_gets_it_back() {
 async fn leases_that_are_lost_all_at_once_cost_neither_what_was_learned_nor_connections() {
     let etcd = Etcd::shared();
     let group = group("lost-leases");
-    let answer = |status: StatusCode| move || async move { (status, "answered").into_response() };
+    let broken = Arc::new(AtomicBool::new(false));
+    let answer = |fails: Arc<AtomicBool>| {
+        move || {
+            let status = match fails.load(Ordering::SeqCst) {
+                true => StatusCode::INTERNAL_SERVER_ERROR,
+                false => StatusCode::OK,
+            };
+            async move { (status, "answered").into_response() }
+        }
+    };
     let (good, bad) = (
-        serve(answer(StatusCode::OK)).await,
-        serve(answer(StatusCode::INTERNAL_SERVER_ERROR)).await,
+        serve(answer(Arc::default())).await,
+        serve(answer(broken.clone())).await,
     );
     let links = [
         Link::to(format!("{}:{good}", local())).await,
@@ -100,10 +109,18 @@ async fn leases_that_are_lost_all_at_once_cost_neither_what_was_learned_nor_conn
     let nodes: Vec<_> = nodes.collect();
     let proxy = proxy(&etcd.options(), &group, false, "").await;
     proxy.until_it_has(2).await;
+    // More connections are pooled than requests one after the other can need at a time: a
+    // connection returns to the pool only after its response has reached the client.
+    let connections = || links.iter().map(Link::connections).collect::<Vec<_>>();
+    let start = Instant::now();
+    while connections().iter().any(|count| *count < 3) {
+        assert!(start.elapsed() < DEADLINE, "{:?}", connections());
+        load(&proxy.url, 100, 8).await;
+    }
+    broken.store(true, Ordering::SeqCst);
     load(&proxy.url, 500, 2).await;
     let learned = status(&proxy, "bad").success;
     assert!(learned <= 0.5, "{learned}");
-    let connections = || links.iter().map(Link::connections).collect::<Vec<_>>();
     let before = connections();
 
     let entries = || {
