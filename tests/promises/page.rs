@@ -620,11 +620,19 @@ async fn metrics_are_those_of_the_requests_and_prometheus_reads_them() {
             &format!("pingora_etcd_node_{what}{{group=\"{group}\",node=\"{node}\"}}"),
         )
     };
-    let before = scrape().await;
+    // A request is counted after the client has its response, and so is the one by which the balancer showed that it
+    // serves.
+    let mut before = String::new();
+    until("those of the start are counted", async || {
+        before = scrape().await;
+        let in_flight = format!("pingora_etcd_requests_in_flight{{group=\"{group}\"}}");
+        let answered = node(&before, "answered_total", "a");
+        value(&before, &in_flight) == 0.0 && answered > 0.0 && answered == ended(&before, "2xx")
+    })
+    .await;
     balancer.gets(20).await;
     a.set_status(500);
     balancer.gets(5).await;
-    // A request is counted after the client has its response.
     until("all are counted", async || {
         let after = scrape().await;
         let more = |count: &dyn Fn(&str) -> f64| count(&after) - count(&before);

@@ -107,7 +107,9 @@ async fn leases_that_are_lost_all_at_once_cost_neither_what_was_learned_nor_conn
         Backend::register(&etcd.options(), &group, id, port, |builder| builder)
     });
     let nodes: Vec<_> = nodes.collect();
-    let proxy = proxy(&etcd.options(), &group, false, "").await;
+    // Longer than it takes to register again.
+    let keeps = "  timeouts: { pool_idle_ms: 60000 }\n";
+    let proxy = proxy(&etcd.options(), &group, false, keeps).await;
     proxy.until_it_has(2).await;
     // More connections are pooled than requests one after the other can need at a time: a
     // connection returns to the pool only after its response has reached the client.
