@@ -1,53 +1,43 @@
 //! Registrations that are gone, kept for a while: their processes may only have lost their leases.
 
-use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use xxhash_rust::xxh3::Xxh3DefaultBuilder;
-
+use super::kept::Kept;
 use super::registration::Registration;
 use crate::node::Node;
 
 /// How long a registration is kept.
 const KEPT_FOR: Duration = Duration::from_secs(120);
-/// How many registrations are kept at most.
-const MAX_KEPT: usize = 10_000;
 
 /// Registrations that are gone, by the runs of their processes.
-#[derive(Debug, Default)]
-pub(super) struct Departed {
-    by_run: HashMap<u64, Entry, Xxh3DefaultBuilder>,
-    /// In the order in which they left. Some may have returned.
-    order: VecDeque<(Instant, u64)>,
-}
+#[derive(Debug)]
+pub(super) struct Departed(Kept<u64, Gone>);
 
 #[derive(Debug)]
-struct Entry {
-    left_at: Instant,
-    /// The success rate at that time.
+struct Gone {
+    /// The success rate when it left.
     success: f32,
     registration: Registration,
+}
+
+impl Default for Departed {
+    fn default() -> Self {
+        Self(Kept::new(KEPT_FOR))
+    }
 }
 
 impl Departed {
     /// Keeps a registration that is gone, unless its node has deregistered by itself.
     pub(super) fn keep(&mut self, registration: Registration, success: f32, now: Instant) {
-        self.remove_expired(now);
         let node = registration.node();
-        let Some(run) = node.run().filter(|_| !node.is_leaving()) else {
-            return;
-        };
-        if self.order.len() >= MAX_KEPT {
-            self.remove_oldest();
+        if let Some(run) = node.run().filter(|_| !node.is_leaving()) {
+            let gone = Gone {
+                success,
+                registration,
+            };
+            self.0.insert(run, gone, now);
         }
-        self.order.push_back((now, run));
-        let entry = Entry {
-            left_at: now,
-            success,
-            registration,
-        };
-        self.by_run.insert(run, entry);
     }
 
     /// Returns the registration of the process of `node`, if it left recently.
@@ -57,30 +47,15 @@ impl Departed {
         addr: SocketAddr,
         now: Instant,
     ) -> Option<Registration> {
-        self.remove_expired(now);
-        let entry = self.by_run.remove(&node.run()?)?;
-        if !entry.registration.is_same_process(node, addr) {
+        let gone = self.0.take(&node.run()?, now)?;
+        if !gone.registration.is_same_process(node, addr) {
             return None;
         }
-        entry.registration.endpoint.revive(entry.success);
-        Some(entry.registration)
+        gone.registration.endpoint.revive(gone.success);
+        Some(gone.registration)
     }
 
     pub(super) fn remove_expired(&mut self, now: Instant) {
-        while let Some((left_at, _)) = self.order.front() {
-            if now.saturating_duration_since(*left_at) < KEPT_FOR {
-                return;
-            }
-            self.remove_oldest();
-        }
-    }
-
-    fn remove_oldest(&mut self) {
-        // It may have returned since, and left again.
-        if let Some((left_at, run)) = self.order.pop_front()
-            && (self.by_run.get(&run)).is_some_and(|entry| entry.left_at == left_at)
-        {
-            self.by_run.remove(&run);
-        }
+        self.0.remove_expired(now);
     }
 }

@@ -24,6 +24,7 @@ mod fleet;
 mod follow;
 mod heard;
 mod index;
+mod kept;
 mod learned;
 mod load;
 mod mean;

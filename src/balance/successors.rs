@@ -1,16 +1,12 @@
 //! What the process that succeeds another one begins with. Pure.
 
-use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use xxhash_rust::xxh3::Xxh3DefaultBuilder;
-
+use super::kept::Kept;
 use crate::node::Node;
 
 /// How long a weight is kept after its process has left.
 const KEPT_FOR: Duration = Duration::from_secs(600);
-/// How many weights are kept at most.
-const MAX_KEPT: usize = 10_000;
 /// The factor by which a successor differs from the mean at most: its predecessor may have been restarted because
 /// something was wrong with it.
 const MOST_FACTOR: f64 = 3.0;
@@ -20,30 +16,26 @@ const MOST_FACTOR: f64 = 3.0;
 /// all. Nothing else is taken over: it may fail for other reasons, or not at all.
 #[derive(Debug)]
 pub(super) struct Successors {
-    by_id: HashMap<String, Left, Xxh3DefaultBuilder>,
-    /// In the order in which they left. Some may have left again since.
-    order: VecDeque<(Instant, String)>,
+    by_id: Kept<String, Left>,
     /// The mean factor on the static weights of those that work.
     mean: f64,
+}
+
+#[derive(Debug)]
+struct Left {
+    /// What it had registered.
+    static_weight: Option<f64>,
+    /// The factor on that, relative to the mean of all.
+    factor: f64,
 }
 
 impl Default for Successors {
     fn default() -> Self {
         Self {
-            by_id: HashMap::default(),
-            order: VecDeque::new(),
+            by_id: Kept::new(KEPT_FOR),
             mean: 1.0,
         }
     }
-}
-
-#[derive(Debug)]
-struct Left {
-    at: Instant,
-    /// What it had registered.
-    static_weight: Option<f64>,
-    /// The factor on that, relative to the mean of all.
-    factor: f64,
 }
 
 impl Successors {
@@ -55,43 +47,23 @@ impl Successors {
 
     /// Keeps what was learned of a process that leaves, if anything was: the factor on its static weight.
     pub(super) fn keep(&mut self, node: &Node, factor: Option<f64>, now: Instant) {
-        self.remove_expired(now);
         let Some(factor) = factor else { return };
-        if self.order.len() >= MAX_KEPT {
-            self.remove_oldest();
-        }
-        self.order.push_back((now, node.id.clone()));
         let left = Left {
-            at: now,
             static_weight: node.weight,
             factor: (factor / self.mean).clamp(1.0 / MOST_FACTOR, MOST_FACTOR),
         };
-        self.by_id.insert(node.id.clone(), left);
+        self.by_id.insert(node.id.clone(), left, now);
     }
 
     /// The factor that the process of a node begins with. It is kept, because this one may end before it is used.
     pub(super) fn get(&mut self, node: &Node, now: Instant) -> Option<f64> {
-        self.remove_expired(now);
-        let left = self.by_id.get(&node.id)?;
+        let left = self.by_id.get(&*node.id, now)?;
         // Whoever says that it is stronger now is another one.
         (left.static_weight == node.weight).then_some(left.factor * self.mean)
     }
 
     pub(super) fn remove_expired(&mut self, now: Instant) {
-        while let Some((at, _)) = self.order.front() {
-            if now.saturating_duration_since(*at) < KEPT_FOR {
-                return;
-            }
-            self.remove_oldest();
-        }
-    }
-
-    fn remove_oldest(&mut self) {
-        if let Some((at, id)) = self.order.pop_front()
-            && self.by_id.get(&id).is_some_and(|left| left.at == at)
-        {
-            self.by_id.remove(&id);
-        }
+        self.by_id.remove_expired(now);
     }
 }
 
@@ -104,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_limited_in_value_number_and_time() {
+    fn what_is_kept_is_limited_in_value_and_time() {
         let (mut successors, start) = (Successors::default(), Instant::now());
         successors.keep(&node(0), Some(0.01), start);
         assert_eq!(successors.get(&node(0), start), Some(1.0 / 3.0));
@@ -118,15 +90,6 @@ mod tests {
         );
         assert_eq!(successors.get(&node(0).with_weight(2.0), start), None);
         assert_eq!(successors.get(&node(1), start), None);
-        for id in 1..=MAX_KEPT {
-            successors.keep(&node(id), Some(1.5), start);
-        }
-        assert_eq!(
-            (successors.by_id.len(), successors.order.len()),
-            (MAX_KEPT, MAX_KEPT)
-        );
-        assert_eq!(successors.get(&node(0), start), None, "the oldest one went");
-        assert_eq!(successors.get(&node(1), start + KEPT_FOR), None);
-        assert!(successors.by_id.is_empty() && successors.order.is_empty());
+        assert_eq!(successors.get(&node(0), start + KEPT_FOR), None);
     }
 }
