@@ -11,7 +11,7 @@ use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::view::{NodeOverride, Nodes};
 
-/// Below this success rate a node counts as failing.
+/// Below this success rate a node counts as failing, also if it is not ejected.
 const FAILING: f64 = 0.5;
 
 /// What a node is used for.
@@ -22,7 +22,8 @@ pub enum BackendState {
     Serving,
     /// It says of itself that it is not at its best, and gets fewer requests.
     Degraded,
-    /// Most requests to it fail, so it gets few.
+    /// So many requests to it fail that it gets nothing but probes (it is ejected), or most of them do, so that it
+    /// gets few.
     Failing,
     /// A health check, or the node itself, says that it is not well. It gets no requests, unless too few nodes are
     /// well.
@@ -123,6 +124,7 @@ fn state(
     said: Option<&NodeOverride>,
     check: Option<&CheckStatus>,
 ) -> (BackendState, String) {
+    let is_ejected = backend.is_some_and(|backend| backend.is_ejected);
     let is_failing = backend.is_some_and(|backend| backend.success < FAILING);
     let health = node.metadata.string(metadata_keys::HEALTH);
     let says = |wanted| health.as_deref() == Some(wanted);
@@ -160,6 +162,10 @@ fn state(
         (None, _) => (
             BackendState::Unused,
             "it has not been checked yet, or the balancer has no place for it",
+        ),
+        _ if is_ejected => (
+            BackendState::Failing,
+            "requests to it fail, so it gets nothing but probes",
         ),
         _ if is_failing => (BackendState::Failing, "most requests to it fail"),
         _ if says("degraded") => {

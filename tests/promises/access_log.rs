@@ -20,8 +20,10 @@ async fn before(ports: &[u16], name: &str, log: &str, more: &str) -> (Balancer, 
     let file = scratch(&format!("{group}.access"));
     let log = log.replace("FILE", file.to_str().unwrap());
     let fields = format!("access_log: {{ {log} }}\n{more}");
-    let balancer = Setup::shared(&group).with(&fields).listening().await;
-    (balancer, file)
+    let setup = Setup::shared(&group).with(&fields);
+    // It ends before, as soon as what was served is written.
+    let setup = setup.server("grace_period_seconds: 20");
+    (setup.listening().await, file)
 }
 
 fn lines(file: &Path) -> Vec<String> {

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tonic_health::ServingStatus;
 
 use super::common::etcd::Etcd;
-use super::common::load::client;
+use super::common::load::{Load, client};
 use super::common::programs::COMMAND;
 use super::common::{free_port, group};
 use super::raw::{Raw, RawBackend, ok, status};
@@ -104,6 +104,17 @@ impl Watched {
                 .to_owned()
         };
         (text("state"), text("reason"))
+    }
+
+    async fn until_reason(&self, id: &str, expected: &str) -> String {
+        let mut state = String::new();
+        until(&format!("{id}: {expected}"), async || {
+            let (now, reason) = self.state(id).await;
+            state = now;
+            reason.contains(expected)
+        })
+        .await;
+        state
     }
 
     async fn until_state(&self, id: &str, expected: &str) -> Duration {
@@ -333,25 +344,31 @@ async fn the_checks_of_a_thousand_nodes_are_spread() {
     })
     .await;
     // From then on about 500 a second: eight quarters of a second with 125 each. A wave would fill one or two of
-    // them and leave the others empty. A machine that stands still for a moment does that to a few, not to most.
-    let start = tokio::time::Instant::now();
-    let mut counts = vec![all.load(Ordering::Relaxed)];
-    for quarter in 1..25 {
-        tokio::time::sleep_until(start + Duration::from_millis(250) * quarter).await;
-        counts.push(all.load(Ordering::Relaxed));
+    // them and leave the others empty, each time. So does a machine that stands still for a moment, but not each
+    // time.
+    let mut tries = Vec::new();
+    for _ in 0..3 {
+        // The first ones are still in the order in which they began.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let start = tokio::time::Instant::now();
+        let mut counts = vec![all.load(Ordering::Relaxed)];
+        for quarter in 1..=16 {
+            tokio::time::sleep_until(start + Duration::from_millis(250) * quarter).await;
+            counts.push(all.load(Ordering::Relaxed));
+        }
+        let pairs = counts.windows(2);
+        let quarters: Vec<_> = pairs.map(|pair| pair[1] - pair[0]).collect();
+        let usual = quarters.iter().filter(|count| (40..320).contains(*count));
+        let is_even = usual.count() * 4 >= quarters.len() * 3;
+        tries.push((is_even, quarters));
+        if is_even {
+            break;
+        }
     }
-    // The first ones are still in the order in which they began.
-    let quarters: Vec<_> = counts[8..]
-        .windows(2)
-        .map(|pair| pair[1] - pair[0])
-        .collect();
-    let usual = quarters.iter().filter(|count| (40..320).contains(*count));
-    let (usual, most) = (usual.count(), most.load(Ordering::Relaxed));
-    println!(
-        "1,000 nodes: at most {most} checks at one time; in quarters of a second: {quarters:?}"
-    );
+    let most = most.load(Ordering::Relaxed);
+    println!("1,000 nodes: at most {most} checks at one time; in quarters of a second: {tries:?}");
     assert!(most <= 20, "{most}");
-    assert!(usual * 4 >= quarters.len() * 3, "{quarters:?}");
+    assert!(tries.iter().any(|(is_even, _)| *is_even), "{tries:?}");
     drop(balancer);
 }
 
@@ -387,4 +404,29 @@ async fn a_worker_says_that_it_is_degraded_or_failing_and_is_weighed_or_left_out
     watched.until_state("w1", "serving").await;
     watched.balancer.until_served_by(&["w1", "w2"]).await;
     drop(two);
+}
+
+/// One of three requests fails: its success rate is above one half, but far below that of the others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_gets_nothing_but_probes_is_shown_as_failing() {
+    let (count, fails) = (AtomicUsize::new(0), Arc::new(AtomicBool::new(true)));
+    let own = fails.clone();
+    let bad = RawBackend::start(move |request| {
+        let is_third = count.fetch_add(1, Ordering::Relaxed).is_multiple_of(3);
+        match is_third && own.load(Ordering::Relaxed) {
+            true => b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n".to_vec(),
+            false => ok(request),
+        }
+    })
+    .await;
+    let [one, two] = [RawBackend::start(ok).await, RawBackend::start(ok).await];
+    let ports = [&bad, &one, &two].map(|backend| backend.address.port());
+    let watched = Watched::start("ejected", &ports, "").await;
+    watched.until_state("n0", "serving").await;
+    let load = Load::start(&watched.balancer.url, 4);
+    let state = watched.until_reason("n0", "nothing but probes").await;
+    assert_eq!(state, "failing");
+    fails.store(false, Ordering::Relaxed);
+    watched.until_state("n0", "serving").await;
+    drop(load);
 }

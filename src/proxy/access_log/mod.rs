@@ -12,17 +12,18 @@ use tracing::error;
 
 use crate::config;
 use crate::error::ClusterError;
+use crate::proxy::shutdown::Shutdown;
 use crate::supervise::say;
 
 pub(super) use entry::Entry;
-use writer::{Writer, open};
+use writer::{Line, Writer, open};
 
 /// Where lines go.
 #[derive(Debug)]
 pub(super) struct AccessLog {
     config: config::AccessLog,
     /// The thread is started by the first line: before, the process may still become another one.
-    lines: OnceLock<Option<SyncSender<Entry>>>,
+    lines: OnceLock<Option<SyncSender<Line>>>,
     dropped: Arc<AtomicU64>,
 }
 
@@ -54,15 +55,16 @@ impl AccessLog {
     /// counted.
     pub(super) fn write(&self, entry: Entry) {
         let lines = self.lines.get_or_init(|| self.start());
+        let line = (entry, Shutdown::of_process().hold());
         let is_queued = lines
             .as_ref()
-            .is_some_and(|lines| lines.try_send(entry).is_ok());
+            .is_some_and(|lines| lines.try_send(line).is_ok());
         if !is_queued {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn start(&self) -> Option<SyncSender<Entry>> {
+    fn start(&self) -> Option<SyncSender<Line>> {
         let (sender, lines) = sync_channel(self.config.queue);
         let writer = Writer::new(&self.config.file, self.config.format, self.dropped.clone());
         let thread = std::thread::Builder::new().name("access log".to_owned());

@@ -12,11 +12,14 @@ use tracing::warn;
 
 use super::entry::Entry;
 use crate::config::LogFormat;
-use crate::proxy::shutdown::Shutdown;
+use crate::proxy::shutdown::{Hold, Shutdown};
 use crate::supervise::say;
 
 /// How long a line may wait before it is in the file.
 const FLUSH_AFTER: Duration = Duration::from_millis(200);
+
+/// An entry, and what keeps the process from ending before the thread has it.
+pub(super) type Line = (Entry, Hold);
 
 /// Writes lines until nobody gives any more.
 pub(super) struct Writer {
@@ -64,18 +67,18 @@ impl Writer {
         }
     }
 
-    pub(super) fn run(mut self, lines: &Receiver<Entry>) {
+    pub(super) fn run(mut self, lines: &Receiver<Line>) {
         let process = Shutdown::of_process();
         loop {
-            // The process does not end before what it has got is written.
             let received = lines.recv_timeout(FLUSH_AFTER);
+            // In place of those that come with the lines: the process does not end before they are in the file.
             let _hold = process.hold();
             match received {
-                Ok(entry) => self.write(&entry),
+                Ok((entry, _)) => self.write(&entry),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.flush(),
             }
-            while let Ok(entry) = lines.try_recv() {
+            while let Ok((entry, _)) = lines.try_recv() {
                 self.write(&entry);
             }
             self.flush();
