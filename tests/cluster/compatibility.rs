@@ -95,6 +95,7 @@ async fn what_is_written_is_what_the_predecessor_reads() {
 #[tokio::test]
 async fn the_predecessors_calls_compile_and_work() {
     use std::net::{IpAddr, SocketAddr};
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use pingora_etcd::cluster_node::{ClusterNode, ClusterNodeBuilder};
     use pingora_etcd::discovery::ServiceDiscovery;
@@ -106,10 +107,12 @@ async fn the_predecessors_calls_compile_and_work() {
     use pingora_etcd::types::{HealthStatus, NodeMetadata, metadata_keys};
     use tokio::sync::broadcast;
 
-    struct Fixed;
+    struct Fixed(AtomicU32);
     impl MetricsCollector for Fixed {
         fn collect(&self) -> NodeMetadata {
-            serde_json::json!({ "queue_depth": 150, "cpu_usage_percent": -1 })
+            // Each sample is far from the last one, so that it is written.
+            let calls = 2_u32.pow(self.0.fetch_add(1, Ordering::Relaxed) % 31);
+            serde_json::json!({ "queue_depth": 150, "cpu_usage_percent": -1, "calls": calls })
         }
     }
 
@@ -126,7 +129,7 @@ async fn the_predecessors_calls_compile_and_work() {
             .metrics_collector(
                 CompositeMetricsCollector::new()
                     .with_collector(NoopMetricsCollector::new())
-                    .with_collector(Fixed)
+                    .with_collector(Fixed(AtomicU32::new(0)))
                     .with_collector(SystemMetricsCollector::new()),
             )
             .metrics_update_interval(1)
@@ -186,7 +189,8 @@ async fn the_predecessors_calls_compile_and_work() {
     })
     .await;
     let mut updated = false;
-    while let Ok(event) = events.try_recv() {
+    while !updated {
+        let event = within("an update", events.recv()).await.unwrap();
         println!("{event} {event:?}");
         match event {
             ClusterEvent::NodeJoined(node) | ClusterEvent::NodeLeft(node) => {
@@ -197,7 +201,6 @@ async fn the_predecessors_calls_compile_and_work() {
             _ => {}
         }
     }
-    assert!(updated);
     shutdown_tx.send(()).unwrap();
     for task in tasks {
         within("run returns", task).await.unwrap().unwrap();

@@ -46,12 +46,12 @@ async fn a_new_leader_after_a_crash_within_the_ttl_and_a_second() {
     })
     .await;
     // The lease of 2 s may have been renewed just before the crash.
-    assert!(took < Duration::from_secs(3), "{took:?}");
-    assert_eq!(
-        discovery.nodes().len(),
-        1,
-        "the crashed node is not shown any more"
-    );
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    // Its entry goes with the same lease, but the two watches are told one after the other.
+    eventually("the crashed node is not shown any more", || {
+        discovery.nodes().len() == 1
+    })
+    .await;
     eventually("n2 knows that it leads", || second.node.is_leader()).await;
     assert!(discovery.leadership().unwrap().epoch > epoch);
     second.stop().await;
@@ -111,10 +111,12 @@ async fn twenty_nodes_come_and_go_with_always_a_valid_leader() {
 }
 
 #[tokio::test]
-async fn a_graceful_leave_is_seen_within_half_a_second() {
+async fn a_graceful_leave_is_seen_at_once() {
     let etcd = Etcd::shared();
     let group = group("leave");
-    let first = Running::start(&etcd.options(), &group, "n1").await;
+    let first = super::builder(&etcd.options(), &group, "n1").ttl(10);
+    let first = Running::new(first.try_build().unwrap());
+    first.wait_until_healthy().await;
     within("the node leads", first.node.wait_for_leadership()).await;
     let second = Running::start(&etcd.options(), &group, "n2").await;
     let discovery = ready(&etcd.options(), &group).await;
@@ -129,9 +131,10 @@ async fn a_graceful_leave_is_seen_within_half_a_second() {
             seen_events.push(events.recv().await.unwrap().to_string());
         }
     };
-    tokio::time::timeout(Duration::from_millis(500), seen)
+    // Its lease would hold for ten seconds; half a second is what it takes on a machine that is not busy.
+    tokio::time::timeout(Duration::from_secs(3), seen)
         .await
-        .expect("seen within 500 ms");
+        .expect("seen within 3 s");
     second.stop().await;
 }
 
@@ -269,6 +272,7 @@ async fn a_higher_priority_takes_over_once_it_has_been_there_for_a_while() {
     }
     within("the node leads", nodes[0].node.wait_for_leadership()).await;
     let after = Duration::from_secs(1);
+    let discovery = ready(&etcd.options(), &group).await;
     let high = super::builder(&etcd.options(), &group, "n3")
         .priority(7)
         .takeover_after(after)
@@ -276,10 +280,9 @@ async fn a_higher_priority_takes_over_once_it_has_been_there_for_a_while() {
         .unwrap();
     let high = Running::new(high);
     high.wait_until_healthy().await;
-    let discovery = ready(&etcd.options(), &group).await;
-    let seen = discovery.nodes().get("n3").map(|node| node.priority);
-    assert_eq!(seen, Some(Some(7)));
     let took = eventually("the node leads", || high.node.is_leader()).await;
+    let priority = || discovery.nodes().get("n3").and_then(|node| node.priority);
+    eventually("it is seen with its priority", || priority() == Some(7)).await;
     assert!(
         took > after / 2 && took < 3 * after,
         "neither at once nor late: {took:?}"

@@ -125,7 +125,8 @@ async fn a_node_that_does_not_lead_any_more_has_the_request_sent_once_more() {
             RawBackend::start(refuses).await,
             RawBackend::start(named("o")).await,
         );
-        let (balancer, mut keys, key) = before("resigns", [&leader, &other], "").await;
+        let (balancer, mut keys, key) =
+            before("resigns", [&leader, &other], "leader_wait_ms: 20000").await;
         let mut client = Raw::to(&balancer).await;
         let request = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody";
         client.send(request.as_bytes()).await;
@@ -177,7 +178,7 @@ async fn a_client_reads_its_own_writes_for_as_long_as_is_set() {
         RawBackend::start(named("l")).await,
         RawBackend::start(named("o")).await,
     );
-    let fields = "leader: { read_your_writes_ms: 1500 }";
+    let fields = "leader: { read_your_writes_ms: 5000 }";
     let (balancer, _, _) = before("own-writes", [&leader, &other], fields).await;
     let mut client = Raw::to(&balancer).await;
     client
@@ -189,7 +190,7 @@ async fn a_client_reads_its_own_writes_for_as_long_as_is_set() {
     let until_then = until_then.unwrap_or_else(|| panic!("{response}"));
     let head = format!("GET / HTTP/1.1\r\nHost: a\r\n{field}{until_then}");
     assert_eq!(served_by(&balancer, &head).await, ["leader"]);
-    tokio::time::sleep(Duration::from_millis(1_600)).await;
+    tokio::time::sleep(Duration::from_millis(5_100)).await;
     assert_eq!(served_by(&balancer, &head).await, ["leader", "other"]);
     // Nobody gets more than that by a time of his own.
     let far: u64 = until_then.parse::<u64>().unwrap() + 1_000_000;
@@ -205,7 +206,7 @@ async fn a_client_reads_its_own_writes_for_as_long_as_is_set() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writes_count_as_in_flight_at_the_leader() {
-    let leader = RawBackend::start_slow(Duration::from_secs(2)).await;
+    let leader = RawBackend::start_slow(Duration::from_secs(6)).await;
     let other = RawBackend::start(named("o")).await;
     let (etcd, group) = (Etcd::shared(), group("in-flight"));
     let mut keys = etcd.raw_client().await;

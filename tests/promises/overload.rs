@@ -23,12 +23,13 @@ async fn before(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer 
 /// Sends this number of requests at once: the responses, and how long each took.
 async fn at_once(balancer: &Balancer, count: usize) -> Vec<(String, Duration)> {
     let mut requests = JoinSet::new();
+    let mut clients = Vec::new();
     for _ in 0..count {
-        let mut client = Raw::to(balancer).await;
-        requests.spawn(async move {
-            let start = Instant::now();
-            (client.get("").await, start.elapsed())
-        });
+        clients.push(Raw::to(balancer).await);
+    }
+    let start = Instant::now();
+    for mut client in clients {
+        requests.spawn(async move { (client.get("").await, start.elapsed()) });
     }
     requests.join_all().await
 }
@@ -42,8 +43,8 @@ fn count(responses: &[(String, Duration)], code: &str) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_beyond_the_limit_wait_and_then_get_503() {
-    let backend = RawBackend::start_slow(SECOND / 2).await;
-    let fields = "overload: { max_in_flight: 2, queue: 2, queue_timeout_ms: 5000 }";
+    let backend = RawBackend::start_slow(SECOND).await;
+    let fields = "overload: { max_in_flight: 2, queue: 2, queue_timeout_ms: 15000 }";
     let balancer = before(&[&backend], "limit", fields).await;
     let responses = at_once(&balancer, 6).await;
     assert_eq!(
@@ -53,7 +54,7 @@ async fn requests_beyond_the_limit_wait_and_then_get_503() {
     );
     for (response, took) in &responses {
         if status(response) == "503" {
-            assert!(*took < SECOND / 4, "{took:?}");
+            assert!(*took < SECOND, "{took:?}");
             assert!(
                 response.to_ascii_lowercase().contains("retry-after: 1"),
                 "{response}"
@@ -62,7 +63,7 @@ async fn requests_beyond_the_limit_wait_and_then_get_503() {
             assert!(response.contains("Connection: keep-alive"), "{response}");
         }
     }
-    let waited = responses.iter().filter(|(_, took)| *took > SECOND * 9 / 10);
+    let waited = responses.iter().filter(|(_, took)| *took >= 2 * SECOND);
     assert_eq!(waited.count(), 2);
     // Whoever waits too long gets 503, too.
     let fields = "overload: { max_in_flight: 1, queue: 9, queue_timeout_ms: 100 }";
@@ -78,8 +79,8 @@ async fn requests_beyond_the_limit_wait_and_then_get_503() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backend_gets_no_more_requests_at_a_time_than_it_may() {
     let (one, two) = (
-        RawBackend::start_slow(SECOND / 2).await,
-        RawBackend::start_slow(SECOND / 2).await,
+        RawBackend::start_slow(SECOND).await,
+        RawBackend::start_slow(SECOND).await,
     );
     for policy in [
         "adaptive",
@@ -89,7 +90,7 @@ async fn a_backend_gets_no_more_requests_at_a_time_than_it_may() {
         "consistent",
     ] {
         let fields = format!(
-            "policy: {policy}\noverload: {{ max_in_flight_per_node: 2, queue: 1, queue_timeout_ms: 5000 }}"
+            "policy: {policy}\noverload: {{ max_in_flight_per_node: 2, queue: 1, queue_timeout_ms: 15000 }}"
         );
         let balancer = before(&[&one, &two], "per-node", &fields).await;
         // Four at once, one waits, and one too many.
@@ -99,7 +100,7 @@ async fn a_backend_gets_no_more_requests_at_a_time_than_it_may() {
         let mut times: Vec<_> = responses.iter().map(|(_, took)| *took).collect();
         times.sort_unstable();
         assert!(
-            times[4] < SECOND * 9 / 10 && times[5] > SECOND * 9 / 10,
+            times[4] < 2 * SECOND && times[5] >= 2 * SECOND,
             "{policy}: {times:?}"
         );
     }
@@ -114,10 +115,10 @@ async fn a_backend_that_asks_for_a_pause_gets_one_within_bounds() {
         })
         .await;
         let fine = RawBackend::start(ok).await;
-        let fields = "policy: round_robin\noverload: { retry_after_most_ms: 1500 }";
+        let fields = "policy: round_robin\noverload: { retry_after_most_ms: 4000 }";
         let balancer = before(&[&busy, &fine], "pause", fields).await;
-        let counted = balancer.gets(40).await;
-        assert_eq!(counted.get("n1"), Some(&39), "{counted:?}");
+        let counted = balancer.gets(20).await;
+        assert_eq!(counted.get("n1"), Some(&19), "{counted:?}");
         assert_eq!(busy.requests().len(), 1);
         until("it is tried again", async || {
             balancer.get().await;

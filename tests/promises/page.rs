@@ -232,7 +232,7 @@ async fn the_page_shows_who_leads_and_can_be_used_by_keyboard_only_with_a_thousa
     }
     let (etcd, group) = (Etcd::shared(), group("thousand"));
     let mut keys = etcd.raw_client().await;
-    let lease = keys.lease_grant(60, None).await.unwrap().id();
+    let lease = keys.lease_grant(600, None).await.unwrap().id();
     for index in 0..1_000_u16 {
         let id = format!("n{index:04}");
         let zone = if index % 2 == 0 { "even" } else { "odd" };

@@ -88,18 +88,20 @@ async fn at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_fli
 async fn an_idle_process_ends_after_the_delay_and_at_ctrl_c_at_once() {
     let backend = RawBackend::start(ok).await;
     for (signal, program, least, most) in [
-        ("TERM", "load_balancer", SECOND * 9 / 10, 2 * SECOND),
-        ("INT", "load_balancer", Duration::ZERO, SECOND),
-        ("TERM", "leader_routing", SECOND * 9 / 10, 2 * SECOND),
+        ("TERM", "load_balancer", 3 * SECOND, 8 * SECOND),
+        ("INT", "load_balancer", Duration::ZERO, SECOND * 5 / 2),
+        ("TERM", "leader_routing", 3 * SECOND, 8 * SECOND),
     ] {
         let (etcd, group) = (Etcd::shared(), group("idle-end"));
         let entry = entry("a", Some(backend.address.port()), json!({}));
         put(&mut etcd.raw_client().await, &group, &entry, None).await;
         let setup = Setup::shared(&group).program(program);
-        let setup = setup.with("drain_delay_ms: 1000");
+        let setup = setup.with("drain_delay_ms: 3000");
         let mut balancer = setup.server("grace_period_seconds: 30").serving().await;
+        let start = Instant::now();
         balancer.program.signal(signal);
-        let (status, took) = balancer.program.ended().await;
+        let (status, _) = balancer.program.ended().await;
+        let took = start.elapsed();
         assert_eq!(status.code(), Some(0), "{}", balancer.log_text());
         assert!(took >= least && took < most, "{signal} {program}: {took:?}");
     }
@@ -221,7 +223,8 @@ impl Clients {
                         Err(error) => failures.push(format!("{error} (kept: {keeps})")),
                     }
                     let took = start.elapsed();
-                    if took > SECOND {
+                    // What this is about would take ten, or the grace period.
+                    if took > 5 * SECOND {
                         failures.push(format!("a request took {took:?}"));
                     }
                     tokio::time::sleep(Duration::from_millis(10)).await;
@@ -309,11 +312,11 @@ async fn sockets_are_handed_over_without_a_refused_or_waiting_connection() {
             old.log_text(),
             new.log_text()
         );
-        assert!(
-            new.log_text().contains("predecessor knows"),
-            "{}",
-            new.log_text()
-        );
+        // It says so after it has told it.
+        until("the former process knows", async || {
+            new.log_text().contains("predecessor knows")
+        })
+        .await;
         old = new;
     }
     clients.end().await;

@@ -224,7 +224,7 @@ async fn a_proxy_header_comes_before_tls_and_a_handshake_has_its_time() {
     let listed = certificates(&[(&pair.0, &pair.1)]);
     let fields = format!(
         "tls: {{ certificates: {listed} }}\nclients: {{ proxy_protocol: [127.0.0.0/8] }}\n\
-         timeouts: {{ client_header_ms: 700 }}"
+         timeouts: {{ client_header_ms: 3000 }}"
     );
     let balancer = before(backend.address.port(), "tls-proxy", &fields).await;
     let mut stream = TcpStream::connect(&balancer.listen).await.unwrap();
@@ -243,7 +243,7 @@ async fn a_proxy_header_comes_before_tls_and_a_handshake_has_its_time() {
     stream.write_all(b"\x16\x03\x01").await.unwrap();
     let start = Instant::now();
     assert_eq!(Raw(stream).rest().await, "");
-    assert!(start.elapsed() > SECOND / 2 && start.elapsed() < 5 * SECOND);
+    assert!(start.elapsed() > SECOND && start.elapsed() < 10 * SECOND);
 }
 
 /// A backend that speaks HTTP/1.1 over TLS and answers with the name of the client's certificate's
@@ -530,7 +530,7 @@ async fn a_client_that_has_agreed_on_http_2_has_to_begin_with_it_in_time() {
     let one = files.write_pair("one", &authority.server(&["one.test"]));
     let listed = certificates(&[(&one.0, &one.1)]);
     let fields =
-        format!("timeouts: {{ client_header_ms: 600 }}\ntls: {{ certificates: {listed} }}");
+        format!("timeouts: {{ client_header_ms: 2500 }}\ntls: {{ certificates: {listed} }}");
     let balancer = before(backend.address.port(), "preface", &fields).await;
     for start in [&b""[..], b"PRI * HT"] {
         let client = connect(&balancer.listen, "one.test", &authority, None, &["h2"]).await;
@@ -540,8 +540,8 @@ async fn a_client_that_has_agreed_on_http_2_has_to_begin_with_it_in_time() {
         let begun = Instant::now();
         let mut received = Vec::new();
         let reading = client.read_to_end(&mut received);
-        let ended = tokio::time::timeout(5 * SECOND, reading).await;
+        let ended = tokio::time::timeout(10 * SECOND, reading).await;
         assert!(ended.is_ok(), "{start:?}");
-        assert!(begun.elapsed() > SECOND / 3, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() > SECOND, "{:?}", begun.elapsed());
     }
 }

@@ -9,7 +9,7 @@ use pingora_etcd::proxy::ClusterProxy;
 use pingora_etcd::{ClusterNodeBuilder, EtcdOptions};
 
 use super::common::etcd::Etcd;
-use super::common::{DEADLINE, eventually, free_port, group, local};
+use super::common::{DEADLINE, eventually, free_port, group, local, within};
 use super::{Backend, Load, RunningServer, client, cluster_config, load, until_it_answers};
 
 pub(crate) struct Proxy {
@@ -258,9 +258,16 @@ async fn a_lost_get_is_repeated_and_a_lost_post_is_not() {
     let group = group("lost");
     let taken = Arc::new(std::sync::atomic::AtomicU32::new(0));
     let port = closes_without_response(taken.clone()).await;
-    let heavy = |builder: pingora_etcd::ClusterNodeBuilder| builder.weight(1000.0);
-    let _bad = Backend::register(&etcd.options(), &group, "bad", port, heavy);
+    let heavy = |builder: pingora_etcd::ClusterNodeBuilder| builder.weight(1e6);
+    let bad = Backend::register(&etcd.options(), &group, "bad", port, heavy);
     let good = Backend::start(&etcd.options(), &group, "good").await;
+    // The first view has both, so that none of them is one that joins and has to be tried first.
+    within("it is registered", bad.node.until_registered())
+        .await
+        .unwrap();
+    within("it is registered", good.node.until_registered())
+        .await
+        .unwrap();
     let proxy = proxy(&etcd.options(), &group, false, "").await;
     proxy.until_it_has(2).await;
     good.take_requests();
