@@ -165,7 +165,7 @@ fn state(
         ),
         _ if is_ejected => (
             BackendState::Failing,
-            "requests to it fail, so it gets nothing but probes",
+            "requests to it fail, so it gets nothing but probes while others work",
         ),
         _ if is_failing => (BackendState::Failing, "most requests to it fail"),
         _ if says("degraded") => {

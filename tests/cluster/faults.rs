@@ -116,21 +116,19 @@ async fn a_replaced_process_comes_back_when_its_successor_leaves() {
 #[tokio::test]
 async fn shutdown_within_two_seconds_while_etcd_is_stopped() {
     let etcd = Etcd::own();
-    // Below two seconds, and the rest is for a machine that is busy.
-    const MOST: Duration = Duration::from_secs(4);
     let group = group("silent");
     let first = Running::start(&etcd.options(), &group, "n1").await;
     let second = Running::start(&etcd.options(), &group, "n2").await;
     etcd.pause();
     // One node is stopped at once, the other after its session has noticed the silence.
     let took = first.stop().await;
-    assert!(took < MOST, "{took:?}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
     eventually("n2 is unhealthy", || {
         second.node.current_health() == HealthStatus::Unhealthy
     })
     .await;
     let took = second.stop().await;
-    assert!(took < MOST, "{took:?}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
     etcd.resume();
     let discovery = ready(&etcd.options(), &group).await;
     eventually("the entries they left expire with their leases", || {
@@ -171,7 +169,7 @@ async fn a_leader_cut_off_gives_up_before_another_is_elected() {
     .await;
     let gave_up = gave_up.expect("n1 gave up before n2 led");
     assert!(gave_up < elected);
-    assert!(gave_up <= Duration::from_secs(3), "{gave_up:?}");
+    assert!(gave_up <= Duration::from_secs(2), "{gave_up:?}");
     throughout("one leader", Duration::from_secs(2), || {
         other.node.is_leader() && !cut_off.node.is_leader()
     })
@@ -232,7 +230,7 @@ async fn a_discovery_cut_off_silently_says_so_and_keeps_the_view() {
     let event = within("an event arrives", events.recv()).await.unwrap();
     assert_eq!(event, ClusterEvent::Disconnected);
     let took = start.elapsed();
-    assert!(took < Duration::from_secs(7), "{took:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
     assert_eq!(discovery.nodes().len(), 1);
     node.stop().await;
     assert_eq!(

@@ -21,7 +21,7 @@ async fn before(ports: &[u16], name: &str, log: &str, more: &str) -> (Balancer, 
     let log = log.replace("FILE", file.to_str().unwrap());
     let fields = format!("access_log: {{ {log} }}\n{more}");
     let setup = Setup::shared(&group).with(&fields);
-    // It ends before, as soon as what was served is written.
+    // With a grace period of 0, the process would not wait for the log.
     let setup = setup.server("grace_period_seconds: 20");
     (setup.listening().await, file)
 }

@@ -344,31 +344,25 @@ async fn the_checks_of_a_thousand_nodes_are_spread() {
     })
     .await;
     // From then on about 500 a second: eight quarters of a second with 125 each. A wave would fill one or two of
-    // them and leave the others empty, each time. So does a machine that stands still for a moment, but not each
-    // time.
-    let mut tries = Vec::new();
-    for _ in 0..3 {
-        // The first ones are still in the order in which they began.
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        let start = tokio::time::Instant::now();
-        let mut counts = vec![all.load(Ordering::Relaxed)];
-        for quarter in 1..=16 {
-            tokio::time::sleep_until(start + Duration::from_millis(250) * quarter).await;
-            counts.push(all.load(Ordering::Relaxed));
-        }
-        let pairs = counts.windows(2);
-        let quarters: Vec<_> = pairs.map(|pair| pair[1] - pair[0]).collect();
-        let usual = quarters.iter().filter(|count| (40..320).contains(*count));
-        let is_even = usual.count() * 4 >= quarters.len() * 3;
-        tries.push((is_even, quarters));
-        if is_even {
-            break;
-        }
+    // them and leave the others empty. A machine that stands still for a moment does that to a few, not to most.
+    let start = tokio::time::Instant::now();
+    let mut counts = vec![all.load(Ordering::Relaxed)];
+    for quarter in 1..25 {
+        tokio::time::sleep_until(start + Duration::from_millis(250) * quarter).await;
+        counts.push(all.load(Ordering::Relaxed));
     }
-    let most = most.load(Ordering::Relaxed);
-    println!("1,000 nodes: at most {most} checks at one time; in quarters of a second: {tries:?}");
+    // The first ones are still in the order in which they began.
+    let quarters: Vec<_> = counts[8..]
+        .windows(2)
+        .map(|pair| pair[1] - pair[0])
+        .collect();
+    let usual = quarters.iter().filter(|count| (40..320).contains(*count));
+    let (usual, most) = (usual.count(), most.load(Ordering::Relaxed));
+    println!(
+        "1,000 nodes: at most {most} checks at one time; in quarters of a second: {quarters:?}"
+    );
     assert!(most <= 20, "{most}");
-    assert!(tries.iter().any(|(is_even, _)| *is_even), "{tries:?}");
+    assert!(usual * 4 >= quarters.len() * 3, "{quarters:?}");
     drop(balancer);
 }
 

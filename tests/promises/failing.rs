@@ -90,9 +90,9 @@ async fn few_of_many_work(alive: usize, dead: usize, is_preserved: bool) {
     }
     send(&balancer, SETTLED).await;
     let got = send(&balancer, 8 * SECOND).await;
-    assert!(got.requests > 200, "{got:?}");
+    assert!(got.requests > 500, "{got:?}");
     assert!(
-        got.failed <= 1 + got.requests / 1_000,
+        got.failed * 1_000 <= got.requests,
         "{alive} work, {dead} do not: {got:?}\n{}",
         balancer.log_text()
     );
@@ -145,9 +145,7 @@ async fn fails_for_a_while(name: &str, response: &'static str, after: Duration) 
         backends.push(RawBackend::start(ok).await);
     }
     register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
-    // What a busy machine does to the few latencies of a second is not what this is about.
-    let setup = Setup::shared(&group).with("adaptive: { latency_gain: 0 }");
-    let balancer = setup.listening().await;
+    let balancer = Setup::shared(&group).listening().await;
     send(&balancer, SETTLED).await;
     let before = failing.load(Ordering::SeqCst);
     let got = send(&balancer, 10 * SECOND).await;

@@ -333,7 +333,7 @@ async fn updates_of_the_view_keep_their_distance() {
     balancer.until_served_by(&["b"]).await;
     let took = start.elapsed();
     assert!(
-        took > Duration::from_secs(2) && took < Duration::from_secs(15),
+        took > Duration::from_secs(3) && took < Duration::from_secs(15),
         "{took:?}"
     );
     assert!(a.requests() > 0);
@@ -360,7 +360,7 @@ async fn a_key_prefix_goes_before_every_key() {
 async fn a_write_waits_for_a_leader_for_as_long_as_is_set() {
     let (setup, _, _backends) = two("leader-wait", json!({}), json!({})).await;
     let setup = setup.program("leader_routing");
-    for (fields, least, most) in [("leader_wait_ms: 300", 300, 1900), ("", 2000, 9000)] {
+    for (fields, least, most) in [("leader_wait_ms: 300", 300, 1500), ("", 2000, 3500)] {
         let routing = setup.clone().with(fields).serving().await;
         let start = Instant::now();
         let response = client().post(&routing.url).send().await.unwrap();
@@ -401,7 +401,7 @@ async fn a_mass_expiry_does_not_empty_the_pool_while_requests_succeed() {
         off.get().await == "503"
     })
     .await;
-    assert!(took < Duration::from_secs(8), "{took:?}");
+    assert!(took < Duration::from_secs(1), "{took:?}");
     assert_eq!(short.gets(40).await.len(), 4);
     until("the suspects are dropped", async || {
         short.get().await == "503"

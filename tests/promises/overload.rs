@@ -54,7 +54,7 @@ async fn requests_beyond_the_limit_wait_and_then_get_503() {
     );
     for (response, took) in &responses {
         if status(response) == "503" {
-            assert!(*took < SECOND, "{took:?}");
+            assert!(*took < SECOND / 2, "{took:?}");
             assert!(
                 response.to_ascii_lowercase().contains("retry-after: 1"),
                 "{response}"
@@ -100,7 +100,7 @@ async fn a_backend_gets_no_more_requests_at_a_time_than_it_may() {
         let mut times: Vec<_> = responses.iter().map(|(_, took)| *took).collect();
         times.sort_unstable();
         assert!(
-            times[4] < 2 * SECOND && times[5] >= 2 * SECOND,
+            times[4] < SECOND * 9 / 5 && times[5] >= 2 * SECOND,
             "{policy}: {times:?}"
         );
     }
@@ -117,8 +117,8 @@ async fn a_backend_that_asks_for_a_pause_gets_one_within_bounds() {
         let fine = RawBackend::start(ok).await;
         let fields = "policy: round_robin\noverload: { retry_after_most_ms: 4000 }";
         let balancer = before(&[&busy, &fine], "pause", fields).await;
-        let counted = balancer.gets(20).await;
-        assert_eq!(counted.get("n1"), Some(&19), "{counted:?}");
+        let counted = balancer.gets(40).await;
+        assert_eq!(counted.get("n1"), Some(&39), "{counted:?}");
         assert_eq!(busy.requests().len(), 1);
         until("it is tried again", async || {
             balancer.get().await;

@@ -243,7 +243,7 @@ async fn a_proxy_header_comes_before_tls_and_a_handshake_has_its_time() {
     stream.write_all(b"\x16\x03\x01").await.unwrap();
     let start = Instant::now();
     assert_eq!(Raw(stream).rest().await, "");
-    assert!(start.elapsed() > SECOND && start.elapsed() < 10 * SECOND);
+    assert!(start.elapsed() > SECOND * 5 / 2 && start.elapsed() < 10 * SECOND);
 }
 
 /// A backend that speaks HTTP/1.1 over TLS and answers with the name of the client's certificate's
@@ -542,6 +542,6 @@ async fn a_client_that_has_agreed_on_http_2_has_to_begin_with_it_in_time() {
         let reading = client.read_to_end(&mut received);
         let ended = tokio::time::timeout(10 * SECOND, reading).await;
         assert!(ended.is_ok(), "{start:?}");
-        assert!(begun.elapsed() > SECOND, "{:?}", begun.elapsed());
+        assert!(begun.elapsed() > SECOND * 3 / 2, "{:?}", begun.elapsed());
     }
 }
