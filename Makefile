@@ -133,8 +133,9 @@ lint: deps ## check formatting, clippy and rustdoc, without warnings
 bench: deps ## run the benchmarks that measure time
 	cargo bench --all-features --bench pick --bench propagation --bench scale
 
-bench-proxy: deps ## CPU per request beside a bare Pingora proxy, nginx and HAProxy, where they are installed
-	cargo bench --all-features --bench proxy
+bench-proxy: deps ## CPU per request of what `make install` installs, beside a bare Pingora proxy, nginx, HAProxy and Envoy
+	if envoy=$$(.ci/install-envoy); then export ENVOY=$$envoy; fi; \
+	ETCD_BIN=$$(.ci/install-etcd) cargo bench --profile release --all-features --bench proxy
 
 bench-scale: deps ## measure what 100 to 100,000 nodes cost: memory, loading, each change; part of bench
 	cargo bench --all-features --bench scale
@@ -163,7 +164,7 @@ bench-routing: deps ## simulate routing: SEEDS=n seeds starting at FIRST=s; a sh
 bench-build: deps ## compile the benchmarks, and run those of the pick once without measuring
 	cargo bench --all-features --no-run
 	cargo bench --all-features --bench pick -- --test
-	cargo bench --all-features --bench proxy -- --test
+	ETCD_BIN=$$(.ci/install-etcd) cargo bench --all-features --bench proxy -- --test
 
 install: deps ## install the command pingora-etcd
 	cargo install --locked --path . --features cli,host-names,mimalloc,opentelemetry

@@ -1,31 +1,38 @@
 //! What a request costs in the proxy: CPU time and throughput, beside a bare Pingora proxy with static
-//! round robin, and nginx and HAProxy where they are installed. All in one run, one thread each, 64
+//! round robin, and nginx, HAProxy and Envoy where they are installed. All in one run, one thread each, 64
 //! connections that are kept.
 //!
 //! ```text
-//! cargo bench --all-features --bench proxy              # about two minutes
-//! cargo bench --all-features --bench proxy -- --seconds 1 --rounds 1
+//! make bench-proxy                                      # six minutes, after a build as `make install` makes it
+//! ETCD_BIN=... cargo bench --all-features --bench proxy -- --seconds 1 --rounds 1
 //! ```
 //!
-//! The limits: `cluster proxy` costs at most 1.0 times the bare proxy, and the front at most 3 % of the
-//! proxy. Load and backends run in this process, each proxy in one of its own.
+//! `installed` is the command `pingora-etcd` with its own allocator, `cluster proxy` the same parts in this
+//! program. The limits: the installed proxy costs at most 0.95 times the bare one and 1.6 times nginx, and
+//! the front at most 3 % of the proxy. Load, backends and their registration run in this process, each proxy
+//! in one of its own.
 
+#[path = "../../tests/common/mod.rs"]
+mod common;
 mod load;
 mod others;
 mod proxies;
 
 use std::time::Duration;
 
+use common::etcd::Etcd;
 use load::{Load, Measured};
 use others::Running;
 
 /// The proxies, by name, and how each is started.
-const NAMES: [&str; 5] = [
+const NAMES: [&str; 7] = [
     "bare",
+    "installed",
     "cluster proxy",
     "without the front",
     "nginx",
     "haproxy",
+    "envoy",
 ];
 
 fn argument(name: &str) -> Option<String> {
@@ -45,17 +52,19 @@ fn main() {
     let seconds = if is_test {
         0.2
     } else {
-        number("--seconds", 3.0)
+        number("--seconds", 0.5)
     };
     let rounds = if is_test {
         1
     } else {
-        number("--rounds", 5.0) as usize
+        number("--rounds", 21.0) as usize
     };
     let backends = load::backends();
+    let etcd = Etcd::own();
+    proxies::register(backends.clone(), etcd.options());
     let running: Vec<Running> = NAMES
         .iter()
-        .filter_map(|name| Running::start(name, &backends))
+        .filter_map(|name| Running::start(name, &backends, &etcd.endpoints()[0]))
         .collect();
     for load in Load::ALL {
         println!("\n{}", load.name());
@@ -80,21 +89,30 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 
 /// Ratios are those of one round, of which the median is shown.
 fn print_table(running: &[Running], figures: &[Vec<Measured>]) {
+    let find = |name| running.iter().position(|proxy| proxy.name == name);
+    let ratio = |index: usize, base: usize| {
+        let pairs = figures[index].iter().zip(&figures[base]);
+        median(pairs.map(|(one, base)| one.cost() / base.cost()))
+    };
+    let nginx = find("nginx");
     println!(
-        "{:20} {:>12} {:>12} {:>10}",
-        "", "CPU us", "requests/s", "CPU/bare"
+        "{:20} {:>12} {:>12} {:>10} {:>10}",
+        "", "CPU us", "requests/s", "CPU/bare", "CPU/nginx"
     );
-    for (proxy, measured) in running.iter().zip(figures) {
+    for (index, (proxy, measured)) in running.iter().zip(figures).enumerate() {
         let cost = median(measured.iter().map(Measured::cost));
         let rate = median(measured.iter().map(Measured::rate));
-        let pairs = measured.iter().zip(&figures[0]);
-        let ratio = median(pairs.map(|(one, bare)| one.cost() / bare.cost()));
-        println!("{:20} {cost:12.1} {rate:12.0} {ratio:10.3}", proxy.name);
+        let beside_nginx = nginx.map_or("-".to_owned(), |it| format!("{:.3}", ratio(index, it)));
+        println!(
+            "{:20} {cost:12.1} {rate:12.0} {:10.3} {beside_nginx:>10}",
+            proxy.name,
+            ratio(index, 0),
+        );
     }
-    let find = |name| running.iter().position(|proxy| proxy.name == name);
     if let (Some(with), Some(without)) = (find("cluster proxy"), find("without the front")) {
-        let pairs = figures[with].iter().zip(&figures[without]);
-        let part = median(pairs.map(|(with, without)| with.cost() / without.cost() - 1.0));
-        println!("the front: {:+.1} % of CPU", part * 100.0);
+        println!(
+            "the front: {:+.1} % of CPU",
+            (ratio(with, without) - 1.0) * 100.0
+        );
     }
 }

@@ -1,9 +1,14 @@
 //! Starting a proxy as a process, and its CPU time.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::proxies::configuration;
 
 /// A proxy that runs as a process.
 pub struct Running {
@@ -14,18 +19,20 @@ pub struct Running {
 
 impl Running {
     /// `None` if it is not installed.
-    pub fn start(name: &'static str, backends: &[SocketAddr]) -> Option<Self> {
+    pub fn start(name: &'static str, backends: &[SocketAddr], etcd: &str) -> Option<Self> {
         let port = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = port.local_addr().unwrap();
         drop(port);
         let mut command = match name {
             "nginx" => nginx(address, backends),
             "haproxy" => haproxy(address, backends),
+            "envoy" => envoy(address, backends),
+            "installed" => installed(address, etcd),
             _ => {
                 let mut command = Command::new(std::env::current_exe().unwrap());
                 let list: Vec<_> = backends.iter().map(ToString::to_string).collect();
                 command.args(["--serve", name, "--listen", &address.to_string()]);
-                command.args(["--backends", &list.join(",")]);
+                command.args(["--backends", &list.join(","), "--etcd", etcd]);
                 command
             }
         };
@@ -43,10 +50,10 @@ impl Running {
             child,
         };
         let start = Instant::now();
-        while std::net::TcpStream::connect(address).is_err() {
+        while !answers(address) {
             assert!(
                 start.elapsed() < Duration::from_secs(20),
-                "{name} does not listen"
+                "{name} does not answer"
             );
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -63,6 +70,17 @@ impl Running {
             .filter_map(|pid| pid.parse().ok());
         std::iter::once(pid).chain(children).map(cpu_of).sum()
     }
+}
+
+/// Whether it answers with what a backend answers.
+fn answers(address: SocketAddr) -> bool {
+    let Ok(mut stream) = TcpStream::connect(address) else {
+        return false;
+    };
+    let request = b"GET /small HTTP/1.1\r\nHost: bench.test\r\nConnection: close\r\n\r\n";
+    let mut answer = Vec::new();
+    let is_done = stream.write_all(request).is_ok() && stream.read_to_end(&mut answer).is_ok();
+    is_done && answer.starts_with(b"HTTP/1.1 200 ")
 }
 
 fn cpu_of(pid: u32) -> Duration {
@@ -97,6 +115,15 @@ fn directory(name: &str) -> PathBuf {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-{name}"));
     std::fs::create_dir_all(&directory).unwrap();
     directory
+}
+
+/// The command that `make install` installs, from the same profile.
+fn installed(address: SocketAddr, etcd: &str) -> Command {
+    let file = directory("installed").join("load_balancer.yaml");
+    std::fs::write(&file, configuration(etcd, &address.to_string())).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pingora-etcd"));
+    command.args(["serve", "--conf"]).arg(file);
+    command
 }
 
 fn nginx(address: SocketAddr, backends: &[SocketAddr]) -> Command {
@@ -138,5 +165,43 @@ fn haproxy(address: SocketAddr, backends: &[SocketAddr]) -> Command {
     std::fs::write(&file, text).unwrap();
     let mut command = Command::new("haproxy");
     command.arg("-f").arg(file);
+    command
+}
+
+fn envoy(address: SocketAddr, backends: &[SocketAddr]) -> Command {
+    let of = |name: &str| format!("type.googleapis.com/envoy.extensions.filters.{name}");
+    let at = |at: &SocketAddr| json!({ "socket_address": { "address": at.ip().to_string(), "port_value": at.port() } });
+    let endpoints: Vec<_> = backends
+        .iter()
+        .map(|backend| json!({ "endpoint": { "address": at(backend) } }))
+        .collect();
+    let text = json!({ "static_resources": {
+        "listeners": [{
+            "address": at(&address),
+            "filter_chains": [{ "filters": [{ "name": "http", "typed_config": {
+                "@type": of("network.http_connection_manager.v3.HttpConnectionManager"),
+                "stat_prefix": "http",
+                "route_config": { "virtual_hosts": [{
+                    "name": "all", "domains": ["*"],
+                    "routes": [{ "match": { "prefix": "/" }, "route": { "cluster": "backends" } }],
+                }] },
+                "http_filters": [{
+                    "name": "router",
+                    "typed_config": { "@type": of("http.router.v3.Router") },
+                }],
+            } }] }],
+        }],
+        "clusters": [{
+            "name": "backends",
+            "type": "STATIC",
+            "load_assignment": { "cluster_name": "backends", "endpoints": [{ "lb_endpoints": endpoints }] },
+        }],
+    } });
+    let file = directory("envoy").join("envoy.json");
+    std::fs::write(&file, text.to_string()).unwrap();
+    let program = std::env::var("ENVOY").unwrap_or_else(|_| "envoy".to_owned());
+    let mut command = Command::new(program);
+    command.arg("--config-path").arg(file);
+    command.args(["--concurrency", "1", "--disable-hot-restart"]);
     command
 }

@@ -8,25 +8,25 @@ use pingora::lb::LoadBalancer;
 use pingora::lb::selection::RoundRobin;
 use pingora::prelude::*;
 use pingora::proxy::{ProxyHttp, Session, http_proxy_service};
+use pingora::server::Server;
 use pingora::server::configuration::ServerConf;
-use pingora::server::{Server, ShutdownWatch};
-use pingora::services::background::{BackgroundService, background_service};
-use pingora_etcd::Cluster;
+use pingora::services::background::background_service;
 use pingora_etcd::config::ClusterConfig;
 use pingora_etcd::pingora::BalancerService;
 use pingora_etcd::proxy::{self, ClusterProxy};
+use pingora_etcd::{Cluster, EtcdOptions};
+use tokio::runtime::Builder;
 use tokio::task::JoinSet;
 
 use super::argument;
 
+const GROUP: &str = "bench";
+
 /// Runs one of the proxies until it is killed.
 pub fn serve(kind: &str) {
     let listen = argument("--listen").expect("an address");
-    let backends = argument("--backends").expect("addresses");
-    let backends: Vec<SocketAddr> = backends
-        .split(',')
-        .map(|text| text.parse().unwrap())
-        .collect();
+    let etcd = argument("--etcd").expect("an endpoint");
+    let text = configuration(&etcd, &listen);
     let conf = ServerConf {
         threads: 1,
         grace_period_seconds: Some(0),
@@ -34,9 +34,9 @@ pub fn serve(kind: &str) {
     };
     let mut server = Server::new_with_opt_and_conf(None, conf);
     match kind {
-        "bare" => bare(&mut server, &listen, &backends),
-        "cluster proxy" => cluster(&mut server, &listen, backends, true),
-        "without the front" => cluster(&mut server, &listen, backends, false),
+        "bare" => bare(&mut server, &listen),
+        "cluster proxy" => cluster(&mut server, &text, true),
+        "without the front" => cluster(&mut server, &text, false),
         other => panic!("{other} is no proxy"),
     }
     let _ = proxy::run(server);
@@ -57,42 +57,24 @@ impl ProxyHttp for Bare {
     }
 }
 
-fn bare(server: &mut Server, listen: &str, backends: &[SocketAddr]) {
-    let backends = LoadBalancer::try_from_iter(backends).unwrap();
+fn bare(server: &mut Server, listen: &str) {
+    let backends = argument("--backends").expect("addresses");
+    let backends = LoadBalancer::try_from_iter(backends.split(',')).unwrap();
     let mut proxy = http_proxy_service(&server.configuration, Bare(Arc::new(backends)));
     proxy.add_tcp(listen);
     server.add_service(proxy);
 }
 
-/// The backends as members of the group, in the memory of this process.
-struct Members(ClusterConfig, Vec<SocketAddr>);
-
-#[async_trait]
-impl BackgroundService for Members {
-    async fn start(&self, _: ShutdownWatch) {
-        let cluster = Cluster::connect(self.0.etcd.clone()).unwrap();
-        let mut running = JoinSet::new();
-        for (index, address) in self.1.iter().enumerate() {
-            let node = cluster
-                .node(format!("n{index}"), address.ip(), &self.0.group)
-                .port(address.port())
-                .try_build()
-                .unwrap();
-            running.spawn(async move { node.run_until(std::future::pending()).await.unwrap() });
-        }
-        running.join_all().await;
-    }
+/// The file of the proxies of this crate.
+pub fn configuration(etcd: &str, listen: &str) -> String {
+    format!(
+        "version: 1\nthreads: 1\ncluster:\n  etcd: {{ endpoints: ['{etcd}'] }}\n  group: {GROUP}\n  \
+         listen: '{listen}'\n"
+    )
 }
 
-fn cluster(server: &mut Server, listen: &str, backends: Vec<SocketAddr>, has_front: bool) {
-    let text = format!(
-        "cluster: {{ group: bench, listen: '{listen}', etcd: {{ endpoints: ['memory://bench'] }} }}"
-    );
-    let config = ClusterConfig::from_yaml(&text, "bench").unwrap();
-    server.add_service(background_service(
-        "members",
-        Members(config.clone(), backends),
-    ));
+fn cluster(server: &mut Server, text: &str, has_front: bool) {
+    let config = ClusterConfig::from_yaml(text, "bench").unwrap();
     if has_front {
         ClusterProxy::add_to(server, &config, false).unwrap();
         return;
@@ -101,7 +83,27 @@ fn cluster(server: &mut Server, listen: &str, backends: Vec<SocketAddr>, has_fro
     let balancer = background_service("balancer", balancer);
     let proxy = ClusterProxy::new(balancer.task(), &config);
     let mut proxy = http_proxy_service(&server.configuration, proxy);
-    proxy.add_tcp(listen);
+    proxy.add_tcp(&argument("--listen").expect("an address"));
     let balancer = server.add_service(balancer);
     server.add_service(proxy).add_dependency(balancer);
+}
+
+/// Registers the backends for as long as this process runs.
+pub fn register(backends: Vec<SocketAddr>, options: EtcdOptions) {
+    std::thread::spawn(move || {
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let cluster = Cluster::connect(options).unwrap();
+            let mut running = JoinSet::new();
+            for (index, address) in backends.into_iter().enumerate() {
+                let node = cluster
+                    .node(format!("n{index}"), address.ip(), GROUP)
+                    .port(address.port())
+                    .try_build()
+                    .unwrap();
+                running.spawn(async move { node.run_until(std::future::pending()).await.unwrap() });
+            }
+            running.join_all().await;
+        });
+    });
 }

@@ -10,7 +10,7 @@ use crate::node::Node;
 use crate::pingora::LeaderUpstream;
 
 /// On every proxied response: the id of the node that answered.
-const UPSTREAM_NODE: &str = "x-upstream-node";
+const UPSTREAM_NODE: HeaderName = HeaderName::from_static("x-upstream-node");
 /// On requests to the leader: the fencing token of its term.
 pub(super) const LEADER_EPOCH: HeaderName = HeaderName::from_static("x-leader-epoch");
 
@@ -35,11 +35,11 @@ fn is_target_in_parts(request: &RequestHeader) -> bool {
     in_parts.is_some_and(|path| path.as_str().as_bytes() == request.raw_path())
 }
 
-/// The same for a response.
-pub(super) fn forget_response_case(response: &mut ResponseHeader) {
-    if !response.has_case() {
-        return;
-    }
+/// Changes the fields of a response, and forgets how their names were written.
+pub(super) fn change_response_fields<T>(
+    response: &mut ResponseHeader,
+    change: impl FnOnce(&mut HeaderMap) -> T,
+) -> T {
     let usual = response.status.canonical_reason();
     let reason = response.get_reason_phrase();
     let reason = reason
@@ -48,11 +48,13 @@ pub(super) fn forget_response_case(response: &mut ResponseHeader) {
     let empty = http::Response::new(()).into_parts().0;
     let mut parts = ResponseParts::from(std::mem::replace(response, empty.into()));
     parts.headers.reserve(ADDED_TO_RESPONSE);
+    let changed = change(&mut parts.headers);
     *response = parts.into();
     if reason.is_some() {
         // It has been in a response already.
         let _ = response.set_reason_phrase(reason.as_deref());
     }
+    changed
 }
 
 /// Changes the fields of a request for a backend, and forgets how their names were written.
@@ -85,11 +87,10 @@ pub(super) fn set_leader_epoch(headers: &mut HeaderMap, leader: Option<&LeaderUp
 }
 
 /// Names the node that answered.
-pub(super) fn set_upstream_node(response: &mut ResponseHeader, node: &Node) -> Result<()> {
+pub(super) fn set_upstream_node(headers: &mut HeaderMap, node: &Node) {
     if let Ok(id) = HeaderValue::from_bytes(node.id.as_bytes()) {
-        response.insert_header(UPSTREAM_NODE, id)?;
+        headers.insert(UPSTREAM_NODE, id);
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -127,7 +128,7 @@ mod tests {
             let mut response = ResponseHeader::build(status, None).unwrap();
             response.insert_header("X-Name", "1").unwrap();
             response.set_reason_phrase(Some(reason)).unwrap();
-            forget_response_case(&mut response);
+            change_response_fields(&mut response, |_| ());
             assert!(!response.has_case());
             assert_eq!(response.get_reason_phrase(), Some(reason));
             assert_eq!(response.status, status);

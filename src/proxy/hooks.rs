@@ -19,7 +19,7 @@ use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
 use super::failure::is_unanswered;
 use super::grpc::Call;
-use super::headers::{change_fields, forget_case, forget_response_case, set_leader_epoch};
+use super::headers::{change_fields, forget_case, set_leader_epoch};
 use super::hop_by_hop::{ends_with_connection, has_no_body};
 use super::outcome::outcome;
 use super::reply::{
@@ -82,8 +82,7 @@ impl ProxyHttp for ClusterProxy {
         state.call = Call::of(&session.req_header().headers);
         let headers = &session.req_header().headers;
         state.client = peer.map(|peer| routing.trusted.client_of(peer, headers));
-        routing.limits.check_upgrade(session)?;
-        state.is_upgrade = routing.limits.will_be_upgraded(session);
+        state.is_upgrade = routing.limits.is_upgrade(session)?;
         context.route = routing.route_of(session.req_header()).cloned();
         let decided = match &context.route {
             Some(route) => route.decide(session.req_header())?,
@@ -175,7 +174,6 @@ impl ProxyHttp for ClusterProxy {
         response: &mut ResponseHeader,
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
-        forget_response_case(response);
         match &context.group {
             Some(group) => group.take_response(session, response, &mut context.state),
             None => Ok(()),

@@ -4,7 +4,7 @@ use ::pingora::http::ResponseHeader;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, PROXY_AUTHENTICATE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
-use http::{HeaderName, Method, StatusCode, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
@@ -12,7 +12,7 @@ const PROXY_INFO: HeaderName = HeaderName::from_static("proxy-authentication-inf
 
 /// Removes them (RFC 9110, section 7.6.1). `Connection` and `Transfer-Encoding` are Pingora's, which
 /// sets them anew. Returns after how many seconds the backend closes the connection, if it says so.
-pub(super) fn remove_hop_by_hop(response: &mut ResponseHeader) -> Option<u64> {
+pub(super) fn remove_hop_by_hop(status: StatusCode, headers: &mut HeaderMap) -> Option<u64> {
     // Looking at the few names that there are costs less than looking for each of these.
     let begins_like_ours = |name: &HeaderName| {
         let first = name.as_str().bytes().next();
@@ -29,15 +29,15 @@ pub(super) fn remove_hop_by_hop(response: &mut ResponseHeader) -> Option<u64> {
             ]
             .contains(name)
     };
-    let (mut has_connection, mut may_have_ours) = (false, false);
-    for name in response.headers.keys() {
-        has_connection |= *name == CONNECTION;
+    let (mut may_nominate, mut may_have_ours) = (false, false);
+    for (name, value) in &*headers {
+        may_nominate |= *name == CONNECTION && !names_no_field(value);
         may_have_ours |= begins_like_ours(name);
     }
-    if !has_connection && !may_have_ours {
+    if !may_nominate && !may_have_ours {
         return None;
     }
-    let seconds = response.headers.get(KEEP_ALIVE).and_then(|value| {
+    let seconds = headers.get(KEEP_ALIVE).and_then(|value| {
         let text = value.to_str().ok()?;
         let parameter = |part: &str| {
             let (name, value) = part.split_once('=')?;
@@ -46,27 +46,31 @@ pub(super) fn remove_hop_by_hop(response: &mut ResponseHeader) -> Option<u64> {
         };
         text.split(',').find_map(parameter)
     });
-    if has_connection {
-        for name in nominated(response) {
-            response.remove_header(&name);
+    if may_nominate {
+        for name in nominated(status, headers) {
+            headers.remove(&name);
         }
     }
-    while let Some(name) = response.headers.keys().find(is_ours).cloned() {
-        response.remove_header(&name);
+    while let Some(name) = headers.keys().find(is_ours).cloned() {
+        headers.remove(&name);
     }
     seconds
 }
 
+/// Whether this value of `Connection` is what most backends say.
+fn names_no_field(value: &HeaderValue) -> bool {
+    let value = value.as_bytes();
+    value.eq_ignore_ascii_case(b"keep-alive") || value.eq_ignore_ascii_case(b"close")
+}
+
 /// The fields that `Connection` names, without those that the message needs.
-fn nominated(response: &ResponseHeader) -> Vec<HeaderName> {
-    let is_upgrade = response.status == StatusCode::SWITCHING_PROTOCOLS;
-    let values = response.headers.get_all(CONNECTION).into_iter();
+fn nominated(status: StatusCode, headers: &HeaderMap) -> Vec<HeaderName> {
+    let is_upgrade = status == StatusCode::SWITCHING_PROTOCOLS;
+    let values = headers.get_all(CONNECTION).into_iter();
     let texts = values.map(|value| value.to_str().unwrap_or_default());
     texts
         .flat_map(|text| text.split(','))
         .map(str::trim)
-        // What most backends say, and is no name of a field, or is looked for below.
-        .filter(|name| !["keep-alive", "close"].contains(name))
         .filter_map(|name| name.parse::<HeaderName>().ok())
         .filter(|name| ![CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name))
         .filter(|name| !(is_upgrade && name == UPGRADE))
@@ -98,11 +102,17 @@ pub(super) fn ends_with_connection(client: Version, response: &ResponseHeader) -
 mod tests {
     use super::*;
 
+    fn removed_from(response: ResponseHeader) -> (HeaderMap, Option<u64>) {
+        let mut headers = response.headers.clone();
+        let seconds = remove_hop_by_hop(response.status, &mut headers);
+        (headers, seconds)
+    }
+
     #[test]
     fn fields_of_the_connection_are_removed_and_those_of_the_message_kept() {
         let mut response = ResponseHeader::build(200, None).unwrap();
         for (name, value) in [
-            ("connection", "x-a, close, Content-Length"),
+            ("connection", "x-a, close, Keep-Alive, Content-Length"),
             ("connection", "X-B"),
             ("keep-alive", "max=100, Timeout=5"),
             ("proxy-authenticate", "Basic"),
@@ -114,8 +124,9 @@ mod tests {
         ] {
             response.append_header(name, value).unwrap();
         }
-        assert_eq!(remove_hop_by_hop(&mut response), Some(5));
-        let mut left: Vec<_> = response.headers.keys().map(HeaderName::as_str).collect();
+        let (headers, seconds) = removed_from(response);
+        assert_eq!(seconds, Some(5));
+        let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["connection", "content-length", "x-c"]);
     }
@@ -126,8 +137,9 @@ mod tests {
             let mut response = ResponseHeader::build(status, None).unwrap();
             response.append_header(CONNECTION, "upgrade").unwrap();
             response.append_header(UPGRADE, "websocket").unwrap();
-            assert_eq!(remove_hop_by_hop(&mut response), None);
-            assert_eq!(response.headers.contains_key(UPGRADE), is_kept);
+            let (headers, seconds) = removed_from(response);
+            assert_eq!(seconds, None);
+            assert_eq!(headers.contains_key(UPGRADE), is_kept);
         }
     }
 }

@@ -58,15 +58,19 @@ impl Picker {
     ) -> Result<(), &'static str> {
         // The backend that failed is not busy with this request any more.
         context.upstream = None;
+        let mut now = Instant::now();
         // Whoever waits comes first.
         let mut picked = match self.overload.has_waiting() {
             true => Err(Nothing::Full),
-            false => self.pick_now(balancer, session, context),
+            false => self.pick_now(balancer, session, context, now),
         };
         if matches!(picked, Err(Nothing::Full)) {
-            let again = || match self.pick_now(balancer, session, context) {
-                Err(Nothing::Full) => None,
-                other => Some(other),
+            let again = || {
+                now = Instant::now();
+                match self.pick_now(balancer, session, context, now) {
+                    Err(Nothing::Full) => None,
+                    other => Some(other),
+                }
             };
             picked = self.overload.wait_for(again).await.unwrap_or(picked);
         }
@@ -75,7 +79,7 @@ impl Picker {
             Nothing::Left if context.tried.is_empty() => "no backend is registered",
             Nothing::Left => "every backend has been tried",
         })?;
-        context.sent = Instant::now();
+        context.sent = now;
         context.answered = None;
         context.tried.push(upstream.addr());
         context.upstream = Some(upstream);
@@ -87,8 +91,8 @@ impl Picker {
         balancer: &BalancerService,
         session: &Session,
         context: &RequestState,
+        now: Instant,
     ) -> Result<Upstream, Nothing> {
-        let now = Instant::now();
         let paused = self.overload.paused(now, balancer.working());
         if let Some(upstream) = self.named_by_cookie(balancer, session, context, &paused) {
             return Ok(upstream);

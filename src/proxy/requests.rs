@@ -113,30 +113,15 @@ impl RequestLimits {
         self.check_length(length.unwrap_or(0))
     }
 
-    /// Whether a request becomes a tunnel, if the backend agrees. Other fields of that name, such as
-    /// `h2c`, are not passed on.
-    pub(super) fn will_be_upgraded(&self, session: &Session) -> bool {
+    /// Whether a request becomes a tunnel, if the backend agrees. One that wants to go on in a protocol that
+    /// is not passed on is refused: in HTTP/1.1 it would look as if the backend refused.
+    pub(super) fn is_upgrade(&self, session: &Session) -> Result<bool> {
         let headers = &session.req_header().headers;
         if session.is_http2() || !headers.contains_key(UPGRADE) {
-            return false;
+            return Ok(false);
         }
-        match self.upgrade {
-            Upgrade::Any => true,
-            Upgrade::None => false,
-            Upgrade::Websocket => {
-                let is_named = |name: &str| name.eq_ignore_ascii_case("websocket");
-                lists(headers, &UPGRADE).any(is_named)
-                    && lists(headers, &CONNECTION).any(|name| name.eq_ignore_ascii_case("upgrade"))
-            }
-        }
-    }
-
-    /// Refuses a request that wants to go on in a protocol that is not passed on: in HTTP/1.1 it would
-    /// look as if the backend refused.
-    pub(super) fn check_upgrade(&self, session: &Session) -> Result<()> {
-        let headers = &session.req_header().headers;
-        if self.upgrade == Upgrade::Any || session.is_http2() || !headers.contains_key(UPGRADE) {
-            return Ok(());
+        if self.upgrade == Upgrade::Any {
+            return Ok(true);
         }
         let is_asked = lists(headers, &CONNECTION).any(|name| name.eq_ignore_ascii_case("upgrade"));
         let is_refused = |protocol: &str| {
@@ -155,7 +140,10 @@ impl RequestLimits {
         if is_asked && lists(headers, &UPGRADE).any(is_refused) {
             return Err(refused(501, "this protocol is not passed on"));
         }
-        Ok(())
+        let is_websocket = |name: &str| name.eq_ignore_ascii_case("websocket");
+        Ok(is_asked
+            && self.upgrade == Upgrade::Websocket
+            && lists(headers, &UPGRADE).any(is_websocket))
     }
 
     /// A part of the body has been received.

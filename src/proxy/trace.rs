@@ -2,6 +2,7 @@
 
 use ::pingora::ErrorType::InternalError;
 use ::pingora::{OrErr, Result};
+use http::header::Entry;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -10,29 +11,36 @@ pub(super) const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 /// Makes sure that a request has a valid field. Where the request has no span here, this process takes part in no
 /// trace, so a field that is there is passed on as it is.
 pub(super) fn set_traceparent(headers: &mut HeaderMap) -> Result<()> {
-    let mut given = headers.get_all(TRACEPARENT).into_iter().peekable();
-    if given.peek().is_none() && !headers.contains_key(TRACESTATE) {
-        return add_new(headers);
+    if !headers.contains_key(TRACESTATE)
+        && let Entry::Vacant(vacant) = headers.entry(TRACEPARENT)
+    {
+        vacant.insert(new_value()?);
+        return Ok(());
     }
+    let mut given = headers.get_all(TRACEPARENT).into_iter();
     let one = given.next().and_then(|value| value.to_str().ok());
     if one.is_some_and(is_valid) && given.next().is_none() {
         return Ok(());
     }
     // What belongs to no trace is not passed on (section 3.3.1.1).
     headers.remove(TRACESTATE);
-    add_new(headers)
+    headers.insert(TRACEPARENT, new_value()?);
+    Ok(())
 }
 
-fn add_new(headers: &mut HeaderMap) -> Result<()> {
+fn new_value() -> Result<HeaderValue> {
     // Not zero, which would be invalid; and not sampled, because nobody here records anything.
     let (trace, parent) = (fastrand::u128(1..), fastrand::u64(1..));
-    insert(headers, &written(trace, parent, 0))
+    value(&written(trace, parent, 0))
+}
+
+fn value(text: &[u8]) -> Result<HeaderValue> {
+    HeaderValue::from_bytes(text).or_err(InternalError, "traceparent")
 }
 
 /// Replaces what is there.
 pub(super) fn insert(headers: &mut HeaderMap, text: &[u8]) -> Result<()> {
-    let value = HeaderValue::from_bytes(text).or_err(InternalError, "traceparent")?;
-    headers.insert(TRACEPARENT, value);
+    headers.insert(TRACEPARENT, value(text)?);
     Ok(())
 }
 

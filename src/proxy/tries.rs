@@ -12,7 +12,7 @@ use tracing::{debug, warn};
 use super::failure::{failure, is_local, retried_status};
 use super::group::GroupProxy;
 use super::grpc::Call;
-use super::headers::set_upstream_node;
+use super::headers::{change_response_fields, set_upstream_node};
 use super::hop_by_hop::remove_hop_by_hop;
 use super::leader::is_misdirected;
 use super::outcome::Outcome;
@@ -74,7 +74,14 @@ impl GroupProxy {
         state: &mut RequestState,
     ) -> Result<()> {
         let status = response.status;
+        let node = state.node();
+        let name = |headers: &mut HeaderMap| {
+            if let Some(node) = &node {
+                set_upstream_node(headers, node);
+            }
+        };
         if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+            change_response_fields(response, name);
             return Ok(());
         }
         if let Some(addr) = state.addr() {
@@ -94,12 +101,17 @@ impl GroupProxy {
         }
         let now = Instant::now();
         state.answered = Some(now.saturating_duration_since(state.sent));
-        if let Some(reports) = &self.load_reports {
-            for name in reports.take(&response.headers, state.upstream.as_ref(), now) {
-                response.remove_header(name);
+        let closes_after = change_response_fields(response, |headers| {
+            if let Some(reports) = &self.load_reports {
+                for name in reports.take(headers, state.upstream.as_ref(), now) {
+                    headers.remove(name);
+                }
             }
-        }
-        if let Some(seconds) = remove_hop_by_hop(response)
+            let closes_after = remove_hop_by_hop(status, headers);
+            name(headers);
+            closes_after
+        });
+        if let Some(seconds) = closes_after
             && let Some(addr) = state.addr()
         {
             self.peers.closes_after(addr, seconds);
@@ -151,7 +163,7 @@ impl GroupProxy {
         }
     }
 
-    /// Names the node that has answered.
+    /// Adds what tells the client who serves it next: the cookie, and the leader's term.
     pub(super) fn name_node(
         &self,
         session: &Session,
@@ -161,11 +173,7 @@ impl GroupProxy {
         self.picker.set_cookie(session, response, state)?;
         let method = &session.req_header().method;
         let leader = state.leader.as_ref();
-        self.leader_requests().answer(method, response, leader)?;
-        match state.node() {
-            Some(node) => set_upstream_node(response, &node),
-            None => Ok(()),
-        }
+        self.leader_requests().answer(method, response, leader)
     }
 
     /// No connection could be made, so nothing has been sent.

@@ -46,9 +46,10 @@ pub(super) struct ClientStream {
     is_http2: bool,
     /// It is being found out whether that is so.
     is_peeking: bool,
-    /// When the phase began, or, in a body, when something was received last.
-    since: Instant,
-    /// The phase in which `since` was set.
+    /// Since when the client is waited for in this phase, or when something of it was received last. `None` until
+    /// it is waited for, because some phases have no time, and to read the clock has its cost.
+    since: Option<Instant>,
+    /// The phase as it was last looked at.
     phase: Phase,
     /// How much of the head has been received.
     head_bytes: usize,
@@ -84,7 +85,7 @@ impl ClientStream {
             socket,
             is_http2,
             is_peeking: false,
-            since: Instant::now(),
+            since: Some(Instant::now()),
             phase: Phase::Accepted,
             head_bytes: 0,
             read_deadline: Deadline::default(),
@@ -95,12 +96,12 @@ impl ClientStream {
         }
     }
 
-    /// The phase now. Where the proxy has changed it, its time begins.
+    /// The phase now. Where the proxy has changed it, its time has not begun.
     fn phase(&mut self) -> Phase {
         let phase = self.connection.phase();
         if phase != self.phase {
             self.phase = phase;
-            self.since = Instant::now();
+            self.since = None;
             self.head_bytes = 0;
             match phase {
                 Phase::Accepted | Phase::Idle => self.request = None,
@@ -136,16 +137,18 @@ impl ClientStream {
             }
             Phase::Accepted | Phase::Idle => {
                 self.enter(Phase::Head);
+                self.since = Some(Instant::now());
                 self.writes = WriteClock::default();
             }
             Phase::Expect => self.enter(Phase::Body),
-            Phase::Body | Phase::Tunnel => self.since = Instant::now(),
+            Phase::Body => self.since = None,
+            Phase::Tunnel => self.since = Some(Instant::now()),
             Phase::Head | Phase::Answer | Phase::Drain => {}
         }
         self.head_bytes += count;
     }
 
-    /// How long to wait for the client now, from `since` on.
+    /// Until when to wait for the client now.
     fn read_deadline(&mut self) -> Option<Instant> {
         let phase = self.phase();
         let timeouts = &self.limits.timeouts;
@@ -158,7 +161,8 @@ impl ClientStream {
             // Over HTTP/2 all the time: Pingora ends a connection that has no requests.
             Phase::Expect | Phase::Answer => return None,
         };
-        self.since.checked_add(within)
+        let since = *self.since.get_or_insert_with(Instant::now);
+        since.checked_add(within)
     }
 
     /// Gives up reading, with an answer to an HTTP/1 client that has begun a request.
@@ -237,7 +241,8 @@ impl ClientStream {
         self.held.drain(..of_held);
         match self.phase() {
             Phase::Expect => self.enter(Phase::Body),
-            Phase::Tunnel => self.since = Instant::now(),
+            // What is written postpones a deadline that reads wait for already.
+            Phase::Tunnel => self.since = Some(Instant::now()),
             _ => {}
         }
         count - of_held
