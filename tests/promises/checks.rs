@@ -13,7 +13,7 @@ use tonic_health::ServingStatus;
 use super::common::etcd::Etcd;
 use super::common::load::{Load, client};
 use super::common::programs::COMMAND;
-use super::common::{free_port, group};
+use super::common::{eventually, free_port, group};
 use super::raw::{Raw, RawBackend, ok, status};
 use super::world::{Balancer, Log, Setup, Worker, entry, put, until};
 
@@ -252,6 +252,8 @@ async fn each_kind_of_check_asks_what_it_says() {
         let fields = format!("health_check: {{ {check}, {FAST} }}");
         let watched = Watched::start("http", &[backend.address.port()], &fields).await;
         watched.until_state("n0", expected).await;
+        // Where a check is late, its node is down before it has arrived.
+        eventually("a check arrives", || !backend.requests().is_empty()).await;
         let seen = backend.requests().first().unwrap().to_ascii_lowercase();
         if check.contains("HEAD") {
             assert!(seen.starts_with("head /ask?x=1 http/1.1\r\n"), "{seen}");
