@@ -14,7 +14,7 @@ pub(super) fn set_traceparent(headers: &mut HeaderMap) -> Result<()> {
     if !headers.contains_key(TRACESTATE)
         && let Entry::Vacant(vacant) = headers.entry(TRACEPARENT)
     {
-        vacant.insert(new_value()?);
+        vacant.insert(value(&new_field())?);
         return Ok(());
     }
     let mut given = headers.get_all(TRACEPARENT).into_iter();
@@ -24,14 +24,13 @@ pub(super) fn set_traceparent(headers: &mut HeaderMap) -> Result<()> {
     }
     // What belongs to no trace is not passed on (section 3.3.1.1).
     headers.remove(TRACESTATE);
-    headers.insert(TRACEPARENT, new_value()?);
-    Ok(())
+    insert(headers, &new_field())
 }
 
-fn new_value() -> Result<HeaderValue> {
+fn new_field() -> [u8; 55] {
     // Not zero, which would be invalid; and not sampled, because nobody here records anything.
     let (trace, parent) = (fastrand::u128(1..), fastrand::u64(1..));
-    value(&written(trace, parent, 0))
+    written(trace, parent, 0)
 }
 
 fn value(text: &[u8]) -> Result<HeaderValue> {

@@ -1,14 +1,15 @@
 //! Tests that what a balancer has learned of its backends outlives the process.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::common::etcd::Etcd;
-use super::common::group;
+use super::common::load::client;
+use super::common::{free_port, group};
 use super::raw::{RawBackend, ok, register};
-use super::world::{Balancer, Setup, scratch, until};
+use super::world::{Balancer, Setup, delete, entry, put, scratch, until};
 
 /// Three backends that work and one that answers with errors.
 struct Fleet {
@@ -150,4 +151,67 @@ async fn a_successor_begins_with_what_its_predecessor_has_learned() {
         .filter(|name| name.starts_with(&own) && name.ends_with(".learned"))
         .collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// A node that is restarted, as in a rolling restart, is mostly as strong as before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_started_again_begins_with_its_weight() {
+    let (etcd, group) = (Etcd::shared(), group("started-again"));
+    let reports = Arc::new(AtomicBool::new(true));
+    let mut backends = Vec::new();
+    for cpu in ["1", "0.1", "0.1"] {
+        let reports = reports.clone();
+        let answer = move |request: &str| match reports.load(Ordering::SeqCst) {
+            true => format!(
+                "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\
+                 endpoint-load-metrics: TEXT cpu_utilization={cpu}\r\n\r\nok\n"
+            )
+            .into_bytes(),
+            false => ok(request),
+        };
+        backends.push(RawBackend::start(answer).await);
+    }
+    register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
+    let admin = free_port();
+    let fields = format!(
+        "adaptive: {{ slow_start_ms: 0, metrics_gain: 0.5, latency_gain: 0 }}\n\
+         admin: {{ listen: '127.0.0.1:{admin}' }}"
+    );
+    let balancer = Setup::shared(&group).with(&fields).serving().await;
+    let share = async || {
+        let url = format!("http://127.0.0.1:{admin}/api/v1/status");
+        let text = client().get(url).send().await.ok()?.text().await.ok()?;
+        let status: Value = serde_json::from_str(&text).ok()?;
+        let nodes = status["groups"][0]["nodes"].as_array()?;
+        nodes.iter().find(|node| node["id"] == "n0")?["share"].as_f64()
+    };
+    until("the loaded one has a small share", async || {
+        balancer.gets(100).await;
+        share().await.is_some_and(|share| share < 0.15)
+    })
+    .await;
+
+    // From now on nothing is learned of anybody's load.
+    reports.store(false, Ordering::SeqCst);
+    let mut keys = etcd.raw_client().await;
+    let share_again = async |more: Value, keys: &mut etcd_client::Client| {
+        delete(keys, &group, "n0").await;
+        balancer.until_served_by(&["n1", "n2"]).await;
+        let port = Some(backends[0].address.port());
+        put(keys, &group, &entry("n0", port, more), None).await;
+        let mut again = None;
+        until("it is there again", async || {
+            again = share().await;
+            again.is_some()
+        })
+        .await;
+        again.unwrap()
+    };
+    let with_its_weight = share_again(json!({}), &mut keys).await;
+    // Whoever says that it is of another strength is another one, and begins as the mean.
+    let as_another = share_again(json!({ "weight": 1 }), &mut keys).await;
+    assert!(
+        with_its_weight < 0.17 && as_another > 0.21,
+        "{with_its_weight} and {as_another}"
+    );
 }

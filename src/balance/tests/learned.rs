@@ -7,8 +7,11 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::{Rig, bare};
+use crate::balance::settings::Adaptive;
 use crate::balance::{Balancer, Learned, Policy, TICK};
+use crate::load_report::LoadReport;
 use crate::node::Node;
+use crate::view::Change;
 
 /// A balancer of five whose first one is slow, and whose second one fails.
 fn experienced() -> Rig {
@@ -222,5 +225,50 @@ proptest! {
             new.seconds(1);
         }
         prop_assert!(counts.values().all(|count| (500..2_000).contains(count)), "{counts:?}");
+    }
+}
+
+/// As in a rolling restart.
+#[test]
+fn a_process_that_is_started_again_begins_with_the_weight_of_the_one_before() {
+    for with_ticks_between in [false, true] {
+        let mut rig = Rig::new(Balancer::builder().adaptive(Adaptive {
+            slow_start_ms: 0,
+            ..Adaptive::default()
+        }));
+        for index in 0..3 {
+            rig.nodes.insert(format!("n{index}"), bare(index));
+        }
+        rig.update();
+        let mut report = LoadReport::new();
+        for _ in 0..30 {
+            for index in 0..3 {
+                report.cpu = Some(if index == 0 { 1.0 } else { 0.1 });
+                let addr = bare(index).addr(80);
+                let upstream = rig.balancer.upstream_at(addr).unwrap();
+                upstream.report(&report, rig.now);
+                upstream.succeeded(Duration::from_millis(10));
+            }
+            rig.traffic(50, |_| false);
+            rig.seconds(1);
+        }
+        let before = rig.weight(0) / rig.weight(1);
+        assert!(before < 0.4, "{before}");
+        rig.balancer.apply(&Change::Left(bare(0)), rig.now);
+        rig.balancer.publish(rig.now);
+        if with_ticks_between {
+            for _ in 0..3 {
+                rig.traffic(50, |_| false);
+                rig.seconds(1);
+            }
+        }
+        rig.balancer.apply(&Change::Joined(bare(0)), rig.now);
+        rig.balancer.publish(rig.now);
+        for second in 0..5 {
+            let after = rig.weight(0) / rig.weight(1);
+            assert!(after < 0.5, "{before} before, {after} after {second} s");
+            rig.traffic(50, |_| false);
+            rig.seconds(1);
+        }
     }
 }
