@@ -133,7 +133,7 @@ lint: deps ## check formatting, clippy and rustdoc, without warnings
 bench: deps ## run the benchmarks that measure time
 	cargo bench --all-features --bench pick --bench propagation --bench scale
 
-bench-proxy: deps ## CPU per request of what `make install` installs, beside a bare Pingora proxy, nginx, HAProxy and Envoy
+bench-proxy: deps ## CPU per request of the command `pingora-etcd`, beside a bare Pingora proxy, nginx, HAProxy and Envoy
 	if envoy=$$(.ci/install-envoy); then export ENVOY=$$envoy; fi; \
 	ETCD_BIN=$$(.ci/install-etcd) cargo bench --profile release --all-features --bench proxy
 
@@ -161,9 +161,10 @@ bench-routing: SEEDS = 3
 bench-routing: deps ## simulate routing: SEEDS=n seeds starting at FIRST=s; a short run is part of test
 	cargo bench --all-features --bench routing_quality -- --seeds $(SEEDS) --first $(FIRST)
 
-bench-build: deps ## compile the benchmarks, and run those of the pick once without measuring
+bench-build: deps ## compile the benchmarks, and run those of the pick and the proxy once, for a moment
 	cargo bench --all-features --no-run
 	cargo bench --all-features --bench pick -- --test
+	if envoy=$$(.ci/install-envoy); then export ENVOY=$$envoy; fi; \
 	ETCD_BIN=$$(.ci/install-etcd) cargo bench --all-features --bench proxy -- --test
 
 install: deps ## install the command pingora-etcd

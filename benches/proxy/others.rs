@@ -77,6 +77,7 @@ fn answers(address: SocketAddr) -> bool {
     let Ok(mut stream) = TcpStream::connect(address) else {
         return false;
     };
+    let _ = stream.set_read_timeout(Some(Duration::from_secs(1)));
     let request = b"GET /small HTTP/1.1\r\nHost: bench.test\r\nConnection: close\r\n\r\n";
     let mut answer = Vec::new();
     let is_done = stream.write_all(request).is_ok() && stream.read_to_end(&mut answer).is_ok();
@@ -117,7 +118,7 @@ fn directory(name: &str) -> PathBuf {
     directory
 }
 
-/// The command that `make install` installs, from the same profile.
+/// The command, with the allocator that `make install` gives it, from the profile of this program.
 fn installed(address: SocketAddr, etcd: &str) -> Command {
     let file = directory("installed").join("load_balancer.yaml");
     std::fs::write(&file, configuration(etcd, &address.to_string())).unwrap();

@@ -25,8 +25,7 @@ const GROUP: &str = "bench";
 /// Runs one of the proxies until it is killed.
 pub fn serve(kind: &str) {
     let listen = argument("--listen").expect("an address");
-    let etcd = argument("--etcd").expect("an endpoint");
-    let text = configuration(&etcd, &listen);
+    let text = || configuration(&argument("--etcd").expect("an endpoint"), &listen);
     let conf = ServerConf {
         threads: 1,
         grace_period_seconds: Some(0),
@@ -35,8 +34,8 @@ pub fn serve(kind: &str) {
     let mut server = Server::new_with_opt_and_conf(None, conf);
     match kind {
         "bare" => bare(&mut server, &listen),
-        "cluster proxy" => cluster(&mut server, &text, true),
-        "without the front" => cluster(&mut server, &text, false),
+        "cluster proxy" => cluster(&mut server, &text(), true),
+        "without the front" => cluster(&mut server, &text(), false),
         other => panic!("{other} is no proxy"),
     }
     let _ = proxy::run(server);

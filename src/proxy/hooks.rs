@@ -226,7 +226,7 @@ impl ProxyHttp for ClusterProxy {
             session.set_keepalive(None);
         }
         if let Some(group) = &context.group {
-            group.name_node(session, response, state)?;
+            group.tell_client(session, response, state)?;
         }
         match &context.route {
             Some(route) => route.change_response(response),

@@ -163,8 +163,8 @@ impl GroupProxy {
         }
     }
 
-    /// Adds what tells the client who serves it next: the cookie, and the leader's term.
-    pub(super) fn name_node(
+    /// Adds what tells the client who serves it next: the cookie, and until when its reads go to the leader.
+    pub(super) fn tell_client(
         &self,
         session: &Session,
         response: &mut ResponseHeader,

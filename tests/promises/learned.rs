@@ -208,7 +208,7 @@ async fn a_worker_that_is_started_again_begins_with_its_weight() {
         again.unwrap()
     };
     let with_its_weight = share_again(json!({}), &mut keys).await;
-    // Whoever says that it is of another strength is another one, and begins as the mean.
+    // A node with another static weight counts as another one, and begins without what was learned.
     let as_another = share_again(json!({ "weight": 1 }), &mut keys).await;
     assert!(
         with_its_weight < 0.17 && as_another > 0.21,
