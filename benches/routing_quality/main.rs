@@ -150,7 +150,8 @@ fn simulate(rows: Vec<Row>, kinds: Vec<RouterKind>, seeds: Vec<u64>) -> Runs {
     let mut jobs = Vec::new();
     for (row, described) in rows.iter().enumerate() {
         for (kind, compared) in kinds.iter().enumerate() {
-            if described.quick || compared.is_for_many() {
+            let is_wanted = described.quick || compared.is_for_many();
+            if is_wanted && compared.is_fit_for(&described.scenario) {
                 let seeds = match described.scenario.servers {
                     MANY_SERVERS.. => &seeds[..1],
                     _ => &seeds[..],

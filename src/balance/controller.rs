@@ -199,13 +199,14 @@ impl Controller {
     /// how much of their load comes from others, 0 to 1.
     pub(super) fn correct_by_latency(&mut self, settings: &Adaptive, shared: f64, mean: &Mean) {
         let mean_excess = mean.value();
-        if !self.has_new_latency || mean_excess <= 0.0 {
+        let scale = mean_excess.max(settings.idle_latency_ms / 1e3);
+        if !self.has_new_latency || scale <= 0.0 {
             return;
         }
         let Some(excess) = self.excess_latency else {
             return;
         };
-        let error = ((mean_excess - excess) / mean_excess).clamp(-1.0, 1.0);
+        let error = ((mean_excess - excess) / scale).clamp(-1.0, 1.0);
         let step = settings.latency_gain_at(shared) * error;
         let range = settings.latency_range.ln();
         self.latency = (settings.latency_keep * self.latency + step).clamp(-range, range);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -153,6 +154,54 @@ async fn a_successor_begins_with_what_its_predecessor_has_learned() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// The share of the first backend, as the status of the balancer has it.
+async fn share_of_first(admin: u16) -> Option<f64> {
+    let url = format!("http://127.0.0.1:{admin}/api/v1/status");
+    let text = client().get(url).send().await.ok()?.text().await.ok()?;
+    let status: Value = serde_json::from_str(&text).ok()?;
+    let nodes = status["groups"][0]["nodes"].as_array()?;
+    nodes.iter().find(|node| node["id"] == "n0")?["share"].as_f64()
+}
+
+/// The default is 2 ms, which a busy machine that runs tests is far from.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn latencies_that_are_small_enough_move_no_weights() {
+    let (etcd, group) = (Etcd::shared(), group("small-latencies"));
+    let answers = AtomicUsize::new(0);
+    let slow = move |request: &str| {
+        // The quick ones show that it is not far away.
+        if !answers.fetch_add(1, Ordering::SeqCst).is_multiple_of(8) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        ok(request)
+    };
+    let backends = [
+        RawBackend::start(slow).await,
+        RawBackend::start(ok).await,
+        RawBackend::start(ok).await,
+    ];
+    register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
+    let start = async |idle_latency_ms: u32| {
+        let admin = free_port();
+        let fields = format!(
+            "adaptive: {{ idle_latency_ms: {idle_latency_ms} }}\n\
+             admin: {{ listen: '127.0.0.1:{admin}' }}"
+        );
+        (Setup::shared(&group).with(&fields).serving().await, admin)
+    };
+    let (sensitive, tolerant) = (start(0).await, start(10_000).await);
+    until("the slow one has a small share", async || {
+        sensitive.0.gets(50).await;
+        tolerant.0.gets(50).await;
+        share_of_first(sensitive.1)
+            .await
+            .is_some_and(|share| share < 0.2)
+    })
+    .await;
+    let share = share_of_first(tolerant.1).await.unwrap();
+    assert!((0.32..0.35).contains(&share), "{share}");
+}
+
 /// A node that is restarted, as in a rolling restart, is mostly as strong as before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_is_started_again_begins_with_its_weight() {
@@ -178,13 +227,7 @@ async fn a_worker_that_is_started_again_begins_with_its_weight() {
          admin: {{ listen: '127.0.0.1:{admin}' }}"
     );
     let balancer = Setup::shared(&group).with(&fields).serving().await;
-    let share = async || {
-        let url = format!("http://127.0.0.1:{admin}/api/v1/status");
-        let text = client().get(url).send().await.ok()?.text().await.ok()?;
-        let status: Value = serde_json::from_str(&text).ok()?;
-        let nodes = status["groups"][0]["nodes"].as_array()?;
-        nodes.iter().find(|node| node["id"] == "n0")?["share"].as_f64()
-    };
+    let share = async || share_of_first(admin).await;
     until("the loaded one has a small share", async || {
         balancer.gets(100).await;
         share().await.is_some_and(|share| share < 0.15)

@@ -432,7 +432,10 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     (
         "adaptive",
-        &["promises::fields::adaptive_turns_away_from_what_fails_and_back"],
+        &[
+            "promises::fields::adaptive_turns_away_from_what_fails_and_back",
+            "promises::learned::latencies_that_are_small_enough_move_no_weights",
+        ],
     ),
     (
         "headroom",

@@ -76,6 +76,12 @@ impl RouterKind {
             )
     }
 
+    /// Whether it can be simulated there. A pick of a stock load balancer takes no time from outside, which it
+    /// needs for the age of a report of requests in flight.
+    pub fn is_fit_for(self, scenario: &Scenario) -> bool {
+        !(scenario.in_flight && self == Self::DropIn { is_informed: true })
+    }
+
     /// Whether it is needed to check a limit.
     pub fn is_limited(self) -> bool {
         matches!(

@@ -40,7 +40,8 @@ use crate::error::{ClusterError, in_range};
 ///
 /// Every tick, a backend with `latency_samples` or more new successes compares its excess latency
 /// (the mean minus the lowest of the last 30 to 60 s, which is mostly distance) with the weighted
-/// mean of all: `l = latency_keep * l + latency_gain * e`. Where most backends report to be
+/// mean of all: `l = latency_keep * l + latency_gain * e`, with `e` relative to that mean, or to `idle_latency_ms`
+/// if that is more: backends that are all fast differ by chance alone. Where most backends report to be
 /// busy (above `calm_load`), though this process has less than half a request in flight at each, there are probably
 /// many processes like it. Then the gain is up to twice as high, and half of the samples are enough: the noise of
 /// each process is averaged out in the traffic of all.
@@ -109,6 +110,10 @@ pub struct Adaptive {
     /// The part of a difference in latency that one tick corrects; up to twice that, where most of the load
     /// comes from other processes. Default: 0.2. Range: 0 to 1; with 0 latencies play no part.
     pub latency_gain: f64,
+    /// A mean excess latency below this is replaced by this, so that backends that are all fast do not react to small
+    /// differences: one pause of a few milliseconds is a large part of the mean of such backends. Default: 2 ms.
+    /// Range: 0 to 10,000.
+    pub idle_latency_ms: f64,
     /// The part of what was learned from latencies that a tick keeps. Default: 0.98. Range: 0 to 1.
     pub latency_keep: f64,
     /// How far latencies can move a weight in total: the static weight is multiplied or divided by
@@ -193,6 +198,7 @@ impl Default for Adaptive {
             stale_after_ms: 180_000,
             stale_half_life_ms: 180_000,
             latency_gain: 0.2,
+            idle_latency_ms: 2.0,
             latency_keep: 0.98,
             latency_range: 8.0,
             latency_samples: 4,
@@ -263,6 +269,7 @@ impl Adaptive {
         number("own_request", self.own_request, 0.01..=1.0)?;
         number("success_limit", self.success_limit, 0.0..=1.0)?;
         number("latency_gain", self.latency_gain, 0.0..=1.0)?;
+        number("idle_latency_ms", self.idle_latency_ms, 0.0..=1e4)?;
         number("latency_keep", self.latency_keep, 0.0..=1.0)?;
         number("success_gain", self.success_gain, 0.001..=0.5)?;
         number("gate_below", self.gate_below, 0.0..=1.0)?;

@@ -94,6 +94,48 @@ fn latencies_are_followed_faster_where_others_keep_the_backends_busy() {
     assert!(shared > 1.5 * calm, "{shared} {calm}");
 }
 
+/// Answers take a fraction of a millisecond, now and then some milliseconds, as on any real machine.
+#[test]
+fn equal_backends_that_are_all_fast_get_equal_parts() {
+    let mut rig = Rig::of(3);
+    let mut rng = fastrand::Rng::with_seed(11);
+    let mut got = [0; 3];
+    for _ in 0..300 {
+        for _ in 0..50 {
+            let upstream = rig.pick();
+            got[usize::from(upstream.addr().port() - 1000)] += 1;
+            let pause = if rng.u32(..200) == 0 { 5_000.0 } else { 0.0 };
+            let micros = pause + 200.0 - 100.0 * (1.0 - rng.f64()).ln();
+            upstream.succeeded(Duration::from_micros(micros as u64));
+        }
+        rig.seconds(1);
+        for index in 0..3 {
+            let weight = rig.weight(index);
+            assert!((0.75..1.33).contains(&weight), "{index} has {weight}");
+        }
+    }
+    assert!(
+        got.iter().all(|got| (4_500..5_500).contains(got)),
+        "{got:?}"
+    );
+}
+
+/// One of them has something else to do, so that its answers take some milliseconds: they are not all fast.
+#[test]
+fn a_backend_that_is_slow_beside_fast_ones_gets_less() {
+    let mut rig = Rig::of(3);
+    for _ in 0..30 {
+        for request in 0..50 {
+            let upstream = rig.pick();
+            let is_slow = upstream.addr().port() == 1000 && request % 8 != 0;
+            let micros = if is_slow { 6_000 } else { 300 };
+            upstream.succeeded(Duration::from_micros(micros));
+        }
+        rig.seconds(1);
+    }
+    assert!(rig.weight(0) < 0.4, "{}", rig.weight(0));
+}
+
 #[test]
 fn a_backend_with_more_load_than_the_others_gets_less() {
     let mut rig = Rig::of(4);
