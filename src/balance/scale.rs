@@ -98,7 +98,7 @@ impl Scale {
     }
 
     /// Measures the own zone and the others, which decides how much traffic leaves the zone.
-    pub(super) fn measure_zones(&mut self, settings: &Zones, roster: &Roster) {
+    pub(super) fn measure_zones(&mut self, settings: &WeigherSettings, roster: &Roster) {
         let zone = self.zone.as_deref();
         if zone.is_none() {
             return;
@@ -115,7 +115,9 @@ impl Scale {
                 sample.latency.add(latency, weight);
             }
         }
-        self.spill.tick(settings, &own, &others);
+        let idle_latency = settings.adaptive.idle_latency_ms / 1e3;
+        self.spill
+            .tick(&settings.zones, idle_latency, &own, &others);
     }
 
     /// Computes the weights of all backends, and lets picks see them. Returns whether they are what they were.

@@ -223,7 +223,7 @@ impl Weigher {
         self.learn_from_reports(now);
         self.learn_from_requests(now, passed);
         self.decide_trials(now);
-        self.scale.measure_zones(&self.settings.zones, &self.roster);
+        self.scale.measure_zones(&self.settings, &self.roster);
         if self.take_changed() {
             self.limit_ejected_by_predecessor();
         }

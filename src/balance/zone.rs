@@ -65,7 +65,14 @@ impl Spill {
         level.max(MIN_SPILL)
     }
 
-    pub(super) fn tick(&mut self, settings: &Zones, own: &ZoneSample, others: &ZoneSample) {
+    /// Takes over a tick. A rise of the latency by less than `idle_latency`, in seconds, is no pressure.
+    pub(super) fn tick(
+        &mut self,
+        settings: &Zones,
+        idle_latency: f64,
+        own: &ZoneSample,
+        others: &ZoneSample,
+    ) {
         self.ticks += 1;
         if self.ticks.is_multiple_of(WINDOW_TICKS) {
             self.lowest = [f64::INFINITY, self.lowest[0]];
@@ -84,7 +91,8 @@ impl Spill {
             self.latency = Some(latency);
             self.lowest[0] = self.lowest[0].min(latency);
             let lowest = self.lowest[0].min(self.lowest[1]);
-            let limit = (settings.stretch_limit * lowest).max(1e-9);
+            let limit = (settings.stretch_limit * lowest).max(lowest + idle_latency);
+            let limit = limit.max(1e-9);
             pressure = pressure.max((latency - limit) / limit);
         }
         if pressure.is_finite() {
@@ -97,6 +105,8 @@ impl Spill {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const IDLE: f64 = 0.002;
 
     fn sample(load: f64, latency: f64) -> ZoneSample {
         let mut sample = ZoneSample::default();
@@ -111,17 +121,34 @@ mod tests {
         let calm = sample(0.5, 0.01);
         for hot in [sample(1.0, 0.01), sample(0.5, 0.05)] {
             let mut spill = Spill::default();
-            spill.tick(&settings, &calm, &calm);
+            spill.tick(&settings, IDLE, &calm, &calm);
             assert_eq!(spill.level(&settings, 1.0), settings.least_spill);
             for _ in 0..10 {
-                spill.tick(&settings, &hot, &calm);
+                spill.tick(&settings, IDLE, &hot, &calm);
             }
             assert!(spill.level(&settings, 1.0) > 0.3, "{spill:?}");
             for _ in 0..120 {
-                spill.tick(&settings, &calm, &calm);
+                spill.tick(&settings, IDLE, &calm, &calm);
             }
             assert_eq!(spill.level(&settings, 1.0), settings.least_spill);
         }
+    }
+
+    #[test]
+    fn nothing_leaves_for_less_than_a_zone_is_away() {
+        let settings = Zones::default();
+        let spill_after = |latency: f64| {
+            let mut spill = Spill::default();
+            for _ in 0..10 {
+                spill.tick(&settings, IDLE, &sample(0.5, 0.000_3), &sample(0.5, 0.001));
+            }
+            for _ in 0..60 {
+                spill.tick(&settings, IDLE, &sample(0.5, latency), &sample(0.5, 0.001));
+            }
+            spill.level(&settings, 1.0)
+        };
+        assert_eq!(spill_after(0.002), settings.least_spill);
+        assert!(spill_after(0.01) > 0.3);
     }
 
     #[test]
@@ -129,7 +156,7 @@ mod tests {
         let settings = Zones::default();
         let mut spill = Spill::default();
         for _ in 0..100 {
-            spill.tick(&settings, &sample(0.9, 0.01), &sample(0.95, 0.01));
+            spill.tick(&settings, IDLE, &sample(0.9, 0.01), &sample(0.95, 0.01));
         }
         assert_eq!(spill.level(&settings, 1.0), settings.least_spill);
     }

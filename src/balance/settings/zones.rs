@@ -12,7 +12,8 @@ use crate::error::{ClusterError, in_range};
 /// - by how much the load that backends in the own zone report exceeds `load_limit` and the load in
 ///   other zones;
 /// - by how much their mean latency, smoothed, exceeds `stretch_limit` times the lowest one of the
-///   last minutes, relative to that.
+///   last minutes, and the lowest one plus [`Adaptive::idle_latency_ms`](super::Adaptive::idle_latency_ms),
+///   relative to the greater of the two.
 ///
 /// Where the pressure is negative the spill shrinks. It is at least `1 - spare * h`, where `h` is
 /// the part of the own zone's weight whose backends work: so without a working backend in the own
@@ -28,7 +29,8 @@ pub struct Zones {
     /// calculates it: about CPU in use, 0 to 1. Default: 0.8. Range: 0.1 to 4.
     pub load_limit: f64,
     /// The mean latency up to which traffic stays in the own zone, as a multiple of its lowest mean
-    /// latency. Default: 2. Range: 1.1 to 100.
+    /// latency; a rise by less than `idle_latency_ms` of [`Adaptive`](super::Adaptive) is never too much. Default: 2.
+    /// Range: 1.1 to 100.
     pub stretch_limit: f64,
     /// How fast the spill follows the pressure. Default: 0.3. Range: 0.001 to 10.
     pub gain: f64,
