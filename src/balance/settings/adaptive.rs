@@ -110,8 +110,8 @@ pub struct Adaptive {
     /// The part of a difference in latency that one tick corrects; up to twice that, where most of the load
     /// comes from other processes. Default: 0.2. Range: 0 to 1; with 0 latencies play no part.
     pub latency_gain: f64,
-    /// A mean excess latency below this is replaced by this, so that backends that are all fast do not react to small
-    /// differences: one pause of a few milliseconds is a large part of the mean of such backends. And no traffic leaves
+    /// A mean excess latency below this is replaced by this, so that backends that are all fast react little to small
+    /// differences, unless these last: one pause of a few milliseconds is a large part of the mean of such backends. And no traffic leaves
     /// a zone because its mean latency has risen by less than this. Default: 2 ms. Range: 0 to 10,000.
     pub idle_latency_ms: f64,
     /// The part of what was learned from latencies that a tick keeps. Default: 0.98. Range: 0 to 1.
