@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_saphyr::with_deserializer_from_str_with_options;
 
 use super::cluster::ClusterConfig;
 use super::lines::line_of;
@@ -42,8 +43,14 @@ pub(super) fn parse<T: DeserializeOwned>(text: &str, name: &str) -> Result<T, Cl
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
     let options = serde_saphyr::Options::default().with_properties(variables);
-    serde_saphyr::from_str_with_options(text, options)
-        .map_err(|error| unreadable(name, text, &error))
+    let mut field = None;
+    let read = with_deserializer_from_str_with_options(text, options, |deserializer| {
+        serde_path_to_error::deserialize(deserializer).map_err(|error| {
+            field = Some(error.path().to_string());
+            error.into_inner()
+        })
+    });
+    read.map_err(|error| unreadable(name, text, field.as_deref(), &error))
 }
 
 /// An error in a field of this file, with its line.

@@ -36,7 +36,8 @@ pub struct Given {
 /// [`ConfigFile`](ClusterError::ConfigFile) if the text is not YAML.
 pub fn given(text: &str, name: &str) -> Result<Vec<Given>, ClusterError> {
     // Without the values of variables, which may be secret.
-    let tree = serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, &error))?;
+    let tree =
+        serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, None, &error))?;
     let mut found = Vec::new();
     collect(String::new(), tree, 0, &mut found);
     Ok(found)

@@ -57,7 +57,7 @@ const WITHOUT_EFFECT: &[(&str, &str)] = &[
 pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
     type Fields<Key> = HashMap<Key, IgnoredAny>;
     let given: Fields<Spanned<String>> =
-        serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, &error))?;
+        serde_saphyr::from_str(text).map_err(|error| unreadable(name, text, None, &error))?;
     let known: Fields<String> = serde_saphyr::from_str(&ServerConf::default().to_yaml())
         .map_err(|error| in_file("Pingora's defaults", error))?;
     for (field, instead) in WITHOUT_EFFECT {

@@ -11,6 +11,7 @@ use super::{DEADLINE, free_port, local};
 /// A process that is killed when this is dropped.
 pub struct Program {
     pub child: Child,
+    has_children: bool,
 }
 
 impl Program {
@@ -34,7 +35,16 @@ impl Program {
         let child = child.unwrap_or_else(|error| {
             panic!("{}: {error}; build the examples first", name.display())
         });
-        Self { child }
+        Self {
+            child,
+            has_children: false,
+        }
+    }
+
+    /// It has processes of its own, which end only if it is asked to end.
+    pub fn with_children(mut self) -> Self {
+        self.has_children = true;
+        self
     }
 
     /// Whether the process is still running.
@@ -72,6 +82,13 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
+        if self.has_children {
+            self.signal("TERM");
+            let start = Instant::now();
+            while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < DEADLINE {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -141,7 +158,9 @@ fn newest_source() -> SystemTime {
     fn newest(path: &Path) -> SystemTime {
         let of_file = std::fs::metadata(path).and_then(|about| about.modified());
         let files = std::fs::read_dir(path).into_iter().flatten().flatten();
-        let of_file = of_file.ok().filter(|_| !path.is_dir());
+        // The guide is in no program.
+        let is_guide = path.extension().is_some_and(|it| it == "md");
+        let of_file = of_file.ok().filter(|_| !path.is_dir() && !is_guide);
         files
             .map(|entry| newest(&entry.path()))
             .chain(of_file)

@@ -116,7 +116,11 @@ impl Kind {
             }
         };
         command.stdin(Stdio::null());
-        Program::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()))
+        let program = Program::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()));
+        match self {
+            Self::Nginx => program.with_children(),
+            _ => program,
+        }
     }
 }
 

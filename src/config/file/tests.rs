@@ -55,13 +55,32 @@ fn wrong_values_are_named() {
     for (field, named) in [
         ("policy: fastest", "fastest"),
         ("headroom: { cpu: -1 }", "cluster.headroom.cpu"),
-        ("headroom: { cpu: much }", "cpu"),
+        ("headroom: { cpu: much }", "cluster.headroom.cpu"),
+        ("headroom: 7", "cluster.headroom"),
+        ("headroom: { cpu: }", "cluster.headroom.cpu"),
+        (
+            "timeouts: { connect_ms: soon }",
+            "cluster.timeouts.connect_ms",
+        ),
+        (
+            "timeouts: { connect_ms: -1 }",
+            "cluster.timeouts.connect_ms",
+        ),
+        ("clients: { headers: 1.5 }", "cluster.clients.headers"),
+        (
+            "routes: [{ name: a, hosts: [b] }, { name: c, hosts: 7 }]",
+            "cluster.routes[1].hosts",
+        ),
+        (
+            "groups: { orders: { retries: many } }",
+            "cluster.groups.orders.retries",
+        ),
         ("candidates: 99", "cluster.candidates"),
         (
             "adaptive: { metrics_gain: 2 }",
             "cluster.adaptive.metrics_gain",
         ),
-        ("adaptive: { gain: 2 }", "gain"),
+        ("adaptive: { gain: 2 }", "invalid cluster.adaptive"),
         (
             "consistent: { balance_factor: 1 }",
             "cluster.consistent.balance_factor",
@@ -94,7 +113,7 @@ fn wrong_values_are_named() {
             "snapshot: { file: nodes, max_age_ms: 1 }",
             "cluster.snapshot.max_age_ms",
         ),
-        ("snapshot: {}", "file"),
+        ("snapshot: {}", "invalid cluster.snapshot"),
         ("publish_interval_ms: 10001", "cluster.publish_interval_ms"),
         (
             "registry: { format: kratos, prefix: /x }",
@@ -270,6 +289,7 @@ fn the_part_of_pingora_is_strict_too() {
     );
     for (wrong, named) in [
         ("threads: many", "line 3"),
+        ("threads: many", "invalid threads"),
         ("threads: 0", "threads"),
         ("max_retries: 0", "max_retries"),
         ("listener_tasks_per_fd: 0", "listener_tasks_per_fd"),
@@ -277,6 +297,52 @@ fn the_part_of_pingora_is_strict_too() {
         let text = MINIMAL.replace("threads: 2", wrong);
         let error = server_conf(&text, "file.yaml").unwrap_err().to_string();
         assert!(error.contains(named), "{error}");
+    }
+}
+
+#[test]
+fn errors_say_what_is_expected() {
+    for (field, said) in [
+        (
+            "timeouts: { connect_ms: soon }",
+            "invalid cluster.timeouts.connect_ms: line 8 column 27: a whole number, 0 or more, is expected",
+        ),
+        (
+            "default_port: 70000",
+            "a whole number from 0 to 65535 is expected",
+        ),
+        ("headroom: { cpu: }", "a number is expected"),
+        ("load_reports: perhaps", "true or false is expected"),
+        ("headroom: 7", "fields and their values are expected"),
+        ("allowed_ports: 80", "a list is expected"),
+        ("group: [a]", "one value is expected"),
+        (
+            "headroom: { mem: 1 }",
+            "there is no field `mem` here; these are known: cpu, ",
+        ),
+        ("snapshot: {}", "the field `file` is missing"),
+        (
+            "policy: fastest",
+            "`fastest` is unknown; these are known: round_robin, ",
+        ),
+        (
+            "zone: ${NO_SUCH_VARIABLE}",
+            "the environment variable NO_SUCH_VARIABLE is not set",
+        ),
+        ("zone: a\n  zone: b", "the field `zone` is given twice"),
+    ] {
+        let text = format!("{MINIMAL}  {field}\n").replace(
+            "  group: workers\n",
+            if field.starts_with("group") {
+                ""
+            } else {
+                "  group: workers\n"
+            },
+        );
+        let error = error(&text);
+        assert!(error.contains(said), "{field}: {error}");
+        assert!(error.contains("\n --> file.yaml:"), "{error}");
+        assert!(!error.contains('?'), "{error}");
     }
 }
 
