@@ -153,6 +153,32 @@ async fn the_own_zone_comes_first() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_traffic_leaves_a_zone_for_a_rise_of_latency_that_does_not_count() {
+    let zone = |zone: &str| json!({ "zone": zone });
+    let (setup, _, [a, _b]) = two("zone-latency", zone("x"), zone("y")).await;
+    let start = async |idle_latency_ms: u32| {
+        let fields = format!(
+            "zone: x\nzones: {{ least_spill: 0 }}\nadaptive: {{ idle_latency_ms: {idle_latency_ms} }}"
+        );
+        setup.clone().with(&fields).serving().await
+    };
+    let (sensitive, tolerant) = (start(0).await, start(10_000).await);
+    // Some ticks, which show how fast the zone is.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(2) {
+        sensitive.gets(25).await;
+        assert_eq!(tolerant.gets(25).await.get("b"), None);
+    }
+    a.set_delay(Duration::from_millis(20));
+    until("traffic leaves the zone", async || {
+        assert_eq!(tolerant.gets(25).await.get("b"), None);
+        let counted = sensitive.gets(25).await;
+        counted.get("b").is_some_and(|b| *b >= 5)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once() {
     let (etcd, group) = (Etcd::shared(), group("entries"));
     let mut keys = etcd.raw_client().await;

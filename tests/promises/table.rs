@@ -451,7 +451,13 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     ("zone", &["promises::fields::the_own_zone_comes_first"]),
     ("zone_of", &["promises::fields::the_own_zone_comes_first"]),
-    ("zones", &["promises::fields::the_own_zone_comes_first"]),
+    (
+        "zones",
+        &[
+            "promises::fields::the_own_zone_comes_first",
+            "promises::fields::no_traffic_leaves_a_zone_for_a_rise_of_latency_that_does_not_count",
+        ],
+    ),
     (
         "load_reports",
         &["promises::load_reports::they_are_taken_and_not_passed_on"],
