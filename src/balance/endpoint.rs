@@ -56,6 +56,8 @@ pub(super) struct EndpointState {
     weight: AtomicU64,
     /// The weight before it is reduced for its zone: what its own counts are compared with. Above 0.
     capacity: AtomicF32,
+    /// The static weight that is a part of it.
+    base: AtomicF32,
     /// The probability of acceptance that is part of its share: below 1 for a backend that fails.
     acceptance: AtomicF32,
     /// The probability with which it is taken in its turn while it has nothing in flight.
@@ -213,6 +215,7 @@ impl Endpoint {
                 place: AtomicU32::new(u32::MAX),
                 weight: AtomicU64::new(1_f64.to_bits()),
                 capacity: AtomicF32::new(1.0),
+                base: AtomicF32::new(1.0),
                 acceptance: AtomicF32::new(1.0),
                 calm: AtomicF32::new(1.0),
                 fleet: fleet.clone(),
@@ -261,6 +264,15 @@ impl Endpoint {
 
     pub(super) fn set_calm(&self, calm: f32) {
         self.state.calm.set(calm);
+    }
+
+    /// Its static weight.
+    pub(super) fn base(&self) -> f32 {
+        self.state.base.get()
+    }
+
+    pub(super) fn set_base(&self, base: f64) {
+        self.state.base.set(base as f32);
     }
 
     /// Sets how much it can take, the part of that which counts because of its zone, and its

@@ -218,6 +218,7 @@ impl Scale {
         let endpoint = &registration.endpoint;
         let is_own = !policy.follows_zones() || registration.is_in_zone(self.zone.as_deref());
         let zone_part = if is_own { 1.0 } else { common.spill };
+        endpoint.set_base(registration.base().get());
         endpoint.set_weight(weight, zone_part, acceptance);
         let adaptive = &settings.adaptive;
         let load = adaptive.load(registration.load(), &Load::default(), 1.0);

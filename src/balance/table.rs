@@ -28,6 +28,8 @@ pub(super) struct Slot {
     pub(super) in_flight: InFlightCounter,
     /// Mean weight as of this table, divided by its weight.
     pub(super) inverse_weight: AtomicF32,
+    /// Its static weight, as of this table.
+    pub(super) base: f32,
     /// The probability of acceptance that is part of its share, as of this table.
     pub(super) acceptance: f32,
     /// The probability with which it is taken in its turn while it has nothing in flight.
@@ -40,6 +42,8 @@ pub(super) struct Slot {
 pub(super) struct Table {
     pub(super) slots: Box<[Slot]>,
     pub(super) mean_weight: f64,
+    /// Whether some have another static weight than the others.
+    pub(super) has_static_weights: bool,
     pub(super) alias: AliasTable,
     pub(super) ring: Ring,
     /// `None` where all shares are equal.
@@ -74,14 +78,17 @@ impl Table {
         let slot = |endpoint: Arc<Endpoint>| Slot {
             in_flight: endpoint.counter(),
             inverse_weight: AtomicF32::new((mean / endpoint.weight().get()) as f32),
+            base: endpoint.base(),
             acceptance: endpoint.acceptance(),
             calm: AtomicF32::new(endpoint.calm()),
             endpoint,
         };
+        let bases = |pair: &[Arc<Endpoint>]| pair[0].base() != pair[1].base();
         Self {
             // Where all are ejected, none is.
             live: if live == 0 { endpoints.len() } else { live },
             mean_weight: mean,
+            has_static_weights: endpoints.windows(2).any(bases),
             slots: endpoints.into_iter().map(slot).collect(),
             ..Self::default()
         }

@@ -20,6 +20,19 @@ async fn two(name: &str, a: Value, b: Value) -> (Setup, etcd_client::Client, [Ba
     (Setup::shared(&group), keys, backends)
 }
 
+/// Both have something else to do, which requests change nothing about.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_small_static_weight_gets_its_part_of_requests_one_after_the_other() {
+    let node = |weight: u32| json!({ "weight": weight, "metadata": { "cpu_usage_percent": 50 } });
+    let (setup, _, _backends) = two("small-weight", node(1), node(9)).await;
+    // That one of them is a little slower must not matter.
+    let adaptive = "policy: adaptive\nadaptive: { idle_latency_ms: 10000 }";
+    for policy in [adaptive, "policy: headroom"] {
+        let got = count_of_a(&setup, policy, 400).await;
+        assert!((25..=60).contains(&got), "{policy}: {got} of 400");
+    }
+}
+
 /// How many of `count` GET requests are served by backend `a`.
 async fn count_of_a(setup: &Setup, fields: &str, count: usize) -> usize {
     let balancer = setup.clone().with(fields).serving().await;

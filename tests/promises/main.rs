@@ -25,6 +25,7 @@ mod fields;
 mod foreign;
 mod grpc;
 mod headers;
+mod hundreds;
 mod languages;
 mod leader;
 mod learned;

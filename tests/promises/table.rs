@@ -14,6 +14,7 @@ const TEXTS: &[&str] = &[
     "src/guide/configuration.md",
     "src/guide/routing.md",
     "src/guide/edge.md",
+    "src/guide/scale.md",
 ];
 
 /// A promise, as its text begins, and the tests that show it: `crate::module::test`.
@@ -260,6 +261,18 @@ const PROMISES: &[(&str, &[&str])] = &[
             "promises::fields::adaptive_turns_away_from_what_fails_and_back",
             "proxy::learning::a_backend_that_answers_5xx_loses_its_traffic_and_gets_it_back",
         ],
+    ),
+    (
+        "where there are 256 backends or more: a report changes the weight of its backend",
+        &["promises::hundreds::each_of_hundreds_of_backends_is_followed"],
+    ),
+    (
+        "What changes the group (a node joins, leaves,",
+        &["promises::hundreds::each_of_hundreds_of_backends_is_followed"],
+    ),
+    (
+        "Of weights of 1 and 9 the smaller one gets a tenth of the requests",
+        &["promises::fields::a_small_static_weight_gets_its_part_of_requests_one_after_the_other"],
     ),
     (
         "A node that drains is not picked.",

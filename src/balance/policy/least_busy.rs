@@ -172,7 +172,7 @@ impl LeastBusy {
         let mut best = key(first, chance);
         let (second, chance) = table.alias.draw_with_rest(random.u64(..));
         if key(second, chance) < best && Self::is_calm(table, second, chance) {
-            return second;
+            return self.keep_turn(table, (first, 1.0), (second, 1.0));
         }
         if table.draws == 0 {
             // All are candidates.
@@ -187,7 +187,36 @@ impl LeastBusy {
                 best = best.min(key(index, chance));
             }
         }
-        best as u32 as usize
+        self.keep_turn(table, (first, 1.0), (best as u32 as usize, 1.0))
+    }
+
+    /// Who is taken when it is the turn of one backend, and another one is less busy for its weight; each with the
+    /// factor on its score. As long as the first one has nothing to do, that the other has a greater static weight is
+    /// no reason to take it: otherwise the one with the greatest would get all that comes one after the other. What
+    /// was learned of the other one is a reason.
+    #[inline]
+    fn keep_turn(&self, table: &Table, turn: (usize, f32), other: (usize, f32)) -> usize {
+        match table.has_static_weights && turn.0 != other.0 {
+            true => self.compare_learned(table, turn, other),
+            false => other.0,
+        }
+    }
+
+    #[inline(never)]
+    fn compare_learned(&self, table: &Table, turn: (usize, f32), other: (usize, f32)) -> usize {
+        let slots = [turn, other].map(|(index, factor)| (&table.slots[index], factor));
+        let [(its, _), (others, _)] = slots;
+        if its.in_flight.get() > 0 || its.base == others.base {
+            return other.0;
+        }
+        let [its, others] = slots.map(|(slot, factor)| {
+            let busy = slot.in_flight.get() as f32 + self.own_request;
+            busy * slot.inverse_weight.get() * slot.base * factor
+        });
+        match others < its * (1.0 - self.alike) {
+            true => other.0,
+            false => turn.0,
+        }
     }
 
     /// The pick in all other cases: candidates are different, allowed and accepted.
@@ -219,12 +248,12 @@ impl LeastBusy {
                 let factor = conditions.factor(index);
                 let score = self.score(table, index, chance) * factor;
                 let is_early = count < 2 && score < best.score && factor <= MOST_CALM_FACTOR;
-                if is_early && Self::is_calm(table, index, chance) {
-                    return Some(index);
-                }
-                best.consider(index, score);
                 drawn[count] = index;
                 count += 1;
+                if is_early && Self::is_calm(table, index, chance) {
+                    return Some(conditions.keep_turn(self, drawn[0], index));
+                }
+                best.consider(index, score);
             } else if redraws > 0 {
                 redraws -= 1;
             } else {
@@ -245,6 +274,7 @@ impl LeastBusy {
             }
         }
         (best.index)
+            .map(|index| conditions.keep_turn(self, drawn[0], index))
             .or_else(|| conditions.any_accepted(random))
             .or_else(|| match conditions.only_working {
                 true => table.draw_working(conditions.exclude, random.u64(..)),
@@ -329,6 +359,13 @@ impl Conditions<'_> {
     fn factor(&self, index: usize) -> f32 {
         let state = self.table.slots[index].endpoint.state();
         self.now.map_or(1.0, |now| state.in_flight_factor(now))
+    }
+
+    /// Who is taken when the first candidate was this one, and another one is less busy for its weight.
+    #[inline]
+    fn keep_turn(&self, policy: &LeastBusy, first: usize, other: usize) -> usize {
+        let [turn, other] = [first, other].map(|index| (index, self.factor(index)));
+        policy.keep_turn(self.table, turn, other)
     }
 
     /// Any backend that works, when everything that is drawn by share has failed since the table was

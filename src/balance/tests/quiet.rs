@@ -1,13 +1,14 @@
 //! Little traffic: one request at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
 
 use super::{Rig, bare};
-use crate::balance::{Balancer, Headroom, Policy, TICK};
+use crate::balance::{Balancer, Headroom, Policy, TICK, Upstream};
+use crate::load_report::LoadReport;
 use crate::node::Node;
 
 /// Sends requests one after the other, with a pause after each, and returns how many each backend got
@@ -81,6 +82,59 @@ fn idle_backends_share_by_weight_whatever_others_report() {
                         "{policy:?}, {count} backends, metrics {with_metrics}, {pause:?}: \
                          {index} got {got} instead of {expected}"
                     );
+                }
+            }
+        }
+    }
+}
+
+/// All are busy with something else, which requests here change nothing about.
+#[test]
+fn static_weights_are_followed_whatever_all_report() {
+    let twenty = [&[30.0][..], &[1.0; 19]].concat();
+    for policy in [Policy::Adaptive, Policy::Headroom] {
+        for cpu in [0.0, 30.0, 50.0, 90.0] {
+            for weights in [&[1.0, 9.0][..], &[1.0, 2.0, 3.0], &twenty] {
+                for (at_once, is_told) in [(1, false), (1, true), (4, false)] {
+                    let mut rig = Rig::new(Balancer::builder().policy(policy));
+                    let total: f64 = weights.iter().sum();
+                    let mut got = vec![0.0; weights.len()];
+                    let mut in_flight = VecDeque::new();
+                    for round in 0..30 {
+                        for (index, weight) in (0..).zip(weights) {
+                            let node = Node::clone(&loaded(index, cpu, round * 5));
+                            let node = node.with_weight(*weight);
+                            rig.nodes.insert(format!("n{index}"), Arc::new(node));
+                        }
+                        rig.update();
+                        for _ in 0..20 {
+                            let upstream = rig.pick();
+                            got[usize::from(upstream.addr().port() - 1_000)] += 1.0;
+                            in_flight.push_back(upstream);
+                            if in_flight.len() == at_once {
+                                let done: Upstream = in_flight.pop_front().unwrap();
+                                if is_told {
+                                    let mut report = LoadReport::new();
+                                    report.in_flight = Some((done.in_flight() - 1).into());
+                                    done.report(&report, rig.now);
+                                }
+                                done.succeeded(Duration::from_millis(5));
+                            }
+                        }
+                        rig.now += TICK;
+                        rig.balancer.tick(rig.now);
+                    }
+                    for (got, weight) in got.into_iter().zip(weights) {
+                        let expected = 600.0 * weight / total;
+                        // With several at once, requests in flight count, too.
+                        let part = if at_once == 1 { 0.15 } else { 0.55 };
+                        let tolerance = (part * expected).max(6.0);
+                        assert!(
+                            (got - expected).abs() <= tolerance,
+                            "{policy:?}, CPU {cpu} %, {at_once} at once, told {is_told}: weight {weight} \
+                             got {got} instead of {expected}"
+                        );
+                    }
                 }
             }
         }
