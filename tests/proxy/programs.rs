@@ -153,14 +153,13 @@ async fn leader_routing_as_the_readme_runs_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_demo_serves_and_ends_with_ctrl_c() {
     let (file, url) = adapted("demo.yaml", "memory://demo", &group("demo"));
-    let mut child = Command::new(binary("load_balancer"))
+    let mut command = Command::new(binary("load_balancer"));
+    command
         .args(["--conf", file.to_str().unwrap(), "--demo", "3"])
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let output = BufReader::new(child.stdout.take().unwrap());
-    let mut demo = Program { child };
+        .stderr(Stdio::null());
+    let mut demo = Program::spawn(&mut command);
+    let output = BufReader::new(demo.child.stdout.take().unwrap());
     until_nodes_answer(&url, 3).await;
     // The suggested commands name the address that the demo listens on.
     let first = output.lines().next().unwrap().unwrap();
@@ -236,9 +235,7 @@ async fn a_pipe_can_be_the_configuration_and_one_that_nobody_writes_to_is_an_err
     let start = || {
         let mut command = Command::new(binary("load_balancer"));
         command.args(["--test", "--conf", pipe.to_str().unwrap()]);
-        Program {
-            child: command.stderr(Stdio::piped()).spawn().unwrap(),
-        }
+        Program::spawn(command.stderr(Stdio::piped()))
     };
     let mut program = start();
     let good = std::fs::read_to_string(config_file("load_balancer.yaml")).unwrap();
