@@ -56,7 +56,7 @@ pub(super) struct EndpointState {
     weight: AtomicU64,
     /// The weight before it is reduced for its zone: what its own counts are compared with. Above 0.
     capacity: AtomicF32,
-    /// The static weight that is a part of it.
+    /// The part of it that was not learned: the static weight, a quarter of it for a node that is degraded.
     base: AtomicF32,
     /// The probability of acceptance that is part of its share: below 1 for a backend that fails.
     acceptance: AtomicF32,
@@ -266,7 +266,7 @@ impl Endpoint {
         self.state.calm.set(calm);
     }
 
-    /// Its static weight.
+    /// The part of its weight that was not learned.
     pub(super) fn base(&self) -> f32 {
         self.state.base.get()
     }

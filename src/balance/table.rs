@@ -28,7 +28,7 @@ pub(super) struct Slot {
     pub(super) in_flight: InFlightCounter,
     /// Mean weight as of this table, divided by its weight.
     pub(super) inverse_weight: AtomicF32,
-    /// Its static weight, as of this table.
+    /// The part of its weight that was not learned, as of this table.
     pub(super) base: f32,
     /// The probability of acceptance that is part of its share, as of this table.
     pub(super) acceptance: f32,
@@ -42,7 +42,7 @@ pub(super) struct Slot {
 pub(super) struct Table {
     pub(super) slots: Box<[Slot]>,
     pub(super) mean_weight: f64,
-    /// Whether some have another static weight than the others.
+    /// Whether that part is not the same for all.
     pub(super) has_static_weights: bool,
     pub(super) alias: AliasTable,
     pub(super) ring: Ring,

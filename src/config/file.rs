@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_saphyr::with_deserializer_from_str_with_options;
 
 use super::cluster::ClusterConfig;
-use super::lines::line_of;
+use super::lines::{given, line_of};
 use super::unreadable::{in_file, unreadable};
 use crate::error::ClusterError;
 
@@ -58,11 +58,8 @@ fn at_line(name: &str, text: &str, error: ClusterError) -> ClusterError {
     match &error {
         ClusterError::InvalidConfig { field, .. } => match line_of(text, field) {
             Some(line) => {
-                let given = text.lines().nth(line as usize - 1);
                 // Its value may be secret.
-                match given.is_some_and(|given| given.contains("${"))
-                    && !error.to_string().contains("${")
-                {
+                match is_from_variable(text, field) && !error.to_string().contains("${") {
                     true => in_file(
                         name,
                         format!(
@@ -76,6 +73,19 @@ fn at_line(name: &str, text: &str, error: ClusterError) -> ClusterError {
         },
         _ => in_file(name, error),
     }
+}
+
+/// Whether the value of a field, or a part of it, is that of a variable.
+fn is_from_variable(text: &str, field: &str) -> bool {
+    let is_within = |one: &str, other: &str| {
+        let rest = one.strip_prefix(other);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    };
+    let given = given(text, "").unwrap_or_default();
+    let mut values = given
+        .iter()
+        .filter(|it| is_within(&it.field, field) || is_within(field, &it.field));
+    values.any(|it| it.value.to_string().contains("${"))
 }
 
 #[cfg(test)]

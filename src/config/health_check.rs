@@ -71,7 +71,10 @@ pub struct StatusRange(u16, u16);
 
 #[derive(Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "a status such as 200 or a range such as 200-299 is expected"
+)]
 enum StatusText {
     One(u16),
     Text(String),

@@ -23,9 +23,15 @@ pub(super) fn unreadable(
     field: Option<&str>,
     error: &Error,
 ) -> ClusterError {
-    // What could not be read as a name ends in "?". A name may be an endpoint in the wrong place.
+    let is_of_variable = matches!(
+        error.without_snippet(),
+        Error::UnresolvedProperty { .. } | Error::InvalidPropertyName { .. }
+    );
+    // What could not be read as a name ends in "?"; of a variable only the section is known.
+    let field = field.filter(|_| !is_of_variable);
     let field = field.map(|field| field.trim_end_matches(['?', '.']));
-    let field = field.filter(|field| !field.is_empty() && !field.contains('@'));
+    let is_shown = |field: &&str| !field.is_empty() && field.split(['.', '[', ']']).all(is_plain);
+    let field = field.filter(is_shown);
     let in_file = |path: &str, reason: &str| {
         let reason = reason.strip_prefix("error: ").unwrap_or(reason);
         match field {
@@ -46,7 +52,7 @@ pub(super) fn unreadable(
         );
         return in_file(path, &reason);
     }
-    if has_password(text) || text.contains('@') {
+    if may_have_secret(text) || text.contains('@') {
         in_file(path, &bare)
     } else {
         let options = render_options! { formatter: &PlainWords, source_name: Some(path) };
@@ -59,37 +65,45 @@ struct PlainWords;
 
 impl MessageFormatter for PlainWords {
     fn format_message<'a>(&self, error: &'a Error) -> Cow<'a, str> {
+        let known = |expected: &[&str]| format!("these are known: {}", expected.join(", "));
         let words = match error {
-            Error::InvalidScalar { ty, .. } => expected_number(ty),
-            Error::InvalidBooleanStrict { .. } => Some("true or false is expected"),
-            Error::NullIntoString { .. } => Some("a value is missing"),
+            Error::InvalidScalar { ty, .. } => expected_number(ty).map(str::to_owned),
+            Error::InvalidBooleanStrict { .. } => Some("true or false is expected".to_owned()),
+            Error::NullIntoString { .. } => Some("a value is missing".to_owned()),
             Error::Unexpected { expected, .. } => match *expected {
-                "mapping start" => Some("fields and their values are expected"),
-                "sequence start" => Some("a list is expected"),
-                "scalar" | "string scalar" => Some("one value is expected"),
+                "mapping start" => Some("fields and their values are expected".to_owned()),
+                "sequence start" => Some("a list is expected".to_owned()),
+                "scalar" | "string scalar" => Some("one value is expected".to_owned()),
                 _ => None,
             },
             Error::SerdeMissingField { field, .. } => {
-                return format!("the field `{field}` is missing").into();
+                Some(format!("the field `{field}` is missing"))
             }
             Error::SerdeUnknownField {
                 field, expected, ..
-            } => {
-                let known = expected.join(", ");
-                return format!("there is no field `{field}` here; these are known: {known}")
-                    .into();
-            }
+            } => Some(match is_plain(field) {
+                true => format!("there is no field `{field}` here; {}", known(expected)),
+                false => format!("this is no field; {}", known(expected)),
+            }),
             Error::SerdeUnknownVariant {
                 variant, expected, ..
-            } => {
-                let known = expected.join(", ");
-                return format!("`{variant}` is unknown; these are known: {known}").into();
-            }
-            Error::DuplicateMappingKey { key: Some(key), .. } => {
-                return format!("the field `{key}` is given twice").into();
-            }
+            } => Some(match is_plain(variant) {
+                true => format!("`{variant}` is unknown; {}", known(expected)),
+                false => format!("the value is unknown; {}", known(expected)),
+            }),
+            Error::DuplicateMappingKey { key, .. } => Some(match key.as_deref() {
+                Some(key) if is_plain(key) => format!("the field `{key}` is given twice"),
+                _ => "a field is given twice".to_owned(),
+            }),
             Error::UnresolvedProperty { name, .. } => {
-                return format!("the environment variable {name} is not set").into();
+                Some(format!("the environment variable {name} is not set"))
+            }
+            Error::InvalidPropertyName { .. } => {
+                Some("what stands between ${ and } is no name of a variable".to_owned())
+            }
+            // So that the values of variables are not shown, the parser says this of others, too.
+            Error::Message { msg, .. } if msg.contains("interpolated") => {
+                Some("the value cannot be used".to_owned())
             }
             _ => None,
         };
@@ -113,14 +127,29 @@ fn expected_number(rust: &str) -> Option<&'static str> {
     }
 }
 
-/// Whether some field whose name contains `password` has a value.
-fn has_password(text: &str) -> bool {
-    text.split("password").skip(1).any(|rest| {
+/// Whether this looks like the name of a field. What looks otherwise may be a value in the wrong place, such as a
+/// password behind a colon without a space.
+fn is_plain(text: &str) -> bool {
+    let is_part = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+    text.bytes().all(is_part)
+}
+
+/// Whether something that is called like a secret may have a value, however it is written.
+fn may_have_secret(text: &str) -> bool {
+    let is_in_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    let has_value = |rest: &str| {
+        let rest = rest.trim_start_matches(is_in_name);
         let rest = rest.trim_start_matches(['"', '\'', ' ']);
-        let value = rest.strip_prefix(':').map(str::trim_start);
-        value.is_some_and(|value| {
-            let end = value.find([',', '}', '\n', ' ']).unwrap_or(value.len());
-            !matches!(value[..end].trim_end(), "null" | "~")
-        })
+        let Some(value) = rest.strip_prefix(':').map(str::trim_start) else {
+            return true;
+        };
+        let end = value.find([',', '}', ' ']).unwrap_or(value.len());
+        !matches!(&value[..end], "null" | "~")
+    };
+    text.lines().any(|line| {
+        let comment = line.find('#').unwrap_or(line.len());
+        let line = line[..comment].to_lowercase();
+        let mut names = ["passw", "secret", "token"].into_iter();
+        names.any(|name| line.split(name).skip(1).any(has_value))
     })
 }

@@ -5,7 +5,10 @@ use serde::Deserialize;
 /// A port, or a range of them: `8080` or `9000-9100`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "a port such as 8080 or a range such as 9000-9100 is expected"
+)]
 #[non_exhaustive]
 pub enum Port {
     /// One port.

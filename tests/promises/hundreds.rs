@@ -1,5 +1,4 @@
-//! Tests that each of hundreds of backends is followed: where there are 256 or more, a change does not weigh all of
-//! them again.
+//! Tests that each of hundreds of backends is followed: where there are 256 or more, other code takes changes over.
 
 use std::collections::BTreeMap;
 
@@ -56,7 +55,7 @@ async fn each_of_hundreds_of_backends_is_followed() {
         let counted = balancer.gets(3 * COUNT).await;
         let most = counted.values().max();
         assert!(
-            counted.len() >= COUNT * 9 / 10 && most.is_some_and(|most| *most <= 12),
+            counted.len() >= COUNT * 9 / 10 && most.is_some_and(|most| *most <= 20),
             "{counted:?}"
         );
     }

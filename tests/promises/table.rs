@@ -263,10 +263,6 @@ const PROMISES: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "where there are 256 backends or more: a report changes the weight of its backend",
-        &["promises::hundreds::each_of_hundreds_of_backends_is_followed"],
-    ),
-    (
         "What changes the group (a node joins, leaves,",
         &["promises::hundreds::each_of_hundreds_of_backends_is_followed"],
     ),

@@ -260,7 +260,7 @@ fn every_field_is_in_every_configuration_file() {
         let error = pingora_etcd::config::ClusterConfig::from_yaml(bogus, path).unwrap_err();
         let message = error.to_string();
         let (_, list) = message
-            .split_once("expected one of")
+            .split_once("these are known:")
             .unwrap_or_else(|| panic!("{message}"));
         let list = list.lines().next().unwrap();
         list.split(',')

@@ -364,6 +364,9 @@ impl Conditions<'_> {
     /// Who is taken when the first candidate was this one, and another one is less busy for its weight.
     #[inline]
     fn keep_turn(&self, policy: &LeastBusy, first: usize, other: usize) -> usize {
+        if !self.table.has_static_weights {
+            return other;
+        }
         let [turn, other] = [first, other].map(|index| (index, self.factor(index)));
         policy.keep_turn(self.table, turn, other)
     }

@@ -143,8 +143,9 @@ pub struct Adaptive {
     /// flight anywhere, and the greatest weight would win too often. Default: 0.5. Range: 0.01 to 1.
     pub own_request: f64,
     /// Chance decides between backends without requests in flight whose weights differ by less than
-    /// this part, so that all of them get something while there is little traffic. Default: 0.25.
-    /// Range: 0 to 1.
+    /// this part, so that all of them get something while there is little traffic. Of backends with different static
+    /// weights the one whose turn it is is taken, unless the other one has learned to be better by this part.
+    /// Default: 0.25. Range: 0 to 1.
     pub alike: f64,
     /// A backend without requests in flight is taken in its turn, which follows from the weights, while
     /// it reports no more load than this, whatever others report; one that does not report, while half

@@ -256,6 +256,46 @@ fn a_password_in_an_endpoint_is_not_repeated() {
 }
 
 #[test]
+fn a_secret_in_the_wrong_place_is_not_repeated() {
+    for (etcd, named) in [
+        ("user: u, password:s3cret", "this is no field"),
+        ("user: u, password=s3cret", "this is no field"),
+        ("user: u, Password: s3cret", "`Password`"),
+        ("user: u, passwd: s3cret", "`passwd`"),
+        ("user: u, password: s3cret, colour: red", "`colour`"),
+        ("user: u, password: [s3cret]", "cluster.etcd.password"),
+    ] {
+        let endpoints = format!("endpoints: ['memory://x'], {etcd}");
+        let text = format!("cluster:\n  group: a\n  etcd: {{ {endpoints} }}\n");
+        let shown = error(&text);
+        assert!(shown.contains(named), "{etcd}: {shown}");
+        assert!(!shown.contains("s3cret"), "{etcd}: {shown}");
+    }
+    let text = MINIMAL.replace("  group", "    user: u\n    password: x${s3cret!}\n  group");
+    let shown = error(&text);
+    assert!(shown.contains("between ${ and } is no name"), "{shown}");
+    assert!(!shown.contains("s3cret"), "{shown}");
+    // Values of variables may be secret wherever they stand.
+    for value in ["\n    ${CARGO_PKG_NAME}", "&a ${CARGO_PKG_NAME}"] {
+        let shown = error(&format!("{MINIMAL}  listen: {value}\n"));
+        assert!(shown.contains("cluster.listen"), "{shown}");
+        assert!(!shown.contains(env!("CARGO_PKG_NAME")), "{shown}");
+    }
+    // One that is used says nothing about others.
+    for (field, named) in [
+        ("policy: fastest", "invalid cluster.policy"),
+        ("colour: red", "these are known"),
+        ("hash_on: 'header:not valid'", "invalid cluster.hash_on"),
+    ] {
+        let shown = error(&format!(
+            "{MINIMAL}  zone: ${{CARGO_PKG_NAME}}\n  {field}\n"
+        ));
+        assert!(shown.contains(named), "{field}: {shown}");
+        assert!(!shown.contains("interpolated"), "{field}: {shown}");
+    }
+}
+
+#[test]
 fn key_prefix() {
     let with = |prefix: &str| {
         let text = MINIMAL.replace("  group", &format!("    key_prefix: '{prefix}'\n  group"));
@@ -315,6 +355,14 @@ fn errors_say_what_is_expected() {
         ("load_reports: perhaps", "true or false is expected"),
         ("headroom: 7", "fields and their values are expected"),
         ("allowed_ports: 80", "a list is expected"),
+        (
+            "allowed_ports: [-1]",
+            "a port such as 8080 or a range such as 9000-9100 is expected",
+        ),
+        (
+            "health_check: { kind: http, status: [1.5] }",
+            "a status such as 200 or a range such as 200-299 is expected",
+        ),
         ("group: [a]", "one value is expected"),
         (
             "headroom: { mem: 1 }",
@@ -342,6 +390,9 @@ fn errors_say_what_is_expected() {
         let error = error(&text);
         assert!(error.contains(said), "{field}: {error}");
         assert!(error.contains("\n --> file.yaml:"), "{error}");
+        // Of a variable, it is not known in which field it stands.
+        let is_nowhere = !error.contains("invalid cluster");
+        assert_eq!(is_nowhere, field.contains("${"), "{error}");
         assert!(!error.contains('?'), "{error}");
     }
 }
