@@ -17,7 +17,11 @@ use super::world::{Balancer, scratch};
 
 /// A server that answers how long the body of a request was.
 async fn counting() -> (u16, JoinSet<()>) {
-    let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
+    // More connections at once than the usual 128 may wait: the kernel would drop what asks for one, and ask again
+    // after a second, which is as long as the proxy waits.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind((local(), 0).into()).unwrap();
+    let listener = socket.listen(1_024).unwrap();
     let port = listener.local_addr().unwrap().port();
     let count = async |body: Bytes| body.len().to_string();
     let app = Router::new()
