@@ -42,7 +42,7 @@ pub(super) struct Slot {
 pub(super) struct Table {
     pub(super) slots: Box<[Slot]>,
     pub(super) mean_weight: f64,
-    /// Whether that part is not the same for all.
+    /// Whether some backends differ in the part of their weight that was not learned.
     pub(super) has_static_weights: bool,
     pub(super) alias: AliasTable,
     pub(super) ring: Ring,

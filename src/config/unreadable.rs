@@ -147,7 +147,11 @@ fn may_have_secret(text: &str) -> bool {
         !matches!(&value[..end], "null" | "~")
     };
     text.lines().any(|line| {
-        let comment = line.find('#').unwrap_or(line.len());
+        // Without a space before it, it is a part of a value.
+        let comment = match line.trim_start().starts_with('#') {
+            true => 0,
+            false => line.find(" #").unwrap_or(line.len()),
+        };
         let line = line[..comment].to_lowercase();
         let mut names = ["passw", "secret", "token"].into_iter();
         names.any(|name| line.split(name).skip(1).any(has_value))

@@ -110,9 +110,10 @@ pub struct Adaptive {
     /// The part of a difference in latency that one tick corrects; up to twice that, where most of the load
     /// comes from other processes. Default: 0.2. Range: 0 to 1; with 0 latencies play no part.
     pub latency_gain: f64,
-    /// A mean excess latency below this is replaced by this, so that backends that are all fast react little to small
-    /// differences, unless these last: one pause of a few milliseconds is a large part of the mean of such backends. And no traffic leaves
-    /// a zone because its mean latency has risen by less than this. Default: 2 ms. Range: 0 to 10,000.
+    /// A mean excess latency below this is replaced by this, so that small differences between backends that are all
+    /// fast move weights little, unless they last: one pause of a few milliseconds is a large part of the mean of such
+    /// backends. And no traffic leaves a zone because its mean latency has risen by less than this. Default: 2 ms.
+    /// Range: 0 to 10,000.
     pub idle_latency_ms: f64,
     /// The part of what was learned from latencies that a tick keeps. Default: 0.98. Range: 0 to 1.
     pub latency_keep: f64,
@@ -143,8 +144,8 @@ pub struct Adaptive {
     /// flight anywhere, and the greatest weight would win too often. Default: 0.5. Range: 0.01 to 1.
     pub own_request: f64,
     /// Chance decides between backends without requests in flight whose weights differ by less than
-    /// this part, so that all of them get something while there is little traffic. Of backends with different static
-    /// weights the one whose turn it is is taken, unless the other one has learned to be better by this part.
+    /// this part, so that all of them get something while there is little traffic. Where static weights
+    /// differ, a backend keeps its turn, unless what was learned of another one is better by this part.
     /// Default: 0.25. Range: 0 to 1.
     pub alike: f64,
     /// A backend without requests in flight is taken in its turn, which follows from the weights, while

@@ -263,6 +263,7 @@ fn a_secret_in_the_wrong_place_is_not_repeated() {
         ("user: u, Password: s3cret", "`Password`"),
         ("user: u, passwd: s3cret", "`passwd`"),
         ("user: u, password: s3cret, colour: red", "`colour`"),
+        ("user: a#b, passwd: s3cret", "`passwd`"),
         ("user: u, password: [s3cret]", "cluster.etcd.password"),
     ] {
         let endpoints = format!("endpoints: ['memory://x'], {etcd}");
