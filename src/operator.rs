@@ -11,7 +11,7 @@ use crate::cluster::Cluster;
 use crate::error::ClusterError;
 use crate::ids::{LeaseId, Revision};
 use crate::keys::{GroupKeys, check_group, check_node_id};
-use crate::node::NodeState;
+use crate::node::{Node, NodeState, unix_millis};
 use crate::store::{Condition, Entry, Selector, Store, Txn};
 use crate::validate;
 use crate::view::NodeOverride;
@@ -21,14 +21,19 @@ use crate::worker::operators_request;
 const REQUEST_TTL: Duration = Duration::from_secs(10);
 /// How often to look whether it has been followed.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How long what was said of a node that is not there is kept: it may only be cut off from etcd.
+const KEPT_FOR_MS: i64 = 7 * 24 * 3_600_000;
+/// How many of them are removed at a time.
+const MOST_FORGOTTEN: usize = 100;
 
 /// Drains nodes, weighs them, takes them out, and moves leadership, without their help and whoever wrote them.
 /// The command `pingora-etcd` does the same.
 ///
-/// Drains and weights are kept in etcd beside the registration, under its lease: they hold for this process, and end
-/// with it. A balancer that has seen them keeps to them even when the lease is lost and the process goes on. The balancers of this crate follow them (`BalancerService`,
-/// `LiveLoadBalancer`, `ClusterBackends` and the bundled load balancer); a view of a group (`ServiceDiscovery`) still shows what the
-/// node says of itself.
+/// Drains and weights are kept in etcd beside the registration: they hold for this process, also when it loses its
+/// lease and registers again, and say nothing of a successor with the same id. What is left of processes that are gone
+/// is removed a week after it was said, when an operator drains or weighs another node of the group. The balancers of this
+/// crate follow them (`BalancerService`, `LiveLoadBalancer`, `ClusterBackends` and the bundled load balancer); a view
+/// of a group (`ServiceDiscovery`) still shows what the node says of itself.
 ///
 /// ```
 /// use pingora_etcd::{Cluster, EtcdOptions, Operator};
@@ -70,6 +75,15 @@ struct Registered {
     entry: Entry,
 }
 
+impl Registered {
+    /// What tells its process from others, also if the rest of the entry cannot be read.
+    fn node(&self, id: &str) -> Node {
+        let unreadable = || Node::new(id, std::net::Ipv4Addr::UNSPECIFIED.into());
+        let node: Node = serde_json::from_slice(&self.entry.value).unwrap_or_else(|_| unreadable());
+        node.with_incarnation(self.entry.incarnation())
+    }
+}
+
 impl Operator {
     /// An operator of this group. Connects to nothing yet.
     ///
@@ -106,8 +120,8 @@ impl Operator {
             .await
     }
 
-    /// Gives a node another static weight than it has registered; `None` for its own. Range: 0 (no traffic), or 0.001
-    /// to 1,000,000; a node that registered none has 1.
+    /// Gives a node another static weight than it has registered; `None` for its own. Range: 0 (no traffic), or
+    /// 0.000001 to 1,000,000; a node that registered none has 1.
     ///
     /// # Errors
     ///
@@ -129,7 +143,7 @@ impl Operator {
         let prefix = Selector::Prefix(self.keys.override_prefix().to_owned());
         let listing = self.store()?.list(&prefix, None).await?;
         let read = |entry: &Entry| {
-            let said = NodeOverride::parse(&entry.value, entry.lease).ok()?;
+            let said = NodeOverride::parse(&entry.value).ok()?;
             let id = self.keys.overridden(&entry.key)?.to_owned();
             (!said.is_empty()).then_some((id, said))
         };
@@ -282,31 +296,48 @@ impl Operator {
     ) -> Result<(), ClusterError> {
         let store = self.store()?;
         let registered = self.registered(&*store, id).await?;
-        let lease = registered.entry.lease;
         let key = self.keys.override_of(id);
-        let before = store.list(&Selector::Key(key.clone()), None).await?;
-        let created = registered.entry.create_revision;
-        let before = before.entries.iter().find(|entry| entry.lease == lease);
-        let before = before.map(|entry| NodeOverride::parse(&entry.value, lease));
-        // One that cannot be read is replaced.
-        let mut said = before.and_then(Result::ok).unwrap_or_default();
-        if lease.is_none() && said.created != Some(created) {
-            said = NodeOverride {
-                created: Some(created),
-                ..NodeOverride::default()
-            };
-        }
+        let prefix = Selector::Prefix(self.keys.override_prefix().to_owned());
+        let all = store.list(&prefix, None).await?.entries;
+        let before = all.iter().find(|entry| entry.key == key);
+        let before = before.and_then(|entry| NodeOverride::parse(&entry.value).ok());
+        let node = registered.node(id);
+        // One that cannot be read, or is meant for another process, is replaced.
+        let before = before.filter(|said| said.is_for(&node));
+        let mut said = before.unwrap_or_else(|| NodeOverride::of(&node));
+        let now = unix_millis();
+        said.said_at = Some(now);
         change(&mut said);
         // Only if the process is still the same.
+        let created = registered.entry.create_revision;
         let same = Txn::new().when(Condition::CreatedAt(registered.key, created));
-        // One that says nothing is written, too: one that is missing says that the lease is gone.
-        let txn = match said.is_empty() && lease.is_none() {
+        let txn = match said.is_empty() {
             true => same.delete(key),
-            false => same.put(key, said.to_json(), lease),
+            false => same.put(key, said.to_json(), None),
         };
-        match store.txn(txn).await? {
-            Some(_) => Ok(()),
-            None => Err(refused(id, "it has just left")),
+        if store.txn(txn).await?.is_none() {
+            return Err(refused(id, "it has just left"));
+        }
+        self.forget_departed(&*store, &all, now).await;
+        Ok(())
+    }
+
+    /// Removes what was said long ago of nodes that are not there. That it fails harms nobody.
+    async fn forget_departed(&self, store: &dyn Store, all: &[Entry], now: i64) {
+        let is_old = |entry: &&Entry| {
+            let said_at = NodeOverride::parse(&entry.value)
+                .ok()
+                .and_then(|said| said.said_at);
+            said_at.is_some_and(|said_at| now.saturating_sub(said_at) > KEPT_FOR_MS)
+        };
+        for entry in all.iter().filter(is_old).take(MOST_FORGOTTEN) {
+            let Some(id) = self.keys.overridden(&entry.key) else {
+                continue;
+            };
+            let absent = Txn::new().when(Condition::Absent(self.keys.registration(id)));
+            if store.txn(absent.delete(entry.key.clone())).await.is_err() {
+                return;
+            }
         }
     }
 

@@ -179,14 +179,10 @@ impl Registration {
         self.load.read_metadata(node)
     }
 
-    /// Takes over what an operator says of it, if it is meant for this process. If there is nothing of that kind any
-    /// more, the lease is gone, and the process is still the same one.
+    /// Takes over what an operator says of it, if it is meant for this process.
     pub(super) fn set_override(&mut self, said: Option<&NodeOverride>) {
-        let said = said.filter(|said| said.is_for(&self.node)).copied();
-        let is_kept = said.is_none() && self.node.lease().is_some();
-        if !is_kept {
-            self.said = said.filter(|said| !said.is_empty());
-        }
+        let said = said.filter(|said| said.is_for(&self.node) && !said.is_empty());
+        self.said = said.copied();
         self.weigh();
     }
 

@@ -198,6 +198,11 @@ impl Roster {
         &self.totals.controlled
     }
 
+    /// Whether some backend says how many requests it has in flight.
+    pub(super) fn some_report_in_flight(&self) -> bool {
+        self.fleet.some_report_in_flight()
+    }
+
     /// How many metrics in entries were refused so far.
     pub(super) fn refused(&self) -> u64 {
         self.refused

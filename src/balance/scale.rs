@@ -11,6 +11,7 @@ use super::policy::{ActivePolicy, Reference, RoutingPolicy};
 use super::registration::Registration;
 use super::roster::Roster;
 use super::settings::{Adaptive, Zones};
+use super::sharing::Sharing;
 use super::weight::Weight;
 use super::zone::{Spill, ZoneSample, ZoneSource};
 
@@ -48,6 +49,8 @@ struct Common {
     reference: Reference,
     /// How calm half of the backends that report are at least.
     calm_of_half: f64,
+    /// How calm each backend is whose weight says how busy it is.
+    calm_by_load_weights: f64,
     /// What counts of a backend in another zone.
     spill: f64,
     /// The weights of all together.
@@ -59,6 +62,7 @@ impl Default for Scale {
         Self {
             common: Common {
                 calm_of_half: 1.0,
+                calm_by_load_weights: 1.0,
                 ..Common::default()
             },
             moved: 0.0,
@@ -126,6 +130,7 @@ impl Scale {
         settings: &WeigherSettings,
         policy: &ActivePolicy,
         roster: &Roster,
+        sharing: &Sharing,
         now: Instant,
     ) -> bool {
         let reference = policy.reference(roster, now);
@@ -144,9 +149,16 @@ impl Scale {
                 working.add(f64::from(acceptance), weight.get());
             }
         }
+        let calm_of_half = calm_of_half(&settings.adaptive, roster);
         self.common = Common {
             reference,
-            calm_of_half: calm_of_half(&settings.adaptive, roster),
+            calm_of_half,
+            // Among many processes, what is in flight here says little beside such weights, unless backends say
+            // what they have in flight.
+            calm_by_load_weights: match roster.some_report_in_flight() {
+                true => calm_of_half,
+                false => calm_of_half + sharing.level(calm_of_half),
+            },
             spill: self.spill.level(&settings.zones, working.value()),
             total: 0.0,
         };
@@ -222,8 +234,10 @@ impl Scale {
         endpoint.set_weight(weight, zone_part, acceptance);
         let adaptive = &settings.adaptive;
         let load = adaptive.load(registration.load(), &Load::default(), 1.0);
-        let load = load.filter(|_| !policy.weighs_by_load());
-        let calm = load.map_or(common.calm_of_half, |load| adaptive.calm(load));
+        let calm = match policy.weighs_by_load() {
+            true => common.calm_by_load_weights,
+            false => load.map_or(common.calm_of_half, |load| adaptive.calm(load)),
+        };
         // Whoever is far comes into play when those nearby are compared with it.
         endpoint.set_calm((calm * zone_part) as f32);
     }

@@ -31,7 +31,8 @@ pub struct Timeouts {
     /// Without a byte in either direction after a connection was upgraded, as a WebSocket is. Default:
     /// 3,600,000, an hour. Range: 10 to 86,400,000.
     pub tunnel_ms: u64,
-    /// For a connection to a backend. Default: 1,000. Range: 1 to 60,000.
+    /// For a connection to a backend. Default: 1,500, because the kernel sends the first packet again after a
+    /// second if it was lost. Range: 1 to 60,000.
     pub connect_ms: u64,
     /// For the TLS handshake with a backend, once it is connected. Default: 1,000. Range: 1 to 60,000.
     pub handshake_ms: u64,
@@ -63,7 +64,7 @@ impl Default for Timeouts {
             client_write_ms: 60_000,
             client_drain_ms: 10_000,
             tunnel_ms: 3_600_000,
-            connect_ms: 1_000,
+            connect_ms: 1_500,
             handshake_ms: 1_000,
             response_ms: 60_000,
             pool_idle_ms: 4_000,

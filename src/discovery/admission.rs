@@ -317,7 +317,7 @@ impl Admission {
         if !self.filter.matches(node) {
             return Err(Refusal::Unwanted);
         }
-        node.set_written(incarnation(entry), entry.mod_revision);
+        node.set_written(entry.incarnation(), entry.mod_revision);
         Ok(())
     }
 
@@ -451,13 +451,6 @@ impl Admission {
         }
         Ok(())
     }
-}
-
-/// Which registration an entry belongs to; see [`Node::incarnation`].
-pub(super) fn incarnation(entry: &Entry) -> i64 {
-    // Without a lease it is never positive, whatever revision a store reports.
-    let without_lease = -entry.create_revision.saturating_abs();
-    entry.lease.map_or(without_lease, |lease| lease.0)
 }
 
 /// Parses `allowed_networks`.

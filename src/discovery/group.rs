@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::admission::{Admission, Refusal, incarnation};
+use super::admission::{Admission, Refusal};
 use super::candidates::Candidates;
 use super::last_write::LastWrite;
 use super::rejected::{RejectedEntries, Rejections};
@@ -359,7 +359,7 @@ impl Group {
         changes: &mut Vec<Change>,
     ) {
         if refusal.keeps_the_node() {
-            self.remove_unless(id, incarnation(entry), changes);
+            self.remove_unless(id, entry.incarnation(), changes);
         } else {
             self.remove_not_accepted(id, changes);
         }

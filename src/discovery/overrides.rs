@@ -96,7 +96,7 @@ fn insert(all: &mut Overrides, keys: &GroupKeys, entry: &Entry) {
     let Some(id) = keys.overridden(&entry.key) else {
         return;
     };
-    match NodeOverride::parse(&entry.value, entry.lease) {
+    match NodeOverride::parse(&entry.value) {
         Ok(said) => drop(all.insert(id.to_owned(), said)),
         Err(reason) => {
             all.remove(id);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::admission::{Admission, Admitted, Refusal, incarnation};
+use super::admission::{Admission, Admitted, Refusal};
 use super::candidates::candidate_id;
 use super::last_write::LastWrite;
 use super::rejected::Rejections;
@@ -145,7 +145,7 @@ impl Staged {
             self.not_accepted.push(id.to_owned());
             return;
         }
-        let incarnation = incarnation(entry);
+        let incarnation = entry.incarnation();
         self.nodes
             .push((id.to_owned(), StagedNode::Unusable { incarnation }));
     }

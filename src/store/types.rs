@@ -28,6 +28,15 @@ pub struct Entry {
     pub lease: Option<LeaseId>,
 }
 
+impl Entry {
+    /// Which registration it belongs to; see [`Node::incarnation`](crate::Node::incarnation).
+    pub(crate) fn incarnation(&self) -> i64 {
+        // Without a lease it is never positive, whatever revision a store reports.
+        let without_lease = -self.create_revision.saturating_abs();
+        self.lease.map_or(without_lease, |lease| lease.0)
+    }
+}
+
 /// Selects the keys that a call applies to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selector {

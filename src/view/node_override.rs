@@ -1,5 +1,7 @@
 //! What an operator has said of a node, from outside.
 
+use std::num::NonZeroU64;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -9,8 +11,9 @@ use crate::validate;
 
 /// What an operator has said of a node: it holds over what the node itself says, for balancers.
 ///
-/// In etcd it is the value of `override/{group}/{node id}`, under the lease of the node's registration, so that
-/// it ends with the process that it was meant for. For a node without a lease it has none.
+/// In etcd it is the value of `override/{group}/{node id}`. It names the process that it is meant for, so that it
+/// says nothing of a successor with the same id. The key has no lease: under the lease of the node, etcd would ask
+/// the node for the right to write the key, too, whenever it writes or leaves.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
@@ -22,13 +25,53 @@ pub struct NodeOverride {
     /// Instead of the static weight of the node. Range: 0 to 1,000,000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight: Option<f64>,
-    /// The revision that created the entry of a node without a lease, so that it does not hold for another one of the
-    /// same id.
+    /// Which process it is meant for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub created: Option<Revision>,
-    /// The lease that the entry had.
-    #[serde(skip)]
-    pub lease: Option<LeaseId>,
+    process: Option<Process>,
+    /// When it was said, by the operator's clock, in milliseconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) said_at: Option<i64>,
+}
+
+/// What tells a process from others with the same node id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+enum Process {
+    /// Its run, which stays the same when it loses its lease and registers again.
+    Run(NonZeroU64),
+    /// The lease of its entry, if it does not say its run.
+    Lease(LeaseId),
+    /// The revision that created its entry, if that has no lease either.
+    Created(Revision),
+}
+
+impl From<Process> for String {
+    fn from(process: Process) -> Self {
+        match process {
+            Process::Run(run) => format!("run {run:016x}"),
+            Process::Lease(lease) => format!("lease {lease}"),
+            Process::Created(revision) => format!("created {revision}"),
+        }
+    }
+}
+
+impl TryFrom<String> for Process {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let process = match text.split_once(' ') {
+            Some(("run", run)) => u64::from_str_radix(run, 16)
+                .ok()
+                .and_then(NonZeroU64::new)
+                .map(Self::Run),
+            Some(("lease", lease)) => i64::from_str_radix(lease, 16)
+                .ok()
+                .map(|it| Self::Lease(LeaseId(it))),
+            Some(("created", revision)) => revision.parse().ok().map(Self::Created),
+            _ => None,
+        };
+        process.ok_or_else(|| format!("`{text}` names no process"))
+    }
 }
 
 fn says_nothing(state: &NodeState) -> bool {
@@ -36,18 +79,31 @@ fn says_nothing(state: &NodeState) -> bool {
 }
 
 impl NodeOverride {
-    /// Reads the value of an entry with this lease.
+    /// One that says nothing yet, for the process that wrote this entry.
+    pub fn of(node: &Node) -> Self {
+        let process = match (node.run().and_then(NonZeroU64::new), node.lease()) {
+            (Some(run), _) => Process::Run(run),
+            (None, Some(lease)) => Process::Lease(lease),
+            (None, None) => Process::Created(-node.incarnation()),
+        };
+        Self {
+            process: Some(process),
+            ..Self::default()
+        }
+    }
+
+    /// Reads the value of an entry.
     ///
     /// # Errors
     ///
     /// In words, when it is not one.
-    pub(crate) fn parse(value: &[u8], lease: Option<LeaseId>) -> Result<Self, String> {
+    pub(crate) fn parse(value: &[u8]) -> Result<Self, String> {
         let fields: Map<String, Value> =
             serde_json::from_slice(value).map_err(|error| error.to_string())?;
         let parsed = Self::deserialize(Value::Object(fields)).map_err(|error| error.to_string())?;
         match validate::weight_fault(parsed.weight) {
             Some(fault) => Err(fault),
-            None => Ok(Self { lease, ..parsed }),
+            None => Ok(parsed),
         }
     }
 
@@ -64,10 +120,7 @@ impl NodeOverride {
 
     /// Whether it is meant for the process that wrote this entry.
     pub fn is_for(&self, node: &Node) -> bool {
-        match node.lease() {
-            Some(lease) => self.lease == Some(lease),
-            None => self.lease.is_none() && self.created == Some(-node.incarnation()),
-        }
+        self.process == Self::of(node).process
     }
 
     /// Whether no new requests are to be sent.
@@ -82,21 +135,31 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let lease = Some(LeaseId(7));
-        for (state, weight, json) in [
-            (NodeState::Draining, None, r#"{"state":"draining"}"#),
-            (NodeState::Serving, Some(0.5), r#"{"weight":0.5}"#),
-            (NodeState::Serving, None, "{}"),
+        let node = Node::new("n1", "127.0.0.1".parse().unwrap());
+        for (node, process) in [
+            (
+                node.clone().with_incarnation(26).with_run(7),
+                "run 0000000000000007",
+            ),
+            (node.clone().with_incarnation(26), "lease 1a"),
+            (node.clone().with_incarnation(-26), "created 26"),
         ] {
-            let said = NodeOverride {
-                state,
-                weight,
-                lease,
-                created: None,
-            };
-            assert_eq!(String::from_utf8(said.to_json()).unwrap(), json);
-            assert_eq!(NodeOverride::parse(json.as_bytes(), lease), Ok(said));
-            assert_eq!(said.is_empty(), json == "{}");
+            for (state, weight, fields) in [
+                (NodeState::Draining, None, r#""state":"draining","#),
+                (NodeState::Serving, Some(0.5), r#""weight":0.5,"#),
+                (NodeState::Serving, None, ""),
+            ] {
+                let said = NodeOverride {
+                    state,
+                    weight,
+                    said_at: Some(5),
+                    ..NodeOverride::of(&node)
+                };
+                let json = format!(r#"{{{fields}"process":"{process}","said_at":5}}"#);
+                assert_eq!(String::from_utf8(said.to_json()).unwrap(), json);
+                assert_eq!(NodeOverride::parse(json.as_bytes()), Ok(said));
+                assert_eq!(said.is_empty(), fields.is_empty());
+            }
         }
         for wrong in [
             "",
@@ -104,11 +167,34 @@ mod tests {
             r#"{"weight":-1}"#,
             r#"{"weight":"x"}"#,
             r#"{"state":7}"#,
+            r#"{"process":"run"}"#,
+            r#"{"process":"run 0"}"#,
+            r#"{"process":"lease x"}"#,
+            r#"{"process":7}"#,
         ] {
-            assert!(
-                NodeOverride::parse(wrong.as_bytes(), lease).is_err(),
-                "{wrong}"
-            );
+            assert!(NodeOverride::parse(wrong.as_bytes()).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn it_is_for_one_process() {
+        let node = Node::new("n1", "127.0.0.1".parse().unwrap());
+        let [first, again, other] = [(5, 7), (6, 7), (6, 8)]
+            .map(|(lease, run)| node.clone().with_incarnation(lease).with_run(run));
+        let said = NodeOverride::of(&first);
+        assert!(said.is_for(&first));
+        assert!(
+            said.is_for(&again),
+            "it has registered again under another lease"
+        );
+        assert!(!said.is_for(&other));
+        // Without a run the lease tells processes apart, and without a lease the entry.
+        for (of, other) in [(5, 6), (-5, -6)] {
+            let said = NodeOverride::of(&node.clone().with_incarnation(of));
+            assert!(said.is_for(&node.clone().with_incarnation(of)));
+            assert!(!said.is_for(&node.clone().with_incarnation(other)));
+        }
+        // One that names nobody is for nobody.
+        assert!(!NodeOverride::default().is_for(&node));
     }
 }

@@ -3,7 +3,6 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::{Notify, mpsc, watch};
@@ -20,7 +19,7 @@ use crate::error::ClusterError;
 use crate::keys::GroupKeys;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::LoadReporter;
-use crate::node::{HealthStatus, Node, NodeState};
+use crate::node::{HealthStatus, Node, NodeState, unix_millis};
 use crate::store::{LazyStore, Revision};
 use crate::sync::lock;
 
@@ -262,12 +261,4 @@ impl WorkerState {
         }
         term
     }
-}
-
-fn unix_millis() -> i64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| {
-            i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
-        })
 }

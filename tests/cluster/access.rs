@@ -2,13 +2,14 @@
 //! guide, rights that are granted later, authentication that is switched on and off, and
 //! credential files that are missing for a while.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use etcd_client::{Permission, PermissionType};
 use pingora_etcd::store::{EtcdStore, Selector, Store, WatchRange};
 use pingora_etcd::{
     Change, Cluster, ClusterError, ClusterNodeBuilder, EtcdOptions, HealthStatus, MetricsCollector,
-    NodeMetadata, ServiceDiscovery,
+    NodeMetadata, Operator, ServiceDiscovery,
     discovery::{DiscoveryStatus, SnapshotFile},
     metadata_keys,
     store::{Credentials, Password},
@@ -18,7 +19,7 @@ use super::auth::{
     Captured, Guarded, ROOT, SECRET, as_user, balancer, read_prefix, worker, write_prefix,
 };
 use super::common::certificates::Directory;
-use super::common::etcd::{Etcd, Setup};
+use super::common::etcd::{Etcd, Setup, newest};
 use super::common::{eventually, group, local, throughout, within};
 use super::{Running, builder, leader_id, ready, watch_group};
 
@@ -44,7 +45,19 @@ const fn prefix(kind: &'static str, key: &'static str) -> Right {
 const READ: &str = "read";
 const WRITE: &str = "readwrite";
 
-const BALANCER: [Right; 2] = [prefix(READ, "registry/"), prefix(READ, "election/")];
+const BALANCER: [Right; 3] = [
+    prefix(READ, "registry/"),
+    prefix(READ, "election/"),
+    prefix(READ, "override/"),
+];
+/// Drains and weights, and then transfers and evictions, too.
+const OPERATOR: [Right; 4] = [
+    prefix(READ, "registry/"),
+    prefix(READ, "election/"),
+    prefix(WRITE, "override/"),
+    prefix(WRITE, "handover/"),
+];
+const EVICTING: [Right; 2] = [prefix(WRITE, "registry/"), prefix(WRITE, "election/")];
 const WORKER: [Right; 3] = [
     Right {
         kind: WRITE,
@@ -82,9 +95,17 @@ impl Right {
 /// The commands by which the guide creates the roles.
 fn commands() -> String {
     let mut lines = Vec::new();
-    for (role, rights) in [("balancer", &BALANCER[..]), ("w1", &WORKER[..])] {
+    for (role, rights) in [
+        ("balancer", &BALANCER[..]),
+        ("operator", &OPERATOR[..]),
+        ("w1", &WORKER[..]),
+    ] {
         lines.push(format!("etcdctl role add {role}"));
         lines.extend(rights.iter().map(|right| right.command(role)));
+        if role == "operator" {
+            let evicting = EVICTING.iter().map(|right| right.command(role));
+            lines.extend(evicting.map(|command| format!("{command}    # optional: evict")));
+        }
         if role == "w1" {
             lines.push(format!("{}    # optional", HANDOVER.command(role)));
         }
@@ -177,6 +198,17 @@ async fn joined(running: Running) -> Result<Running, ClusterError> {
     match known {
         HealthStatus::Healthy => Ok(running),
         _ => Err(running.node.resign().await.unwrap_err()),
+    }
+}
+
+/// Another figure each time.
+#[derive(Default)]
+struct Counting(AtomicU32);
+
+impl MetricsCollector for Counting {
+    fn collect(&self) -> NodeMetadata {
+        let count = self.0.fetch_add(1, Ordering::Relaxed);
+        serde_json::json!({ metadata_keys::QUEUE_DEPTH: count })
     }
 }
 
@@ -469,6 +501,104 @@ async fn every_feature_under_every_role_is_as_the_readme_says() {
             "not in src/guide/security.md:\n{part}"
         );
     }
+}
+
+/// The rights of the role `operator` in the guide, on nodes that have no more than theirs.
+#[tokio::test]
+async fn operators_need_the_rights_of_the_guide_and_take_none_from_nodes() {
+    operators_act(&Guarded::new(&[]).await).await;
+}
+
+/// Since 3.5.30 and 3.6.11, etcd asks for the right to write all keys of a lease under which a transaction writes.
+#[tokio::test]
+async fn operators_need_no_more_rights_in_an_etcd_that_checks_leases() {
+    let Some(binary) = newest() else {
+        eprintln!("skipped: ETCD_NEWEST names no etcd of 3.5.30 or newer");
+        return;
+    };
+    operators_act(&Guarded::of(Some(binary), &[]).await).await;
+}
+
+async fn operators_act(guarded: &Guarded) {
+    let group = group("operated");
+    let rights = |rights: &[Right]| {
+        let permissions = rights.iter().map(|right| right.permission(&group, "w1"));
+        permissions.collect::<Vec<_>>()
+    };
+    guarded.user("balancer", rights(&BALANCER)).await;
+    guarded.user("operator", rights(&OPERATOR)).await;
+    let mut evicting = rights(&OPERATOR[2..]);
+    evicting.extend(rights(&EVICTING));
+    guarded.user("evicting", evicting).await;
+    for id in ["n1", "n2"] {
+        let worker = [&WORKER[..], &[HANDOVER]].concat();
+        let worker = worker.iter().map(|right| right.permission(&group, id));
+        guarded.user(id, worker.collect()).await;
+    }
+    let start = async |id: &str| {
+        let busy = builder(&guarded.options(id), &group, id).ttl(LONG);
+        let busy = busy.metrics_collector(Counting::default());
+        let running = Running::new(busy.metrics_update_interval(1).try_build().unwrap());
+        joined(running).await.unwrap()
+    };
+    let first = start("n1").await;
+    let leadership = within("the node leads", first.node.wait_for_leadership()).await;
+    let second = start("n2").await;
+
+    let discovery = ready(&guarded.options("balancer"), &group).await;
+    let cluster = Cluster::connect(guarded.options("balancer")).unwrap();
+    let seen_by_balancer = Operator::new(&cluster, &group).unwrap();
+    let said = async |id: &str| {
+        let all = seen_by_balancer.overrides().await.unwrap();
+        let nodes = discovery.nodes();
+        let said = *all.get(id)?;
+        said.is_for(nodes.get(id)?).then_some(said)
+    };
+    let cluster = Cluster::connect(guarded.options("operator")).unwrap();
+    let operator = Operator::new(&cluster, &group).unwrap();
+    operator.drain("n1").await.unwrap();
+    assert!(said("n1").await.unwrap().is_draining());
+    operator.set_weight("n2", Some(3.0)).await.unwrap();
+    assert_eq!(said("n2").await.unwrap().weight, Some(3.0));
+    // The nodes go on writing under their leases.
+    for id in ["n1", "n2"] {
+        let metric = || {
+            let nodes = discovery.nodes();
+            let node = nodes.get(id);
+            node.and_then(|node| node.metric(metadata_keys::QUEUE_DEPTH))
+        };
+        let before = metric();
+        eventually("it publishes", || {
+            metric() > before.map(|count| count + 1.0).or(Some(1.0))
+        })
+        .await;
+    }
+    assert_eq!(
+        first.node.leadership(),
+        Some(leadership),
+        "nor is a term lost"
+    );
+    operator
+        .transfer("n2", Duration::from_secs(10))
+        .await
+        .unwrap();
+    within("it is transferred", second.node.wait_for_leadership()).await;
+    let error = operator.evict("n1", false).await.unwrap_err();
+    assert!(
+        matches!(error, ClusterError::PermissionDenied { .. }),
+        "{error}"
+    );
+    operator.undrain("n1").await.unwrap();
+    assert_eq!(said("n1").await, None);
+
+    // A drained node that ends is gone at once, not with its lease.
+    operator.drain("n2").await.unwrap();
+    second.stop().await;
+    eventually("it is gone", || discovery.nodes().get("n2").is_none()).await;
+    let others = Cluster::connect(guarded.options("evicting")).unwrap();
+    let others = Operator::new(&others, &group).unwrap();
+    within("n1 leads", first.node.wait_for_leadership()).await;
+    others.evict("n1", true).await.unwrap();
 }
 
 #[tokio::test]

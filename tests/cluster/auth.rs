@@ -2,6 +2,7 @@
 //! authentication to other tests.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -32,6 +33,11 @@ pub(super) struct Guarded {
 
 impl Guarded {
     pub(super) async fn new(arguments: &[&str]) -> Self {
+        Self::of(None, arguments).await
+    }
+
+    /// One with this binary.
+    pub(super) async fn of(binary: Option<PathBuf>, arguments: &[&str]) -> Self {
         let setup = Setup {
             // Cheap password hashes, because these tests authenticate many times.
             arguments: [&["--bcrypt-cost=4"], arguments]
@@ -39,6 +45,7 @@ impl Guarded {
                 .into_iter()
                 .map(str::to_owned)
                 .collect(),
+            binary,
             ..Setup::default()
         };
         Self::with(setup).await
@@ -103,6 +110,7 @@ pub(super) fn balancer() -> Vec<Permission> {
     vec![
         read_prefix("registry/".to_owned()),
         read_prefix("election/".to_owned()),
+        read_prefix("override/".to_owned()),
     ]
 }
 

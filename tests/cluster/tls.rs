@@ -47,6 +47,7 @@ impl Secure {
             https: true,
             arguments,
             files: Some(server_files.path().to_owned()),
+            ..Setup::default()
         });
         Self {
             etcd,

@@ -62,6 +62,12 @@ pub fn binary() -> Option<PathBuf> {
     given.map(PathBuf::from).or_else(on_path)
 }
 
+/// The newest etcd that there is for the tests, by the variable `ETCD_NEWEST`; `make test` gets one by itself.
+pub fn newest() -> Option<PathBuf> {
+    let given = std::env::var_os("ETCD_NEWEST").filter(|value| !value.is_empty());
+    given.map(PathBuf::from)
+}
+
 fn on_path() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)
@@ -100,6 +106,8 @@ pub struct Setup {
     pub arguments: Vec<String>,
     /// A directory with files that etcd needs.
     pub files: Option<PathBuf>,
+    /// Another binary than that of the other tests.
+    pub binary: Option<PathBuf>,
 }
 
 impl Setup {
@@ -161,7 +169,10 @@ impl Etcd {
     }
 
     /// An etcd of the test's own, started with this setup.
-    pub fn with(setup: Setup) -> Etcd {
+    pub fn with(mut setup: Setup) -> Etcd {
+        if let Some(binary) = setup.binary.take() {
+            return Etcd::start_from(&Source::Binary(binary), setup);
+        }
         match source() {
             Source::Endpoints(_) => Etcd::start_from(&own_source(), setup),
             other => Etcd::start_from(other, setup),

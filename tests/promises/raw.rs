@@ -161,6 +161,15 @@ impl RawBackend {
         Self::started(Arc::new(ok), false, after).await
     }
 
+    /// One that accepts what waits at this listener.
+    pub fn start_on(
+        listener: std::net::TcpListener,
+        answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::from_std(listener).unwrap();
+        Self::serving(listener, Arc::new(answer), false, Duration::ZERO)
+    }
+
     async fn started(answer: Answer, is_early: bool, after: Duration) -> Self {
         let listener = TcpListener::bind((local(), 0)).await.unwrap();
         Self::serving(listener, answer, is_early, after)

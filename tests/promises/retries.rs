@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tokio::net::{TcpSocket, TcpStream};
 
 use super::common::etcd::{Etcd, Process};
 use super::common::group;
@@ -219,6 +220,58 @@ async fn who_refuses_at_once_does_not_attract_requests() {
     }
 }
 
+/// The kernel sends the first packet of a connection again after a second. It drops those of connections that
+/// too many others wait before, which is how one is lost here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_is_made_though_its_first_packet_is_lost() {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap().into_std().unwrap();
+    let (address, listener_again) = (listener.local_addr().unwrap(), listener.try_clone());
+    let closing =
+        |_: &str| b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_vec();
+    let backend = RawBackend::start_on(listener, closing);
+    let balancer = in_front_of(&backend, "lost", "retries: 0").await;
+    drop(backend);
+    let mut waiting = Vec::new();
+    let connect = || tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(address));
+    until("no more can wait", async || {
+        let connection = connect().await;
+        let is_full = connection.is_err();
+        waiting.extend(connection);
+        is_full
+    })
+    .await;
+    assert!(waiting.len() >= 2);
+    let start = Instant::now();
+    let request = async {
+        let response = Raw::to(&balancer).await.get("").await;
+        (status(&response).to_owned(), start.elapsed())
+    };
+    let accept = async {
+        until("the packet is sent", async || is_connecting(address)).await;
+        drop(waiting);
+        RawBackend::start_on(listener_again.unwrap(), ok)
+    };
+    let ((status, took), _backend) = tokio::join!(request, accept);
+    assert_eq!(status, "200");
+    assert!(
+        took > Duration::from_millis(900),
+        "{took:?}: it was not lost"
+    );
+}
+
+/// Whether somebody here waits for a connection to this address.
+fn is_connecting(address: std::net::SocketAddr) -> bool {
+    let port = format!(":{:04X}", address.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    table.lines().skip(1).any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        // 02 is a connection whose first packet was sent.
+        fields[2].ends_with(&port) && fields[3] == "02"
+    })
+}
+
 /// As a firewall does that has forgotten a connection, or a machine that has lost its network.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_network_that_drops_packets_in_silence_costs_seconds() {
@@ -234,7 +287,7 @@ async fn a_network_that_drops_packets_in_silence_costs_seconds() {
     command.args(["--etcd", "memory://far", "--id", "far", "--listen", &listen]);
     let _far = Process::spawn(&command, &scratch(&format!("{}-far", namespace.name)));
     until("the far backend listens", async || {
-        tokio::net::TcpStream::connect(&listen).await.is_ok()
+        TcpStream::connect(&listen).await.is_ok()
     })
     .await;
     let (etcd, group) = (Etcd::shared(), group("silent-network"));
@@ -253,7 +306,7 @@ async fn a_network_that_drops_packets_in_silence_costs_seconds() {
     balancer.until_served_by(&["far", "near"]).await;
     namespace.cut().unwrap();
     let start = Instant::now();
-    // On the connection that the pool has, and on a new one, which has a second to connect.
+    // On the connection that the pool has, and on a new one, which has 1.5 s to connect.
     let served = balancer.gets(4).await;
     assert_eq!(served.keys().collect::<Vec<_>>(), ["near"], "{served:?}");
     let took = start.elapsed();

@@ -533,7 +533,10 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     (
         "timeouts.connect_ms",
-        &["promises::fields::tries_time_outs_and_the_default_port"],
+        &[
+            "promises::fields::tries_time_outs_and_the_default_port",
+            "promises::retries::a_connection_is_made_though_its_first_packet_is_lost",
+        ],
     ),
     (
         "timeouts.response_ms",

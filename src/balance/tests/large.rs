@@ -279,8 +279,7 @@ fn what_operators_and_checks_say_of_one_of_many_counts_at_once() {
     let mut rig = many(Policy::Adaptive);
     let said = NodeOverride {
         state: NodeState::Draining,
-        created: Some(-bare(7).incarnation()),
-        ..NodeOverride::default()
+        ..NodeOverride::of(&bare(7))
     };
     rig.balancer
         .set_overrides(&HashMap::from([("n7".to_owned(), said)]));

@@ -159,6 +159,24 @@ fn headroom_follows_its_own_weights() {
     assert!((45.0..=55.0).contains(&got[&0].0), "{got:?}");
 }
 
+/// Many others load the backends, and its weights say how much: nobody with nothing in flight here is passed over.
+#[test]
+fn headroom_follows_its_weights_at_any_load() {
+    let mut rig = Rig::new(Balancer::builder().policy(Policy::Headroom));
+    for (index, cpu) in [(0, 85.0), (1, 70.0), (2, 55.0)] {
+        rig.nodes.insert(format!("n{index}"), loaded(index, cpu, 1));
+    }
+    rig.update();
+    send(&mut rig, 100, Duration::from_millis(500));
+    for (index, (got, expected)) in send(&mut rig, 300, Duration::from_millis(10)) {
+        let tolerance = 0.15 * expected;
+        assert!(
+            (got - expected).abs() <= tolerance,
+            "{index} got {got} instead of {expected}"
+        );
+    }
+}
+
 #[test]
 fn who_joins_gets_a_request_at_once_but_not_all_of_them() {
     let mut rig = Rig::of(3);

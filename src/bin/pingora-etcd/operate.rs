@@ -25,7 +25,7 @@ pub struct Arguments {
 pub struct Weight {
     #[command(flatten)]
     node: Arguments,
-    /// The weight: 0 for no traffic, or 0.001 to 1000000; `own` for the one that the node has registered.
+    /// The weight: 0 for no traffic, or 0.000001 to 1000000; `own` for the one that the node has registered.
     weight: String,
 }
 

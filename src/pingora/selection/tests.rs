@@ -215,8 +215,7 @@ fn an_operator_can_drain_what_pingora_selects_from() {
     let selection = selection(&weights);
     let said = crate::view::NodeOverride {
         state: NodeState::Draining,
-        lease: nodes[0].lease(),
-        ..Default::default()
+        ..crate::view::NodeOverride::of(&nodes[0])
     };
     assert!(weights.set_overrides(&[(nodes[0].id.clone(), said)].into()));
     assert_eq!(share(&first_ports(&selection, 100), 2), 1.0);
@@ -271,8 +270,7 @@ fn selections_of_pingoras_own_see_the_registered_weights() {
     refresh(&weights, &[weighted(1, 100.0), leased.clone()]);
     let said = crate::view::NodeOverride {
         weight: Some(200.0),
-        lease: leased.lease(),
-        ..Default::default()
+        ..crate::view::NodeOverride::of(&leased)
     };
     assert!(weights.set_overrides(&[("n2".to_owned(), said)].into()));
     assert_eq!(whole_weights(&weights), [1, 2]);
