@@ -32,9 +32,9 @@
 //! # The guide
 //!
 //! [Getting started](guide::getting_started), [concepts](guide::concepts), [routing](guide::routing),
-//! [configuration](guide::configuration), [other registries](guide::registries), [the command](guide::command), [leadership and fencing](guide::fencing),
+//! [configuration](guide::configuration), [at the edge](guide::edge), [watching a process](guide::operating), [other registries](guide::registries), [the command](guide::command), [leadership and fencing](guide::fencing),
 //! [when etcd is away](guide::when_etcd_is_away), [security](guide::security),
-//! [scale](guide::scale), [how it is tested](guide::testing), [limits](guide::limits),
+//! [scale](guide::scale), [what Pingora could do better](guide::upstream), [how it is tested](guide::testing), [limits](guide::limits),
 //! [coming from photon-etcd-cluster](guide::migrating).
 //!
 //! Read [fencing](guide::fencing#fencing) before you let a leader do what must not happen twice.
@@ -54,6 +54,8 @@
 //! | `opentelemetry` | no | a span for each request of the bundled proxy, sent by OTLP; implies `pingora` |
 //! | `host-names` | no | host names as addresses in other registries, resolved by `hickory-resolver` |
 //! | `cli` | no | the command `pingora-etcd`, for `cargo install` |
+//! | `mimalloc` | no | with `cli`: the allocator mimalloc in the command |
+//! | `schema` | by `cli` | the JSON Schema of the file |
 //! | `tower` | no | `LoadReporter::layer`: counts requests and reports load with every response |
 //! | `test-util` | no | controls of the in-memory store: compaction, expiry, refusal, silence |
 //!

@@ -25,7 +25,7 @@ use super::outcome::outcome;
 use super::reply::{
     is_slow_upload, refused, reply_to, respond, timed_out, unavailable, unavailable_reply,
 };
-use super::requests::is_ending;
+use super::requests::{is_ending, keep_effective_upgrade};
 use super::route::Decided;
 use super::trace::{set_traceparent, traceparent};
 
@@ -55,7 +55,12 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
         forget_case(session.req_header_mut());
-        context.routing.limits.begin(session, &mut context.state);
+        keep_effective_upgrade(session.req_header_mut())?;
+        let (routing, state) = (&context.routing, &mut context.state);
+        // Also for the log line of a request that is refused.
+        let headers = &session.req_header().headers;
+        state.client = peer_of(session).map(|peer| routing.trusted.client_of(peer, headers));
+        routing.limits.begin(session, state);
         Ok(())
     }
 
@@ -80,8 +85,6 @@ impl ProxyHttp for ClusterProxy {
             return answered(reply.answer(session).await);
         }
         state.call = Call::of(&session.req_header().headers);
-        let headers = &session.req_header().headers;
-        state.client = peer.map(|peer| routing.trusted.client_of(peer, headers));
         state.is_upgrade = routing.limits.is_upgrade(session)?;
         context.route = routing.route_of(session.req_header()).cloned();
         let decided = match &context.route {

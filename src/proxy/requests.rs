@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ::pingora::Result;
+use ::pingora::http::RequestHeader;
 use ::pingora::proxy::Session;
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, UPGRADE};
@@ -19,6 +20,29 @@ fn lists<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = 
     let values = headers.get_all(name).into_iter();
     let texts = values.filter_map(|value| value.to_str().ok());
     texts.flat_map(|text| text.split(',')).map(str::trim)
+}
+
+/// Leaves in a request what asks for a tunnel, so that Pingora takes it for one exactly where this proxy does. Without
+/// `Connection: upgrade` nothing asks for one (RFC 9110, section 7.8). HTTP/2 and TLS are of this connection only, and
+/// everybody may ignore them: a tunnel of HTTP/2 would carry requests that nobody looks at.
+pub(super) fn keep_effective_upgrade(request: &mut RequestHeader) -> Result<()> {
+    let headers = &request.headers;
+    if !headers.contains_key(UPGRADE) {
+        return Ok(());
+    }
+    let is_asked = lists(headers, &CONNECTION).any(|name| name.eq_ignore_ascii_case("upgrade"));
+    let is_of_connection = |protocol: &&str| {
+        let name = protocol.split('/').next().unwrap_or_default().trim();
+        let of_connection = ["", "h2c", "http", "tls"];
+        of_connection.iter().any(|it| name.eq_ignore_ascii_case(it))
+    };
+    let all = lists(headers, &UPGRADE).filter(|it| is_asked && !is_of_connection(it));
+    let kept = all.collect::<Vec<_>>().join(", ");
+    match kept.is_empty() {
+        true => drop(request.remove_header(&UPGRADE)),
+        false => request.insert_header(UPGRADE, kept)?,
+    }
+    Ok(())
 }
 
 /// Whether the response has to say that the connection ends. Over HTTP/2 it does not say that.
@@ -120,30 +144,15 @@ impl RequestLimits {
         if session.is_http2() || !headers.contains_key(UPGRADE) {
             return Ok(false);
         }
-        if self.upgrade == Upgrade::Any {
-            return Ok(true);
-        }
-        let is_asked = lists(headers, &CONNECTION).any(|name| name.eq_ignore_ascii_case("upgrade"));
-        let is_refused = |protocol: &str| {
-            let name = protocol
-                .split('/')
-                .next()
-                .unwrap_or_default()
-                .to_ascii_lowercase();
-            match name.as_str() {
-                // Of this connection only, and everybody may ignore them.
-                "h2c" | "http" | "tls" => false,
-                "websocket" => self.upgrade == Upgrade::None,
-                _ => true,
-            }
+        let is_passed_on = |protocol: &str| match self.upgrade {
+            Upgrade::Any => true,
+            Upgrade::Websocket => protocol.eq_ignore_ascii_case("websocket"),
+            Upgrade::None => false,
         };
-        if is_asked && lists(headers, &UPGRADE).any(is_refused) {
-            return Err(refused(501, "this protocol is not passed on"));
+        match lists(headers, &UPGRADE).all(is_passed_on) {
+            true => Ok(true),
+            false => Err(refused(501, "this protocol is not passed on")),
         }
-        let is_websocket = |name: &str| name.eq_ignore_ascii_case("websocket");
-        Ok(is_asked
-            && self.upgrade == Upgrade::Websocket
-            && lists(headers, &UPGRADE).any(is_websocket))
     }
 
     /// A part of the body has been received.

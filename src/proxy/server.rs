@@ -80,7 +80,7 @@ impl ClusterProxy {
         let task = reloader.task();
         let mut proxy = Self::of(task.routing().clone());
         if let Some(log) = &config.access_log {
-            proxy = proxy.access_log(AccessLog::new(log)?);
+            proxy = proxy.access_log(AccessLog::new(log, is_test)?);
         }
         proxy = proxy.spans(config.opentelemetry.as_ref().and_then(Spans::new));
         let client_tls = config.tls.as_ref().map(ClientTls::new).transpose()?;

@@ -33,7 +33,7 @@ impl GroupProxy {
         session: &Session,
         state: &mut RequestState,
     ) -> Result<Box<HttpPeer>> {
-        let left = state.time_left()?;
+        state.time_left()?;
         // It is sent from its start.
         state.body_bytes = 0;
         state.has_body_begun = false;
@@ -42,6 +42,8 @@ impl GroupProxy {
                 let found = self.find_backend(session, state).await;
                 found.map_err(unavailable)?;
             }
+            // What it has waited for a place or a leader counts.
+            let left = state.time_left()?;
             let (Some(addr), Some(node)) = (state.addr(), state.node()) else {
                 return Err(unavailable("no backend is registered"));
             };

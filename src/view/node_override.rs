@@ -27,7 +27,7 @@ pub struct NodeOverride {
     pub weight: Option<f64>,
     /// Which process it is meant for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    process: Option<Process>,
+    pub(crate) process: Option<Process>,
     /// When it was said, by the operator's clock, in milliseconds since 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) said_at: Option<i64>,
@@ -36,7 +36,7 @@ pub struct NodeOverride {
 /// What tells a process from others with the same node id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-enum Process {
+pub(crate) enum Process {
     /// Its run, which stays the same when it loses its lease and registers again.
     Run(NonZeroU64),
     /// The lease of its entry, if it does not say its run.

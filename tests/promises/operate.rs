@@ -185,13 +185,29 @@ async fn drain_and_weight_hold_for_the_process_that_they_are_meant_for() {
     put(&mut keys, &two.group, &written, Some(other)).await;
     two.until_shares("its successor serves", |shares| shares == [20, 20])
         .await;
-    // And with the lease its word is gone.
     keys.lease_revoke(lease).await.unwrap();
+    // What was said of processes that are gone is removed after a week.
+    let long_ago = r#"{"state":"draining","process":"lease 1","said_at":1}"#;
+    let now = r#"{"state":"draining","process":"lease 1","said_at":9999999999999}"#;
+    for (id, said) in [("gone", long_ago), ("just-gone", now), ("n1", long_ago)] {
+        let key = format!("override/{}/{id}", two.group);
+        keys.put(key, said, None).await.unwrap();
+    }
+    succeeds(&run(&["undrain", "n0"]), "n0 gets requests again");
+    let all = etcd_client::GetOptions::new().with_prefix();
     let left = keys
-        .get(format!("override/{}/n0", two.group), None)
+        .get(format!("override/{}/", two.group), Some(all))
         .await
         .unwrap();
-    assert_eq!(left.count(), 0);
+    let left: Vec<_> = left
+        .kvs()
+        .iter()
+        .map(|entry| entry.key_str().unwrap())
+        .collect();
+    assert_eq!(
+        left,
+        ["just-gone", "n1"].map(|id| format!("override/{}/{id}", two.group))
+    );
 
     fails(
         &run(&["drain", "nobody"]),

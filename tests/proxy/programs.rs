@@ -390,6 +390,7 @@ async fn etcd_with_tls_and_users(ca: &Authority, server_files: &Directory, group
             "--bcrypt-cost=4".to_owned(),
         ],
         files: Some(server_files.path().to_owned()),
+        ..Setup::default()
     });
     let tls = etcd_client::TlsOptions::new().ca_certificate(Certificate::from_pem(ca.pem()));
     let options = ConnectOptions::default().with_tls(tls);

@@ -3,10 +3,11 @@
 mod entry;
 mod writer;
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use tracing::error;
 
@@ -14,32 +15,42 @@ use crate::config;
 use crate::error::ClusterError;
 use crate::proxy::shutdown::Shutdown;
 use crate::supervise::say;
+use crate::sync::lock;
 
 pub(super) use entry::Entry;
-use writer::{Line, Writer, open};
+use writer::{Line, Writer, check, open};
 
 /// Where lines go.
 #[derive(Debug)]
 pub(super) struct AccessLog {
     config: config::AccessLog,
+    /// Opened before a daemon changes to a user who may not open it.
+    opened: Mutex<Option<File>>,
     /// The thread is started by the first line: before, the process may still become another one.
     lines: OnceLock<Option<SyncSender<Line>>>,
     dropped: Arc<AtomicU64>,
 }
 
 impl AccessLog {
+    /// A log of a process that only checks its configuration (`is_test`) makes no file.
+    ///
     /// # Errors
     ///
     /// When the file cannot be written to.
-    pub(super) fn new(config: &config::AccessLog) -> Result<Self, ClusterError> {
-        if config.file != Path::new("-") {
-            open(&config.file).map_err(|error| {
-                let reason = format!("{}: {error}", config.file.display());
-                ClusterError::config("cluster.access_log.file", reason)
-            })?;
-        }
+    pub(super) fn new(config: &config::AccessLog, is_test: bool) -> Result<Self, ClusterError> {
+        let file = &config.file;
+        let opened = match (file == Path::new("-"), is_test) {
+            (true, _) => Ok(None),
+            (false, true) => check(file).map(|()| None),
+            (false, false) => open(file).map(Some),
+        };
+        let opened = opened.map_err(|error| {
+            let reason = format!("{}: {error}", file.display());
+            ClusterError::config("cluster.access_log.file", reason)
+        })?;
         Ok(Self {
             config: config.clone(),
+            opened: Mutex::new(opened),
             lines: OnceLock::new(),
             dropped: Arc::default(),
         })
@@ -66,7 +77,9 @@ impl AccessLog {
 
     fn start(&self) -> Option<SyncSender<Line>> {
         let (sender, lines) = sync_channel(self.config.queue);
-        let writer = Writer::new(&self.config.file, self.config.format, self.dropped.clone());
+        let opened = lock(&self.opened).take();
+        let dropped = self.dropped.clone();
+        let writer = Writer::new(&self.config.file, opened, self.config.format, dropped);
         let thread = std::thread::Builder::new().name("access log".to_owned());
         match thread.spawn(move || writer.run(&lines)) {
             Ok(_) => Some(sender),

@@ -1,7 +1,7 @@
 //! The thread that writes lines.
 
 use std::fs::File;
-use std::io::{BufWriter, Stdout, Write, stdout};
+use std::io::{BufWriter, ErrorKind, Stdout, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,12 +56,17 @@ impl Write for Output {
 }
 
 impl Writer {
-    pub(super) fn new(path: &Path, format: LogFormat, dropped: Arc<AtomicU64>) -> Self {
+    pub(super) fn new(
+        path: &Path,
+        opened: Option<File>,
+        format: LogFormat,
+        dropped: Arc<AtomicU64>,
+    ) -> Self {
         Self {
             path: path.to_owned(),
             format,
             dropped,
-            output: None,
+            output: opened.map(|file| Output::File(BufWriter::new(file))),
             generation: 0,
             is_reported: false,
         }
@@ -103,14 +108,21 @@ impl Writer {
         }
     }
 
+    /// Opens it again. If that fails, what is open stays in use: a daemon may not be allowed to make a new file.
     fn open(&mut self) {
-        self.output = match self.path == Path::new("-") {
-            true => Some(Output::Standard(BufWriter::new(stdout()))),
+        match self.path == Path::new("-") {
+            true => self.output = Some(Output::Standard(BufWriter::new(stdout()))),
             false => match open(&self.path) {
-                Ok(file) => Some(Output::File(BufWriter::new(file))),
-                Err(error) => return self.fails(&error),
+                Ok(file) => self.output = Some(Output::File(BufWriter::new(file))),
+                Err(error) if self.output.is_none() => self.fails(&error),
+                Err(error) => {
+                    let path = self.path.display().to_string();
+                    say(
+                        || warn!(path, %error, "the access log cannot be opened again; lines go on to the file that is open"),
+                    );
+                }
             },
-        };
+        }
     }
 
     fn flush(&mut self) {
@@ -129,6 +141,17 @@ impl Writer {
             let path = self.path.display().to_string();
             say(|| warn!(path, %error, "the access log cannot be written; lines are lost"));
         }
+    }
+}
+
+/// Whether it could be opened, without making a file.
+pub(super) fn check(file: &Path) -> std::io::Result<()> {
+    match File::options().append(true).open(file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let directory = file.parent().filter(|it| !it.as_os_str().is_empty());
+            directory.unwrap_or(Path::new(".")).read_dir().map(drop)
+        }
+        opened => opened.map(drop),
     }
 }
 

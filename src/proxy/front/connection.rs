@@ -55,10 +55,17 @@ pub(crate) enum Ended {
     WriteTimeout,
     /// The head of a request was too large.
     HeadTooLarge,
+    /// The client had left in the middle of a head.
+    Left,
 }
 
 impl Ended {
-    const ALL: [Self; 3] = [Self::ReadTimeout, Self::WriteTimeout, Self::HeadTooLarge];
+    const ALL: [Self; 4] = [
+        Self::ReadTimeout,
+        Self::WriteTimeout,
+        Self::HeadTooLarge,
+        Self::Left,
+    ];
 }
 
 /// The state of one client connection.

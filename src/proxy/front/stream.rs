@@ -177,13 +177,16 @@ impl ClientStream {
         match phase {
             Phase::Head if !self.is_http2 => {
                 let refusal = match why {
-                    Ended::HeadTooLarge => Refusal::HeadTooLarge,
-                    Ended::ReadTimeout | Ended::WriteTimeout => Refusal::Timeout,
+                    Ended::HeadTooLarge => Some(Refusal::HeadTooLarge),
+                    Ended::ReadTimeout | Ended::WriteTimeout => Some(Refusal::Timeout),
+                    Ended::Left => None,
                 };
-                self.statistics.count(refusal);
-                // What does not fit into the socket at once is lost: this client does not read.
-                let _ = Pin::new(&mut self.inner).poll_write(context, refusal.response());
-                let _ = Pin::new(&mut self.inner).poll_flush(context);
+                if let Some(refusal) = refusal {
+                    self.statistics.count(refusal);
+                    // What does not fit into the socket at once is lost: this client does not read.
+                    let _ = Pin::new(&mut self.inner).poll_write(context, refusal.response());
+                    let _ = Pin::new(&mut self.inner).poll_flush(context);
+                }
                 buffer.put_slice(&REFUSED_HEAD[..REFUSED_HEAD.len().min(buffer.remaining())]);
                 Ok(())
             }
@@ -199,6 +202,22 @@ impl ClientStream {
                     "the client sent nothing for too long",
                 ))
             }
+        }
+    }
+
+    /// The client has closed the connection, or broken it off: no error of this process, unless a request is lost.
+    fn client_left(
+        &mut self,
+        result: io::Result<()>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> io::Result<()> {
+        match self.phase() {
+            _ if self.is_http2 || self.is_peeking || buffer.remaining() == 0 => result,
+            // The parser asks for more, so the head is incomplete.
+            Phase::Head => self.give_up(Ended::Left, context, buffer),
+            Phase::Accepted | Phase::Idle => Ok(()),
+            _ => result,
         }
     }
 
@@ -308,8 +327,12 @@ impl AsyncRead for ClientStream {
         }
         let before = buffer.filled().len();
         if let Poll::Ready(result) = Pin::new(&mut this.inner).poll_read(context, buffer) {
-            this.received(buffer.filled().len() - before);
-            return Poll::Ready(result);
+            let count = buffer.filled().len() - before;
+            this.received(count);
+            return Poll::Ready(match count {
+                0 => this.client_left(result, context, buffer),
+                _ => result,
+            });
         }
         let Some(deadline) = this.read_deadline() else {
             return Poll::Pending;
