@@ -124,6 +124,11 @@ impl Controller {
         }
     }
 
+    /// The backend starts slowly from now on.
+    pub(super) fn start(&mut self, now: Instant) {
+        self.joined_at = Some(now);
+    }
+
     /// Takes over the load of a new report.
     pub(super) fn set_load(&mut self, load: Option<f64>, now: Instant) {
         self.load = load;

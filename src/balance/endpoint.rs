@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use tracing::info;
 
 use super::atomic::AtomicF32;
 use super::fleet::Fleet;
@@ -44,6 +45,12 @@ pub(super) struct EndpointState {
     successes: AtomicU32,
     /// All failures; wraps.
     failures: AtomicU32,
+    /// The lowest success rate since the last tick.
+    lowest_success: AtomicF32,
+    /// It was ejected since the last tick, for answers and not because it refuses connections.
+    was_ejected: AtomicBool,
+    /// How many of the requests in flight have become tunnels.
+    tunnels: AtomicU32,
     /// Sum of the latencies of these successes, in nanoseconds.
     latency_sum: AtomicU64,
     /// The lowest latency of these successes, in nanoseconds.
@@ -54,7 +61,8 @@ pub(super) struct EndpointState {
     place: AtomicU32,
     /// The bits of an `f64`.
     weight: AtomicU64,
-    /// The weight before it is reduced for its zone: what its own counts are compared with. Above 0.
+    /// The weight before it is reduced for its zone, relative to the mean of all: what its own counts are compared
+    /// with. Above 0.
     capacity: AtomicF32,
     /// The part of it that was not learned: the static weight, a quarter of it for a node that is degraded.
     base: AtomicF32,
@@ -125,6 +133,21 @@ impl EndpointState {
             true => 0.0,
             false => self.fleet.acceptance(self.success.get()),
         }
+    }
+
+    /// One of the requests in flight has become a tunnel.
+    pub(super) fn begin_tunnel(&self) {
+        self.tunnels.fetch_add(1, Ordering::Relaxed);
+        self.fleet.set_tunnels(true);
+    }
+
+    /// A tunnel has ended.
+    pub(super) fn end_tunnel(&self) {
+        self.tunnels.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn tunnels(&self) -> u32 {
+        self.tunnels.load(Ordering::Relaxed)
     }
 
     /// Counts a report that could not be parsed.
@@ -209,6 +232,9 @@ impl Endpoint {
                 is_offered: AtomicBool::new(false),
                 successes: AtomicU32::new(0),
                 failures: AtomicU32::new(0),
+                lowest_success: AtomicF32::new(1.0),
+                was_ejected: AtomicBool::new(false),
+                tunnels: AtomicU32::new(0),
                 latency_sum: AtomicU64::new(0),
                 lowest_latency: AtomicU64::new(u64::MAX),
                 in_flight_report: AtomicU64::new(NO_REPORT),
@@ -275,15 +301,16 @@ impl Endpoint {
         self.state.base.set(base as f32);
     }
 
-    /// Sets how much it can take, the part of that which counts because of its zone, and its
-    /// probability of acceptance.
-    pub(super) fn set_weight(&self, capacity: Weight, zone_part: f64, acceptance: f32) {
+    /// Sets how much it can take, where all can take this `mean`; the part of that which counts because of its zone;
+    /// and its probability of acceptance.
+    pub(super) fn set_weight(&self, capacity: Weight, mean: f64, zone_part: f64, acceptance: f32) {
         let weight = (capacity.get() * zone_part).to_bits();
         self.state.weight.store(weight, Ordering::Relaxed);
         // A backend that gets no more traffic still works on the requests it has: their count is
         // compared with what it could take before.
-        if capacity.get() > 0.0 {
-            self.state.capacity.set(capacity.get() as f32);
+        let capacity = (capacity.get() / mean) as f32;
+        if capacity.is_finite() && capacity > 0.0 {
+            self.state.capacity.set(capacity);
         }
         self.state.acceptance.set(acceptance);
     }
@@ -302,8 +329,14 @@ impl Endpoint {
         &self.state
     }
 
+    /// Requests in flight, tunnels included.
     pub(super) fn in_flight(&self) -> u32 {
         (Arc::strong_count(&self.state) - 1) as u32
+    }
+
+    /// The requests that it works on: those in flight that have not become tunnels.
+    pub(super) fn busy(&self) -> u32 {
+        self.in_flight().saturating_sub(self.state.tunnels())
     }
 
     pub(super) fn success(&self) -> f32 {
@@ -337,7 +370,7 @@ impl Endpoint {
 
     /// Whether this process has had any request there since [`outcomes`](Self::outcomes) was this.
     pub(super) fn is_active_since(&self, outcomes: u32) -> bool {
-        self.in_flight() > 0 || self.outcomes() != outcomes
+        self.busy() > 0 || self.outcomes() != outcomes
     }
 
     /// Takes the load that it last reported in a response.
@@ -436,6 +469,25 @@ impl Endpoint {
     /// Uses it again.
     pub(super) fn readmit(&self) {
         self.state.readmit();
+    }
+
+    /// The lowest success rate since this was last asked, and whether it was ejected for its answers since then.
+    pub(super) fn take_failures(&self) -> (f32, bool) {
+        let lowest = self.state.lowest_success.get();
+        self.state.lowest_success.set(self.state.success.get());
+        (
+            lowest,
+            self.state.was_ejected.swap(false, Ordering::Relaxed),
+        )
+    }
+
+    /// Uses it again, because all others have failed as it has.
+    pub(super) fn readmit_with_all(&self) {
+        if self.is_ejected() {
+            self.state.readmit();
+            let node = self.node();
+            info!(node = node.id, addr = %self.addr(), "a backend that failed is used again: so did the others");
+        }
     }
 
     /// Uses it again if the others have become no better than it is, or if nobody cares.

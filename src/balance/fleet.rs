@@ -31,8 +31,8 @@ pub(super) struct SuccessRates {
 /// State of all backends of a balancer together. Every pick reads it; it is written rarely.
 #[derive(Debug)]
 pub(super) struct Fleet {
-    /// Bits of [`SOME_FAIL`], [`SOME_REPORT_IN_FLIGHT`], [`SOME_ON_TRIAL`], [`SOME_EJECTED`],
-    /// [`MOST_REPORT_IN_FLIGHT`] and [`NEWS`]; without the first two a pick is fast.
+    /// Bits of [`SOME_FAIL`], [`SOME_REPORT_IN_FLIGHT`], [`SOME_TUNNELS`], [`SOME_ON_TRIAL`], [`SOME_EJECTED`],
+    /// [`MOST_REPORT_IN_FLIGHT`] and [`NEWS`]; without the first three a pick is fast.
     mode: AtomicU8,
     /// The best success rate of any backend, as of the last tick.
     best_success: AtomicF32,
@@ -83,6 +83,8 @@ const NEWS: u8 = 32;
 const SOME_ON_TRIAL: u8 = 4;
 /// Some backend is ejected.
 const SOME_EJECTED: u8 = 8;
+/// Some request in flight has become a tunnel.
+const SOME_TUNNELS: u8 = 64;
 
 /// A report of requests in flight is news for this many times the time over which it fades.
 const NEWS_FADES: f32 = 2.0;
@@ -146,7 +148,8 @@ impl Fleet {
 
     /// Whether a pick depends on nothing but weights and its own counts of requests in flight.
     pub(super) fn is_quiet(&self) -> bool {
-        self.mode.load(Ordering::Relaxed) & (SOME_FAIL | SOME_REPORT_IN_FLIGHT) == 0
+        let mode = self.mode.load(Ordering::Relaxed);
+        mode & (SOME_FAIL | SOME_REPORT_IN_FLIGHT | SOME_TUNNELS) == 0
     }
 
     /// Whether a pick may have to try a backend that is new or ejected.
@@ -167,6 +170,11 @@ impl Fleet {
     /// Some backend is ejected from now on, or none.
     pub(super) fn set_ejected(&self, is_any: bool) {
         self.set(SOME_EJECTED, is_any);
+    }
+
+    /// Some request in flight has become a tunnel, or none has.
+    pub(super) fn set_tunnels(&self, is_any: bool) {
+        self.set(SOME_TUNNELS, is_any);
     }
 
     pub(super) fn some_fail(&self) -> bool {
@@ -253,11 +261,15 @@ impl Fleet {
         self.best_success.get() > EJECT_ALWAYS_BELOW
     }
 
-    /// Lets up to half of those that work be ejected before the next tick, which finds out how well the
-    /// others do: if all begin to fail at the same time, none should be.
-    pub(super) fn allow_ejections(&self, working: u32) {
-        self.may_eject
-            .store((working / 2).max(1), Ordering::Relaxed);
+    /// Lets so many of those that work be ejected before the next tick, which finds out how well the others do: if all
+    /// begin to fail at the same time, none should be.
+    pub(super) fn allow_ejections(&self, most: u32) {
+        self.may_eject.store(most, Ordering::Relaxed);
+    }
+
+    /// Whether a success rate is so far below the best one that a backend may be ejected for it.
+    pub(super) fn is_poor(&self, success: f32) -> bool {
+        success < self.best_success.get() * self.eject_below.get()
     }
 
     /// Whether one more backend may be ejected; if so, that counts.

@@ -15,6 +15,9 @@ pub struct PickOptions<'a> {
     /// Whether the request may be a probe, or the first request of a backend. Default: if nothing is
     /// excluded.
     pub probes: Probes,
+    /// Whether the request asks to become a tunnel, such as a WebSocket: the tunnels that a backend has count as its
+    /// requests in flight do. Default: `false`, tunnels do not count.
+    pub for_tunnel: bool,
     /// The time, where the caller has read the clock already, or has a clock of its own. Default:
     /// the pick reads the clock if it needs the time, which is only where backends report their
     /// requests in flight.

@@ -42,6 +42,8 @@ pub(super) struct Registration {
     node: Arc<Node>,
     base: BaseWeight,
     load: Load,
+    /// What its entry says, without responses.
+    registered: Load,
     pub(super) controller: Controller,
     /// What came with responses, if anything did.
     response_load: Option<Box<ResponseLoad>>,
@@ -98,6 +100,7 @@ impl Registration {
             node: node.clone(),
             base: BaseWeight::new(node.weight),
             load,
+            registered: load,
             controller: Controller::new(joined_at, now),
             response_load: None,
             has_unread_entry: false,
@@ -164,19 +167,19 @@ impl Registration {
         if is_outdated {
             return 0;
         }
+        let refused = self.registered.read_metadata(node);
         if let Some(response) = &self.response_load
             && now.saturating_duration_since(response.received_at) < RESPONSE_LOAD_VALID
         {
             // What responses do not contain is still read from the registration.
-            let mut registered = self.load;
-            let refused = registered.read_metadata(node);
-            self.load = Load::from(&response.sample).or(registered);
+            self.load = Load::from(&response.sample).or(self.registered);
             self.has_unread_entry |= !is_same;
             return refused;
         }
         self.has_new_load |= !is_same;
         self.has_unread_entry = false;
-        self.load.read_metadata(node)
+        self.load = self.registered;
+        refused
     }
 
     /// Takes over what an operator says of it, if it is meant for this process.
@@ -225,8 +228,7 @@ impl Registration {
             });
         if is_due {
             self.has_unread_entry = false;
-            // What was refused of it has been counted.
-            self.load.read_metadata(&self.node);
+            self.load = self.registered;
             self.has_new_load = true;
         }
     }
@@ -260,7 +262,8 @@ impl Registration {
             Some(response) => **response = new,
             None => self.response_load = Some(Box::new(new)),
         }
-        self.load = Load::from(&report).or(self.load);
+        // What an earlier response contained and this one does not is not known any more.
+        self.load = Load::from(&report).or(self.registered);
         self.has_unread_entry = false;
         self.has_new_load = true;
     }
@@ -280,9 +283,14 @@ impl Registration {
         }
     }
 
+    /// Whether it has had no request yet.
+    pub(super) fn is_unused(&self) -> bool {
+        self.used_at.is_none() && !self.endpoint.is_active_since(0)
+    }
+
     /// Begins with what a former process has learned of it, unless requests have shown more by now.
     pub(super) fn learn(&mut self, taught: Taught, lesson: &Lesson) {
-        if self.used_at.is_none() && !self.endpoint.is_active_since(0) {
+        if self.is_unused() {
             self.controller.learn(lesson);
             self.endpoint.learn(lesson);
             self.taught = Some(taught);

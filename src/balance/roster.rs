@@ -37,6 +37,8 @@ pub(super) struct Roster {
     /// The panic threshold, if there are health checks.
     checks: Option<f64>,
     registrations: Vec<Registration>,
+    /// The ids of nodes that are used from now on, after they were not.
+    to_start: Vec<String>,
     index: Index,
     /// How many registrations are shadowed, for each address with any.
     shadowed_at: HashMap<SocketAddr, u32, Xxh3DefaultBuilder>,
@@ -63,6 +65,7 @@ impl Roster {
             overrides: HashMap::new(),
             checks: None,
             registrations: Vec::new(),
+            to_start: Vec::new(),
             index: Index::default(),
             shadowed_at: HashMap::default(),
             totals: Totals::default(),
@@ -134,17 +137,32 @@ impl Roster {
     pub(super) fn set_checked(&mut self, node: &Node, is_well: bool) -> Option<bool> {
         let addr = node.addr(self.default_port);
         let at = self.index.position_of(&self.registrations, &node.id)?;
-        let registration = &mut self.registrations[at];
-        if !registration.is_same_process(node, addr) {
+        if !self.registrations[at].is_same_process(node, addr) {
             return None;
         }
         let checked = match is_well {
             true => Checked::Well,
             false => Checked::Down,
         };
-        let is_news = std::mem::replace(&mut registration.checked, checked) != checked;
-        self.version += u64::from(is_news);
-        Some(is_news)
+        if self.registrations[at].checked == checked {
+            return Some(false);
+        }
+        if is_well && !self.is_used()(&self.registrations[at]) {
+            // It got nothing until now: what it does first may be slow.
+            self.to_start.push(node.id.clone());
+        }
+        self.registrations[at].checked = checked;
+        self.version += 1;
+        Some(true)
+    }
+
+    /// Those that were found to be well since the last call start slowly from now on.
+    pub(super) fn start_slowly(&mut self, now: Instant) {
+        for id in std::mem::take(&mut self.to_start) {
+            if let Some(at) = self.index.position_of(&self.registrations, &id) {
+                self.registrations[at].controller.start(now);
+            }
+        }
     }
 
     /// Which of the registrations that take traffic are used.
@@ -305,6 +323,9 @@ impl Roster {
         self.refused += u64::from(registration.update(node, now));
         registration.set_override(self.overrides.get(&node.id));
         self.totals.add(registration);
+        if !use_before.0 && registration.takes_traffic() && registration.is_unused() {
+            registration.controller.start(now);
+        }
         let is_used_alike = registration.usage() == use_before && node.zone == zone_before;
         self.version += u64::from(!is_used_alike);
         if registration.has_new_load {

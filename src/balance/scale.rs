@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use super::checked::{Checked, Gate};
 use super::endpoint::Endpoint;
-use super::load::Load;
 use super::mean::Mean;
 use super::policy::{ActivePolicy, Reference, RoutingPolicy};
 use super::registration::Registration;
@@ -53,6 +52,8 @@ struct Common {
     calm_by_load_weights: f64,
     /// What counts of a backend in another zone.
     spill: f64,
+    /// The mean weight, before zones.
+    mean_weight: f64,
     /// The weights of all together.
     total: f64,
 }
@@ -140,9 +141,12 @@ impl Scale {
             .map(|registration| policy.weight(registration, &reference, now))
             .collect();
         let zone = self.zone.as_deref();
-        let mut working = Mean::default();
+        let (mut working, mut mean_weight) = (Mean::default(), Mean::default());
         let gate = roster.gate();
         for (registration, weight) in registrations.iter().zip(&weights) {
+            if registration.takes_traffic() {
+                mean_weight.add(weight.get(), 1.0);
+            }
             let is_used = gate == Gate::Open || roster.checked(registration) == Checked::Well;
             if registration.takes_traffic() && is_used && registration.is_in_zone(zone) {
                 let acceptance = registration.endpoint.acceptance_now();
@@ -160,6 +164,7 @@ impl Scale {
                 false => calm_of_half + sharing.level(calm_of_half),
             },
             spill: self.spill.level(&settings.zones, working.value()),
+            mean_weight: mean_weight.value(),
             total: 0.0,
         };
         self.moved = 0.0;
@@ -231,9 +236,9 @@ impl Scale {
         let is_own = !policy.follows_zones() || registration.is_in_zone(self.zone.as_deref());
         let zone_part = if is_own { 1.0 } else { common.spill };
         endpoint.set_base(registration.base().get());
-        endpoint.set_weight(weight, zone_part, acceptance);
+        endpoint.set_weight(weight, common.mean_weight, zone_part, acceptance);
         let adaptive = &settings.adaptive;
-        let load = adaptive.load(registration.load(), &Load::default(), 1.0);
+        let load = adaptive.known_load(registration.load());
         let calm = match policy.weighs_by_load() {
             true => common.calm_by_load_weights,
             false => load.map_or(common.calm_of_half, |load| adaptive.calm(load)),
@@ -246,7 +251,7 @@ impl Scale {
 /// How calm half of the backends that report are at least; entirely, where none reports.
 fn calm_of_half(adaptive: &Adaptive, roster: &Roster) -> f64 {
     let active = roster.used();
-    let loads = active.filter_map(|it| adaptive.load(it.load(), &Load::default(), 1.0));
+    let loads = active.filter_map(|it| adaptive.known_load(it.load()));
     let mut loads: Vec<f64> = loads.collect();
     if loads.is_empty() {
         return 1.0;

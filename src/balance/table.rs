@@ -36,6 +36,17 @@ pub(super) struct Slot {
     pub(super) calm: AtomicF32,
 }
 
+impl Slot {
+    /// Requests in flight without tunnels, or with them, for a request that becomes one.
+    pub(super) fn busy(&self, for_tunnel: bool) -> usize {
+        let in_flight = self.in_flight.get();
+        match in_flight > 0 && !for_tunnel {
+            true => in_flight.saturating_sub(self.endpoint.state().tunnels() as usize),
+            false => in_flight,
+        }
+    }
+}
+
 /// The backends to pick from, with the indexes that the policy in use needs; the other indexes are
 /// empty.
 #[derive(Debug, Default)]
@@ -188,7 +199,7 @@ impl Table {
         )
     }
 
-    fn draw_where(&self, is_fit: impl Fn(usize) -> bool, random: u64) -> Option<usize> {
+    pub(super) fn draw_where(&self, is_fit: impl Fn(usize) -> bool, random: u64) -> Option<usize> {
         let others = || {
             let all = self.slots.iter().enumerate();
             all.filter(|(index, _)| is_fit(*index))

@@ -20,8 +20,9 @@ use crate::node::Node;
 pub struct Upstream {
     state: Arc<EndpointState>,
     /// Counts the request among all of the balancer, for the policy that needs their number.
-    _in_flight: Option<Arc<()>>,
+    in_flight: Option<Arc<()>>,
     is_probe: bool,
+    is_tunnel: bool,
 }
 
 impl Upstream {
@@ -32,8 +33,9 @@ impl Upstream {
     ) -> Self {
         Self {
             state,
-            _in_flight: in_flight,
+            in_flight,
             is_probe,
+            is_tunnel: false,
         }
     }
 
@@ -86,6 +88,16 @@ impl Upstream {
     pub fn begins_to_answer(&mut self) {
         if self.take_probe() {
             self.state.probe_succeeds();
+        }
+    }
+
+    /// The request has become a tunnel, such as a WebSocket, which may be silent for hours: it is no work for the
+    /// backend that other requests should make way for. It still counts in [`in_flight`](Self::in_flight), and for
+    /// requests [that become tunnels](super::PickOptions::for_tunnel) themselves.
+    pub fn becomes_tunnel(&mut self) {
+        if !std::mem::replace(&mut self.is_tunnel, true) {
+            self.state.begin_tunnel();
+            self.in_flight = None;
         }
     }
 
@@ -146,6 +158,9 @@ impl Upstream {
 
 impl Drop for Upstream {
     fn drop(&mut self) {
+        if self.is_tunnel {
+            self.state.end_tunnel();
+        }
         if self.is_probe {
             self.state.probe_says_nothing();
         }

@@ -12,7 +12,7 @@ use super::endpoint::Holder;
 use super::fleet::Fleet;
 use super::learned::{Learned, Lessons, too_many_ejected};
 use super::mean::Mean;
-use super::policy::ActivePolicy;
+use super::policy::{ActivePolicy, RoutingPolicy};
 use super::roster::Roster;
 use super::scale::{Scale, WeigherSettings};
 use super::sharing::Sharing;
@@ -27,6 +27,10 @@ const WEIGHED_ALONE_FROM: usize = 256;
 const FEW_OF: usize = 50;
 /// For how long nothing is looked at, at most, where nothing happens.
 const LONGEST_REST: Duration = Duration::from_secs(60);
+/// Under a policy that goes by keys, one in so many may be ejected at most, and one in any case. As in Envoy.
+const EJECTED_OF_KEYS: u32 = 10;
+/// Whether all fail is asked of so many backends at least.
+const FEWEST_FAILED: u32 = 3;
 /// How long a report of requests in flight counts.
 const IN_FLIGHT_REPORT_VALID: Duration = Duration::from_secs(5);
 
@@ -68,6 +72,7 @@ struct TickSummary {
     loads: Mean,
     excess_latency: Mean,
     in_flight: Mean,
+    has_tunnels: bool,
 }
 
 impl Weigher {
@@ -188,6 +193,7 @@ impl Weigher {
     /// unless there are many of them and only some have reported something.
     pub(super) fn settle(&mut self, policy: &ActivePolicy, now: Instant) -> Settled {
         self.rests_until = None;
+        self.roster.start_slowly(now);
         self.scale.find_zone(&self.settings.zone, &self.roster);
         let reporting = self.learn_from_reports(now);
         let is_few = reporting.len() * FEW_OF < self.roster.registrations().len();
@@ -219,10 +225,11 @@ impl Weigher {
         let last = self.last_tick.replace(now).unwrap_or(now);
         let passed = now.saturating_duration_since(last);
         self.roster.tick(now);
+        self.roster.start_slowly(now);
         self.scale.find_zone(&self.settings.zone, &self.roster);
         self.learn_from_reports(now);
         self.learn_from_requests(now, passed);
-        self.decide_trials(now);
+        self.decide_trials(policy, now);
         self.scale.measure_zones(&self.settings, &self.roster);
         if self.take_changed() {
             self.limit_ejected_by_predecessor();
@@ -345,6 +352,7 @@ impl Weigher {
             }
         }
         self.sharing.tick(&summary.in_flight);
+        self.fleet.set_tunnels(summary.has_tunnels);
         if !summary.reports_in_flight {
             self.fleet.clear_in_flight_reports();
         }
@@ -374,27 +382,52 @@ impl Weigher {
         self.fleet.set_success_rates(best, median, worst);
     }
 
+    /// Uses those again that were ejected since the last tick if hardly any other has done better in between: then it
+    /// was something that they share, such as a database, and not they.
+    fn readmit_if_all_failed(&self) {
+        let (mut all, mut active, mut better) = (0_u32, 0_u32, 0_u32);
+        let mut ejected = Vec::new();
+        for registration in self.roster.used() {
+            let endpoint = &registration.endpoint;
+            let (lowest, was_ejected) = endpoint.take_failures();
+            all += 1;
+            if registration.is_active {
+                active += 1;
+                better += u32::from(!self.fleet.is_poor(lowest));
+            }
+            if was_ejected {
+                ejected.push(endpoint);
+            }
+        }
+        if active >= FEWEST_FAILED && active * 2 >= all && better * 10 <= active {
+            for endpoint in ejected {
+                endpoint.readmit_with_all();
+            }
+        }
+    }
+
     /// Decides which of the backends that are new or ejected the next requests try.
-    fn decide_trials(&mut self, now: Instant) {
+    fn decide_trials(&mut self, policy: &ActivePolicy, now: Instant) {
+        self.readmit_if_all_failed();
         let most_pause = Duration::from_millis(self.settings.adaptive.probe_most_ms);
-        let (mut is_any_ejected, mut is_any_waiting) = (false, false);
+        let (mut is_any_ejected, mut is_any_waiting, mut is_any_probed) = (false, false, false);
         for registration in self.roster.registrations_mut() {
             let endpoint = &registration.endpoint;
             is_any_waiting |= endpoint.is_ejected() && endpoint.is_due();
+            is_any_probed |= endpoint.is_ejected() && endpoint.is_probed();
             registration.tick_trial(most_pause, now);
             is_any_ejected |= registration.endpoint.is_ejected();
         }
         self.fleet.set_ejected(is_any_ejected);
-        // After the others, so that it is not compared with what was before it is ejected.
+        let (mut working, mut ejected) = (Mean::default(), 0);
         for registration in self.roster.used() {
-            if !registration.is_active {
+            // After the others, so that it is not compared with what was before it is ejected.
+            if !registration.is_active && !policy.goes_by_keys() {
                 registration.endpoint.eject_if_avoided();
             }
-        }
-        let mut working = Mean::default();
-        for registration in self.roster.used() {
-            if !registration.endpoint.is_ejected() {
-                working.add(registration.controller.factor(), 1.0);
+            match registration.endpoint.is_ejected() {
+                true => ejected += 1,
+                false => working.add(registration.controller.factor(), 1.0),
             }
         }
         self.roster.successors().set_mean(working.value());
@@ -402,9 +435,18 @@ impl Weigher {
             registration.hold_weight(&self.settings.adaptive, working.value());
         }
         let count = u32::try_from(working.count()).unwrap_or(u32::MAX);
-        self.fleet.allow_ejections(count);
+        // Where keys decide who gets a request, one whose requests all fail moves on from each that is ejected for it.
+        let most = match policy.goes_by_keys() {
+            true => ((count + ejected) / EJECTED_OF_KEYS)
+                .max(1)
+                .saturating_sub(ejected),
+            false => (count / 2).max(1),
+        };
+        self.fleet.allow_ejections(most);
         match is_any_waiting && self.fleet.can_probe() {
             true => self.ticks_without_probe = self.ticks_without_probe.saturating_add(1),
+            // That requests are as they were before it began, a probe under way does not change.
+            false if is_any_probed => {}
             false => self.ticks_without_probe = 0,
         }
         let with_any = self.ticks_without_probe >= TICKS_WITHOUT_PROBE;
@@ -438,7 +480,8 @@ impl TickSummary {
             self.metrics.add(controller.metrics(), 1.0);
             self.loads.add(load, 1.0);
         }
-        self.in_flight.add(endpoint.in_flight().into(), 1.0);
+        self.in_flight.add(endpoint.busy().into(), 1.0);
+        self.has_tunnels |= endpoint.in_flight() > endpoint.busy();
         if let Some(excess) = controller.excess_latency() {
             self.excess_latency.add(excess, endpoint.share().get());
         }

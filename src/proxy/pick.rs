@@ -113,6 +113,7 @@ impl Picker {
                 exclude,
                 only_working,
                 probes,
+                for_tunnel: context.is_upgrade,
                 now: Some(now),
                 random: None,
             })

@@ -150,6 +150,9 @@ impl RequestState {
     /// The connection is a tunnel from now on.
     pub(super) fn becomes_tunnel(&mut self) {
         self.is_tunnel = true;
+        if let Some(upstream) = &mut self.upstream {
+            upstream.becomes_tunnel();
+        }
         if let Some(connection) = &self.connection {
             connection.enter(Phase::Tunnel);
         }

@@ -116,6 +116,9 @@ impl EndpointState {
             Failure::Fault | Failure::Overload => after(before),
         };
         self.success.set(success);
+        if success < self.lowest_success.get() {
+            self.lowest_success.set(success);
+        }
         let faultless = self.faultless.get();
         self.faultless.set(match failure {
             Failure::Unreachable => after(after(faultless)),
@@ -191,6 +194,8 @@ impl EndpointState {
             && self.fleet.ejects(rates, failure)
             && (failure == Failure::Unreachable || self.fleet.take_ejection());
         if is_ejected {
+            let is_for_answers = failure != Failure::Unreachable;
+            self.was_ejected.store(is_for_answers, Ordering::Relaxed);
             self.eject();
         }
         if is_ejected || self.fleet.acceptance(rates.success) < 1.0 {

@@ -102,6 +102,10 @@ impl RoutingPolicy for ActivePolicy {
         dispatch!(self, policy => policy.heeds_outcomes())
     }
 
+    fn goes_by_keys(&self) -> bool {
+        dispatch!(self, policy => policy.goes_by_keys())
+    }
+
     fn weighs_by_load(&self) -> bool {
         dispatch!(self, policy => policy.weighs_by_load())
     }

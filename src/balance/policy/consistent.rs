@@ -45,7 +45,7 @@ impl ConsistentPolicy {
         let has_room = |index: usize| {
             let slot = &table.slots[index];
             let room = (fair / slot.inverse_weight.get()).ceil() as usize;
-            slot.in_flight.get() < room.max(self.settings.slack)
+            slot.busy(false) < room.max(self.settings.slack)
         };
         // One number for all cells, so that a backend with many cells is not accepted at last only
         // because it was asked often.
@@ -96,6 +96,10 @@ impl RoutingPolicy for ConsistentPolicy {
     }
 
     fn heeds_outcomes(&self) -> bool {
+        true
+    }
+
+    fn goes_by_keys(&self) -> bool {
         true
     }
 

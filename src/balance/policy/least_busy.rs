@@ -23,8 +23,8 @@ pub(in crate::balance) const MAX_CANDIDATES: usize = 8;
 /// One pick in 256 goes by share alone, because a backend that is never tried cannot show how good
 /// it is. These are too few to be visible in the 99th percentile.
 const EXPLORE_MASK: u64 = 255;
-/// How many backends are drawn with equal probability when none of those drawn by share works.
-const UNIFORM_DRAWS: usize = 16;
+/// How many more backends are drawn by share, when none of the candidates works, before all are looked at.
+const FURTHER_DRAWS: usize = 16;
 
 /// A backend that reports more requests in flight than the others, by this factor on its score, is not
 /// calm.
@@ -112,6 +112,7 @@ impl LeastBusy {
             table,
             exclude: options.exclude,
             only_working: options.only_working,
+            for_tunnel: options.for_tunnel,
             now: fleet
                 .some_report_in_flight()
                 .then(|| options.now.unwrap_or_else(Instant::now)),
@@ -136,9 +137,8 @@ impl LeastBusy {
 
     /// Whether a candidate that comes by its turn, or next after one that is loaded, is taken without
     /// comparing it with others: where backends have nothing to do, traffic follows the weights.
-    fn is_calm(table: &Table, index: usize, chance: f32) -> bool {
-        let slot = &table.slots[index];
-        slot.in_flight.get() == 0 && chance < slot.calm.get()
+    fn is_calm(table: &Table, index: usize, in_flight: usize, chance: f32) -> bool {
+        in_flight == 0 && chance < table.slots[index].calm.get()
     }
 
     /// How busy a backend is for its weight, which decides between candidates.
@@ -146,32 +146,35 @@ impl LeastBusy {
     /// Chance decides between backends that are almost alike, so that all of them get something while
     /// there is little traffic; but not more, because weights are all that many proxies with few
     /// requests each can go by.
-    fn score(&self, table: &Table, index: usize, chance: f32) -> f32 {
-        let slot = &table.slots[index];
-        let in_flight = slot.in_flight.get() as f32;
-        (in_flight + self.own_request * (1.0 - self.alike * chance)) * slot.inverse_weight.get()
+    fn score(&self, table: &Table, index: usize, in_flight: usize, chance: f32) -> f32 {
+        let own = self.own_request * (1.0 - self.alike * chance);
+        (in_flight as f32 + own) * table.slots[index].inverse_weight.get()
     }
 
-    /// The pick while all backends work, none is excluded, and none reports its requests in flight:
+    /// The pick while all backends work, none is excluded, none reports its requests in flight, and there is no tunnel:
     /// almost every pick. It draws a few more times instead of checking for repetitions, and compares
     /// without branches, which could not be predicted.
     fn pick_quickly(&self, table: &Table, random: &mut fastrand::Rng) -> usize {
         let key = |index: usize, chance: f32| {
             // The bits of floats above 0 have the order of the floats.
-            let score = self.score(table, index, chance).to_bits();
+            let in_flight = table.slots[index].in_flight.get();
+            let score = self.score(table, index, in_flight, chance).to_bits();
             u64::from(score) << 32 | index as u64
         };
         let first = self.first(table, random);
         let mut bits = random.u64(..);
         let chance = unit(bits);
         let is_only = self.candidates == 1 || bits & EXPLORE_MASK == 0;
-        if is_only || Self::is_calm(table, first, chance) {
+        let is_calm = |index: usize, chance: f32| {
+            Self::is_calm(table, index, table.slots[index].in_flight.get(), chance)
+        };
+        if is_only || is_calm(first, chance) {
             return first;
         }
         // If the first one is loaded, calm ones share its turn by their weights.
         let mut best = key(first, chance);
         let (second, chance) = table.alias.draw_with_rest(random.u64(..));
-        if key(second, chance) < best && Self::is_calm(table, second, chance) {
+        if key(second, chance) < best && is_calm(second, chance) {
             return self.keep_turn(table, (first, 1.0), (second, 1.0));
         }
         if table.draws == 0 {
@@ -206,11 +209,11 @@ impl LeastBusy {
     fn compare_learned(&self, table: &Table, turn: (usize, f32), other: (usize, f32)) -> usize {
         let slots = [turn, other].map(|(index, factor)| (&table.slots[index], factor));
         let [(its, _), (others, _)] = slots;
-        if its.in_flight.get() > 0 || its.base == others.base {
+        if its.busy(false) > 0 || its.base == others.base {
             return other.0;
         }
         let [its, others] = slots.map(|(slot, factor)| {
-            let busy = slot.in_flight.get() as f32 + self.own_request;
+            let busy = slot.busy(false) as f32 + self.own_request;
             busy * slot.inverse_weight.get() * slot.base * factor
         });
         match others < its * (1.0 - self.alike) {
@@ -246,11 +249,12 @@ impl LeastBusy {
             let is_new = !drawn[..count].contains(&index) && conditions.is_allowed(index);
             if is_new && conditions.accepts(index, random) {
                 let factor = conditions.factor(index);
-                let score = self.score(table, index, chance) * factor;
+                let in_flight = table.slots[index].busy(conditions.for_tunnel);
+                let score = self.score(table, index, in_flight, chance) * factor;
                 let is_early = count < 2 && score < best.score && factor <= MOST_CALM_FACTOR;
                 drawn[count] = index;
                 count += 1;
-                if is_early && Self::is_calm(table, index, chance) {
+                if is_early && Self::is_calm(table, index, in_flight, chance) {
                     return Some(conditions.keep_turn(self, drawn[0], index));
                 }
                 best.consider(index, score);
@@ -266,7 +270,8 @@ impl LeastBusy {
             for index in fleet.heard(now).filter(|index| *index < table.live) {
                 let is_new = !drawn[..count].contains(&index) && conditions.is_allowed(index);
                 if is_new && conditions.accepts_undrawn(index, random) {
-                    let score = self.score(table, index, random_unit(random));
+                    let in_flight = table.slots[index].busy(conditions.for_tunnel);
+                    let score = self.score(table, index, in_flight, random_unit(random));
                     best.consider(index, score * conditions.factor(index));
                     drawn[count] = index;
                     count += 1;
@@ -327,6 +332,7 @@ struct Conditions<'a> {
     table: &'a Table,
     exclude: &'a [SocketAddr],
     only_working: bool,
+    for_tunnel: bool,
     /// The time, if some backend reports its requests in flight.
     now: Option<Instant>,
 }
@@ -338,15 +344,19 @@ impl Conditions<'_> {
 
     /// Whether a backend that was drawn is accepted: not always, if it fails.
     fn accepts(&self, index: usize, random: &mut fastrand::Rng) -> bool {
+        let chance = self.chance(index);
+        chance >= 1.0 || random_unit(random) < chance
+    }
+
+    /// How probable it is that a backend is accepted that was drawn by its share.
+    fn chance(&self, index: usize) -> f32 {
         let slot = &self.table.slots[index];
         let now = slot.endpoint.acceptance_now();
         // How it was when the table was built is already part of how often it is drawn.
-        let chance = if slot.acceptance > 0.0 {
-            now / slot.acceptance
-        } else {
-            now
-        };
-        chance >= 1.0 || random_unit(random) < chance
+        match slot.acceptance > 0.0 {
+            true => now / slot.acceptance,
+            false => now,
+        }
     }
 
     /// Whether a backend is accepted that was not drawn by its share, of which this would be part.
@@ -371,24 +381,20 @@ impl Conditions<'_> {
         policy.keep_turn(self.table, turn, other)
     }
 
-    /// Any backend that works, when everything that is drawn by share has failed since the table was
+    /// Any backend that works, by share, when everything that was drawn is excluded or has failed since the table was
     /// built, as when a whole zone fails.
     #[cold]
     fn any_accepted(&self, random: &mut fastrand::Rng) -> Option<usize> {
-        let count = self.table.slots.len();
-        let is_fit = |index: &usize, random: &mut fastrand::Rng| {
-            self.is_allowed(*index) && self.accepts(*index, random)
-        };
-        for _ in 0..UNIFORM_DRAWS {
-            let index = random.usize(..count);
-            if is_fit(&index, random) {
+        for _ in 0..FURTHER_DRAWS {
+            let index = self.table.alias.draw(random.u64(..));
+            if self.is_allowed(index) && self.accepts(index, random) {
                 return Some(index);
             }
         }
-        let from = random.usize(..count);
-        (from..count)
-            .chain(0..from)
-            .find(|index| is_fit(index, random))
+        // One number for all, because each is asked twice.
+        let lot = random_unit(random);
+        let is_fit = |index: usize| self.is_allowed(index) && self.chance(index) > lot;
+        self.table.draw_where(is_fit, random.u64(..))
     }
 }
 

@@ -71,6 +71,12 @@ pub(in crate::balance) trait RoutingPolicy {
         false
     }
 
+    /// Whether what a backend gets depends on keys, so that one key whose requests fail would take one backend after the
+    /// other out.
+    fn goes_by_keys(&self) -> bool {
+        false
+    }
+
     /// Whether weights follow the load that backends report at once, so that whoever is loaded can be taken
     /// in its turn as others are.
     fn weighs_by_load(&self) -> bool {

@@ -314,6 +314,14 @@ impl Adaptive {
         )
     }
 
+    /// How much a backend has to do, as far as it says so: without its CPU, its queue alone shows whether it is idle.
+    pub(in crate::balance) fn known_load(&self, load: &Load) -> Option<f64> {
+        match (load.cpu, load.queue) {
+            (None, Some(queue)) => Some((queue / self.queue_capacity).min(self.queue_most)),
+            _ => self.load(load, &Load::default(), 1.0),
+        }
+    }
+
     /// The part of a difference in latency that one tick corrects, where this much of the load comes from others.
     pub(in crate::balance) fn latency_gain_at(&self, shared: f64) -> f64 {
         self.latency_gain * (1.0 + shared)

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{balancer, bare, nodes, rng, seeded, set_nodes};
+use super::{Rig, balancer, bare, nodes, rng, seeded, set_nodes};
 use crate::balance::{Balancer, PickOptions, Policy};
 use crate::node::Node;
 
@@ -155,4 +155,43 @@ fn overflow_of_consistent_hashing_goes_to_those_that_work() {
         }
     }
     assert!(failed < 100, "{failed} of 600");
+}
+
+/// One key whose requests all fail, such as a broken page, is no fault of the backend that has it.
+#[test]
+fn a_key_that_always_fails_takes_out_one_backend_at_most() {
+    let mut rig = Rig::new(Balancer::builder().policy(Policy::Consistent));
+    for index in 0..10 {
+        rig.nodes.insert(format!("n{index}"), super::bare(index));
+    }
+    rig.update();
+    let (mut most, mut busiest) = (0, 0);
+    for _ in 0..60 {
+        let mut counts = BTreeMap::<u16, u32>::new();
+        for request in 0..1_000 {
+            let is_broken = request % 20 == 0;
+            let key = match is_broken {
+                true => "broken".to_owned(),
+                false => format!("key {}", rig.rng.u32(..)),
+            };
+            let options = PickOptions {
+                key: key.as_bytes(),
+                now: Some(rig.now),
+                random: Some(rig.rng.u64(..)),
+                ..PickOptions::default()
+            };
+            let upstream = rig.balancer.pick_with(options).unwrap();
+            *counts.entry(upstream.addr().port()).or_default() += 1;
+            match is_broken {
+                true => upstream.failed(),
+                false => upstream.succeeded(Duration::from_millis(5)),
+            }
+        }
+        rig.seconds(1);
+        let backends = rig.balancer.backends();
+        most = most.max(backends.iter().filter(|it| it.is_ejected).count());
+        busiest = busiest.max(*counts.values().max().unwrap());
+    }
+    assert!(most <= 1, "{most} were left out");
+    assert!(busiest < 350, "{busiest} of 1,000 at one backend");
 }

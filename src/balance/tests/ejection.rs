@@ -432,3 +432,113 @@ fn consistent_hashing_probes_with_the_keys_of_the_backend() {
     }
     assert_eq!(round(&mut rig, true), before, "each key is where it was");
 }
+
+/// A database that all of them share fails for half a second.
+#[test]
+fn a_moment_in_which_all_fail_leaves_nobody_out() {
+    let mut rig = Rig::of(10);
+    rig.send(5, 100, |_| Answer::Works);
+    let one_second = |rig: &mut Rig, failing: std::ops::Range<u32>| {
+        for request in 0..1_000 {
+            let upstream = rig.pick();
+            match failing.contains(&request) {
+                true => upstream.failed(),
+                false => upstream.succeeded(Duration::from_millis(10)),
+            }
+        }
+        rig.seconds(1);
+    };
+    one_second(&mut rig, 100..500);
+    let ejected = rig
+        .balancer
+        .backends()
+        .into_iter()
+        .filter(|it| it.is_ejected);
+    assert_eq!(ejected.count(), 0);
+    for _ in 0..5 {
+        one_second(&mut rig, 0..0);
+    }
+    let counts = rig.traffic(1_000, |_| false);
+    assert!(
+        counts.len() == 10 && counts.values().all(|count| *count > 50),
+        "{counts:?}"
+    );
+    // A third that fails on its own is left out.
+    let third = |index: u16| match index < 3 {
+        true => Answer::Fails,
+        false => Answer::Works,
+    };
+    rig.send(5, 100, third);
+    let ejected = rig
+        .balancer
+        .backends()
+        .into_iter()
+        .filter(|it| it.is_ejected);
+    assert_eq!(ejected.count(), 3);
+}
+
+/// `POST`s are probes only if nothing else comes, which takes a moment to find out, but not again for each.
+#[test]
+fn without_other_requests_probes_follow_each_other() {
+    let mut rig = Rig::of(3);
+    rig.send(3, 100, |index| match index {
+        0 => Answer::Fails,
+        _ => Answer::Works,
+    });
+    let mut under_way = std::collections::VecDeque::new();
+    for second in 0..40 {
+        for _ in 0..20 {
+            let options = PickOptions {
+                probes: Probes::IfNoOther,
+                now: Some(rig.now),
+                random: Some(rig.rng.u64(..)),
+                ..PickOptions::default()
+            };
+            let upstream = rig.balancer.pick_with(options).unwrap();
+            match upstream.is_probe() {
+                true => under_way.push_back((second + 2, upstream)),
+                false => upstream.succeeded(Duration::from_millis(10)),
+            }
+        }
+        while under_way.front().is_some_and(|(until, _)| *until <= second) {
+            let (_, probe) = under_way.pop_front().unwrap();
+            probe.succeeded(Duration::from_secs(2));
+        }
+        rig.seconds(1);
+        let backends = rig.balancer.backends();
+        if backends.iter().all(|it| !it.is_ejected) {
+            assert!(second < 32, "{second}");
+            return;
+        }
+    }
+    panic!("it is still left out");
+}
+
+/// The heaviest one fails before the next table: the others get its part by their weights.
+#[test]
+fn who_takes_the_place_of_a_heavy_backend_goes_by_weight() {
+    let mut rig = Rig::new(Balancer::builder());
+    for (index, weight) in [(0, 1_000.0), (1, 100.0), (2, 1.0)] {
+        let node = super::Node::clone(&bare(index)).with_weight(weight);
+        rig.nodes
+            .insert(format!("n{index}"), std::sync::Arc::new(node));
+    }
+    rig.update();
+    let tried = [bare(0).addr(0)];
+    let mut counts = BTreeMap::<u16, u32>::new();
+    for _ in 0..10_000 {
+        let options = PickOptions {
+            exclude: &tried,
+            probes: Probes::No,
+            now: Some(rig.now),
+            random: Some(rig.rng.u64(..)),
+            ..PickOptions::default()
+        };
+        let upstream = rig.balancer.pick_with(options).unwrap();
+        *counts.entry(upstream.addr().port() - 1_000).or_default() += 1;
+    }
+    assert!(
+        counts.get(&2).is_none_or(|count| *count < 300),
+        "{counts:?}"
+    );
+}

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::{Rig, bare};
-use crate::balance::{Balancer, Headroom, Policy, TICK, Upstream};
+use crate::balance::{Balancer, Headroom, PickOptions, Policy, TICK, Upstream};
 use crate::load_report::LoadReport;
 use crate::node::Node;
 
@@ -205,4 +205,82 @@ fn several_balancers_do_not_begin_with_the_same_backend() {
         first.insert(rig.pick().addr());
     }
     assert!(first.len() >= 5, "{first:?}");
+}
+
+/// As for a server of language models: it names its queue, and not its CPU.
+#[test]
+fn a_queue_that_is_empty_shows_that_a_backend_is_idle() {
+    let mut rig = Rig::new(Balancer::builder());
+    for round in 0..40 {
+        for (index, queue) in [(0, 1_000), (1, 0), (2, 0)] {
+            let mut node = Node::clone(&bare(index)).with_metadata(json!({
+                "queue_depth": if round < 30 { queue } else { 0 },
+            }));
+            node.last_seen = round * 5_000;
+            rig.nodes.insert(format!("n{index}"), Arc::new(node));
+        }
+        rig.update();
+        send(&mut rig, 10, Duration::from_millis(500));
+    }
+    let weights: Vec<_> = rig.balancer.backends().iter().map(|it| it.weight).collect();
+    let least = weights.iter().copied().fold(f64::INFINITY, f64::min);
+    assert!(
+        least < 0.8,
+        "{weights:?}: the weights are too alike to show anything"
+    );
+    for (index, (got, expected)) in send(&mut rig, 300, Duration::from_millis(10)) {
+        let tolerance = 0.15 * expected + 2.0;
+        assert!(
+            (got - expected).abs() <= tolerance,
+            "{index} got {got} instead of {expected}, weights {weights:?}"
+        );
+    }
+}
+
+/// A WebSocket may be silent for hours.
+#[test]
+fn tunnels_are_no_work_that_requests_make_way_for() {
+    for policy in [Policy::Adaptive, Policy::Headroom] {
+        let mut rig = Rig::new(Balancer::builder().policy(policy));
+        for index in 0..3 {
+            rig.nodes.insert(format!("n{index}"), bare(index));
+        }
+        rig.update();
+        // The third one has just been started again, so all tunnels are at the two others.
+        let mut tunnels = Vec::new();
+        for index in [0, 1] {
+            for _ in 0..200 {
+                let mut upstream = rig.balancer.upstream_at(bare(index).addr(0)).unwrap();
+                upstream.becomes_tunnel();
+                tunnels.push(upstream);
+            }
+        }
+        for (index, (got, expected)) in send(&mut rig, 300, Duration::from_millis(10)) {
+            assert!(
+                (got - expected).abs() < 15.0,
+                "{index} got {got} instead of {expected}"
+            );
+        }
+        assert_eq!(tunnels[0].in_flight(), 200);
+        // The next ones make up for it.
+        for _ in 0..190 {
+            let options = PickOptions {
+                for_tunnel: true,
+                now: Some(rig.now),
+                random: Some(rig.rng.u64(..)),
+                ..PickOptions::default()
+            };
+            let mut upstream = rig.balancer.pick_with(options).unwrap();
+            upstream.becomes_tunnel();
+            tunnels.push(upstream);
+        }
+        let at_third = tunnels
+            .iter()
+            .filter(|it| it.addr() == bare(2).addr(0))
+            .count();
+        assert!(at_third > 150, "{at_third}");
+        drop(tunnels);
+        let backends = rig.balancer.backends();
+        assert!(backends.iter().all(|it| it.in_flight == 0), "{backends:?}");
+    }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Rig, balancer, bare, joined, node, nodes, set_nodes, set_nodes_at};
 use crate::balance::{Adaptive, Balancer, Policy};
-use crate::node::Node;
+use crate::node::{Node, NodeState};
 use crate::view::Change;
 
 #[test]
@@ -197,4 +197,51 @@ fn a_request_that_is_dropped_says_nothing() {
     assert_eq!(rig.balancer.backends()[0].success, 1.0);
     rig.pick().failed();
     assert!(rig.balancer.backends()[0].success < 1.0);
+}
+
+/// A node that was down, or joined and was not well yet, may be cold.
+#[test]
+fn who_is_found_to_be_well_starts_slowly() {
+    let mut rig = Rig::of(4);
+    rig.balancer.set_checks(Some(0.5));
+    rig.seconds(60);
+    rig.nodes.insert("n4".to_owned(), bare(4));
+    rig.update();
+    // It warms up for longer than a slow start takes, and is not used until then.
+    rig.seconds(60);
+    let share = |rig: &Rig, index: u16| {
+        let backends = rig.balancer.backends();
+        let found = backends.iter().find(|it| it.addr == bare(index).addr(0));
+        found.map(|it| it.share)
+    };
+    assert_eq!(share(&rig, 4), None);
+    for (index, is_well) in [(4, true), (0, false)] {
+        rig.balancer.set_checked(&bare(index), is_well);
+        rig.balancer.publish(rig.now);
+    }
+    assert!(share(&rig, 4).unwrap() < 0.6, "{:?}", share(&rig, 4));
+    rig.seconds(60);
+    assert_eq!((share(&rig, 0), share(&rig, 4)), (None, Some(1.0)));
+    rig.balancer.set_checked(&bare(0), true);
+    rig.balancer.publish(rig.now);
+    assert!(share(&rig, 0).unwrap() < 0.6, "{:?}", share(&rig, 0));
+    // While all are used because too few are well, none is new to traffic.
+    rig.seconds(60);
+    for index in 0..5 {
+        rig.balancer.set_checked(&bare(index), false);
+    }
+    rig.balancer.publish(rig.now);
+    rig.balancer.set_checked(&bare(1), true);
+    rig.balancer.publish(rig.now);
+    assert_eq!(share(&rig, 1), Some(1.0));
+    // One that registers as draining, and serves when it is ready.
+    let mut draining = Node::clone(&bare(5));
+    draining.state = NodeState::Draining;
+    rig.nodes.insert("n5".to_owned(), Arc::new(draining));
+    rig.update();
+    rig.balancer.set_checks(None);
+    rig.seconds(60);
+    rig.nodes.insert("n5".to_owned(), bare(5));
+    rig.update();
+    assert!(share(&rig, 5).unwrap() < 0.6, "{:?}", share(&rig, 5));
 }

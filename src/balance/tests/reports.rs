@@ -294,3 +294,68 @@ fn nodes_say_themselves_that_they_are_not_well() {
     assert_eq!(rig.balancer.len(), 4);
     assert!(!rig.balancer.is_panicking());
 }
+
+/// A server that names its queue only while there is one.
+#[test]
+fn a_metric_that_responses_no_longer_contain_is_no_longer_believed() {
+    let mut rig = Rig::of(3);
+    let report = |rig: &mut Rig, queue: Option<f64>| {
+        for index in 0..3 {
+            let mut report = LoadReport::new();
+            report.cpu = Some(0.5);
+            report.queue = if index == 0 { queue } else { Some(0.0) };
+            let upstream = rig.balancer.upstream_at(bare(index).addr(0)).unwrap();
+            upstream.report(&report, rig.now);
+            upstream.succeeded(Duration::from_millis(10));
+        }
+        rig.seconds(6);
+    };
+    let load = |rig: &Rig| {
+        rig.balancer
+            .backends()
+            .iter()
+            .map(|it| it.weight)
+            .fold(9.0, f64::min)
+    };
+    for _ in 0..10 {
+        report(&mut rig, Some(300.0));
+    }
+    let before = load(&rig);
+    for _ in 0..30 {
+        report(&mut rig, None);
+    }
+    let after = load(&rig);
+    assert!(before < 0.7 && after > before + 0.05, "{before} {after}");
+}
+
+/// Static weights may be in any unit: cores, or thousands.
+#[test]
+fn reports_of_requests_in_flight_count_whatever_the_unit_of_weights() {
+    for unit in [0.01, 1.0, 100.0] {
+        let mut rig = Rig::new(Balancer::builder());
+        for index in 0..5 {
+            let node = Node::clone(&bare(index)).with_weight(unit);
+            rig.nodes.insert(format!("n{index}"), Arc::new(node));
+        }
+        rig.update();
+        rig.seconds(2);
+        let mut counts = std::collections::BTreeMap::<u16, u32>::new();
+        // All are busy for others. One has fewer requests from here, but many more in all.
+        let mut held = Vec::new();
+        for index in [0, 1, 2, 3, 4, 1, 2, 3, 4] {
+            let upstream = rig.balancer.upstream_at(bare(index).addr(0)).unwrap();
+            held.push(upstream);
+        }
+        for _ in 0..2_000 {
+            for (at, upstream) in held[..5].iter().enumerate() {
+                let mut report = LoadReport::new();
+                report.in_flight = Some(if at == 0 { 20.0 } else { 6.0 });
+                upstream.report(&report, rig.now);
+            }
+            let upstream = rig.pick();
+            *counts.entry(upstream.addr().port() - 1_000).or_default() += 1;
+        }
+        let of_busy = counts.get(&0).copied().unwrap_or_default();
+        assert!(of_busy < 100, "unit {unit}: {counts:?}");
+    }
+}
