@@ -25,6 +25,7 @@ use super::outcome::outcome;
 use super::reply::{
     is_slow_upload, refused, reply_to, respond, timed_out, unavailable, unavailable_reply,
 };
+use super::request_state::RequestState;
 use super::requests::{is_ending, keep_effective_upgrade};
 use super::route::Decided;
 use super::trace::{set_traceparent, traceparent};
@@ -370,5 +371,21 @@ impl ProxyHttp for ClusterProxy {
                     .ends(code, state.tries, state.started.elapsed());
             }
         }
+        if code.is_some() {
+            read_rest(session, state).await;
+        }
+    }
+}
+
+/// Reads what the client still sends of its request, after a response after which the connection ends. To close it
+/// before would reset it, and take the response away from a client that has not read it yet.
+async fn read_rest(session: &mut Session, state: &RequestState) {
+    let is_over = state.is_complete || state.is_tunnel || session.get_keepalive().is_some();
+    let Some(connection) = state.connection.as_ref().filter(|_| !is_over) else {
+        return;
+    };
+    connection.end_writing();
+    // The front ends it after its time.
+    while connection.ended().is_none() && matches!(session.read_request_body().await, Ok(Some(_))) {
     }
 }

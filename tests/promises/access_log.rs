@@ -45,7 +45,8 @@ async fn get(balancer: &Balancer, head: &str) -> String {
 async fn each_request_has_a_line_that_says_what_happened() {
     let backend = RawBackend::start(ok).await;
     let ports = [backend.address.port(), free_port()];
-    let fields = "policy: round_robin\nclients: { trusted_proxies: [127.0.0.0/8] }";
+    let fields =
+        "policy: round_robin\nclients: { trusted_proxies: [127.0.0.0/8], body_bytes: 1000000 }";
     let (balancer, file) = before(&ports, "log", "file: FILE", fields).await;
     for _ in 0..4 {
         let response = get(
@@ -81,6 +82,15 @@ async fn each_request_has_a_line_that_says_what_happened() {
     // The one that nobody answers at is tried by some, until it is known.
     assert!(read.iter().any(|line| line["tries"] == 2), "{read:?}");
 
+    // Who is refused is named, too.
+    get(&balancer, "Content-Length: 99999999999\r\n").await;
+    let refused = until_lines(&file, 5).await;
+    let refused: Value = serde_json::from_str(&refused[4]).unwrap();
+    assert_eq!(
+        (&refused["status"], &refused["client"]),
+        (&json!(413), &json!("127.0.0.1"))
+    );
+
     // The file is moved, and opened again at SIGUSR1.
     let moved = file.with_extension("moved");
     std::fs::rename(&file, &moved).unwrap();
@@ -91,7 +101,7 @@ async fn each_request_has_a_line_that_says_what_happened() {
     .await;
     get(&balancer, "").await;
     assert_eq!(until_lines(&file, 1).await.len(), 1);
-    assert_eq!(lines(&moved).len(), 4);
+    assert_eq!(lines(&moved).len(), 5);
     let _ = (std::fs::remove_file(file), std::fs::remove_file(moved));
 }
 

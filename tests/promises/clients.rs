@@ -2,9 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
+use super::common::etcd::Etcd;
 use super::raw::{Raw, RawBackend, in_front_of, is_closed_within, ok, status};
+use super::world::{entry, put, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -336,4 +340,108 @@ async fn what_there_is_of_a_response_that_breaks_off_reaches_the_client() {
     let received = client.rest().await;
     assert_eq!(status(&received), "200", "{received:?}");
     assert!(received.ends_with(&"x".repeat(500)), "{received:?}");
+}
+
+/// Its 413 comes while it sends, and it reads only afterwards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_response_before_the_end_of_a_body_is_not_lost() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "clients: { body_bytes: 1000 }\ntimeouts: { client_drain_ms: 5000 }";
+    let balancer = in_front_of(&backend, "refused-body", fields).await;
+    for head in [
+        "Content-Length: 20000000\r\n",
+        "Transfer-Encoding: chunked\r\n",
+    ] {
+        let mut client = Raw::to(&balancer).await;
+        let head = format!("POST / HTTP/1.1\r\nHost: a\r\n{head}\r\n");
+        client.send(head.as_bytes()).await;
+        let part = match head.contains("chunked") {
+            true => [&b"186a0\r\n"[..], &[b'x'; 100_000], b"\r\n"].concat(),
+            false => vec![b'x'; 100_000],
+        };
+        for _ in 0..200 {
+            let sent = client.0.write_all(&part).await;
+            sent.expect("the connection is not reset while the client sends");
+        }
+        if head.contains("chunked") {
+            client.send(b"0\r\n\r\n").await;
+        }
+        let answer = client.rest().await;
+        assert_eq!(status(&answer), "413", "{answer}");
+        assert!(answer.to_ascii_lowercase().contains("connection: close"));
+    }
+    // Whoever waits for the end of the connection sees it at once.
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 20000000\r\n\r\nx")
+        .await;
+    let start = Instant::now();
+    assert_eq!(status(&client.rest().await), "413");
+    assert!(start.elapsed() < 3 * SECOND, "{:?}", start.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_leave_in_the_middle_are_no_errors_in_the_log() {
+    let backend = RawBackend::start(ok).await;
+    let balancer = in_front_of(&backend, "leaving", "").await;
+    for begun in ["", "G", "GET / HT", "GET / HTTP/1.1\r\nHost: a\r\nX-A: b"] {
+        for is_reset in [false, true] {
+            for is_first in [true, false] {
+                let mut client = Raw::to(&balancer).await;
+                if !is_first {
+                    assert_eq!(status(&client.get("").await), "200");
+                }
+                client.send(begun.as_bytes()).await;
+                if is_reset {
+                    client.0.set_zero_linger().unwrap();
+                }
+                drop(client);
+            }
+        }
+    }
+    until("they are all gone", async || {
+        balancer.open_connections() == 0
+    })
+    .await;
+    let log = balancer.log_text();
+    assert!(!log.contains("ERROR"), "{log}");
+}
+
+/// The backend that is started again has no tunnel, and is not the only one that gets requests.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_websockets_are_no_load() {
+    let upgrade = |request: &str| match request.to_ascii_lowercase().contains("upgrade: websocket")
+    {
+        true => {
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+                .to_vec()
+        }
+        false => ok(request),
+    };
+    let first = RawBackend::start(upgrade).await;
+    let balancer = in_front_of(&first, "websockets", "adaptive: { slow_start_ms: 0 }").await;
+    let mut tunnels = Vec::new();
+    for _ in 0..40 {
+        let mut client = Raw::to(&balancer).await;
+        let head = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+        assert_eq!(status(&client.get(head).await), "101");
+        tunnels.push(client);
+    }
+    let second = RawBackend::start(upgrade).await;
+    let entry = entry("b", Some(second.address.port()), json!({}));
+    let mut keys = Etcd::shared().raw_client().await;
+    put(&mut keys, &balancer.group, &entry, None).await;
+    balancer.until_served_by(&["a", "b"]).await;
+    let counts = balancer.gets(200).await;
+    assert!(counts["a"] >= 60 && counts["b"] >= 60, "{counts:?}");
+    // The next tunnels go to where there are fewer.
+    let before = second.requests().len();
+    for _ in 0..30 {
+        let mut client = Raw::to(&balancer).await;
+        let head = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+        assert_eq!(status(&client.get(head).await), "101");
+        tunnels.push(client);
+    }
+    let of_second = second.requests().len() - before;
+    assert!(of_second >= 25, "{of_second} of 30");
 }

@@ -365,19 +365,26 @@ async fn it_ends_with_the_status_of_its_program_whatever_happens() {
 async fn it_serves_from_the_file_and_says_where_each_value_comes_from() {
     let (etcd, group) = (Etcd::shared(), group("served"));
     let mut keys = etcd.raw_client().await;
-    let mut setup = Setup::shared(&group).with("timeouts: { connect_ms: 77 }");
+    let log = scratch(&format!("{group}.access"));
+    let fields = format!(
+        "timeouts: {{ connect_ms: 77 }}\naccess_log: {{ file: {} }}",
+        log.display()
+    );
+    let mut setup = Setup::shared(&group).with(&fields);
     setup.program = COMMAND;
     let backend = super::world::Backend::start("a").await;
     put(&mut keys, &group, &backend.entry(json!({})), None).await;
     let balancer = setup.serving().await;
     assert_eq!(balancer.get().await, "a");
     let conf = balancer.conf.to_str().unwrap();
+    std::fs::remove_file(&log).unwrap();
     let output = Command::new(optimised(COMMAND))
         .args(["serve", "--check", "--conf", conf])
         .output()
         .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{text}");
+    assert!(!log.exists(), "a check changes nothing");
     let line = |field: &str| {
         let found = text.lines().find(|line| line.starts_with(field));
         found

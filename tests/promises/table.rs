@@ -200,7 +200,7 @@ const PROMISES: &[(&str, &[&str])] = &[
         &["promises::shutdown::a_service_manager_is_told"],
     ),
     (
-        "A process that cannot listen ends with an error",
+        "The process ends with an error if its port is taken",
         &[
             "promises::shutdown::a_daemon_listens_or_its_start_is_an_error",
             "promises::deaths::a_port_that_is_taken_is_an_error_and_an_exit",

@@ -337,6 +337,18 @@ impl Balancer {
         })
     }
 
+    /// How many clients are connected.
+    pub fn open_connections(&self) -> usize {
+        let own: u16 = self.listen.rsplit_once(':').unwrap().1.parse().unwrap();
+        let own = format!(":{own:04X}");
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let of_listener = table.lines().skip(1).filter(|line| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            fields[1].ends_with(&own) && ["01", "08"].contains(&fields[3])
+        });
+        of_listener.count()
+    }
+
     /// The memory that the process has now, in KiB.
     pub fn memory(&self) -> u64 {
         let status = format!("/proc/{}/status", self.program.child.id());

@@ -1,7 +1,7 @@
 //! The state of one client connection, shared by its stream, which keeps the deadlines, and the
 //! proxy, which knows what is being read.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use ::pingora::http::ResponseHeader;
@@ -74,6 +74,8 @@ pub(crate) struct Connection {
     phase: AtomicU8,
     /// 0, or one more than the index of an [`Ended`].
     ended: AtomicU8,
+    /// Nothing more is written, and the client is to see that.
+    ends_writing: AtomicBool,
     /// What the client has shown, as a field for backends.
     certificate: Option<HeaderValue>,
     /// The address of the other end, as a value of a field.
@@ -91,6 +93,7 @@ impl Connection {
             statistics,
             phase: AtomicU8::new(Phase::Accepted as u8),
             ended: AtomicU8::new(0),
+            ends_writing: AtomicBool::new(false),
         }
     }
 
@@ -133,6 +136,15 @@ impl Connection {
 
     pub(crate) fn enter(&self, phase: Phase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    /// The next read shows the client that nothing more is written.
+    pub(crate) fn end_writing(&self) {
+        self.ends_writing.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn ends_writing(&self) -> bool {
+        self.ends_writing.load(Ordering::Relaxed)
     }
 
     pub(crate) fn ended(&self) -> Option<Ended> {

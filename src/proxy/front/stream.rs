@@ -56,6 +56,7 @@ pub(super) struct ClientStream {
     read_deadline: Deadline,
     write_deadline: Deadline,
     writes: WriteClock,
+    has_ended_writing: bool,
     /// Written by the proxy, and not yet to the stream below.
     held: Vec<u8>,
     /// While there is a request. Over HTTP/2 each request has its own.
@@ -91,6 +92,7 @@ impl ClientStream {
             read_deadline: Deadline::default(),
             write_deadline: Deadline::default(),
             writes: WriteClock::default(),
+            has_ended_writing: false,
             held: Vec::new(),
             request: None,
         }
@@ -325,6 +327,10 @@ impl AsyncRead for ClientStream {
         if this.phase() == Phase::Head && this.head_bytes > this.limits.head_bytes {
             return Poll::Ready(this.give_up(Ended::HeadTooLarge, context, buffer));
         }
+        if this.connection.ends_writing() && !this.has_ended_writing {
+            ready!(Pin::new(&mut *this).poll_shutdown(context))?;
+            this.has_ended_writing = true;
+        }
         let before = buffer.filled().len();
         if let Poll::Ready(result) = Pin::new(&mut this.inner).poll_read(context, buffer) {
             let count = buffer.filled().len() - before;
@@ -392,6 +398,9 @@ impl AsyncWrite for ClientStream {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if this.has_ended_writing {
+            return Poll::Ready(Ok(()));
+        }
         ready!(this.poll_write_held(context, &[]))?;
         match Pin::new(&mut this.inner).poll_shutdown(context) {
             Poll::Ready(result) => Poll::Ready(result),

@@ -94,6 +94,52 @@ async fn a_head_has_one_time_for_all_of_its_parts_and_is_answered() {
     assert!(!answer.contains("400"), "{answer}");
 }
 
+/// A line for each scanner would fill the log: Pingora's parser refuses what it gets, and nothing is answered.
+#[tokio::test(start_paused = true)]
+async fn a_client_that_leaves_in_the_middle_of_a_head_is_no_error() {
+    let (mut client, mut stream) = pair();
+    client.write_all(b"GET / HT").await.unwrap();
+    assert_eq!(read(&mut stream).await.0.unwrap(), b"GET / HT");
+    AsyncWriteExt::shutdown(&mut client).await.unwrap();
+    assert!(read(&mut stream).await.0.unwrap().contains(&0));
+    stream
+        .write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        .await
+        .unwrap();
+    assert_eq!(read(&mut stream).await.0.unwrap(), b"");
+    drop(stream);
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).await.unwrap();
+    assert!(answer.is_empty(), "{answer:?}");
+    // Before a head, it is the end of the connection as always.
+    let (client, mut stream) = pair();
+    drop(client);
+    assert_eq!(read(&mut stream).await.0.unwrap(), b"");
+}
+
+/// The client sees the end of the response before it has sent the rest of its request.
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_response_is_seen_while_the_rest_of_the_request_is_read() {
+    let (client, mut stream) = pair();
+    stream.connection.enter(Phase::Drain);
+    stream
+        .write_all(b"HTTP/1.1 413 Too Large\r\n\r\n")
+        .await
+        .unwrap();
+    stream.connection.end_writing();
+    let (mut reading, mut writing) = tokio::io::split(client);
+    let seen = async {
+        let mut answer = String::new();
+        reading.read_to_string(&mut answer).await.unwrap();
+        writing.write_all(b"the rest").await.unwrap();
+        answer
+    };
+    let (answer, (rest, _)) = tokio::join!(seen, read(&mut stream));
+    assert_eq!(answer, "HTTP/1.1 413 Too Large\r\n\r\n");
+    assert_eq!(rest.unwrap(), b"the rest");
+    AsyncWriteExt::shutdown(&mut stream).await.unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_body_and_a_tunnel_live_as_long_as_something_moves() {
     for phase in [Phase::Body, Phase::Tunnel] {
