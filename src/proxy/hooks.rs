@@ -293,15 +293,27 @@ impl ProxyHttp for ClusterProxy {
         let state = &context.state;
         let reply =
             timed_out(state, error).or_else(|| reply_to(error, state.failed_epoch.is_some()));
+        let mut can_reuse_downstream = false;
         if is_unanswered(session)
             && let Some(reply) = &reply
-            && let Err(error) = reply.send(session).await
         {
-            debug!(%error, code = reply.code, "the error response could not be sent to the client");
+            // A client that has done its part needs no other connection because backends fail.
+            let keeps = state.is_complete
+                && !session.is_http2()
+                && error.esource() != &ErrorSource::Downstream
+                && matches!(reply.code, 502..=504);
+            let sent = match keeps {
+                true => reply.answer(session).await,
+                false => reply.send(session).await,
+            };
+            can_reuse_downstream = keeps && sent.is_ok();
+            if let Err(error) = sent {
+                debug!(%error, code = reply.code, "the error response could not be sent to the client");
+            }
         }
         FailToProxy {
             error_code: reply.map_or(0, |reply| reply.code),
-            can_reuse_downstream: false,
+            can_reuse_downstream,
         }
     }
 
