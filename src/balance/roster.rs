@@ -1,5 +1,6 @@
 //! The registrations of a group, and which of them holds which address. Pure.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -47,6 +48,8 @@ pub(super) struct Roster {
     with_new_load: Vec<u32>,
     /// Counts the changes of anything else than loads.
     version: u64,
+    /// What was found of the gate at some version.
+    gate: Cell<Option<(u64, Gate)>>,
     /// The number of complete views so far.
     views: u32,
     /// Whether there have been nodes: the first ones are not new.
@@ -71,6 +74,7 @@ impl Roster {
             totals: Totals::default(),
             with_new_load: Vec::new(),
             version: 0,
+            gate: Cell::new(None),
             views: 0,
             is_started: false,
             departed: Departed::default(),
@@ -165,10 +169,17 @@ impl Roster {
         }
     }
 
-    /// Which of the registrations that take traffic are used.
+    /// Which of the registrations that take traffic are used. Looks at all of them only after a change.
     pub(super) fn gate(&self) -> Gate {
+        if let Some((version, gate)) = self.gate.get()
+            && version == self.version
+        {
+            return gate;
+        }
         let threshold = self.checks.unwrap_or(PANIC_THRESHOLD);
-        gate(self.active().map(|it| self.checked(it)), threshold)
+        let gate = gate(self.active().map(|it| self.checked(it)), threshold);
+        self.gate.set(Some((self.version, gate)));
+        gate
     }
 
     /// What is known of the health of a registration.
