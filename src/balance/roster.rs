@@ -1,5 +1,7 @@
 //! The registrations of a group, and which of them holds which address. Pure.
 
+mod used;
+
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -8,10 +10,8 @@ use std::time::Instant;
 
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
-use super::checked::{Checked, Gate, gate};
+use super::checked::Gate;
 use super::departed::Departed;
-#[cfg(any(test, feature = "pingora"))]
-use super::endpoint::Holder;
 use super::fleet::Fleet;
 use super::index::Index;
 use super::learned::Lessons;
@@ -22,9 +22,6 @@ use super::successors::Successors;
 use super::totals::Totals;
 use crate::node::Node;
 use crate::view::NodeOverride;
-
-/// The panic threshold without health checks, for nodes that say themselves that they cannot serve.
-const PANIC_THRESHOLD: f64 = 0.5;
 
 /// All registrations of a group. Of several registrations at one address, the one with the strongest
 /// [claim](Registration::claim) holds it: that process is there, and the others are leases that have
@@ -121,95 +118,6 @@ impl Roster {
                 self.totals.add(registration);
             }
         }
-    }
-
-    /// Whether there are health checks, and from which part of nodes that are well on these are used alone.
-    pub(super) fn set_checks(&mut self, panic_threshold: Option<f64>) {
-        let is_new = self.checks.is_none() && panic_threshold.is_some();
-        self.version += u64::from(self.checks != panic_threshold);
-        self.checks = panic_threshold;
-        if is_new {
-            // They are used until they have been checked, as the first nodes of all are.
-            for registration in &mut self.registrations {
-                registration.checked = Checked::Well;
-            }
-        }
-    }
-
-    /// Takes over what a health check has found out. Returns whether that is new; `None` if this process is not
-    /// known.
-    pub(super) fn set_checked(&mut self, node: &Node, is_well: bool) -> Option<bool> {
-        let addr = node.addr(self.default_port);
-        let at = self.index.position_of(&self.registrations, &node.id)?;
-        if !self.registrations[at].is_same_process(node, addr) {
-            return None;
-        }
-        let checked = match is_well {
-            true => Checked::Well,
-            false => Checked::Down,
-        };
-        if self.registrations[at].checked == checked {
-            return Some(false);
-        }
-        if is_well && !self.is_used()(&self.registrations[at]) {
-            // It got nothing until now: what it does first may be slow.
-            self.to_start.push(node.id.clone());
-        }
-        self.registrations[at].checked = checked;
-        self.version += 1;
-        Some(true)
-    }
-
-    /// Those that were found to be well since the last call start slowly from now on.
-    pub(super) fn start_slowly(&mut self, now: Instant) {
-        for id in std::mem::take(&mut self.to_start) {
-            if let Some(at) = self.index.position_of(&self.registrations, &id) {
-                self.registrations[at].controller.start(now);
-            }
-        }
-    }
-
-    /// Which of the registrations that take traffic are used. Looks at all of them only after a change.
-    pub(super) fn gate(&self) -> Gate {
-        if let Some((version, gate)) = self.gate.get()
-            && version == self.version
-        {
-            return gate;
-        }
-        let threshold = self.checks.unwrap_or(PANIC_THRESHOLD);
-        let gate = gate(self.active().map(|it| self.checked(it)), threshold);
-        self.gate.set(Some((self.version, gate)));
-        gate
-    }
-
-    /// What is known of the health of a registration.
-    pub(super) fn checked(&self, registration: &Registration) -> Checked {
-        registration.checked(self.checks.is_some())
-    }
-
-    /// The registrations that are used: they take traffic, and health checks say nothing against it.
-    pub(super) fn used(&self) -> impl Iterator<Item = &Registration> + Clone {
-        let is_used = self.is_used();
-        self.registrations.iter().filter(move |it| is_used(it))
-    }
-
-    fn is_used(&self) -> impl Fn(&Registration) -> bool + Clone {
-        let (gate, has_checks) = (self.gate(), self.checks.is_some());
-        let is_well = move |it: &Registration| it.checked(has_checks) == Checked::Well;
-        move |it| it.takes_traffic() && (gate == Gate::Open || is_well(it))
-    }
-
-    /// One backend for each address, including those that drain or have a static weight of 0.
-    #[cfg(any(test, feature = "pingora"))]
-    pub(super) fn holders(&self) -> impl Iterator<Item = Holder> {
-        let is_used = self.is_used();
-        let all = self.registrations.iter();
-        all.filter(|registration| !registration.is_shadowed)
-            .map(move |registration| Holder {
-                endpoint: registration.endpoint.clone(),
-                is_used: is_used(registration),
-                static_weight: registration.static_weight().get(),
-            })
     }
 
     pub(super) fn get(&self, id: &str) -> Option<&Registration> {

@@ -1,5 +1,7 @@
 //! From the nodes of a group, and the outcomes of requests, to the weights of backends.
 
+mod trials;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,25 +14,19 @@ use super::endpoint::Holder;
 use super::fleet::Fleet;
 use super::learned::{Learned, Lessons, too_many_ejected};
 use super::mean::Mean;
-use super::policy::{ActivePolicy, RoutingPolicy};
+use super::policy::ActivePolicy;
 use super::roster::Roster;
 use super::scale::{Scale, WeigherSettings};
 use super::sharing::Sharing;
 use crate::node::Node;
 use crate::view::NodeOverride;
 
-/// After this number of ticks for which a probe could not be sent, any request may be one.
-const TICKS_WITHOUT_PROBE: u32 = 2;
 /// With fewer backends than this, all are weighed again after each change, which costs little.
 const WEIGHED_ALONE_FROM: usize = 256;
 /// If more than one in so many have reported, all are weighed.
 const FEW_OF: usize = 50;
 /// For how long nothing is looked at, at most, where nothing happens.
 const LONGEST_REST: Duration = Duration::from_secs(60);
-/// Under a policy that goes by keys, one in so many may be ejected at most, and one in any case. As in Envoy.
-const EJECTED_OF_KEYS: u32 = 10;
-/// Whether all fail is asked of so many backends at least.
-const FEWEST_FAILED: u32 = 3;
 /// How long a report of requests in flight counts.
 const IN_FLIGHT_REPORT_VALID: Duration = Duration::from_secs(5);
 
@@ -362,95 +358,6 @@ impl Weigher {
             self.fleet.set_most_report_in_flight(most_report);
         }
         self.compare_success_rates();
-    }
-
-    /// Takes over the success rates of the backends that are used.
-    fn compare_success_rates(&self) {
-        let used = || self.roster.used().map(|it| &it.endpoint);
-        // Without any backend all is well: the first one to come has not failed yet.
-        let best = used().map(|it| it.success()).reduce(f32::max);
-        let best = best.unwrap_or(1.0);
-        let working = used().filter(|endpoint| !endpoint.is_ejected());
-        let mut rates: Vec<f32> = working.map(|endpoint| endpoint.success()).collect();
-        let worst = rates.iter().copied().fold(1.0, f32::min);
-        // Of two the better one.
-        let middle = rates.len() / 2;
-        let median = match rates.is_empty() {
-            true => best,
-            false => *rates.select_nth_unstable_by(middle, f32::total_cmp).1,
-        };
-        self.fleet.set_success_rates(best, median, worst);
-    }
-
-    /// Uses those again that were ejected since the last tick if hardly any other has done better in between: then it
-    /// was something that they share, such as a database, and not they.
-    fn readmit_if_all_failed(&self) {
-        let (mut all, mut active, mut better) = (0_u32, 0_u32, 0_u32);
-        let mut ejected = Vec::new();
-        for registration in self.roster.used() {
-            let endpoint = &registration.endpoint;
-            let (lowest, was_ejected) = endpoint.take_failures();
-            all += 1;
-            if registration.is_active {
-                active += 1;
-                better += u32::from(!self.fleet.is_poor(lowest));
-            }
-            if was_ejected {
-                ejected.push(endpoint);
-            }
-        }
-        if active >= FEWEST_FAILED && active * 2 >= all && better * 10 <= active {
-            for endpoint in ejected {
-                endpoint.readmit_with_all();
-            }
-        }
-    }
-
-    /// Decides which of the backends that are new or ejected the next requests try.
-    fn decide_trials(&mut self, policy: &ActivePolicy, now: Instant) {
-        self.readmit_if_all_failed();
-        let most_pause = Duration::from_millis(self.settings.adaptive.probe_most_ms);
-        let (mut is_any_ejected, mut is_any_waiting, mut is_any_probed) = (false, false, false);
-        for registration in self.roster.registrations_mut() {
-            let endpoint = &registration.endpoint;
-            is_any_waiting |= endpoint.is_ejected() && endpoint.is_due();
-            is_any_probed |= endpoint.is_ejected() && endpoint.is_probed();
-            registration.tick_trial(most_pause, now);
-            is_any_ejected |= registration.endpoint.is_ejected();
-        }
-        self.fleet.set_ejected(is_any_ejected);
-        let (mut working, mut ejected) = (Mean::default(), 0);
-        for registration in self.roster.used() {
-            // After the others, so that it is not compared with what was before it is ejected.
-            if !registration.is_active && !policy.goes_by_keys() {
-                registration.endpoint.eject_if_avoided();
-            }
-            match registration.endpoint.is_ejected() {
-                true => ejected += 1,
-                false => working.add(registration.controller.factor(), 1.0),
-            }
-        }
-        self.roster.successors().set_mean(working.value());
-        for registration in self.roster.registrations_mut() {
-            registration.hold_weight(&self.settings.adaptive, working.value());
-        }
-        let count = u32::try_from(working.count()).unwrap_or(u32::MAX);
-        // Where keys decide who gets a request, one whose requests all fail moves on from each that is ejected for it.
-        let most = match policy.goes_by_keys() {
-            true => ((count + ejected) / EJECTED_OF_KEYS)
-                .max(1)
-                .saturating_sub(ejected),
-            false => (count / 2).max(1),
-        };
-        self.fleet.allow_ejections(most);
-        match is_any_waiting && self.fleet.can_probe() {
-            true => self.ticks_without_probe = self.ticks_without_probe.saturating_add(1),
-            // That requests are as they were before it began, a probe under way does not change.
-            false if is_any_probed => {}
-            false => self.ticks_without_probe = 0,
-        }
-        let with_any = self.ticks_without_probe >= TICKS_WITHOUT_PROBE;
-        self.fleet.set_probes_with_any(with_any);
     }
 
     /// One backend for each address, including those that drain or have a static weight of 0.
