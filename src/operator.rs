@@ -1,5 +1,7 @@
 //! What an operator does to the nodes of a group, from outside.
 
+mod overrides;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
@@ -11,7 +13,7 @@ use crate::cluster::Cluster;
 use crate::error::ClusterError;
 use crate::ids::{LeaseId, Revision};
 use crate::keys::{GroupKeys, check_group, check_node_id};
-use crate::node::{Node, NodeState, unix_millis};
+use crate::node::{Node, NodeState};
 use crate::store::{Condition, Entry, Selector, Store, Txn};
 use crate::validate;
 use crate::view::NodeOverride;
@@ -21,17 +23,14 @@ use crate::worker::operators_request;
 const REQUEST_TTL: Duration = Duration::from_secs(10);
 /// How often to look whether it has been followed.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// How long what was said of a node that is not there is kept: it may only be cut off from etcd.
-const KEPT_FOR_MS: i64 = 7 * 24 * 3_600_000;
-/// How many of them are removed at a time.
-const MOST_FORGOTTEN: usize = 100;
 
 /// Drains nodes, weighs them, takes them out, and moves leadership, without their help and whoever wrote them.
 /// The command `pingora-etcd` does the same.
 ///
 /// Drains and weights are kept in etcd beside the registration: they hold for this process, also when it loses its
-/// lease and registers again, and say nothing of a successor with the same id. What is left of processes that are gone
-/// is removed a week after it was said, when an operator drains or weighs another node of the group. The balancers of this
+/// lease and registers again (for entries that do not say their run, as long as the lease), and say nothing of a
+/// successor with the same id. What is left of nodes that have been gone for a week is removed when an operator drains or
+/// weighs another node of the group. The balancers of this
 /// crate follow them (`BalancerService`, `LiveLoadBalancer`, `ClusterBackends` and the bundled load balancer); a view
 /// of a group (`ServiceDiscovery`) still shows what the node says of itself.
 ///
@@ -287,58 +286,6 @@ impl Operator {
         let reason = "the leader has not handed over in time: perhaps it or a candidate ahead is no node of this \
                       crate, or may not read the requests under handover/";
         Err(refused(id, reason))
-    }
-
-    async fn change(
-        &self,
-        id: &str,
-        change: impl FnOnce(&mut NodeOverride),
-    ) -> Result<(), ClusterError> {
-        let store = self.store()?;
-        let registered = self.registered(&*store, id).await?;
-        let key = self.keys.override_of(id);
-        let prefix = Selector::Prefix(self.keys.override_prefix().to_owned());
-        let all = store.list(&prefix, None).await?.entries;
-        let before = all.iter().find(|entry| entry.key == key);
-        let before = before.and_then(|entry| NodeOverride::parse(&entry.value).ok());
-        let node = registered.node(id);
-        // One that cannot be read, or is meant for another process, is replaced.
-        let before = before.filter(|said| said.is_for(&node));
-        let mut said = before.unwrap_or_else(|| NodeOverride::of(&node));
-        let now = unix_millis();
-        said.said_at = Some(now);
-        change(&mut said);
-        // Only if the process is still the same.
-        let created = registered.entry.create_revision;
-        let same = Txn::new().when(Condition::CreatedAt(registered.key, created));
-        let txn = match said.is_empty() {
-            true => same.delete(key),
-            false => same.put(key, said.to_json(), None),
-        };
-        if store.txn(txn).await?.is_none() {
-            return Err(refused(id, "it has just left"));
-        }
-        self.forget_departed(&*store, &all, now).await;
-        Ok(())
-    }
-
-    /// Removes what was said long ago of nodes that are not there. That it fails harms nobody.
-    async fn forget_departed(&self, store: &dyn Store, all: &[Entry], now: i64) {
-        let is_old = |entry: &&Entry| {
-            let said_at = NodeOverride::parse(&entry.value)
-                .ok()
-                .and_then(|said| said.said_at);
-            said_at.is_some_and(|said_at| now.saturating_sub(said_at) > KEPT_FOR_MS)
-        };
-        for entry in all.iter().filter(is_old).take(MOST_FORGOTTEN) {
-            let Some(id) = self.keys.overridden(&entry.key) else {
-                continue;
-            };
-            let absent = Txn::new().when(Condition::Absent(self.keys.registration(id)));
-            if store.txn(absent.delete(entry.key.clone())).await.is_err() {
-                return;
-            }
-        }
     }
 
     fn store(&self) -> Result<Arc<dyn Store>, ClusterError> {

@@ -405,8 +405,15 @@ async fn writes_only_under_the_stated_condition(subject: Subject) {
     // All conditions of a transaction must hold.
     let half = delete(held_by(lease)).when(created_at(created + 1));
     assert_eq!(store.txn(half).await.unwrap(), None);
+    // What was written again is what it was created as, and not what it was.
+    let again = Txn::new().when(Condition::ChangedAt(key.clone(), created));
+    let again = again.put(key.clone(), vec![1], Some(lease));
+    assert_eq!(store.txn(again.clone()).await.unwrap(), Some(created + 1));
+    assert_eq!(store.txn(again).await.unwrap(), None);
+    let nowhere = Txn::new().when(Condition::ChangedAt(format!("{key}-none"), created));
+    assert_eq!(store.txn(nowhere.delete(key.clone())).await.unwrap(), None);
     let whole = delete(held_by(lease)).when(created_at(created));
-    assert_eq!(store.txn(whole).await.unwrap(), Some(created + 1));
+    assert_eq!(store.txn(whole).await.unwrap(), Some(created + 2));
     assert!(subject.entries().await.is_empty());
 }
 

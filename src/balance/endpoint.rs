@@ -138,12 +138,13 @@ impl EndpointState {
     /// One of the requests in flight has become a tunnel.
     pub(super) fn begin_tunnel(&self) {
         self.tunnels.fetch_add(1, Ordering::Relaxed);
-        self.fleet.set_tunnels(true);
+        self.fleet.begin_tunnel();
     }
 
     /// A tunnel has ended.
     pub(super) fn end_tunnel(&self) {
         self.tunnels.fetch_sub(1, Ordering::Relaxed);
+        self.fleet.end_tunnel();
     }
 
     pub(super) fn tunnels(&self) -> u32 {
@@ -370,7 +371,7 @@ impl Endpoint {
 
     /// Whether this process has had any request there since [`outcomes`](Self::outcomes) was this.
     pub(super) fn is_active_since(&self, outcomes: u32) -> bool {
-        self.busy() > 0 || self.outcomes() != outcomes
+        self.in_flight() > 0 || self.outcomes() != outcomes
     }
 
     /// Takes the load that it last reported in a response.

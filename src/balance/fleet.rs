@@ -69,6 +69,8 @@ pub(super) struct Fleet {
     /// How many values in reports, and whole reports, were refused.
     refused: AtomicU64,
     heard: Heard,
+    /// How many of the requests in flight have become tunnels.
+    tunnels: AtomicU32,
 }
 
 /// The success rate of some backend is low.
@@ -131,6 +133,7 @@ impl Fleet {
             epoch: OnceLock::new(),
             refused: AtomicU64::new(0),
             heard: Heard::new(),
+            tunnels: AtomicU32::new(0),
         }
     }
 
@@ -175,6 +178,22 @@ impl Fleet {
     /// Some request in flight has become a tunnel, or none has.
     pub(super) fn set_tunnels(&self, is_any: bool) {
         self.set(SOME_TUNNELS, is_any);
+    }
+
+    /// A tunnel has begun.
+    pub(super) fn begin_tunnel(&self) {
+        self.tunnels.fetch_add(1, Ordering::Relaxed);
+        self.set_tunnels(true);
+    }
+
+    /// A tunnel has ended.
+    pub(super) fn end_tunnel(&self) {
+        self.tunnels.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// How many tunnels there are.
+    pub(super) fn tunnels(&self) -> u32 {
+        self.tunnels.load(Ordering::Relaxed)
     }
 
     pub(super) fn some_fail(&self) -> bool {
@@ -267,9 +286,10 @@ impl Fleet {
         self.may_eject.store(most, Ordering::Relaxed);
     }
 
-    /// Whether a success rate is so far below the best one that a backend may be ejected for it.
+    /// Whether a success rate is so far below that of the others that a backend may be ejected for it.
     pub(super) fn is_poor(&self, success: f32) -> bool {
-        success < self.best_success.get() * self.eject_below.get()
+        let limit = self.best_success.get() * self.eject_below.get();
+        success < limit.min(self.eject_limit.get())
     }
 
     /// Whether one more backend may be ejected; if so, that counts.

@@ -20,7 +20,7 @@ use crate::node::Node;
 pub struct Upstream {
     state: Arc<EndpointState>,
     /// Counts the request among all of the balancer, for the policy that needs their number.
-    in_flight: Option<Arc<()>>,
+    _in_flight: Option<Arc<()>>,
     is_probe: bool,
     is_tunnel: bool,
 }
@@ -33,7 +33,7 @@ impl Upstream {
     ) -> Self {
         Self {
             state,
-            in_flight,
+            _in_flight: in_flight,
             is_probe,
             is_tunnel: false,
         }
@@ -97,7 +97,6 @@ impl Upstream {
     pub fn becomes_tunnel(&mut self) {
         if !std::mem::replace(&mut self.is_tunnel, true) {
             self.state.begin_tunnel();
-            self.in_flight = None;
         }
     }
 

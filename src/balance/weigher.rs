@@ -388,7 +388,7 @@ impl TickSummary {
             self.loads.add(load, 1.0);
         }
         self.in_flight.add(endpoint.busy().into(), 1.0);
-        self.has_tunnels |= endpoint.in_flight() > endpoint.busy();
+        self.has_tunnels |= endpoint.state().tunnels() > 0;
         if let Some(excess) = controller.excess_latency() {
             self.excess_latency.add(excess, endpoint.share().get());
         }

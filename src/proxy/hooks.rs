@@ -293,27 +293,18 @@ impl ProxyHttp for ClusterProxy {
         let state = &context.state;
         let reply =
             timed_out(state, error).or_else(|| reply_to(error, state.failed_epoch.is_some()));
-        let mut can_reuse_downstream = false;
         if is_unanswered(session)
             && let Some(reply) = &reply
         {
-            // A client that has done its part needs no other connection because backends fail.
-            let keeps = state.is_complete
-                && !session.is_http2()
-                && error.esource() != &ErrorSource::Downstream
-                && matches!(reply.code, 502..=504);
-            let sent = match keeps {
-                true => reply.answer(session).await,
-                false => reply.send(session).await,
-            };
-            can_reuse_downstream = keeps && sent.is_ok();
+            let sent = reply.send(session).await;
+            context.state.is_refused = sent.is_ok();
             if let Err(error) = sent {
                 debug!(%error, code = reply.code, "the error response could not be sent to the client");
             }
         }
         FailToProxy {
             error_code: reply.map_or(0, |reply| reply.code),
-            can_reuse_downstream,
+            can_reuse_downstream: false,
         }
     }
 
@@ -383,8 +374,10 @@ impl ProxyHttp for ClusterProxy {
                     .ends(code, state.tries, state.started.elapsed());
             }
         }
-        if code.is_some() {
-            read_rest(session, state).await;
+        // The end of a response that breaks off is not to look like its end.
+        if code.is_some() && (error.is_none() || state.is_refused) {
+            let rest = read_rest(session, state);
+            let _ = tokio::time::timeout(context.routing.limits.client_drain(), rest).await;
         }
     }
 }
@@ -397,7 +390,6 @@ async fn read_rest(session: &mut Session, state: &RequestState) {
         return;
     };
     connection.end_writing();
-    // The front ends it after its time.
     while connection.ended().is_none() && matches!(session.read_request_body().await, Ok(Some(_))) {
     }
 }

@@ -62,6 +62,8 @@ pub(super) struct RequestState {
     pub(super) is_short: bool,
     /// Whether the connection has become a tunnel.
     pub(super) is_tunnel: bool,
+    /// The client has got an error response of this proxy.
+    pub(super) is_refused: bool,
     /// When the current backend could begin: when it was picked, because earlier tries are not its
     /// fault, or when it had the whole request, because a slow upload is not either.
     pub(super) sent: Instant,
@@ -111,6 +113,7 @@ impl RequestState {
             is_complete: true,
             is_short: false,
             is_tunnel: false,
+            is_refused: false,
             sent: now,
             answered: None,
             upstream: None,
@@ -150,7 +153,7 @@ impl RequestState {
     /// The connection is a tunnel from now on.
     pub(super) fn becomes_tunnel(&mut self) {
         self.is_tunnel = true;
-        if let Some(upstream) = &mut self.upstream {
+        for upstream in self.upstream.iter_mut().chain(&mut self.leader_load) {
             upstream.becomes_tunnel();
         }
         if let Some(connection) = &self.connection {

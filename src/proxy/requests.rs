@@ -23,14 +23,15 @@ fn lists<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = 
 }
 
 /// Leaves in a request what asks for a tunnel, so that Pingora takes it for one exactly where this proxy does. Without
-/// `Connection: upgrade` nothing asks for one (RFC 9110, section 7.8). HTTP/2 and TLS are of this connection only, and
+/// `Connection: upgrade` nothing asks for one, nor in HTTP/1.0 (RFC 9110, section 7.8). HTTP/2 and TLS are of this connection only, and
 /// everybody may ignore them: a tunnel of HTTP/2 would carry requests that nobody looks at.
 pub(super) fn keep_effective_upgrade(request: &mut RequestHeader) -> Result<()> {
     let headers = &request.headers;
     if !headers.contains_key(UPGRADE) {
         return Ok(());
     }
-    let is_asked = lists(headers, &CONNECTION).any(|name| name.eq_ignore_ascii_case("upgrade"));
+    let is_asked = request.version == Version::HTTP_11
+        && lists(headers, &CONNECTION).any(|name| name.eq_ignore_ascii_case("upgrade"));
     let is_of_connection = |protocol: &&str| {
         let name = protocol.split('/').next().unwrap_or_default().trim();
         let of_connection = ["", "h2c", "http", "tls"];
@@ -60,6 +61,7 @@ pub(super) struct RequestLimits {
     headers: usize,
     body_bytes: u64,
     client_write: Duration,
+    client_drain: Duration,
     upgrade: Upgrade,
     half_closed: bool,
 }
@@ -74,7 +76,13 @@ impl RequestLimits {
             upgrade: clients.upgrade,
             half_closed: clients.half_closed,
             client_write: Duration::from_millis(config.timeouts.client_write_ms),
+            client_drain: Duration::from_millis(config.timeouts.client_drain_ms),
         }
+    }
+
+    /// For how long the rest of a request is read that nobody wants.
+    pub(super) fn client_drain(&self) -> Duration {
+        self.client_drain
     }
 
     /// A request begins: its head is complete.

@@ -125,6 +125,8 @@ pub enum Condition {
     HeldBy(String, LeaseId),
     /// The key exists and was created at this revision.
     CreatedAt(String, Revision),
+    /// The key exists and was last changed at this revision.
+    ChangedAt(String, Revision),
 }
 
 /// One write of a transaction.
@@ -198,9 +200,10 @@ impl Txn {
     /// Every key in the conditions and writes, ordered and each once.
     pub(super) fn keys(&self) -> Vec<String> {
         let conditions = self.conditions.iter().map(|condition| match condition {
-            Condition::Absent(key) | Condition::HeldBy(key, _) | Condition::CreatedAt(key, _) => {
-                key
-            }
+            Condition::Absent(key)
+            | Condition::HeldBy(key, _)
+            | Condition::CreatedAt(key, _)
+            | Condition::ChangedAt(key, _) => key,
         });
         let writes = self.writes.iter().map(|write| match write {
             Write::Put { key, .. } | Write::Delete { key } => key,

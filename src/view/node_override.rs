@@ -28,9 +28,10 @@ pub struct NodeOverride {
     /// Which process it is meant for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) process: Option<Process>,
-    /// When it was said, by the operator's clock, in milliseconds since 1970.
+    /// Since when an operator has seen that the node is not registered, by the operator's clock, in milliseconds since
+    /// 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) said_at: Option<i64>,
+    pub(crate) absent_since: Option<i64>,
 }
 
 /// What tells a process from others with the same node id.
@@ -152,10 +153,10 @@ mod tests {
                 let said = NodeOverride {
                     state,
                     weight,
-                    said_at: Some(5),
+                    absent_since: Some(5),
                     ..NodeOverride::of(&node)
                 };
-                let json = format!(r#"{{{fields}"process":"{process}","said_at":5}}"#);
+                let json = format!(r#"{{{fields}"process":"{process}","absent_since":5}}"#);
                 assert_eq!(String::from_utf8(said.to_json()).unwrap(), json);
                 assert_eq!(NodeOverride::parse(json.as_bytes()), Ok(said));
                 assert_eq!(said.is_empty(), fields.is_empty());

@@ -588,6 +588,13 @@ async fn operators_act(guarded: &Guarded) {
         matches!(error, ClusterError::PermissionDenied { .. }),
         "{error}"
     );
+    // Of two that say something of one node at the same time, both are heard.
+    let (weighed, drained) =
+        tokio::join!(operator.set_weight("n1", Some(2.0)), operator.drain("n1"));
+    weighed.and(drained).unwrap();
+    let both = said("n1").await.unwrap();
+    assert!(both.is_draining() && both.weight == Some(2.0), "{both:?}");
+    operator.set_weight("n1", None).await.unwrap();
     operator.undrain("n1").await.unwrap();
     assert_eq!(said("n1").await, None);
 

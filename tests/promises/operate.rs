@@ -186,13 +186,17 @@ async fn drain_and_weight_hold_for_the_process_that_they_are_meant_for() {
     two.until_shares("its successor serves", |shares| shares == [20, 20])
         .await;
     keys.lease_revoke(lease).await.unwrap();
-    // What was said of processes that are gone is removed after a week.
-    let long_ago = r#"{"state":"draining","process":"lease 1","said_at":1}"#;
-    let now = r#"{"state":"draining","process":"lease 1","said_at":9999999999999}"#;
-    for (id, said) in [("gone", long_ago), ("just-gone", now), ("n1", long_ago)] {
+    // What was said of nodes that are gone is removed after a week, and of replaced processes at once.
+    let said = |more: &str| format!(r#"{{"state":"draining","process":"lease 1"{more}}}"#);
+    for (id, said) in [
+        ("gone", said(r#","absent_since":1"#)),
+        ("just-gone", said("")),
+        ("n1", said("")),
+    ] {
         let key = format!("override/{}/{id}", two.group);
         keys.put(key, said, None).await.unwrap();
     }
+    succeeds(&run(&["weight", "n0", "1"]), "n0 has the weight 1");
     succeeds(&run(&["undrain", "n0"]), "n0 gets requests again");
     let all = etcd_client::GetOptions::new().with_prefix();
     let left = keys
@@ -202,12 +206,12 @@ async fn drain_and_weight_hold_for_the_process_that_they_are_meant_for() {
     let left: Vec<_> = left
         .kvs()
         .iter()
-        .map(|entry| entry.key_str().unwrap())
+        .map(|entry| (entry.key_str().unwrap(), entry.value_str().unwrap()))
         .collect();
-    assert_eq!(
-        left,
-        ["just-gone", "n1"].map(|id| format!("override/{}/{id}", two.group))
-    );
+    assert_eq!(left.len(), 2, "{left:?}");
+    assert!(left[0].0.ends_with("/just-gone"), "{left:?}");
+    assert!(left[0].1.contains("absent_since"), "{left:?}");
+    succeeds(&run(&["weight", "n0", "own"]), "its own weight");
 
     fails(
         &run(&["drain", "nobody"]),

@@ -315,39 +315,3 @@ async fn a_network_that_drops_packets_in_silence_costs_seconds() {
         "{took:?}"
     );
 }
-
-/// Backends that are there and not there any more: 502 is no reason to end a client's connection.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_keeps_its_connection_while_backends_fail() {
-    let backend = RawBackend::start(ok).await;
-    let balancer = in_front_of(&backend, "all-fail", "retries: 1").await;
-    let mut client = Raw::to(&balancer).await;
-    assert_eq!(status(&client.get("").await), "200");
-    let address = backend.address;
-    drop(backend);
-    until("it is gone", async || {
-        TcpStream::connect(address).await.is_err()
-    })
-    .await;
-    for _ in 0..20 {
-        let response = client.get("").await;
-        assert!(["502", "503"].contains(&status(&response)), "{response:?}");
-        assert!(
-            response
-                .to_ascii_lowercase()
-                .contains("connection: keep-alive"),
-            "{response}"
-        );
-    }
-    let head = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc";
-    for _ in 0..2 {
-        client.send(head.as_bytes()).await;
-        let response = client.response().await;
-        assert!(["502", "503"].contains(&status(&response)), "{response:?}");
-    }
-    let _backend = RawBackend::start_at(address, ok).await;
-    until("it serves again", async || {
-        status(&client.get("").await) == "200"
-    })
-    .await;
-}

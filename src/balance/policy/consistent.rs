@@ -40,12 +40,16 @@ impl ConsistentPolicy {
         random: &mut fastrand::Rng,
     ) -> Option<usize> {
         // This request is already included.
-        let total = Arc::strong_count(&self.in_flight) - 1;
+        let all = Arc::strong_count(&self.in_flight) - 1;
+        let total = match options.for_tunnel {
+            true => all,
+            false => all.saturating_sub(fleet.tunnels() as usize),
+        };
         let fair = total as f32 * self.settings.balance_factor as f32 / table.slots.len() as f32;
         let has_room = |index: usize| {
             let slot = &table.slots[index];
             let room = (fair / slot.inverse_weight.get()).ceil() as usize;
-            slot.busy(false) < room.max(self.settings.slack)
+            slot.busy(options.for_tunnel) < room.max(self.settings.slack)
         };
         // One number for all cells, so that a backend with many cells is not accepted at last only
         // because it was asked often.

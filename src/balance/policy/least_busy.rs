@@ -175,7 +175,7 @@ impl LeastBusy {
         let mut best = key(first, chance);
         let (second, chance) = table.alias.draw_with_rest(random.u64(..));
         if key(second, chance) < best && is_calm(second, chance) {
-            return self.keep_turn(table, (first, 1.0), (second, 1.0));
+            return self.keep_turn(table, (first, 1.0), (second, 1.0), false);
         }
         if table.draws == 0 {
             // All are candidates.
@@ -190,7 +190,7 @@ impl LeastBusy {
                 best = best.min(key(index, chance));
             }
         }
-        self.keep_turn(table, (first, 1.0), (best as u32 as usize, 1.0))
+        self.keep_turn(table, (first, 1.0), (best as u32 as usize, 1.0), false)
     }
 
     /// Who is taken when it is the turn of one backend, and another one is less busy for its weight; each with the
@@ -198,22 +198,34 @@ impl LeastBusy {
     /// no reason to take it: otherwise the one with the greatest would get all that comes one after the other. What
     /// was learned of the other one is a reason.
     #[inline]
-    fn keep_turn(&self, table: &Table, turn: (usize, f32), other: (usize, f32)) -> usize {
+    fn keep_turn(
+        &self,
+        table: &Table,
+        turn: (usize, f32),
+        other: (usize, f32),
+        for_tunnel: bool,
+    ) -> usize {
         match table.has_static_weights && turn.0 != other.0 {
-            true => self.compare_learned(table, turn, other),
+            true => self.compare_learned(table, turn, other, for_tunnel),
             false => other.0,
         }
     }
 
     #[inline(never)]
-    fn compare_learned(&self, table: &Table, turn: (usize, f32), other: (usize, f32)) -> usize {
+    fn compare_learned(
+        &self,
+        table: &Table,
+        turn: (usize, f32),
+        other: (usize, f32),
+        for_tunnel: bool,
+    ) -> usize {
         let slots = [turn, other].map(|(index, factor)| (&table.slots[index], factor));
         let [(its, _), (others, _)] = slots;
-        if its.busy(false) > 0 || its.base == others.base {
+        if its.busy(for_tunnel) > 0 || its.base == others.base {
             return other.0;
         }
         let [its, others] = slots.map(|(slot, factor)| {
-            let busy = slot.busy(false) as f32 + self.own_request;
+            let busy = slot.busy(for_tunnel) as f32 + self.own_request;
             busy * slot.inverse_weight.get() * slot.base * factor
         });
         match others < its * (1.0 - self.alike) {
@@ -378,7 +390,7 @@ impl Conditions<'_> {
             return other;
         }
         let [turn, other] = [first, other].map(|index| (index, self.factor(index)));
-        policy.keep_turn(self.table, turn, other)
+        policy.keep_turn(self.table, turn, other, self.for_tunnel)
     }
 
     /// Any backend that works, by share, when everything that was drawn is excluded or has failed since the table was

@@ -237,6 +237,49 @@ fn a_queue_that_is_empty_shows_that_a_backend_is_idle() {
     }
 }
 
+/// As they do with all requests in flight that are no tunnels.
+#[test]
+fn new_tunnels_go_where_there_are_few_whatever_the_static_weights() {
+    for policy in [Policy::Adaptive, Policy::Headroom, Policy::Consistent] {
+        let mut rig = Rig::new(Balancer::builder().policy(policy));
+        for (index, weight) in [(0, 1.0), (1, 2.0)] {
+            let node = Node::clone(&bare(index)).with_weight(weight);
+            rig.nodes.insert(format!("n{index}"), Arc::new(node));
+        }
+        rig.update();
+        let mut tunnels = Vec::new();
+        for _ in 0..100 {
+            let mut upstream = rig.balancer.upstream_at(bare(0).addr(0)).unwrap();
+            upstream.becomes_tunnel();
+            tunnels.push(upstream);
+        }
+        let mut at_second = 0;
+        for request in 0..120_u32 {
+            let key = match policy {
+                // One key for all of them, as behind one address.
+                Policy::Consistent => 7,
+                _ => request,
+            };
+            let options = PickOptions {
+                key: &key.to_le_bytes(),
+                for_tunnel: true,
+                now: Some(rig.now),
+                random: Some(rig.rng.u64(..)),
+                ..PickOptions::default()
+            };
+            let mut upstream = rig.balancer.pick_with(options).unwrap();
+            at_second += u32::from(upstream.addr() == bare(1).addr(0));
+            upstream.becomes_tunnel();
+            tunnels.push(upstream);
+        }
+        match policy {
+            // Up to what is fair for its weight, and a quarter more.
+            Policy::Consistent => assert!((40..=120).contains(&at_second), "{at_second}"),
+            _ => assert!(at_second > 100, "{policy:?}: {at_second}"),
+        }
+    }
+}
+
 /// A WebSocket may be silent for hours.
 #[test]
 fn tunnels_are_no_work_that_requests_make_way_for() {

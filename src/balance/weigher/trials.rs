@@ -72,7 +72,7 @@ impl Weigher {
         let (mut working, mut ejected) = (Mean::default(), 0);
         for registration in self.roster.used() {
             // After the others, so that it is not compared with what was before it is ejected.
-            if !registration.is_active && !policy.goes_by_keys() {
+            if !registration.is_active {
                 registration.endpoint.eject_if_avoided();
             }
             match registration.endpoint.is_ejected() {

@@ -36,6 +36,9 @@ pub(super) fn compare(condition: &Condition) -> Compare {
         Condition::CreatedAt(key, revision) => {
             Compare::create_revision(key.as_str(), CompareOp::Equal, *revision)
         }
+        Condition::ChangedAt(key, revision) => {
+            Compare::mod_revision(key.as_str(), CompareOp::Equal, *revision)
+        }
     }
 }
 

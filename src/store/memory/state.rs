@@ -178,6 +178,10 @@ impl State {
                 .entries
                 .get(key)
                 .is_some_and(|entry| entry.create_revision == *revision),
+            Condition::ChangedAt(key, revision) => self
+                .entries
+                .get(key)
+                .is_some_and(|entry| entry.mod_revision == *revision),
         }
     }
 
