@@ -12,13 +12,15 @@ deps: ## install what a build needs besides Rust (protoc, cmake)
 demo: deps ## a load balancer on 127.0.0.1:6188, a page on :6189 and three nodes, until Ctrl-C
 	@exec cargo run --features admin --example load_balancer -- --conf config/demo.yaml --demo 3
 
-# Tests that `cargo test` leaves out by default are not among all targets.
-CLIPPY = cargo clippy --all-targets --test simulation --test fuzz --test mutants --all-features -- -D warnings
+# Tests that `cargo test` leaves out by default are not among all targets, and beside those cargo leaves them out, too.
+CLIPPY = cargo clippy --all-targets --all-features -- -D warnings
+CLIPPY_OTHERS = cargo clippy --test simulation --test fuzz --test mutants --all-features -- -D warnings
 
 # What needs no etcd and no optimised build: an answer within two minutes of a small change.
 check: deps ## formatting, clippy, unit tests, the layout of the sources
 	cargo fmt --check
 	$(CLIPPY)
+	$(CLIPPY_OTHERS)
 	cargo test --all-features --lib --test architecture
 
 # Integration tests mostly wait, for leases, silences and slow links: more of them at a time than cores.
@@ -123,6 +125,7 @@ lint: deps ## check formatting, clippy and rustdoc, without warnings
 	cargo fmt --check
 	cargo fmt --check --manifest-path tests/interop/Cargo.toml
 	$(CLIPPY)
+	$(CLIPPY_OTHERS)
 	cargo clippy --lib --examples -- -D warnings
 	cargo clippy --lib --no-default-features -- -D warnings
 	cargo clippy --lib --no-default-features --features proxy-tls -- -D warnings

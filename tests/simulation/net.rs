@@ -339,9 +339,10 @@ impl Client {
             }
             let is_removed = matches!(write, Write::Delete { .. });
             let is_looked_at = txn.conditions.iter().any(|condition| match condition {
-                Condition::Absent(of) | Condition::HeldBy(of, _) | Condition::CreatedAt(of, _) => {
-                    of == key
-                }
+                Condition::Absent(of)
+                | Condition::HeldBy(of, _)
+                | Condition::CreatedAt(of, _)
+                | Condition::ChangedAt(of, _) => of == key,
             });
             if is_removed || !is_looked_at {
                 self.checker.violation(format!(
