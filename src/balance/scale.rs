@@ -158,10 +158,10 @@ impl Scale {
             reference,
             calm_of_half,
             // Among many processes, what is in flight here says little beside such weights, unless backends say
-            // what they have in flight.
+            // what they have in flight. Entirely: the part that looked at it would go to the same backend in all.
             calm_by_load_weights: match roster.some_report_in_flight() {
-                true => calm_of_half,
-                false => calm_of_half + sharing.level(calm_of_half),
+                false if sharing.level(calm_of_half) > 0.0 => 1.0,
+                _ => calm_of_half,
             },
             spill: self.spill.level(&settings.zones, working.value()),
             mean_weight: mean_weight.value(),
