@@ -10,7 +10,6 @@ use super::policy::{ActivePolicy, Reference, RoutingPolicy};
 use super::registration::Registration;
 use super::roster::Roster;
 use super::settings::{Adaptive, Zones};
-use super::sharing::Sharing;
 use super::weight::Weight;
 use super::zone::{Spill, ZoneSample, ZoneSource};
 
@@ -131,7 +130,6 @@ impl Scale {
         settings: &WeigherSettings,
         policy: &ActivePolicy,
         roster: &Roster,
-        sharing: &Sharing,
         now: Instant,
     ) -> bool {
         let reference = policy.reference(roster, now);
@@ -157,11 +155,11 @@ impl Scale {
         self.common = Common {
             reference,
             calm_of_half,
-            // Among many processes, what is in flight here says little beside such weights, unless backends say
-            // what they have in flight. Entirely: the part that looked at it would go to the same backend in all.
+            // Such weights follow the load of all processes, and what is in flight here is a small part of it; unless
+            // backends say what they have in flight.
             calm_by_load_weights: match roster.some_report_in_flight() {
-                false if sharing.level(calm_of_half) > 0.0 => 1.0,
-                _ => calm_of_half,
+                true => calm_of_half,
+                false => 1.0,
             },
             spill: self.spill.level(&settings.zones, working.value()),
             mean_weight: mean_weight.value(),

@@ -204,7 +204,7 @@ impl Weigher {
                 return Settled::Only(weighed);
             }
         }
-        self.weigh(policy, now);
+        self.scale.weigh(&self.settings, policy, &self.roster, now);
         Settled::All
     }
 
@@ -230,18 +230,12 @@ impl Weigher {
         if self.take_changed() {
             self.limit_ejected_by_predecessor();
         }
-        let is_still = self.weigh(policy, now);
+        let is_still = self.scale.weigh(&self.settings, policy, &self.roster, now);
         self.rests_until = match is_still && !has_news {
             true => self.find_rest(now),
             false => None,
         };
         true
-    }
-
-    fn weigh(&mut self, policy: &ActivePolicy, now: Instant) -> bool {
-        let (settings, roster) = (&self.settings, &self.roster);
-        self.scale
-            .weigh(settings, policy, roster, &self.sharing, now)
     }
 
     /// Whether anything has changed but loads that weights do not follow yet; they will now.
