@@ -315,3 +315,43 @@ async fn a_network_that_drops_packets_in_silence_costs_seconds() {
         "{took:?}"
     );
 }
+
+/// Sends this many requests one after the other, for paths that differ; every fourth one is for the broken page.
+async fn pages(client: &mut Raw, count: usize) {
+    for page in 0..count {
+        let path = match page % 4 {
+            0 => "broken".to_owned(),
+            _ => format!("page{}", fastrand::u32(..)),
+        };
+        let head = format!("GET /{path} HTTP/1.1\r\nHost: a\r\n\r\n");
+        client.send(head.as_bytes()).await;
+        client.response().await;
+    }
+}
+
+/// Its owner is left out, and not all who own it after that one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_always_fails_takes_out_one_backend_at_a_time() {
+    let answer = |request: &str| match request.starts_with("GET /broken") {
+        true => b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n".to_vec(),
+        false => ok(request),
+    };
+    let mut backends = Vec::new();
+    for _ in 0..6 {
+        backends.push(RawBackend::start(answer).await);
+    }
+    let (etcd, group) = (Etcd::shared(), group("broken-page"));
+    register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
+    let fields = "policy: consistent\nhash_on: uri";
+    let balancer = Setup::shared(&group).with(fields).serving().await;
+    let mut client = Raw::to(&balancer).await;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(5) {
+        pages(&mut client, 100).await;
+    }
+    let before: Vec<_> = backends.iter().map(|it| it.requests().len()).collect();
+    pages(&mut client, 600).await;
+    let after = backends.iter().zip(before);
+    let served = after.filter(|(backend, before)| backend.requests().len() > before + 30);
+    assert!(served.count() >= 5, "{}", balancer.log_text());
+}
