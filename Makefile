@@ -46,7 +46,7 @@ test: deps ## all tests; etcd as a process unless ETCD_IMAGE or ETCD_ENDPOINTS i
 	if newest=$$(ETCD_SUITE=sid .ci/install-etcd); then export ETCD_NEWEST=$$newest; fi; \
 	if envoy=$$(.ci/install-envoy); then export ENVOY=$$envoy; fi; \
 	set -x; \
-	RUST_TEST_THREADS=$(TEST_THREADS) cargo test --all-features --lib --bins --examples --tests; \
+	RUST_TEST_THREADS=$(TEST_THREADS) cargo test --all-features --lib --bins --tests; \
 	cargo test --all-features --doc; \
 	cargo test --no-default-features --lib; \
 	$(INTEROP); \

@@ -244,7 +244,7 @@ impl Balancer {
     }
 
     /// Picks a backend with a key, around backends that have been tried, or with a time and
-    /// randomness of the caller's; `None` if there is none. Takes no lock and allocates nothing.
+    /// randomness of the caller's; `None` if there is none. Waits for no lock and allocates nothing.
     pub fn pick_with(&self, options: PickOptions<'_>) -> Option<Upstream> {
         let published = self.published.load();
         let Published { table, policy } = &**published;

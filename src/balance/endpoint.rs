@@ -13,6 +13,7 @@ use tracing::info;
 use super::atomic::AtomicF32;
 use super::fleet::Fleet;
 use super::learned::Lesson;
+use super::lingering::Backend;
 use super::weight::{Share, Weight};
 use crate::load_report::LoadReport;
 use crate::node::Node;
@@ -41,6 +42,8 @@ pub(super) struct EndpointState {
     success: AtomicF32,
     /// The same, without the requests for which it said that it is overloaded.
     faultless: AtomicF32,
+    /// The part of the requests that it answered without doing its work, 0 to 1.
+    refusing: AtomicF32,
     /// Successes since the latencies were last taken.
     successes: AtomicU32,
     /// All failures; wraps.
@@ -51,6 +54,8 @@ pub(super) struct EndpointState {
     was_ejected: AtomicBool,
     /// How many of the requests in flight have become tunnels.
     tunnels: AtomicU32,
+    /// How many of the requests in flight have been answered, sooner than usual.
+    lingering: AtomicU32,
     /// Sum of the latencies of these successes, in nanoseconds.
     latency_sum: AtomicU64,
     /// The lowest latency of these successes, in nanoseconds.
@@ -201,13 +206,30 @@ impl EndpointState {
 
 /// Requests in flight, as the guard of one of them sees it.
 pub(super) fn in_flight_with_guard(state: &Arc<EndpointState>) -> u32 {
-    let endpoints = usize::from(!state.orphaned.load(Ordering::Relaxed));
-    Arc::strong_count(state).saturating_sub(endpoints) as u32
+    let endpoints = usize::from(!state.is_orphaned());
+    let guards = Arc::strong_count(state).saturating_sub(endpoints) as u32;
+    guards.saturating_sub(state.lingering.load(Ordering::Relaxed))
+}
+
+impl Backend for EndpointState {
+    fn is_orphaned(&self) -> bool {
+        self.orphaned.load(Ordering::Relaxed)
+    }
+
+    fn begin_lingering(&self) {
+        self.lingering.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn end_lingering(&self) {
+        self.lingering.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Endpoint {
     fn drop(&mut self) {
         self.state.orphaned.store(true, Ordering::Relaxed);
+        let backend: Arc<dyn Backend> = self.state.clone();
+        self.state.fleet.lingering().forget(&backend);
     }
 }
 
@@ -231,11 +253,13 @@ impl Endpoint {
                 is_probed: AtomicBool::new(false),
                 #[cfg(feature = "pingora")]
                 is_offered: AtomicBool::new(false),
+                refusing: AtomicF32::new(0.0),
                 successes: AtomicU32::new(0),
                 failures: AtomicU32::new(0),
                 lowest_success: AtomicF32::new(1.0),
                 was_ejected: AtomicBool::new(false),
                 tunnels: AtomicU32::new(0),
+                lingering: AtomicU32::new(0),
                 latency_sum: AtomicU64::new(0),
                 lowest_latency: AtomicU64::new(u64::MAX),
                 in_flight_report: AtomicU64::new(NO_REPORT),
@@ -332,7 +356,8 @@ impl Endpoint {
 
     /// Requests in flight, tunnels included.
     pub(super) fn in_flight(&self) -> u32 {
-        (Arc::strong_count(&self.state) - 1) as u32
+        let guards = (Arc::strong_count(&self.state) - 1) as u32;
+        guards.saturating_sub(self.state.lingering.load(Ordering::Relaxed))
     }
 
     /// The requests that it works on: those in flight that have not become tunnels.
@@ -342,6 +367,11 @@ impl Endpoint {
 
     pub(super) fn success(&self) -> f32 {
         self.state.success()
+    }
+
+    /// The part of the requests that it answered without doing its work, 0 to 1.
+    pub(super) fn refusing(&self) -> f32 {
+        self.state.refusing.get()
     }
 
     /// Takes the latencies of the successes so far; `None`, and nothing is taken, if there are fewer
@@ -482,10 +512,15 @@ impl Endpoint {
         )
     }
 
-    /// Uses it again, because all others have failed as it has.
-    pub(super) fn readmit_with_all(&self) {
-        if self.is_ejected() {
-            self.state.readmit();
+    /// Uses it again, if it was ejected, and with this success rate, because all others have failed as it has.
+    pub(super) fn forgive(&self, success: f32) {
+        let state = &self.state;
+        let (was_ejected, faultless) = (self.is_ejected(), state.faultless.get());
+        state.success.set(success);
+        state.lowest_success.set(success);
+        state.readmit();
+        state.faultless.set(faultless.max(success));
+        if was_ejected {
             let node = self.node();
             info!(node = node.id, addr = %self.addr(), "a backend that failed is used again: so did the others");
         }

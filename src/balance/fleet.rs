@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::atomic::AtomicF32;
 use super::heard::Heard;
+use super::lingering::Lingering;
 use super::pick::Probes;
 use super::settings::Adaptive;
 
@@ -71,6 +72,7 @@ pub(super) struct Fleet {
     heard: Heard,
     /// How many of the requests in flight have become tunnels.
     tunnels: AtomicU32,
+    lingering: Lingering,
 }
 
 /// The success rate of some backend is low.
@@ -134,6 +136,7 @@ impl Fleet {
             refused: AtomicU64::new(0),
             heard: Heard::new(),
             tunnels: AtomicU32::new(0),
+            lingering: Lingering::new(),
         }
     }
 
@@ -194,6 +197,11 @@ impl Fleet {
     /// How many tunnels there are.
     pub(super) fn tunnels(&self) -> u32 {
         self.tunnels.load(Ordering::Relaxed)
+    }
+
+    /// The requests that were answered too soon.
+    pub(super) fn lingering(&self) -> &Lingering {
+        &self.lingering
     }
 
     pub(super) fn some_fail(&self) -> bool {
@@ -375,14 +383,14 @@ impl Fleet {
         self.set(MOST_REPORT_IN_FLIGHT, is_most);
     }
 
-    /// The success rate after a success.
+    /// A rate, as of success, after a success.
     pub(super) fn after_success(&self, success: f32, is_ejected: bool) -> f32 {
         let next = success + self.gain(is_ejected) * (1.0 - success);
         // So close to 1 that the formula would never reach it.
         if next > 0.9999 { 1.0 } else { next }
     }
 
-    /// The success rate after a failure.
+    /// The same after a failure.
     pub(super) fn after_failure(&self, success: f32, is_ejected: bool) -> f32 {
         success * (1.0 - self.gain(is_ejected))
     }

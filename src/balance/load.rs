@@ -30,6 +30,12 @@ impl From<&LoadReport> for Load {
 }
 
 impl Load {
+    pub(super) const UNKNOWN: Self = Self {
+        cpu: None,
+        memory: None,
+        queue: None,
+    };
+
     fn values(&self) -> [Option<f64>; 3] {
         [self.cpu, self.memory, self.queue]
     }

@@ -26,6 +26,7 @@ mod heard;
 mod index;
 mod kept;
 mod learned;
+mod lingering;
 mod load;
 mod mean;
 pub(crate) mod pace;

@@ -70,6 +70,8 @@ pub(super) struct Registration {
     pub(super) outcomes_at_tick: u32,
     /// There was a request between the last two ticks.
     pub(super) is_active: bool,
+    /// It does its work for so much fewer requests than the others that what it reports says nothing of them.
+    pub(super) is_refusing: bool,
     trial: Trial,
     /// The factor on its static weight when it was ejected, relative to those that work.
     held: Option<f64>,
@@ -120,6 +122,7 @@ impl Registration {
             last_view: 0,
             outcomes_at_tick: 0,
             is_active: false,
+            is_refusing: false,
             trial: Trial::default(),
             held: None,
         };
@@ -143,6 +146,14 @@ impl Registration {
 
     pub(super) fn load(&self) -> &Load {
         &self.load
+    }
+
+    /// The load that weights may follow: without CPU in use because it refuses its work, nobody is a better choice.
+    pub(super) fn believed_load(&self) -> &Load {
+        match self.is_refusing {
+            true => &Load::UNKNOWN,
+            false => &self.load,
+        }
     }
 
     /// Whether `node` is of the same process at the same address. A process that has lost its lease

@@ -236,7 +236,7 @@ impl Scale {
         endpoint.set_base(registration.base().get());
         endpoint.set_weight(weight, common.mean_weight, zone_part, acceptance);
         let adaptive = &settings.adaptive;
-        let load = adaptive.known_load(registration.load());
+        let load = adaptive.known_load(registration.believed_load());
         let calm = match policy.weighs_by_load() {
             true => common.calm_by_load_weights,
             false => load.map_or(common.calm_of_half, |load| adaptive.calm(load)),
@@ -249,7 +249,7 @@ impl Scale {
 /// How calm half of the backends that report are at least; entirely, where none reports.
 fn calm_of_half(adaptive: &Adaptive, roster: &Roster) -> f64 {
     let active = roster.used();
-    let loads = active.filter_map(|it| adaptive.known_load(it.load()));
+    let loads = active.filter_map(|it| adaptive.known_load(it.believed_load()));
     let mut loads: Vec<f64> = loads.collect();
     if loads.is_empty() {
         return 1.0;

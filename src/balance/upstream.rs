@@ -20,7 +20,7 @@ use crate::node::Node;
 pub struct Upstream {
     state: Arc<EndpointState>,
     /// Counts the request among all of the balancer, for the policy that needs their number.
-    _in_flight: Option<Arc<()>>,
+    in_flight: Option<Arc<()>>,
     is_probe: bool,
     is_tunnel: bool,
 }
@@ -33,7 +33,7 @@ impl Upstream {
     ) -> Self {
         Self {
             state,
-            _in_flight: in_flight,
+            in_flight,
             is_probe,
             is_tunnel: false,
         }
@@ -68,12 +68,16 @@ impl Upstream {
         }
     }
 
-    /// Reports that the backend works, but answered without doing what it usually does, such as with
-    /// 401 or 404. How fast it did so says nothing, and does not attract requests.
-    pub fn answered(mut self) {
-        match self.take_probe() {
-            true => self.state.probe_succeeds(),
-            false => self.state.answered(),
+    /// Reports that the backend works, but answered at `now` without doing what it usually does, such as with
+    /// 401 or 404, `latency` after the request was sent to it. How fast it did so says nothing, and does not attract
+    /// requests: until the usual latency of all backends is over, picks take the request as if it were in flight.
+    /// [`in_flight`](Self::in_flight) and limits do not.
+    pub fn answered(mut self, latency: Duration, now: Instant) {
+        match (self.take_probe(), &self.in_flight) {
+            (true, _) => self.state.probe_succeeds(),
+            (false, None) => self.state.answered(latency, now),
+            // The share of each is limited by the number of all, to which such requests do not belong.
+            (false, Some(_)) => self.state.works(),
         }
     }
 

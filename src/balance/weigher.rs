@@ -27,6 +27,9 @@ const WEIGHED_ALONE_FROM: usize = 256;
 const FEW_OF: usize = 50;
 /// For how long nothing is looked at, at most, where nothing happens.
 const LONGEST_REST: Duration = Duration::from_secs(60);
+/// By how much the part of the requests that a backend answers without doing its work is above the mean of all, so that
+/// its reports say nothing.
+const MORE_REFUSING: f32 = 0.3;
 /// How long a report of requests in flight counts.
 const IN_FLIGHT_REPORT_VALID: Duration = Duration::from_secs(5);
 
@@ -67,6 +70,7 @@ struct TickSummary {
     metrics: Mean,
     loads: Mean,
     excess_latency: Mean,
+    latency: Mean,
     in_flight: Mean,
     has_tunnels: bool,
 }
@@ -274,7 +278,7 @@ impl Weigher {
             };
             if registration.has_new_load {
                 let success = registration.endpoint.success();
-                let load = adaptive.load(registration.load(), &mean, success);
+                let load = adaptive.load(registration.believed_load(), &mean, success);
                 self.roster.set_controlled_load(at, load, now);
             }
         }
@@ -308,6 +312,7 @@ impl Weigher {
     fn learn_from_requests(&mut self, now: Instant, passed: Duration) {
         let adaptive = &self.settings.adaptive;
         let mut summary = TickSummary::default();
+        let refusing = self.refusing_of_most();
         let shared = self.sharing.level(self.scale.calm_of_half());
         let samples = adaptive.latency_samples_at(shared);
         for registration in self.roster.registrations_mut() {
@@ -320,6 +325,10 @@ impl Weigher {
             let endpoint = &registration.endpoint;
             let controller = &mut registration.controller;
             controller.age(adaptive, now, passed);
+            registration.is_refusing = endpoint.refusing() > refusing;
+            if registration.is_refusing {
+                controller.set_load(None, now);
+            }
             if is_active || !self.settings.counts_requests {
                 registration.was_used = true;
             } else {
@@ -343,6 +352,9 @@ impl Weigher {
         }
         self.sharing.tick(&summary.in_flight);
         self.fleet.set_tunnels(summary.has_tunnels);
+        let lingering = self.fleet.lingering();
+        lingering.set_usual_latency(summary.latency.value());
+        lingering.release(now);
         if !summary.reports_in_flight {
             self.fleet.clear_in_flight_reports();
         }
@@ -351,7 +363,18 @@ impl Weigher {
             let most_report = summary.active_reporting * 2 > summary.active;
             self.fleet.set_most_report_in_flight(most_report);
         }
+        self.forgive_if_all_failed();
         self.compare_success_rates();
+    }
+
+    /// More than this is the part of the requests that a backend answers without doing its work only if most others do
+    /// theirs.
+    fn refusing_of_most(&self) -> f32 {
+        let mut mean = Mean::default();
+        for registration in self.roster.used() {
+            mean.add(registration.endpoint.refusing().into(), 1.0);
+        }
+        mean.value() as f32 + MORE_REFUSING
     }
 
     /// One backend for each address, including those that drain or have a static weight of 0.
@@ -383,6 +406,9 @@ impl TickSummary {
         }
         self.in_flight.add(endpoint.busy().into(), 1.0);
         self.has_tunnels |= endpoint.state().tunnels() > 0;
+        if let Some(latency) = controller.mean_latency() {
+            self.latency.add(latency, 1.0);
+        }
         if let Some(excess) = controller.excess_latency() {
             self.excess_latency.add(excess, endpoint.share().get());
         }

@@ -37,7 +37,7 @@ pub struct Timeouts {
     /// For the TLS handshake with a backend, once it is connected. Default: 1,000. Range: 1 to 60,000.
     pub handshake_ms: u64,
     /// From one part of a response to the next, and until a backend has read a part of a request; also
-    /// until a response begins. Then 504. Default: 60,000. Range: 1 to 3,600,000.
+    /// until a response begins, with a WebSocket too. Then 504. Default: 60,000. Range: 1 to 3,600,000.
     pub response_ms: u64,
     /// How long a connection to a backend may be unused, unless the backend says in `Keep-Alive:
     /// timeout=N` that it closes it earlier. Shorter than the 5 s after which many servers close it,

@@ -6,6 +6,7 @@ use arc_swap::ArcSwap;
 
 use super::access_log::AccessLog;
 use super::group::GroupProxy;
+use super::log_limit::LogLimit;
 use super::routing::Routing;
 use super::spans::Spans;
 use super::statistics::RequestStatistics;
@@ -29,6 +30,8 @@ pub struct ClusterProxy {
     pub(super) spans: Option<Spans>,
     /// Of requests that no group served.
     pub(super) unserved: Arc<RequestStatistics>,
+    /// For lines about requests that failed.
+    pub(super) failures: LogLimit,
 }
 
 impl ClusterProxy {
@@ -49,6 +52,7 @@ impl ClusterProxy {
             access_log: None,
             spans: None,
             unserved: Arc::default(),
+            failures: LogLimit::new(),
         }
     }
 

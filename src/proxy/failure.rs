@@ -24,10 +24,14 @@ pub(super) fn failure(
         is_from_backend: error.esource() == &ErrorSource::Upstream
             && !is_slow_upload(context, error),
         is_timeout: error.etype() == &ErrorType::ReadTimedout,
-        is_unread: client_reused && is_head_unsent(context, error) || is_unprocessed(error),
+        is_unread: client_reused && is_head_unsent(session, context, error)
+            || is_unprocessed(error),
         retry: match error.retry {
             RetryType::ReusedOnly if client_reused => PingoraRetry::StaleConnection,
             RetryType::Decided(true) => PingoraRetry::Yes,
+            // Pingora says nothing of a body that could not be written, perhaps because the head, written before,
+            // had met the closing of the connection.
+            _ if client_reused && is_unwritten(session, error) => PingoraRetry::StaleConnection,
             RetryType::ReusedOnly | RetryType::Decided(false) => PingoraRetry::No,
         },
         retries: context.retries,
@@ -45,10 +49,15 @@ pub(super) fn is_unanswered(session: &Session) -> bool {
 
 /// Whether even the head of the request could not be written: the system refuses to write only to a
 /// connection that it knows to be gone, so nothing has been sent.
-fn is_head_unsent(context: &RequestState, error: &Error) -> bool {
+fn is_head_unsent(session: &Session, context: &RequestState, error: &Error) -> bool {
+    !context.has_body_begun && is_unwritten(session, error)
+}
+
+/// Whether something could not be written, and no response has begun.
+fn is_unwritten(session: &Session, error: &Error) -> bool {
     error.esource() == &ErrorSource::Upstream
         && error.etype() == &ErrorType::WriteError
-        && !context.has_body_begun
+        && is_unanswered(session)
 }
 
 /// Whether the backend says that it has not processed a stream of HTTP/2, as it does when it ends

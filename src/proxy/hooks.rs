@@ -1,6 +1,6 @@
 //! What happens in each phase of a request.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::pingora::http::{RequestHeader, ResponseHeader};
 use ::pingora::modules::http::HttpModules;
@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::TRANSFER_ENCODING;
 use http::{HeaderMap, StatusCode};
-use tracing::debug;
+use tracing::{debug, error};
 
 use super::access_entry::entry;
 use super::client::{peer_of, remove_lookalikes, set_forwarded};
@@ -101,6 +101,7 @@ impl ProxyHttp for ClusterProxy {
         if let Some(route) = &context.route {
             route.apply_to(state);
         }
+        state.limit_body();
         let found = group.enter(session, state).await;
         let Err(reason) = found else {
             state.is_found = true;
@@ -277,6 +278,16 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
         client_reused: bool,
     ) -> Box<Error> {
+        let error = match context.state.take_unanswered() {
+            // A read of the client ended because the front keeps the time.
+            true => {
+                let reason = "while waiting for the answer to an upgrade";
+                let mut error = Error::explain(ErrorType::ReadTimedout, reason);
+                error.as_up();
+                error
+            }
+            false => error,
+        };
         let error = error.more_context(format!("Peer: {peer}"));
         match &context.group {
             Some(group) => group.after_failure(session, error, &mut context.state, client_reused),
@@ -308,10 +319,11 @@ impl ProxyHttp for ClusterProxy {
         }
     }
 
-    /// What clients do wrong, and what the proxy refuses by itself, are no errors of this process.
+    /// What clients do wrong, and what the proxy refuses by itself, are no errors of this process. Of the others a line
+    /// for each would say the same again and again, thousands of times a second, while all backends are away.
     fn suppress_error_log(
         &self,
-        _: &Session,
+        session: &Session,
         context: &Box<RequestContext>,
         error: &Error,
     ) -> bool {
@@ -321,7 +333,14 @@ impl ProxyHttp for ClusterProxy {
             debug!(%error, "a request was not served");
             return true;
         }
-        false
+        match self.failures.take(Instant::now()) {
+            Some(left_out) => {
+                let request = self.request_summary(session, context);
+                error!(%error, request, left_out, "a request was not served");
+            }
+            None => debug!(%error, "a request was not served"),
+        }
+        true
     }
 
     /// A line for each try would be one for each request while a backend is away; the balancer says once

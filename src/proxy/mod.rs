@@ -20,6 +20,7 @@ mod leader;
 mod learned;
 mod listener;
 mod load_reports;
+mod log_limit;
 mod mirror;
 mod outcome;
 mod overload;

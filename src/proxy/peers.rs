@@ -92,6 +92,12 @@ impl Peers {
         (own.unwrap_or(group), name.unwrap_or_default())
     }
 
+    /// How long a backend may take to answer.
+    pub(super) fn response(&self, asked: &Asked) -> Duration {
+        let response = asked.response.unwrap_or(self.response);
+        asked.left.map_or(response, |left| response.min(left))
+    }
+
     /// A peer at this address. The error is why the node cannot be spoken to.
     pub(super) fn peer(
         &self,
@@ -140,7 +146,7 @@ impl Peers {
         // The same time-outs hold for the tunnel that such a request becomes.
         let response = match is_upgrade && !protocol.is_http2() {
             true => Some(asked.tunnel.unwrap_or(self.tunnel)),
-            false => within(asked.response.unwrap_or(self.response)),
+            false => Some(self.response(&asked)),
         };
         options.read_timeout = response;
         // A short request finds room in the socket's buffer: a timer would cost more than it is worth.

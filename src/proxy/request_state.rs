@@ -169,6 +169,28 @@ impl RequestState {
         }
     }
 
+    /// The request has as much time as it may take in all. From the head on, the front keeps the time for its body.
+    pub(super) fn limit_body(&self) {
+        if let Some(connection) = self.connection.as_ref().filter(|_| !self.is_complete) {
+            let left = |timeout: Duration| timeout.saturating_sub(self.started.elapsed());
+            connection.expect_body(self.timeout.map(left));
+        }
+    }
+
+    /// The backend has this time to agree to a tunnel, or to refuse; `None` as soon as it has answered. Pingora
+    /// has one time for the answer and for each silence in the tunnel, so the front keeps this one.
+    pub(super) fn limit_agreement(&self, within: Option<Duration>) {
+        if let Some(connection) = self.connection.as_ref().filter(|_| self.is_upgrade) {
+            connection.expect_answer(within);
+        }
+    }
+
+    /// Whether a backend did not answer within that time, since this was last asked.
+    pub(super) fn take_unanswered(&self) -> bool {
+        let connection = self.connection.as_ref().filter(|_| self.is_upgrade);
+        connection.is_some_and(|connection| connection.take_unanswered())
+    }
+
     /// The response is complete. The rest of the request, if there is one, has no more use.
     pub(super) fn answer_ends(&self) {
         if let Some(connection) = &self.connection

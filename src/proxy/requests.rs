@@ -110,6 +110,8 @@ impl RequestLimits {
         }
         // The front keeps the time.
         session.set_read_timeout(None);
+        connection.expect_body(None);
+        connection.expect_answer(None);
         connection.enter(match context.is_complete {
             true => Phase::Answer,
             false if session.req_header().headers.contains_key(EXPECT) => Phase::Expect,

@@ -56,7 +56,10 @@ impl GroupProxy {
                 tunnel: state.tunnel_timeout,
             };
             let reason = match self.peers.peer(addr, &node, asked) {
-                Ok(peer) => return Ok(peer),
+                Ok(peer) => {
+                    state.limit_agreement(Some(self.peers.response(&asked)));
+                    return Ok(peer);
+                }
                 Err(reason) => reason,
             };
             debug!(node = node.id, reason, "a node cannot be spoken to");
@@ -86,6 +89,7 @@ impl GroupProxy {
             change_response_fields(response, name);
             return Ok(());
         }
+        state.limit_agreement(None);
         if let Some(addr) = state.addr() {
             let overload = &self.picker.overload;
             overload.answered(addr, status, &response.headers);
@@ -274,7 +278,7 @@ impl GroupProxy {
         if let Some(upstream) = state.upstream.take() {
             match outcome {
                 Outcome::Succeeded => upstream.succeeded(state.latency()),
-                Outcome::Answered => upstream.answered(),
+                Outcome::Answered => upstream.answered(state.latency(), Instant::now()),
                 Outcome::Failed => upstream.failed(),
                 Outcome::Overloaded => upstream.overloaded(),
                 Outcome::Unknown => drop(upstream),

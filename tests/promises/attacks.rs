@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::common::etcd::Etcd;
-use super::common::{group, local};
+use super::common::{free_port, group, local};
 use super::raw::{Raw, RawBackend, in_front_of, ok, read_head, status};
 use super::world::{Balancer, Setup, entry, put, until};
 
@@ -254,4 +254,121 @@ async fn heads_and_bodies_over_http_2_that_do_not_go_on_end() {
     let mut received = Vec::new();
     let reading = client.read_to_end(&mut received);
     assert!(tokio::time::timeout(5 * SECOND, reading).await.is_ok());
+}
+
+/// Frames are written, and then wait for the client, without anything that the connection below would notice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_of_http_2_whose_client_gives_no_room_are_given_up() {
+    let large = |_: &str| {
+        let head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n";
+        [&head[..], &vec![b'x'; 1_000_000]].concat()
+    };
+    let backend = RawBackend::start(large).await;
+    let fields = "timeouts: { client_write_ms: 1000, client_idle_ms: 60000 }";
+    let balancer = in_front_of(&backend, "no-room", fields).await;
+    let stream = tokio::net::TcpStream::connect(&balancer.listen).await;
+    let mut builder = h2::client::Builder::new();
+    builder
+        .initial_window_size(0)
+        .max_concurrent_reset_streams(0);
+    let (mut sender, connection) = builder
+        .handshake::<_, bytes::Bytes>(stream.unwrap())
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    let mut streams = tokio::task::JoinSet::new();
+    for _ in 0..50 {
+        sender = sender.ready().await.unwrap();
+        let request = http::Request::get("http://a/").body(()).unwrap();
+        let (response, _) = sender.send_request(request, true).unwrap();
+        streams.spawn(async move {
+            let mut body = response.await.unwrap().into_body();
+            let start = Instant::now();
+            // A part that came before the window was known does not matter.
+            while let Some(Ok(_)) = body.data().await {}
+            (start.elapsed(), body.is_end_stream())
+        });
+    }
+    let ends = tokio::time::timeout(20 * SECOND, streams.join_all()).await;
+    for (took, is_whole) in ends.expect("all streams end") {
+        assert!(took < 10 * SECOND && !is_whole, "{took:?}");
+    }
+    let took = others(&balancer).await;
+    assert!(took < 3 * SECOND, "{took:?}");
+}
+
+/// Each would be a wake-up in vain, again and again: a program without a free descriptor cannot accept.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_connections_than_descriptors_are_no_busy_loop_and_it_recovers() {
+    let backend = RawBackend::start(ok).await;
+    let balancer = in_front_of(&backend, "few-descriptors", "").await;
+    let pid = balancer.program.child.id().to_string();
+    let set = std::process::Command::new("prlimit")
+        .args(["--pid", &pid, "--nofile=256:4096"])
+        .status();
+    assert!(set.unwrap().success());
+    let clients = connections(&balancer, 300).await;
+    until("no descriptor is left", async || {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        open.count() >= 256
+    })
+    .await;
+    let before = balancer.cpu();
+    tokio::time::sleep(3 * SECOND).await;
+    let used = balancer.cpu() - before;
+    assert!(used < SECOND / 2, "{used:?} in 3 s");
+    let lines = balancer.log_text().lines().count();
+    assert!(lines < 200, "{lines} lines in the log");
+    drop(clients);
+    until("it serves again", async || balancer.get().await == "a").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_front_answers_by_itself_is_counted() {
+    let backend = RawBackend::start(ok).await;
+    let admin = format!("{}:{}", local(), free_port());
+    let fields = format!(
+        "admin: {{ listen: '{admin}' }}\ntimeouts: {{ client_header_ms: 700 }}\n\
+         clients: {{ head_bytes: 4096, headers: 20 }}"
+    );
+    let balancer = in_front_of(&backend, "counted", &fields).await;
+    let counted = async |event: &str| {
+        let text = reqwest::get(format!("http://{admin}/metrics"))
+            .await
+            .unwrap();
+        let text = text.text().await.unwrap();
+        let labels = format!("group=\"{}\",event=\"{event}\"", balancer.group);
+        let name = format!("pingora_etcd_client_connections_total{{{labels}}} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&name));
+        value
+            .unwrap_or_else(|| panic!("{event}: {text}"))
+            .parse::<f64>()
+            .unwrap()
+    };
+    let long = format!(
+        "GET / HTTP/1.1\r\nHost: a\r\nX-Long: {}\r\n\r\n",
+        "x".repeat(6_000)
+    );
+    let many = format!(
+        "GET / HTTP/1.1\r\nHost: a\r\n{}\r\n",
+        "X-Many: 1\r\n".repeat(30)
+    );
+    for (event, status, bytes) in [
+        ("bad_request", "400", "GET / HTTP/1.1\r\nHost : a\r\n\r\n"),
+        (
+            "bad_request",
+            "405",
+            "CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n",
+        ),
+        ("request_timeout", "408", "GET / HTTP/1.1\r\nHost"),
+        ("head_too_large", "431", &long),
+        ("head_too_large", "431", &many),
+    ] {
+        let before = counted(event).await;
+        let mut client = Raw::to(&balancer).await;
+        client.send(bytes.as_bytes()).await;
+        let response = client.rest().await;
+        assert_eq!(super::raw::status(&response), status, "{response:?}");
+        until(event, async || counted(event).await == before + 1.0).await;
+    }
 }

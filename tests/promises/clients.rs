@@ -248,6 +248,45 @@ async fn a_tunnel_may_be_silent_for_longer_than_a_response() {
     }
 }
 
+/// The time of the tunnel, which Pingora takes for the answer as well, is an hour.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backend_that_does_not_answer_a_websocket_has_the_time_of_any_other_answer() {
+    let silent = Duration::from_secs(3_600);
+    let (hangs, late) = (
+        RawBackend::start_slow(silent).await,
+        RawBackend::start_slow(SECOND).await,
+    );
+    let head = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+    let fields = "timeouts: { response_ms: 2000 }";
+    // Until it serves, a request without an upgrade is answered.
+    let balancer = in_front_of(&late, "agreement", fields).await;
+    let mut client = Raw::to(&balancer).await;
+    assert_eq!(status(&client.get(head).await), "200");
+    // The time of the upgrade is over, and the next request has its own.
+    for _ in 0..3 {
+        assert_eq!(status(&client.get("").await), "200");
+    }
+    let mut keys = Etcd::shared().raw_client().await;
+    let entry = entry("a", Some(hangs.address.port()), json!({}));
+    put(&mut keys, &balancer.group, &entry, None).await;
+    until("the other one is asked", async || {
+        let mut client = Raw::to(&balancer).await;
+        client
+            .send(format!("GET / HTTP/1.1\r\nHost: a\r\n{head}\r\n").as_bytes())
+            .await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        !hangs.requests().is_empty()
+    })
+    .await;
+    let mut client = Raw::to(&balancer).await;
+    let start = Instant::now();
+    let response = client.get(head).await;
+    assert_eq!(status(&response), "504", "{response}");
+    let took = start.elapsed();
+    assert!(took > SECOND && took < 10 * SECOND, "{took:?}");
+    assert!(is_closed_within(&mut client.0, 5 * SECOND).await);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn idle_connections_to_backends_end_before_the_backend_ends_them() {
     let says_so =
@@ -285,6 +324,13 @@ async fn a_request_has_a_time_for_all_of_it() {
     let mut client = Raw::to(&balancer).await;
     let start = Instant::now();
     assert_eq!(status(&client.get("").await), "504");
+    assert!(start.elapsed() < 2 * SECOND, "{:?}", start.elapsed());
+    // Also while the client is waited for.
+    let mut client = Raw::to(&balancer).await;
+    let start = Instant::now();
+    let head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n12345";
+    client.send(head).await;
+    assert_eq!(status(&client.rest().await), "408");
     assert!(start.elapsed() < 2 * SECOND, "{:?}", start.elapsed());
 }
 

@@ -2,7 +2,7 @@
 //! that answers with errors, and how fast one is back that works again.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -179,4 +179,39 @@ async fn a_backend_that_fails_gets_next_to_nothing_and_is_back_within_seconds() 
             Duration::from_millis(30)
         ),
     );
+}
+
+/// As where all need the same database: while nobody is better, nobody is left out, also afterwards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_moment_in_which_all_fail_leaves_nobody_out() {
+    let (etcd, group) = (Etcd::shared(), group("all-at-once"));
+    let fails = Arc::new(AtomicBool::new(false));
+    let mut backends = Vec::new();
+    for _ in 0..6 {
+        let fails = fails.clone();
+        let answer = move |request: &str| match fails.load(Ordering::Relaxed) {
+            true => b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n".to_vec(),
+            false => ok(request),
+        };
+        backends.push(RawBackend::start(answer).await);
+    }
+    register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
+    let balancer = Setup::shared(&group).listening().await;
+    send(&balancer, 3 * SECOND).await;
+    fails.store(true, Ordering::Relaxed);
+    send(&balancer, 3 * SECOND / 2).await;
+    fails.store(false, Ordering::Relaxed);
+    let before: Vec<_> = backends.iter().map(|it| it.requests().len()).collect();
+    let got = send(&balancer, 2 * SECOND).await;
+    // Those that were under way when it changed.
+    assert!(got.failed <= 4 && got.requests > 200, "{got:?}");
+    for (backend, before) in backends.iter().zip(before) {
+        let part = backend.requests().len() - before;
+        let equal = got.requests / backends.len();
+        assert!(
+            part * 2 > equal,
+            "{part} of {got:?}\n{}",
+            balancer.log_text()
+        );
+    }
 }

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use http::HeaderMap;
 use pingora_etcd::metrics::{LoadReport, LoadReporter, MetricNames};
@@ -203,4 +204,70 @@ async fn a_worker_reports_what_others_compute_weights_from() {
         let value = value.to_str().unwrap().to_lowercase();
         assert!(value.starts_with(form), "{value}");
     }
+}
+
+/// A static weight is in whatever unit its operators like, such as megabytes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_in_flight_elsewhere_count_whatever_the_unit_of_static_weights() {
+    for weight in [1, 4_000] {
+        let (etcd, group) = (Etcd::shared(), group("told-units"));
+        let mut keys = etcd.raw_client().await;
+        let busy = with("endpoint-load-metrics: TEXT named_metrics.in_flight=60\r\n");
+        let idle = with("endpoint-load-metrics: TEXT named_metrics.in_flight=1\r\n");
+        let backends = [
+            RawBackend::start(move |_| busy.clone()).await,
+            RawBackend::start(move |_| idle.clone()).await,
+        ];
+        for (id, backend) in ["busy", "idle"].iter().zip(&backends) {
+            let more = json!({ "weight": weight });
+            let entry = entry(id, Some(backend.address.port()), more);
+            put(&mut keys, &group, &entry, None).await;
+        }
+        let fields = "adaptive: { slow_start_ms: 0 }";
+        let balancer = Setup::shared(&group).with(fields).serving().await;
+        until("the other one is used", async || {
+            let counted = balancer.gets(100).await;
+            counted.get("idle").is_some_and(|idle| *idle > 75)
+        })
+        .await;
+    }
+}
+
+/// As after a bad deployment: it does not know its paths any more, needs next to no CPU for that, and must not get
+/// more and more requests because of that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_low_load_of_a_backend_that_refuses_its_work_attracts_nothing() {
+    tokio::join!(
+        attracts_nothing("policy: adaptive\nadaptive: { slow_start_ms: 0 }"),
+        attracts_nothing(POLICY),
+    );
+}
+
+async fn attracts_nothing(fields: &str) {
+    let (etcd, group) = (Etcd::shared(), group("refuses"));
+    let head = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n";
+    let refusal = format!("{head}endpoint-load-metrics: TEXT cpu_utilization=0.02\r\n\r\n");
+    let work = with("endpoint-load-metrics: TEXT cpu_utilization=0.7\r\n");
+    let answer = move |_: &str| work.clone();
+    let backends = [
+        RawBackend::start(move |_| refusal.clone().into_bytes()).await,
+        RawBackend::start(answer.clone()).await,
+        RawBackend::start(answer).await,
+    ];
+    register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
+    let balancer = Setup::shared(&group).with(fields).serving().await;
+    // Weights have long been as great as they become.
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(15) {
+        balancer.gets(20).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let requests = || backends.iter().map(|it| it.requests().len());
+    let before: Vec<_> = requests().collect();
+    balancer.gets(600).await;
+    let got: Vec<_> = requests()
+        .zip(before)
+        .map(|(now, then)| now - then)
+        .collect();
+    assert!((100..300).contains(&got[0]), "{fields}: {got:?} of 600");
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::task::JoinSet;
 
 use super::common::etcd::{Etcd, Process};
 use super::common::group;
@@ -218,6 +219,75 @@ async fn who_refuses_at_once_does_not_attract_requests() {
         let refused = bad.requests().len() - before;
         assert!(refused <= most, "{status}: {refused} of 1000");
     }
+}
+
+/// Each request fails, and a line for each would fill the disk.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_all_backends_are_away_the_log_has_a_line_a_second() {
+    let mut backends = Vec::new();
+    for _ in 0..4 {
+        backends.push(RawBackend::start(ok).await);
+    }
+    // More backends than tries, so that it is not this process that refuses.
+    let fields = "adaptive: { slow_start_ms: 0 }\nretries: 1";
+    let balancer = before(&backends.iter().collect::<Vec<_>>(), "all-away", fields).await;
+    drop(backends);
+    until("they are away", async || balancer.get().await == "502").await;
+    let start = Instant::now();
+    let answers = balancer.gets(2_000).await;
+    assert_eq!(answers.get("502"), Some(&2_000), "{answers:?}");
+    let log = balancer.log_text();
+    let lines = log.matches("a request was not served").count() as u64;
+    assert!(lines >= 1, "{log}");
+    let most = start.elapsed().as_secs() + 5;
+    assert!(
+        lines <= most && log.contains("left_out"),
+        "{lines} lines, {log}"
+    );
+    let all = log.lines().count();
+    assert!(all < 40, "{all} lines: {log}");
+}
+
+/// It never has anything in flight, so that it would be the least busy of all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_refuses_at_once_does_not_attract_the_requests_of_many_clients() {
+    let usual = Duration::from_millis(20);
+    let good = [
+        RawBackend::start_slow(usual).await,
+        RawBackend::start_slow(usual).await,
+    ];
+    let refusal = |_: &str| b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n".to_vec();
+    let bad = RawBackend::start(refusal).await;
+    let fields = "adaptive: { slow_start_ms: 0 }";
+    let balancer = started(&[&bad, &good[0], &good[1]], "attracting", fields).await;
+    until("all are there", async || {
+        balancer.gets(30).await;
+        let all = [&bad, &good[0], &good[1]];
+        all.iter().all(|it| !it.requests().is_empty())
+    })
+    .await;
+    let seconds = Duration::from_secs;
+    let (start, from) = (Instant::now(), seconds(3));
+    let mut clients = JoinSet::new();
+    for _ in 0..12 {
+        let mut client = Raw::to(&balancer).await;
+        clients.spawn(async move {
+            let (mut refused, mut all) = (0, 0);
+            while start.elapsed() < seconds(8) {
+                let response = client.get("").await;
+                if start.elapsed() > from {
+                    all += 1;
+                    refused += u32::from(status(&response) == "401");
+                }
+            }
+            (refused, all)
+        });
+    }
+    let counts = clients.join_all().await;
+    let refused: u32 = counts.iter().map(|(refused, _)| refused).sum();
+    let all: u32 = counts.iter().map(|(_, all)| all).sum();
+    let part = f64::from(refused) / f64::from(all);
+    assert!((0.2..0.45).contains(&part), "{refused} of {all}");
 }
 
 /// The kernel sends the first packet of a connection again after a second. It drops those of connections that

@@ -76,6 +76,13 @@ const CASES: &[Case] = &[
         forwarded: 0,
     },
     Case {
+        name: "a field over two lines",
+        why: "RFC 9112 5.2: 400, or spaces instead. HAProxy does the second, nginx and Envoy refuse",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nX-Folded: one\r\n two\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
         name: "no host",
         why: "RFC 9112 3.2: 400. HAProxy forwards, nginx and Envoy refuse",
         bytes: b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n",
@@ -139,6 +146,20 @@ const CASES: &[Case] = &[
         forwarded: 1,
     },
     Case {
+        name: "204",
+        why: "RFC 9112 6.3: ends with its head, so that the next response follows. All do",
+        bytes: b"GET /204 HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["204", "200"],
+        forwarded: 2,
+    },
+    Case {
+        name: "304",
+        why: "RFC 9112 6.3: ends with its head, whatever length it tells of the resource. All do",
+        bytes: b"GET /304 HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["304", "200"],
+        forwarded: 2,
+    },
+    Case {
         name: "a request in HTTP/1.0",
         why: "RFC 9112 9.3: the connection ends after the response. All do",
         bytes: b"GET / HTTP/1.0\r\n\r\n",
@@ -182,7 +203,17 @@ async fn sent(balancer: &Balancer, bytes: &[u8]) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn raw_requests_are_answered_as_the_rfcs_ask() {
-    let backend = RawBackend::start(ok).await;
+    let without_body = |request: &str| {
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        match path {
+            "/204" => b"HTTP/1.1 204 No Content\r\n\r\n".to_vec(),
+            "/304" => {
+                b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\nETag: \"a\"\r\n\r\n".to_vec()
+            }
+            _ => ok(request),
+        }
+    };
+    let backend = RawBackend::start(without_body).await;
     let fields = "timeouts: { client_header_ms: 2000, client_idle_ms: 500, client_body_ms: 2000 }";
     let balancer = in_front_of(&backend, "rfc", fields).await;
     let mut wrong = Vec::new();
@@ -195,6 +226,14 @@ async fn raw_requests_are_answered_as_the_rfcs_ask() {
                 "{} ({}): {forwarded} forwarded, {text:?}",
                 case.name, case.why
             ));
+        }
+        let head = text
+            .split("\r\n\r\n")
+            .next()
+            .unwrap_or_default()
+            .to_ascii_lowercase();
+        if case.name == "204" && (head.contains("content-length") || head.contains("chunked")) {
+            wrong.push(format!("a length for 204: {text:?}"));
         }
         if case.name == "HEAD" && !text.ends_with("\r\n\r\n") {
             wrong.push(format!("a body for HEAD: {text:?}"));

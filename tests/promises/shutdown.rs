@@ -84,6 +84,39 @@ async fn at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_fli
     assert!(took < 2 * SECOND, "{took:?}");
 }
 
+/// Over HTTP/2 the connection is told with GOAWAY, and what is under way ends as usual.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn at_sigterm_connections_of_http_2_are_told_and_requests_on_them_end() {
+    let backend = RawBackend::start_slow(3 * SECOND).await;
+    let mut balancer = balancer(&backend, "goaway", 30, "drain_delay_ms: 500").await;
+    let stream = TcpStream::connect(&balancer.listen).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    let driving = tokio::spawn(connection);
+    let requests = backend.requests().len();
+    let mut sender = sender.ready().await.unwrap();
+    let request = || http::Request::get("http://a/").body(()).unwrap();
+    let (response, _) = sender.send_request(request(), true).unwrap();
+    until("the backend has the request", async || {
+        backend.requests().len() > requests
+    })
+    .await;
+    let start = Instant::now();
+    balancer.program.signal("TERM");
+    // Told while the request is still under way.
+    until("no more requests are taken on it", async || {
+        sender.clone().ready().await.is_err()
+    })
+    .await;
+    let told = start.elapsed();
+    assert!(told < 2 * SECOND, "{told:?}");
+    assert_eq!(response.await.unwrap().status(), 200);
+    let ended = tokio::time::timeout(5 * SECOND, driving).await;
+    assert!(ended.is_ok(), "the connection stays");
+    let (status, _) = balancer.program.ended().await;
+    assert_eq!(status.code(), Some(0), "{}", balancer.log_text());
+    assert!(start.elapsed() < 6 * SECOND, "{:?}", start.elapsed());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_idle_process_ends_after_the_delay_and_at_ctrl_c_at_once() {
     let backend = RawBackend::start(ok).await;

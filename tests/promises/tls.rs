@@ -165,6 +165,24 @@ async fn certificates_are_chosen_by_name_and_reloaded_but_bad_ones_are_not() {
     connect(address, "two.test", &authority, None, &[])
         .await
         .unwrap();
+
+    // A file that cannot be read holds up no other one, and is said once.
+    std::fs::remove_file(&two.0).unwrap();
+    let cannot_be_read = || {
+        let text = balancer.log_text();
+        text.matches("a certificate file cannot be read").count()
+    };
+    until("it is missed", async || cannot_be_read() == 1).await;
+    let renewed = authority.server(&["renewed.test"]);
+    std::fs::write(&one.0, &renewed.cert).unwrap();
+    std::fs::write(&one.1, &renewed.key).unwrap();
+    for name in ["renewed.test", "two.test"] {
+        until("the files are in use", async || {
+            connect(address, name, &authority, None, &[]).await.is_ok()
+        })
+        .await;
+    }
+    assert_eq!(cannot_be_read(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,7 +1,8 @@
 //! What requests find out about a backend, and what follows for the next ones.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
@@ -10,6 +11,8 @@ use crate::balance::fleet::{Failure, SuccessRates};
 
 /// The most that a success rate is when a backend is ejected.
 const EJECTED_SUCCESS: f32 = 0.5;
+/// So few requests were answered without work that it is as if there had been none.
+const FORGOTTEN: f32 = 1e-3;
 /// Longer latencies count as one hour, so that 2^22 of them can be added up.
 const MAX_LATENCY_NANOS: u64 = 3_600_000_000_000;
 
@@ -128,11 +131,20 @@ impl EndpointState {
     }
 
     /// It works, and how fast is not known.
-    pub(in crate::balance) fn answered(&self) {
+    pub(in crate::balance) fn works(&self) {
         // What was in flight when it was ejected says nothing about now.
         if !self.is_ejected() {
             self.add_success();
         }
+    }
+
+    /// It answered without its usual work.
+    pub(in crate::balance) fn answered(self: &Arc<Self>, latency: Duration, now: Instant) {
+        self.works();
+        let refusing = self.refusing.get();
+        let moved = self.fleet.after_success(refusing, false);
+        self.refusing.set(moved);
+        self.fleet.lingering().keep(self.clone(), latency, now);
     }
 
     pub(in crate::balance) fn readmit(&self) {
@@ -166,7 +178,13 @@ impl EndpointState {
     }
 
     pub(in crate::balance) fn succeeded(&self, latency: Duration) {
-        self.answered();
+        self.works();
+        let refusing = self.refusing.get();
+        if refusing > 0.0 {
+            let moved = self.fleet.after_failure(refusing, false);
+            self.refusing
+                .set(if moved < FORGOTTEN { 0.0 } else { moved });
+        }
         let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
         let nanos = nanos.min(MAX_LATENCY_NANOS);
         self.latency_sum.fetch_add(nanos, Ordering::Relaxed);

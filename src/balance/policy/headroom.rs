@@ -52,7 +52,7 @@ impl RoutingPolicy for HeadroomPolicy {
     }
 
     fn weight(&self, registration: &Registration, reference: &Reference, _: Instant) -> Weight {
-        let (base, load) = (registration.base().get(), registration.load());
+        let (base, load) = (registration.base().get(), registration.believed_load());
         Weight::new(self.settings.weight(base, load, &reference.load))
     }
 

@@ -100,6 +100,10 @@ impl LeastBusy {
         options: &PickOptions<'_>,
         random: &mut fastrand::Rng,
     ) -> Option<Picked> {
+        if fleet.lingering().is_any() {
+            let now = options.now.unwrap_or_else(Instant::now);
+            fleet.lingering().release(now);
+        }
         if fleet.some_on_trial()
             && let Some(picked) = to_try(table, fleet, options, random)
         {

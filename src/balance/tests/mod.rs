@@ -1,6 +1,7 @@
 //! The balancer as its users see it, by subject, and what these tests share.
 
 mod adaptive;
+mod answers;
 mod consistent;
 mod ejection;
 mod large;

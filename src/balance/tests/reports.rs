@@ -126,7 +126,7 @@ fn the_only_one_that_reports_its_requests_is_not_preferred_for_that() {
             says_in_flight(&rig, &upstream, 3);
             picked += 1;
         }
-        upstream.answered();
+        upstream.answered(Duration::ZERO, rig.now);
         if request % 100 == 0 {
             rig.seconds(1);
         }
@@ -145,7 +145,7 @@ fn who_is_overloaded_is_not_preferred_because_it_has_just_reported() {
         says_in_flight(&rig, &upstream, if is_overloaded { 0 } else { 6 });
         match is_overloaded && rig.rng.bool() {
             true => upstream.overloaded(),
-            false => upstream.answered(),
+            false => upstream.answered(Duration::ZERO, rig.now),
         }
         if request >= 10_000 {
             late[usize::from(is_overloaded)] += 1;

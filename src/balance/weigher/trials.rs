@@ -32,33 +32,37 @@ impl Weigher {
         self.fleet.set_success_rates(best, median, worst);
     }
 
-    /// Uses those again that were ejected since the last tick if hardly any other has done better in between: then it
-    /// was something that they share, such as a database, and not they.
-    fn readmit_if_all_failed(&self) {
+    /// Forgives what has failed since the last tick if hardly any other has done better in between: then it was
+    /// something that they share, such as a database, and not they. Who has failed more often than another one says as
+    /// little as who was ejected. How well they have done is judged by what was usual at the last tick.
+    pub(super) fn forgive_if_all_failed(&self) {
         let (mut all, mut active, mut better) = (0_u32, 0_u32, 0_u32);
-        let mut ejected = Vec::new();
+        let mut failed = Vec::new();
         for registration in self.roster.used() {
             let endpoint = &registration.endpoint;
             let (lowest, was_ejected) = endpoint.take_failures();
+            let is_better = !endpoint.is_ejected() && !self.fleet.is_poor(lowest);
             all += 1;
             if registration.is_active {
                 active += 1;
-                better += u32::from(!self.fleet.is_poor(lowest));
+                better += u32::from(is_better);
             }
-            if was_ejected {
-                ejected.push(endpoint);
+            // Those that were ejected before have failed by themselves.
+            if was_ejected || !endpoint.is_ejected() && !is_better {
+                failed.push(endpoint);
             }
         }
         if active >= FEWEST_FAILED && active * 2 >= all && better * 10 <= active {
-            for endpoint in ejected {
-                endpoint.readmit_with_all();
+            let rates = failed.iter().map(|endpoint| endpoint.success());
+            let best = rates.fold(0.0, f32::max);
+            for endpoint in failed {
+                endpoint.forgive(best);
             }
         }
     }
 
     /// Decides which of the backends that are new or ejected the next requests try.
     pub(super) fn decide_trials(&mut self, policy: &ActivePolicy, now: Instant) {
-        self.readmit_if_all_failed();
         let most_pause = Duration::from_millis(self.settings.adaptive.probe_most_ms);
         let (mut is_any_ejected, mut is_any_waiting, mut is_any_probed) = (false, false, false);
         for registration in self.roster.registrations_mut() {

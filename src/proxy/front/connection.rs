@@ -1,13 +1,15 @@
 //! The state of one client connection, shared by its stream, which keeps the deadlines, and the
 //! proxy, which knows what is being read.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use ::pingora::http::ResponseHeader;
 use ::pingora::protocols::raw_connect::ProxyDigest;
 use ::pingora::proxy::Session;
 use http::HeaderValue;
+use tokio::time::Instant;
 
 use super::statistics::FrontStatistics;
 
@@ -82,7 +84,17 @@ pub(crate) struct Connection {
     peer: OnceLock<HeaderValue>,
     port: OnceLock<HeaderValue>,
     statistics: Arc<FrontStatistics>,
+    accepted: Instant,
+    /// Until when the body of the request is to be there, whatever its parts take.
+    body_by: Deadline,
+    /// Until when a backend is to answer, where Pingora cannot keep that time.
+    answer_by: Deadline,
+    /// That time was over.
+    is_unanswered: AtomicBool,
 }
+
+/// A time in microseconds after the connection was accepted; 0 for none.
+type Deadline = AtomicU64;
 
 impl Connection {
     pub(super) fn new(certificate: Option<HeaderValue>, statistics: Arc<FrontStatistics>) -> Self {
@@ -94,6 +106,10 @@ impl Connection {
             phase: AtomicU8::new(Phase::Accepted as u8),
             ended: AtomicU8::new(0),
             ends_writing: AtomicBool::new(false),
+            accepted: Instant::now(),
+            body_by: Deadline::new(0),
+            answer_by: Deadline::new(0),
+            is_unanswered: AtomicBool::new(false),
         }
     }
 
@@ -145,6 +161,50 @@ impl Connection {
 
     pub(super) fn ends_writing(&self) -> bool {
         self.ends_writing.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, deadline: &Deadline, within: Option<Duration>) {
+        let after = within.map(|within| self.accepted.elapsed().saturating_add(within));
+        let micros = after.map_or(0, |after| {
+            u64::try_from(after.as_micros()).unwrap_or(u64::MAX)
+        });
+        deadline.store(micros, Ordering::Relaxed);
+    }
+
+    fn time(&self, deadline: &Deadline) -> Option<Instant> {
+        match deadline.load(Ordering::Relaxed) {
+            0 => None,
+            micros => self.accepted.checked_add(Duration::from_micros(micros)),
+        }
+    }
+
+    /// The body of the request has to be there within this time from now on, if it is given.
+    pub(crate) fn expect_body(&self, within: Option<Duration>) {
+        self.set(&self.body_by, within);
+    }
+
+    pub(super) fn body_by(&self) -> Option<Instant> {
+        self.time(&self.body_by)
+    }
+
+    /// A backend has to answer within this time from now on, if it is given. If it does not,
+    /// [`take_unanswered`](Self::take_unanswered) says so, and a read fails.
+    pub(crate) fn expect_answer(&self, within: Option<Duration>) {
+        self.set(&self.answer_by, within);
+    }
+
+    pub(super) fn answer_by(&self) -> Option<Instant> {
+        self.time(&self.answer_by)
+    }
+
+    pub(super) fn set_unanswered(&self) {
+        self.expect_answer(None);
+        self.is_unanswered.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a backend has not answered in time, since this was last asked.
+    pub(crate) fn take_unanswered(&self) -> bool {
+        self.is_unanswered.swap(false, Ordering::Relaxed)
     }
 
     pub(crate) fn ended(&self) -> Option<Ended> {

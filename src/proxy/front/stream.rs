@@ -34,6 +34,10 @@ const HELD: usize = 1_460;
 /// Pingora writes at most three slices at a time: those of a chunk.
 const MOST_SLICES: usize = 4;
 
+fn timed_out(reason: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, reason)
+}
+
 pub(super) struct ClientStream {
     inner: Stream,
     /// What was read to find out what the connection is.
@@ -160,11 +164,17 @@ impl ClientStream {
             Phase::Body => timeouts.client_body,
             Phase::Tunnel => timeouts.tunnel,
             Phase::Drain => timeouts.client_drain,
-            // Over HTTP/2 all the time: Pingora ends a connection that has no requests.
-            Phase::Expect | Phase::Answer => return None,
+            // Over HTTP/2 all the time, without any: Pingora ends a connection that has no requests.
+            Phase::Answer => return self.connection.answer_by(),
+            Phase::Expect => return None,
         };
         let since = *self.since.get_or_insert_with(Instant::now);
-        since.checked_add(within)
+        let deadline = since.checked_add(within);
+        let body_by = match phase {
+            Phase::Body => self.connection.body_by(),
+            _ => None,
+        };
+        deadline.into_iter().chain(body_by).min()
     }
 
     /// Gives up reading, with an answer to an HTTP/1 client that has begun a request.
@@ -174,8 +184,13 @@ impl ClientStream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> io::Result<()> {
-        self.connection.end(why);
         let phase = self.phase;
+        if phase == Phase::Answer {
+            // The client does nothing wrong, and the request may be tried at another backend.
+            self.connection.set_unanswered();
+            return Err(timed_out("the backend did not answer in time"));
+        }
+        self.connection.end(why);
         match phase {
             Phase::Head if !self.is_http2 => {
                 let refusal = match why {
@@ -199,10 +214,7 @@ impl ClientStream {
             }
             _ => {
                 self.statistics.count_read_timeout();
-                Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    "the client sent nothing for too long",
-                ))
+                Err(timed_out("the client sent nothing for too long"))
             }
         }
     }
@@ -248,10 +260,7 @@ impl ClientStream {
         ready!(self.write_deadline.poll(deadline, context));
         self.connection.end(Ended::WriteTimeout);
         self.statistics.count_write_timeout();
-        Poll::Ready(Err(io::Error::new(
-            io::ErrorKind::TimedOut,
-            "the client did not read in time",
-        )))
+        Poll::Ready(Err(timed_out("the client did not read in time")))
     }
 
     /// The client has taken `count` bytes of those that were held and of those that followed them:

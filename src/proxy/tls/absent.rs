@@ -1,7 +1,6 @@
 //! What stands for TLS where the feature `proxy-tls` is off: nothing of it can exist.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use ::pingora::protocols::Stream;
 use ::pingora::server::ShutdownWatch;
@@ -32,7 +31,7 @@ impl ClientTls {
         Err(absent("cluster.tls"))
     }
 
-    pub(in crate::proxy) fn files(&self) -> Arc<Files> {
+    pub(in crate::proxy) fn files(&self) -> Vec<Files> {
         match *self {}
     }
 
@@ -50,7 +49,7 @@ impl BackendTls {
         Err(absent(field))
     }
 
-    pub(in crate::proxy) fn files(&self) -> Arc<Files> {
+    pub(in crate::proxy) fn files(&self) -> Vec<Files> {
         match *self {}
     }
 
@@ -64,8 +63,10 @@ impl BackendTls {
 pub(in crate::proxy) struct Reload(());
 
 impl Reload {
-    pub(in crate::proxy) fn add(&self, files: &Arc<Files>) {
-        match **files {}
+    pub(in crate::proxy) fn add(&self, files: &[Files]) {
+        if let Some(file) = files.first() {
+            match *file {}
+        }
     }
 
     pub(in crate::proxy) fn show<'a>(&self, _: impl Iterator<Item = (&'a str, &'a Path)>) {}

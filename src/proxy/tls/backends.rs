@@ -1,6 +1,7 @@
 //! TLS to backends: whom they have to be signed by, and who this process is.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 
 use ::pingora::upstreams::peer::HttpPeer;
@@ -13,60 +14,79 @@ use crate::config::Backends;
 use crate::error::ClusterError;
 use crate::pem::{certificates, invalid_file, private_key, provider, trusted_roots};
 
-/// TLS to backends, beyond the name that they are verified by.
+/// TLS to backends, beyond the name that they are verified by. A file that cannot be used holds up only its own
+/// part.
 #[derive(Clone)]
-pub(in crate::proxy) struct BackendTls(Arc<Reloaded<Material>>);
-
-#[derive(Default)]
-struct Material {
+pub(in crate::proxy) struct BackendTls {
     /// `None` for the CAs of the system.
-    roots: Option<Arc<[WrappedX509]>>,
-    identity: Option<Arc<CertKey>>,
+    roots: Option<Arc<Reloaded<Marked<[WrappedX509]>>>>,
+    identity: Option<Arc<Reloaded<Marked<CertKey>>>>,
+}
+
+/// What was made from files.
+struct Marked<T: ?Sized> {
+    made: Arc<T>,
     /// Keeps connections apart that were made with other files.
     mark: u64,
+}
+
+fn marked<T: ?Sized>(made: Arc<T>, contents: &[Vec<u8>]) -> Marked<T> {
+    Marked {
+        made,
+        mark: fingerprint(contents) as u64,
+    }
 }
 
 impl BackendTls {
     /// Errors name the field as a part of `field`.
     pub(in crate::proxy) fn new(config: &Backends, field: &str) -> Result<Self, ClusterError> {
-        let named = [
-            ("ca_file", &config.ca_file),
-            ("cert_file", &config.cert_file),
-            ("key_file", &config.key_file),
-        ];
-        let named = named.into_iter().filter_map(|(name, path)| {
-            let path = path.as_ref()?;
-            Some(Named::new(&format!("{field}.{name}"), path))
+        let named = |name: &str, path: &Path| Named::new(&format!("{field}.{name}"), path);
+        let roots = config.ca_file.as_ref().map(|path| {
+            let file = named("ca_file", path);
+            Reloaded::new(vec![file.clone()], move |contents: &[Vec<u8>]| {
+                let pem = contents.first().map_or(&[][..], Vec::as_slice);
+                Ok(marked(roots(&file, pem)?, contents))
+            })
         });
-        let files: Vec<_> = named.collect();
-        let (has_roots, named) = (config.ca_file.is_some(), files.clone());
-        let make = move |contents: &[Vec<u8>]| {
-            let mut read = named.iter().zip(contents);
-            let mut material = Material {
-                mark: fingerprint(contents) as u64,
-                ..Material::default()
-            };
-            if has_roots && let Some((file, pem)) = read.next() {
-                material.roots = Some(roots(file, pem)?);
-            }
-            if let (Some(cert), Some(key)) = (read.next(), read.next()) {
-                material.identity = Some(identity(cert, key)?);
-            }
-            Ok(material)
-        };
-        Reloaded::new(files, make).map(|material| Self(Arc::new(material)))
+        let pair = config.cert_file.as_ref().zip(config.key_file.as_ref());
+        let identity = pair.map(|(cert, key)| {
+            let files = [named("cert_file", cert), named("key_file", key)];
+            Reloaded::new(files.to_vec(), move |contents: &[Vec<u8>]| {
+                let [cert, key] = &files;
+                let pem = |index: usize| contents.get(index).map_or(&[][..], Vec::as_slice);
+                let made = identity((cert, pem(0)), (key, pem(1)))?;
+                Ok(marked(made, contents))
+            })
+        });
+        Ok(Self {
+            roots: roots.transpose()?.map(Arc::new),
+            identity: identity.transpose()?.map(Arc::new),
+        })
     }
 
-    pub(in crate::proxy) fn files(&self) -> Arc<dyn Check> {
-        self.0.clone()
+    pub(in crate::proxy) fn files(&self) -> Vec<Arc<dyn Check>> {
+        let mut all: Vec<Arc<dyn Check>> = Vec::new();
+        if let Some(roots) = &self.roots {
+            all.push(roots.clone());
+        }
+        if let Some(identity) = &self.identity {
+            all.push(identity.clone());
+        }
+        all
     }
 
     /// Adds this to a peer whose name has been set.
     pub(in crate::proxy) fn add_to(&self, peer: &mut HttpPeer) {
-        let material = self.0.current();
-        peer.options.ca.clone_from(&material.roots);
-        peer.client_cert_key.clone_from(&material.identity);
-        peer.group_key ^= material.mark;
+        if let Some(roots) = &self.roots {
+            let roots = roots.current();
+            peer.options.ca = Some(roots.made.clone());
+            peer.group_key ^= roots.mark;
+        }
+        if let Some(identity) = &self.identity {
+            let identity = identity.current();
+            peer.client_cert_key = Some(identity.made.clone());
+            peer.group_key ^= identity.mark;
+        }
     }
 }
 
@@ -95,7 +115,7 @@ fn wrapped(file: &Named, ders: Vec<Vec<u8>>) -> Result<Arc<[WrappedX509]>, Clust
         .map_err(|_| invalid_file(&file.field, &file.path, "cannot be parsed"))
 }
 
-type Content<'a> = (&'a Named, &'a Vec<u8>);
+type Content<'a> = (&'a Named, &'a [u8]);
 
 fn identity((cert, pem): Content, (key, key_pem): Content) -> Result<Arc<CertKey>, ClusterError> {
     let chain = certificates(&cert.field, &cert.path, pem)?;

@@ -1,5 +1,6 @@
 //! TLS to clients: which certificate they get, and which ones of theirs are accepted.
 
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,31 +28,53 @@ use crate::pem::{certificates, invalid_file, private_key, provider, trusted_root
 
 const FIELD: &str = "cluster.tls";
 
-/// TLS to clients.
+/// A certificate with its key.
+type Pair = Reloaded<CertifiedKey>;
+
+/// TLS to clients. What can be renewed by itself is read by itself, so that a file that cannot be used holds up
+/// nothing else.
 #[derive(Clone)]
-pub(in crate::proxy) struct ClientTls(Arc<Reloaded<Acceptor>>);
+pub(in crate::proxy) struct ClientTls {
+    /// Made from the CAs of clients, if there are any.
+    acceptor: Arc<Reloaded<Acceptor>>,
+    pairs: Vec<Arc<Pair>>,
+}
 
 impl ClientTls {
     pub(in crate::proxy) fn new(config: &ListenerTls) -> Result<Self, ClusterError> {
-        let mut files = Vec::new();
+        let mut pairs = Vec::new();
         for (index, pair) in config.certificates.iter().enumerate() {
             let field = format!("{FIELD}.certificates[{index}]");
-            files.push(Named::new(&format!("{field}.cert_file"), &pair.cert_file));
-            files.push(Named::new(&format!("{field}.key_file"), &pair.key_file));
+            let cert = Named::new(&format!("{field}.cert_file"), &pair.cert_file);
+            let key = Named::new(&format!("{field}.key_file"), &pair.key_file);
+            let files = vec![cert.clone(), key.clone()];
+            let make = move |contents: &[Vec<u8>]| match contents {
+                [cert_pem, key_pem] => certified_key(&cert, cert_pem, &key, key_pem),
+                _ => Err(invalid_file(&cert.field, &cert.path, "has no key")),
+            };
+            pairs.push(Arc::new(Reloaded::new(files, make)?));
         }
-        if let Some(file) = &config.client_ca_file {
-            files.push(Named::new(&format!("{FIELD}.client_ca_file"), file));
-        }
-        let (config, named) = (config.clone(), files.clone());
+        let ca = config.client_ca_file.as_ref();
+        let ca = ca.map(|path| Named::new(&format!("{FIELD}.client_ca_file"), path));
+        let files = ca.iter().cloned().collect();
+        let (config, served) = (config.clone(), pairs.clone());
         let make = move |contents: &[Vec<u8>]| {
-            let server = server_config(&config, &named, contents)?;
+            let ca = ca.as_ref().zip(contents.first());
+            let server = server_config(&config, ca, ByName(served.clone()))?;
             Ok(Acceptor::from_server_config(Arc::new(server)))
         };
-        Reloaded::new(files, make).map(|acceptor| Self(Arc::new(acceptor)))
+        Ok(Self {
+            acceptor: Arc::new(Reloaded::new(files, make)?),
+            pairs,
+        })
     }
 
-    pub(in crate::proxy) fn files(&self) -> Arc<dyn Check> {
-        self.0.clone()
+    pub(in crate::proxy) fn files(&self) -> Vec<Arc<dyn Check>> {
+        let mut all: Vec<Arc<dyn Check>> = vec![self.acceptor.clone()];
+        for pair in &self.pairs {
+            all.push(pair.clone());
+        }
+        all
     }
 
     /// Does the handshake on a connection that has just been accepted, of which `ahead` has been read
@@ -65,7 +88,7 @@ impl ClientTls {
         let mut stream =
             stream.map_err(|_| "the connection is none of the listener's".to_owned())?;
         stream.rewind(ahead);
-        let handshake = self.0.current();
+        let handshake = self.acceptor.current();
         let handshake = handshake.tls_handshake(*stream).await;
         let stream = handshake.map_err(|error| error.to_string())?;
         let certificate = stream.get_ssl().and_then(|tls| tls.peer_certificate_der());
@@ -82,18 +105,11 @@ fn as_field(certificate: &[u8]) -> Option<HeaderValue> {
 
 fn server_config(
     config: &ListenerTls,
-    files: &[Named],
-    contents: &[Vec<u8>],
+    ca: Option<(&Named, &Vec<u8>)>,
+    certificates: ByName,
 ) -> Result<ServerConfig, ClusterError> {
     let invalid = |error: rustls::Error| ClusterError::config(FIELD, error.to_string());
-    let mut read = files.iter().zip(contents);
-    let mut keys = Vec::new();
-    for _ in &config.certificates {
-        if let (Some((cert, cert_pem)), Some((key, key_pem))) = (read.next(), read.next()) {
-            keys.push(certified_key(cert, cert_pem, key, key_pem)?);
-        }
-    }
-    let verifier = match read.next() {
+    let verifier = match ca {
         Some((file, pem)) => verifier(config, &file.field, &file.path, pem)?,
         None => Arc::new(NoClientAuth),
     };
@@ -101,7 +117,7 @@ fn server_config(
         .with_safe_default_protocol_versions()
         .map_err(invalid)?
         .with_client_cert_verifier(verifier)
-        .with_cert_resolver(Arc::new(ByName(keys)));
+        .with_cert_resolver(Arc::new(certificates));
     if config.http2 {
         server.alpn_protocols.push(b"h2".to_vec());
     }
@@ -114,7 +130,7 @@ fn certified_key(
     cert_pem: &[u8],
     key: &Named,
     key_pem: &[u8],
-) -> Result<Arc<CertifiedKey>, ClusterError> {
+) -> Result<CertifiedKey, ClusterError> {
     let chain = certificates(&cert.field, &cert.path, cert_pem)?;
     let pem = private_key(&key.field, &key.path, key_pem)?;
     if chain
@@ -124,7 +140,7 @@ fn certified_key(
         return Err(invalid_file(&cert.field, &cert.path, "cannot be parsed"));
     }
     let certified = CertifiedKey::from_der(chain, pem, &provider());
-    let certified = certified.map_err(|error| {
+    certified.map_err(|error| {
         let reason = match error {
             rustls::Error::InconsistentKeys(_) => {
                 format!(
@@ -135,8 +151,7 @@ fn certified_key(
             other => other.to_string(),
         };
         invalid_file(&key.field, &key.path, &reason)
-    })?;
-    Ok(Arc::new(certified))
+    })
 }
 
 fn verifier(
@@ -160,8 +175,13 @@ fn verifier(
 
 /// Certificates by the names that they are for. The cost of a handshake grows with their number, by
 /// about a microsecond each.
-#[derive(Debug)]
-struct ByName(Vec<Arc<CertifiedKey>>);
+struct ByName(Vec<Arc<Pair>>);
+
+impl fmt::Debug for ByName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("ByName").field(&self.0.len()).finish()
+    }
+}
 
 impl ByName {
     fn find(&self, name: Option<&str>) -> Option<Arc<CertifiedKey>> {
@@ -173,9 +193,10 @@ impl ByName {
             };
             self.0
                 .iter()
+                .map(|pair| pair.current())
                 .find(|key| key.cert.first().is_some_and(is_for))
         });
-        named.or(self.0.first()).cloned()
+        named.or_else(|| self.0.first().map(|pair| pair.current()))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Something that is made from files, and made again when they change.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -30,6 +31,8 @@ pub(in crate::proxy) struct Reloaded<T> {
     shown: ArcSwap<Vec<CertificateFile>>,
     /// A hash of the contents that were tried last, so that no key stays in memory.
     tried: Mutex<u128>,
+    /// A file could not be read when it was last tried.
+    is_unread: AtomicBool,
 }
 
 impl<T: Send + Sync + 'static> Reloaded<T> {
@@ -45,6 +48,7 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
             shown: ArcSwap::from_pointee(shown(&files, &contents)),
             files,
             make: Box::new(make),
+            is_unread: AtomicBool::new(false),
         })
     }
 
@@ -62,8 +66,16 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
         let contents = match read(&self.files) {
             Ok(contents) => contents,
             // As while it is being replaced.
-            Err(error) => return say(|| warn!(%error, "a certificate file cannot be read")),
+            Err(error) => {
+                if !self.is_unread.swap(true, Ordering::Relaxed) {
+                    say(|| {
+                        warn!(%error, "a certificate file cannot be read; the former one is still in use");
+                    });
+                }
+                return;
+            }
         };
+        self.is_unread.store(false, Ordering::Relaxed);
         let found = fingerprint(&contents);
         if std::mem::replace(&mut *lock(&self.tried), found) == found {
             return;
@@ -103,15 +115,17 @@ pub(in crate::proxy) struct Reload {
 
 impl Reload {
     /// Also checks these, as long as somebody uses them.
-    pub(in crate::proxy) fn add(&self, files: &Arc<dyn Check>) {
-        lock(&self.files).push(Arc::downgrade(files));
+    pub(in crate::proxy) fn add(&self, files: &[Arc<dyn Check>]) {
+        lock(&self.files).extend(files.iter().map(Arc::downgrade));
     }
 
     /// Also shows these files, which something else uses and reads again.
     pub(in crate::proxy) fn show<'a>(&self, files: impl Iterator<Item = (&'a str, &'a Path)>) {
-        let files = Watched::of(files);
+        let files: Vec<_> = files
+            .map(|(field, path)| Watched::of(field, path))
+            .collect();
         self.add(&files);
-        lock(&self.of_others).push(files);
+        lock(&self.of_others).extend(files);
     }
 
     /// The certificates that are in use, each file once, by the first field that names it.

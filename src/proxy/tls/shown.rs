@@ -69,18 +69,17 @@ fn time(seconds: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
 }
 
-/// Files that somebody else uses, and reads again.
+/// A file that somebody else uses, and reads again.
 pub(super) struct Watched {
-    files: Vec<Named>,
+    file: [Named; 1],
     shown: ArcSwap<Vec<CertificateFile>>,
 }
 
 impl Watched {
-    /// Files by the fields that name them.
-    pub(super) fn of<'a>(files: impl Iterator<Item = (&'a str, &'a Path)>) -> Arc<dyn Check> {
-        let files = files.map(|(field, path)| Named::new(field, path)).collect();
+    /// A file, and the field that names it.
+    pub(super) fn of(field: &str, path: &Path) -> Arc<dyn Check> {
         let watched = Self {
-            files,
+            file: [Named::new(field, path)],
             shown: ArcSwap::default(),
         };
         watched.check_files();
@@ -90,9 +89,9 @@ impl Watched {
 
 impl Check for Watched {
     fn check_files(&self) {
-        // While one cannot be read, what it was stays shown.
-        if let Ok(contents) = read(&self.files) {
-            self.shown.store(Arc::new(shown(&self.files, &contents)));
+        // While it cannot be read, what it was stays shown.
+        if let Ok(contents) = read(&self.file) {
+            self.shown.store(Arc::new(shown(&self.file, &contents)));
         }
     }
 
