@@ -111,11 +111,6 @@ impl Controller {
         self.excess_latency
     }
 
-    /// The last mean latency, in seconds.
-    pub(super) fn mean_latency(&self) -> Option<f64> {
-        self.mean_latency
-    }
-
     /// The mean latency of the last tick, in seconds.
     pub(super) fn new_mean_latency(&self) -> Option<f64> {
         self.mean_latency.filter(|_| self.has_new_latency)

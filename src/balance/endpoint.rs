@@ -46,8 +46,8 @@ pub(super) struct EndpointState {
     refusing: AtomicF32,
     /// Successes since the latencies were last taken.
     successes: AtomicU32,
-    /// All failures; wraps.
-    failures: AtomicU32,
+    /// All outcomes without a latency: failures, and answers without work; wraps.
+    unmeasured: AtomicU32,
     /// The lowest success rate since the last tick.
     lowest_success: AtomicF32,
     /// It was ejected since the last tick, for answers and not because it refuses connections.
@@ -216,6 +216,10 @@ impl Backend for EndpointState {
         self.orphaned.load(Ordering::Relaxed)
     }
 
+    fn is_lingering(&self) -> bool {
+        self.lingering.load(Ordering::Relaxed) > 0
+    }
+
     fn begin_lingering(&self) {
         self.lingering.fetch_add(1, Ordering::Relaxed);
     }
@@ -255,7 +259,7 @@ impl Endpoint {
                 is_offered: AtomicBool::new(false),
                 refusing: AtomicF32::new(0.0),
                 successes: AtomicU32::new(0),
-                failures: AtomicU32::new(0),
+                unmeasured: AtomicU32::new(0),
                 lowest_success: AtomicF32::new(1.0),
                 was_ejected: AtomicBool::new(false),
                 tunnels: AtomicU32::new(0),
@@ -394,9 +398,9 @@ impl Endpoint {
 
     /// A number that every outcome changes, until latencies are taken.
     pub(super) fn outcomes(&self) -> u32 {
-        let failures = self.state.failures.load(Ordering::Relaxed);
+        let unmeasured = self.state.unmeasured.load(Ordering::Relaxed);
         let successes = self.state.successes.load(Ordering::Relaxed);
-        successes.wrapping_add(failures)
+        successes.wrapping_add(unmeasured)
     }
 
     /// Whether this process has had any request there since [`outcomes`](Self::outcomes) was this.

@@ -72,6 +72,8 @@ pub(super) struct Fleet {
     heard: Heard,
     /// How many of the requests in flight have become tunnels.
     tunnels: AtomicU32,
+    /// The part of the requests that backends answer without doing their work, as of the last tick.
+    usual_refusing: AtomicF32,
     lingering: Lingering,
 }
 
@@ -136,6 +138,7 @@ impl Fleet {
             refused: AtomicU64::new(0),
             heard: Heard::new(),
             tunnels: AtomicU32::new(0),
+            usual_refusing: AtomicF32::new(0.0),
             lingering: Lingering::new(),
         }
     }
@@ -199,6 +202,15 @@ impl Fleet {
         self.tunnels.load(Ordering::Relaxed)
     }
 
+    /// The part of the requests that backends answer without doing their work, as of the last tick.
+    pub(super) fn usual_refusing(&self) -> f32 {
+        self.usual_refusing.get()
+    }
+
+    pub(super) fn set_usual_refusing(&self, part: f32) {
+        self.usual_refusing.set(part);
+    }
+
     /// The requests that were answered too soon.
     pub(super) fn lingering(&self) -> &Lingering {
         &self.lingering
@@ -246,15 +258,18 @@ impl Fleet {
         self.set_mode(SOME_FAIL);
     }
 
+    /// The standard deviation of a moving mean of outcomes.
+    pub(super) fn deviation(&self, rate: f32) -> f32 {
+        let gain = self.success_gain.get();
+        let variance = rate * (1.0 - rate) * gain / (2.0 - gain);
+        variance.max(0.0).sqrt()
+    }
+
     /// Takes over the best success rate of all backends, and the median and the worst one of those that
     /// are not ejected, as of now.
     pub(super) fn set_success_rates(&self, best: f32, median: f32, worst: f32) {
         self.best_success.set(best);
-        // The variance of a moving mean of outcomes.
-        let gain = self.success_gain.get();
-        let deviation = (median * (1.0 - median) * gain / (2.0 - gain))
-            .max(0.0)
-            .sqrt();
+        let deviation = self.deviation(median);
         let limit =
             |part: f32, deviations: f32| (median * part).min(median - deviations * deviation);
         let eject_below = self.eject_below.get();

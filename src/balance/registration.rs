@@ -70,7 +70,7 @@ pub(super) struct Registration {
     pub(super) outcomes_at_tick: u32,
     /// There was a request between the last two ticks.
     pub(super) is_active: bool,
-    /// It does its work for so much fewer requests than the others that what it reports says nothing of them.
+    /// It does its work for so much fewer requests than the others that its low load says nothing.
     pub(super) is_refusing: bool,
     trial: Trial,
     /// The factor on its static weight when it was ejected, relative to those that work.
@@ -148,7 +148,7 @@ impl Registration {
         &self.load
     }
 
-    /// The load that weights may follow: without CPU in use because it refuses its work, nobody is a better choice.
+    /// The load that weights follow: who has little to do because it refuses its work is no better choice for that.
     pub(super) fn believed_load(&self) -> &Load {
         match self.is_refusing {
             true => &Load::UNKNOWN,

@@ -16,7 +16,7 @@ pub(super) struct Totals {
 impl Totals {
     pub(super) fn add(&mut self, registration: &Registration) {
         if registration.takes_traffic() {
-            self.loads.add(registration.load());
+            self.loads.add(registration.believed_load());
             if let Some(load) = registration.controller.load() {
                 self.controlled.add(load, 1.0);
             }
@@ -25,7 +25,7 @@ impl Totals {
 
     pub(super) fn remove(&mut self, registration: &Registration) {
         if registration.takes_traffic() {
-            self.loads.remove(registration.load());
+            self.loads.remove(registration.believed_load());
             if let Some(load) = registration.controller.load() {
                 self.controlled.remove(load);
             }

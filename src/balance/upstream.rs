@@ -68,14 +68,15 @@ impl Upstream {
         }
     }
 
-    /// Reports that the backend works, but answered at `now` without doing what it usually does, such as with
-    /// 401 or 404, `latency` after the request was sent to it. How fast it did so says nothing, and does not attract
-    /// requests: until the usual latency of all backends is over, picks take the request as if it were in flight.
-    /// [`in_flight`](Self::in_flight) and limits do not.
-    pub fn answered(mut self, latency: Duration, now: Instant) {
+    /// Reports that the backend works, but answered without doing what it usually does, such as with 401 or 404. The
+    /// request ended at `now`, and `took` so long since it was sent to the backend. How fast that was says nothing, and
+    /// does not attract requests: if the backend does so for more of its requests than others, picks take the request
+    /// as if it were in flight until the usual latency of successes is over. [`in_flight`](Self::in_flight) and limits
+    /// do not.
+    pub fn answered(mut self, took: Duration, now: Instant) {
         match (self.take_probe(), &self.in_flight) {
             (true, _) => self.state.probe_succeeds(),
-            (false, None) => self.state.answered(latency, now),
+            (false, None) => self.state.answered(took, now),
             // The share of each is limited by the number of all, to which such requests do not belong.
             (false, Some(_)) => self.state.works(),
         }

@@ -1,5 +1,6 @@
 //! From the nodes of a group, and the outcomes of requests, to the weights of backends.
 
+mod refusing;
 mod trials;
 
 use std::collections::HashMap;
@@ -27,9 +28,6 @@ const WEIGHED_ALONE_FROM: usize = 256;
 const FEW_OF: usize = 50;
 /// For how long nothing is looked at, at most, where nothing happens.
 const LONGEST_REST: Duration = Duration::from_secs(60);
-/// By how much the part of the requests that a backend answers without doing its work is above the mean of all, so that
-/// its reports say nothing.
-const MORE_REFUSING: f32 = 0.3;
 /// How long a report of requests in flight counts.
 const IN_FLIGHT_REPORT_VALID: Duration = Duration::from_secs(5);
 
@@ -70,7 +68,8 @@ struct TickSummary {
     metrics: Mean,
     loads: Mean,
     excess_latency: Mean,
-    latency: Mean,
+    /// Mean latencies of this tick, in seconds.
+    latencies: Vec<f64>,
     in_flight: Mean,
     has_tunnels: bool,
 }
@@ -224,6 +223,7 @@ impl Weigher {
         }
         let last = self.last_tick.replace(now).unwrap_or(now);
         let passed = now.saturating_duration_since(last);
+        self.find_refusing();
         self.roster.tick(now);
         self.roster.start_slowly(now);
         self.scale.find_zone(&self.settings.zone, &self.roster);
@@ -312,7 +312,6 @@ impl Weigher {
     fn learn_from_requests(&mut self, now: Instant, passed: Duration) {
         let adaptive = &self.settings.adaptive;
         let mut summary = TickSummary::default();
-        let refusing = self.refusing_of_most();
         let shared = self.sharing.level(self.scale.calm_of_half());
         let samples = adaptive.latency_samples_at(shared);
         for registration in self.roster.registrations_mut() {
@@ -325,7 +324,6 @@ impl Weigher {
             let endpoint = &registration.endpoint;
             let controller = &mut registration.controller;
             controller.age(adaptive, now, passed);
-            registration.is_refusing = endpoint.refusing() > refusing;
             if registration.is_refusing {
                 controller.set_load(None, now);
             }
@@ -352,9 +350,10 @@ impl Weigher {
         }
         self.sharing.tick(&summary.in_flight);
         self.fleet.set_tunnels(summary.has_tunnels);
-        let lingering = self.fleet.lingering();
-        lingering.set_usual_latency(summary.latency.value());
-        lingering.release(now);
+        if let Some(usual) = lower_median(&mut summary.latencies) {
+            self.fleet.lingering().set_usual_latency(usual);
+        }
+        self.fleet.lingering().release(now);
         if !summary.reports_in_flight {
             self.fleet.clear_in_flight_reports();
         }
@@ -365,16 +364,6 @@ impl Weigher {
         }
         self.forgive_if_all_failed();
         self.compare_success_rates();
-    }
-
-    /// More than this is the part of the requests that a backend answers without doing its work only if most others do
-    /// theirs.
-    fn refusing_of_most(&self) -> f32 {
-        let mut mean = Mean::default();
-        for registration in self.roster.used() {
-            mean.add(registration.endpoint.refusing().into(), 1.0);
-        }
-        mean.value() as f32 + MORE_REFUSING
     }
 
     /// One backend for each address, including those that drain or have a static weight of 0.
@@ -406,11 +395,15 @@ impl TickSummary {
         }
         self.in_flight.add(endpoint.busy().into(), 1.0);
         self.has_tunnels |= endpoint.state().tunnels() > 0;
-        if let Some(latency) = controller.mean_latency() {
-            self.latency.add(latency, 1.0);
-        }
+        self.latencies.extend(controller.new_mean_latency());
         if let Some(excess) = controller.excess_latency() {
             self.excess_latency.add(excess, endpoint.share().get());
         }
     }
+}
+
+/// The lower one of the two in the middle, if their number is even.
+fn lower_median(values: &mut [f64]) -> Option<f64> {
+    let middle = values.len().checked_sub(1)? / 2;
+    Some(*values.select_nth_unstable_by(middle, f64::total_cmp).1)
 }

@@ -16,10 +16,11 @@ pub(super) fn failure(
     client_reused: bool,
 ) -> Failure {
     let method = &session.req_header().method;
+    let is_short = !session.as_ref().retry_buffer_truncated();
     Failure {
         is_idempotent: method.is_idempotent(),
         is_safe: method.is_safe(),
-        is_repeatable: !session.as_ref().retry_buffer_truncated(),
+        is_repeatable: is_short,
         is_unanswered: is_unanswered(session),
         is_from_backend: error.esource() == &ErrorSource::Upstream
             && !is_slow_upload(context, error),
@@ -31,7 +32,10 @@ pub(super) fn failure(
             RetryType::Decided(true) => PingoraRetry::Yes,
             // Pingora says nothing of a body that could not be written, perhaps because the head, written before,
             // had met the closing of the connection.
-            _ if client_reused && is_unwritten(session, error) => PingoraRetry::StaleConnection,
+            // A backend that has taken much of it has failed.
+            _ if client_reused && is_short && is_unwritten(session, error) => {
+                PingoraRetry::StaleConnection
+            }
             RetryType::ReusedOnly | RetryType::Decided(false) => PingoraRetry::No,
         },
         retries: context.retries,

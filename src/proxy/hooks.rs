@@ -87,6 +87,11 @@ impl ProxyHttp for ClusterProxy {
         }
         state.call = Call::of(&session.req_header().headers);
         state.is_upgrade = routing.limits.is_upgrade(session)?;
+        if state.is_upgrade {
+            // What comes before the response is for nobody, and the client is not to be left unwatched because of that.
+            session.set_pipelining_enabled(false);
+            session.set_abort_on_close(true);
+        }
         context.route = routing.route_of(session.req_header()).cloned();
         let decided = match &context.route {
             Some(route) => route.decide(session.req_header())?,
@@ -143,6 +148,7 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
         let (routing, state) = (&context.routing, &mut context.state);
+        state.awaits_answer();
         change_fields(request, |headers| {
             remove_lookalikes(headers);
             set_forwarded(&routing.trusted, session, headers, routing.sends_forwarded)?;
@@ -192,6 +198,7 @@ impl ProxyHttp for ClusterProxy {
         _: bool,
         context: &mut Box<RequestContext>,
     ) -> Result<Option<Duration>> {
+        context.state.answer_goes_on();
         context.state.time_left().map(|_| None)
     }
 
@@ -281,7 +288,7 @@ impl ProxyHttp for ClusterProxy {
         let error = match context.state.take_unanswered() {
             // A read of the client ended because the front keeps the time.
             true => {
-                let reason = "while waiting for the answer to an upgrade";
+                let reason = "while waiting for the response to an upgrade";
                 let mut error = Error::explain(ErrorType::ReadTimedout, reason);
                 error.as_up();
                 error

@@ -24,6 +24,8 @@ pub(super) struct RequestState {
     /// Instead of the group's times.
     pub(super) response_timeout: Option<Duration>,
     pub(super) tunnel_timeout: Option<Duration>,
+    /// How long the current backend may be silent.
+    pub(super) response_within: Duration,
     /// How often it may be tried on another backend.
     pub(super) most_retries: usize,
     /// The client's connection, if its listener has a front and it has one request at a time: over
@@ -94,6 +96,7 @@ impl RequestState {
             timeout: None,
             response_timeout: None,
             tunnel_timeout: None,
+            response_within: Duration::ZERO,
             most_retries: 0,
             connection: None,
             is_blameless: false,
@@ -157,6 +160,7 @@ impl RequestState {
             upstream.becomes_tunnel();
         }
         if let Some(connection) = &self.connection {
+            connection.expect_answer(None);
             connection.enter(Phase::Tunnel);
         }
     }
@@ -164,6 +168,7 @@ impl RequestState {
     /// The request has been received completely.
     pub(super) fn completes(&mut self) {
         self.is_complete = true;
+        self.awaits_answer();
         if let Some(connection) = &self.connection {
             connection.enter(Phase::Answer);
         }
@@ -177,18 +182,30 @@ impl RequestState {
         }
     }
 
-    /// The backend has this time to agree to a tunnel, or to refuse; `None` as soon as it has answered. Pingora
-    /// has one time for the answer and for each silence in the tunnel, so the front keeps this one.
-    pub(super) fn limit_agreement(&self, within: Option<Duration>) {
-        if let Some(connection) = self.connection.as_ref().filter(|_| self.is_upgrade) {
-            connection.expect_answer(within);
+    /// The connection of a request that asks for a tunnel. Pingora has one time for a silent backend and for a silent
+    /// tunnel, so the front keeps the first one.
+    fn asks_for_tunnel(&self) -> Option<&Connection> {
+        self.connection.as_deref().filter(|_| self.is_upgrade)
+    }
+
+    /// From now on the backend is waited for.
+    pub(super) fn awaits_answer(&self) {
+        if let Some(connection) = self.asks_for_tunnel() {
+            connection.expect_answer(Some(self.response_within));
         }
     }
 
-    /// Whether a backend did not answer within that time, since this was last asked.
+    /// The backend has sent something.
+    pub(super) fn answer_goes_on(&self) {
+        if let Some(connection) = self.asks_for_tunnel() {
+            connection.answer_goes_on();
+        }
+    }
+
+    /// Whether a backend was silent for too long, since this was last asked.
     pub(super) fn take_unanswered(&self) -> bool {
-        let connection = self.connection.as_ref().filter(|_| self.is_upgrade);
-        connection.is_some_and(|connection| connection.take_unanswered())
+        let connection = self.asks_for_tunnel();
+        connection.is_some_and(Connection::take_unanswered)
     }
 
     /// The response is complete. The rest of the request, if there is one, has no more use.

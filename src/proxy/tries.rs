@@ -57,7 +57,7 @@ impl GroupProxy {
             };
             let reason = match self.peers.peer(addr, &node, asked) {
                 Ok(peer) => {
-                    state.limit_agreement(Some(self.peers.response(&asked)));
+                    state.response_within = self.peers.response(&asked);
                     return Ok(peer);
                 }
                 Err(reason) => reason,
@@ -78,6 +78,7 @@ impl GroupProxy {
         response: &mut ResponseHeader,
         state: &mut RequestState,
     ) -> Result<()> {
+        state.answer_goes_on();
         let status = response.status;
         let node = state.node();
         let name = |headers: &mut HeaderMap| {
@@ -89,7 +90,6 @@ impl GroupProxy {
             change_response_fields(response, name);
             return Ok(());
         }
-        state.limit_agreement(None);
         if let Some(addr) = state.addr() {
             let overload = &self.picker.overload;
             overload.answered(addr, status, &response.headers);
@@ -278,7 +278,9 @@ impl GroupProxy {
         if let Some(upstream) = state.upstream.take() {
             match outcome {
                 Outcome::Succeeded => upstream.succeeded(state.latency()),
-                Outcome::Answered => upstream.answered(state.latency(), Instant::now()),
+                Outcome::Answered => {
+                    upstream.answered(state.sent.elapsed(), Instant::now());
+                }
                 Outcome::Failed => upstream.failed(),
                 Outcome::Overloaded => upstream.overloaded(),
                 Outcome::Unknown => drop(upstream),

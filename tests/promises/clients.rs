@@ -7,8 +7,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use super::common::etcd::Etcd;
+use super::common::group;
 use super::raw::{Raw, RawBackend, in_front_of, is_closed_within, ok, status};
-use super::world::{entry, put, until};
+use super::world::{Setup, entry, put, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -278,13 +279,63 @@ async fn a_backend_that_does_not_answer_a_websocket_has_the_time_of_any_other_an
         !hangs.requests().is_empty()
     })
     .await;
-    let mut client = Raw::to(&balancer).await;
-    let start = Instant::now();
-    let response = client.get(head).await;
-    assert_eq!(status(&response), "504", "{response}");
-    let took = start.elapsed();
-    assert!(took > SECOND && took < 10 * SECOND, "{took:?}");
-    assert!(is_closed_within(&mut client.0, 5 * SECOND).await);
+    let post = format!("POST / HTTP/1.1\r\nHost: a\r\n{head}Content-Length: 2\r\n");
+    let get = format!("GET / HTTP/1.1\r\nHost: a\r\n{head}");
+    for (request, then, expected) in [
+        (format!("{get}\r\n"), "", "504"),
+        // It waits for the backend to say that it wants the body.
+        (format!("{post}Expect: 100-continue\r\n\r\n"), "", "504"),
+        // The backend's time begins with the end of the request.
+        (format!("{post}\r\n"), "ab", "504"),
+        // Nothing may follow before the backend has agreed, and it would hide that the client leaves.
+        (format!("{get}\r\n"), "early", "400"),
+    ] {
+        let mut client = Raw::to(&balancer).await;
+        client.send(request.as_bytes()).await;
+        let mut start = Instant::now();
+        if !then.is_empty() {
+            tokio::time::sleep(3 * SECOND / 2).await;
+            start = Instant::now();
+            client.send(then.as_bytes()).await;
+        }
+        let response = client.rest().await;
+        let took = start.elapsed();
+        assert_eq!(status(&response), expected, "{request:?}: {response:?}");
+        let is_in_time = (took > SECOND || expected == "400") && took < 10 * SECOND;
+        assert!(is_in_time, "{request:?}: {took:?}");
+    }
+}
+
+/// Its time is not the tunnel's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_response_that_refuses_a_websocket_and_stops_ends() {
+    let stops = |_: &str| b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\npart".to_vec();
+    let backend = RawBackend::start(stops).await;
+    let (etcd, group) = (Etcd::shared(), group("stops"));
+    let entry = entry("a", Some(backend.address.port()), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let fields = "timeouts: { response_ms: 1500 }";
+    let balancer = Setup::shared(&group).with(fields).listening().await;
+    until("the backend is asked", async || {
+        let mut client = Raw::to(&balancer).await;
+        client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        !backend.requests().is_empty()
+    })
+    .await;
+    for head in ["", "Connection: Upgrade\r\nUpgrade: websocket\r\n"] {
+        let mut client = Raw::to(&balancer).await;
+        let start = Instant::now();
+        let request = format!("GET / HTTP/1.1\r\nHost: a\r\n{head}\r\n");
+        client.send(request.as_bytes()).await;
+        let response = client.rest().await;
+        assert!(response.ends_with("part"), "{head}: {response}");
+        assert!(
+            start.elapsed() < 10 * SECOND,
+            "{head}: {:?}",
+            start.elapsed()
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -325,13 +376,17 @@ async fn a_request_has_a_time_for_all_of_it() {
     let start = Instant::now();
     assert_eq!(status(&client.get("").await), "504");
     assert!(start.elapsed() < 2 * SECOND, "{:?}", start.elapsed());
-    // Also while the client is waited for.
+    // Also while the client is waited for, whose parts would each have their own time.
+    let fields = "timeouts: { request_ms: 2000, response_ms: 60000 }";
+    let balancer = in_front_of(&backend, "whole-bodies", fields).await;
     let mut client = Raw::to(&balancer).await;
     let start = Instant::now();
     let head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n12345";
     client.send(head).await;
+    tokio::time::sleep(3 * SECOND / 2).await;
+    client.send(b"678").await;
     assert_eq!(status(&client.rest().await), "408");
-    assert!(start.elapsed() < 2 * SECOND, "{:?}", start.elapsed());
+    assert!(start.elapsed() < 3 * SECOND, "{:?}", start.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

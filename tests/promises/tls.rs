@@ -182,6 +182,16 @@ async fn certificates_are_chosen_by_name_and_reloaded_but_bad_ones_are_not() {
         })
         .await;
     }
+    // After one more look at all of them.
+    let again = authority.server(&["again.test"]);
+    std::fs::write(&one.0, &again.cert).unwrap();
+    std::fs::write(&one.1, &again.key).unwrap();
+    until("the files are in use", async || {
+        connect(address, "again.test", &authority, None, &[])
+            .await
+            .is_ok()
+    })
+    .await;
     assert_eq!(cannot_be_read(), 1);
 }
 

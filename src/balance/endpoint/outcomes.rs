@@ -105,7 +105,7 @@ impl EndpointState {
     }
 
     fn add_failure(&self, failure: Failure) {
-        self.failures.fetch_add(1, Ordering::Relaxed);
+        self.unmeasured.fetch_add(1, Ordering::Relaxed);
         self.fleet.add_news();
         let before = self.success.get();
         if before < 0.0 {
@@ -138,13 +138,18 @@ impl EndpointState {
         }
     }
 
-    /// It answered without its usual work.
-    pub(in crate::balance) fn answered(self: &Arc<Self>, latency: Duration, now: Instant) {
+    /// It answered without its usual work, after this time.
+    pub(in crate::balance) fn answered(self: &Arc<Self>, took: Duration, now: Instant) {
         self.works();
-        let refusing = self.refusing.get();
-        let moved = self.fleet.after_success(refusing, false);
-        self.refusing.set(moved);
-        self.fleet.lingering().keep(self.clone(), latency, now);
+        self.unmeasured.fetch_add(1, Ordering::Relaxed);
+        let fleet = &self.fleet;
+        let refusing = fleet.after_success(self.refusing.get(), false);
+        self.refusing.set(refusing);
+        // What all of them refuse alike attracts nothing. The rest is how much less it has in flight than others.
+        let excess = refusing - fleet.usual_refusing();
+        if fleet.is_ejecting() && excess > 0.0 {
+            fleet.lingering().keep(self.clone(), took, excess, now);
+        }
     }
 
     pub(in crate::balance) fn readmit(&self) {
@@ -196,7 +201,7 @@ impl EndpointState {
 
     pub(in crate::balance) fn failed(&self, failure: Failure) {
         if self.is_ejected() {
-            self.failures.fetch_add(1, Ordering::Relaxed);
+            self.unmeasured.fetch_add(1, Ordering::Relaxed);
             return;
         }
         self.add_failure(failure);

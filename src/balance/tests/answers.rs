@@ -7,22 +7,35 @@ use super::*;
 
 const USUAL: Duration = Duration::from_millis(10);
 
-/// Which part of the requests goes to the one of three backends that answers after `latency` without doing its
-/// work, with so many clients that each have one request at a time.
-fn part_of_refusing(policy: Policy, clients: usize, latency: Duration) -> f64 {
+/// A backend that refuses this part of its requests, at once, and takes this time for the others.
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    refused: f64,
+    refusal: Duration,
+    usual: Duration,
+}
+
+const WORKING: Kind = Kind {
+    refused: 0.0,
+    refusal: Duration::from_micros(100),
+    usual: USUAL,
+};
+
+/// Which part of the requests each of these backends gets, from so many clients that each have one request at a time.
+fn parts(policy: Policy, clients: usize, kinds: &[Kind]) -> Vec<f64> {
     let mut rig = Rig::new(Balancer::builder().policy(policy));
-    for index in 0..3 {
+    for index in 0..kinds.len() as u16 {
         rig.nodes.insert(format!("n{index}"), bare(index));
     }
     rig.update();
     let start = rig.now;
     let mut ends = BinaryHeap::new();
-    let mut open = BTreeMap::new();
+    let mut open: BTreeMap<usize, (Upstream, Duration, bool)> = BTreeMap::new();
     for client in 0..clients {
         ends.push(Reverse((start, client)));
     }
     let mut next_tick = start + TICK;
-    let (mut refused, mut all) = (0, 0);
+    let mut counts = vec![0_u32; kinds.len()];
     while let Some(Reverse((at, client))) = ends.pop() {
         while at >= next_tick {
             rig.now = next_tick;
@@ -30,43 +43,84 @@ fn part_of_refusing(policy: Policy, clients: usize, latency: Duration) -> f64 {
             next_tick += TICK;
         }
         rig.now = at;
-        if let Some((upstream, took)) = open.remove(&client) {
-            let upstream: Upstream = upstream;
-            match upstream.addr().port() {
-                1_000 => upstream.answered(took, at),
-                _ => upstream.succeeded(took),
+        if let Some((upstream, took, is_refused)) = open.remove(&client) {
+            match is_refused {
+                true => upstream.answered(took, at),
+                false => upstream.succeeded(took),
             }
         }
         if at > start + 30 * TICK {
             continue;
         }
         let upstream = rig.pick();
-        let is_refusing = upstream.addr().port() == 1_000;
-        let took = match is_refusing {
-            true => latency,
+        let index = usize::from(upstream.addr().port() - 1_000);
+        let kind = kinds[index];
+        let is_refused = rig.rng.f64() < kind.refused;
+        let took = match is_refused {
+            true => kind.refusal,
             // Not all take the same time.
-            false => USUAL.mul_f64(rig.rng.f64() + 0.5),
+            false => kind.usual.mul_f64(rig.rng.f64() + 0.5),
         };
         if at > start + 10 * TICK {
-            all += 1;
-            refused += u32::from(is_refusing);
+            counts[index] += 1;
         }
-        open.insert(client, (upstream, took));
+        open.insert(client, (upstream, took, is_refused));
         ends.push(Reverse((at + took, client)));
     }
-    f64::from(refused) / f64::from(all)
+    let all = f64::from(counts.iter().sum::<u32>());
+    counts.iter().map(|count| f64::from(*count) / all).collect()
 }
 
 #[test]
 fn who_answers_at_once_without_its_work_does_not_attract_requests() {
     for policy in [Policy::Adaptive, Policy::Headroom] {
         for clients in [1, 2, 4, 8, 32] {
-            for latency in [Duration::from_micros(100), USUAL / 2] {
-                let part = part_of_refusing(policy, clients, latency);
-                let case = format!("{policy:?}, {clients} clients, {latency:?}: {part}");
-                assert!((0.2..0.42).contains(&part), "{case}");
+            for refusal in [Duration::from_micros(100), USUAL / 2] {
+                let refusing = Kind {
+                    refused: 1.0,
+                    refusal,
+                    ..WORKING
+                };
+                let parts = parts(policy, clients, &[refusing, WORKING, WORKING]);
+                let case = format!("{policy:?}, {clients} clients, {refusal:?}: {parts:?}");
+                assert!((0.2..0.42).contains(&parts[0]), "{case}");
             }
         }
+    }
+}
+
+/// Half of what clients ask for is not there, at any of them. One is slow.
+#[test]
+fn where_all_refuse_alike_requests_in_flight_count() {
+    let usual = Kind {
+        refused: 0.5,
+        ..WORKING
+    };
+    let slow = Kind {
+        usual: 4 * USUAL,
+        ..usual
+    };
+    for policy in [Policy::Adaptive, Policy::Headroom] {
+        let parts = parts(policy, 32, &[slow, usual, usual, usual]);
+        assert!(parts[0] < 0.13, "{policy:?}: {parts:?}");
+    }
+}
+
+/// What is usual is not what the slowest one takes.
+#[test]
+fn one_that_is_very_slow_does_not_make_those_wait_that_refuse_now_and_then() {
+    let usual = Kind {
+        refused: 0.1,
+        usual: Duration::from_millis(5),
+        ..WORKING
+    };
+    let slow = Kind {
+        usual: Duration::from_secs(1),
+        ..WORKING
+    };
+    for policy in [Policy::Adaptive, Policy::Headroom] {
+        let parts = parts(policy, 64, &[slow, usual]);
+        assert!(parts[0] < 0.02, "{policy:?}: {parts:?}");
     }
 }
 
@@ -102,45 +156,57 @@ fn what_was_answered_at_once_counts_for_picks_only_and_not_for_long() {
     assert!((30..70).contains(&picked), "{picked} of 100");
 }
 
-/// Nodes with weights relative to their mean after a minute, of which the first one answers this part of its requests
-/// without doing its work, and the others the other part.
-fn weights_after_a_minute(policy: Policy, refused: f32, of_others: f32) -> Vec<f64> {
+/// The weights of nodes relative to their mean after a minute, of which the first one refuses this part of its requests,
+/// and the others the other part; with the loads of one that refuses nothing, and all.
+fn weights(
+    policy: Policy,
+    count: u16,
+    refused: [f32; 2],
+    load: impl Fn(u16, f32) -> f32,
+) -> Vec<f64> {
     let mut rig = Rig::new(Balancer::builder().policy(policy));
-    for index in 0..3 {
+    for index in 0..count {
         rig.nodes.insert(format!("n{index}"), bare(index));
     }
     rig.update();
+    let part = |index: u16| refused[usize::from(index > 0)];
     for second in 0..60 {
-        for index in 0..3 {
-            let part = if index == 0 { refused } else { of_others };
-            rig.report(index, f64::from(5.0 + 55.0 * (1.0 - part)), second);
+        for index in 0..count {
+            rig.report(index, load(index, part(index)).into(), second);
         }
-        for _ in 0..60 {
+        for _ in 0..20 * count {
             let upstream = rig.pick();
-            let part = match upstream.addr().port() {
-                1_000 => refused,
-                _ => of_others,
-            };
-            match rig.rng.f32() < part {
+            match rig.rng.f32() < part(upstream.addr().port() - 1_000) {
                 true => upstream.answered(USUAL, rig.now),
                 false => upstream.succeeded(USUAL),
             }
         }
         rig.seconds(1);
     }
-    let weights: Vec<_> = (0..3).map(|index| rig.weight(index)).collect();
-    let mean = weights.iter().sum::<f64>() / 3.0;
+    let weights: Vec<_> = (0..count).map(|index| rig.weight(index)).collect();
+    let mean = weights.iter().sum::<f64>() / f64::from(count);
     weights.iter().map(|weight| weight / mean).collect()
 }
 
-/// It needs little of its CPU for that.
+/// Little of the CPU is needed to refuse.
+fn less_if_refused(_: u16, part: f32) -> f32 {
+    5.0 + 55.0 * (1.0 - part)
+}
+
 #[test]
 fn the_low_load_of_who_refuses_its_work_attracts_nothing() {
     for policy in [Policy::Adaptive, Policy::Headroom] {
-        let weights = weights_after_a_minute(policy, 1.0, 0.0);
-        assert!((0.7..1.3).contains(&weights[0]), "{policy:?}: {weights:?}");
-        let weights = weights_after_a_minute(policy, 0.9, 0.1);
-        assert!((0.7..1.3).contains(&weights[0]), "{policy:?}: {weights:?}");
+        for (count, refused) in [
+            (3, [1.0, 0.0]),
+            (3, [0.9, 0.1]),
+            (2, [1.0, 0.0]),
+            (2, [0.9, 0.2]),
+            (20, [1.0, 0.3]),
+        ] {
+            let weights = weights(policy, count, refused, less_if_refused);
+            let case = format!("{policy:?}, {count}, {refused:?}: {weights:?}");
+            assert!((0.8..1.15).contains(&weights[0]), "{case}");
+        }
     }
 }
 
@@ -148,7 +214,17 @@ fn the_low_load_of_who_refuses_its_work_attracts_nothing() {
 #[test]
 fn where_all_refuse_alike_their_loads_count() {
     for policy in [Policy::Adaptive, Policy::Headroom] {
-        let weights = weights_after_a_minute(policy, 0.7, 0.55);
+        let weights = weights(policy, 3, [0.7, 0.55], less_if_refused);
         assert!(weights[0] > 1.02, "{policy:?}: {weights:?}");
+    }
+}
+
+/// As where it is asked more for what is not there.
+#[test]
+fn the_high_load_of_who_refuses_its_work_counts() {
+    for policy in [Policy::Adaptive, Policy::Headroom] {
+        let load = |index: u16, _: f32| if index == 0 { 95.0 } else { 40.0 };
+        let weights = weights(policy, 3, [0.9, 0.0], load);
+        assert!(weights[0] < 0.8, "{policy:?}: {weights:?}");
     }
 }

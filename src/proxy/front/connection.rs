@@ -85,16 +85,20 @@ pub(crate) struct Connection {
     port: OnceLock<HeaderValue>,
     statistics: Arc<FrontStatistics>,
     accepted: Instant,
-    /// Until when the body of the request is to be there, whatever its parts take.
-    body_by: Deadline,
-    /// Until when a backend is to answer, where Pingora cannot keep that time.
-    answer_by: Deadline,
+    /// Until when the body of the request is to be there, whatever its parts take: in microseconds after the connection
+    /// was accepted, 0 for any time.
+    body_by: AtomicU64,
+    /// How long a backend may be silent, where Pingora cannot keep that time, and since when it is; in microseconds,
+    /// as above.
+    answer_within: AtomicU64,
+    answer_since: AtomicU64,
     /// That time was over.
     is_unanswered: AtomicBool,
 }
 
-/// A time in microseconds after the connection was accepted; 0 for none.
-type Deadline = AtomicU64;
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
 
 impl Connection {
     pub(super) fn new(certificate: Option<HeaderValue>, statistics: Arc<FrontStatistics>) -> Self {
@@ -107,8 +111,9 @@ impl Connection {
             ended: AtomicU8::new(0),
             ends_writing: AtomicBool::new(false),
             accepted: Instant::now(),
-            body_by: Deadline::new(0),
-            answer_by: Deadline::new(0),
+            body_by: AtomicU64::new(0),
+            answer_within: AtomicU64::new(0),
+            answer_since: AtomicU64::new(0),
             is_unanswered: AtomicBool::new(false),
         }
     }
@@ -163,38 +168,46 @@ impl Connection {
         self.ends_writing.load(Ordering::Relaxed)
     }
 
-    fn set(&self, deadline: &Deadline, within: Option<Duration>) {
-        let after = within.map(|within| self.accepted.elapsed().saturating_add(within));
-        let micros = after.map_or(0, |after| {
-            u64::try_from(after.as_micros()).unwrap_or(u64::MAX)
-        });
-        deadline.store(micros, Ordering::Relaxed);
-    }
-
-    fn time(&self, deadline: &Deadline) -> Option<Instant> {
-        match deadline.load(Ordering::Relaxed) {
-            0 => None,
-            micros => self.accepted.checked_add(Duration::from_micros(micros)),
-        }
+    fn elapsed(&self) -> Duration {
+        self.accepted.elapsed()
     }
 
     /// The body of the request has to be there within this time from now on, if it is given.
     pub(crate) fn expect_body(&self, within: Option<Duration>) {
-        self.set(&self.body_by, within);
+        let by = within.map(|within| self.elapsed().saturating_add(within));
+        self.body_by.store(by.map_or(0, micros), Ordering::Relaxed);
     }
 
     pub(super) fn body_by(&self) -> Option<Instant> {
-        self.time(&self.body_by)
+        match self.body_by.load(Ordering::Relaxed) {
+            0 => None,
+            by => self.accepted.checked_add(Duration::from_micros(by)),
+        }
     }
 
-    /// A backend has to answer within this time from now on, if it is given. If it does not,
+    /// A backend may be silent for so long from now on, if a time is given. If it is silent for longer,
     /// [`take_unanswered`](Self::take_unanswered) says so, and a read fails.
     pub(crate) fn expect_answer(&self, within: Option<Duration>) {
-        self.set(&self.answer_by, within);
+        self.answer_within
+            .store(within.map_or(0, micros), Ordering::Relaxed);
+        self.answer_goes_on();
+    }
+
+    /// The backend is not silent, or it is not the backend that is waited for.
+    pub(crate) fn answer_goes_on(&self) {
+        if self.answer_within.load(Ordering::Relaxed) > 0 {
+            self.answer_since
+                .store(micros(self.elapsed()), Ordering::Relaxed);
+        }
     }
 
     pub(super) fn answer_by(&self) -> Option<Instant> {
-        self.time(&self.answer_by)
+        let within = match self.answer_within.load(Ordering::Relaxed) {
+            0 => return None,
+            within => Duration::from_micros(within),
+        };
+        let since = Duration::from_micros(self.answer_since.load(Ordering::Relaxed));
+        self.accepted.checked_add(since.saturating_add(within))
     }
 
     pub(super) fn set_unanswered(&self) {

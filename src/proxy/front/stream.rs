@@ -165,8 +165,7 @@ impl ClientStream {
             Phase::Tunnel => timeouts.tunnel,
             Phase::Drain => timeouts.client_drain,
             // Over HTTP/2 all the time, without any: Pingora ends a connection that has no requests.
-            Phase::Answer => return self.connection.answer_by(),
-            Phase::Expect => return None,
+            Phase::Answer | Phase::Expect => return self.connection.answer_by(),
         };
         let since = *self.since.get_or_insert_with(Instant::now);
         let deadline = since.checked_add(within);
@@ -185,7 +184,7 @@ impl ClientStream {
         buffer: &mut ReadBuf<'_>,
     ) -> io::Result<()> {
         let phase = self.phase;
-        if phase == Phase::Answer {
+        if matches!(phase, Phase::Answer | Phase::Expect) {
             // The client does nothing wrong, and the request may be tried at another backend.
             self.connection.set_unanswered();
             return Err(timed_out("the backend did not answer in time"));
@@ -273,6 +272,7 @@ impl ClientStream {
             Phase::Expect => self.enter(Phase::Body),
             // What is written postpones a deadline that reads wait for already.
             Phase::Tunnel => self.since = Some(Instant::now()),
+            Phase::Answer => self.connection.answer_goes_on(),
             _ => {}
         }
         count - of_held
