@@ -44,9 +44,10 @@ pub(super) fn timed_out(context: &RequestState, error: &Error) -> Option<Reply<'
     })
 }
 
-/// Whether a backend only waited because the client has not sent the rest of its request.
+/// Whether a backend only waited because the client has not sent the rest of its request, which it might have done.
 pub(super) fn is_slow_upload(context: &RequestState, error: &Error) -> bool {
     !context.is_complete
+        && !context.is_expecting
         && error.esource() == &ErrorSource::Upstream
         && error.etype() == &ErrorType::ReadTimedout
 }

@@ -58,6 +58,8 @@ pub(super) struct RequestState {
     pub(super) body_bytes: u64,
     /// Whether the current try has gone beyond the head of the request.
     pub(super) has_body_begun: bool,
+    /// Whether the client waits for `100 Continue` before it sends the body.
+    pub(super) is_expecting: bool,
     /// Whether the request has been received completely.
     pub(super) is_complete: bool,
     /// Whether it is so short that a backend cannot be late in reading it.
@@ -113,6 +115,7 @@ impl RequestState {
             client: None,
             body_bytes: 0,
             has_body_begun: false,
+            is_expecting: false,
             is_complete: true,
             is_short: false,
             is_tunnel: false,

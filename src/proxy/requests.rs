@@ -88,6 +88,8 @@ impl RequestLimits {
     /// A request begins: its head is complete.
     pub(super) fn begin(&self, session: &mut Session, context: &mut RequestState) {
         context.is_complete = session.is_body_empty();
+        let expects = session.req_header().headers.contains_key(EXPECT);
+        context.is_expecting = expects && !context.is_complete;
         session.set_pipelining_enabled(true);
         let process = Shutdown::of_process();
         if is_ending(session) {
@@ -114,7 +116,7 @@ impl RequestLimits {
         connection.expect_answer(None);
         connection.enter(match context.is_complete {
             true => Phase::Answer,
-            false if session.req_header().headers.contains_key(EXPECT) => Phase::Expect,
+            false if context.is_expecting => Phase::Expect,
             false => Phase::Body,
         });
         context.connection = Some(connection);
@@ -176,6 +178,7 @@ impl RequestLimits {
             return Ok(());
         }
         context.has_body_begun = true;
+        context.is_expecting = false;
         context.body_bytes += body.map_or(0, |body| body.len() as u64);
         self.check_length(context.body_bytes)?;
         if is_end && !context.is_complete {

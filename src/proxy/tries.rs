@@ -87,6 +87,7 @@ impl GroupProxy {
             }
         };
         if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+            state.is_expecting &= status != StatusCode::CONTINUE;
             change_response_fields(response, name);
             return Ok(());
         }

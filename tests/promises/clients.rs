@@ -281,10 +281,13 @@ async fn a_backend_that_does_not_answer_a_websocket_has_the_time_of_any_other_an
     .await;
     let post = format!("POST / HTTP/1.1\r\nHost: a\r\n{head}Content-Length: 2\r\n");
     let get = format!("GET / HTTP/1.1\r\nHost: a\r\n{head}");
+    let plain = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n";
+    let plain = plain.to_owned();
     for (request, then, expected) in [
         (format!("{get}\r\n"), "", "504"),
         // It waits for the backend to say that it wants the body.
         (format!("{post}Expect: 100-continue\r\n\r\n"), "", "504"),
+        (plain, "", "504"),
         // The backend's time begins with the end of the request.
         (format!("{post}\r\n"), "ab", "504"),
         // Nothing may follow before the backend has agreed, and it would hide that the client leaves.
