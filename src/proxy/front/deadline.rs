@@ -1,5 +1,6 @@
 //! A deadline that costs one timer however often it moves.
 
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -29,6 +30,11 @@ impl Deadline {
             sleep.as_mut().reset(deadline);
         }
     }
+}
+
+/// The error of what has taken too long.
+pub(super) fn timed_out(reason: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, reason)
 }
 
 #[cfg(test)]

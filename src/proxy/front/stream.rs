@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Instant;
 
 use super::connection::{Connection, Ended, Phase};
-use super::deadline::Deadline;
+use super::deadline::{Deadline, timed_out};
 use super::limits::{FrontLimits, WriteClock};
 use super::refusal::Refusal;
 use super::statistics::FrontStatistics;
@@ -33,10 +33,6 @@ const REFUSED_HEAD: &[u8] = b"\0\r\n\0\r\n\r\n";
 const HELD: usize = 1_460;
 /// Pingora writes at most three slices at a time: those of a chunk.
 const MOST_SLICES: usize = 4;
-
-fn timed_out(reason: &'static str) -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, reason)
-}
 
 pub(super) struct ClientStream {
     inner: Stream,
@@ -168,12 +164,9 @@ impl ClientStream {
             Phase::Answer | Phase::Expect => return self.connection.answer_by(),
         };
         let since = *self.since.get_or_insert_with(Instant::now);
-        let deadline = since.checked_add(within);
-        let body_by = match phase {
-            Phase::Body => self.connection.body_by(),
-            _ => None,
-        };
-        deadline.into_iter().chain(body_by).min()
+        let is_body = phase == Phase::Body;
+        let body_by = is_body.then(|| self.connection.body_by()).flatten();
+        since.checked_add(within).into_iter().chain(body_by).min()
     }
 
     /// Gives up reading, with an answer to an HTTP/1 client that has begun a request.
