@@ -309,10 +309,14 @@ impl Fleet {
         self.may_eject.store(most, Ordering::Relaxed);
     }
 
-    /// Whether a success rate is so far below that of the others that a backend may be ejected for it.
-    pub(super) fn is_poor(&self, success: f32) -> bool {
+    /// Whether a success rate is so far below that of the others that a backend may be ejected for it. Where that rate
+    /// was set for all of them, chance has no part in it.
+    pub(super) fn is_poor(&self, success: f32, all_were_set: bool) -> bool {
         let limit = self.best_success.get() * self.eject_below.get();
-        success < limit.min(self.eject_limit.get())
+        match all_were_set {
+            true => success < limit,
+            false => success < limit.min(self.eject_limit.get()),
+        }
     }
 
     /// Whether one more backend may be ejected; if so, that counts.

@@ -439,6 +439,9 @@ fn a_moment_in_which_all_fail_leaves_nobody_out() {
     all_fail(10, &[100..500, 0..0]);
     all_fail(6, &[700..1_000, 0..400]);
     all_fail(6, &[970..1_000, 0..1_000, 0..600]);
+    for length in [60, 100, 130, 150, 180, 250] {
+        all_fail(6, &[600..1_000, 0..length]);
+    }
 }
 
 fn all_fail(count: u16, seconds: &[std::ops::Range<u32>]) {

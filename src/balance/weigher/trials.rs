@@ -35,13 +35,14 @@ impl Weigher {
     /// Forgives what has failed since the last tick if hardly any other has done better in between: then it was
     /// something that they share, such as a database, and not they. Who has failed more often than another one says as
     /// little as who was ejected. How well they have done is judged by what was usual at the last tick.
-    pub(super) fn forgive_if_all_failed(&self) {
+    pub(super) fn forgive_if_all_failed(&mut self) {
         let (mut all, mut active, mut better) = (0_u32, 0_u32, 0_u32);
         let mut failed = Vec::new();
         for registration in self.roster.used() {
             let endpoint = &registration.endpoint;
             let (lowest, was_ejected) = endpoint.take_failures();
-            let is_better = !endpoint.is_ejected() && !self.fleet.is_poor(lowest);
+            let is_poor = self.fleet.is_poor(lowest, self.has_forgiven);
+            let is_better = !endpoint.is_ejected() && !is_poor;
             all += 1;
             if registration.is_active {
                 active += 1;
@@ -52,7 +53,8 @@ impl Weigher {
                 failed.push(endpoint);
             }
         }
-        if active >= FEWEST_FAILED && active * 2 >= all && better * 10 <= active {
+        self.has_forgiven = active >= FEWEST_FAILED && active * 2 >= all && better * 10 <= active;
+        if self.has_forgiven {
             let rates = failed.iter().map(|endpoint| endpoint.success());
             let best = rates.fold(0.0, f32::max);
             for endpoint in failed {
