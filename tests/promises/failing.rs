@@ -202,9 +202,10 @@ async fn a_moment_in_which_all_fail_leaves_nobody_out() {
     send(&balancer, 3 * SECOND / 2).await;
     fails.store(false, Ordering::Relaxed);
     let before: Vec<_> = backends.iter().map(|it| it.requests().len()).collect();
-    let got = send(&balancer, 2 * SECOND).await;
+    // It takes up to a second until that is known.
+    let got = send(&balancer, 3 * SECOND).await;
     // Those that were under way when it changed.
-    assert!(got.failed <= 4 && got.requests > 200, "{got:?}");
+    assert!(got.failed <= 4 && got.requests > 300, "{got:?}");
     for (backend, before) in backends.iter().zip(before) {
         let part = backend.requests().len() - before;
         let equal = got.requests / backends.len();
