@@ -3,7 +3,7 @@
 mod outcomes;
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
@@ -46,12 +46,12 @@ pub(super) struct EndpointState {
     refusing: AtomicF32,
     /// Successes since the latencies were last taken.
     successes: AtomicU32,
-    /// All outcomes without a latency: failures, and answers without work; wraps.
+    /// Outcomes without a latency: failures, answers without work, and probes; wraps.
     unmeasured: AtomicU32,
     /// The lowest success rate since the last tick.
     lowest_success: AtomicF32,
-    /// It was ejected since the last tick, for answers and not because it refuses connections.
-    was_ejected: AtomicBool,
+    /// For how many ticks it counts as ejected recently: for answers, and not because it refuses connections.
+    was_ejected: AtomicU8,
     /// How many of the requests in flight have become tunnels.
     tunnels: AtomicU32,
     /// How many of the requests in flight have been answered, sooner than usual.
@@ -261,7 +261,7 @@ impl Endpoint {
                 successes: AtomicU32::new(0),
                 unmeasured: AtomicU32::new(0),
                 lowest_success: AtomicF32::new(1.0),
-                was_ejected: AtomicBool::new(false),
+                was_ejected: AtomicU8::new(0),
                 tunnels: AtomicU32::new(0),
                 lingering: AtomicU32::new(0),
                 latency_sum: AtomicU64::new(0),
@@ -506,14 +506,17 @@ impl Endpoint {
         self.state.readmit();
     }
 
-    /// The lowest success rate since this was last asked, and whether it was ejected for its answers since then.
+    /// The lowest success rate since this was last asked, and whether it was ejected for its answers since then or in the
+    /// time before: what begins to fail just before a tick is seen of some only after it.
     pub(super) fn take_failures(&self) -> (f32, bool) {
-        let lowest = self.state.lowest_success.get();
-        self.state.lowest_success.set(self.state.success.get());
-        (
-            lowest,
-            self.state.was_ejected.swap(false, Ordering::Relaxed),
-        )
+        let state = &self.state;
+        let lowest = state.lowest_success.get();
+        state.lowest_success.set(state.success.get());
+        let ticks = state.was_ejected.load(Ordering::Relaxed);
+        if ticks > 0 {
+            state.was_ejected.store(ticks - 1, Ordering::Relaxed);
+        }
+        (lowest, ticks > 0)
     }
 
     /// Uses it again, if it was ejected, and with this success rate, because all others have failed as it has.

@@ -309,14 +309,15 @@ impl Fleet {
         self.may_eject.store(most, Ordering::Relaxed);
     }
 
-    /// Whether a success rate is so far below that of the others that a backend may be ejected for it. Where that rate
-    /// was set for all of them, chance has no part in it.
-    pub(super) fn is_poor(&self, success: f32, all_were_set: bool) -> bool {
-        let limit = self.best_success.get() * self.eject_below.get();
-        match all_were_set {
-            true => success < limit,
-            false => success < limit.min(self.eject_limit.get()),
-        }
+    /// Whether a success rate is so far below that of the others that a backend may be ejected for it; or below the one
+    /// that was set for all of them.
+    pub(super) fn is_poor(&self, success: f32, was_set: Option<f32>) -> bool {
+        let eject_below = self.eject_below.get();
+        let limit = match was_set {
+            Some(rate) => rate * eject_below,
+            None => (self.best_success.get() * eject_below).min(self.eject_limit.get()),
+        };
+        success < limit
     }
 
     /// Whether one more backend may be ejected; if so, that counts.

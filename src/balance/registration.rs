@@ -148,6 +148,11 @@ impl Registration {
         &self.load
     }
 
+    /// Whether this process has ever had a request there.
+    pub(super) fn was_ever_used(&self) -> bool {
+        self.used_at.is_some()
+    }
+
     /// The load that weights follow: who has little to do because it refuses its work is no better choice for that.
     pub(super) fn believed_load(&self) -> &Load {
         match self.is_refusing {

@@ -76,9 +76,9 @@ impl Upstream {
     pub fn answered(mut self, took: Duration, now: Instant) {
         match (self.take_probe(), &self.in_flight) {
             (true, _) => self.state.probe_succeeds(),
-            (false, None) => self.state.answered(took, now),
+            (false, None) => self.state.answered_after(took, now),
             // The share of each is limited by the number of all, to which such requests do not belong.
-            (false, Some(_)) => self.state.works(),
+            (false, Some(_)) => self.state.answered(),
         }
     }
 

@@ -47,8 +47,8 @@ pub(super) struct Weigher {
     rests_until: Option<Instant>,
     last_tick: Option<Instant>,
     ticks_without_probe: u32,
-    /// At the last tick, all had failed, and got the same success rate.
-    has_forgiven: bool,
+    /// At the last tick, all had failed, and got this success rate.
+    forgiven_rate: Option<f32>,
 }
 
 /// Which weights have been changed.
@@ -90,7 +90,7 @@ impl Weigher {
             rests_until: None,
             last_tick: None,
             ticks_without_probe: 0,
-            has_forgiven: false,
+            forgiven_rate: None,
         }
     }
 

@@ -8,6 +8,7 @@ use ::pingora::proxy::Session;
 
 use super::leader::{LeaderRequests, find_leader};
 use super::load_reports::LoadReports;
+use super::log_limit::LogLimit;
 use super::outcome::Outcome;
 use super::peers::{Asked, Peers};
 use super::pick::Picker;
@@ -36,6 +37,8 @@ pub(super) struct GroupProxy {
     takes_writes: bool,
     pub(super) picker: Picker,
     pub(super) retries: RetryRules,
+    /// For lines about requests that failed.
+    pub(super) failures: LogLimit,
     pub(super) retry_on_status: Vec<u16>,
     pub(super) retry_budget: Arc<RetryBudget>,
     pub(super) peers: Arc<Peers>,
@@ -76,6 +79,7 @@ impl GroupProxy {
                 on_timeout: config.retry.on_timeout,
             },
             retry_on_status: config.retry.on_status.clone(),
+            failures: LogLimit::new(),
             retry_budget: Arc::new(RetryBudget::new(&config.retry)),
             peers: Arc::new(Peers::new(
                 &config.timeouts,

@@ -340,10 +340,15 @@ impl ProxyHttp for ClusterProxy {
             debug!(%error, "a request was not served");
             return true;
         }
-        match self.failures.take(Instant::now()) {
+        // What went wrong here is not hidden by what a group cannot do.
+        let of_backend = error.esource() == &ErrorSource::Upstream;
+        let group = context.group.as_ref().filter(|_| of_backend);
+        let limit = group.map_or(&self.failures, |group| &group.failures);
+        match limit.take(Instant::now()) {
             Some(left_out) => {
                 let request = self.request_summary(session, context);
-                error!(%error, request, left_out, "a request was not served");
+                let (group, tries) = (context.group_name(), context.state.tries);
+                error!(%error, group, request, tries, left_out, "a request was not served");
             }
             None => debug!(%error, "a request was not served"),
         }

@@ -38,16 +38,22 @@ pub(super) fn timed_out(context: &RequestState, error: &Error) -> Option<Reply<'
     let by_front =
         connection.is_some_and(|connection| connection.ended() == Some(Ended::ReadTimeout));
     let by_backend = is_slow_upload(context, error);
+    if by_backend && context.is_expecting {
+        // Nobody is to blame: not every backend says `100 Continue`, and not every client goes on without it.
+        return Some(Reply {
+            code: 504,
+            reason: "the backend did not ask for the rest of the request",
+        });
+    }
     (by_front || by_backend).then_some(Reply {
         code: 408,
         reason: "the request did not arrive in time",
     })
 }
 
-/// Whether a backend only waited because the client has not sent the rest of its request, which it might have done.
+/// Whether a backend only waited because the client has not sent the rest of its request.
 pub(super) fn is_slow_upload(context: &RequestState, error: &Error) -> bool {
     !context.is_complete
-        && !context.is_expecting
         && error.esource() == &ErrorSource::Upstream
         && error.etype() == &ErrorType::ReadTimedout
 }

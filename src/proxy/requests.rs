@@ -7,7 +7,7 @@ use ::pingora::http::RequestHeader;
 use ::pingora::proxy::Session;
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, UPGRADE};
-use http::{HeaderMap, HeaderName, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Version};
 
 use super::front::{Connection, Phase};
 use super::reply::refused;
@@ -88,8 +88,10 @@ impl RequestLimits {
     /// A request begins: its head is complete.
     pub(super) fn begin(&self, session: &mut Session, context: &mut RequestState) {
         context.is_complete = session.is_body_empty();
-        let expects = session.req_header().headers.contains_key(EXPECT);
-        context.is_expecting = expects && !context.is_complete;
+        let expects = session.req_header().headers.get(EXPECT);
+        let expects = expects.map(HeaderValue::as_bytes);
+        context.is_expecting = !context.is_complete
+            && expects.is_some_and(|it| it.eq_ignore_ascii_case(b"100-continue"));
         session.set_pipelining_enabled(true);
         let process = Shutdown::of_process();
         if is_ending(session) {

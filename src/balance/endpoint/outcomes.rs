@@ -11,6 +11,8 @@ use crate::balance::fleet::{Failure, SuccessRates};
 
 /// The most that a success rate is when a backend is ejected.
 const EJECTED_SUCCESS: f32 = 0.5;
+/// For how many ticks an ejection is recent.
+const RECENT_TICKS: u8 = 2;
 /// So few requests were answered without work that it is as if there had been none.
 const FORGOTTEN: f32 = 1e-3;
 /// Longer latencies count as one hour, so that 2^22 of them can be added up.
@@ -73,6 +75,7 @@ impl EndpointState {
     /// A probe has succeeded.
     pub(in crate::balance) fn probe_succeeds(&self) {
         self.fleet.repay_probe();
+        self.unmeasured.fetch_add(1, Ordering::Relaxed);
         self.add_success();
         if self.is_ejected() && self.fleet.readmits(self.success()) {
             self.readmit();
@@ -131,17 +134,22 @@ impl EndpointState {
     }
 
     /// It works, and how fast is not known.
-    pub(in crate::balance) fn works(&self) {
+    fn works(&self) {
         // What was in flight when it was ejected says nothing about now.
         if !self.is_ejected() {
             self.add_success();
         }
     }
 
-    /// It answered without its usual work, after this time.
-    pub(in crate::balance) fn answered(self: &Arc<Self>, took: Duration, now: Instant) {
+    /// It answered without its usual work.
+    pub(in crate::balance) fn answered(&self) {
         self.works();
         self.unmeasured.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The same after this time, under a policy that compares requests in flight.
+    pub(in crate::balance) fn answered_after(self: &Arc<Self>, took: Duration, now: Instant) {
+        self.answered();
         let fleet = &self.fleet;
         let refusing = fleet.after_success(self.refusing.get(), false);
         self.refusing.set(refusing);
@@ -217,8 +225,11 @@ impl EndpointState {
             && self.fleet.ejects(rates, failure)
             && (failure == Failure::Unreachable || self.fleet.take_ejection());
         if is_ejected {
-            let is_for_answers = failure != Failure::Unreachable;
-            self.was_ejected.store(is_for_answers, Ordering::Relaxed);
+            let ticks = match failure {
+                Failure::Unreachable => 0,
+                Failure::Fault | Failure::Overload => RECENT_TICKS,
+            };
+            self.was_ejected.store(ticks, Ordering::Relaxed);
             self.eject();
         }
         if is_ejected || self.fleet.acceptance(rates.success) < 1.0 {

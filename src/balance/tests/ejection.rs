@@ -551,3 +551,33 @@ fn who_takes_the_place_of_a_heavy_backend_goes_by_weight() {
         "{counts:?}"
     );
 }
+
+/// As where a part of what is asked for needs a database that is away: they all fail alike, and none is left out for
+/// chance. One that fails altogether is.
+#[test]
+fn where_all_fail_a_part_for_long_nobody_is_left_out_by_chance_but_who_fails_altogether() {
+    for (count, failing, is_one_dead) in [(50, 0.3, false), (10, 0.3, false), (5, 0.5, true)] {
+        let mut rig = Rig::of(count);
+        rig.send(5, 100, |_| Answer::Works);
+        let (mut ejected, mut of_dead) = (0, 0);
+        for second in 0..40 {
+            for _ in 0..100 * u32::from(count) {
+                let upstream = rig.pick();
+                let is_dead = is_one_dead && upstream.addr().port() == 1_000;
+                of_dead += u32::from(is_dead && second >= 10);
+                match is_dead || rig.rng.f64() < failing {
+                    true => upstream.failed(),
+                    false => upstream.succeeded(Duration::from_millis(10)),
+                }
+            }
+            rig.seconds(1);
+            let backends = rig.balancer.backends();
+            let of_chance = backends
+                .iter()
+                .filter(|it| it.is_ejected && !(is_one_dead && it.addr.port() == 1_000));
+            ejected += of_chance.count();
+        }
+        let case = format!("{count}, {failing}, {is_one_dead}: {ejected} ejected, {of_dead}");
+        assert!(ejected < 20 && of_dead < 30 * 5, "{case}");
+    }
+}

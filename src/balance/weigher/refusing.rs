@@ -14,8 +14,8 @@ const EXCESS_DEVIATIONS: f32 = 4.0;
 impl Weigher {
     /// Finds those whose reports of a low load are not to be believed. To be called before sums of loads are formed.
     pub(super) fn find_refusing(&mut self) {
-        let active = self.roster.used().filter(|it| it.is_active);
-        let mut parts: Vec<f32> = active.map(|it| it.endpoint.refusing()).collect();
+        let tried = self.roster.used().filter(|it| it.was_ever_used());
+        let mut parts: Vec<f32> = tried.map(|it| it.endpoint.refusing()).collect();
         let is_any = parts.iter().any(|part| *part > 0.0);
         // Not the lowest one of many, which is low by chance.
         let usual = match parts.len().checked_sub(1) {
@@ -38,10 +38,12 @@ impl Weigher {
             }
         }
         for registration in self.roster.registrations_mut() {
-            registration.is_refusing = refuses(registration.endpoint.refusing())
-                && adaptive
-                    .known_load(registration.load())
-                    .is_some_and(|load| load < load_of_others.value());
+            let known = adaptive.known_load(registration.load());
+            let is_refusing = refuses(registration.endpoint.refusing())
+                && known.is_some_and(|load| load < load_of_others.value());
+            // What it has reported counts from now on.
+            registration.has_new_load |= registration.is_refusing && !is_refusing;
+            registration.is_refusing = is_refusing;
         }
     }
 }

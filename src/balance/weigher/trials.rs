@@ -41,25 +41,29 @@ impl Weigher {
         for registration in self.roster.used() {
             let endpoint = &registration.endpoint;
             let (lowest, was_ejected) = endpoint.take_failures();
-            let is_poor = self.fleet.is_poor(lowest, self.has_forgiven);
+            let is_poor = self.fleet.is_poor(lowest, self.forgiven_rate);
             let is_better = !endpoint.is_ejected() && !is_poor;
             all += 1;
             if registration.is_active {
                 active += 1;
                 better += u32::from(is_better);
             }
-            // Those that were ejected before have failed by themselves.
-            if was_ejected || !endpoint.is_ejected() && !is_better {
+            // Those that were ejected longer ago have failed by themselves.
+            if was_ejected && endpoint.is_ejected() || !endpoint.is_ejected() && !is_better {
                 failed.push(endpoint);
             }
         }
-        self.has_forgiven = active >= FEWEST_FAILED && active * 2 >= all && better * 10 <= active;
-        if self.has_forgiven {
+        let all_failed = active >= FEWEST_FAILED && active * 2 >= all && better * 10 <= active;
+        self.forgiven_rate = None;
+        if all_failed && !failed.is_empty() {
+            // Not the best rate of them: where a part of all requests fails for some time, chance would make most of
+            // them look worse than that.
             let rates = failed.iter().map(|endpoint| endpoint.success());
-            let best = rates.fold(0.0, f32::max);
+            let mean = rates.sum::<f32>() / failed.len() as f32;
             for endpoint in failed {
-                endpoint.forgive(best);
+                endpoint.forgive(mean);
             }
+            self.forgiven_rate = Some(mean);
         }
     }
 
