@@ -30,9 +30,8 @@ pub(super) fn failure(
         retry: match error.retry {
             RetryType::ReusedOnly if client_reused => PingoraRetry::StaleConnection,
             RetryType::Decided(true) => PingoraRetry::Yes,
-            // Pingora says nothing of a body that could not be written, perhaps because the head, written before,
-            // had met the closing of the connection.
-            // A backend that has taken much of it has failed.
+            // The backend may have closed the connection just before the head came. Pingora does not say so of a body
+            // that could not be written. But if the backend has taken much of the body, it has failed.
             _ if client_reused && is_short && is_unwritten(session, error) => {
                 PingoraRetry::StaleConnection
             }
