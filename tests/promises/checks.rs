@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -194,6 +194,46 @@ async fn a_node_is_checked_before_it_gets_requests_and_left_out_while_it_is_down
         log.contains("finds the node down") && log.contains("finds the node well"),
         "{log}"
     );
+}
+
+/// It may be cold: its caches are empty, and its code is not compiled yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_well_again_starts_slowly() {
+    let backends = [
+        Checked::start(true).await,
+        Checked::start(true).await,
+        Checked::start(false).await,
+    ];
+    let ports: Vec<_> = backends
+        .iter()
+        .map(|it| it.backend.address.port())
+        .collect();
+    let fields = format!(
+        "adaptive: {{ slow_start_ms: 20000, slow_start_strain: 10 }}\nhealth_check: {{ path: /healthz, rise: 2, panic_threshold: 0.1, {FAST} }}"
+    );
+    let watched = Watched::start("warms-up", &ports, &fields).await;
+    watched.until_state("n2", "down").await;
+    watched.until_used(&backends[2], false).await;
+    // The part of the next requests that it gets.
+    let part = async || {
+        let served = || -> usize { backends.iter().map(Checked::served).sum() };
+        let (all, its) = (served(), backends[2].served());
+        watched.requests().await;
+        (backends[2].served() - its) as f64 / (served() - all) as f64
+    };
+    backends[2].set(true);
+    let start = Instant::now();
+    watched.until_state("n2", "serving").await;
+    watched.until_used(&backends[2], true).await;
+    let first = part().await;
+    // A fifth of its third at this age, unless the machine stood still.
+    assert!(
+        first < 0.2 || start.elapsed() > Duration::from_secs(4),
+        "{first}"
+    );
+    until("it has its whole part", async || part().await > 0.3).await;
+    let took = start.elapsed();
+    assert!(took > Duration::from_secs(8), "{took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

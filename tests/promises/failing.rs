@@ -216,3 +216,34 @@ async fn a_moment_in_which_all_fail_leaves_nobody_out() {
         );
     }
 }
+
+/// As where a part of what is asked for needs a database that is away: chance makes some of them look worse than others
+/// for a moment. One that fails altogether is left out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_all_fail_a_part_for_long_only_who_fails_altogether_is_left_out() {
+    let (etcd, group) = (Etcd::shared(), group("all-in-part"));
+    let mut backends = Vec::new();
+    for index in 0..7 {
+        let part = if index == 0 { 1.0 } else { 0.3 };
+        let answer = move |request: &str| match fastrand::f64() < part {
+            true => b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n".to_vec(),
+            false => ok(request),
+        };
+        backends.push(RawBackend::start(answer).await);
+    }
+    register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
+    let balancer = Setup::shared(&group).listening().await;
+    send(&balancer, SETTLED).await;
+    let before: Vec<_> = backends.iter().map(|it| it.requests().len()).collect();
+    let got = send(&balancer, 10 * SECOND).await;
+    let counts = backends.iter().zip(before);
+    let parts: Vec<_> = counts
+        .map(|(backend, before)| (backend.requests().len() - before) as f64 / got.requests as f64)
+        .collect();
+    let case = format!("{parts:?} of {got:?}\n{}", balancer.log_text());
+    assert!(got.requests > 1_000, "{case}");
+    assert!(parts[0] < 0.03, "{case}");
+    for part in &parts[1..] {
+        assert!(*part > 0.5 / 6.0, "{case}");
+    }
+}

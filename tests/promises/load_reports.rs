@@ -237,22 +237,44 @@ async fn requests_in_flight_elsewhere_count_whatever_the_unit_of_static_weights(
 /// more and more requests because of that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_low_load_of_a_backend_that_refuses_its_work_attracts_nothing() {
-    tokio::join!(
-        attracts_nothing("policy: adaptive\nadaptive: { slow_start_ms: 0 }"),
-        attracts_nothing(POLICY),
-    );
+    for got in of_one_that_refuses(0.02, 0.7).await {
+        assert!((100..300).contains(&got), "{got} of 600");
+    }
 }
 
-async fn attracts_nothing(fields: &str) {
+/// As where it is asked more for what is not there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_high_load_of_a_backend_that_refuses_its_work_counts() {
+    for got in of_one_that_refuses(0.95, 0.4).await {
+        assert!(got < 140, "{got} of 600");
+    }
+}
+
+/// How many of 600 requests one of three backends gets that answers 404, with this load, while the two others work with
+/// the other one: under both policies that follow loads.
+async fn of_one_that_refuses(load: f32, load_of_others: f32) -> [usize; 2] {
+    let adaptive = "policy: adaptive\nadaptive: { slow_start_ms: 0 }";
+    tokio::join!(
+        of_refusing(adaptive, load, load_of_others),
+        of_refusing(POLICY, load, load_of_others),
+    )
+    .into()
+}
+
+async fn of_refusing(fields: &str, load: f32, load_of_others: f32) -> usize {
     let (etcd, group) = (Etcd::shared(), group("refuses"));
-    let head = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n";
-    let refusal = format!("{head}endpoint-load-metrics: TEXT cpu_utilization=0.02\r\n\r\n");
-    let work = with("endpoint-load-metrics: TEXT cpu_utilization=0.7\r\n");
-    let answer = move |_: &str| work.clone();
+    // Never quite the same: each is a new sample.
+    let answer = |head: &'static str, load: f32| {
+        move |_: &str| {
+            let load = load + 0.01 * fastrand::f32();
+            let report = format!("endpoint-load-metrics: TEXT cpu_utilization={load}");
+            format!("HTTP/1.1 {head}\r\nContent-Length: 0\r\n{report}\r\n\r\n").into_bytes()
+        }
+    };
     let backends = [
-        RawBackend::start(move |_| refusal.clone().into_bytes()).await,
-        RawBackend::start(answer.clone()).await,
-        RawBackend::start(answer).await,
+        RawBackend::start(answer("404 Not Found", load)).await,
+        RawBackend::start(answer("200 OK", load_of_others)).await,
+        RawBackend::start(answer("200 OK", load_of_others)).await,
     ];
     register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
     let balancer = Setup::shared(&group).with(fields).serving().await;
@@ -262,12 +284,48 @@ async fn attracts_nothing(fields: &str) {
         balancer.gets(20).await;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let requests = || backends.iter().map(|it| it.requests().len());
-    let before: Vec<_> = requests().collect();
+    let before = backends[0].requests().len();
     balancer.gets(600).await;
-    let got: Vec<_> = requests()
-        .zip(before)
-        .map(|(now, then)| now - then)
-        .collect();
-    assert!((100..300).contains(&got[0]), "{fields}: {got:?} of 600");
+    backends[0].requests().len() - before
+}
+
+/// As for a server of language models: it names its queue, and not its CPU.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_adaptive_too_a_queue_without_cpu_weighs_and_an_empty_one_shows_that_a_backend_is_idle()
+ {
+    let (etcd, group) = (Etcd::shared(), group("queues"));
+    let queued = Arc::new(AtomicU32::new(1_000));
+    let report = |queue: Arc<AtomicU32>| {
+        move |_: &str| {
+            let queue = queue.load(Ordering::Relaxed);
+            // A long one is never quite the same: each is a new sample.
+            let queue = queue + fastrand::u32(..=queue / 100);
+            with(&format!(
+                "endpoint-load-metrics: TEXT named_metrics.queue_depth={queue}\r\n"
+            ))
+        }
+    };
+    let backends = [
+        RawBackend::start(report(queued.clone())).await,
+        RawBackend::start(report(Arc::default())).await,
+        RawBackend::start(report(Arc::default())).await,
+    ];
+    register(&etcd, &group, &backends.iter().collect::<Vec<_>>()).await;
+    let fields = "adaptive: { slow_start_ms: 0 }";
+    let balancer = Setup::shared(&group).with(fields).serving().await;
+    until("the long queue is left alone", async || {
+        let counted = balancer.gets(60).await;
+        counted.get("n0").is_none_or(|its| *its < 12)
+    })
+    .await;
+    // The others are idle, and share what is left.
+    let counted = balancer.gets(200).await;
+    let [one, two] = ["n1", "n2"].map(|id| counted.get(id).copied().unwrap_or_default());
+    assert!(one.abs_diff(two) < 40, "{counted:?}");
+    queued.store(0, Ordering::Relaxed);
+    until("all share alike", async || {
+        let counted = balancer.gets(60).await;
+        counted.get("n0").is_some_and(|its| *its >= 16)
+    })
+    .await;
 }
