@@ -93,13 +93,14 @@ TARGET ?=
 fuzz: deps ## feed broken nodes, files, YAML, reports: INPUTS=n FIRST=s, TARGET=name; part of test
 	$(FUZZ) --inputs $(INPUTS) --first $(FIRST) $(if $(TARGET),--target $(TARGET))
 
-test-docker: deps ## run the etcd tests against etcd in containers
+DOCKER_TESTS ?= store_conformance cluster proxy
+test-docker: deps ## run the etcd tests against etcd in containers: DOCKER_TESTS=names
 	cargo build --all-features --examples --bins
 	@set -e; \
 	image=$$(.ci/etcd-image); \
 	unset ETCD_BIN ETCD_ENDPOINTS; \
 	set -x; \
-	ETCD_IMAGE=$$image cargo test --all-features --test store_conformance --test cluster --test proxy -- --skip slow::
+	ETCD_IMAGE=$$image cargo test --all-features $(DOCKER_TESTS:%=--test %) -- --skip slow::
 
 real-load: deps ## compare the policies under load with real processes; part of test
 	cargo build --all-features --examples --bins

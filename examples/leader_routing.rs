@@ -57,7 +57,7 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
     #[cfg(feature = "admin")]
     pingora_etcd::admin::add_to(&mut server, &config, &parts)?;
     // Changes of the file are taken over while it runs.
-    let file = ConfigFile::new(path, text, parts.reloader).writes_to_leader(true);
+    let file = ConfigFile::new(path, text, parts.reloader);
     server.add_service(background_service("configuration", file));
     Ok(server)
 }

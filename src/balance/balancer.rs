@@ -332,6 +332,14 @@ impl Balancer {
         self.published.load().table.slots.len()
     }
 
+    /// Whether there is a backend that can be picked beside these.
+    #[cfg_attr(not(feature = "pingora"), allow(dead_code))]
+    pub(crate) fn has_other_than(&self, tried: &[SocketAddr]) -> bool {
+        let published = self.published.load();
+        let mut slots = published.table.slots.iter();
+        slots.any(|slot| !tried.contains(&slot.endpoint.addr()))
+    }
+
     /// How many of them are not ejected; all, if all are.
     #[cfg_attr(not(feature = "pingora"), allow(dead_code))]
     pub(crate) fn working(&self) -> usize {

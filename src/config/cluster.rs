@@ -31,7 +31,7 @@ use crate::discovery::{
 };
 use crate::error::{ClusterError, in_range};
 use crate::metrics::{LoadReportForm, MetricNames};
-use crate::store::EtcdOptions;
+use crate::store::{EtcdOptions, Password};
 
 /// The `cluster:` section.
 ///
@@ -290,6 +290,7 @@ impl ClusterConfig {
                 return Err(ClusterError::config("cluster.admin", reason));
             }
             admin.validate("cluster.admin")?;
+            self.check_admin(admin.listen)?;
         }
         self.overload.validate("cluster.overload")?;
         if let Some(check) = &self.health_check {
@@ -328,12 +329,39 @@ impl ClusterConfig {
         let endpoints = self.etcd.endpoints.iter();
         let endpoints = endpoints.map(|endpoint| ("etcd.endpoints", endpoint.as_str()));
         let all = endpoints.chain([("group", &*self.group), ("listen", &*self.listen)]);
+        let password = match self.etcd.credentials.as_ref().map(|it| &it.password) {
+            // A password may have any characters in it.
+            Some(Password::Text(text)) if text.starts_with("${") && text.ends_with('}') => {
+                Some(("etcd.password", text.as_str()))
+            }
+            _ => None,
+        };
+        let all = all.chain(password);
         match all.into_iter().find(|(_, value)| value.contains("${")) {
             Some((field, _)) => Err(ClusterError::config(
                 format!("cluster.{field}"),
                 "contains ${, and an environment variable is replaced only without quotes",
             )),
             None => Ok(()),
+        }
+    }
+
+    /// Two listeners cannot have one port, unless each has an address of its own.
+    fn check_admin(&self, admin: SocketAddr) -> Result<(), ClusterError> {
+        let Ok(listen) = self.listen.parse::<SocketAddr>() else {
+            return Ok(());
+        };
+        // That of IPv6 is for both.
+        let is_in = |one: SocketAddr, other: SocketAddr| {
+            other.ip().is_unspecified() && (other.is_ipv6() || one.is_ipv4())
+        };
+        let is_same_ip = admin.ip() == listen.ip() || is_in(admin, listen) || is_in(listen, admin);
+        match admin.port() == listen.port() && is_same_ip {
+            true => Err(ClusterError::config(
+                "cluster.admin.listen",
+                format!("{admin} is also taken by cluster.listen, which is {listen}"),
+            )),
+            false => Ok(()),
         }
     }
 

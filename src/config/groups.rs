@@ -92,7 +92,9 @@ impl ClusterConfig {
                 return Err(ClusterError::config(field, reason));
             }
             if !is_token(name) {
-                let reason = format!("{name:?} is not a name of letters, digits, - and _");
+                let reason = format!(
+                    "{name:?} is not a name: letters, digits, and signs such as - and _ are allowed"
+                );
                 return Err(ClusterError::config("cluster.groups", reason));
             }
             self.check_tunnel(&format!("{field}.timeouts"), group.timeouts.tunnel_ms)?;
@@ -113,7 +115,7 @@ impl ClusterConfig {
                 if files.contains(&&file.path) {
                     let reason = format!("{} is the file of another group", file.path.display());
                     return Err(ClusterError::config(
-                        format!("{field}.snapshot.path"),
+                        format!("{field}.snapshot.file"),
                         reason,
                     ));
                 }

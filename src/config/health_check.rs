@@ -175,6 +175,7 @@ impl HealthCheck {
             ("method", self.method != "GET"),
             ("headers", !self.headers.is_empty()),
             ("body", self.body.is_some()),
+            ("status", self.status != Self::default().status),
         ];
         let has_no_effect =
             |name: &str, kind: &str| error(name, format!("has an effect only with kind: {kind}"));
@@ -182,6 +183,9 @@ impl HealthCheck {
             && let Some((name, _)) = of_http.iter().find(|(_, is_given)| *is_given)
         {
             return has_no_effect(name, "http");
+        }
+        if self.kind == CheckKind::Tcp && self.host.is_some() {
+            return has_no_effect("host", "http or kind: grpc");
         }
         if self.kind != CheckKind::Grpc && !self.service.is_empty() {
             return has_no_effect("service", "grpc");

@@ -82,7 +82,7 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
         ));
     }
     // Not by Pingora's own parser, whose errors repeat the whole file.
-    let conf: ServerConf = parse(text, name)?;
+    let mut conf: ServerConf = parse(text, name)?;
     for (field, value) in [
         ("threads", conf.threads),
         ("listener_tasks_per_fd", conf.listener_tasks_per_fd),
@@ -97,6 +97,10 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
         }
     }
     check(&conf).map_err(|reason| in_file(name, reason))?;
+    if conf.daemon && conf.working_directory.is_none() {
+        // Pingora would move to the root, where relative paths name other files than at the start.
+        conf.working_directory = std::env::current_dir().ok();
+    }
     conf.validate().map_err(|error| in_file(name, error))
 }
 

@@ -153,7 +153,21 @@ fn may_have_secret(text: &str) -> bool {
             false => line.find(" #").unwrap_or(line.len()),
         };
         let line = line[..comment].to_lowercase();
-        let mut names = ["passw", "secret", "token"].into_iter();
+        let mut names = [
+            "passw", "secret", "token", "authoriz", "api-key", "api_key", "apikey",
+        ]
+        .into_iter();
+        // The name of a cookie is none, and its value none of a field.
+        let has_cookie = || {
+            let line = line.replace("sticky_cookie", "");
+            ["cookie: ", "cookie\": ", "cookie': "]
+                .iter()
+                .any(|name| line.contains(name))
+        };
         names.any(|name| line.split(name).skip(1).any(has_value))
+            || ["bearer ", "basic "]
+                .iter()
+                .any(|scheme| line.contains(scheme))
+            || has_cookie()
     })
 }

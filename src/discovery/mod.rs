@@ -19,6 +19,7 @@ mod log_once;
 mod names;
 mod outbox;
 mod overrides;
+mod overrides_file;
 mod published;
 mod rejected;
 #[cfg(feature = "host-names")]

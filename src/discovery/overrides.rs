@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::time::sleep;
 use tracing::{debug, warn};
 
 use super::handle::ServiceDiscovery;
+use super::overrides_file::OverridesFile;
 use crate::backoff::Backoff;
 use crate::error::ClusterError;
 use crate::keys::GroupKeys;
@@ -23,15 +25,27 @@ type Overrides = HashMap<String, NodeOverride>;
 
 impl ServiceDiscovery {
     /// Follows what operators say of nodes, and gives each state of it to `take`. While the store is away, the
-    /// last one stays. An etcd user who may not read it goes on without.
+    /// last one stays; it begins with that of a file beside the snapshot file, if there is one. An etcd user who may not
+    /// read it goes on without.
     #[cfg_attr(not(feature = "pingora"), allow(dead_code))]
     pub(crate) async fn follow_overrides(&self, mut take: impl FnMut(&Overrides)) -> Infallible {
         let mut backoff = Backoff::new();
         let mut is_told = false;
-        let settings = self.source.settings.as_ref();
-        if settings.is_ok_and(|settings| !settings.keys.are_ours()) {
+        // Whoever runs the discovery is told of settings that are wrong.
+        let settings = self.source.settings.as_ref().ok();
+        let Some(settings) = settings.filter(|settings| settings.keys.are_ours()) else {
             return std::future::pending().await;
+        };
+        let mut file = OverridesFile::new(settings, &self.source.group);
+        if let Some(overrides) = file.read().await {
+            take(&overrides);
         }
+        let is_heard = AtomicBool::new(false);
+        let mut take = |overrides: &Overrides| {
+            is_heard.store(true, Ordering::Relaxed);
+            take(overrides);
+            file.keep(overrides);
+        };
         loop {
             let error = match self.try_follow_overrides(&mut take, &mut backoff).await {
                 Ok(never) => match never {},
@@ -41,6 +55,10 @@ impl ServiceDiscovery {
                 debug!(%error, "overrides of operators cannot be followed");
                 sleep(backoff.after(&error)).await;
                 continue;
+            }
+            if !is_heard.load(Ordering::Relaxed) {
+                // What a former process has heard may have ended since.
+                take(&Overrides::new());
             }
             if !std::mem::replace(&mut is_told, true) {
                 say(|| {

@@ -11,6 +11,8 @@ use ::pingora::server::ShutdownWatch;
 use ::pingora::services::ServiceReadyNotifier;
 use ::pingora::services::background::BackgroundService;
 use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::check::NodeCheck;
 use super::checks::{CheckStatus, Checker, Checks};
@@ -20,10 +22,13 @@ use super::peer::http_peer;
 use super::restart::restart_forever;
 use crate::balance::Balancer;
 use crate::balance::pace::every_tick;
-use crate::discovery::ServiceDiscovery;
+use crate::discovery::{DiscoveryStatus, ServiceDiscovery};
 use crate::node::Node;
 use crate::supervise::{caught, in_span};
 use crate::view::Change;
+
+/// How long readiness waits for what operators say of nodes, after there is a view.
+const MOST_WAIT_FOR_OVERRIDES: Duration = Duration::from_secs(1);
 
 /// How often what is learned is written.
 const WRITE_LEARNED_EVERY: Duration = Duration::from_secs(10);
@@ -53,6 +58,8 @@ pub struct BalancerService {
     ready_timeout: Duration,
     learned_file: Option<LearnedFile>,
     keeps_learned: AtomicBool,
+    /// Whether it is known what operators say of nodes.
+    overrides_known: watch::Sender<bool>,
 }
 
 impl BalancerService {
@@ -65,6 +72,7 @@ impl BalancerService {
             ready_timeout: READY_TIMEOUT,
             learned_file: None,
             keeps_learned: AtomicBool::new(true),
+            overrides_known: watch::Sender::default(),
         }
     }
 
@@ -126,6 +134,7 @@ impl BalancerService {
             ready_timeout,
             learned_file: None,
             keeps_learned: AtomicBool::new(true),
+            overrides_known: watch::Sender::default(),
         }
     }
 
@@ -161,10 +170,20 @@ impl BalancerService {
     async fn signal_ready(&self, ready: Option<ServiceReadyNotifier>) -> Infallible {
         if let Some(ready) = ready {
             wait_ready(&self.discovery, self.ready_timeout).await;
+            self.hear_operators().await;
             self.catch_up();
             ready.notify_ready();
         }
         std::future::pending().await
+    }
+
+    /// Waits for what operators say of nodes, which comes with the view or never: whoever is drained is to get nothing
+    /// from the first request on.
+    async fn hear_operators(&self) {
+        if self.discovery.is_ours() && self.discovery.status() == DiscoveryStatus::Live {
+            let mut known = self.overrides_known.subscribe();
+            let _ = timeout(MOST_WAIT_FOR_OVERRIDES, known.wait_for(|known| *known)).await;
+        }
     }
 
     /// Whether what is learned is written: not by a process whose successor serves.
@@ -194,6 +213,7 @@ impl BalancerService {
                 |overrides| {
                     self.balancer.set_overrides(overrides);
                     self.balancer.publish(Instant::now());
+                    self.overrides_known.send_replace(true);
                 }
             )),
             restart_forever(&span, "health checks", || self

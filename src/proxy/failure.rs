@@ -1,12 +1,21 @@
 //! What Pingora's errors say about a request that failed.
 
+use std::net::SocketAddr;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
 use ::pingora::proxy::Session;
 use ::pingora::{Error, ErrorSource, ErrorType, RetryType};
 use http::StatusCode;
+use rustix::io::Errno;
 
-use super::reply::is_slow_upload;
+use super::reply::had_little_time;
 use super::request_state::RequestState;
 use super::retry::{Failure, PingoraRetry};
+use crate::sync::lock;
+
+/// A pooled connection that was closed before a request came says so within this time.
+const STALE_WITHIN: Duration = Duration::from_secs(1);
 
 /// What is known about a request that failed after a connection was there.
 pub(super) fn failure(
@@ -23,7 +32,7 @@ pub(super) fn failure(
         is_repeatable: is_short,
         is_unanswered: is_unanswered(session),
         is_from_backend: error.esource() == &ErrorSource::Upstream
-            && !is_slow_upload(context, error),
+            && !had_little_time(context, error),
         is_timeout: error.etype() == &ErrorType::ReadTimedout,
         is_unread: client_reused && is_head_unsent(session, context, error)
             || is_unprocessed(error),
@@ -39,6 +48,7 @@ pub(super) fn failure(
         },
         retries: context.retries,
         stale_connections: context.stale_connections,
+        is_prompt: context.sent.elapsed() < STALE_WITHIN,
     }
 }
 
@@ -76,12 +86,42 @@ fn is_unprocessed(error: &Error) -> bool {
 }
 
 /// Whether a connection failed for a reason of this process or machine: no descriptor, no port, no
-/// permission. No backend can do anything about it.
+/// permission, no address of this kind. No backend can do anything about it, but connections to others may be possible.
 pub(super) fn is_local(error: &Error) -> bool {
     matches!(
         error.etype(),
         ErrorType::InternalError | ErrorType::SocketError | ErrorType::BindError
     )
+}
+
+/// Whether a reason of this process or machine may concern one address only. Without descriptors or memory there is no
+/// connection to any.
+pub(super) fn may_be_of_address(error: &Error) -> bool {
+    let root: &dyn std::error::Error = error.root_cause();
+    let mut causes = std::iter::successors(Some(root), |cause| cause.source());
+    let number = causes.find_map(|cause| Errno::from_io_error(cause.downcast_ref()?));
+    let of_all = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
+    number.is_some_and(|number| !of_all.contains(&number))
+}
+
+/// The last new connection to a backend of a group.
+#[derive(Debug, Default)]
+pub(super) struct LastConnected(Mutex<Option<(SocketAddr, Instant)>>);
+
+/// For how long it shows that this process can connect.
+const SHOWS_FOR: Duration = Duration::from_secs(10);
+
+impl LastConnected {
+    pub(super) fn add(&self, addr: SocketAddr, now: Instant) {
+        *lock(&self.0) = Some((addr, now));
+    }
+
+    /// Whether another backend than this one was connected to a short while ago.
+    pub(super) fn was_another(&self, addr: SocketAddr, now: Instant) -> bool {
+        lock(&self.0).is_some_and(|(other, at)| {
+            other != addr && now.saturating_duration_since(at) < SHOWS_FOR
+        })
+    }
 }
 
 /// The error by which a response with this status is not passed on, but tried elsewhere.

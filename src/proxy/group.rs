@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use ::pingora::proxy::Session;
 
+use super::failure::LastConnected;
 use super::leader::{LeaderRequests, find_leader};
 use super::load_reports::LoadReports;
 use super::log_limit::LogLimit;
@@ -20,7 +21,7 @@ use super::tls::BackendTls;
 use crate::balance::Upstream;
 use crate::config::ClusterConfig;
 use crate::node::Node;
-use crate::pingora::{BalancerService, Checker, LeaderRoute, NodeCheck};
+use crate::pingora::{BalancerService, Checker, LeaderRoute, LeaderUpstream, NodeCheck};
 
 /// More backends than twice those that there are and these are not counted.
 const KEPT_BACKENDS: usize = 100;
@@ -37,6 +38,8 @@ pub(super) struct GroupProxy {
     takes_writes: bool,
     pub(super) picker: Picker,
     pub(super) retries: RetryRules,
+    /// That connections are possible.
+    pub(super) connected: LastConnected,
     /// For lines about requests that failed.
     pub(super) failures: LogLimit,
     pub(super) retry_on_status: Vec<u16>,
@@ -79,6 +82,7 @@ impl GroupProxy {
                 on_timeout: config.retry.on_timeout,
             },
             retry_on_status: config.retry.on_status.clone(),
+            connected: LastConnected::default(),
             failures: LogLimit::new(),
             retry_budget: Arc::new(RetryBudget::new(&config.retry)),
             peers: Arc::new(Peers::new(
@@ -139,19 +143,22 @@ impl GroupProxy {
     }
 
     /// Lets a request in, and finds its backend. A leader is waited for before, because a request that
-    /// waits for one is no load.
+    /// waits for one is no load. Room at the leader is taken last, as room at a backend is, so that nobody who has it
+    /// waits for anything.
     pub(super) async fn enter(
         &self,
         session: &Session,
         state: &mut RequestState,
     ) -> Result<(), &'static str> {
         if state.is_for_leader {
-            self.find_backend(session, state).await?;
+            let found = find_leader(self.leader(), self.leader_requests.wait, state).await?;
+            state.leader = Some(found);
         }
-        state.place = self.picker.overload.enter().await?;
-        match state.is_for_leader {
-            true => Ok(()),
-            false => self.find_backend(session, state).await,
+        let left = state.time_left().unwrap_or(Some(Duration::ZERO));
+        state.place = self.picker.overload.enter(left).await?;
+        match state.leader.take() {
+            Some(leader) => self.send_to_leader(leader, state).await,
+            None => self.find_backend(session, state).await,
         }
     }
 
@@ -166,10 +173,34 @@ impl GroupProxy {
             return self.picker.pick(&self.balancer, session, state).await;
         }
         state.leader_load = None;
-        let leader = self.given_leader.get().unwrap_or(&self.leader);
-        let leader = find_leader(leader, self.leader_requests.wait, state).await?;
-        state.leader_load = self.balancer.upstream_at(leader.addr);
+        let leader = find_leader(self.leader(), self.leader_requests.wait, state).await?;
+        self.send_to_leader(leader, state).await
+    }
+
+    fn leader(&self) -> &LeaderRoute {
+        self.given_leader.get().unwrap_or(&self.leader)
+    }
+
+    /// Waits for room at the leader, who may be another one by then.
+    async fn send_to_leader(
+        &self,
+        leader: LeaderUpstream,
+        state: &mut RequestState,
+    ) -> Result<(), &'static str> {
+        let now_leading = || {
+            let now_leading = self.leader().leader();
+            now_leading.filter(|now_leading| Some(now_leading.epoch) != state.failed_epoch)
+        };
+        let at_leader = || {
+            let leader = now_leading().unwrap_or_else(|| leader.clone());
+            let load = self.balancer.upstream_at(leader.addr);
+            (leader, load)
+        };
+        let found = self.picker.with_room(at_leader, state).await;
+        let (leader, load) = found.ok_or("the leader has as many requests as it may have")?;
+        state.leader_load = load;
         state.leader = Some(leader);
+        state.begins_try(Instant::now());
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 use ::pingora::Result;
 use ::pingora::http::{RequestHeader, ResponseHeader};
+use http::header::COOKIE;
 use http::request::Parts as RequestParts;
 use http::response::Parts as ResponseParts;
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -27,6 +28,18 @@ pub(super) fn forget_case(request: &mut RequestHeader) {
         let parts = RequestParts::from(std::mem::replace(request, empty.into()));
         *request = parts.into();
     }
+}
+
+/// Clients of HTTP/2 may send each cookie as a field of its own, which older versions do not know (RFC 9113,
+/// section 8.2.3).
+pub(super) fn join_cookies(request: &mut RequestHeader) -> Result<()> {
+    let fields = || request.headers.get_all(COOKIE).into_iter();
+    if fields().nth(1).is_none() {
+        return Ok(());
+    }
+    let fields: Vec<_> = fields().map(HeaderValue::as_bytes).collect();
+    let joined = fields.join(&b"; "[..]);
+    request.insert_header(COOKIE, joined)
 }
 
 /// Whether the target is in the parts of the request: that of a request to a proxy is not, and none that is no UTF-8.
@@ -119,6 +132,19 @@ mod tests {
             assert_eq!(request.uri, before.uri);
             assert_eq!(request.method, before.method);
             assert_eq!(request.version, before.version);
+        }
+    }
+
+    #[test]
+    fn cookies_are_in_one_field() {
+        let mut request = RequestHeader::build("GET", b"/", None).unwrap();
+        join_cookies(&mut request).unwrap();
+        assert!(!request.headers.contains_key(COOKIE));
+        for (cookie, expected) in [("a=1", "a=1"), ("b=ö", "a=1; b=ö"), ("c", "a=1; b=ö; c")] {
+            request.append_header(COOKIE, cookie.as_bytes()).unwrap();
+            join_cookies(&mut request).unwrap();
+            let fields: Vec<_> = request.headers.get_all(COOKIE).into_iter().collect();
+            assert_eq!(fields, [expected.as_bytes()]);
         }
     }
 

@@ -4,14 +4,15 @@ use std::time::{Duration, Instant};
 
 use ::pingora::http::{RequestHeader, ResponseHeader};
 use ::pingora::modules::http::HttpModules;
+use ::pingora::protocols::Digest;
 use ::pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use ::pingora::upstreams::peer::HttpPeer;
-use ::pingora::{Error, ErrorSource, ErrorType, Result};
+use ::pingora::{Error, ErrorType, Result};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::TRANSFER_ENCODING;
 use http::{HeaderMap, StatusCode};
-use tracing::{debug, error};
+use tracing::debug;
 
 use super::access_entry::entry;
 use super::client::{peer_of, remove_lookalikes, set_forwarded};
@@ -19,14 +20,13 @@ use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
 use super::failure::is_unanswered;
 use super::grpc::Call;
-use super::headers::{change_fields, forget_case, set_leader_epoch};
+use super::headers::{change_fields, forget_case, join_cookies, set_leader_epoch};
 use super::hop_by_hop::{ends_with_connection, has_no_body};
+use super::http_1_0::{keep_from_old_clients, name_host};
 use super::outcome::outcome;
-use super::reply::{
-    is_slow_upload, refused, reply_to, respond, timed_out, unavailable, unavailable_reply,
-};
-use super::request_state::RequestState;
+use super::reply::{refused, reply_to, respond, timed_out, unavailable, unavailable_reply};
 use super::requests::{is_ending, keep_effective_upgrade};
+use super::rest::{check_presence, read_rest, take_body_at_hand};
 use super::route::Decided;
 use super::trace::{set_traceparent, traceparent};
 
@@ -56,6 +56,10 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
         forget_case(session.req_header_mut());
+        keep_from_old_clients(session);
+        if session.is_http2() {
+            join_cookies(session.req_header_mut())?;
+        }
         keep_effective_upgrade(session.req_header_mut())?;
         let (routing, state) = (&context.routing, &mut context.state);
         // Also for the log line of a request that is refused.
@@ -110,8 +114,12 @@ impl ProxyHttp for ClusterProxy {
         let found = group.enter(session, state).await;
         let Err(reason) = found else {
             state.is_found = true;
+            if state.has_waited() {
+                check_presence(session, state).await?;
+            }
             return Ok(false);
         };
+        take_body_at_hand(session, state).await;
         debug!(reason, "a request was not served");
         answered(unavailable_reply(reason).answer(session).await)
     }
@@ -124,8 +132,13 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
         let (routing, state) = (&context.routing, &mut context.state);
-        state.time_left()?;
-        routing.limits.check_body(body.as_ref(), is_end, state)?;
+        let within = state.time_left();
+        let checked = within.and_then(|_| routing.limits.check_body(body.as_ref(), is_end, state));
+        checked.map_err(|mut error| {
+            // Otherwise Pingora would go on without the body, if the backend speaks HTTP/2.
+            error.as_down();
+            error
+        })?;
         context.copy_body(body.as_ref(), is_end);
         Ok(())
     }
@@ -141,6 +154,24 @@ impl ProxyHttp for ClusterProxy {
         }
     }
 
+    async fn connected_to_upstream(
+        &self,
+        _: &mut Session,
+        is_reused: bool,
+        _: &HttpPeer,
+        _: std::os::unix::io::RawFd,
+        _: Option<&Digest>,
+        context: &mut Box<RequestContext>,
+    ) -> Result<()> {
+        if !is_reused
+            && let Some(group) = &context.group
+            && let Some(addr) = context.state.addr()
+        {
+            group.connected.add(addr, Instant::now());
+        }
+        Ok(())
+    }
+
     async fn upstream_request_filter(
         &self,
         session: &mut Session,
@@ -150,6 +181,7 @@ impl ProxyHttp for ClusterProxy {
         let (routing, state) = (&context.routing, &mut context.state);
         state.awaits_answer();
         change_fields(request, |headers| {
+            name_host(session, headers, state.addr());
             remove_lookalikes(headers);
             set_forwarded(&routing.trusted, session, headers, routing.sends_forwarded)?;
             if routing.traceparent {
@@ -232,7 +264,7 @@ impl ProxyHttp for ClusterProxy {
             session.set_keepalive(None);
         }
         if has_no_body(&session.req_header().method, response) {
-            state.answer_ends();
+            state.answer_ends(context.routing.limits.client_drain());
         }
         if is_ending(session) {
             session.set_keepalive(None);
@@ -254,8 +286,20 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
     ) -> Result<Option<Duration>> {
         if is_end {
-            context.state.answer_ends();
+            let drain = context.routing.limits.client_drain();
+            context.state.answer_ends(drain);
         }
+        Ok(None)
+    }
+
+    async fn response_trailer_filter(
+        &self,
+        _: &mut Session,
+        _: &mut HeaderMap,
+        context: &mut Box<RequestContext>,
+    ) -> Result<Option<Bytes>> {
+        let drain = context.routing.limits.client_drain();
+        context.state.answer_ends(drain);
         Ok(None)
     }
 
@@ -326,32 +370,13 @@ impl ProxyHttp for ClusterProxy {
         }
     }
 
-    /// What clients do wrong, and what the proxy refuses by itself, are no errors of this process. Of the others a line
-    /// for each would say the same again and again, thousands of times a second, while all backends are away.
     fn suppress_error_log(
         &self,
         session: &Session,
         context: &Box<RequestContext>,
         error: &Error,
     ) -> bool {
-        let is_refused = matches!(error.etype(), ErrorType::HTTPStatus(_));
-        let is_of_client = error.esource() == &ErrorSource::Downstream;
-        if is_refused || is_of_client || is_slow_upload(&context.state, error) {
-            debug!(%error, "a request was not served");
-            return true;
-        }
-        // What went wrong here is not hidden by what a group cannot do.
-        let of_backend = error.esource() == &ErrorSource::Upstream;
-        let group = context.group.as_ref().filter(|_| of_backend);
-        let limit = group.map_or(&self.failures, |group| &group.failures);
-        match limit.take(Instant::now()) {
-            Some(left_out) => {
-                let request = self.request_summary(session, context);
-                let (group, tries) = (context.group_name(), context.state.tries);
-                error!(%error, group, request, tries, left_out, "a request was not served");
-            }
-            None => debug!(%error, "a request was not served"),
-        }
+        self.tell_failure(session, context, error);
         true
     }
 
@@ -377,6 +402,8 @@ impl ProxyHttp for ClusterProxy {
         let state = &mut context.state;
         state.leader_load = None;
         state.place = None;
+        // All that it has asked for has been sent.
+        let error = error.filter(|_| state.draining.is_none());
         let status = session.response_written().map(|response| response.status);
         let verdict = state
             .call
@@ -410,17 +437,5 @@ impl ProxyHttp for ClusterProxy {
             let rest = read_rest(session, state);
             let _ = tokio::time::timeout(context.routing.limits.client_drain(), rest).await;
         }
-    }
-}
-
-/// Reads what the client still sends of its request, after a response after which the connection ends. To close it
-/// before would reset it, and take the response away from a client that has not read it yet.
-async fn read_rest(session: &mut Session, state: &RequestState) {
-    let is_over = state.is_complete || state.is_tunnel || session.get_keepalive().is_some();
-    let Some(connection) = state.connection.as_ref().filter(|_| !is_over) else {
-        return;
-    };
-    connection.end_writing();
-    while connection.ended().is_none() && matches!(session.read_request_body().await, Ok(Some(_))) {
     }
 }

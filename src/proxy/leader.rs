@@ -13,8 +13,11 @@ use crate::config::{ClusterConfig, is_below};
 use crate::ids::Revision;
 use crate::pingora::{LeaderRoute, LeaderUpstream};
 
-/// How long to wait for another leader before one that could not be reached is tried again.
+/// How long to wait for another leader before one that could not be reached is tried again; twice as long after each
+/// further try.
 const RETRY_SAME_AFTER: Duration = Duration::from_millis(200);
+/// In so many pauses the whole wait is over, at the latest: Pingora allows 16 tries.
+const MOST_PAUSES: u32 = 8;
 
 /// On responses to writes, and on a client's reads after it: until when these go to the leader, in
 /// milliseconds since 1970.
@@ -52,7 +55,8 @@ impl LeaderRequests {
     }
 
     /// Whether the client has written a short while ago. The time is the client's word, so it is
-    /// believed only as far as it could come from here.
+    /// believed only as far as it could come from here, or from another balancer with a clock that is as much ahead as
+    /// the time is long.
     fn reads_own_write(&self, session: &Session, now: u64) -> bool {
         if self.read_your_writes.is_zero() {
             return false;
@@ -61,7 +65,7 @@ impl LeaderRequests {
         let until = value.and_then(|value| value.to_str().ok()?.parse().ok());
         until.is_some_and(|until: u64| {
             let left = until.saturating_sub(now);
-            left > 0 && u128::from(left) <= self.read_your_writes.as_millis()
+            left > 0 && u128::from(left) <= 2 * self.read_your_writes.as_millis()
         })
     }
 
@@ -76,7 +80,9 @@ impl LeaderRequests {
             return Ok(());
         }
         response.remove_header(&READS_UNTIL);
-        let is_written = response.status.is_success() && LeaderRoute::is_write(method);
+        // A redirection is what a form is answered with that has been taken.
+        let is_taken = response.status.is_success() || response.status.is_redirection();
+        let is_written = is_taken && LeaderRoute::is_write(method);
         if !is_written || self.read_your_writes.is_zero() {
             return Ok(());
         }
@@ -112,11 +118,15 @@ pub(super) async fn find_leader(
     max_wait: Duration,
     context: &RequestState,
 ) -> Result<LeaderUpstream, &'static str> {
-    let remaining = || max_wait.saturating_sub(context.started.elapsed());
+    let remaining = || {
+        let of_wait = max_wait.saturating_sub(context.started.elapsed());
+        let left = context.time_left().unwrap_or(Some(Duration::ZERO));
+        left.map_or(of_wait, |left| left.min(of_wait))
+    };
     // A leader that could not be reached may have crashed: its successor has another term. Or it
     // may be back in a moment. One that says that it does not lead will not be back.
     let patience = match context.failed_epoch {
-        Some(_) if !context.is_misdirected => remaining().min(RETRY_SAME_AFTER),
+        Some(_) if !context.is_misdirected => remaining().min(pause(context.tries, max_wait)),
         _ => remaining(),
     };
     let other = route
@@ -129,9 +139,29 @@ pub(super) async fn find_leader(
     leader.ok_or("there is no leader")
 }
 
+/// The pause before the same leader is tried again, after so many tries.
+fn pause(tries: usize, max_wait: Duration) -> Duration {
+    let doubled = u32::try_from(tries.saturating_sub(1))
+        .unwrap_or(u32::MAX)
+        .min(16);
+    let longest = (max_wait / MOST_PAUSES).max(RETRY_SAME_AFTER);
+    (RETRY_SAME_AFTER * (1 << doubled)).min(longest)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_pauses_of_fewer_tries_than_pingora_allows_last_for_the_whole_wait() {
+        for seconds in [0, 1, 2, 3, 15, 60] {
+            let wait = Duration::from_secs(seconds);
+            let pauses = || (1..16).map(|tries| pause(tries, wait));
+            assert!(pauses().sum::<Duration>() >= wait, "{seconds}");
+            assert_eq!(pauses().next(), Some(RETRY_SAME_AFTER));
+            assert!(pauses().all(|pause| pause <= (wait / 8).max(RETRY_SAME_AFTER)));
+        }
+    }
 
     #[test]
     fn a_refusal_with_a_newer_token_is_misdirected() {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use http::header::RETRY_AFTER;
 use http::{HeaderMap, StatusCode};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::config;
 
@@ -28,12 +28,41 @@ pub(super) struct Overload {
     per_node: u32,
     queue: usize,
     waiting: AtomicUsize,
-    /// Those of them that wait for a backend with room; the others wait for a place in all.
-    waiting_for_backend: AtomicUsize,
+    /// Those of them that wait for a backend with room.
+    for_backend: Line,
+    /// Those that wait for room at the leader; the others wait for a place in all.
+    for_leader: Line,
     patience: Duration,
-    freed: Notify,
     most_pause: Duration,
     paused: ArcSwap<HashMap<SocketAddr, Instant>>,
+}
+
+/// Who waits for the same: only the first one looks, so that nobody is served before those who have waited longer.
+#[derive(Debug, Default)]
+struct Line {
+    /// Whoever has it is the first one; it goes to those who wait in their order.
+    turn: Mutex<()>,
+    freed: Notify,
+    waiting: AtomicUsize,
+}
+
+impl Line {
+    /// Waits until `try_again` gives something. Who cannot take what others can does not stand in line before them.
+    async fn wait_for<T>(&self, is_in_line: bool, mut try_again: impl FnMut() -> Option<T>) -> T {
+        let _turn = match is_in_line {
+            true => Some(self.turn.lock().await),
+            false => None,
+        };
+        loop {
+            let mut freed = std::pin::pin!(self.freed.notified());
+            // In line before looking, so that no end in between is missed.
+            freed.as_mut().enable();
+            if let Some(given) = try_again() {
+                return given;
+            }
+            let _ = tokio::time::timeout(LOOK_EVERY, freed).await;
+        }
+    }
 }
 
 /// A place in the queue.
@@ -54,17 +83,20 @@ impl Overload {
             per_node: per_node.map_or(u32::MAX, |limit| u32::try_from(limit).unwrap_or(u32::MAX)),
             queue: config.queue,
             waiting: AtomicUsize::new(0),
-            waiting_for_backend: AtomicUsize::new(0),
+            for_backend: Line::default(),
+            for_leader: Line::default(),
             patience: Duration::from_millis(config.queue_timeout_ms),
-            freed: Notify::new(),
             most_pause: Duration::from_millis(config.retry_after_most_ms),
             paused: ArcSwap::default(),
         }
     }
 
-    /// Lets a request in; what it gets has to be kept as long as the request. The error is why it is
-    /// not served.
-    pub(super) async fn enter(&self) -> Result<Option<OwnedSemaphorePermit>, &'static str> {
+    /// Lets a request in that may still take this long, if that is limited; what it gets has to be kept as long as the
+    /// request. The error is why it is not served.
+    pub(super) async fn enter(
+        &self,
+        left: Option<Duration>,
+    ) -> Result<Option<OwnedSemaphorePermit>, &'static str> {
         const FULL: &str = "too many requests are being served";
         let Some(places) = &self.in_all else {
             return Ok(None);
@@ -72,7 +104,7 @@ impl Overload {
         if let Ok(place) = places.clone().try_acquire_owned() {
             return Ok(Some(place));
         }
-        match self.wait(places.clone().acquire_owned()).await {
+        match self.wait(left, places.clone().acquire_owned()).await {
             Some(Ok(place)) => Ok(Some(place)),
             Some(Err(_)) | None => Err(FULL),
         }
@@ -83,37 +115,47 @@ impl Overload {
         in_flight <= self.per_node
     }
 
-    /// Waits in the queue until `try_again` gives something.
-    pub(super) async fn wait_for<T>(&self, mut try_again: impl FnMut() -> Option<T>) -> Option<T> {
-        self.waiting_for_backend.fetch_add(1, Ordering::Relaxed);
-        let _counted = Waiting(&self.waiting_for_backend);
-        self.wait(async {
-            loop {
-                let mut freed = std::pin::pin!(self.freed.notified());
-                // In line before looking, so that no end in between is missed.
-                freed.as_mut().enable();
-                if let Some(given) = try_again() {
-                    return given;
-                }
-                let _ = tokio::time::timeout(LOOK_EVERY, freed).await;
-            }
-        })
-        .await
+    /// Waits in the queue until `try_again` gives a backend that has room, at most for the time that is left.
+    /// `is_in_line` means that it takes any of them.
+    pub(super) async fn wait_for_backend<T>(
+        &self,
+        left: Option<Duration>,
+        is_in_line: bool,
+        try_again: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        let line = &self.for_backend;
+        line.waiting.fetch_add(1, Ordering::Relaxed);
+        let _counted = Waiting(&line.waiting);
+        self.wait(left, line.wait_for(is_in_line, try_again)).await
     }
 
-    async fn wait<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+    /// The same for the leader.
+    pub(super) async fn wait_for_leader<T>(
+        &self,
+        left: Option<Duration>,
+        try_again: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        let line = &self.for_leader;
+        line.waiting.fetch_add(1, Ordering::Relaxed);
+        let _counted = Waiting(&line.waiting);
+        self.wait(left, line.wait_for(true, try_again)).await
+    }
+
+    async fn wait<T>(&self, left: Option<Duration>, future: impl Future<Output = T>) -> Option<T> {
         let place = Waiting(&self.waiting);
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= self.queue {
             drop(place);
             return None;
         }
-        tokio::time::timeout(self.patience, future).await.ok()
+        let patience = left.map_or(self.patience, |left| left.min(self.patience));
+        tokio::time::timeout(patience, future).await.ok()
     }
 
     /// A request has ended.
     pub(super) fn freed(&self) {
         if self.per_node < u32::MAX {
-            self.freed.notify_one();
+            self.for_backend.freed.notify_one();
+            self.for_leader.freed.notify_one();
         }
     }
 
@@ -162,8 +204,13 @@ impl Overload {
     }
 
     /// Whether requests wait for a backend that has room.
-    pub(super) fn has_waiting(&self) -> bool {
-        self.waiting_for_backend.load(Ordering::Relaxed) > 0
+    pub(super) fn some_wait_for_backend(&self) -> bool {
+        self.for_backend.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether requests wait for room at the leader.
+    pub(super) fn some_wait_for_leader(&self) -> bool {
+        self.for_leader.waiting.load(Ordering::Relaxed) > 0
     }
 }
 
@@ -183,23 +230,23 @@ mod tests {
             config.max_in_flight = 1;
             config.queue = 1;
         });
-        let place = overload.enter().await.unwrap();
+        let place = overload.enter(None).await.unwrap();
         let start = tokio::time::Instant::now();
-        let (first, second) = tokio::join!(overload.enter(), overload.enter());
+        let (first, second) = tokio::join!(overload.enter(None), overload.enter(None));
         // The queue has room for one, which waits in vain.
         assert!(first.is_err() && second.is_err());
         assert_eq!(start.elapsed(), Duration::from_secs(1));
-        let (waited, ()) = tokio::join!(overload.enter(), async {
+        let (waited, ()) = tokio::join!(overload.enter(None), async {
             tokio::time::sleep(Duration::from_millis(500)).await;
             drop(place);
         });
         assert_eq!(overload.waiting.load(Ordering::Relaxed), 0);
         // Whoever waits for a place does not stand in the way of those who have one.
         let _place = waited.unwrap();
-        let (waited, ()) = tokio::join!(overload.enter(), async {
+        let (waited, ()) = tokio::join!(overload.enter(None), async {
             tokio::task::yield_now().await;
             assert_eq!(overload.waiting.load(Ordering::Relaxed), 1);
-            assert!(!overload.has_waiting());
+            assert!(!overload.some_wait_for_backend());
         });
         assert!(waited.is_err());
     }
@@ -209,14 +256,73 @@ mod tests {
         let overload = overload(|config| config.max_in_flight_per_node = 2);
         assert!(overload.allows(2) && !overload.allows(3));
         let free = std::cell::Cell::new(false);
-        let (got, ()) = tokio::join!(overload.wait_for(|| free.get().then_some(7)), async {
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            free.set(true);
-            overload.freed();
-        });
+        let (got, ()) = tokio::join!(
+            overload.wait_for_backend(None, true, || free.get().then_some(7)),
+            async {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                free.set(true);
+                overload.freed();
+            }
+        );
         assert_eq!(got, Some(7));
         free.set(false);
-        assert_eq!(overload.wait_for(|| free.get().then_some(7)).await, None);
+        assert_eq!(
+            overload
+                .wait_for_backend(None, true, || free.get().then_some(7))
+                .await,
+            None
+        );
+    }
+
+    /// With as many ends as there are requests that wait, in less than they wait, each of them is served in its turn.
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_is_served_in_the_order_of_coming() {
+        let overload = Arc::new(overload(|config| {
+            config.max_in_flight_per_node = 1;
+            config.queue = 1_000;
+        }));
+        let (room, served) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let mut all = tokio::task::JoinSet::new();
+        let mut come = |number: usize| {
+            let (overload, room, served) = (overload.clone(), room.clone(), served.clone());
+            all.spawn(async move {
+                let take = || {
+                    let less = |left: usize| left.checked_sub(1);
+                    room.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less)
+                        .ok()
+                };
+                let got = overload.wait_for_backend(None, true, take).await;
+                (number, got.map(|_| served.fetch_add(1, Ordering::SeqCst)))
+            });
+        };
+        for number in 0..100 {
+            come(number);
+            tokio::task::yield_now().await;
+        }
+        for number in 100..190 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            room.fetch_add(1, Ordering::SeqCst);
+            overload.freed();
+            come(number);
+        }
+        let served = all.join_all().await;
+        for (number, place) in served {
+            if number < 90 {
+                assert_eq!(place, Some(number));
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_waits_beyond_the_time_of_the_request() {
+        let overload = overload(|config| config.max_in_flight = 1);
+        let _place = overload.enter(None).await.unwrap();
+        let start = tokio::time::Instant::now();
+        let left = Some(Duration::from_millis(300));
+        assert!(overload.enter(left).await.is_err());
+        assert_eq!(start.elapsed(), Duration::from_millis(300));
+        assert_eq!(overload.wait_for_leader(left, || None::<()>).await, None);
+        assert_eq!(start.elapsed(), Duration::from_millis(600));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::pingora::Result;
 use ::pingora::http::ResponseHeader;
@@ -16,6 +16,8 @@ use super::sticky;
 use crate::balance::{PickOptions, Policy, Probes, Upstream};
 use crate::config::{ClusterConfig, HashOn};
 use crate::pingora::BalancerService;
+
+const FULL: &str = "every backend has as many requests as it may have";
 
 /// How often another backend is looked for, because one has as many requests as it may have.
 const MOST_FULL: usize = 32;
@@ -60,7 +62,7 @@ impl Picker {
         context.upstream = None;
         let mut now = Instant::now();
         // Whoever waits comes first.
-        let mut picked = match self.overload.has_waiting() {
+        let mut picked = match self.overload.some_wait_for_backend() {
             true => Err(Nothing::Full),
             false => self.pick_now(balancer, session, context, now),
         };
@@ -72,18 +74,47 @@ impl Picker {
                     other => Some(other),
                 }
             };
-            picked = self.overload.wait_for(again).await.unwrap_or(picked);
+            let left = context.time_left().unwrap_or(Some(Duration::ZERO));
+            let waited = self
+                .overload
+                .wait_for_backend(left, context.tried.is_empty(), again)
+                .await;
+            picked = waited.unwrap_or(picked);
         }
         let upstream = picked.map_err(|nothing| match nothing {
-            Nothing::Full => "every backend has as many requests as it may have",
+            Nothing::Full => FULL,
             Nothing::Left if context.tried.is_empty() => "no backend is registered",
             Nothing::Left => "every backend has been tried",
         })?;
-        context.sent = now;
-        context.answered = None;
+        context.begins_try(now);
         context.tried.push(upstream.addr());
         context.upstream = Some(upstream);
         Ok(())
+    }
+
+    /// What `look` finds of a leader, once that may have one more request, or is not known as a backend. `None` if it has
+    /// no room in time.
+    pub(super) async fn with_room<T>(
+        &self,
+        look: impl Fn() -> (T, Option<Upstream>),
+        context: &RequestState,
+    ) -> Option<(T, Option<Upstream>)> {
+        let take = || {
+            let found = look();
+            let in_flight = found.1.as_ref().map_or(0, Upstream::in_flight);
+            self.overload.allows(in_flight).then_some(found)
+        };
+        let at_once = match self.overload.some_wait_for_leader() {
+            true => None,
+            false => take(),
+        };
+        match at_once {
+            Some(found) => Some(found),
+            None => {
+                let left = context.time_left().unwrap_or(Some(Duration::ZERO));
+                self.overload.wait_for_leader(left, take).await
+            }
+        }
     }
 
     fn pick_now(
@@ -194,7 +225,7 @@ fn hash_key<'s>(hash_on: &HashOn, session: &'s Session, client: Option<IpAddr>) 
         }
         HashOn::Cookie(name) => {
             let value = sticky::cookie(session, name);
-            Cow::Borrowed(value.unwrap_or_default().as_bytes())
+            Cow::Borrowed(value.unwrap_or_default())
         }
         HashOn::Query(name) => {
             let value = request.uri.query().and_then(|query| parameter(query, name));

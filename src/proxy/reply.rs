@@ -4,6 +4,7 @@ use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use bytes::Bytes;
+use http::Method;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 
 use super::front::Ended;
@@ -53,9 +54,18 @@ pub(super) fn timed_out(context: &RequestState, error: &Error) -> Option<Reply<'
 
 /// Whether a backend only waited because the client has not sent the rest of its request.
 pub(super) fn is_slow_upload(context: &RequestState, error: &Error) -> bool {
-    !context.is_complete
-        && error.esource() == &ErrorSource::Upstream
-        && error.etype() == &ErrorType::ReadTimedout
+    !context.is_complete && is_late(error)
+}
+
+/// Whether a backend had less than its time after the last byte of a request. Over HTTP/2 Pingora counts the time from
+/// the head of the request on, so that little of it may be left after a long upload.
+pub(super) fn had_little_time(context: &RequestState, error: &Error) -> bool {
+    let is_early = || context.sent.elapsed() < context.response_within * 9 / 10;
+    is_late(error) && (!context.is_complete || is_early())
+}
+
+fn is_late(error: &Error) -> bool {
+    error.esource() == &ErrorSource::Upstream && error.etype() == &ErrorType::ReadTimedout
 }
 
 /// The response to an error; `None` if the client is gone. `leader_failed` means that a leader could
@@ -121,11 +131,11 @@ pub(super) async fn respond(
     head: Box<ResponseHeader>,
     body: Bytes,
 ) -> Result<()> {
-    session.write_response_header(head, body.is_empty()).await?;
-    match body.is_empty() {
-        true => Ok(()),
-        false => session.write_response_body(Some(body), true).await,
-    }
+    // Over HTTP/2, nobody else leaves out what is not to follow, nor says that there is nothing.
+    let is_whole = body.is_empty() || session.req_header().method == Method::HEAD;
+    session.write_response_header(head, is_whole).await?;
+    let body = (!is_whole).then_some(body);
+    session.write_response_body(body, true).await
 }
 
 impl Reply<'_> {
@@ -135,7 +145,8 @@ impl Reply<'_> {
             return self.send_status(session).await;
         }
         let (head, body) = self.parts()?;
-        session.write_error_response(head, body).await
+        session.set_keepalive(None);
+        respond(session, Box::new(head), body).await
     }
 
     /// Sends the response to a request for which no backend has been used. The client's connection
@@ -155,9 +166,7 @@ impl Reply<'_> {
         response.insert_header("grpc-status", status_of(self.code))?;
         // The reasons are plain words, which need no encoding.
         response.insert_header("grpc-message", self.reason)?;
-        session
-            .write_response_header(Box::new(response), true)
-            .await
+        respond(session, Box::new(response), Bytes::new()).await
     }
 
     fn parts(&self) -> Result<(ResponseHeader, Bytes)> {
@@ -174,6 +183,8 @@ impl Reply<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     #[test]
@@ -195,5 +206,31 @@ mod tests {
             reason: "there is no leader",
         };
         assert_eq!(reply_to(&error, false), Some(expected));
+    }
+
+    #[test]
+    fn a_backend_has_its_time_after_the_last_byte_of_a_request() {
+        let mut state = RequestState::new();
+        state.response_within = Duration::from_secs(10);
+        let late = Error::new_up(ErrorType::ReadTimedout);
+        let ago = |seconds| {
+            Instant::now()
+                .checked_sub(Duration::from_secs(seconds))
+                .unwrap()
+        };
+        for (is_complete, sent, expected) in [
+            (false, 10, true),
+            (true, 1, true),
+            (true, 10, false),
+            (true, 60, false),
+        ] {
+            state.is_complete = is_complete;
+            state.sent = ago(sent);
+            let had_little = had_little_time(&state, &late);
+            assert_eq!(had_little, expected, "{is_complete} {sent}");
+            assert_eq!(is_slow_upload(&state, &late), !is_complete);
+        }
+        let other = Error::new_up(ErrorType::ReadError);
+        assert!(!had_little_time(&state, &other));
     }
 }

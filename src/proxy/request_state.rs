@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ::pingora::{Error, ErrorType, Result};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::front::{Connection, Phase};
+use super::front::{Connection, Draining, OpenStream, Phase};
 use super::grpc::Call;
 use super::shutdown::Hold;
 use super::spans::Span;
@@ -15,6 +15,9 @@ use crate::balance::Upstream;
 use crate::ids::Revision;
 use crate::node::Node;
 use crate::pingora::LeaderUpstream;
+
+/// Who finds a backend at once does that in less.
+const NOTICEABLE: Duration = Duration::from_millis(10);
 
 /// What is kept about a request.
 pub(super) struct RequestState {
@@ -31,6 +34,10 @@ pub(super) struct RequestState {
     /// The client's connection, if its listener has a front and it has one request at a time: over
     /// HTTP/2 it has no phases.
     pub(super) connection: Option<Arc<Connection>>,
+    /// The request on its connection, if that is one of HTTP/2 and its listener has a front.
+    pub(super) stream: Option<OpenStream>,
+    /// The response is complete, and this stream of HTTP/2 is not.
+    pub(super) draining: Option<Draining>,
     /// Whatever becomes of the request, its backend is not to blame.
     pub(super) is_blameless: bool,
     /// The process waits for the request; where there are phases, the connection keeps this.
@@ -101,6 +108,8 @@ impl RequestState {
             response_within: Duration::ZERO,
             most_retries: 0,
             connection: None,
+            stream: None,
+            draining: None,
             is_blameless: false,
             in_flight: None,
             place: None,
@@ -149,6 +158,17 @@ impl RequestState {
             (None, Some(upstream)) => Some(upstream.addr()),
             (None, None) => None,
         }
+    }
+
+    /// A backend for the next try has been found.
+    pub(super) fn begins_try(&mut self, now: Instant) {
+        self.sent = now;
+        self.answered = None;
+    }
+
+    /// Whether it took some time until its first backend was found.
+    pub(super) fn has_waited(&self) -> bool {
+        self.sent.saturating_duration_since(self.started) > NOTICEABLE
     }
 
     /// Whether this try finds out if a backend that failed works again.
@@ -211,13 +231,15 @@ impl RequestState {
         connection.is_some_and(Connection::take_unanswered)
     }
 
-    /// The response is complete. The rest of the request, if there is one, has no more use.
-    pub(super) fn answer_ends(&self) {
-        if let Some(connection) = &self.connection
-            && !self.is_complete
-            && !self.is_tunnel
-        {
+    /// The response is complete. The rest of the request, if there is one, has no more use, and this much time.
+    pub(super) fn answer_ends(&mut self, drain: Duration) {
+        if self.is_complete || self.is_tunnel {
+            return;
+        }
+        if let Some(connection) = &self.connection {
             connection.enter(Phase::Drain);
+        } else if let Some(stream) = self.stream.as_ref().filter(|_| self.draining.is_none()) {
+            self.draining = Some(stream.connection().drains(drain));
         }
     }
 

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use ::pingora::Result;
 use ::pingora::http::RequestHeader;
 use ::pingora::proxy::Session;
+use ::pingora::{Error, ErrorType, Result};
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Version};
@@ -107,6 +107,7 @@ impl RequestLimits {
             // A client that gives no room on its stream blocks nothing of the connection, so only
             // Pingora notices.
             session.set_write_timeout(Some(self.client_write));
+            context.stream = Some(connection.opens());
             return;
         }
         if self.half_closed {
@@ -178,6 +179,10 @@ impl RequestLimits {
     ) -> Result<()> {
         if context.is_tunnel {
             return Ok(());
+        }
+        if context.draining.is_some() && !is_end {
+            let reason = "the response was complete before the request";
+            return Err(Error::explain(ErrorType::ConnectionClosed, reason));
         }
         context.has_body_begun = true;
         context.is_expecting = false;

@@ -1,8 +1,8 @@
 //! Whether a request that failed is tried again. Pure.
 
 /// How many pooled connections of a request may turn out to be closed before that counts as a
-/// failure of the backend.
-const MAX_STALE_CONNECTIONS: usize = 8;
+/// failure of the backend. A request that makes each backend end its connection is to cost few of them.
+const MAX_STALE_CONNECTIONS: usize = 2;
 
 /// A request that failed after something of it may have been sent.
 #[derive(Debug, Clone, Copy)]
@@ -27,6 +27,8 @@ pub(super) struct Failure {
     pub(super) retries: usize,
     /// How many pooled connections of this request turned out to be closed.
     pub(super) stale_connections: usize,
+    /// It failed so soon that the connection may have been closed before.
+    pub(super) is_prompt: bool,
 }
 
 /// Whether Pingora would try a request again.
@@ -65,9 +67,14 @@ pub(super) struct RetryRules {
 /// closed. Beyond them, a method without side effects is tried on another backend as long as nothing
 /// has reached the client, and any method of which the backend cannot have read anything.
 pub(super) fn decide(failure: &Failure, rules: RetryRules) -> Decision {
-    let is_stale = failure.retry == PingoraRetry::StaleConnection || failure.is_unread;
+    let retry = match failure.retry {
+        // It was open when the request came, and the backend ended it.
+        PingoraRetry::StaleConnection if !failure.is_prompt => PingoraRetry::No,
+        retry => retry,
+    };
+    let is_stale = retry == PingoraRetry::StaleConnection || failure.is_unread;
     let may_repeat = failure.is_repeatable
-        && (failure.is_unread || failure.is_idempotent && failure.retry != PingoraRetry::No);
+        && (failure.is_unread || failure.is_idempotent && retry != PingoraRetry::No);
     if may_repeat && is_stale && failure.stale_connections < MAX_STALE_CONNECTIONS {
         return Decision::RetryAnywhere;
     }
@@ -101,6 +108,7 @@ mod tests {
         retry: PingoraRetry::No,
         retries: 0,
         stale_connections: 0,
+        is_prompt: true,
     };
     const POST: Failure = Failure {
         is_idempotent: false,
@@ -152,6 +160,10 @@ mod tests {
             is_unread: true,
             ..failure
         };
+        let after_work = |failure| Failure {
+            is_prompt: false,
+            ..failure
+        };
         for (failure, expected) in [
             (GET, RetryElsewhere),
             (late, GiveUp),
@@ -177,6 +189,10 @@ mod tests {
             (truncated, GiveUpWithoutBlame),
             (many_stale, RetryElsewhere),
             (retried(many_stale), GiveUp),
+            (after_work(stale(GET)), RetryElsewhere),
+            (after_work(stale(PUT)), GiveUp),
+            (after_work(stale(POST)), GiveUp),
+            (after_work(unread(POST)), RetryAnywhere),
         ] {
             let rules = RetryRules {
                 most: 2,

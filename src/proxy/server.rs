@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::pingora::listeners::{L4BufferSettings, ListenerConfig};
+use ::pingora::protocols::http::v2::server::default_h2_options;
 use ::pingora::proxy::{HttpProxy, http_proxy};
 use ::pingora::server::Server;
 use ::pingora::server::configuration::ServerConf;
@@ -24,6 +25,9 @@ use super::tls::{ClientTls, Reload};
 use crate::config::ClusterConfig;
 use crate::error::ClusterError;
 use crate::pingora::BalancerService;
+
+/// What is kept, for each stream of HTTP/2, of a response that its client does not read, in bytes.
+const MOST_UNSENT: usize = 65_536;
 
 /// What [`ClusterProxy::add_to`] has added to a server, for a status page or metrics.
 #[derive(Clone)]
@@ -76,7 +80,9 @@ impl ClusterProxy {
         }
         check_user(&server.configuration, &config.listen)?;
         let certificates = Reload::default();
-        let reloader = background_service("balancer", Reloader::new(config, certificates.clone())?);
+        // Health checks and mirrors connect by themselves.
+        let reloader = with_system_cas(|| Reloader::new(config, certificates.clone()))??;
+        let reloader = background_service("balancer", reloader.writes_to_leader(writes_to_leader));
         let task = reloader.task();
         let mut proxy = Self::of(task.routing().clone());
         if let Some(log) = &config.access_log {
@@ -97,6 +103,9 @@ impl ClusterProxy {
         };
         let mut proxy = made(&server.configuration, proxy)?;
         proxy.server_options = Some(server_options(config));
+        let mut h2_options = default_h2_options();
+        h2_options.max_send_buffer_size(MOST_UNSENT);
+        proxy.h2_options = Some(h2_options);
         let front = Front::new(
             proxy,
             front_settings(config, client_tls),
@@ -121,13 +130,17 @@ impl ClusterProxy {
     }
 }
 
-/// Pingora panics if it cannot use a certificate of the system, which it reads in any case.
 pub(super) fn made(
     server: &Arc<ServerConf>,
     proxy: ClusterProxy,
 ) -> Result<HttpProxy<ClusterProxy>, ClusterError> {
-    let make = AssertUnwindSafe(|| http_proxy(server, proxy));
-    catch_unwind(make).map_err(|_| {
+    with_system_cas(|| http_proxy(server, proxy))
+}
+
+/// Makes something that connects to backends. Pingora panics if it cannot use a certificate of the system, which it
+/// reads in any case.
+fn with_system_cas<T>(make: impl FnOnce() -> T) -> Result<T, ClusterError> {
+    catch_unwind(AssertUnwindSafe(make)).map_err(|_| {
         let reason = "the CAs of the system (or SSL_CERT_FILE, SSL_CERT_DIR) cannot be used";
         ClusterError::config("cluster.backends", reason)
     })

@@ -9,7 +9,7 @@ use ::pingora::{Error, ErrorType, Result};
 use http::{HeaderMap, StatusCode};
 use tracing::{debug, warn};
 
-use super::failure::{failure, is_local, retried_status};
+use super::failure::{failure, is_local, may_be_of_address, retried_status};
 use super::group::GroupProxy;
 use super::grpc::Call;
 use super::headers::{change_response_fields, set_upstream_node};
@@ -17,7 +17,7 @@ use super::hop_by_hop::remove_hop_by_hop;
 use super::leader::is_misdirected;
 use super::outcome::Outcome;
 use super::peers::Asked;
-use super::reply::{bad_gateway, is_slow_upload, refused, unavailable};
+use super::reply::{bad_gateway, had_little_time, refused, unavailable};
 use super::request_state::RequestState;
 use super::retry::{Decision, RetryRules, decide};
 use crate::balance::Upstream;
@@ -156,7 +156,7 @@ impl GroupProxy {
         }
         let status = response.status;
         (self.retry_on_status.contains(&status.as_u16()) || state.is_probe() && is_failure(status))
-            && state.tried.len() < self.balancer.len()
+            && !self.is_last_try(state)
             && session.req_header().method.is_safe()
             && self.may_send_elsewhere(state)
     }
@@ -191,8 +191,7 @@ impl GroupProxy {
     ) -> Box<Error> {
         let upstream = state.upstream.take();
         if is_local(&error) {
-            warn!(%error, "this process cannot connect to any backend");
-            return refused(503, "this proxy cannot make a connection");
+            return self.after_local_failure(error, upstream, state);
         }
         if let Some(upstream) = upstream
             && state.time_left().is_ok()
@@ -210,6 +209,39 @@ impl GroupProxy {
         error
     }
 
+    /// The reason is here, which may concern one address only, as where this machine has no IPv6: others are tried. If
+    /// another one was connected to a short while ago, it is for the address.
+    fn after_local_failure(
+        &self,
+        mut error: Box<Error>,
+        upstream: Option<Upstream>,
+        state: &mut RequestState,
+    ) -> Box<Error> {
+        if let Some(left_out) = self.failures.take(Instant::now()) {
+            let node = state.node();
+            let node = upstream.as_ref().map(Upstream::node).or(node);
+            let node = node.as_ref().map(|node| &node.id);
+            warn!(node, %error, left_out, "this process cannot make a connection");
+        }
+        if let Some(upstream) = upstream
+            && may_be_of_address(&error)
+            && self.connected.was_another(upstream.addr(), Instant::now())
+        {
+            self.blame(upstream, Upstream::unreachable);
+        }
+        let is_for_leader = state.leader.take().is_some();
+        if is_for_leader || self.is_last_try(state) || !state.may_try_again() {
+            return refused(503, "this proxy cannot make a connection");
+        }
+        error.set_retry(true);
+        error
+    }
+
+    /// Whether there is no other backend to try.
+    fn is_last_try(&self, state: &RequestState) -> bool {
+        !self.balancer.has_other_than(&state.tried)
+    }
+
     /// A try has failed after something may have been sent.
     pub(super) fn after_failure(
         &self,
@@ -218,7 +250,6 @@ impl GroupProxy {
         state: &mut RequestState,
         client_reused: bool,
     ) -> Box<Error> {
-        state.answered = None;
         if std::mem::take(&mut state.is_retried_for_status) {
             if let Some(upstream) = state.upstream.take() {
                 self.blame(
@@ -232,7 +263,7 @@ impl GroupProxy {
             error.set_retry(true);
             return error;
         }
-        if is_slow_upload(state, &error) || state.time_left().is_err() {
+        if had_little_time(state, &error) || state.time_left().is_err() {
             // The backend waited for the client, or others have used the time of the request.
             state.upstream = None;
             state.is_blameless = true;
@@ -249,7 +280,10 @@ impl GroupProxy {
                 state.tried.pop();
                 true
             }
-            Decision::RetryElsewhere if self.may_send_elsewhere(state) => {
+            // Where nobody else is left, the client learns what has failed.
+            Decision::RetryElsewhere
+                if !self.is_last_try(state) && self.may_send_elsewhere(state) =>
+            {
                 if let Some(upstream) = state.upstream.take()
                     && failure.is_from_backend
                 {

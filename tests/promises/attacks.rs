@@ -372,3 +372,50 @@ async fn what_the_front_answers_by_itself_is_counted() {
         until(event, async || counted(event).await == before + 1.0).await;
     }
 }
+
+/// One that is answered early, and of which nothing more comes, would keep its backend as long as the client likes; one
+/// that goes on ends by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_left_of_a_request_of_http_2_after_its_response_has_a_time() {
+    let early = |_: &str| b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n".to_vec();
+    let backend = RawBackend::start_early(early).await;
+    let fields = "timeouts: { client_drain_ms: 3000 }\noverload: { max_in_flight: 1, queue_timeout_ms: 100 }";
+    let balancer = in_front_of(&backend, "h2-early", fields).await;
+    let connect = || tokio::net::TcpStream::connect(&balancer.listen);
+    let is_free = async || {
+        let response = Raw::to(&balancer).await.get("").await;
+        status(&response) == "401"
+    };
+    for goes_on in [true, false] {
+        let (sender, connection) = h2::client::handshake(connect().await.unwrap())
+            .await
+            .unwrap();
+        let driving = tokio::spawn(connection);
+        let mut sender = sender.ready().await.unwrap();
+        let request = http::Request::post("http://a/").body(()).unwrap();
+        let (response, mut body) = sender.send_request(request, false).unwrap();
+        assert_eq!(response.await.unwrap().status(), 401);
+        let start = Instant::now();
+        if goes_on {
+            // The stream ends, and the connection does not.
+            until("the stream is reset", async || {
+                let sent = body.send_data("more".into(), false);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                sent.is_err()
+            })
+            .await;
+            let mut sender = sender.ready().await.unwrap();
+            let request = http::Request::get("http://a/").body(()).unwrap();
+            let (response, _) = sender.send_request(request, true).unwrap();
+            assert_eq!(response.await.unwrap().status(), 401);
+            driving.abort();
+        } else {
+            assert!(!is_free().await, "the place is taken");
+            let ended = tokio::time::timeout(9 * SECOND, driving).await;
+            assert!(ended.is_ok(), "{:?}", start.elapsed());
+        }
+        until("the place is free again", is_free).await;
+    }
+    let log = balancer.log_text();
+    assert!(!log.contains("ERROR"), "{log}");
+}

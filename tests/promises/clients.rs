@@ -137,6 +137,9 @@ async fn connections_are_limited_in_all_and_per_client() {
         let mut fourth = TcpStream::connect(&balancer.listen).await.unwrap();
         assert!(!served(&mut fourth).await);
         assert!(served(&mut open[1]).await);
+        // Another client has a limit of its own.
+        let mut other = Raw::at("127.77.0.1".parse().unwrap(), &balancer).await;
+        assert_eq!(served(&mut other.0).await, name == "one");
         drop(open);
         super::world::until("there is room again", async || {
             let mut client = TcpStream::connect(&balancer.listen).await.unwrap();
@@ -553,4 +556,59 @@ async fn idle_websockets_are_no_load() {
     }
     let of_second = second.requests().len() - before;
     assert!(of_second >= 25, "{of_second} of 30");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_proxy_answers_itself_keeps_the_connection_of_a_client_that_has_sent_all() {
+    let balancer = Setup::shared(&group("nobody-here"));
+    let balancer = balancer.with("ready_timeout_ms: 100").listening().await;
+    let mut client = Raw::to(&balancer).await;
+    for _ in 0..3 {
+        client
+            .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc")
+            .await;
+        let response = client.response().await;
+        assert_eq!(status(&response), "503", "{response}");
+        assert!(
+            !response.to_ascii_lowercase().contains("connection: close"),
+            "{response}"
+        );
+    }
+    // Over HTTP/2, a body after the response to HEAD would be an error of the protocol.
+    let client = reqwest::Client::builder().http2_prior_knowledge();
+    let client = client.build().unwrap();
+    for _ in 0..3 {
+        let response = client.head(&balancer.url).send().await.unwrap();
+        assert_eq!(response.status(), 503);
+        assert_eq!(response.text().await.unwrap(), "");
+    }
+}
+
+/// Whoever looks for errors in the log is not to find what clients do wrong.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_part_of_a_further_request_is_no_error_in_the_log() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "timeouts: { client_idle_ms: 700 }";
+    let balancer = in_front_of(&backend, "further", fields).await;
+    let post = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc";
+    let get = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+    for more in ["\r\n", "GET /2 HT"] {
+        for request in [post, get] {
+            for leaves in [true, false] {
+                let mut client = Raw::to(&balancer).await;
+                client.send(format!("{request}{more}").as_bytes()).await;
+                assert_eq!(status(&client.response().await), "200");
+                match leaves {
+                    true => drop(client),
+                    false => assert_eq!(client.rest().await, "", "{more:?}"),
+                }
+            }
+        }
+    }
+    until("they are all gone", async || {
+        balancer.open_connections() == 0
+    })
+    .await;
+    let log = balancer.log_text();
+    assert!(!log.contains("ERROR"), "{log}");
 }

@@ -1,10 +1,13 @@
 //! Tests of what backends and clients are told in headers.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::common::etcd::Etcd;
-use super::raw::{Raw, RawBackend, in_front_of, in_front_of_after, ok, status};
-use super::world::{entry, put};
+use super::common::group;
+use super::raw::{Raw, RawBackend, http_2_backend, in_front_of, in_front_of_after, ok, status};
+use super::world::{Setup, entry, put};
 
 /// The value of a header in a message in lower case.
 fn header<'a>(message: &'a str, name: &str) -> Option<&'a str> {
@@ -143,5 +146,46 @@ async fn a_client_of_http_1_0_gets_no_chunks() {
         let response = client.rest().await;
         assert!(response.ends_with("\r\n\r\nok\n"), "{response:?}");
         assert!(!response.to_ascii_lowercase().contains("chunked"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cookies_that_come_in_several_fields_of_http_2_are_one_for_backends() {
+    let backend = RawBackend::start(ok).await;
+    let balancer = in_front_of(&backend, "cookies", "").await;
+    let client = reqwest::Client::builder().http2_prior_knowledge();
+    let client = client.build().unwrap();
+    let request = client.get(&balancer.url).header("cookie", "a=1");
+    let request = request.header("cookie", "session=x");
+    assert_eq!(request.send().await.unwrap().status(), 200);
+    let seen = backend.last();
+    assert_eq!(seen.matches("cookie: ").count(), 1, "{seen}");
+    assert!(seen.contains("\r\ncookie: a=1; session=x\r\n"), "{seen}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_of_http_1_0_gets_no_chunks_of_http_2_and_no_interim_responses() {
+    let (port, _serving) = http_2_backend(Duration::ZERO).await;
+    let hints = |_: &str| {
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n".to_vec()
+    };
+    let backend = RawBackend::start(hints).await;
+    for (name, port, fields) in [
+        ("old-h2", port, "backends: { protocol: h2c }"),
+        ("old-hints", backend.address.port(), ""),
+    ] {
+        let (etcd, group) = (Etcd::shared(), group(name));
+        let entry = entry("a", Some(port), json!({}));
+        put(&mut etcd.raw_client().await, &group, &entry, None).await;
+        let balancer = Setup::shared(&group).with(fields).serving().await;
+        let mut client = Raw::to(&balancer).await;
+        client.send(b"GET / HTTP/1.0\r\n\r\n").await;
+        let response = client.rest().await;
+        assert_eq!(status(&response), "200", "{name}: {response}");
+        assert!(response.ends_with("\r\n\r\nok\n"), "{name}: {response}");
+        assert!(
+            !response.to_ascii_lowercase().contains("chunked"),
+            "{response}"
+        );
     }
 }

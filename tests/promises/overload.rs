@@ -275,3 +275,61 @@ async fn protocols_are_passed_on_as_is_set_and_others_are_refused() {
         }
     }
 }
+
+/// From the first one to the last one, however many come while they wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_is_served_in_the_order_of_coming() {
+    let backend = RawBackend::start_slow(SECOND / 3).await;
+    let fields = "overload: { max_in_flight_per_node: 1, queue: 100, queue_timeout_ms: 15000 }";
+    let balancer = before(&[&backend], "order", fields).await;
+    let mut clients = Vec::new();
+    for _ in 0..12 {
+        clients.push(Raw::to(&balancer).await);
+    }
+    let mut requests = JoinSet::new();
+    let ends = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    for (index, mut client) in clients.into_iter().enumerate() {
+        let ends = ends.clone();
+        requests.spawn(async move {
+            assert_eq!(status(&client.get("").await), "200");
+            ends.lock().unwrap().push(index);
+        });
+        tokio::time::sleep(SECOND / 50).await;
+    }
+    requests.join_all().await;
+    let ends = ends.lock().unwrap();
+    assert!(ends.is_sorted(), "{ends:?}");
+}
+
+/// Whoever gives up often asks again: otherwise backends would work for nobody when they have most to do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_client_has_given_up_while_it_waited_is_not_sent() {
+    let backend = RawBackend::start_slow(2 * SECOND).await;
+    for limit in ["max_in_flight: 1", "max_in_flight_per_node: 1"] {
+        let fields = format!("overload: {{ {limit}, queue: 9, queue_timeout_ms: 15000 }}");
+        let balancer = before(&[&backend], "given-up", &fields).await;
+        let before = backend.requests().len();
+        let mut first = Raw::to(&balancer).await;
+        let request = b"POST /first HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n";
+        first.send(request).await;
+        until("the first one is there", async || {
+            backend.requests().len() > before
+        })
+        .await;
+        let (mut leaves, mut stays) = (Raw::to(&balancer).await, Raw::to(&balancer).await);
+        for (client, path) in [(&mut leaves, "leaves"), (&mut stays, "stays")] {
+            let request = format!("POST /{path} HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n");
+            client.send(request.as_bytes()).await;
+            tokio::time::sleep(SECOND / 10).await;
+        }
+        drop(leaves);
+        assert_eq!(status(&first.response().await), "200");
+        assert_eq!(status(&stays.response().await), "200");
+        let got = backend.requests().split_off(before);
+        assert!(
+            got.iter().all(|it| !it.contains("/leaves")),
+            "{limit}: {got:?}"
+        );
+        assert_eq!(got.len(), 2, "{limit}: {got:?}");
+    }
+}

@@ -232,6 +232,38 @@ impl RawBackend {
     }
 }
 
+/// A backend of HTTP/2 without TLS that answers with `ok`, and no length, once it has the whole request; and its port.
+pub async fn http_2_backend(after: Duration) -> (u16, JoinSet<()>) {
+    let listener = TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut serving = JoinSet::new();
+    serving.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let Ok(mut connection) = h2::server::handshake(stream).await else {
+                    return;
+                };
+                let mut streams = JoinSet::new();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    streams.spawn(async move {
+                        let mut body = request.into_body();
+                        while let Some(Ok(data)) = body.data().await {
+                            let _ = body.flow_control().release_capacity(data.len());
+                        }
+                        tokio::time::sleep(after).await;
+                        let response = http::Response::new(());
+                        if let Ok(mut body) = respond.send_response(response, false) {
+                            let _ = body.send_data("ok\n".into(), true);
+                        }
+                    });
+                }
+            });
+        }
+    });
+    (port, serving)
+}
+
 pub fn ok(_: &str) -> Vec<u8> {
     b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n".to_vec()
 }

@@ -1,7 +1,10 @@
 //! Tests of configurations that are taken over while requests are served.
 
+use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,10 +14,10 @@ use tokio::task::JoinSet;
 
 use super::common::certificates::{Authority, Directory};
 use super::common::etcd::Etcd;
-use super::common::load::client;
-use super::common::programs::COMMAND;
+use super::common::load::{client, until_it_answers};
+use super::common::programs::{COMMAND, Program, optimised};
 use super::common::{free_port, group};
-use super::raw::{Raw, RawBackend, ok, register, status};
+use super::raw::{Raw, RawBackend, in_front_of, ok, register, status};
 use super::tls::{certificates, connect, get};
 use super::world::{Balancer, Setup, entry, put, scratch, until};
 
@@ -484,4 +487,65 @@ async fn client_text(url: &str) -> String {
         .text()
         .await
         .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_in_flight_still_counts_after_a_reload() {
+    let backend = RawBackend::start_slow(Duration::from_secs(20)).await;
+    let fields = "overload: { max_in_flight_per_node: 1, queue: 1, queue_timeout_ms: 100 }";
+    let started = Reloaded::start("counts", &[&backend], fields).await;
+    let mut held = Raw::to(&started.balancer).await;
+    held.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    until("the backend has it", async || {
+        !backend.requests().is_empty()
+    })
+    .await;
+    // Other settings over the same nodes, and another discovery for them.
+    for (count, fields) in [(1, "retries: 1"), (2, "allowed_networks: [127.0.0.0/8]")] {
+        started.write(|text| format!("{text}  {fields}\n"));
+        started.until_taken_over(count).await;
+        let response = Raw::to(&started.balancer).await.get("").await;
+        assert_eq!(status(&response), "503", "{fields}: {response}");
+        let status = started.status().await;
+        assert_eq!(
+            status["groups"][0]["nodes"][0]["in_flight"],
+            json!(1),
+            "{fields}"
+        );
+    }
+    assert_eq!(status(&held.response().await), "200");
+    assert_eq!(backend.requests().len(), 1);
+}
+
+/// A file that is made as it is read, by a program that knows the passwords in it: it can be read once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_configuration_from_a_pipe_is_read_once() {
+    let backend = RawBackend::start(ok).await;
+    let written = in_front_of(&backend, "piped", "").await;
+    let text = std::fs::read_to_string(&written.conf).unwrap();
+    drop(written);
+    let log = scratch(&format!("piped-{}.log", fastrand::u32(..)));
+    let mut command = Command::new(optimised(COMMAND));
+    command.args(["serve", "--conf", "/dev/stdin"]);
+    command
+        .stdin(Stdio::piped())
+        .stderr(File::create(&log).unwrap());
+    let mut program = Program::spawn(&mut command);
+    let mut stdin = program.child.stdin.take().unwrap();
+    stdin.write_all(text.as_bytes()).unwrap();
+    drop(stdin);
+    let listen = text
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("listen: "));
+    let url = format!("http://{}", listen.unwrap().trim_matches('\''));
+    until_it_answers(&url).await;
+    // The file of another program would have been looked at three times by now.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let read = || std::fs::read_to_string(&log).unwrap();
+    assert!(!read().contains("refused"), "{}", read());
+    program.signal("HUP");
+    until("the reason is told", async || read().contains("is no file")).await;
+    let threads = std::fs::read_dir(format!("/proc/{}/task", program.child.id()));
+    assert!(threads.unwrap().count() < 30);
+    std::fs::remove_file(log).unwrap();
 }

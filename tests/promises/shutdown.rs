@@ -564,6 +564,9 @@ async fn a_daemon_listens_or_its_start_is_an_error() {
     until("it serves", async || started.get().await == "a").await;
     let read = |file: &Path| std::fs::read_to_string(file).unwrap_or_default();
     let pid: u32 = read(&pid_file).trim().parse().unwrap();
+    // Relative paths of the file still name what they named at the start.
+    let directory = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
+    assert_eq!(directory, std::env::current_dir().unwrap());
     // The port is taken now.
     let mut second = setup.clone().listen(&started.listen).start();
     let (status, _) = second.program.ended().await;

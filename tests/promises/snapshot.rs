@@ -1,11 +1,15 @@
 //! Tests the snapshot file, from which a balancer starts without etcd.
 
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::common::etcd::Etcd;
+use super::common::programs::{COMMAND, optimised};
 use super::common::{eventually, group};
+use super::raw::{RawBackend, ok};
 use super::world::{Backend, Setup, delete, entry, put, scratch};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -78,4 +82,58 @@ async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd()
     routing.until_served_by(&["first", "last"]).await;
     assert_eq!(routing.post().await, "503");
     let _ = std::fs::remove_file(file);
+}
+
+/// Whoever is drained is out of order, whether etcd is there or not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_was_drained_stays_so_in_a_start_without_etcd() {
+    let (etcd, group) = (Etcd::own(), group("drained"));
+    let mut keys = etcd.raw_client().await;
+    let backends = [RawBackend::start(ok).await, RawBackend::start(ok).await];
+    for (index, backend) in backends.iter().enumerate() {
+        let lease = keys.lease_grant(600, None).await.unwrap().id();
+        let entry = entry(
+            &format!("n{index}"),
+            Some(backend.address.port()),
+            json!({}),
+        );
+        put(&mut keys, &group, &entry, Some(lease)).await;
+    }
+    let file = scratch(&format!("{group}.nodes"));
+    let of_operators = scratch(&format!("{group}.nodes.overrides"));
+    let fields = format!(
+        "snapshot: {{ file: '{}', interval_ms: 100 }}\nready_timeout_ms: 300\npolicy: round_robin",
+        file.display()
+    );
+    let setup = Setup::new(etcd.endpoints(), &group).with(&fields);
+    let mut balancer = setup.serving().await;
+    balancer.until_served_by(&["n0", "n1"]).await;
+    let drained = Command::new(optimised(COMMAND))
+        .args([
+            "drain",
+            "--endpoints",
+            &etcd.endpoints().join(","),
+            "--group",
+            &group,
+            "n1",
+        ])
+        .output();
+    assert!(drained.unwrap().status.success());
+    balancer.until_served_by(&["n0"]).await;
+    eventually("both are in files", || {
+        let holds =
+            |file: &Path| std::fs::read_to_string(file).is_ok_and(|text| text.contains("n1"));
+        holds(&file) && holds(&of_operators)
+    })
+    .await;
+    balancer.program.signal("TERM");
+    balancer.program.ended().await;
+    etcd.stop();
+    let balancer = setup.serving().await;
+    balancer.until_served_by(&["n0"]).await;
+    let served = balancer.gets(40).await;
+    assert_eq!(served.keys().collect::<Vec<_>>(), ["n0"], "{served:?}");
+    for file in [file, of_operators] {
+        let _ = std::fs::remove_file(file);
+    }
 }

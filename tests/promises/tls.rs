@@ -572,4 +572,15 @@ async fn a_client_that_has_agreed_on_http_2_has_to_begin_with_it_in_time() {
         assert!(ended.is_ok(), "{start:?}");
         assert!(begun.elapsed() > SECOND * 3 / 2, "{:?}", begun.elapsed());
     }
+    // Something else ends at once.
+    let client = connect(&balancer.listen, "one.test", &authority, None, &["h2"]).await;
+    let mut client = client.unwrap();
+    client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+    client.flush().await.unwrap();
+    let mut received = Vec::new();
+    let reading = client.read_to_end(&mut received);
+    let ended = tokio::time::timeout(SECOND, reading).await;
+    assert!(ended.is_ok() && received.is_empty(), "{received:?}");
+    let log = balancer.log_text();
+    assert!(!log.contains("ERROR"), "{log}");
 }

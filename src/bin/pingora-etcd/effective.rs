@@ -60,7 +60,7 @@ pub fn described(text: &str, name: &str) -> Result<String, ClusterError> {
 }
 
 fn shown(path: &str, value: &Value) -> String {
-    let is_secret = path.ends_with(".password") && !value.is_null();
+    let is_secret = path.ends_with(".password") && !value.is_null() || path.contains("headers.");
     match is_secret {
         true => format!("{path}: (not shown)"),
         false => format!("{path}: {value}"),

@@ -49,7 +49,6 @@ pub fn run(arguments: &Arguments) -> Result {
         return Ok(ExitCode::SUCCESS);
     }
     let file = ConfigFile::new(&arguments.conf, text, parts.reloader.clone());
-    let file = file.writes_to_leader(arguments.leader_routing);
     server.add_service(background_service("configuration", file));
     Ok(proxy::run(server))
 }

@@ -91,6 +91,11 @@ fn wrong_values_are_named() {
         ("default_port: 0", "cluster.default_port"),
         ("retries: 3", "cluster.retries"),
         ("listen: nowhere", "cluster.listen"),
+        (
+            "health_check: { kind: tcp, status: [204] }",
+            "health_check.status",
+        ),
+        ("health_check: { kind: tcp, host: a }", "health_check.host"),
         ("leader_wait_ms: 1000000", "cluster.leader_wait_ms"),
         ("hash_on: colour", "colour"),
         ("filter: { zone: a }", "zone"),
@@ -276,12 +281,34 @@ fn a_secret_in_the_wrong_place_is_not_repeated() {
     let shown = error(&text);
     assert!(shown.contains("between ${ and } is no name"), "{shown}");
     assert!(!shown.contains("s3cret"), "{shown}");
+    // In quotes it is no variable.
+    let text = MINIMAL.replace("  group", "    user: u\n    password: '${A}'\n  group");
+    let shown = error(&text);
+    assert!(
+        shown.contains("cluster.etcd.password") && shown.contains("without quotes"),
+        "{shown}"
+    );
     // Values of variables may be secret wherever they stand.
     for value in ["\n    ${CARGO_PKG_NAME}", "&a ${CARGO_PKG_NAME}"] {
         let shown = error(&format!("{MINIMAL}  listen: {value}\n"));
         assert!(shown.contains("cluster.listen"), "{shown}");
         assert!(!shown.contains(env!("CARGO_PKG_NAME")), "{shown}");
     }
+    // What is in a header may be one, too.
+    for headers in [
+        "{ authorization: \"s3cret\" }",
+        "{ x-api-key: s3cret }",
+        "{ x-auth: 'Bearer s3cret' }",
+        "{ cookie: session=s3cret }",
+    ] {
+        let check = format!("{MINIMAL}  health_check: {{ headers: {headers} }}\n  colour: red\n");
+        let shown = error(&check);
+        assert!(shown.contains("`colour`"), "{shown}");
+        assert!(!shown.contains("s3cret"), "{headers}: {shown}");
+    }
+    // Their names are none, nor is that of a cookie.
+    let shown = error(&format!("{MINIMAL}  sticky_cookie: node\n  colour: red\n"));
+    assert!(shown.contains("sticky_cookie: node"), "{shown}");
     // One that is used says nothing about others.
     for (field, named) in [
         ("policy: fastest", "invalid cluster.policy"),
@@ -545,6 +572,31 @@ fn a_group_in_another_registry_has_a_prefix_of_its_own_and_no_leader() {
         if let Err(error) = result {
             assert!(
                 error.to_string().contains("cluster.routes[0].leader"),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[cfg(feature = "admin")]
+#[test]
+fn two_listeners_cannot_have_one_port() {
+    for (listen, admin, is_taken) in [
+        ("127.0.0.1:6189", "127.0.0.1:6189", true),
+        ("0.0.0.0:6189", "127.0.0.1:6189", true),
+        ("127.0.0.1:6189", "[::]:6189", true),
+        ("127.0.0.1:6189", "127.0.0.2:6189", false),
+        ("0.0.0.0:6189", "[::1]:6189", false),
+        ("127.0.0.1:6188", "127.0.0.1:6189", false),
+    ] {
+        let text = format!(
+            "{MINIMAL}  listen: '{listen}'\n  admin: {{ listen: '{admin}', public: true }}\n"
+        );
+        let read = ClusterConfig::from_yaml(&text, "file.yaml");
+        assert_eq!(read.is_err(), is_taken, "{listen} {admin}: {read:?}");
+        if let Err(error) = read {
+            assert!(
+                error.to_string().contains("cluster.admin.listen"),
                 "{error}"
             );
         }

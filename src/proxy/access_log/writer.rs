@@ -32,6 +32,9 @@ pub(super) struct Writer {
     generation: u64,
     /// Whether it has been said that it cannot be written to.
     is_reported: bool,
+    /// Lines that may not be in the file yet, and those that were lost since that was said.
+    unflushed: u64,
+    lost: u64,
 }
 
 enum Output {
@@ -69,6 +72,8 @@ impl Writer {
             output: opened.map(|file| Output::File(BufWriter::new(file))),
             generation: 0,
             is_reported: false,
+            unflushed: 0,
+            lost: 0,
         }
     }
 
@@ -101,10 +106,12 @@ impl Writer {
             self.generation = generation;
             self.open();
         }
+        self.unflushed += 1;
         let text = line(self.format, entry);
-        let written = self.output.as_mut().map(|output| output.write_all(&text));
-        if let Some(Err(error)) = written {
-            self.fails(&error);
+        match self.output.as_mut().map(|output| output.write_all(&text)) {
+            Some(Ok(())) => {}
+            Some(Err(error)) => self.fails(&error),
+            None => self.lost += std::mem::take(&mut self.unflushed),
         }
     }
 
@@ -126,13 +133,22 @@ impl Writer {
     }
 
     fn flush(&mut self) {
-        if let Some(Err(error)) = self.output.as_mut().map(Write::flush) {
-            self.fails(&error);
+        match self.output.as_mut().map(Write::flush) {
+            Some(Err(error)) => self.fails(&error),
+            Some(Ok(())) if self.unflushed > 0 => {
+                self.unflushed = 0;
+                if std::mem::take(&mut self.is_reported) {
+                    let lost = std::mem::take(&mut self.lost);
+                    say(|| warn!(lost, "the access log can be written again"));
+                }
+            }
+            Some(Ok(())) | None => {}
         }
     }
 
     /// Lines that cannot be written are lost. The next one tries again.
     fn fails(&mut self, error: &std::io::Error) {
+        self.lost += std::mem::take(&mut self.unflushed);
         // What is in the buffer would be written when it is dropped, in vain.
         if let Some(Output::File(file)) = self.output.take() {
             drop(file.into_parts());

@@ -1,8 +1,8 @@
 //! The state of one client connection, shared by its stream, which keeps the deadlines, and the
 //! proxy, which knows what is being read.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use ::pingora::http::ResponseHeader;
@@ -12,6 +12,7 @@ use http::HeaderValue;
 use tokio::time::Instant;
 
 use super::statistics::FrontStatistics;
+use crate::sync::lock;
 
 /// What is read from a client at the moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +95,51 @@ pub(crate) struct Connection {
     answer_since: AtomicU64,
     /// That time was over.
     is_unanswered: AtomicBool,
+    /// The requests of HTTP/2.
+    streams: AtomicUsize,
+    /// Those of them that have been answered and are not complete.
+    drains: Mutex<Drains>,
+}
+
+/// While other requests of a connection go on, what is left of one has so many times its time, because they end with it.
+const BESIDE_OTHERS: u32 = 6;
+
+/// A request of HTTP/2, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct OpenStream(Arc<Connection>);
+
+impl OpenStream {
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.0
+    }
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Until when what is left of each of these requests is to be there.
+#[derive(Debug, Default)]
+struct Drains {
+    next: u64,
+    /// The number of each, since when, and for how long.
+    since: Vec<(u64, Instant, Duration)>,
+}
+
+/// A request of HTTP/2 that has been answered and is not complete, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Draining {
+    connection: Arc<Connection>,
+    number: u64,
+}
+
+impl Drop for Draining {
+    fn drop(&mut self) {
+        let mut drains = lock(&self.connection.drains);
+        drains.since.retain(|(number, ..)| *number != self.number);
+    }
 }
 
 fn micros(time: Duration) -> u64 {
@@ -115,7 +161,38 @@ impl Connection {
             answer_within: AtomicU64::new(0),
             answer_since: AtomicU64::new(0),
             is_unanswered: AtomicBool::new(false),
+            streams: AtomicUsize::new(0),
+            drains: Mutex::default(),
         }
+    }
+
+    /// A request of HTTP/2 begins.
+    pub(crate) fn opens(self: &Arc<Self>) -> OpenStream {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        OpenStream(self.clone())
+    }
+
+    /// A request of HTTP/2 has been answered, and what is left of it has to be there within this time, as long as the
+    /// returned value is kept: nobody else ends a stream on which nothing comes.
+    pub(crate) fn drains(self: &Arc<Self>, within: Duration) -> Draining {
+        let mut drains = lock(&self.drains);
+        let number = drains.next;
+        drains.next += 1;
+        drains.since.push((number, Instant::now(), within));
+        Draining {
+            connection: self.clone(),
+            number,
+        }
+    }
+
+    pub(super) fn drain_by(&self) -> Option<Instant> {
+        let drains = lock(&self.drains);
+        let times = match self.streams.load(Ordering::Relaxed) > drains.since.len() {
+            true => BESIDE_OTHERS,
+            false => 1,
+        };
+        let until = |(_, since, within): &(u64, Instant, Duration)| *since + *within * times;
+        drains.since.iter().map(until).min()
     }
 
     /// The connection of a request; `None` if its listener has no front.

@@ -27,7 +27,7 @@ use stream::ClientStream;
 
 use super::shutdown::Shutdown;
 use super::tls::ClientTls;
-pub(crate) use connection::{Connection, Ended, Phase};
+pub(crate) use connection::{Connection, Draining, Ended, OpenStream, Phase};
 pub(crate) use limits::{ClientTimeouts, FrontLimits};
 pub(crate) use proxy_header::ProxyHeaderRule;
 #[cfg(any(test, feature = "test-util"))]
@@ -162,7 +162,7 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
                 return None;
             }
         };
-        let stream = ClientStream::new(
+        let mut stream = ClientStream::new(
             stream,
             ahead,
             certificate,
@@ -172,6 +172,10 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         );
         // A connection may be open for long.
         drop(settings);
+        if !stream.keeps_its_word().await {
+            debug!(?peer, "a connection for HTTP/2 begins with something else");
+            return None;
+        }
         self.app.process_new(Box::new(stream), shutdown).await;
         None
     }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
 use ::pingora::protocols::raw_connect::ProxyDigest;
-use ::pingora::protocols::{ALPN, Peek, Shutdown, SocketDigest, Stream};
+use ::pingora::protocols::{ALPN, Shutdown, SocketDigest, Stream};
 use async_trait::async_trait;
 use bytes::{Buf, BytesMut};
 use http::HeaderValue;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Instant;
 
 use super::connection::{Connection, Ended, Phase};
@@ -137,9 +137,11 @@ impl ClientStream {
                     self.enter(Phase::Answer);
                 }
             }
-            Phase::Accepted | Phase::Idle => {
+            phase @ (Phase::Accepted | Phase::Idle) => {
+                // The first head has its time from the accepting on.
+                let since = self.since.filter(|_| phase == Phase::Accepted);
                 self.enter(Phase::Head);
-                self.since = Some(Instant::now());
+                self.since = since.or_else(|| Some(Instant::now()));
                 self.writes = WriteClock::default();
             }
             Phase::Expect => self.enter(Phase::Body),
@@ -161,6 +163,7 @@ impl ClientStream {
             Phase::Tunnel => timeouts.tunnel,
             Phase::Drain => timeouts.client_drain,
             // Over HTTP/2 all the time, without any: Pingora ends a connection that has no requests.
+            Phase::Answer if self.is_http2 => return self.connection.drain_by(),
             Phase::Answer | Phase::Expect => return self.connection.answer_by(),
         };
         let since = *self.since.get_or_insert_with(Instant::now);
@@ -177,7 +180,7 @@ impl ClientStream {
         buffer: &mut ReadBuf<'_>,
     ) -> io::Result<()> {
         let phase = self.phase;
-        if matches!(phase, Phase::Answer | Phase::Expect) {
+        if matches!(phase, Phase::Answer | Phase::Expect) && !self.is_http2 {
             // The client does nothing wrong, and the request may be tried at another backend.
             self.connection.set_unanswered();
             return Err(timed_out("the backend did not answer in time"));
@@ -200,8 +203,13 @@ impl ClientStream {
                 Ok(())
             }
             // Nothing has been requested: the connection ends as if the client had ended it.
-            Phase::Accepted | Phase::Idle => {
+            Phase::Accepted => {
                 self.statistics.count_idle();
+                Ok(())
+            }
+            Phase::Idle => {
+                self.statistics.count_idle();
+                self.end_between(buffer);
                 Ok(())
             }
             _ => {
@@ -222,14 +230,28 @@ impl ClientStream {
             _ if self.is_http2 || self.is_peeking || buffer.remaining() == 0 => result,
             // The parser asks for more, so the head is incomplete.
             Phase::Head => self.give_up(Ended::Left, context, buffer),
-            Phase::Accepted | Phase::Idle => Ok(()),
+            Phase::Accepted => Ok(()),
+            Phase::Idle => {
+                self.connection.end(Ended::Left);
+                self.end_between(buffer);
+                Ok(())
+            }
             _ => result,
+        }
+    }
+
+    /// Ends a connection between two requests. Pingora may have read more than the last one with it: a part of the
+    /// next one, which will never be one.
+    fn end_between(&self, buffer: &mut ReadBuf<'_>) {
+        if !self.is_http2 && !self.is_peeking {
+            buffer.put_slice(&REFUSED_HEAD[..REFUSED_HEAD.len().min(buffer.remaining())]);
         }
     }
 
     /// Whether the answer to the client has been given here, so that no other must follow.
     fn is_answered(&self) -> bool {
-        !self.is_http2 && self.connection.ended().is_some() && self.phase == Phase::Head
+        let is_between = matches!(self.phase, Phase::Head | Phase::Idle);
+        !self.is_http2 && self.connection.ended().is_some() && is_between
     }
 
     /// Counts what Pingora answers before the proxy sees a request.
@@ -301,6 +323,12 @@ impl ClientStream {
                     0 => {}
                     of_next => return Poll::Ready(Ok(of_next)),
                 },
+                // The refusal of what was no request reaches nobody.
+                Poll::Ready(Err(_)) if !self.is_http2 && self.phase() == Phase::Head => {
+                    self.connection.end(Ended::Left);
+                    self.held.clear();
+                    return Poll::Ready(Ok(next.iter().map(|slice| slice.len()).sum()));
+                }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => return self.blocked(context),
             }
@@ -424,36 +452,6 @@ impl Drop for ClientStream {
 }
 
 #[async_trait]
-impl Peek for ClientStream {
-    /// Whether the connection begins with the preface of HTTP/2. Reads no further than the first byte
-    /// that differs, so that a short request does not wait for more of it.
-    async fn try_peek(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
-        self.is_peeking = true;
-        let mut start = [0; PREFACE.len()];
-        let mut count = 0;
-        while count < PREFACE.len() && start[..count] == PREFACE[..count] {
-            match self.read(&mut start[count..]).await? {
-                0 => break,
-                read => count += read,
-            }
-        }
-        self.is_peeking = false;
-        self.is_http2 = start == *PREFACE;
-        if self.is_http2 {
-            self.enter(Phase::Answer);
-        } else if count > 0 {
-            self.count_request();
-        }
-        self.ahead = BytesMut::from_iter(start[..count].iter().chain(&self.ahead));
-        // What was read is read again from `ahead`.
-        self.head_bytes = 0;
-        let shown = buffer.len().min(count);
-        buffer[..shown].copy_from_slice(&start[..shown]);
-        Ok(true)
-    }
-}
-
-#[async_trait]
 impl Shutdown for ClientStream {
     async fn shutdown(&mut self) {
         // Not by the stream below, which would wait for the client for any time.
@@ -471,5 +469,6 @@ impl fmt::Debug for ClientStream {
 }
 
 mod identity;
+mod preface;
 #[cfg(test)]
 mod tests;

@@ -3,8 +3,12 @@
 use crate::config::ClusterConfig;
 
 /// The new configuration, with the values of the old one in the fields that need a restart, and the names of
-/// those of them that differ.
-pub(super) fn usable(old: &ClusterConfig, new: &ClusterConfig) -> (ClusterConfig, Vec<String>) {
+/// those of them that differ. `idle_at_start` is the value of `timeouts.client_idle_ms` at the start.
+pub(super) fn usable(
+    old: &ClusterConfig,
+    new: &ClusterConfig,
+    idle_at_start: u64,
+) -> (ClusterConfig, Vec<String>) {
     let mut usable = new.clone();
     let mut kept = Vec::new();
     macro_rules! keep {
@@ -25,7 +29,7 @@ pub(super) fn usable(old: &ClusterConfig, new: &ClusterConfig) -> (ClusterConfig
         clients.h2c,
         clients.requests_per_connection
     );
-    if usable.timeouts.client_idle_ms != old.timeouts.client_idle_ms {
+    if usable.timeouts.client_idle_ms != idle_at_start {
         // Over HTTP/1 it is taken over; Pingora keeps that of HTTP/2.
         kept.push("cluster.timeouts.client_idle_ms (over HTTP/2)".to_owned());
     }
@@ -61,11 +65,27 @@ mod tests {
         let old = config("");
         let new =
             config("  listen: 127.0.0.1:7\n  retries: 1\n  clients: { h2c: false, headers: 9 }\n");
-        let (usable, kept) = usable(&old, &new);
+        let idle = old.timeouts.client_idle_ms;
+        let (usable, kept) = usable(&old, &new, idle);
         assert_eq!(kept, ["cluster.listen", "cluster.clients.h2c"]);
         assert_eq!((&usable.listen, usable.clients.h2c), (&old.listen, true));
         assert_eq!((usable.retries, usable.clients.headers), (1, 9));
-        assert_eq!(super::usable(&old, &old), (old.clone(), Vec::new()));
+        assert_eq!(super::usable(&old, &old, idle), (old.clone(), Vec::new()));
+    }
+
+    #[test]
+    fn what_is_taken_over_in_part_is_named_until_it_is_what_it_was() {
+        let (first, second) = (config(""), config("  timeouts: { client_idle_ms: 5000 }\n"));
+        let idle = first.timeouts.client_idle_ms;
+        for (old, new, is_named) in [
+            (&first, &second, true),
+            (&second, &second, true),
+            (&second, &first, false),
+        ] {
+            let (usable, kept) = usable(old, new, idle);
+            assert_eq!(usable, *new);
+            assert_eq!(!kept.is_empty(), is_named);
+        }
     }
 
     #[test]

@@ -21,7 +21,8 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_secs(15);
 
 /// The file of a running load balancer: its changes are taken over within about two seconds, also when it is
-/// replaced or the link to it changes, as Kubernetes does, and at once at SIGHUP. As a background service:
+/// replaced or the link to it changes, as Kubernetes does, and at once at SIGHUP. What is no file, such as a pipe, is
+/// read at the start only. As a background service:
 ///
 /// ```no_run
 /// use pingora::services::background::background_service;
@@ -42,7 +43,6 @@ const AGAIN: Duration = Duration::from_secs(15);
 pub struct ConfigFile {
     path: PathBuf,
     text: String,
-    writes_to_leader: bool,
     reloader: Arc<Reloader>,
 }
 
@@ -52,25 +52,15 @@ impl ConfigFile {
         Self {
             path: path.into(),
             text,
-            writes_to_leader: false,
             reloader,
         }
-    }
-
-    /// Whatever the file says, writes go to the leader of the first group, as with the argument of
-    /// [`ClusterProxy::add_to`](super::super::ClusterProxy::add_to).
-    #[must_use]
-    pub fn writes_to_leader(mut self, writes_to_leader: bool) -> Self {
-        self.writes_to_leader = writes_to_leader;
-        self
     }
 
     /// Takes a text over. Pingora's part of it needs a restart.
     async fn reload(&self, text: &str) -> Result<Reloaded, ClusterError> {
         let name = self.path.display().to_string();
         let read = || {
-            let mut config = ClusterConfig::from_yaml(text, &name)?;
-            config.leader.writes |= self.writes_to_leader;
+            let config = ClusterConfig::from_yaml(text, &name)?;
             let server = config::server_conf(text, &name)?;
             let before = config::server_conf(&self.text, &name)?;
             Ok((config, server.to_yaml() != before.to_yaml()))
@@ -92,7 +82,14 @@ impl ConfigFile {
 
     async fn read(&self) -> Result<String, ClusterError> {
         let path = self.path.clone();
-        let reading = tokio::task::spawn_blocking(move || config::read(path));
+        let reading = tokio::task::spawn_blocking(move || match path.metadata() {
+            // It can be read once, and to open it may take for ever.
+            Ok(about) if !about.is_file() => {
+                let reason = format!("{} is no file, and was read at the start", path.display());
+                Err(ClusterError::config("cluster", reason))
+            }
+            _ => config::read(path),
+        });
         reading.await.unwrap_or_else(|panic| {
             let reason = format!("reading the file failed: {panic}");
             Err(ClusterError::config("cluster", reason))

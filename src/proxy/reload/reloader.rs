@@ -47,6 +47,10 @@ pub struct Reloader {
     /// Of several reloads one runs at a time.
     running: tokio::sync::Mutex<Running>,
     status: Mutex<ReloadStatus>,
+    /// As the program has asked for at the start.
+    writes_to_leader: bool,
+    /// The value of `timeouts.client_idle_ms` that Pingora has got.
+    idle_at_start: u64,
 }
 
 /// A wish that the file is read and taken over, and where the answer goes.
@@ -119,7 +123,15 @@ impl Reloader {
                 tasks: BTreeMap::new(),
             }),
             status: Mutex::new(ReloadStatus::new()),
+            writes_to_leader: false,
+            idle_at_start: config.timeouts.client_idle_ms,
         })
+    }
+
+    /// Writes go to the leader of the first group, whatever a new configuration says.
+    pub(in crate::proxy) fn writes_to_leader(mut self, writes_to_leader: bool) -> Self {
+        self.writes_to_leader = writes_to_leader;
+        self
     }
 
     /// What is served now.
@@ -286,9 +298,10 @@ impl Reloader {
         })
     }
 
-    async fn change(&self, config: ClusterConfig) -> Result<Reloaded, ClusterError> {
+    async fn change(&self, mut config: ClusterConfig) -> Result<Reloaded, ClusterError> {
+        config.leader.writes |= self.writes_to_leader;
         let mut running = self.running.lock().await;
-        let (config, needs_restart) = usable(&running.config, &config);
+        let (config, needs_restart) = usable(&running.config, &config, self.idle_at_start);
         if config == running.config {
             return Ok(Reloaded {
                 is_changed: false,

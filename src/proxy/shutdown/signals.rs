@@ -95,7 +95,10 @@ pub(super) async fn until_end(
         // After a handover, the successor is the service.
         notify(Notice::Stopping);
         say(|| info!(?delay, "the process ends; it still accepts connections"));
-        if timeout(delay, ending(shutdown, &mut next)).await.is_ok() {
+        if timeout(delay, ending(shutdown, &mut next, false))
+            .await
+            .is_ok()
+        {
             return Ended::SecondSignal;
         }
     }
@@ -104,7 +107,7 @@ pub(super) async fn until_end(
     close();
     tokio::select! {
         biased;
-        _ = ending(shutdown, &mut next) => Ended::SecondSignal,
+        _ = ending(shutdown, &mut next, false) => Ended::SecondSignal,
         () = served(shutdown) => Ended::Served,
         () = sleep(grace) => match shutdown.in_flight() {
             0 => Ended::Served,
@@ -127,7 +130,7 @@ async fn drain_delay(
             Asked::Interrupt => return Some(Duration::ZERO),
             Asked::HandOver => tokio::select! {
                 biased;
-                asked = ending(shutdown, &mut next) => asked,
+                asked = ending(shutdown, &mut next, true) => asked,
                 handed_over = hand_over() => match handed_over {
                     Ok(()) => return None,
                     Err(reason) => {
@@ -152,13 +155,18 @@ async fn drain_delay(
     }
 }
 
-/// The next signal that asks for the end.
-async fn ending(shutdown: &Shutdown, mut next: impl AsyncFnMut() -> Asked) -> Asked {
+/// The next signal that asks for the end. The file is read again until then, if that has a use.
+async fn ending(
+    shutdown: &Shutdown,
+    mut next: impl AsyncFnMut() -> Asked,
+    may_reload: bool,
+) -> Asked {
     loop {
         match next().await {
             asked @ (Asked::Terminate | Asked::Interrupt) => return asked,
             Asked::HandOver => without_effect("SIGQUIT"),
             Asked::OpenLogs => shutdown.open_logs(),
+            Asked::Reload if may_reload => reload(shutdown),
             Asked::Reload => without_effect("SIGHUP"),
             Asked::Nothing(signal) => without_effect(signal),
         }

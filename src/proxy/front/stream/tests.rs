@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use ::pingora::protocols::Peek;
 use proptest::prelude::*;
-use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncReadExt, DuplexStream, duplex};
 
 use super::*;
 use crate::proxy::front::limits::ClientTimeouts;

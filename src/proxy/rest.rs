@@ -1,0 +1,51 @@
+//! Reading what is left of a request that has its response.
+
+use std::time::Duration;
+
+use ::pingora::Result;
+use ::pingora::proxy::Session;
+use tokio::time::timeout;
+
+use super::request_state::RequestState;
+
+/// Fails if the client has left: what has waited for a place, and nobody waits for any more, is not to be done.
+pub(super) async fn check_presence(session: &mut Session, state: &mut RequestState) -> Result<()> {
+    if !state.is_complete {
+        return Ok(());
+    }
+    let next = session.read_body_or_idle(true);
+    match timeout(Duration::ZERO, next).await {
+        Ok(Err(error)) => {
+            state.upstream = None;
+            Err(error.into_down())
+        }
+        // It waits, or has sent its next request already.
+        Ok(Ok(_)) | Err(_) => Ok(()),
+    }
+}
+
+/// Reads what is there of a body that nobody will get: if it is all, the client keeps its connection.
+pub(super) async fn take_body_at_hand(session: &mut Session, state: &mut RequestState) {
+    if state.connection.is_none() || state.is_complete || state.is_expecting {
+        return;
+    }
+    // What is not there at once is not waited for.
+    while let Ok(Ok(read)) = timeout(Duration::ZERO, session.read_request_body()).await {
+        if read.is_none() {
+            state.completes();
+            return;
+        }
+    }
+}
+
+/// Reads what the client still sends of its request, after a response after which the connection ends. To close it
+/// before would reset it, and take the response away from a client that has not read it yet.
+pub(super) async fn read_rest(session: &mut Session, state: &RequestState) {
+    let is_over = state.is_complete || state.is_tunnel || session.get_keepalive().is_some();
+    let Some(connection) = state.connection.as_ref().filter(|_| !is_over) else {
+        return;
+    };
+    connection.end_writing();
+    while connection.ended().is_none() && matches!(session.read_request_body().await, Ok(Some(_))) {
+    }
+}
