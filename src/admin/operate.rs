@@ -86,8 +86,11 @@ async fn reload(State(shown): State<Arc<Shown>>) -> Response {
     }))
 }
 
+/// `null` for the node's own; a body without it is a mistake.
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Weight {
+    #[serde(deserialize_with = "Option::deserialize")]
     weight: Option<f64>,
 }
 

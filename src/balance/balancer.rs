@@ -82,8 +82,9 @@ impl Balancer {
     }
 
     /// Works by other settings from now on, with what is known of the nodes.
-    pub(super) fn change(&self, policy: ActivePolicy, settings: WeigherSettings, now: Instant) {
+    pub(super) fn change(&self, mut policy: ActivePolicy, settings: WeigherSettings, now: Instant) {
         let mut weighing = self.weighing();
+        policy.continue_from(&weighing.policy);
         weighing.policy = Arc::new(policy);
         self.default_port
             .store(settings.default_port, Ordering::Relaxed);
@@ -169,6 +170,15 @@ impl Balancer {
         let mut weighing = self.weighing();
         weighing.weigher.reset(nodes, now);
         self.settle(&mut weighing, now, publishes);
+    }
+
+    /// Replaces everything by a view that is taken while nobody else changes anything, so that it is not older than what
+    /// has been applied.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn catch_up(&self, view: impl FnOnce() -> Arc<crate::view::Nodes>, now: Instant) {
+        let mut weighing = self.weighing();
+        weighing.weigher.reset(view().iter(), now);
+        self.settle(&mut weighing, now, true);
     }
 
     /// [`publish`](Self::publish) for those who read weights and, maybe, do not pick.

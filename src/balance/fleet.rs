@@ -74,6 +74,8 @@ pub(super) struct Fleet {
     tunnels: AtomicU32,
     /// The part of the requests that backends answer without doing their work, as of the last tick.
     usual_refusing: AtomicF32,
+    /// The part of the weight of all that is not ejected, as of the last tick; above 0.
+    working_part: AtomicF32,
     lingering: Lingering,
 }
 
@@ -108,6 +110,8 @@ const READMIT_DEVIATIONS: f32 = 2.0;
 const EJECT_ALWAYS_BELOW: f32 = 0.3;
 /// The part of the median success rate from which on a backend that was ejected is used again.
 const READMIT_FROM: f32 = 0.95;
+/// With a smaller part that works, nothing is shared out by it.
+const LEAST_WORKING: f32 = 0.01;
 /// How much the outcome of a probe moves a success rate.
 const PROBE_GAIN: f32 = 0.25;
 
@@ -139,6 +143,7 @@ impl Fleet {
             heard: Heard::new(),
             tunnels: AtomicU32::new(0),
             usual_refusing: AtomicF32::new(0.0),
+            working_part: AtomicF32::new(1.0),
             lingering: Lingering::new(),
         }
     }
@@ -209,6 +214,15 @@ impl Fleet {
 
     pub(super) fn set_usual_refusing(&self, part: f32) {
         self.usual_refusing.set(part);
+    }
+
+    /// The part of the weight of all that is not ejected, as of the last tick.
+    pub(super) fn working_part(&self) -> f32 {
+        self.working_part.get()
+    }
+
+    pub(super) fn set_working_part(&self, part: f32) {
+        self.working_part.set(part.max(LEAST_WORKING));
     }
 
     /// The requests that were answered too soon.

@@ -24,6 +24,8 @@ pub(crate) async fn every_tick(tick: impl Fn(Instant)) -> Infallible {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        tick(ticks.tick().await.into_std());
+        ticks.tick().await;
+        // It may be later than it should be, as after a stop of the process.
+        tick(tokio::time::Instant::now().into_std());
     }
 }

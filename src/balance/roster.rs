@@ -263,6 +263,11 @@ impl Roster {
         now: Instant,
     ) -> usize {
         if let Some(predecessor) = predecessor {
+            let former = &self.registrations[predecessor];
+            if former.addr() != addr {
+                // It is in the table until the next one.
+                former.endpoint.retire();
+            }
             self.remove_at(predecessor, now);
         }
         let mut registration = match self.departed.take(node, addr, now) {

@@ -17,6 +17,7 @@ mod leader;
 mod lines;
 mod opentelemetry;
 mod overload;
+mod references;
 mod retry;
 mod route;
 #[cfg(feature = "schema")]

@@ -6,6 +6,7 @@ use http::{HeaderName, HeaderValue, Method};
 use regex::Regex;
 use serde::Deserialize;
 
+use super::references::without_references;
 use super::timeouts::BackendTimeouts;
 use crate::error::{ClusterError, in_range};
 
@@ -335,6 +336,19 @@ impl Route {
             if !path.bytes().all(is_path) || self.path.is_some() && !path.starts_with('/') {
                 return error("path", format!("{path:?} is not a path such as /api"));
             }
+            let text = match &self.path_regex {
+                Some(pattern) => without_references(path, pattern.regex()),
+                None => Ok(path.clone()),
+            };
+            match text.map(|text| format!("/{text}").parse::<http::uri::PathAndQuery>()) {
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) => {
+                    return error("path", format!("{path:?} has a sign that no path has"));
+                }
+                Err(name) => {
+                    return error("path", format!("${{{name}}} is no group of path_regex"));
+                }
+            }
         }
         if let Some(host) = &self.rewrite.host
             && (host.contains('@') || host.parse::<http::uri::Authority>().is_err())
@@ -499,6 +513,18 @@ mod tests {
                 "routes[0].path_regex",
             ),
             ("{ group: a, methods: [get] }", "routes[0].methods"),
+            (
+                "{ group: a, path_regex: '^/u/([0-9]+)', rewrite: { path: '/user_$1x' } }",
+                "${1x} is no group of path_regex",
+            ),
+            (
+                "{ group: a, path_regex: '^/u', rewrite: { path: '/$1' } }",
+                "routes[0].rewrite.path",
+            ),
+            (
+                "{ group: a, path: /x, rewrite: { path: '/a<b' } }",
+                "routes[0].rewrite.path",
+            ),
             ("{ group: a, hosts: ['a:80'] }", "routes[0].hosts"),
             ("{ group: a, hosts: ['*'] }", "routes[0].hosts"),
             ("{ group: a, headers: { 'x y': z } }", "routes[0].headers"),
@@ -618,6 +644,16 @@ mod tests {
                 .iter()
                 .any(|above| is_below(path, above));
             assert_eq!(found, expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_rewrite_may_name_the_groups_of_its_pattern() {
+        for path in ["/user/${1}x", "/$id/$0", "/a$$b", "$1", "/a$-$"] {
+            let yaml = format!(
+                "{{ group: a, path_regex: '^/u/(?P<id>[0-9]+)', rewrite: {{ path: '{path}' }} }}"
+            );
+            route(&yaml).validate("routes[0]").unwrap();
         }
     }
 }

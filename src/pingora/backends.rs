@@ -15,8 +15,8 @@ use tokio::task::JoinHandle;
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
 use super::restart::restart_forever;
 use super::weights::LiveWeights;
-use crate::balance::BalancerBuilder;
 use crate::balance::pace::{every_tick, pause_after};
+use crate::balance::{BalancerBuilder, TICK};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 use crate::supervise::in_span;
@@ -155,7 +155,7 @@ async fn refresh(discovery: &ServiceDiscovery, weights: &LiveWeights) -> &'stati
     while nodes.changed().await.is_ok() {
         let start = Instant::now();
         weights.refresh(discovery);
-        tokio::time::sleep(pause_after(start.elapsed())).await;
+        tokio::time::sleep(pause_after(start.elapsed()).min(TICK)).await;
     }
     "the discovery was dropped"
 }

@@ -19,8 +19,8 @@ use super::backends::ClusterBackends;
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
 use super::restart::restart_forever;
 use super::weights::LiveWeights;
-use crate::balance::BalancerBuilder;
 use crate::balance::pace::{every_tick, pause_after};
+use crate::balance::{BalancerBuilder, TICK};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
 
@@ -158,7 +158,8 @@ where
             }
             // Dropping it signals ready.
             drop(ready.take());
-            tokio::time::sleep(pause_after(start.elapsed())).await;
+            // Nobody else takes changes meanwhile.
+            tokio::time::sleep(pause_after(start.elapsed()).min(TICK)).await;
             tokio::select! {
                 biased;
                 // First, because changes may come without a pause.

@@ -25,7 +25,6 @@ use crate::balance::pace::every_tick;
 use crate::discovery::{DiscoveryStatus, ServiceDiscovery};
 use crate::node::Node;
 use crate::supervise::{caught, in_span};
-use crate::view::Change;
 
 /// How long readiness waits for what operators say of nodes, after there is a view.
 const MOST_WAIT_FOR_OVERRIDES: Duration = Duration::from_secs(1);
@@ -151,10 +150,8 @@ impl BalancerService {
 
     /// Publishes a table of the current view, which may be newer than the last table.
     pub(crate) fn catch_up(&self) {
-        let now = Instant::now();
-        let view = Change::Reset(self.discovery.nodes());
-        self.balancer.apply(&view, now);
-        self.balancer.publish(now);
+        self.balancer
+            .catch_up(|| self.discovery.nodes(), Instant::now());
     }
 
     async fn keep_learned(&self) -> Infallible {

@@ -15,6 +15,8 @@ use crate::node::Node;
 const MOST_WEIGHT: f64 = 1_000.0;
 /// The same, for all backends together.
 const MOST_WEIGHT_OF_ALL: usize = 1_000_000;
+/// Stock selections send so many requests in a row to a backend, at most, because its weight has a divisor that is not used.
+const MOST_IN_A_ROW: usize = 10;
 
 /// The registration at an address: the same slot for as long as the address is known, whichever node
 /// registers there.
@@ -117,7 +119,7 @@ impl Slots {
     pub(super) fn update(&mut self, holders: Vec<Holder>, is_followed: bool) -> bool {
         self.updates += 1;
         let mut has_changed = false;
-        let count = holders.len();
+        let (count, mut some_are_as_before) = (holders.len(), false);
         for holder in holders {
             let (seen, is_used) = (SeenWeight::of(holder.static_weight), holder.is_used);
             let endpoint = holder.endpoint;
@@ -125,6 +127,7 @@ impl Slots {
                 Entry::Occupied(mut place) => {
                     let place = place.get_mut();
                     has_changed |= place.slot.set(endpoint, is_used);
+                    some_are_as_before |= place.seen == seen && seen.registered > 0.0;
                     if !is_followed && place.seen != seen {
                         has_changed |= place.seen.weight != seen.weight;
                         place.seen = seen;
@@ -163,18 +166,31 @@ impl Slots {
         }
         self.departed.retain(|_, slot| slot.strong_count() > 0);
         if !is_followed {
-            let divisor = self.fitting_divisor();
+            let divisor = self.fitting_divisor(some_are_as_before);
             has_changed |= std::mem::replace(&mut self.divisor, divisor) != divisor;
         }
         has_changed
     }
 
-    /// The greatest common divisor of the weights, or more where they are too many together.
-    fn fitting_divisor(&self) -> usize {
-        let weights = || self.places.values().map(|place| place.seen.weight);
-        let common = weights().fold(0, greatest_common_divisor).max(1);
-        let all: usize = weights().sum();
-        common.max(all.div_ceil(MOST_WEIGHT_OF_ALL))
+    /// The greatest common divisor of the weights, or more where they are too many together. Pingora takes a backend with
+    /// another weight for new, so as long as some have kept theirs, the present divisor stays if it fits well enough. Who
+    /// gets nothing plays no part.
+    fn fitting_divisor(&self, some_are_as_before: bool) -> usize {
+        let used = || {
+            self.places
+                .values()
+                .filter(|place| place.seen.registered > 0.0)
+        };
+        let weights = || used().map(|place| place.seen.weight);
+        let common = weights().fold(0, greatest_common_divisor);
+        let least = weights().sum::<usize>().div_ceil(MOST_WEIGHT_OF_ALL);
+        let fits = common.is_multiple_of(self.divisor)
+            && self.divisor >= least
+            && common / self.divisor < MOST_IN_A_ROW;
+        match some_are_as_before && fits {
+            true => self.divisor,
+            false => common.max(least).max(1),
+        }
     }
 
     pub(super) fn at(&self, addr: SocketAddr) -> Option<&Arc<Slot>> {

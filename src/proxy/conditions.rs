@@ -84,6 +84,8 @@ impl Conditions {
         let Some(asked) = host_of(request) else {
             return false;
         };
+        // The dot at the end of a full name.
+        let asked = asked.strip_suffix('.').unwrap_or(asked);
         self.hosts.iter().any(|host| match host {
             Host::Name(name) => asked.eq_ignore_ascii_case(name),
             Host::Below(end) => {
@@ -169,6 +171,8 @@ mod tests {
             ("{ methods: [PUT, GET] }", get("/", &[]), true),
             ("{ methods: [PUT] }", get("/", &[]), false),
             ("{ hosts: [a.b] }", get("/", &[("host", "A.b:80")]), true),
+            ("{ hosts: [a.b] }", get("/", &[("host", "a.b.:80")]), true),
+            ("{ hosts: [a.b] }", get("/", &[("host", "a.b..")]), false),
             ("{ hosts: [a.b] }", get("/", &[("host", "x.a.b")]), false),
             (
                 "{ hosts: ['*.a.b'] }",

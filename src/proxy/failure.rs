@@ -1,10 +1,9 @@
 //! What Pingora's errors say about a request that failed.
 
-use std::net::SocketAddr;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ::pingora::proxy::Session;
+use ::pingora::upstreams::peer::HttpPeer;
 use ::pingora::{Error, ErrorSource, ErrorType, RetryType};
 use http::StatusCode;
 use rustix::io::Errno;
@@ -12,7 +11,6 @@ use rustix::io::Errno;
 use super::reply::had_little_time;
 use super::request_state::RequestState;
 use super::retry::{Failure, PingoraRetry};
-use crate::sync::lock;
 
 /// A pooled connection that was closed before a request came says so within this time.
 const STALE_WITHIN: Duration = Duration::from_secs(1);
@@ -104,23 +102,18 @@ pub(super) fn may_be_of_address(error: &Error) -> bool {
     number.is_some_and(|number| !of_all.contains(&number))
 }
 
-/// The last new connection to a backend of a group.
-#[derive(Debug, Default)]
-pub(super) struct LastConnected(Mutex<Option<(SocketAddr, Instant)>>);
-
-/// For how long it shows that this process can connect.
-const SHOWS_FOR: Duration = Duration::from_secs(10);
-
-impl LastConnected {
-    pub(super) fn add(&self, addr: SocketAddr, now: Instant) {
-        *lock(&self.0) = Some((addr, now));
+/// The error of a try, with what it was tried with. The client gets the reason of what is refused here, and nothing else.
+pub(super) fn of_try(error: Box<Error>, peer: &HttpPeer, state: &RequestState) -> Box<Error> {
+    if state.take_unanswered() {
+        // A read of the client ended because the front keeps the time.
+        let reason = format!("while waiting for the response to an upgrade; Peer: {peer}");
+        let mut error = Error::explain(ErrorType::ReadTimedout, reason);
+        error.as_up();
+        return error;
     }
-
-    /// Whether another backend than this one was connected to a short while ago.
-    pub(super) fn was_another(&self, addr: SocketAddr, now: Instant) -> bool {
-        lock(&self.0).is_some_and(|(other, at)| {
-            other != addr && now.saturating_duration_since(at) < SHOWS_FOR
-        })
+    match error.etype() {
+        ErrorType::HTTPStatus(_) => error,
+        _ => error.more_context(format!("Peer: {peer}")),
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ::pingora::proxy::Session;
 
-use super::failure::LastConnected;
+use super::last_connected::LastConnected;
 use super::leader::{LeaderRequests, find_leader};
 use super::load_reports::LoadReports;
 use super::log_limit::LogLimit;

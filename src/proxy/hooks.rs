@@ -7,7 +7,7 @@ use ::pingora::modules::http::HttpModules;
 use ::pingora::protocols::Digest;
 use ::pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use ::pingora::upstreams::peer::HttpPeer;
-use ::pingora::{Error, ErrorType, Result};
+use ::pingora::{Error, Result};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::TRANSFER_ENCODING;
@@ -18,12 +18,12 @@ use super::access_entry::entry;
 use super::client::{peer_of, remove_lookalikes, set_forwarded};
 use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
-use super::failure::is_unanswered;
+use super::failure::{is_unanswered, of_try};
 use super::grpc::Call;
 use super::headers::{change_fields, forget_case, join_cookies, set_leader_epoch};
 use super::hop_by_hop::{ends_with_connection, has_no_body};
 use super::http_1_0::{keep_from_old_clients, name_host};
-use super::outcome::outcome;
+use super::outcome::{Outcome, outcome};
 use super::reply::{refused, reply_to, respond, timed_out, unavailable, unavailable_reply};
 use super::requests::{is_ending, keep_effective_upgrade};
 use super::rest::{check_presence, read_rest, take_body_at_hand};
@@ -87,7 +87,7 @@ impl ProxyHttp for ClusterProxy {
         routing.limits.check_head(session, state)?;
         let reply = routing.readiness.reply(session, routing.has_backends());
         if let Some(reply) = reply {
-            return answered(reply.answer(session).await);
+            return answered(reply.answer(session, None).await);
         }
         state.call = Call::of(&session.req_header().headers);
         state.is_upgrade = routing.limits.is_upgrade(session)?;
@@ -121,7 +121,8 @@ impl ProxyHttp for ClusterProxy {
         };
         take_body_at_hand(session, state).await;
         debug!(reason, "a request was not served");
-        answered(unavailable_reply(reason).answer(session).await)
+        let reply = unavailable_reply(reason);
+        answered(reply.answer(session, context.route.as_deref()).await)
     }
 
     async fn request_body_filter(
@@ -329,17 +330,7 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
         client_reused: bool,
     ) -> Box<Error> {
-        let error = match context.state.take_unanswered() {
-            // A read of the client ended because the front keeps the time.
-            true => {
-                let reason = "while waiting for the response to an upgrade";
-                let mut error = Error::explain(ErrorType::ReadTimedout, reason);
-                error.as_up();
-                error
-            }
-            false => error,
-        };
-        let error = error.more_context(format!("Peer: {peer}"));
+        let error = of_try(error, peer, &context.state);
         match &context.group {
             Some(group) => group.after_failure(session, error, &mut context.state, client_reused),
             None => error,
@@ -358,7 +349,7 @@ impl ProxyHttp for ClusterProxy {
         if is_unanswered(session)
             && let Some(reply) = &reply
         {
-            let sent = reply.send(session).await;
+            let sent = reply.send(session, context.route.as_deref()).await;
             context.state.is_refused = sent.is_ok();
             if let Err(error) = sent {
                 debug!(%error, code = reply.code, "the error response could not be sent to the client");
@@ -408,7 +399,10 @@ impl ProxyHttp for ClusterProxy {
         let verdict = state
             .call
             .and_then(|call| call.verdict(state.started.elapsed()));
-        let outcome = outcome(error.map(Error::esource), status, verdict);
+        let outcome = match state.is_blameless {
+            true => Outcome::Unknown,
+            false => outcome(error.map(Error::esource), status, verdict),
+        };
         let code = status.map(|status| status.as_u16());
         let span = state.span.take();
         let log = self.access_log.as_ref().filter(|log| log.takes(code));

@@ -84,6 +84,8 @@ impl Mirror {
     async fn send(&self, head: RequestHeader, body: Bytes) {
         // Nobody hears what becomes of a copy.
         let picked = self.group.balancer.pick_with(PickOptions {
+            // Where keys decide, all of them get a part of the copies.
+            key: &fastrand::u64(..).to_ne_bytes(),
             probes: Probes::No,
             ..PickOptions::default()
         });

@@ -10,6 +10,7 @@ use http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use super::front::Ended;
 use super::grpc::{Call, status_of};
 use super::request_state::RequestState;
+use super::route::Route;
 
 /// An error response, with its reason in plain text.
 #[derive(Debug, PartialEq, Eq)]
@@ -139,23 +140,23 @@ pub(super) async fn respond(
 }
 
 impl Reply<'_> {
-    /// Sends the response, and ends the client's connection.
-    pub(super) async fn send(&self, session: &mut Session) -> Result<()> {
+    /// Sends the response to a request of this route, if there is one, and ends the client's connection.
+    pub(super) async fn send(&self, session: &mut Session, route: Option<&Route>) -> Result<()> {
         if is_call(session) {
             return self.send_status(session).await;
         }
-        let (head, body) = self.parts()?;
+        let (head, body) = self.parts(route)?;
         session.set_keepalive(None);
         respond(session, Box::new(head), body).await
     }
 
     /// Sends the response to a request for which no backend has been used. The client's connection
     /// stays.
-    pub(super) async fn answer(&self, session: &mut Session) -> Result<()> {
+    pub(super) async fn answer(&self, session: &mut Session, route: Option<&Route>) -> Result<()> {
         if is_call(session) {
             return self.send_status(session).await;
         }
-        let (head, body) = self.parts()?;
+        let (head, body) = self.parts(route)?;
         respond(session, Box::new(head), body).await
     }
 
@@ -169,13 +170,17 @@ impl Reply<'_> {
         respond(session, Box::new(response), Bytes::new()).await
     }
 
-    fn parts(&self) -> Result<(ResponseHeader, Bytes)> {
+    /// Head and body. Pages of other origins read no error without the fields that the route adds.
+    fn parts(&self, route: Option<&Route>) -> Result<(ResponseHeader, Bytes)> {
         let body = Bytes::from(format!("{}\n", self.reason));
         let mut response = ResponseHeader::build(self.code, Some(4))?;
         response.insert_header(CONTENT_TYPE, "text/plain; charset=utf-8")?;
         response.insert_header(CONTENT_LENGTH, body.len())?;
         if self.code == 503 {
             response.insert_header(RETRY_AFTER, "1")?;
+        }
+        if let Some(route) = route {
+            route.change_response(&mut response)?;
         }
         Ok((response, body))
     }

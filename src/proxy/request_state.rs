@@ -269,6 +269,16 @@ impl RequestState {
         Ok(Some(left))
     }
 
+    /// Whether the current backend has had almost all of the time that the request may take by the configuration. What
+    /// a client allows says nothing: with little time it could have any backend left out.
+    pub(super) fn has_had_all_the_time(&self) -> bool {
+        let of_call = self.call.and_then(Call::timeout);
+        self.timeout.is_some_and(|timeout| {
+            let is_ours = of_call.is_none_or(|of_call| of_call >= timeout);
+            is_ours && self.is_complete && self.sent.elapsed() >= timeout * 9 / 10
+        })
+    }
+
     /// Whether the request may be tried once more.
     pub(super) fn may_try(&self) -> bool {
         self.retries < self.most_retries && self.time_left().is_ok()

@@ -203,7 +203,17 @@ fn location(to: &str, request: &RequestHeader) -> String {
         location.push_str(before);
         let (name, after) = after.split_once('}').unwrap_or((after, ""));
         match (name, request.uri.query()) {
-            ("host", _) => location.push_str(host_of(request).unwrap_or_default()),
+            ("host", _) => match host_of(request).unwrap_or_default() {
+                address if address.contains(':') => {
+                    location.push_str(&format!("[{address}]"));
+                }
+                host => location.push_str(host),
+            },
+            // Two slashes at the start would be followed by the name of another host.
+            ("path", _) if location.is_empty() => {
+                location.push('/');
+                location.push_str(request.uri.path().trim_start_matches(['/', '\\']));
+            }
             ("path", _) => location.push_str(request.uri.path()),
             ("query", Some(query)) => {
                 location.push('?');
@@ -232,6 +242,19 @@ mod tests {
             ),
             ("https://other/{path}", "https://other//a/{query}"),
             ("/there", "/there"),
+            ("{path}/", "/a/{query}/"),
+        ] {
+            assert_eq!(location(to, &request), expected);
+        }
+        // Another host than the one that is asked for would be an open redirect.
+        let mut request = RequestHeader::build("GET", b"//evil.example/a", None).unwrap();
+        request.insert_header(HOST, "[2001:db8::1]:80").unwrap();
+        for (to, expected) in [
+            ("{path}/", "/evil.example/a/"),
+            (
+                "https://{host}{path}",
+                "https://[2001:db8::1]//evil.example/a",
+            ),
         ] {
             assert_eq!(location(to, &request), expected);
         }

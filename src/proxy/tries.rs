@@ -37,6 +37,7 @@ impl GroupProxy {
         // It is sent from its start.
         state.body_bytes = 0;
         state.has_body_begun = false;
+        state.is_blameless = false;
         loop {
             if !std::mem::take(&mut state.is_found) {
                 let found = self.find_backend(session, state).await;
@@ -263,11 +264,9 @@ impl GroupProxy {
             error.set_retry(true);
             return error;
         }
-        if had_little_time(state, &error) || state.time_left().is_err() {
-            // The backend waited for the client, or others have used the time of the request.
-            state.upstream = None;
-            state.is_blameless = true;
-        }
+        // The backend waited for the client, or others have used the time of the request.
+        state.is_blameless |= had_little_time(state, &error)
+            || state.time_left().is_err() && !state.has_had_all_the_time();
         let failure = failure(session, state, &error, client_reused);
         let rules = RetryRules {
             most: state.most_retries,
@@ -294,7 +293,6 @@ impl GroupProxy {
             // The failure is reported at the end.
             Decision::RetryElsewhere | Decision::GiveUp => false,
             Decision::GiveUpWithoutBlame => {
-                state.upstream = None;
                 state.is_blameless = true;
                 false
             }

@@ -177,7 +177,13 @@ async fn heads_and_bodies_are_limited() {
     for _ in 0..11 {
         client.send(b"a\r\n0123456789\r\n").await;
     }
-    assert_eq!(status(&client.rest().await), "413");
+    let response = client.rest().await;
+    assert_eq!(status(&response), "413");
+    // The reason, and nothing of the backend.
+    assert!(
+        response.ends_with("the body of the request is too large\n"),
+        "{response}"
+    );
     let mut client = Raw::to(&balancer).await;
     client
         .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc")

@@ -355,6 +355,8 @@ async fn the_admin_interface_changes_nothing_without_its_token() {
         .await;
     for (path, body, expected) in [
         ("n0/weight", "3", StatusCode::BAD_REQUEST),
+        ("n0/weight", "{}", StatusCode::BAD_REQUEST),
+        ("n0/weight", "{\"weigth\": 0}", StatusCode::BAD_REQUEST),
         (
             "n0/weight",
             "{\"weight\": -1}",

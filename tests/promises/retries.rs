@@ -437,6 +437,29 @@ async fn a_page_that_always_fails_takes_out_one_backend_at_a_time() {
     assert!(served.count() >= 5, "{}", balancer.log_text());
 }
 
+/// Whoever sets a time for whole requests sets it shorter than that of a backend.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backend_that_hangs_is_left_out_though_the_time_of_requests_ends_first() {
+    let (hangs, works) = (
+        RawBackend::start_slow(Duration::from_secs(60)).await,
+        RawBackend::start(ok).await,
+    );
+    let fields = "adaptive: { slow_start_ms: 0 }\ntimeouts: { request_ms: 400, response_ms: 5000 }";
+    let balancer = started(&[&hangs, &works], "hangs", fields).await;
+    let start = Instant::now();
+    until("it is left out", async || {
+        balancer.gets(2).await;
+        balancer.log_text().contains("a backend fails")
+    })
+    .await;
+    assert!(
+        start.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(balancer.log_text().contains("node=\"n0\""));
+}
+
 /// As one that makes the program crash that has to answer it: each try may cost another backend.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_that_ends_connections_ends_few_of_them() {

@@ -273,8 +273,6 @@ async fn an_expectation_is_passed_on_and_an_early_answer_ends_an_upload() {
     let first = super::raw::read_head(&mut client.0).await.unwrap();
     assert!(first.starts_with("HTTP/1.1 100 Continue"), "{first}");
     client.send(b"body").await;
-    let last = super::raw::read_message(&mut client.0).await.unwrap();
-    assert_eq!(status(&last), "200", "{last}");
     // 20 MB of which nobody wants anything: the answer comes at once, and the rest is not waited for.
     let mut client = Raw::to(&balancer).await;
     let start = std::time::Instant::now();

@@ -395,3 +395,23 @@ fn a_file_that_cannot_be_meant_is_refused_with_its_line() {
     }
     std::fs::remove_file(file).unwrap();
 }
+
+/// Without them the page of another origin could not read why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_route_adds_to_responses_is_on_those_of_the_proxy_too() {
+    let groups = Groups::new("errors");
+    let backend = RawBackend::start(ok).await;
+    groups.add("default", &backend).await;
+    let allow = "response_headers: { set: { access-control-allow-origin: '*' } }";
+    let fields = format!(
+        "groups:\n{}routes:\n- {{ path: /nobody, group: nobody, {allow} }}",
+        groups.line("nobody", "")
+    );
+    let balancer = groups.setup().with(&fields).serving().await;
+    let response = send(&balancer, "GET /nobody HTTP/1.1\r\nHost: a").await;
+    assert_eq!(status(&response), "503", "{response}");
+    assert!(
+        response.contains("\r\naccess-control-allow-origin: *\r\n"),
+        "{response}"
+    );
+}

@@ -70,6 +70,13 @@ impl ActivePolicy {
 }
 
 impl ActivePolicy {
+    /// Goes on with what the one before counts.
+    pub(in crate::balance) fn continue_from(&mut self, former: &Self) {
+        if let (Self::Consistent(policy), Self::Consistent(former)) = (self, former) {
+            policy.continue_from(former);
+        }
+    }
+
     /// Whether it chooses among several by their requests in flight.
     #[cfg(feature = "pingora")]
     pub(in crate::balance) fn compares_requests(&self) -> bool {

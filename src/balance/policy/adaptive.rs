@@ -28,19 +28,18 @@ impl AdaptivePolicy {
         }
     }
 
-    /// The part of its share that a backend which starts slowly gets at least, so that the others do
-    /// not carry too much; 1 if no backend is starting.
+    /// The part of its share that a backend which starts slowly gets at least, so that the others, as far as they work,
+    /// do not carry too much; 1 if no backend is starting.
     fn slow_start_limit(&self, roster: &Roster, mean_factor: f64, now: Instant) -> f64 {
         let is_starting = |it: &&Registration| self.slow_start(it, now) < 1.0;
-        let starting = roster.active().filter(is_starting);
+        let working = || roster.active().filter(|it| !it.endpoint.is_ejected());
+        let starting = working().filter(is_starting);
         let weights = starting.map(|it| self.settled_weight(it, mean_factor));
         let starting: f64 = weights.sum();
         if starting <= 0.0 {
             return 1.0;
         }
-        let weights = roster
-            .active()
-            .map(|it| self.settled_weight(it, mean_factor));
+        let weights = working().map(|it| self.settled_weight(it, mean_factor));
         let all: f64 = weights.sum();
         let carried = all / self.settings.slow_start_strain;
         ((carried - (all - starting)) / starting).min(1.0)

@@ -30,6 +30,11 @@ impl ConsistentPolicy {
         }
     }
 
+    /// Requests that are in flight stay so, whatever the settings are.
+    pub(super) fn continue_from(&mut self, former: &Self) {
+        self.in_flight = former.in_flight.clone();
+    }
+
     /// The first owner of the key that works and has room. If none has room, the first that works;
     /// if none works, the first.
     fn owner(
@@ -45,7 +50,9 @@ impl ConsistentPolicy {
             true => all,
             false => all.saturating_sub(fleet.tunnels() as usize),
         };
-        let fair = total as f32 * self.settings.balance_factor as f32 / table.slots.len() as f32;
+        // Those that work have the part of the others.
+        let working = table.slots.len() as f32 * fleet.working_part();
+        let fair = total as f32 * self.settings.balance_factor as f32 / working;
         let has_room = |index: usize| {
             let slot = &table.slots[index];
             let room = (fair / slot.inverse_weight.get()).ceil() as usize;

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Rig, balancer, bare, nodes, rng, seeded, set_nodes};
-use crate::balance::{Balancer, PickOptions, Policy};
+use crate::balance::{Balancer, PickOptions, Policy, Probes, Upstream};
 use crate::node::Node;
 
 #[test]
@@ -83,6 +83,56 @@ fn consistent_finds_backends_that_own_almost_nothing() {
         counts.values().all(|count| *count > 400),
         "each by weight: {counts:?}"
     );
+}
+
+#[test]
+fn requests_in_flight_count_across_other_settings() {
+    let builder = Balancer::builder().policy(Policy::Consistent);
+    let balancer = builder.clone().try_build().unwrap();
+    set_nodes(&balancer, &nodes(10));
+    let pick = || {
+        let options = PickOptions {
+            key: b"hot",
+            ..PickOptions::default()
+        };
+        balancer.pick_with(options).unwrap()
+    };
+    let before: Vec<_> = (0..900).map(|_| pick()).collect();
+    balancer.reconfigure(builder, Instant::now()).unwrap();
+    let after: Vec<_> = (0..50).map(|_| pick()).collect();
+    let most = balancer.backends().into_iter().map(|b| b.in_flight).max();
+    // As if none were in flight, all of them would be full, and the owner would get every one.
+    assert!(most <= Some(950 / 8 + 1), "{most:?}");
+    drop((before, after));
+}
+
+#[test]
+fn backends_that_do_not_work_have_no_part_of_the_room() {
+    let builder = Balancer::builder().policy(Policy::Consistent);
+    let mut rig = Rig::new(builder);
+    for index in 0..10 {
+        rig.nodes.insert(format!("n{index}"), bare(index));
+    }
+    rig.update();
+    for index in 0..4 {
+        for _ in 0..20 {
+            let upstream = rig.balancer.upstream_at(bare(index).addr(0)).unwrap();
+            upstream.unreachable();
+        }
+    }
+    rig.seconds(1);
+    let pick = || {
+        let options = PickOptions {
+            key: b"hot",
+            probes: Probes::No,
+            ..PickOptions::default()
+        };
+        rig.balancer.pick_with(options).unwrap()
+    };
+    let held: Vec<_> = (0..600).map(|_| pick()).collect();
+    let most = held.iter().map(Upstream::in_flight).max();
+    // 1.25 times their fair part, not a part of what those have that do not work.
+    assert!(most <= Some(600 * 5 / 4 / 6 + 1), "{most:?}");
 }
 
 #[test]

@@ -80,16 +80,28 @@ impl Weigher {
         }
         self.fleet.set_ejected(is_any_ejected);
         let (mut working, mut ejected) = (Mean::default(), 0);
+        let (mut weight_of_all, mut weight_of_working) = (0.0, 0.0);
         for registration in self.roster.used() {
             // After the others, so that it is not compared with what was before it is ejected.
             if !registration.is_active {
                 registration.endpoint.eject_if_avoided();
             }
+            let weight = registration.endpoint.weight().get();
+            weight_of_all += weight;
             match registration.endpoint.is_ejected() {
                 true => ejected += 1,
-                false => working.add(registration.controller.factor(), 1.0),
+                false => {
+                    weight_of_working += weight;
+                    working.add(registration.controller.factor(), 1.0);
+                }
             }
         }
+        let part = if weight_of_working > 0.0 {
+            weight_of_working / weight_of_all
+        } else {
+            1.0
+        };
+        self.fleet.set_working_part(part as f32);
         self.roster.successors().set_mean(working.value());
         for registration in self.roster.registrations_mut() {
             registration.hold_weight(&self.settings.adaptive, working.value());

@@ -292,6 +292,31 @@ fn selections_of_pingoras_own_see_the_registered_weights() {
     assert_eq!(whole_weights(&weights), [1, 1]);
 }
 
+/// Pingora forgets what health checks have found of a backend with another weight.
+#[test]
+fn one_node_with_another_weight_does_not_make_all_others_new() {
+    let weighted =
+        |port: u16, weight: f64| Arc::new(Node::clone(&node(port, 0.0)).with_weight(weight));
+    let weights = live(&headroom());
+    refresh(&weights, &[weighted(1, 100.0), weighted(2, 100.0)]);
+    assert_eq!(whole_weights(&weights), [1, 1]);
+    refresh(
+        &weights,
+        &[weighted(1, 100.0), weighted(2, 100.0), weighted(3, 0.0)],
+    );
+    assert_eq!(whole_weights(&weights)[..2], [1, 1]);
+    // One that does not fit, and leaves again.
+    let weights = live(&headroom());
+    refresh(&weights, &[weighted(1, 8.0), weighted(2, 8.0)]);
+    refresh(
+        &weights,
+        &[weighted(1, 8.0), weighted(2, 8.0), weighted(3, 12.0)],
+    );
+    assert_eq!(whole_weights(&weights), [2, 2, 3]);
+    refresh(&weights, &[weighted(1, 8.0), weighted(2, 8.0)]);
+    assert_eq!(whole_weights(&weights), [2, 2]);
+}
+
 /// Requests that are begun and end at once; how many each port gets.
 fn requests(
     selection: &Arc<MetricsWeighted>,
