@@ -14,13 +14,15 @@ use crate::error::ClusterError;
 use crate::ids::{LeaseId, Revision};
 use crate::keys::{GroupKeys, check_group, check_node_id};
 use crate::node::{Node, NodeState};
-use crate::store::{Condition, Entry, Selector, Store, Txn};
+use crate::store::{Condition, Entry, Lease, Selector, Store, Txn};
 use crate::validate;
 use crate::view::NodeOverride;
 use crate::worker::operators_request;
 
 /// How long a request that another node leads stays, if the operator's program is gone.
 const REQUEST_TTL: Duration = Duration::from_secs(10);
+/// How often its lease is renewed meanwhile, and how long a renewal may take.
+const RENEW_EVERY: Duration = Duration::from_secs(3);
 /// How often to look whether it has been followed.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -213,7 +215,7 @@ impl Operator {
     /// # Errors
     ///
     /// As [`drain`](Self::drain); when the node is no candidate, another transfer is under way, or it has not led
-    /// `within` this time, at most 10 s.
+    /// `within` this time.
     pub async fn transfer(&self, id: &str, within: Duration) -> Result<Revision, ClusterError> {
         let store = self.store()?;
         let registered = self.registered(&*store, id).await?;
@@ -239,7 +241,7 @@ impl Operator {
             candidacy: &target,
             created,
         };
-        let result = self.request(&*store, lease.id, asked, within).await;
+        let result = self.request(&*store, lease, asked, within).await;
         // The request goes with it; otherwise it ends after its time.
         let _ = store.revoke(lease.id).await;
         result
@@ -248,7 +250,7 @@ impl Operator {
     async fn request(
         &self,
         store: &dyn Store,
-        lease: LeaseId,
+        lease: Lease,
         asked: Asked<'_>,
         within: Duration,
     ) -> Result<Revision, ClusterError> {
@@ -258,14 +260,20 @@ impl Operator {
         let txn = Txn::new().when(Condition::Absent(key.clone())).put(
             key,
             operators_request(target, created),
-            Some(lease),
+            Some(lease.id),
         );
         if store.txn(txn).await?.is_none() {
             return Err(refused(id, "another operator is transferring leadership"));
         }
-        let until = Instant::now() + within.min(REQUEST_TTL);
-        while Instant::now() < until {
+        let mut keeper = store.keeper(lease);
+        let start = Instant::now();
+        let mut renewed = start;
+        while start.elapsed() < within {
             tokio::time::sleep(LOOK_EVERY).await;
+            if renewed.elapsed() >= RENEW_EVERY {
+                keeper.renew(RENEW_EVERY).await?;
+                renewed = Instant::now();
+            }
             let candidates = self.candidates(store).await?;
             if candidates
                 .first()

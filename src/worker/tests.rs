@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -556,6 +556,39 @@ async fn leadership_passes_on_as_soon_as_the_last_one_between_has_made_way() {
     }
 }
 
+/// Longer than the lease of its request lives without renewals.
+#[tokio::test(start_paused = true)]
+async fn an_operator_waits_for_a_transfer_as_long_as_is_said() {
+    let store = MemoryStore::new();
+    let keys = GroupKeys::new("", "g");
+    let first = start(&store, "n1");
+    until("the first one leads", || first.node.is_leader()).await;
+    let between = store.grant(Duration::from_secs(600)).await.unwrap().id;
+    let queued = Txn::new().put(keys.candidacy(between), "between", Some(between));
+    store.txn(queued).await.unwrap();
+    let last = start(&store, "n3");
+    until("the last one queues", || store.entries().len() == 5).await;
+    let cluster = Cluster::builder(EtcdOptions::memory("")).store(Arc::new(store.clone()));
+    let operator = crate::Operator::new(&cluster.try_build().unwrap(), "g").unwrap();
+    let begun = Instant::now();
+    let short = operator.transfer("n3", Duration::from_secs(15)).await;
+    assert!(
+        short
+            .unwrap_err()
+            .to_string()
+            .contains("handed over in time")
+    );
+    assert_eq!(begun.elapsed().as_secs(), 15);
+    let made_way = async {
+        sleep(Duration::from_secs(25)).await;
+        let txn = Txn::new().delete(keys.candidacy(between));
+        store.txn(txn).await.unwrap();
+    };
+    let long = operator.transfer("n3", Duration::MAX);
+    let (epoch, ()) = tokio::join!(long, made_way);
+    assert_eq!(epoch.unwrap(), last.node.leadership().unwrap().epoch);
+}
+
 /// Counts all calls but those for leases and watches, and panics in the next `panics` renewals.
 #[derive(Debug)]
 struct Observed {
@@ -767,8 +800,14 @@ impl std::io::Write for Log {
     }
 }
 
+/// With one subscriber only, `tracing` asks the thread that reaches a log line first whether anybody
+/// wants it; if that is the thread of another test, the line is off for this one too.
+static SECOND_SUBSCRIBER: LazyLock<tracing::Dispatch> =
+    LazyLock::new(|| tracing::Dispatch::new(tracing::subscriber::NoSubscriber::default()));
+
 #[tokio::test(start_paused = true)]
 async fn every_line_of_a_run_has_the_group_and_the_node_at_any_level() {
+    LazyLock::force(&SECOND_SUBSCRIBER);
     for level in [tracing::Level::WARN, tracing::Level::DEBUG] {
         let log = Log::default();
         let writer = log.clone();

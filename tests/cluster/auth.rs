@@ -18,7 +18,7 @@ use pingora_etcd::{
 use super::common::certificates::Directory;
 use super::common::etcd::{Etcd, Setup};
 use super::common::link::Link;
-use super::common::{eventually, group, throughout, within};
+use super::common::{eventually, group, subscribe, throughout, within};
 use super::{Running, builder, ready, watch_group};
 
 pub(super) const ROOT: (&str, &str) = ("root", "of-the-root");
@@ -442,7 +442,7 @@ impl Captured {
             .with_ansi(false)
             .with_writer(move || writer.clone())
             .finish();
-        (captured, tracing::subscriber::set_default(subscriber))
+        (captured, subscribe(subscriber))
     }
 
     pub(super) fn text(&self) -> String {

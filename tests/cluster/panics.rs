@@ -11,7 +11,7 @@ use tracing::subscriber::DefaultGuard;
 use super::auth::{Guarded, balancer};
 use super::common::etcd::{Etcd, Setup};
 use super::common::scripted::{Scripted, created};
-use super::common::{eventually, group, within};
+use super::common::{eventually, group, subscribe, within};
 use super::members::healthy;
 use super::{Running, ready};
 
@@ -32,7 +32,7 @@ impl PanicAt {
             is_armed: Arc::default(),
             seen: Arc::default(),
         };
-        let guard = tracing::subscriber::set_default(subscriber.clone());
+        let guard = subscribe(subscriber.clone());
         (subscriber, guard)
     }
 

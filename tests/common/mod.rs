@@ -29,6 +29,16 @@ pub fn log() {
         .try_init();
 }
 
+/// Gives the log lines of the current thread to `subscriber`, until the guard is dropped.
+///
+/// The subscriber of [`log`] has to be there before: as long as `tracing` knows one subscriber only,
+/// it asks the thread that reaches a log line first, and if that thread has none, the line is off for
+/// all threads.
+pub fn subscribe(subscriber: impl Into<tracing::Dispatch>) -> tracing::subscriber::DefaultGuard {
+    log();
+    tracing::dispatcher::set_default(&subscriber.into())
+}
+
 /// A group name that no other test uses.
 pub fn group(test: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);

@@ -100,11 +100,16 @@ async fn it_shows_nodes_and_leader_and_what_happens() {
         .unwrap();
     assert_eq!(status(&away), 1);
     assert!(started.elapsed() < 5 * SECOND);
-    let wrong = Command::new(optimised(COMMAND))
-        .arg("nodse")
-        .output()
-        .unwrap();
-    assert_eq!(status(&wrong), 2);
+    for wrong in [
+        &["nodse"][..],
+        &["weight", "a", "heavy"],
+        &["weight", "a", "NaN"],
+        &["weight", "a", "1000001"],
+        &["transfer", "a", "--timeout", "0"],
+    ] {
+        let output = Command::new(optimised(COMMAND)).args(wrong).output();
+        assert_eq!(status(&output.unwrap()), 2, "{wrong:?}");
+    }
 }
 
 /// A member that is some other program: the example `worker`, which registers elsewhere.
@@ -350,6 +355,18 @@ async fn it_ends_with_the_status_of_its_program_whatever_happens() {
         .unwrap();
     until("it has ended", async || !is_alive(left)).await;
     std::fs::remove_file(&file).unwrap();
+
+    // Signals reach what is left, too.
+    let script =
+        "(trap '' TERM; trap 'exit 0' INT; while :; do sleep 0.05; done) & sleep 1; exit 4";
+    let mut member = Member::start(&etcd, &group, &["--grace", "600"], &["sh", "-c", script]);
+    until("the command has ended", async || {
+        member.log().contains("the command has ended")
+    })
+    .await;
+    member.program.signal("INT");
+    let (status, _) = member.program.ended().await;
+    assert_eq!(status.code(), Some(4), "{}", member.log());
 
     let mut missing = Member::start(&etcd, &group, &[], &["/no/such/program"]);
     let (status, _) = missing.program.ended().await;

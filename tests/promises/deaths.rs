@@ -28,7 +28,7 @@ use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
 use super::common::programs::optimised;
-use super::common::{eventually, free_port, group, local};
+use super::common::{eventually, free_port, group, local, subscribe};
 use super::world::{Setup, entry, put, until};
 
 /// A store that panics at its next use after [`break_now`](Self::break_now).
@@ -243,7 +243,7 @@ impl tracing::Subscriber for PanickingLog {
 #[tokio::test]
 async fn a_subscriber_that_panics_for_a_while_ends_nothing() {
     let log = PanickingLog::default();
-    let _guard = tracing::subscriber::set_default(log.clone());
+    let _guard = subscribe(log.clone());
     let store = PanickingStore::default();
     let group = group("deaths");
     let discovery = store.discovery(&group);

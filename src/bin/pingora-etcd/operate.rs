@@ -26,7 +26,24 @@ pub struct Weight {
     #[command(flatten)]
     node: Arguments,
     /// The weight: 0 for no traffic, or 0.000001 to 1000000; `own` for the one that the node has registered.
-    weight: String,
+    #[arg(value_parser = new_weight)]
+    weight: NewWeight,
+}
+
+#[derive(Clone, Copy)]
+enum NewWeight {
+    Own,
+    Fixed(f64),
+}
+
+fn new_weight(text: &str) -> std::result::Result<NewWeight, String> {
+    match text.parse() {
+        _ if text == "own" => Ok(NewWeight::Own),
+        Ok(weight) if weight == 0.0 || (1e-6..=1e6).contains(&weight) => {
+            Ok(NewWeight::Fixed(weight))
+        }
+        _ => Err("use 0 (no traffic), 0.000001 to 1000000, or own".into()),
+    }
 }
 
 #[derive(Args)]
@@ -53,6 +70,8 @@ fn with_node(
             Err(_) => Err(format!("no answer from etcd within {within:?}").into()),
         }
     });
+    // A DNS server that does not answer does not keep the command.
+    runtime.shutdown_background();
     match done {
         Ok(said) => output::line(said)?,
         Err(Failure::Error(error)) if is_missing(&*error) => {
@@ -83,12 +102,9 @@ pub fn undrain(arguments: &Arguments) -> Result {
 }
 
 pub fn weight(arguments: &Weight) -> Result {
-    let weight = match arguments.weight.as_str() {
-        "own" => None,
-        text => Some(
-            text.parse::<f64>()
-                .map_err(|_| format!("{text:?} is not a weight"))?,
-        ),
+    let weight = match arguments.weight {
+        NewWeight::Own => None,
+        NewWeight::Fixed(weight) => Some(weight),
     };
     with_node(&arguments.node, async |operator, id| {
         operator.set_weight(id, weight).await?;

@@ -35,7 +35,7 @@ fn with_group<T>(
 ) -> Result<T> {
     let target = arguments.connection.target()?;
     let runtime = Runtime::new()?;
-    runtime.block_on(async {
+    let shown = runtime.block_on(async {
         let cluster = target.cluster()?;
         let discovery = target.discovery(&cluster)?;
         // Only what is read of it is used here: in a group of others there is nothing.
@@ -59,7 +59,10 @@ fn with_group<T>(
             }),
             shown = shown => shown,
         }
-    })
+    });
+    // A DNS server that does not answer does not keep the command.
+    runtime.shutdown_background();
+    shown
 }
 
 pub fn nodes(arguments: &Arguments) -> Result {

@@ -79,8 +79,8 @@ impl Child {
 }
 
 impl Child {
-    /// Ends what the command has started and left behind.
-    pub async fn end_rest(&mut self, grace: Duration) {
+    /// Ends what the command has started and left behind. Signals are passed on meanwhile.
+    pub async fn end_rest(&mut self, grace: Duration, signals: &mut Signals) {
         let Some(group) = self.group else {
             return;
         };
@@ -94,7 +94,10 @@ impl Child {
                 );
                 break;
             }
-            sleep(Duration::from_millis(20)).await;
+            tokio::select! {
+                () = sleep(Duration::from_millis(20)) => {}
+                signal = signals.next() => self.signal(signal),
+            }
         }
         self.signal(Signal::KILL.as_raw());
         self.group = None;

@@ -206,7 +206,7 @@ impl Sidecar {
             None => child.ended_within(grace, &mut signals).await?,
         };
         info!(%status, "the command has ended");
-        child.end_rest(grace).await;
+        child.end_rest(grace, &mut signals).await;
         member.left().await;
         Ok(child::exit_code(status))
     }
