@@ -280,7 +280,12 @@ impl State {
             counts.map(|(what, count)| (vec![("group", &*group.name), ("event", *what)], *count))
         });
         let help = "What has happened to client connections";
-        writer.counters("client_connections", help, clients)
+        writer.counters("client_connections", help, clients)?;
+        let lost = self.status.access_log_lines_lost.iter();
+        let help =
+            "Lines of the access log for which there was no room, or that could not be written";
+        let lost = lost.map(|count| (vec![], *count));
+        writer.counters("access_log_lines_lost", help, lost)
     }
 
     /// Nodes up to the limit that have this value.

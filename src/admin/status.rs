@@ -13,8 +13,8 @@ use crate::metadata::metadata_keys;
 use crate::node::Node;
 use crate::pingora::CheckStatus;
 use crate::proxy::{
-    self, BackendCounts, CertificateFile, FrontCounts, LatencyCounts, ProxyParts, RequestCounts,
-    ServedRoute, Shutdown,
+    self, AccessLogStatistics, BackendCounts, CertificateFile, FrontCounts, LatencyCounts,
+    ProxyParts, RequestCounts, ServedRoute, Shutdown,
 };
 use crate::store::Circuit;
 use crate::view::{NodeOverride, Nodes};
@@ -41,6 +41,8 @@ pub struct Status {
     pub routes: Vec<RouteStatus>,
     /// Requests that no group has served: refused, redirected, or answered by a route.
     pub unserved: Option<RequestStatus>,
+    /// Lines of the access log that were lost; `None` if there is none.
+    pub access_log_lines_lost: Option<u64>,
     /// What has become of reloads; `None` if the process has none.
     pub reload: Option<ReloadStatus>,
     /// The certificates that are in use.
@@ -264,6 +266,9 @@ impl Status {
             groups: groups.iter().map(GroupStatus::of).collect(),
             routes: routes.into_iter().flatten().map(route).collect(),
             unserved: proxy.map(|parts| RequestStatus::of(&parts.unserved.counts())),
+            access_log_lines_lost: proxy
+                .and_then(|parts| parts.access_log.as_ref())
+                .map(AccessLogStatistics::lost),
             reload: proxy.map(|parts| parts.reloader.status().into()),
             certificates: certificates
                 .into_iter()

@@ -501,9 +501,9 @@ impl Endpoint {
         self.state.is_probed.load(Ordering::Relaxed)
     }
 
-    /// Uses it again.
-    pub(super) fn readmit(&self) {
-        self.state.readmit();
+    /// Uses it again, with at least this success rate.
+    pub(super) fn readmit_at_least(&self, success: f32) {
+        self.state.readmit_at_least(success);
     }
 
     /// The lowest success rate since this was last asked, and whether it was ejected for its answers since then or in the

@@ -114,7 +114,11 @@ impl Roster {
             if said.is_some() || registration.said().is_some() {
                 self.version += 1;
                 self.totals.remove(registration);
+                let took_traffic = registration.takes_traffic();
                 registration.set_override(said);
+                if !took_traffic && registration.takes_traffic() && registration.is_unused() {
+                    self.to_start.push(registration.node().id.clone());
+                }
                 self.totals.add(registration);
             }
         }
@@ -152,9 +156,14 @@ impl Roster {
         now: Instant,
     ) {
         self.views = self.views.wrapping_add(1);
-        let joined_at = self.is_started.then_some(now);
-        let nodes = nodes.into_iter();
-        let more = nodes.size_hint().0.saturating_sub(self.registrations.len());
+        let nodes: Vec<_> = nodes.into_iter().collect();
+        // Where all are new, nobody is there who could serve until they have been checked.
+        let is_known = |node: &&Arc<Node>| {
+            let at = self.index.position_of(&self.registrations, &node.id);
+            at.is_some()
+        };
+        let joined_at = nodes.iter().any(is_known).then_some(now);
+        let more = nodes.len().saturating_sub(self.registrations.len());
         self.registrations.reserve_exact(more);
         for node in nodes {
             self.upsert(node, joined_at, now);

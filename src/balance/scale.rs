@@ -145,9 +145,13 @@ impl Scale {
             if registration.takes_traffic() {
                 mean_weight.add(weight.get(), 1.0);
             }
-            let is_used = gate == Gate::Open || roster.checked(registration) == Checked::Well;
-            if registration.takes_traffic() && is_used && registration.is_in_zone(zone) {
-                let acceptance = registration.endpoint.acceptance_now();
+            // Of those that have not been checked nothing is known.
+            let acceptance = match (gate, roster.checked(registration)) {
+                (Gate::Open, _) | (_, Checked::Well) => registration.endpoint.acceptance_now(),
+                (Gate::Well, Checked::Down) => 0.0,
+                (Gate::Well, Checked::Unknown) => continue,
+            };
+            if registration.takes_traffic() && registration.is_in_zone(zone) {
                 working.add(f64::from(acceptance), weight.get());
             }
         }

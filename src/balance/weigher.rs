@@ -26,6 +26,11 @@ use crate::view::NodeOverride;
 const WEIGHED_ALONE_FROM: usize = 256;
 /// If more than one in so many have reported, all are weighed.
 const FEW_OF: usize = 50;
+/// The success rate of those that a former process says are ejected, and that are needed nevertheless: none that would
+/// eject them again.
+const READMITTED_SUCCESS: f32 = 0.5;
+/// A tick that comes so long after the one before shows that the process was stopped.
+const LATE: Duration = Duration::from_secs(5);
 /// For how long nothing is looked at, at most, where nothing happens.
 const LONGEST_REST: Duration = Duration::from_secs(60);
 /// How long a report of requests in flight counts.
@@ -46,6 +51,10 @@ pub(super) struct Weigher {
     /// Until when a tick without news would find nothing to do.
     rests_until: Option<Instant>,
     last_tick: Option<Instant>,
+    /// When it was last time for a tick, and for how many more ones latencies are those of this process, which was
+    /// stopped for a while.
+    last_call: Option<Instant>,
+    ticks_after_stop: u8,
     ticks_without_probe: u32,
     /// At the last tick, all had failed, and got this success rate.
     forgiven_rate: Option<f32>,
@@ -89,6 +98,8 @@ impl Weigher {
             settled_version: None,
             rests_until: None,
             last_tick: None,
+            last_call: None,
+            ticks_after_stop: 0,
             ticks_without_probe: 0,
             forgiven_rate: None,
         }
@@ -157,7 +168,7 @@ impl Weigher {
         let too_many = too_many_ejected(ejected.len(), all);
         ejected.sort_by(|one, other| other.success().total_cmp(&one.success()));
         for endpoint in ejected.into_iter().take(too_many) {
-            endpoint.readmit();
+            endpoint.readmit_at_least(READMITTED_SUCCESS);
         }
     }
 
@@ -201,6 +212,7 @@ impl Weigher {
         let is_few = reporting.len() * FEW_OF < self.roster.registrations().len();
         if self.take_changed() {
             self.limit_ejected_by_predecessor();
+            self.measure_working();
         } else if is_few && self.roster.registrations().len() >= WEIGHED_ALONE_FROM {
             let (settings, roster) = (&self.settings, &self.roster);
             let weighed = self
@@ -217,6 +229,12 @@ impl Weigher {
     /// The same, and takes over what time and requests have brought; to be called once a second. Returns whether
     /// there was anything to do; if there has been nothing for some time, this costs next to nothing.
     pub(super) fn tick(&mut self, policy: &ActivePolicy, now: Instant) -> bool {
+        let late = self.last_call.replace(now).unwrap_or(now) + LATE;
+        self.ticks_after_stop = match now > late {
+            // What was in flight meanwhile may end only after this tick.
+            true => 2,
+            false => self.ticks_after_stop.saturating_sub(1),
+        };
         self.roster.remove_expired(now);
         let has_news = self.fleet.take_news()
             || self.roster.has_new_loads()
@@ -292,8 +310,8 @@ impl Weigher {
                 continue;
             };
             let is_new = std::mem::take(&mut registration.has_new_load);
-            // With a single report there is nothing to compare it with.
-            if !is_new || mean.count() < 2 || registration.is_shadowed {
+            // With a single report there is nothing to compare it with, and without traffic a low load says nothing.
+            if !is_new || mean.count() < 2 || !registration.takes_traffic() {
                 continue;
             }
             let was_used = std::mem::take(&mut registration.was_used);
@@ -316,7 +334,11 @@ impl Weigher {
         let adaptive = &self.settings.adaptive;
         let mut summary = TickSummary::default();
         let shared = self.sharing.level(self.scale.calm_of_half());
-        let samples = adaptive.latency_samples_at(shared);
+        let was_stopped = self.ticks_after_stop > 0;
+        let samples = match was_stopped {
+            true => 1,
+            false => adaptive.latency_samples_at(shared),
+        };
         for registration in self.roster.registrations_mut() {
             let outcomes = registration.outcomes_at_tick;
             let is_active = registration.endpoint.is_active_since(outcomes);
@@ -335,7 +357,8 @@ impl Weigher {
             } else {
                 controller.forget_a_part(adaptive, passed);
             }
-            controller.set_latencies(endpoint.take_latencies(samples));
+            let latencies = endpoint.take_latencies(samples);
+            controller.set_latencies(latencies.filter(|_| !was_stopped));
             registration.outcomes_at_tick = endpoint.outcomes();
             if registration.takes_traffic() {
                 let controller = &registration.controller;

@@ -18,7 +18,8 @@ pub struct AccessLog {
     /// How a line looks. Default: `json`.
     #[serde(default)]
     pub format: LogFormat,
-    /// The part of requests that have a line; those with a status of 500 or more always have one.
+    /// The part of requests that have a line; those that failed always have one: with a status of 500 or more, with a
+    /// response that broke off, with a call of gRPC that was not served.
     /// Default: 1. Range: 0 to 1.
     #[serde(default = "default_sample")]
     pub sample: f64,

@@ -81,7 +81,14 @@ pub(crate) fn is_name(name: &str) -> bool {
         !part.is_empty() && part.len() <= 63 && part.bytes().all(is_allowed)
     };
     let host = name.strip_suffix('.').unwrap_or(name);
-    name.parse::<std::net::IpAddr>().is_ok() || (name.len() <= 253 && host.split('.').all(is_part))
+    let is_host = name.len() <= 253 && host.split('.').all(is_part);
+    name.parse::<std::net::IpAddr>().is_ok() || (is_host && !is_changed_by_pingora(name))
+}
+
+/// Pingora verifies by another name, with hyphens, where the first of three labels or more has underscores.
+fn is_changed_by_pingora(name: &str) -> bool {
+    let labels = name.split_once('.');
+    labels.is_some_and(|(first, rest)| first.contains('_') && rest.contains('.'))
 }
 
 impl Default for Backends {
@@ -113,6 +120,12 @@ impl Backends {
         let error =
             |name: &str, reason: &str| Err(ClusterError::config(format!("{field}.{name}"), reason));
         let name = self.server_name.as_deref();
+        if name.is_some_and(is_changed_by_pingora) {
+            return error(
+                "server_name",
+                "has an underscore before its first dot, for which Pingora puts a hyphen, so certificates could not be verified",
+            );
+        }
         if name.is_some_and(|name| !is_name(name)) {
             return error(
                 "server_name",

@@ -18,7 +18,7 @@ pub struct Clients {
     /// 10,000,000.
     pub connections: usize,
     /// Connections of one client at one time. A client is an IPv4 address, or an IPv6 network of 64
-    /// bits. Default: 0, any number. Range: 0 to 10,000,000.
+    /// bits; those of `trusted_proxies` have connections for many clients, and do not count. Default: 0, any number. Range: 0 to 10,000,000.
     pub connections_per_client: usize,
     /// Requests on one connection of HTTP/1, which is closed after the last one. Default: 0, any number. Range:
     /// 0 to 4,294,967,295.
@@ -31,7 +31,8 @@ pub struct Clients {
     /// Bytes of a request's body. More gets 413. Default: 0, any number.
     pub body_bytes: u64,
     /// Bytes a second that a client must read of a response while it is being waited for, after the
-    /// first 5 s. Default: 0, any rate.
+    /// first 5 s, over HTTP/1: over HTTP/2 a stream that stands still does not hold up its connection, and
+    /// has `timeouts.client_write_ms`. Default: 0, any rate.
     pub least_rate: u64,
     /// Whether HTTP/2 is spoken to clients that begin with it without TLS. Default: `true`.
     pub h2c: bool,

@@ -179,6 +179,11 @@ pub struct ClusterConfig {
     /// Default: `true`.
     #[serde(default = "yes")]
     pub traceparent: bool,
+    /// The part of those that get one which says that the trace is recorded. Backends usually do what it says: with 0
+    /// they record nothing that begins here, with 1 all of it, whatever part they would take by themselves. With
+    /// `opentelemetry`, `opentelemetry.sample` decides. Default: 1. Range: 0 to 1.
+    #[serde(default = "all")]
+    pub traceparent_sampled: f64,
     /// What happens when there are more requests than backends can take.
     #[serde(default)]
     pub overload: Overload,
@@ -250,6 +255,10 @@ fn yes() -> bool {
     true
 }
 
+fn all() -> f64 {
+    1.0
+}
+
 fn default_leader_wait_ms() -> u64 {
     2_000
 }
@@ -281,9 +290,7 @@ impl ClusterConfig {
         if let Some(log) = &self.access_log {
             log.validate("cluster.access_log")?;
         }
-        if let Some(spans) = &self.opentelemetry {
-            spans.validate("cluster.opentelemetry")?;
-        }
+        self.check_traces()?;
         if let Some(admin) = &self.admin {
             if !cfg!(feature = "admin") {
                 let reason = "this program is built without the feature admin";
@@ -322,6 +329,15 @@ impl ClusterConfig {
         self.discovery().map_err(section)?;
         self.check_groups()?;
         self.check_routes()
+    }
+
+    fn check_traces(&self) -> Result<(), ClusterError> {
+        let sampled = self.traceparent_sampled;
+        in_range("cluster", "traceparent_sampled", sampled, 0.0..=1.0)?;
+        match &self.opentelemetry {
+            Some(spans) => spans.validate("cluster.opentelemetry"),
+            None => Ok(()),
+        }
     }
 
     /// A variable in quotes would be taken for a name or a password.

@@ -45,9 +45,9 @@ pub use lines::{Given, given};
 pub use opentelemetry::OpenTelemetry;
 pub use overload::Overload;
 pub use retry::Retry;
-#[cfg(feature = "pingora")]
-pub(crate) use route::is_below;
 pub use route::{Answer, HeaderChanges, Mirror, Pattern, Redirect, Rewrite, Route};
+#[cfg(feature = "pingora")]
+pub(crate) use route::{is_below, without_last_dot};
 #[cfg(feature = "schema")]
 pub use schema::schema;
 #[cfg(feature = "pingora")]

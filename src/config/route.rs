@@ -288,7 +288,7 @@ impl Route {
             let name = host.strip_prefix("*.").unwrap_or(host);
             let is_part = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
             let is_ip = host.parse::<std::net::IpAddr>().is_ok();
-            if !is_ip && (name.is_empty() || !name.bytes().all(is_part)) {
+            if !is_ip && (without_last_dot(name).is_empty() || !name.bytes().all(is_part)) {
                 let reason = format!(
                     "{host:?} is not a name such as example.com or *.example.com, without a port"
                 );
@@ -448,9 +448,15 @@ pub(crate) fn is_below(path: &str, above: &str) -> bool {
     rest.is_empty() || above.ends_with('/') || rest.starts_with('/')
 }
 
+/// A name without the dot at the end that a full name may have.
+pub(crate) fn without_last_dot(name: &str) -> &str {
+    name.strip_suffix('.').unwrap_or(name)
+}
+
 /// Whether each name that `other` is for is one that `own` is for.
 fn includes_host(own: &str, other: &str) -> bool {
-    let (own, other) = (own.to_ascii_lowercase(), other.to_ascii_lowercase());
+    let name = |host| without_last_dot(host).to_ascii_lowercase();
+    let (own, other) = (name(own), name(other));
     own == other
         || own.strip_prefix('*').is_some_and(|end| {
             let name = other.strip_prefix('*').unwrap_or(&other);

@@ -21,14 +21,17 @@ use crate::view::NodeOverride;
 const REFUSED_AGAIN: Duration = Duration::from_secs(60);
 
 /// What operators say, by node id.
-type Overrides = HashMap<String, NodeOverride>;
+pub(crate) type Overrides = HashMap<String, NodeOverride>;
 
 impl ServiceDiscovery {
-    /// Follows what operators say of nodes, and gives each state of it to `take`. While the store is away, the
-    /// last one stays; it begins with that of a file beside the snapshot file, if there is one. An etcd user who may not
-    /// read it goes on without.
+    /// Follows what operators say of nodes, and gives each state of it to `take`, and whether it is the current one. While
+    /// the store is away, the last one stays; it begins with that of a file beside the snapshot file, if there is one, which
+    /// may be old. An etcd user who may not read it goes on without.
     #[cfg_attr(not(feature = "pingora"), allow(dead_code))]
-    pub(crate) async fn follow_overrides(&self, mut take: impl FnMut(&Overrides)) -> Infallible {
+    pub(crate) async fn follow_overrides(
+        &self,
+        mut take: impl FnMut(&Overrides, bool),
+    ) -> Infallible {
         let mut backoff = Backoff::new();
         let mut is_told = false;
         // Whoever runs the discovery is told of settings that are wrong.
@@ -38,12 +41,12 @@ impl ServiceDiscovery {
         };
         let mut file = OverridesFile::new(settings, &self.source.group);
         if let Some(overrides) = file.read().await {
-            take(&overrides);
+            take(&overrides, false);
         }
         let is_heard = AtomicBool::new(false);
         let mut take = |overrides: &Overrides| {
             is_heard.store(true, Ordering::Relaxed);
-            take(overrides);
+            take(overrides, true);
             file.keep(overrides);
         };
         loop {

@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
+use super::operators::Operators;
 use super::restart::restart_forever;
 use super::weights::LiveWeights;
 use crate::balance::pace::{every_tick, pause_after};
@@ -52,6 +53,7 @@ pub struct ClusterBackends {
     weights: Arc<LiveWeights>,
     ready_timeout: Duration,
     runner: Runner,
+    operators: Arc<Operators>,
 }
 
 /// What runs the discovery.
@@ -104,6 +106,7 @@ impl ClusterBackends {
             weights,
             ready_timeout: READY_TIMEOUT,
             runner,
+            operators: Arc::default(),
         }
     }
 
@@ -130,6 +133,7 @@ impl ClusterBackends {
             return;
         }
         let (discovery, weights) = (self.discovery.clone(), self.weights.clone());
+        let operators = self.operators.clone();
         let span = balancer_span(&discovery);
         let running = async move {
             tokio::join!(
@@ -138,7 +142,8 @@ impl ClusterBackends {
                     &discovery, &weights
                 )),
                 restart_forever(&span, "weights", || every_tick(|now| weights.tick(now))),
-                restart_forever(&span, "overrides", || discovery.follow_overrides(
+                restart_forever(&span, "overrides", || operators.follow(
+                    &discovery,
                     |overrides| {
                         weights.set_overrides(overrides);
                     }
@@ -178,6 +183,7 @@ impl PingoraDiscovery for ClusterBackends {
         }
         // The service refreshes them itself.
         if matches!(self.runner, Runner::OwnTask(_)) {
+            self.operators.hear(&self.discovery).await;
             self.weights.refresh(&self.discovery);
         }
         let mut backends = BTreeSet::new();

@@ -20,7 +20,7 @@ use crate::discovery::ServiceDiscovery;
 use crate::node::Node;
 use crate::supervise::{caught, say};
 use crate::sync::lock;
-use crate::view::Change;
+use crate::view::{Change, Nodes};
 
 /// A result for a node that the balancer does not know yet is repeated after this time.
 const UNKNOWN_AGAIN: Duration = Duration::from_millis(100);
@@ -63,7 +63,57 @@ struct Known {
     next: Option<Instant>,
 }
 
-type Done = (Arc<Node>, Result<(), String>);
+/// A result, and whether the node was down before.
+struct Done {
+    node: Arc<Node>,
+    result: Result<(), String>,
+    was_down: bool,
+}
+
+/// When each node is checked next.
+#[derive(Default)]
+struct Due {
+    unchecked: BTreeSet<(Instant, String)>,
+    well: BTreeSet<(Instant, String)>,
+    down: BTreeSet<(Instant, String)>,
+}
+
+impl Due {
+    fn add(&mut self, at: Instant, id: String, is_well: Option<bool>) {
+        let due = match is_well {
+            None => &mut self.unchecked,
+            Some(true) => &mut self.well,
+            Some(false) => &mut self.down,
+        };
+        due.insert((at, id));
+    }
+
+    /// Those whose turn it is at that time, if any: first who has not been checked, because it gets no requests before.
+    fn first(&mut self, with_down: bool) -> Option<&mut BTreeSet<(Instant, String)>> {
+        if !self.unchecked.is_empty() {
+            return Some(&mut self.unchecked);
+        }
+        let down = self.down.first().filter(|_| with_down);
+        match (self.well.first(), down) {
+            (None, None) => None,
+            (Some(well), Some(down)) if down < well => Some(&mut self.down),
+            (None, Some(_)) => Some(&mut self.down),
+            (Some(_), _) => Some(&mut self.well),
+        }
+    }
+
+    fn next(&mut self, with_down: bool) -> Option<Instant> {
+        self.first(with_down)?.first().map(|(at, _)| *at)
+    }
+
+    /// Takes the next one whose time has come.
+    fn take(&mut self, now: Instant, with_down: bool) -> Option<(Instant, String)> {
+        let due = self.first(with_down)?;
+        due.first()
+            .is_some_and(|(at, _)| *at <= now)
+            .then(|| due.pop_first())?
+    }
+}
 
 impl Checks {
     pub(super) fn new() -> Self {
@@ -86,6 +136,16 @@ impl Checks {
             is_well: known.state.is_well()?,
             problem: known.problem.clone(),
         })
+    }
+
+    /// Whether all of these nodes have been checked, if they are to be.
+    pub(super) fn has_checked(&self, nodes: &Nodes) -> bool {
+        let known = lock(&self.known);
+        let is_checked = |node: &Arc<Node>| {
+            let known = known.get(&node.id);
+            known.is_some_and(|known| known.state.is_well().is_some())
+        };
+        self.checker.borrow().is_none() || nodes.iter().all(is_checked)
     }
 
     /// Runs the checks, whichever there are.
@@ -122,9 +182,10 @@ struct Round<'a> {
     checks: &'a Checks,
     checker: &'a Checker,
     balancer: &'a Balancer,
-    /// When each node is checked next.
-    due: BTreeSet<(Instant, String)>,
+    due: Due,
     running: JoinSet<Done>,
+    /// How many of those that run are of nodes that are down: their answers may be long in coming, or never come.
+    running_down: usize,
     /// The balancer has results that are not published.
     is_unpublished: bool,
     /// No earlier than then.
@@ -137,8 +198,9 @@ impl<'a> Round<'a> {
             checks,
             checker,
             balancer,
-            due: BTreeSet::new(),
+            due: Due::default(),
             running: JoinSet::new(),
+            running_down: 0,
             is_unpublished: false,
             publish_at: Instant::now(),
         }
@@ -155,8 +217,17 @@ impl<'a> Round<'a> {
                 None => Duration::ZERO,
             };
             known.next = Some(now + wait);
-            self.due.insert((now + wait, id.clone()));
+            self.due.add(now + wait, id.clone(), known.state.is_well());
         }
+    }
+
+    fn most_at_once(&self) -> usize {
+        self.checker.check.config().at_once
+    }
+
+    /// Whether one more node that is down may be checked now: half of the places are for others.
+    fn may_check_down(&self) -> bool {
+        self.running_down < (self.most_at_once() / 2).max(1)
     }
 
     async fn run(mut self, discovery: &ServiceDiscovery) -> Infallible {
@@ -164,8 +235,8 @@ impl<'a> Round<'a> {
         self.begin();
         loop {
             self.start_due();
-            let is_full = self.running.len() >= self.checker.check.config().at_once;
-            let next = self.due.first().map(|(at, _)| *at);
+            let is_full = self.running.len() >= self.most_at_once();
+            let next = self.due.next(self.may_check_down());
             let next = next
                 .filter(|_| !is_full)
                 .unwrap_or_else(|| Instant::now() + IDLE);
@@ -208,9 +279,8 @@ impl<'a> Round<'a> {
     fn start_due(&mut self) {
         let now = Instant::now();
         let mut all = lock(&self.checks.known);
-        while self.running.len() < self.checker.check.config().at_once
-            && self.due.first().is_some_and(|(at, _)| *at <= now)
-            && let Some((at, id)) = self.due.pop_first()
+        while self.running.len() < self.most_at_once()
+            && let Some((at, id)) = self.due.take(now, self.may_check_down())
         {
             // One that has left is not checked any more, and a new process has a time of its own.
             let Some(known) = all.get_mut(&id).filter(|known| known.next == Some(at)) else {
@@ -220,19 +290,27 @@ impl<'a> Round<'a> {
             let node = known.node.clone();
             let checker = self.checker.clone();
             let addr = self.balancer.address_of(&node);
+            let was_down = known.state.is_well() == Some(false);
+            self.running_down += usize::from(was_down);
             self.running.spawn(async move {
                 let checking = async {
                     let peer = (checker.peer)(addr, &node)?;
                     checker.check.check(&peer).await
                 };
                 let result = caught(checking).await.unwrap_or_else(Err);
-                (node, result)
+                Done {
+                    node,
+                    result,
+                    was_down,
+                }
             });
         }
     }
 
     /// Takes over a result. Returns whether the balancer has to publish it.
-    fn take(&mut self, (node, result): Done) -> bool {
+    fn take(&mut self, done: Done) -> bool {
+        let Done { node, result, .. } = done;
+        self.running_down -= usize::from(done.was_down);
         let config = self.checker.check.config();
         let mut all = lock(&self.checks.known);
         let Some(known) = all.get_mut(&node.id) else {
@@ -263,16 +341,12 @@ impl<'a> Round<'a> {
         };
         let next = Instant::now() + wait;
         known.next = Some(next);
-        self.due.insert((next, node.id.clone()));
+        self.due.add(next, node.id.clone(), Some(is_well));
         is_new
     }
 }
 
-fn insert(
-    known: &mut HashMap<String, Known>,
-    due: &mut BTreeSet<(Instant, String)>,
-    node: &Arc<Node>,
-) {
+fn insert(known: &mut HashMap<String, Known>, due: &mut Due, node: &Arc<Node>) {
     match known.get_mut(&node.id) {
         Some(known) if is_same_process(&known.node, node) => known.node = node.clone(),
         _ => {
@@ -284,7 +358,7 @@ fn insert(
                 next: Some(now),
             };
             known.insert(node.id.clone(), new);
-            due.insert((now, node.id.clone()));
+            due.add(now, node.id.clone(), None);
         }
     }
 }

@@ -17,6 +17,7 @@ use tracing::error;
 
 use super::backends::ClusterBackends;
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
+use super::operators::Operators;
 use super::restart::restart_forever;
 use super::weights::LiveWeights;
 use crate::balance::pace::{every_tick, pause_after};
@@ -62,6 +63,7 @@ where
     weights: Arc<LiveWeights>,
     /// What operators say of nodes has changed.
     said: Notify,
+    operators: Operators,
     /// How often health is checked, if a check is set. Default: `None`, once at the start.
     pub health_check_frequency: Option<Duration>,
     /// Whether all backends are checked at the same time. Default: `true`.
@@ -102,6 +104,7 @@ where
             discovery,
             weights,
             said: Notify::new(),
+            operators: Operators::default(),
             health_check_frequency: None,
             parallel_health_check: true,
             ready_timeout: READY_TIMEOUT,
@@ -133,6 +136,7 @@ where
         let mut changes = self.discovery.changes();
         let mut is_due = true;
         wait_ready(&self.discovery, self.ready_timeout).await;
+        self.operators.hear(&self.discovery).await;
         loop {
             // Before the changes are taken, among which the first view is then.
             let is_ready = self.discovery.is_ready();
@@ -197,7 +201,8 @@ where
             restart_forever(&span, "weights", || every_tick(|now| self
                 .weights
                 .tick(now))),
-            restart_forever(&span, "overrides", || self.discovery.follow_overrides(
+            restart_forever(&span, "overrides", || self.operators.follow(
+                &self.discovery,
                 |overrides| {
                     if self.weights.set_overrides(overrides) {
                         self.said.notify_one();

@@ -35,6 +35,7 @@ mod follow;
 mod leader;
 mod learned_file;
 mod live;
+mod operators;
 mod peer;
 mod restart;
 mod selection;

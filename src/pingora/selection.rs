@@ -24,7 +24,8 @@ const MIN_SHARE: f64 = 1e-6;
 /// Weights follow metrics, by [`Policy::Adaptive`](crate::balance::Policy::Adaptive) with
 /// [`Adaptive::metrics_only`](crate::balance::Adaptive::metrics_only) unless other settings are
 /// given. They are read beside the backends, so a change takes effect with the next request, without
-/// an update of the load balancer: a node that drains or leaves gets nothing from then on. (In a
+/// an update of the load balancer: a node that drains or leaves gets nothing from then on. (Unless all that Pingora knows
+/// drain, and it has not discovered yet those that serve instead. In a
 /// [`LiveLoadBalancer`](super::LiveLoadBalancer) of 256 nodes or more, what one of them reports takes effect
 /// within a second.) Picks are
 /// spread evenly in proportion to the weights (5, 1, 1 gives no run of five), memory per backend is
@@ -276,8 +277,29 @@ fn shuffled(weighted: &Weighted, chosen: &[usize]) -> Vec<usize> {
         .filter(|(index, _)| !chosen.contains(index))
         .filter_map(key)
         .collect();
+    if keyed.is_empty() && chosen.is_empty() {
+        return waiting_for_discovery(weighted);
+    }
     keyed.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(b.1.total_cmp(&a.1)));
     keyed.into_iter().map(|(_, _, index)| index).collect()
+}
+
+/// While all nodes that Pingora knows have ended their service, and it has not discovered those that have begun theirs: who
+/// drains can still serve.
+fn waiting_for_discovery(weighted: &Weighted) -> Vec<usize> {
+    let Some(weights) = &weighted.weights else {
+        return Vec::new();
+    };
+    let unused = weights.unused_beside_used();
+    let is_there = |backend: &Backend| {
+        let addr = backend.addr.as_inet();
+        addr.is_some_and(|addr| unused.contains(addr))
+    };
+    let backends = weighted.backends.iter().enumerate();
+    let there = backends.filter(|(_, backend)| is_there(backend));
+    let mut there: Vec<_> = there.map(|(index, _)| index).collect();
+    fastrand::shuffle(&mut there);
+    there
 }
 
 #[cfg(test)]

@@ -3,31 +3,28 @@
 use std::convert::Infallible;
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ::pingora::server::ShutdownWatch;
 use ::pingora::services::ServiceReadyNotifier;
 use ::pingora::services::background::BackgroundService;
 use async_trait::async_trait;
-use tokio::sync::watch;
-use tokio::time::timeout;
 
 use super::check::NodeCheck;
 use super::checks::{CheckStatus, Checker, Checks};
 use super::follow::{READY_TIMEOUT, balancer_span, follow, wait_ready};
 use super::learned_file::{LearnedFile, begin_with, keep};
+use super::operators::Operators;
 use super::peer::http_peer;
 use super::restart::restart_forever;
 use crate::balance::Balancer;
 use crate::balance::pace::every_tick;
-use crate::discovery::{DiscoveryStatus, ServiceDiscovery};
+use crate::discovery::{Overrides, ServiceDiscovery};
 use crate::node::Node;
 use crate::supervise::{caught, in_span};
-
-/// How long readiness waits for what operators say of nodes, after there is a view.
-const MOST_WAIT_FOR_OVERRIDES: Duration = Duration::from_secs(1);
+use crate::sync::lock;
 
 /// How often what is learned is written.
 const WRITE_LEARNED_EVERY: Duration = Duration::from_secs(10);
@@ -57,8 +54,9 @@ pub struct BalancerService {
     ready_timeout: Duration,
     learned_file: Option<LearnedFile>,
     keeps_learned: AtomicBool,
-    /// Whether it is known what operators say of nodes.
-    overrides_known: watch::Sender<bool>,
+    operators: Operators,
+    /// What operators say of the nodes of a group that is not used yet.
+    heard: Mutex<Overrides>,
 }
 
 impl BalancerService {
@@ -71,7 +69,8 @@ impl BalancerService {
             ready_timeout: READY_TIMEOUT,
             learned_file: None,
             keeps_learned: AtomicBool::new(true),
-            overrides_known: watch::Sender::default(),
+            operators: Operators::default(),
+            heard: Mutex::default(),
         }
     }
 
@@ -133,19 +132,50 @@ impl BalancerService {
             ready_timeout,
             learned_file: None,
             keeps_learned: AtomicBool::new(true),
-            overrides_known: watch::Sender::default(),
+            operators: Operators::default(),
+            heard: Mutex::default(),
         }
     }
 
-    /// Keeps the view of the group up to date, and nothing else.
+    /// Keeps the view of the group up to date, hears what operators say of its nodes, and does nothing else.
     pub(crate) async fn follow(&self) {
         let span = balancer_span(&self.discovery);
-        restart_forever(&span, "discovery", || follow(&self.discovery)).await;
+        let hearing = async {
+            let take = |overrides: &Overrides| lock(&self.heard).clone_from(overrides);
+            tokio::select! {
+                never = self.operators.follow(&self.discovery, take) => match never {},
+                // From then on, whoever runs this does.
+                () = self.operators.until_heard() => {}
+            }
+        };
+        tokio::join!(
+            restart_forever(&span, "discovery", || follow(&self.discovery)),
+            hearing,
+        );
     }
 
-    /// Waits for the first complete view, as long as it may take; whether there is one.
+    /// Takes over the nodes that are followed and what operators say of them.
+    pub(crate) fn begin_with_followed(&self) {
+        self.balancer.set_overrides(&lock(&self.heard));
+        self.catch_up();
+    }
+
+    /// Waits for the first complete view, as long as it may take, and for what operators say of its nodes; whether there
+    /// is a view.
     pub(crate) async fn is_ready_in_time(&self) -> bool {
-        wait_ready(&self.discovery, self.ready_timeout).await
+        let is_ready = wait_ready(&self.discovery, self.ready_timeout).await;
+        self.hear_operators().await;
+        is_ready
+    }
+
+    /// Waits for what operators say of nodes, if it comes with the view.
+    pub(crate) async fn hear_operators(&self) {
+        self.operators.hear(&self.discovery).await;
+    }
+
+    /// Whether all nodes have been checked that are to be.
+    pub(crate) fn has_checked_all(&self) -> bool {
+        self.checks.has_checked(&self.discovery.nodes())
     }
 
     /// Publishes a table of the current view, which may be newer than the last table.
@@ -166,21 +196,11 @@ impl BalancerService {
 
     async fn signal_ready(&self, ready: Option<ServiceReadyNotifier>) -> Infallible {
         if let Some(ready) = ready {
-            wait_ready(&self.discovery, self.ready_timeout).await;
-            self.hear_operators().await;
+            self.is_ready_in_time().await;
             self.catch_up();
             ready.notify_ready();
         }
         std::future::pending().await
-    }
-
-    /// Waits for what operators say of nodes, which comes with the view or never: whoever is drained is to get nothing
-    /// from the first request on.
-    async fn hear_operators(&self) {
-        if self.discovery.is_ours() && self.discovery.status() == DiscoveryStatus::Live {
-            let mut known = self.overrides_known.subscribe();
-            let _ = timeout(MOST_WAIT_FOR_OVERRIDES, known.wait_for(|known| *known)).await;
-        }
     }
 
     /// Whether what is learned is written: not by a process whose successor serves.
@@ -206,11 +226,11 @@ impl BalancerService {
             restart_forever(&span, "weights", || every_tick(|now| self
                 .balancer
                 .tick(now))),
-            restart_forever(&span, "overrides", || self.discovery.follow_overrides(
+            restart_forever(&span, "overrides", || self.operators.follow(
+                &self.discovery,
                 |overrides| {
                     self.balancer.set_overrides(overrides);
                     self.balancer.publish(Instant::now());
-                    self.overrides_known.send_replace(true);
                 }
             )),
             restart_forever(&span, "health checks", || self

@@ -1,7 +1,7 @@
 //! What is behind a backend's handle: the registration at an address, and what Pingora sees of it.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -13,8 +13,12 @@ use crate::node::Node;
 
 /// Pingora's round robin has a place for each unit of weight, and its consistent hashing 160 points.
 const MOST_WEIGHT: f64 = 1_000.0;
-/// The same, for all backends together.
+/// The same, for all backends together, at least, for each of them, and at most.
+const WEIGHT_OF_FEW: usize = 20_000;
+const WEIGHT_OF_EACH: usize = 100;
 const MOST_WEIGHT_OF_ALL: usize = 1_000_000;
+/// By which part a weight may be wrong, so that all backends stay what they are for Pingora.
+const MOST_ERROR: f64 = 0.1;
 /// Stock selections send so many requests in a row to a backend, at most, because its weight has a divisor that is not used.
 const MOST_IN_A_ROW: usize = 10;
 
@@ -173,8 +177,8 @@ impl Slots {
     }
 
     /// The greatest common divisor of the weights, or more where they are too many together. Pingora takes a backend with
-    /// another weight for new, so as long as some have kept theirs, the present divisor stays if it fits well enough. Who
-    /// gets nothing plays no part.
+    /// another weight for new, so as long as some have kept theirs, the present divisor stays if it fits well enough: all
+    /// weights are nearly right. Who gets nothing plays no part.
     fn fitting_divisor(&self, some_are_as_before: bool) -> usize {
         let used = || {
             self.places
@@ -183,8 +187,13 @@ impl Slots {
         };
         let weights = || used().map(|place| place.seen.weight);
         let common = weights().fold(0, greatest_common_divisor);
-        let least = weights().sum::<usize>().div_ceil(MOST_WEIGHT_OF_ALL);
-        let fits = common.is_multiple_of(self.divisor)
+        let most = (WEIGHT_OF_EACH * used().count()).clamp(WEIGHT_OF_FEW, MOST_WEIGHT_OF_ALL);
+        let least = weights().sum::<usize>().div_ceil(most);
+        let is_near = |weight: usize| {
+            let seen = units(weight, self.divisor) * self.divisor;
+            seen.abs_diff(weight) as f64 <= MOST_ERROR * weight as f64
+        };
+        let fits = weights().all(is_near)
             && self.divisor >= least
             && common / self.divisor < MOST_IN_A_ROW;
         match some_are_as_before && fits {
@@ -197,20 +206,28 @@ impl Slots {
         self.places.get(&addr).map(|place| &place.slot)
     }
 
+    /// Those that are there and get nothing, by drain or because they are down, while others are used; empty if none is.
+    pub(super) fn unused_beside_used(&self) -> HashSet<SocketAddr> {
+        if !self.places.values().any(|place| place.slot.is_used()) {
+            return HashSet::new();
+        }
+        let unused = self.places.iter();
+        let unused = unused.filter(|(_, it)| !it.slot.is_used() && it.seen.registered > 0.0);
+        unused.map(|(addr, _)| *addr).collect()
+    }
+
     /// The slots, each with its address and the weight that Pingora sees.
     pub(super) fn iter(&self) -> impl Iterator<Item = (SocketAddr, &Arc<Slot>, usize)> {
         let places = self.places.iter();
-        places.map(|(addr, place)| {
-            let weight = (place.seen.weight / self.divisor).max(1);
-            (*addr, &place.slot, weight)
-        })
+        places.map(|(addr, place)| (*addr, &place.slot, units(place.seen.weight, self.divisor)))
     }
 
     /// Tells once of each node whose weight is not the one that Pingora sees.
     pub(super) fn take_inexact(&mut self, mut tell: impl FnMut(&Node, usize)) {
         for place in self.places.values_mut() {
-            if place.seen.is_inexact() && !std::mem::replace(&mut place.is_told, true) {
-                tell(&place.slot.endpoint().node(), place.seen.weight);
+            let seen = units(place.seen.weight, self.divisor) * self.divisor;
+            if place.seen.differs_from(seen) && !std::mem::replace(&mut place.is_told, true) {
+                tell(&place.slot.endpoint().node(), seen);
             }
         }
     }
@@ -231,12 +248,17 @@ impl SeenWeight {
         }
     }
 
-    /// Whether they differ by more than one in a hundred. A node with a weight of 0 is not enabled, whatever
-    /// Pingora sees.
-    fn is_inexact(self) -> bool {
-        let difference = (self.weight as f64 - self.registered).abs();
+    /// Whether that differs by more than one in a hundred from what is registered. A node with a weight of 0 is not
+    /// enabled, whatever Pingora sees.
+    fn differs_from(self, seen: usize) -> bool {
+        let difference = (seen as f64 - self.registered).abs();
         self.registered > 0.0 && difference > self.registered / 100.0
     }
+}
+
+/// A weight in units of the divisor: the nearest number of them.
+fn units(weight: usize, divisor: usize) -> usize {
+    ((weight + divisor / 2) / divisor).max(1)
 }
 
 fn greatest_common_divisor(one: usize, other: usize) -> usize {

@@ -1,6 +1,6 @@
 //! Weights beside Pingora's backends, so that a change of metrics never changes a backend's identity.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,7 +27,7 @@ use crate::view::{Change, NodeOverride};
 /// [`MetricsWeighted`](super::MetricsWeighted) follows the weights behind this handle. Pingora's own
 /// selections know nothing of it; they see [`Backend::weight`]: the weight that the node has registered, or an
 /// operator has given it, as a whole number from 1 to 1,000 (a log line names the nodes whose weight is another
-/// one), divided by what the weights of all have in common. There metrics play no part, and a backend with
+/// one), divided by what the weights of all have in common, or had when they last changed more than that. There metrics play no part, and a backend with
 /// another weight begins anew in Pingora's health checks.
 #[derive(Debug, Clone)]
 pub struct BackendNode {
@@ -275,6 +275,11 @@ impl LiveWeights {
         let endpoint = lock(&self.slots).at(addr)?.endpoint();
         self.set_informed();
         Some(self.balancer.begin(&endpoint))
+    }
+
+    /// Who could serve, but gets nothing because others are there that serve.
+    pub(super) fn unused_beside_used(&self) -> HashSet<SocketAddr> {
+        lock(&self.slots).unused_beside_used()
     }
 
     /// Where the next request is to go, by requests and their outcomes; `None` if these are not given.

@@ -11,6 +11,13 @@ use super::access_log::Entry;
 use super::context::RequestContext;
 use super::grpc::Call;
 use super::outcome::Outcome;
+use super::trace::traceparent;
+
+/// Whether a request has failed, whatever its status says: a response has broken off, or a call of gRPC was not served.
+pub(super) fn has_failed(session: &Session, outcome: &Outcome) -> bool {
+    let head = session.response_written();
+    *outcome == Outcome::Failed || head.is_some_and(|head| Call::is_unserved(&head.headers))
+}
 
 /// The line of a request that has ended.
 pub(super) fn entry(
@@ -57,8 +64,15 @@ pub(super) fn entry(
         },
         duration,
         latency: state.answered,
-        grpc_status: state.call.and_then(Call::status),
-        traceparent: state.traceparent.clone(),
+        grpc_status: state
+            .call
+            .and_then(Call::status)
+            .or_else(|| Call::status_of(&session.response_written()?.headers)),
+        // Without a backend, what the client has sent.
+        traceparent: state
+            .traceparent
+            .clone()
+            .or_else(|| traceparent(&request.headers).map(str::to_owned)),
         referer: field(&REFERER),
         user_agent: field(&USER_AGENT),
         error: error.map(ToString::to_string),

@@ -51,6 +51,15 @@ impl TrustedProxies {
         self.0.iter().any(|network| network.contains(address))
     }
 
+    /// Whether the client's request came over TLS, here or at a trusted proxy.
+    pub(super) fn is_over_tls(&self, session: &Session) -> bool {
+        let said = || {
+            let proto = session.req_header().headers.get(PROTO);
+            proto.is_some_and(|proto| proto.as_bytes().eq_ignore_ascii_case(b"https"))
+        };
+        is_tls(session) || said() && peer_of(session).is_none_or(|peer| self.contains(peer))
+    }
+
     /// The client's address: that of the peer, or, where the peer is trusted, the rightmost one in
     /// `X-Forwarded-For` that is not. What is no address ends the list. IPv4 addresses that are
     /// written as IPv6 ones are returned as IPv4 addresses, so that a client has one address on all
@@ -90,6 +99,12 @@ pub(super) fn peer_of(session: &Session) -> Option<IpAddr> {
     Some(address.ip().to_canonical())
 }
 
+fn is_tls(session: &Session) -> bool {
+    session
+        .digest()
+        .is_some_and(|digest| digest.ssl_digest.is_some())
+}
+
 /// Sets `X-Forwarded-For`, `-Proto`, `-Host` and `-Port`. What was in them is kept only if a trusted
 /// proxy sent it; `Forwarded` is not set, and kept under the same condition.
 pub(super) fn set_forwarded(
@@ -122,10 +137,7 @@ pub(super) fn set_forwarded(
     headers.insert(FOR, list);
     let is_missing = |headers: &HeaderMap, name| !is_trusted || !headers.contains_key(name);
     if is_missing(headers, PROTO) {
-        let is_tls = session
-            .digest()
-            .is_some_and(|digest| digest.ssl_digest.is_some());
-        let proto = if is_tls { "https" } else { "http" };
+        let proto = if is_tls(session) { "https" } else { "http" };
         headers.insert(PROTO, HeaderValue::from_static(proto));
     }
     if is_missing(headers, FORWARDED_HOST) {

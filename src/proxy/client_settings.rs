@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ::pingora::apps::HttpServerOptions;
 
+use super::client::TrustedProxies;
 use super::front::{ClientTimeouts, FrontLimits, FrontSettings, ProxyHeaderRule};
 use super::tls::ClientTls;
 use crate::config::ClusterConfig;
@@ -39,6 +40,7 @@ pub(super) fn front_settings(config: &ClusterConfig, tls: Option<ClientTls>) -> 
         }),
         connections: clients.connections,
         connections_per_client: clients.connections_per_client,
+        trusted: TrustedProxies::new(clients.trusted_proxies.iter().copied()),
         proxy_header: (!clients.proxy_protocol.is_empty()).then(|| ProxyHeaderRule {
             from: clients.proxy_protocol.clone(),
             within: milliseconds(clients.proxy_protocol_timeout_ms),

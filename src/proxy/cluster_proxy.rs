@@ -62,8 +62,8 @@ impl ClusterProxy {
     }
 
     /// Writes this access log.
-    pub(super) fn access_log(mut self, log: AccessLog) -> Self {
-        self.access_log = Some(log);
+    pub(super) fn access_log(mut self, log: Option<AccessLog>) -> Self {
+        self.access_log = log;
         self
     }
 

@@ -6,7 +6,7 @@ use http::uri::Authority;
 use http::{HeaderName, HeaderValue, Method};
 use regex::Regex;
 
-use crate::config::{self, is_below};
+use crate::config::{self, is_below, without_last_dot};
 
 /// The conditions of a route; all of them have to be met.
 #[derive(Debug)]
@@ -36,9 +36,12 @@ enum Path {
 impl Conditions {
     /// What the file says, which has been checked.
     pub(super) fn new(route: &config::Route) -> Self {
-        let host = |host: &String| match host.strip_prefix('*') {
-            Some(end) => Host::Below(end.to_ascii_lowercase()),
-            None => Host::Name(host.to_ascii_lowercase()),
+        let host = |host: &String| {
+            let host = without_last_dot(host).to_ascii_lowercase();
+            match host.strip_prefix('*') {
+                Some(end) => Host::Below(end.to_owned()),
+                None => Host::Name(host),
+            }
         };
         let methods = route.methods.iter();
         let header = |(name, value): (&String, &String)| {
@@ -84,8 +87,7 @@ impl Conditions {
         let Some(asked) = host_of(request) else {
             return false;
         };
-        // The dot at the end of a full name.
-        let asked = asked.strip_suffix('.').unwrap_or(asked);
+        let asked = without_last_dot(asked);
         self.hosts.iter().any(|host| match host {
             Host::Name(name) => asked.eq_ignore_ascii_case(name),
             Host::Below(end) => {
@@ -173,6 +175,9 @@ mod tests {
             ("{ hosts: [a.b] }", get("/", &[("host", "A.b:80")]), true),
             ("{ hosts: [a.b] }", get("/", &[("host", "a.b.:80")]), true),
             ("{ hosts: [a.b] }", get("/", &[("host", "a.b..")]), false),
+            ("{ hosts: [a.b.] }", get("/", &[("host", "a.b")]), true),
+            ("{ hosts: [a.b.] }", get("/", &[("host", "a.b.")]), true),
+            ("{ hosts: ['*.b.'] }", get("/", &[("host", "a.b")]), true),
             ("{ hosts: [a.b] }", get("/", &[("host", "x.a.b")]), false),
             (
                 "{ hosts: ['*.a.b'] }",

@@ -86,11 +86,19 @@ impl Call {
 
     /// Takes the status from the head or the trailers of a response.
     pub(super) fn take_status(&mut self, fields: &HeaderMap) {
-        let status = fields.get(STATUS).and_then(|value| value.to_str().ok());
-        if let Some(status) = status {
-            // What is no number is as bad as UNKNOWN (2).
-            self.status = Some(status.parse().unwrap_or(2));
-        }
+        self.status = Self::status_of(fields).or(self.status);
+    }
+
+    /// The status in the head or the trailers of a response.
+    pub(super) fn status_of(fields: &HeaderMap) -> Option<u16> {
+        let status = fields.get(STATUS)?.to_str().ok()?;
+        // What is no number is as bad as UNKNOWN (2).
+        Some(status.parse().unwrap_or(2))
+    }
+
+    /// Whether a response says in its head that nobody could answer: DEADLINE_EXCEEDED, UNAVAILABLE.
+    pub(super) fn is_unserved(fields: &HeaderMap) -> bool {
+        matches!(Self::status_of(fields), Some(4 | 14))
     }
 
     /// Whether the response is over already, without success.

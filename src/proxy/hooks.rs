@@ -14,7 +14,7 @@ use http::header::TRANSFER_ENCODING;
 use http::{HeaderMap, StatusCode};
 use tracing::debug;
 
-use super::access_entry::entry;
+use super::access_entry::{entry, has_failed};
 use super::client::{peer_of, remove_lookalikes, set_forwarded};
 use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
@@ -81,6 +81,8 @@ impl ProxyHttp for ClusterProxy {
             let is_trusted = peer.is_none_or(|peer| routing.trusted.contains(peer));
             state.span = spans.begin(session.req_header(), is_trusted);
         }
+        // Also for errors.
+        context.route = routing.route_of(session.req_header()).cloned();
         if self.via.is_on(&session.req_header().headers) {
             return Err(refused(508, "the request has come back to where it was"));
         }
@@ -96,7 +98,6 @@ impl ProxyHttp for ClusterProxy {
             session.set_pipelining_enabled(false);
             session.set_abort_on_close(true);
         }
-        context.route = routing.route_of(session.req_header()).cloned();
         let decided = match &context.route {
             Some(route) => route.decide(session.req_header())?,
             None => Decided::Serve(routing.default.clone()),
@@ -186,7 +187,9 @@ impl ProxyHttp for ClusterProxy {
             remove_lookalikes(headers);
             set_forwarded(&routing.trusted, session, headers, routing.sends_forwarded)?;
             if routing.traceparent {
-                set_traceparent(headers)?;
+                // Where there are spans, who has none is out of their sample.
+                let is_sampled = self.spans.is_none() && routing.samples_trace();
+                set_traceparent(headers, is_sampled)?;
             }
             if let Some(span) = &state.span {
                 span.add_to(headers)?;
@@ -259,6 +262,9 @@ impl ProxyHttp for ClusterProxy {
         let state = &mut context.state;
         if response.status == StatusCode::SWITCHING_PROTOCOLS {
             state.becomes_tunnel();
+        } else if response.status.is_informational() {
+            // Of the final one nothing is known.
+            return Ok(());
         }
         if ends_with_connection(session.req_header().version, response) {
             response.remove_header(&TRANSFER_ENCODING);
@@ -271,7 +277,7 @@ impl ProxyHttp for ClusterProxy {
             session.set_keepalive(None);
         }
         if let Some(group) = &context.group {
-            group.tell_client(session, response, state)?;
+            group.tell_client(session, response, state, &context.routing.trusted)?;
         }
         match &context.route {
             Some(route) => route.change_response(response),
@@ -394,7 +400,7 @@ impl ProxyHttp for ClusterProxy {
         state.leader_load = None;
         state.place = None;
         // All that it has asked for has been sent.
-        let error = error.filter(|_| state.draining.is_none());
+        let error = error.filter(|_| !state.is_draining());
         let status = session.response_written().map(|response| response.status);
         let verdict = state
             .call
@@ -405,7 +411,11 @@ impl ProxyHttp for ClusterProxy {
         };
         let code = status.map(|status| status.as_u16());
         let span = state.span.take();
-        let log = self.access_log.as_ref().filter(|log| log.takes(code));
+        let has_failed = has_failed(session, &outcome);
+        let log = self
+            .access_log
+            .as_ref()
+            .filter(|log| log.takes(code, has_failed));
         if span.is_some() || log.is_some() {
             let entry = entry(session, context, error, &outcome);
             if let Some(span) = span {

@@ -1,7 +1,7 @@
 //! A service whose listener the process cannot do without.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::pingora::server::{ListenFds, RuntimeOpts, ShutdownWatch};
 use ::pingora::services::{ServiceReadyNotifier, ServiceWithDependents};
@@ -31,6 +31,8 @@ pub(super) struct RequiredListener<S> {
 const STEP: Duration = Duration::from_millis(5);
 /// A socket that was taken over is accepted from within this time.
 const ACCEPTED_WITHIN: Duration = Duration::from_millis(100);
+/// How long a successor waits for the first health checks of all nodes.
+const MOST_WAIT_FOR_CHECKS: Duration = Duration::from_secs(5);
 /// How often to look whether there is a view of the group.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -68,15 +70,24 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
         check_address(&self.address).map(|()| None)
     }
 
-    /// The predecessor serves better than this process without a view of the group, as long as it
-    /// lives.
+    /// The predecessor serves better than this process without a view of the group, or without knowing whose health checks
+    /// fail, as long as it lives.
     async fn wait_for_view(&self) {
         for balancer in &self.balancers {
             let discovery = balancer.discovery();
             while !discovery.is_ready() && check_address(&self.address).is_err() {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
+            balancer.hear_operators().await;
             balancer.catch_up();
+        }
+        let start = Instant::now();
+        let are_checked = || self.balancers.iter().all(|it| it.has_checked_all());
+        while !are_checked()
+            && start.elapsed() < MOST_WAIT_FOR_CHECKS
+            && check_address(&self.address).is_err()
+        {
+            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 

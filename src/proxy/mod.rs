@@ -8,6 +8,7 @@ mod client_settings;
 mod cluster_proxy;
 mod conditions;
 mod context;
+mod ends_with_head;
 mod failed;
 mod failure;
 mod front;
@@ -51,6 +52,7 @@ mod trace;
 mod tries;
 mod via;
 
+pub use access_log::AccessLogStatistics;
 pub use certificates::CertificateFile;
 pub use client::TrustedProxies;
 pub use cluster_proxy::ClusterProxy;

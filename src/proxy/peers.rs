@@ -16,8 +16,6 @@ use crate::pingora::http_peer;
 
 /// How many probes without an answer end a quiet connection.
 const PROBES: u32 = 3;
-/// A connection of HTTP/2 that is not used is asked for a sign of life this often.
-const H2_PING_EVERY: Duration = Duration::from_secs(30);
 /// Backends of which it is known how long they keep idle connections.
 const MOST_HINTS: usize = 10_000;
 
@@ -92,6 +90,11 @@ impl Peers {
         (own.unwrap_or(group), name.unwrap_or_default())
     }
 
+    /// Whether a node is spoken to in a version of HTTP that has upgrades.
+    pub(super) fn passes_upgrades(&self, node: &Node) -> bool {
+        !self.protocol_of(node).0.is_http2()
+    }
+
     /// How long a backend may take to answer.
     pub(super) fn response(&self, asked: &Asked) -> Duration {
         let response = asked.response.unwrap_or(self.response);
@@ -128,7 +131,8 @@ impl Peers {
         if protocol.is_http2() {
             peer.options.set_http_version(2, 2);
             peer.options.max_h2_streams = self.backends.streams;
-            peer.options.h2_ping_interval = Some(H2_PING_EVERY);
+            // Servers of gRPC end connections with more than a PING in five minutes, so that only TCP looks for life.
+            peer.options.h2_ping_interval = None;
         }
         let options = &mut peer.options;
         options.http_upstream_request_policy.h1_upgrade = self.upgrade;
@@ -144,7 +148,7 @@ impl Peers {
         options.connection_timeout = within(connect);
         options.total_connection_timeout = within(total);
         // The same time-outs hold for the tunnel that such a request becomes.
-        let response = match is_upgrade && !protocol.is_http2() {
+        let response = match is_upgrade {
             true => Some(asked.tunnel.unwrap_or(self.tunnel)),
             false => Some(self.response(&asked)),
         };

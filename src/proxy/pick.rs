@@ -10,6 +10,7 @@ use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use http::HeaderValue;
 
+use super::client::TrustedProxies;
 use super::overload::Overload;
 use super::request_state::RequestState;
 use super::sticky;
@@ -179,10 +180,8 @@ impl Picker {
         paused: &[SocketAddr],
     ) -> Option<Upstream> {
         let name = self.sticky_cookie.as_deref()?;
-        let id = sticky::node_of(session, name)?;
-        let node = balancer.discovery().nodes().get(&id).cloned()?;
-        let addr = node.addr(self.default_port);
-        if context.tried.contains(&addr) || paused.contains(&addr) || !balancer.works_at(addr) {
+        let addr = self.working_at(balancer, &sticky::node_of(session, name)?)?;
+        if context.tried.contains(&addr) || paused.contains(&addr) {
             return None;
         }
         let upstream = balancer.upstream_at(addr)?;
@@ -191,18 +190,33 @@ impl Picker {
             .then_some(upstream)
     }
 
-    /// Names the node in the client's cookie.
+    /// The address of a node that takes requests and works.
+    fn working_at(&self, balancer: &BalancerService, id: &str) -> Option<SocketAddr> {
+        let addr = balancer
+            .discovery()
+            .nodes()
+            .get(id)?
+            .addr(self.default_port);
+        balancer.works_at(addr).then_some(addr)
+    }
+
+    /// Names the node in the client's cookie, unless that names another one that works: it has had no room, or has
+    /// failed one request, and knows the client nevertheless.
     pub(super) fn set_cookie(
         &self,
-        session: &Session,
-        response: &mut ResponseHeader,
+        balancer: &BalancerService,
+        (session, response): (&Session, &mut ResponseHeader),
         context: &RequestState,
+        trusted: &TrustedProxies,
     ) -> Result<()> {
-        match (&self.sticky_cookie, &context.upstream) {
-            (Some(name), Some(upstream)) => {
-                sticky::set_cookie(session, response, name, &upstream.node().id)
-            }
-            _ => Ok(()),
+        let (Some(name), Some(upstream)) = (&self.sticky_cookie, &context.upstream) else {
+            return Ok(());
+        };
+        let id = &upstream.node().id;
+        match sticky::node_of(session, name) {
+            Some(named) if named == *id => Ok(()),
+            Some(named) if self.working_at(balancer, &named).is_some() => Ok(()),
+            _ => sticky::set_cookie(response, name, id, trusted.is_over_tls(session)),
         }
     }
 }

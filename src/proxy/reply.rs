@@ -143,7 +143,7 @@ impl Reply<'_> {
     /// Sends the response to a request of this route, if there is one, and ends the client's connection.
     pub(super) async fn send(&self, session: &mut Session, route: Option<&Route>) -> Result<()> {
         if is_call(session) {
-            return self.send_status(session).await;
+            return self.send_status(session, route).await;
         }
         let (head, body) = self.parts(route)?;
         session.set_keepalive(None);
@@ -154,15 +154,18 @@ impl Reply<'_> {
     /// stays.
     pub(super) async fn answer(&self, session: &mut Session, route: Option<&Route>) -> Result<()> {
         if is_call(session) {
-            return self.send_status(session).await;
+            return self.send_status(session, route).await;
         }
         let (head, body) = self.parts(route)?;
         respond(session, Box::new(head), body).await
     }
 
     /// Sends the response to a call of gRPC: its status is in the head, and there is nothing else.
-    async fn send_status(&self, session: &mut Session) -> Result<()> {
+    async fn send_status(&self, session: &mut Session, route: Option<&Route>) -> Result<()> {
         let mut response = ResponseHeader::build(200, Some(4))?;
+        if let Some(route) = route {
+            route.change_error(&mut response)?;
+        }
         response.insert_header(CONTENT_TYPE, "application/grpc")?;
         response.insert_header("grpc-status", status_of(self.code))?;
         // The reasons are plain words, which need no encoding.
@@ -174,14 +177,14 @@ impl Reply<'_> {
     fn parts(&self, route: Option<&Route>) -> Result<(ResponseHeader, Bytes)> {
         let body = Bytes::from(format!("{}\n", self.reason));
         let mut response = ResponseHeader::build(self.code, Some(4))?;
-        response.insert_header(CONTENT_TYPE, "text/plain; charset=utf-8")?;
-        response.insert_header(CONTENT_LENGTH, body.len())?;
         if self.code == 503 {
             response.insert_header(RETRY_AFTER, "1")?;
         }
         if let Some(route) = route {
-            route.change_response(&mut response)?;
+            route.change_error(&mut response)?;
         }
+        response.insert_header(CONTENT_TYPE, "text/plain; charset=utf-8")?;
+        response.insert_header(CONTENT_LENGTH, body.len())?;
         Ok((response, body))
     }
 }

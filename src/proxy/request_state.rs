@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ::pingora::{Error, ErrorType, Result};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::front::{Connection, Draining, OpenStream, Phase};
+use super::front::{Connection, OpenStream, Phase};
 use super::grpc::Call;
 use super::shutdown::Hold;
 use super::spans::Span;
@@ -18,6 +18,9 @@ use crate::pingora::LeaderUpstream;
 
 /// Who finds a backend at once does that in less.
 const NOTICEABLE: Duration = Duration::from_millis(10);
+
+/// How long a backend has to be silent to be blamed when the time is over that a client allows.
+const LEAST_OF_CLIENTS: Duration = Duration::from_millis(500);
 
 /// What is kept about a request.
 pub(super) struct RequestState {
@@ -36,8 +39,6 @@ pub(super) struct RequestState {
     pub(super) connection: Option<Arc<Connection>>,
     /// The request on its connection, if that is one of HTTP/2 and its listener has a front.
     pub(super) stream: Option<OpenStream>,
-    /// The response is complete, and this stream of HTTP/2 is not.
-    pub(super) draining: Option<Draining>,
     /// Whatever becomes of the request, its backend is not to blame.
     pub(super) is_blameless: bool,
     /// The process waits for the request; where there are phases, the connection keeps this.
@@ -109,7 +110,6 @@ impl RequestState {
             most_retries: 0,
             connection: None,
             stream: None,
-            draining: None,
             is_blameless: false,
             in_flight: None,
             place: None,
@@ -238,9 +238,14 @@ impl RequestState {
         }
         if let Some(connection) = &self.connection {
             connection.enter(Phase::Drain);
-        } else if let Some(stream) = self.stream.as_ref().filter(|_| self.draining.is_none()) {
-            self.draining = Some(stream.connection().drains(drain));
+        } else if let Some(stream) = &self.stream {
+            stream.drains(drain);
         }
+    }
+
+    /// Whether this request of HTTP/2 has its response, and is not complete.
+    pub(super) fn is_draining(&self) -> bool {
+        self.stream.as_ref().is_some_and(OpenStream::is_draining)
     }
 
     /// The request is over.
@@ -269,14 +274,21 @@ impl RequestState {
         Ok(Some(left))
     }
 
-    /// Whether the current backend has had almost all of the time that the request may take by the configuration. What
-    /// a client allows says nothing: with little time it could have any backend left out.
-    pub(super) fn has_had_all_the_time(&self) -> bool {
+    /// Whether the current backend has kept silent for so long that it is to blame, although the time of the request is
+    /// over: for at least half of that time. A client that sets it itself has to allow some, because with very little
+    /// it could have any backend left out.
+    pub(super) fn is_overdue(&self) -> bool {
         let of_call = self.call.and_then(Call::timeout);
-        self.timeout.is_some_and(|timeout| {
-            let is_ours = of_call.is_none_or(|of_call| of_call >= timeout);
-            is_ours && self.is_complete && self.sent.elapsed() >= timeout * 9 / 10
-        })
+        let (ours, of_call) = (
+            self.timeout.unwrap_or(Duration::MAX),
+            of_call.unwrap_or(Duration::MAX),
+        );
+        let least = match of_call < ours {
+            true => LEAST_OF_CLIENTS,
+            false => Duration::ZERO,
+        };
+        let enough = (ours.min(of_call) / 2).max(least);
+        self.answered.is_none() && self.sent.elapsed() >= enough
     }
 
     /// Whether the request may be tried once more.

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Version};
 
+use super::ends_with_head::EndsWithHead;
 use super::front::{Connection, Phase};
 use super::reply::refused;
 use super::request_state::RequestState;
@@ -107,7 +108,11 @@ impl RequestLimits {
             // A client that gives no room on its stream blocks nothing of the connection, so only
             // Pingora notices.
             session.set_write_timeout(Some(self.client_write));
-            context.stream = Some(connection.opens());
+            let stream = connection.opens();
+            if !context.is_complete {
+                EndsWithHead::watch(session, stream.clone(), self.client_drain);
+            }
+            context.stream = Some(stream);
             return;
         }
         if self.half_closed {
@@ -180,7 +185,7 @@ impl RequestLimits {
         if context.is_tunnel {
             return Ok(());
         }
-        if context.draining.is_some() && !is_end {
+        if context.is_draining() && !is_end {
             let reason = "the response was complete before the request";
             return Err(Error::explain(ErrorType::ConnectionClosed, reason));
         }

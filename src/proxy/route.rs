@@ -10,7 +10,10 @@ use ::pingora::http::{RequestHeader, ResponseHeader};
 use ::pingora::{OrErr, Result};
 use bytes::Bytes;
 use http::Uri;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, LOCATION};
+use http::header::{
+    CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LENGTH,
+    CONTENT_LOCATION, CONTENT_RANGE, CONTENT_TYPE, ETAG, EXPIRES, HOST, LAST_MODIFIED, LOCATION,
+};
 
 use super::conditions::{Conditions, host_of};
 use super::group::{GroupProxy, some_time};
@@ -194,6 +197,26 @@ impl Route {
     pub(super) fn change_response(&self, response: &mut ResponseHeader) -> Result<()> {
         self.response_headers.change_response(response)
     }
+
+    /// Changes what the client gets instead of an answer: without what the route says of the content of answers, and
+    /// of how long they may be kept.
+    pub(super) fn change_error(&self, response: &mut ResponseHeader) -> Result<()> {
+        self.response_headers.change_response(response)?;
+        for name in [
+            CACHE_CONTROL,
+            CONTENT_DISPOSITION,
+            CONTENT_ENCODING,
+            CONTENT_LANGUAGE,
+            CONTENT_LOCATION,
+            CONTENT_RANGE,
+            ETAG,
+            EXPIRES,
+            LAST_MODIFIED,
+        ] {
+            response.remove_header(&name);
+        }
+        Ok(())
+    }
 }
 
 fn location(to: &str, request: &RequestHeader) -> String {
@@ -209,11 +232,6 @@ fn location(to: &str, request: &RequestHeader) -> String {
                 }
                 host => location.push_str(host),
             },
-            // Two slashes at the start would be followed by the name of another host.
-            ("path", _) if location.is_empty() => {
-                location.push('/');
-                location.push_str(request.uri.path().trim_start_matches(['/', '\\']));
-            }
             ("path", _) => location.push_str(request.uri.path()),
             ("query", Some(query)) => {
                 location.push('?');
@@ -224,7 +242,11 @@ fn location(to: &str, request: &RequestHeader) -> String {
         rest = after;
     }
     location.push_str(rest);
-    location
+    // Two slashes at the start are followed by the name of a host, which is not for the client to choose.
+    match location.trim_start_matches(['/', '\\']) {
+        path if !to.starts_with("//") && path.len() + 1 < location.len() => format!("/{path}"),
+        _ => location,
+    }
 }
 
 #[cfg(test)]
@@ -251,6 +273,8 @@ mod tests {
         request.insert_header(HOST, "[2001:db8::1]:80").unwrap();
         for (to, expected) in [
             ("{path}/", "/evil.example/a/"),
+            ("/{path}", "/evil.example/a"),
+            ("//here{path}", "//here//evil.example/a"),
             (
                 "https://{host}{path}",
                 "https://[2001:db8::1]//evil.example/a",
@@ -259,9 +283,14 @@ mod tests {
             assert_eq!(location(to, &request), expected);
         }
         let request = RequestHeader::build("GET", b"/", None).unwrap();
-        assert_eq!(
-            location("https://{host}{path}{query}", &request),
-            "https:///"
-        );
+        for (to, expected) in [
+            ("https://{host}{path}{query}", "https:///"),
+            ("{path}/index.html", "/index.html"),
+            ("{path}/", "/"),
+            ("{path}", "/"),
+            ("/", "/"),
+        ] {
+            assert_eq!(location(to, &request), expected);
+        }
     }
 }

@@ -26,8 +26,9 @@ pub(super) struct Routing {
     pub(super) trusted: TrustedProxies,
     /// Whether backends get `Forwarded`.
     pub(super) sends_forwarded: bool,
-    /// Whether a missing `traceparent` is made.
+    /// Whether a missing `traceparent` is made, and which part of those says that it is sampled.
     pub(super) traceparent: bool,
+    traceparent_sampled: f64,
 }
 
 impl Routing {
@@ -77,6 +78,7 @@ impl Routing {
             trusted: TrustedProxies::new(clients.trusted_proxies.iter().copied()),
             sends_forwarded: clients.forwarded,
             traceparent: config.traceparent,
+            traceparent_sampled: config.traceparent_sampled,
         }
     }
 
@@ -84,6 +86,11 @@ impl Routing {
     pub(super) fn balancers(&self) -> Vec<Arc<BalancerService>> {
         let groups = self.groups.values();
         groups.map(|group| group.balancer.clone()).collect()
+    }
+
+    /// Whether the next `traceparent` that is made says that it is sampled.
+    pub(super) fn samples_trace(&self) -> bool {
+        self.traceparent_sampled >= 1.0 || fastrand::f64() < self.traceparent_sampled
     }
 
     /// The first route that is for this request. Costs time in proportion to the number of routes.

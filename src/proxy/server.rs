@@ -12,7 +12,7 @@ use ::pingora::server::configuration::ServerConf;
 use ::pingora::services::background::background_service;
 use ::pingora::services::listening::Service;
 
-use super::access_log::AccessLog;
+use super::access_log::{AccessLog, AccessLogStatistics};
 use super::client_settings::{front_settings, server_options};
 use super::cluster_proxy::ClusterProxy;
 use super::front::{Front, FrontStatistics};
@@ -42,6 +42,8 @@ pub struct ProxyParts {
     /// What has become of requests that no group has served: those that were refused, redirected, or
     /// answered by a route.
     pub unserved: Arc<RequestStatistics>,
+    /// What has become of the lines of the access log, if there is one.
+    pub access_log: Option<AccessLogStatistics>,
     /// Takes over another configuration, and knows all groups.
     pub reloader: Arc<Reloader>,
 }
@@ -84,11 +86,13 @@ impl ClusterProxy {
         let reloader = with_system_cas(|| Reloader::new(config, certificates.clone()))??;
         let reloader = background_service("balancer", reloader.writes_to_leader(writes_to_leader));
         let task = reloader.task();
-        let mut proxy = Self::of(task.routing().clone());
-        if let Some(log) = &config.access_log {
-            proxy = proxy.access_log(AccessLog::new(log, is_test)?);
-        }
-        proxy = proxy.spans(config.opentelemetry.as_ref().and_then(Spans::new));
+        let proxy = Self::of(task.routing().clone());
+        let log = config.access_log.as_ref();
+        let log = log.map(|log| AccessLog::new(log, is_test)).transpose()?;
+        let access_log = log.as_ref().map(|log| log.statistics().clone());
+        let proxy = proxy
+            .access_log(log)
+            .spans(config.opentelemetry.as_ref().and_then(Spans::new));
         let client_tls = config.tls.as_ref().map(ClientTls::new).transpose()?;
         if let Some(tls) = &client_tls {
             certificates.add(&tls.files());
@@ -99,6 +103,7 @@ impl ClusterProxy {
             clients: Arc::default(),
             requests: routing.default.statistics.clone(),
             unserved: proxy.unserved.clone(),
+            access_log,
             reloader: task.clone(),
         };
         let mut proxy = made(&server.configuration, proxy)?;

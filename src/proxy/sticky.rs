@@ -52,22 +52,16 @@ fn id_of(value: &[u8]) -> Option<String> {
     String::from_utf8(bytes?).ok()
 }
 
-/// Sets the cookie, if the client has not shown it. It lives as long as the browser runs, is not for
-/// scripts, and only for TLS where the request came over TLS.
+/// Sets the cookie. It lives as long as the browser runs, is not for scripts, and only for TLS if the request came over
+/// TLS.
 pub(super) fn set_cookie(
-    session: &Session,
     response: &mut ResponseHeader,
     name: &str,
     id: &str,
+    is_over_tls: bool,
 ) -> Result<()> {
     let value = value(id);
-    if cookie(session, name) == Some(value.as_bytes()) {
-        return Ok(());
-    }
-    let is_tls = session
-        .digest()
-        .is_some_and(|digest| digest.ssl_digest.is_some());
-    let secure = if is_tls { "; Secure" } else { "" };
+    let secure = if is_over_tls { "; Secure" } else { "" };
     let text = format!("{name}={value}; Path=/; HttpOnly; SameSite=Lax{secure}");
     response.append_header(SET_COOKIE, text).map(drop)
 }

@@ -9,12 +9,13 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub(super) const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// Makes sure that a request has a valid field. Where the request has no span here, this process takes part in no
-/// trace, so a field that is there is passed on as it is.
-pub(super) fn set_traceparent(headers: &mut HeaderMap) -> Result<()> {
+/// trace, so a field that is there is passed on as it is. A new one says whether it is sampled, which backends usually
+/// follow.
+pub(super) fn set_traceparent(headers: &mut HeaderMap, is_sampled: bool) -> Result<()> {
     if !headers.contains_key(TRACESTATE)
         && let Entry::Vacant(vacant) = headers.entry(TRACEPARENT)
     {
-        vacant.insert(value(&new_field())?);
+        vacant.insert(value(&new_field(is_sampled))?);
         return Ok(());
     }
     let mut given = headers.get_all(TRACEPARENT).into_iter();
@@ -24,13 +25,13 @@ pub(super) fn set_traceparent(headers: &mut HeaderMap) -> Result<()> {
     }
     // What belongs to no trace is not passed on (section 3.3.1.1).
     headers.remove(TRACESTATE);
-    insert(headers, &new_field())
+    insert(headers, &new_field(is_sampled))
 }
 
-fn new_field() -> [u8; 55] {
-    // Not zero, which would be invalid; and not sampled, because nobody here records anything.
+fn new_field(is_sampled: bool) -> [u8; 55] {
+    // Not zero, which would be invalid.
     let (trace, parent) = (fastrand::u128(1..), fastrand::u64(1..));
-    written(trace, parent, 0)
+    written(trace, parent, u8::from(is_sampled))
 }
 
 fn value(text: &[u8]) -> Result<HeaderValue> {
@@ -161,7 +162,7 @@ mod tests {
             let mut headers = HeaderMap::new();
             headers.insert(TRACEPARENT, HeaderValue::from_static(given));
             headers.insert(TRACESTATE, HeaderValue::from_static("a=1"));
-            set_traceparent(&mut headers).unwrap();
+            set_traceparent(&mut headers, false).unwrap();
             let now = traceparent(&headers).unwrap();
             assert_eq!(now == given, stays, "{given}");
             assert!(is_valid(now), "{now}");
@@ -170,7 +171,13 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.append(TRACEPARENT, HeaderValue::from_static(good));
         headers.append(TRACEPARENT, HeaderValue::from_static(good));
-        set_traceparent(&mut headers).unwrap();
+        set_traceparent(&mut headers, true).unwrap();
         assert_ne!(traceparent(&headers), Some(good));
+        for is_sampled in [true, false] {
+            let mut headers = HeaderMap::new();
+            set_traceparent(&mut headers, is_sampled).unwrap();
+            let made = read(traceparent(&headers).unwrap()).unwrap();
+            assert_eq!(made.flags, u8::from(is_sampled));
+        }
     }
 }

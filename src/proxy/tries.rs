@@ -9,6 +9,7 @@ use ::pingora::{Error, ErrorType, Result};
 use http::{HeaderMap, StatusCode};
 use tracing::{debug, warn};
 
+use super::client::TrustedProxies;
 use super::failure::{failure, is_local, may_be_of_address, retried_status};
 use super::group::GroupProxy;
 use super::grpc::Call;
@@ -48,6 +49,14 @@ impl GroupProxy {
             let (Some(addr), Some(node)) = (state.addr(), state.node()) else {
                 return Err(unavailable("no backend is registered"));
             };
+            if state.is_upgrade && !self.peers.passes_upgrades(&node) {
+                if state.upstream.is_none() || self.is_last_try(state) {
+                    return Err(refused(501, "no tunnel goes through a backend of HTTP/2"));
+                }
+                // Others may speak HTTP/1.
+                state.upstream = None;
+                continue;
+            }
             state.tries += 1;
             let asked = Asked {
                 is_upgrade: state.is_upgrade,
@@ -177,8 +186,11 @@ impl GroupProxy {
         session: &Session,
         response: &mut ResponseHeader,
         state: &RequestState,
+        trusted: &TrustedProxies,
     ) -> Result<()> {
-        self.picker.set_cookie(session, response, state)?;
+        let message = (session, &mut *response);
+        self.picker
+            .set_cookie(&self.balancer, message, state, trusted)?;
         let method = &session.req_header().method;
         let leader = state.leader.as_ref();
         self.leader_requests().answer(method, response, leader)
@@ -195,7 +207,7 @@ impl GroupProxy {
             return self.after_local_failure(error, upstream, state);
         }
         if let Some(upstream) = upstream
-            && state.time_left().is_ok()
+            && (state.time_left().is_ok() || state.is_overdue())
         {
             self.blame(upstream, Upstream::unreachable);
         }
@@ -266,7 +278,7 @@ impl GroupProxy {
         }
         // The backend waited for the client, or others have used the time of the request.
         state.is_blameless |= had_little_time(state, &error)
-            || state.time_left().is_err() && !state.has_had_all_the_time();
+            || state.time_left().is_err() && !(state.is_complete && state.is_overdue());
         let failure = failure(session, state, &error, client_reused);
         let rules = RetryRules {
             most: state.most_retries,

@@ -564,7 +564,7 @@ async fn an_operator_waits_for_a_transfer_as_long_as_is_said() {
     let first = start(&store, "n1");
     until("the first one leads", || first.node.is_leader()).await;
     let between = store.grant(Duration::from_secs(600)).await.unwrap().id;
-    let queued = Txn::new().put(keys.candidacy(between), "between", Some(between));
+    let queued = Txn::new().put(keys.candidacy(between), b"between".to_vec(), Some(between));
     store.txn(queued).await.unwrap();
     let last = start(&store, "n3");
     until("the last one queues", || store.entries().len() == 5).await;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, date_time_ymd,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PKCS_ED25519, SignatureAlgorithm, date_time_ymd,
 };
 
 /// A directory that is removed when its handle is dropped.
@@ -100,20 +100,31 @@ impl Authority {
 
     /// A server certificate for these names and addresses.
     pub fn server(&self, names: &[&str]) -> Pair {
-        self.sign(names, "etcd", 4000)
+        self.sign(names, "etcd", 4000, &PKCS_ECDSA_P256_SHA256)
+    }
+
+    /// A server certificate with a key that few clients know.
+    pub fn ed25519_server(&self, names: &[&str]) -> Pair {
+        self.sign(names, "etcd", 4000, &PKCS_ED25519)
     }
 
     /// A server certificate that has expired.
     pub fn expired_server(&self, names: &[&str]) -> Pair {
-        self.sign(names, "etcd", 2020)
+        self.sign(names, "etcd", 2020, &PKCS_ECDSA_P256_SHA256)
     }
 
     /// A client certificate for the etcd user `name`.
     pub fn client(&self, name: &str) -> Pair {
-        self.sign(&[], name, 4000)
+        self.sign(&[], name, 4000, &PKCS_ECDSA_P256_SHA256)
     }
 
-    fn sign(&self, names: &[&str], common_name: &str, until: i32) -> Pair {
+    fn sign(
+        &self,
+        names: &[&str],
+        common_name: &str,
+        until: i32,
+        kind: &'static SignatureAlgorithm,
+    ) -> Pair {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let mut params = CertificateParams::new(names).unwrap();
         params
@@ -128,7 +139,7 @@ impl Authority {
         ];
         params.not_before = date_time_ymd(2019, 1, 1);
         params.not_after = date_time_ymd(until, 1, 1);
-        let key = KeyPair::generate().unwrap();
+        let key = KeyPair::generate_for(kind).unwrap();
         Pair {
             cert: params.signed_by(&key, &self.issuer).unwrap().pem(),
             key: key.serialize_pem(),

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::common::etcd::Etcd;
+use super::common::load::client;
 use super::common::{free_port, group};
 use super::raw::{Raw, RawBackend, in_front_of, ok, status};
 use super::world::{Balancer, Setup, entry, put, scratch, until};
@@ -139,11 +140,64 @@ async fn lines_are_combined_sampled_and_written_before_the_end() {
     let _ = std::fs::remove_file(file);
 }
 
+/// A status of 200 says little of a response that breaks off, and nothing of a call of gRPC.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_failed_has_a_line_whatever_its_status_is() {
+    let backend = RawBackend::start(|request| match request.contains("/breaks") {
+        true => b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 9\r\n\r\nok\n".to_vec(),
+        false => ok(""),
+    })
+    .await;
+    let port = [backend.address.port()];
+    let log = "file: FILE, sample: 0";
+    let (balancer, file) = before(&port, "failed", log, "").await;
+    for path in ["/", "/breaks"] {
+        let mut client = Raw::to(&balancer).await;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        client.send(request.as_bytes()).await;
+        client.rest().await;
+    }
+    let read = until_lines(&file, 1).await;
+    assert!(read.len() == 1 && read[0].contains("/breaks"), "{read:?}");
+    let line: Value = serde_json::from_str(&read[0]).unwrap();
+    assert_eq!(
+        (&line["status"], &line["outcome"]),
+        (&json!(200), &json!("failed"))
+    );
+
+    // A call that the proxy cannot pass on.
+    let (balancer, file) = before(&[], "unserved", log, "").await;
+    let stream = tokio::net::TcpStream::connect(&balancer.listen)
+        .await
+        .unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let given = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let request = http::Request::post("http://a/echo.Echo/One")
+        .header("content-type", "application/grpc")
+        .header("traceparent", given)
+        .body(())
+        .unwrap();
+    let (response, _) = sender
+        .ready()
+        .await
+        .unwrap()
+        .send_request(request, true)
+        .unwrap();
+    assert_eq!(response.await.unwrap().headers()["grpc-status"], "14");
+    let read = until_lines(&file, 1).await;
+    let line: Value = serde_json::from_str(&read[0]).unwrap();
+    assert_eq!(line["grpc_status"], 14, "{line}");
+    assert_eq!(line["traceparent"], given, "{line}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_cannot_be_written_costs_only_its_lines() {
     let backend = RawBackend::start(ok).await;
     let port = [backend.address.port()];
-    let (balancer, _) = before(&port, "full", "file: /dev/full, queue: 1", "").await;
+    let admin = format!("127.0.0.1:{}", free_port());
+    let more = format!("admin: {{ listen: '{admin}' }}");
+    let (balancer, _) = before(&port, "full", "file: /dev/full, queue: 1", &more).await;
     for _ in 0..50 {
         assert_eq!(status(&get(&balancer, "").await), "200");
     }
@@ -152,6 +206,25 @@ async fn a_log_that_cannot_be_written_costs_only_its_lines() {
     })
     .await;
     assert_eq!(balancer.log_text().matches("lines are lost").count(), 1);
+    until("all are counted as lost", async || {
+        let url = format!("http://{admin}/metrics");
+        let metrics = client()
+            .get(url)
+            .send()
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap();
+        let lost = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("pingora_etcd_access_log_lines_lost_total "));
+        lost.unwrap_or_else(|| panic!("{metrics}"))
+            .parse::<f64>()
+            .unwrap()
+            >= 50.0
+    })
+    .await;
     // More lines than there is room for: none waits, and it is counted.
     let (balancer, file) = before(&port, "queue", "file: FILE, queue: 1", "").await;
     let mut requests = tokio::task::JoinSet::new();
@@ -198,7 +271,12 @@ async fn a_log_that_cannot_be_written_costs_only_its_lines() {
 async fn a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish() {
     let backend = RawBackend::start(ok).await;
     let given = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-    for (fields, is_made) in [("", true), ("traceparent: false", false)] {
+    // Backends record what a trace says that it is recorded, and nothing of one that says it is not.
+    for (fields, made) in [
+        ("", Some("-01")),
+        ("traceparent_sampled: 0", Some("-00")),
+        ("traceparent: false", None),
+    ] {
         let balancer = in_front_of(&backend, "trace", fields).await;
         get(
             &balancer,
@@ -211,7 +289,11 @@ async fn a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish() {
             "{last}"
         );
         get(&balancer, "").await;
-        assert_eq!(backend.last().contains("\r\ntraceparent: 00-"), is_made);
+        let last = backend.last();
+        let sent = last
+            .lines()
+            .find_map(|line| line.strip_prefix("traceparent: 00-"));
+        assert_eq!(sent.map(|sent| &sent[sent.len() - 3..]), made, "{last}");
     }
     let fields = "clients: { forwarded: true, trusted_proxies: [127.0.0.0/8] }";
     let balancer = in_front_of(&backend, "forwarded", fields).await;

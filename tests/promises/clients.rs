@@ -140,6 +140,17 @@ async fn connections_are_limited_in_all_and_per_client() {
         // Another client has a limit of its own.
         let mut other = Raw::at("127.77.0.1".parse().unwrap(), &balancer).await;
         assert_eq!(served(&mut other.0).await, name == "one");
+        if name == "one" {
+            // Who has connections for many clients has as many as it likes.
+            let fields = format!("{fields}\n").replace(" }", ", trusted_proxies: [127.0.0.0/8] }");
+            let trusting = in_front_of(&backend, "trusted", &fields).await;
+            let mut many = Vec::new();
+            for _ in 0..8 {
+                let mut client = TcpStream::connect(&trusting.listen).await.unwrap();
+                assert!(served(&mut client).await);
+                many.push(client);
+            }
+        }
         drop(open);
         super::world::until("there is room again", async || {
             let mut client = TcpStream::connect(&balancer.listen).await.unwrap();

@@ -358,13 +358,13 @@ async fn it_ends_with_the_status_of_its_program_whatever_happens() {
 
     // Signals reach what is left, too.
     let script =
-        "(trap '' TERM; trap 'exit 0' INT; while :; do sleep 0.05; done) & sleep 1; exit 4";
+        "(trap '' TERM; trap 'exit 0' HUP; while :; do sleep 0.05; done) & sleep 1; exit 4";
     let mut member = Member::start(&etcd, &group, &["--grace", "600"], &["sh", "-c", script]);
     until("the command has ended", async || {
         member.log().contains("the command has ended")
     })
     .await;
-    member.program.signal("INT");
+    member.program.signal("HUP");
     let (status, _) = member.program.ended().await;
     assert_eq!(status.code(), Some(4), "{}", member.log());
 

@@ -218,9 +218,9 @@ async fn drain_and_weight_hold_for_the_process_that_they_are_meant_for() {
         3,
         "is not registered in the group",
     );
-    fails(&run(&["weight", "n0", "x"]), 1, "not a weight");
+    fails(&run(&["weight", "n0", "x"]), 2, "not a weight");
     fails(&run(&["weight", "n0", "-1"]), 2, "");
-    fails(&run(&["weight", "n0", "9999999"]), 1, "weight");
+    fails(&run(&["weight", "n0", "9999999"]), 2, "not a weight");
 
     // Evict: one with a lease, and one without.
     succeeds(&run(&["evict", "n0"]), "n0 is removed");

@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
 use super::common::group;
-use super::raw::{Raw, RawBackend, ok, read_message, register, status};
+use super::raw::{Raw, RawBackend, http_2_backend, ok, read_message, register, status};
 use super::world::{Balancer, Setup, entry, put, until};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -228,6 +228,72 @@ async fn a_sticky_cookie_names_the_node_and_holds_while_it_serves() {
     for value in ["zz", "", "6e39", "ff"] {
         let response = client.get(&format!("Cookie: node={value}\r\n")).await;
         assert_eq!(status(&response), "200", "{value}");
+    }
+}
+
+/// A session is where its node is. One request goes elsewhere, the session does not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sticky_cookie_stays_while_its_node_is_full() {
+    let backends = [
+        RawBackend::start_slow(SECOND).await,
+        RawBackend::start_slow(SECOND).await,
+    ];
+    let all: Vec<_> = backends.iter().collect();
+    let fields = "policy: round_robin\nsticky_cookie: node\noverload: { max_in_flight_per_node: 1 }\n\
+                  clients: { trusted_proxies: [127.0.0.0/8] }";
+    let balancer = before(&all, "sticky-full", fields).await;
+    let mut client = Raw::to(&balancer).await;
+    let response = client.get("X-Forwarded-Proto: https\r\n").await;
+    let first = node(&response);
+    let cookie = response.lines().find_map(|line| {
+        line.to_ascii_lowercase()
+            .strip_prefix("set-cookie: ")
+            .map(str::to_owned)
+    });
+    let cookie = cookie.unwrap_or_else(|| panic!("{response}"));
+    // It came over TLS to who is trusted.
+    assert!(cookie.ends_with("; secure"), "{cookie}");
+    let head = format!("Cookie: {}\r\n", cookie.split(';').next().unwrap());
+    let mut busy = Raw::to(&balancer).await;
+    let (held, meanwhile) = tokio::join!(busy.get(&head), async {
+        tokio::time::sleep(SECOND / 4).await;
+        client.get(&head).await
+    });
+    assert_eq!(node(&held), first);
+    assert_ne!(node(&meanwhile), first);
+    let meanwhile = meanwhile.to_ascii_lowercase();
+    assert!(!meanwhile.contains("set-cookie"), "{meanwhile}");
+}
+
+/// HTTP/2 has no upgrades, and without them a request for a WebSocket would be another request.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_websocket_goes_to_a_backend_of_http_2() {
+    let (port, _serving) = http_2_backend(Duration::ZERO).await;
+    let one = RawBackend::start(|_| {
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+            .to_vec()
+    })
+    .await;
+    let websocket = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                      Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n";
+    for (has_one, expected) in [(false, "501"), (true, "101")] {
+        let (etcd, group) = (Etcd::shared(), group("h2-upgrades"));
+        let mut keys = etcd.raw_client().await;
+        let speaks_2 = json!({ "metadata": { "protocol": "h2c" } });
+        put(&mut keys, &group, &entry("two", Some(port), speaks_2), None).await;
+        if has_one {
+            let port = Some(one.address.port());
+            put(&mut keys, &group, &entry("one", port, json!({})), None).await;
+        }
+        let fields = "backends: { protocol_of_node: true }\npolicy: round_robin";
+        let balancer = Setup::shared(&group).with(fields).serving().await;
+        for _ in 0..6 {
+            let mut client = Raw::to(&balancer).await;
+            client.send(websocket).await;
+            let response = read_message(&mut client.0).await.unwrap_or_default();
+            assert_eq!(status(&response), expected, "{has_one} {response}");
+        }
+        assert!(!balancer.log_text().contains("a backend fails"));
     }
 }
 

@@ -232,7 +232,8 @@ impl RawBackend {
     }
 }
 
-/// A backend of HTTP/2 without TLS that answers with `ok`, and no length, once it has the whole request; and its port.
+/// A backend of HTTP/2 without TLS that answers with `ok`, and no length, once it has the whole request, and at once with
+/// a head and nothing else if that is for `/early`; and its port.
 pub async fn http_2_backend(after: Duration) -> (u16, JoinSet<()>) {
     let listener = TcpListener::bind((local(), 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -247,7 +248,14 @@ pub async fn http_2_backend(after: Duration) -> (u16, JoinSet<()>) {
                 let mut streams = JoinSet::new();
                 while let Some(Ok((request, mut respond))) = connection.accept().await {
                     streams.spawn(async move {
+                        let is_early = request.uri().path() == "/early";
                         let mut body = request.into_body();
+                        if is_early {
+                            let response = http::Response::builder().status(401).body(());
+                            let _ = respond.send_response(response.unwrap(), true);
+                            // If it were dropped, the stream would be reset.
+                            return std::future::pending().await;
+                        }
                         while let Some(Ok(data)) = body.data().await {
                             let _ = body.flow_control().release_capacity(data.len());
                         }

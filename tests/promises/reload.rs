@@ -353,6 +353,41 @@ async fn groups_come_and_go_and_one_without_a_view_is_refused() {
     assert_eq!(names().await, [started.balancer.group.as_str(), "more"]);
 }
 
+/// An operator has drained a node of the group that a reload brings.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_drained_in_another_group_gets_nothing_from_the_first_request_on() {
+    let backends = [RawBackend::start(ok).await, RawBackend::start(ok).await];
+    let [serves, drained] = &backends;
+    let etcd = Etcd::shared();
+    let started = Reloaded::start_with(&etcd, "hears", &[serves], "").await;
+    let load = Load::start(&started.balancer.listen, 4);
+    for count in 1..=6 {
+        let other = group("hears-other");
+        let mut keys = etcd.raw_client().await;
+        for (id, backend) in [("serves", serves), ("drained", drained)] {
+            let entry = entry(id, Some(backend.address.port()), json!({}));
+            put(&mut keys, &other, &entry, None).await;
+        }
+        let drain = Command::new(optimised(COMMAND))
+            .args(["drain", "drained", "--group", &other])
+            .args(["--endpoints", &etcd.endpoints().join(",")])
+            .output();
+        assert!(drain.unwrap().status.success());
+        let more = format!(
+            "  groups:\n    more: {{ group: {other} }}\n  routes:\n  - {{ path: /, group: more }}\n"
+        );
+        started.write(|text| text.to_owned() + &more);
+        started.until_taken_over(count).await;
+        let answered = load.answered();
+        until("requests go there", async || {
+            load.answered() > answered + 20
+        })
+        .await;
+        assert_eq!(drained.requests().len(), 0);
+    }
+    load.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_reloads_under_load_leak_nothing() {
     let backend = RawBackend::start(ok).await;

@@ -402,16 +402,35 @@ async fn what_a_route_adds_to_responses_is_on_those_of_the_proxy_too() {
     let groups = Groups::new("errors");
     let backend = RawBackend::start(ok).await;
     groups.add("default", &backend).await;
-    let allow = "response_headers: { set: { access-control-allow-origin: '*' } }";
+    // What is said of the content of answers is not said of errors.
+    let allow = "response_headers: { set: { access-control-allow-origin: '*', cache-control: 'max-age=9', \
+                 content-encoding: gzip, content-type: application/json } }";
     let fields = format!(
-        "groups:\n{}routes:\n- {{ path: /nobody, group: nobody, {allow} }}",
+        "clients: {{ body_bytes: 10 }}\ngroups:\n{}routes:\n- {{ path: /nobody, group: nobody, {allow} }}",
         groups.line("nobody", "")
     );
     let balancer = groups.setup().with(&fields).serving().await;
-    let response = send(&balancer, "GET /nobody HTTP/1.1\r\nHost: a").await;
-    assert_eq!(status(&response), "503", "{response}");
-    assert!(
-        response.contains("\r\naccess-control-allow-origin: *\r\n"),
-        "{response}"
-    );
+    for (head, expected) in [
+        ("GET /nobody HTTP/1.1\r\nHost: a", "503"),
+        (
+            "POST /nobody HTTP/1.1\r\nHost: a\r\nContent-Length: 11",
+            "413",
+        ),
+        (
+            "GET /nobody HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x",
+            "501",
+        ),
+    ] {
+        let response = send(&balancer, head).await;
+        assert_eq!(status(&response), expected, "{response}");
+        for (field, is_there) in [
+            ("access-control-allow-origin: *", true),
+            ("content-type: text/plain; charset=utf-8", true),
+            ("cache-control", false),
+            ("content-encoding", false),
+        ] {
+            let is_found = response.contains(&format!("\r\n{field}"));
+            assert_eq!(is_found, is_there, "{field}: {response}");
+        }
+    }
 }

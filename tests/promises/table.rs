@@ -714,8 +714,13 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::access_log::a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish"],
     ),
     (
+        "traceparent_sampled",
+        &["promises::access_log::a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish"],
+    ),
+    (
         "access_log",
         &[
+            "promises::access_log::what_has_failed_has_a_line_whatever_its_status_is",
             "promises::access_log::each_request_has_a_line_that_says_what_happened",
             "promises::access_log::lines_are_combined_sampled_and_written_before_the_end",
             "promises::access_log::a_log_that_cannot_be_written_costs_only_its_lines",

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -193,6 +194,82 @@ async fn certificates_are_chosen_by_name_and_reloaded_but_bad_ones_are_not() {
     })
     .await;
     assert_eq!(cannot_be_read(), 1);
+}
+
+/// A client that knows this kind of signatures only, and believes every certificate.
+#[derive(Debug)]
+struct KnowsOnly(SignatureScheme, Mutex<Vec<u8>>);
+
+impl ServerCertVerifier for KnowsOnly {
+    fn verify_server_cert(
+        &self,
+        shown: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        *self.1.lock().unwrap() = shown.to_vec();
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![self.0]
+    }
+}
+
+/// As RSA for old devices beside ECDSA for all others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_several_certificates_for_a_name_the_client_gets_one_that_it_can_verify() {
+    let backend = RawBackend::start(ok).await;
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let usual = authority.server(&["one.test"]);
+    let other = authority.ed25519_server(&["one.test"]);
+    let in_files = [
+        files.write_pair("usual", &usual),
+        files.write_pair("other", &other),
+    ];
+    let listed = certificates(&in_files.each_ref().map(|(cert, key)| (&**cert, &**key)));
+    let fields = format!("tls: {{ certificates: {listed} }}");
+    let balancer = before(backend.address.port(), "tls-kinds", &fields).await;
+    for name in ["one.test", "elsewhere.test"] {
+        for (scheme, pair) in [
+            (SignatureScheme::ECDSA_NISTP256_SHA256, &usual),
+            (SignatureScheme::ED25519, &other),
+        ] {
+            let verifier = Arc::new(KnowsOnly(scheme, Mutex::default()));
+            let config = ClientConfig::builder_with_provider(provider())
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .dangerous()
+                .with_custom_certificate_verifier(verifier.clone())
+                .with_no_client_auth();
+            let stream = TcpStream::connect(&balancer.listen).await.unwrap();
+            let server = ServerName::try_from(name).unwrap();
+            let connector = TlsConnector::from(Arc::new(config));
+            let mut client = connector.connect(server, stream).await.unwrap();
+            assert_eq!(status(&get(&mut client).await), "200");
+            assert_eq!(*verifier.1.lock().unwrap(), parsed(pair).0[0].to_vec());
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -160,6 +160,11 @@ impl EndpointState {
         }
     }
 
+    pub(in crate::balance) fn readmit_at_least(&self, success: f32) {
+        self.success.set(self.success.get().max(success));
+        self.readmit();
+    }
+
     pub(in crate::balance) fn readmit(&self) {
         self.is_due.store(false, Ordering::Relaxed);
         self.faultless.set(self.success.get());

@@ -55,7 +55,7 @@ impl ActivePolicy {
         let alike = settings.adaptive.alike as f32;
         let least_busy = |own_request| LeastBusy::new(settings.candidates, own_request, alike);
         match settings.policy {
-            Policy::RoundRobin => Self::RoundRobin(RoundRobinPolicy::default()),
+            Policy::RoundRobin => Self::RoundRobin(RoundRobinPolicy::new()),
             Policy::Random => Self::Random(RandomPolicy),
             Policy::Consistent => Self::Consistent(ConsistentPolicy::new(settings.consistent)),
             Policy::Headroom => {
@@ -72,8 +72,10 @@ impl ActivePolicy {
 impl ActivePolicy {
     /// Goes on with what the one before counts.
     pub(in crate::balance) fn continue_from(&mut self, former: &Self) {
-        if let (Self::Consistent(policy), Self::Consistent(former)) = (self, former) {
-            policy.continue_from(former);
+        match (self, former) {
+            (Self::Consistent(policy), Self::Consistent(former)) => policy.continue_from(former),
+            (Self::RoundRobin(policy), Self::RoundRobin(former)) => policy.continue_from(former),
+            _ => {}
         }
     }
 

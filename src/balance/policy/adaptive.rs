@@ -32,7 +32,7 @@ impl AdaptivePolicy {
     /// do not carry too much; 1 if no backend is starting.
     fn slow_start_limit(&self, roster: &Roster, mean_factor: f64, now: Instant) -> f64 {
         let is_starting = |it: &&Registration| self.slow_start(it, now) < 1.0;
-        let working = || roster.active().filter(|it| !it.endpoint.is_ejected());
+        let working = || roster.used().filter(|it| !it.endpoint.is_ejected());
         let starting = working().filter(is_starting);
         let weights = starting.map(|it| self.settled_weight(it, mean_factor));
         let starting: f64 = weights.sum();

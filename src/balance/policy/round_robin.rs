@@ -9,9 +9,23 @@ use crate::balance::spread::{GOLDEN, Spread};
 use crate::balance::table::{MAX_REDRAWS, Table};
 use crate::balance::weight::Share;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct RoundRobinPolicy {
     turn: AtomicUsize,
+}
+
+impl RoundRobinPolicy {
+    /// Begins anywhere: otherwise the first requests of all processes would go to the same backend.
+    pub(super) fn new() -> Self {
+        Self {
+            turn: AtomicUsize::new(fastrand::u32(..) as usize),
+        }
+    }
+
+    /// Goes on where the one before has ended.
+    pub(super) fn continue_from(&mut self, former: &Self) {
+        self.turn = AtomicUsize::new(former.turn.load(Ordering::Relaxed));
+    }
 }
 
 impl RoutingPolicy for RoundRobinPolicy {

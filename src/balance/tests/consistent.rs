@@ -121,7 +121,7 @@ fn backends_that_do_not_work_have_no_part_of_the_room() {
         }
     }
     rig.seconds(1);
-    let pick = || {
+    let pick = |rig: &Rig| {
         let options = PickOptions {
             key: b"hot",
             probes: Probes::No,
@@ -129,10 +129,22 @@ fn backends_that_do_not_work_have_no_part_of_the_room() {
         };
         rig.balancer.pick_with(options).unwrap()
     };
-    let held: Vec<_> = (0..600).map(|_| pick()).collect();
+    let held: Vec<_> = (0..600).map(|_| pick(&rig)).collect();
     let most = held.iter().map(Upstream::in_flight).max();
     // 1.25 times their fair part, not a part of what those have that do not work.
     assert!(most <= Some(600 * 5 / 4 / 6 + 1), "{most:?}");
+    drop(held);
+    // They leave, and no tick has come since: those that are left have the part of all.
+    for index in 0..4 {
+        rig.nodes.remove(&format!("n{index}"));
+    }
+    rig.update();
+    let held: Vec<_> = (0..600).map(|_| pick(&rig)).collect();
+    let most = held.iter().map(Upstream::in_flight).max();
+    assert!(
+        most <= Some(600 * 5 / 4 / 6 + 1),
+        "after they left: {most:?}"
+    );
 }
 
 #[test]

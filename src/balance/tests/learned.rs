@@ -274,3 +274,24 @@ fn a_process_that_is_started_again_begins_with_the_weight_of_the_one_before() {
         }
     }
 }
+
+/// A predecessor whose own network was broken has ejected all. Half of them are used at once, and stay so though no
+/// request has come by the next tick.
+#[test]
+fn half_of_those_that_are_ejected_by_a_predecessor_stay_in_use() {
+    let mut old = Rig::of(10);
+    for _ in 0..30 {
+        old.traffic(40, |index| index > 0);
+        old.seconds(1);
+    }
+    let learned = stored(&old);
+    let mut new = Rig::of(10);
+    new.balancer
+        .teach(&learned, Duration::from_secs(3), new.now);
+    new.update();
+    for _ in 0..5 {
+        let used = (0..10).filter(|index| !is_ejected(&new, *index)).count();
+        assert!(used >= 5, "{used}");
+        new.seconds(1);
+    }
+}

@@ -1,12 +1,13 @@
 //! What belongs to a registration, and what to a process.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Rig, balancer, bare, joined, node, nodes, set_nodes, set_nodes_at};
 use crate::balance::{Adaptive, Balancer, Policy};
 use crate::node::{Node, NodeState};
-use crate::view::Change;
+use crate::view::{Change, NodeOverride};
 
 #[test]
 fn in_flight_is_counted_across_updates_and_ends_with_the_registration() {
@@ -202,10 +203,10 @@ fn a_request_that_is_dropped_says_nothing() {
 /// A node that was down, or joined and was not well yet, may be cold.
 #[test]
 fn who_is_found_to_be_well_starts_slowly() {
-    let mut rig = Rig::of(4);
+    let mut rig = Rig::of(5);
     rig.balancer.set_checks(Some(0.5));
     rig.seconds(60);
-    rig.nodes.insert("n4".to_owned(), bare(4));
+    rig.nodes.insert("n5".to_owned(), bare(5));
     rig.update();
     // It warms up for longer than a slow start takes, and is not used until then.
     rig.seconds(60);
@@ -214,20 +215,20 @@ fn who_is_found_to_be_well_starts_slowly() {
         let found = backends.iter().find(|it| it.addr == bare(index).addr(0));
         found.map(|it| it.share)
     };
-    assert_eq!(share(&rig, 4), None);
-    for (index, is_well) in [(4, true), (0, false)] {
+    assert_eq!(share(&rig, 5), None);
+    for (index, is_well) in [(5, true), (0, false)] {
         rig.balancer.set_checked(&bare(index), is_well);
         rig.balancer.publish(rig.now);
     }
-    assert!(share(&rig, 4).unwrap() < 0.6, "{:?}", share(&rig, 4));
+    assert!(share(&rig, 5).unwrap() < 0.6, "{:?}", share(&rig, 5));
     rig.seconds(60);
-    assert_eq!((share(&rig, 0), share(&rig, 4)), (None, Some(1.0)));
+    assert_eq!((share(&rig, 0), share(&rig, 5)), (None, Some(1.0)));
     rig.balancer.set_checked(&bare(0), true);
     rig.balancer.publish(rig.now);
     assert!(share(&rig, 0).unwrap() < 0.6, "{:?}", share(&rig, 0));
     // While all are used because too few are well, none is new to traffic.
     rig.seconds(60);
-    for index in 0..5 {
+    for index in 0..6 {
         rig.balancer.set_checked(&bare(index), false);
     }
     rig.balancer.publish(rig.now);
@@ -235,13 +236,76 @@ fn who_is_found_to_be_well_starts_slowly() {
     rig.balancer.publish(rig.now);
     assert_eq!(share(&rig, 1), Some(1.0));
     // One that registers as draining, and serves when it is ready.
-    let mut draining = Node::clone(&bare(5));
+    let mut draining = Node::clone(&bare(6));
     draining.state = NodeState::Draining;
-    rig.nodes.insert("n5".to_owned(), Arc::new(draining));
+    rig.nodes.insert("n6".to_owned(), Arc::new(draining));
     rig.update();
     rig.balancer.set_checks(None);
     rig.seconds(60);
-    rig.nodes.insert("n5".to_owned(), bare(5));
+    rig.nodes.insert("n6".to_owned(), bare(6));
     rig.update();
-    assert!(share(&rig, 5).unwrap() < 0.6, "{:?}", share(&rig, 5));
+    assert!(share(&rig, 6).unwrap() < 0.6, "{:?}", share(&rig, 6));
+}
+
+/// Only those that are used carry what a cold one does not: many that have joined and wait for their first check are no
+/// reason to give much to the first of them.
+#[test]
+fn the_first_of_many_that_join_starts_as_slowly_as_one_alone() {
+    let mut rig = Rig::of(10);
+    rig.balancer.set_checks(Some(0.5));
+    rig.seconds(60);
+    for index in 10..20 {
+        rig.nodes.insert(format!("n{index}"), bare(index));
+    }
+    rig.update();
+    rig.balancer.set_checked(&bare(10), true);
+    rig.balancer.publish(rig.now);
+    let backends = rig.balancer.backends();
+    let first = backends.iter().find(|it| it.addr == bare(10).addr(0));
+    assert!(first.unwrap().share < 0.15, "{:?}", first.unwrap().share);
+}
+
+/// The first nodes of a process are used until they have been checked, and so are those that replace all nodes: whoever
+/// passes the first check would otherwise get all traffic.
+#[test]
+fn nodes_that_replace_all_are_used_until_they_are_checked() {
+    let mut rig = Rig::of(4);
+    rig.balancer.set_checks(Some(0.5));
+    rig.seconds(60);
+    rig.nodes.clear();
+    for index in 10..14 {
+        rig.nodes.insert(format!("n{index}"), bare(index));
+    }
+    rig.update();
+    rig.balancer.set_checked(&bare(10), true);
+    rig.balancer.publish(rig.now);
+    assert_eq!(rig.balancer.len(), 4);
+    rig.balancer.set_checked(&bare(11), false);
+    rig.balancer.publish(rig.now);
+    assert_eq!(rig.balancer.len(), 3);
+}
+
+/// What an operator gives traffic for the first time may be cold.
+#[test]
+fn who_is_undrained_and_was_never_used_starts_slowly() {
+    let mut rig = Rig::of(10);
+    rig.seconds(60);
+    rig.nodes.insert("n10".to_owned(), bare(10));
+    let said = NodeOverride {
+        state: NodeState::Draining,
+        ..NodeOverride::of(&bare(10))
+    };
+    rig.balancer
+        .set_overrides(&HashMap::from([("n10".to_owned(), said)]));
+    rig.update();
+    rig.seconds(60);
+    let share = |rig: &Rig| {
+        let backends = rig.balancer.backends();
+        let found = backends.iter().find(|it| it.addr == bare(10).addr(0));
+        found.map(|it| it.share)
+    };
+    assert_eq!(share(&rig), None);
+    rig.balancer.set_overrides(&HashMap::new());
+    rig.balancer.publish(rig.now);
+    assert!(share(&rig).unwrap() < 0.6, "{:?}", share(&rig));
 }

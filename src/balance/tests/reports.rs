@@ -1,6 +1,6 @@
 //! Loads that nodes and responses report.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,8 @@ use serde_json::json;
 use super::{Rig, balancer, bare, node, set_nodes_at};
 use crate::balance::{Balancer, Policy, Upstream};
 use crate::load_report::LoadReport;
-use crate::node::Node;
+use crate::node::{Node, NodeState};
+use crate::view::NodeOverride;
 
 /// A report above 100 % still counts.
 #[test]
@@ -358,4 +359,29 @@ fn reports_of_requests_in_flight_count_whatever_the_unit_of_weights() {
         let of_busy = counts.get(&0).copied().unwrap_or_default();
         assert!(of_busy < 100, "unit {unit}: {counts:?}");
     }
+}
+
+/// A backend without traffic is idle, whatever its capacity.
+#[test]
+fn who_gets_no_traffic_earns_no_weight_by_being_idle() {
+    let mut rig = Rig::of(4);
+    let said = NodeOverride {
+        state: NodeState::Draining,
+        ..NodeOverride::of(&bare(0))
+    };
+    let drained = HashMap::from([("n0".to_owned(), said)]);
+    rig.traffic(400, |_| false);
+    rig.balancer.set_overrides(&drained);
+    for second in 0..120 {
+        rig.report(0, 1.0, second * 1_000);
+        for index in 1..4 {
+            rig.report(index, 60.0, second * 1_000);
+        }
+        rig.traffic(100, |_| false);
+        rig.seconds(1);
+    }
+    rig.balancer.set_overrides(&HashMap::new());
+    rig.balancer.publish(rig.now);
+    let (own, others) = (rig.weight(0), rig.weight(1));
+    assert!(own / others < 1.2, "{own} {others}");
 }

@@ -1,6 +1,7 @@
 //! How much traffic leaves the zone.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -74,4 +75,55 @@ fn pressure_lets_traffic_leave_the_zone() {
     let counts = rig.traffic(4_000, |_| false);
     let far: u32 = [2, 3].iter().filter_map(|index| counts.get(index)).sum();
     assert!(far > 400, "{counts:?}");
+}
+
+/// Nine of ten in the zone are taken out by health checks: the last one does not get what was theirs.
+#[test]
+fn who_is_taken_out_by_checks_is_lost_for_the_zone() {
+    let mut rig = Rig::new(Balancer::builder().zone("a"));
+    for index in 0..30 {
+        let zone = ["a", "b", "c"][usize::from(index) / 10];
+        rig.nodes.extend([zoned(index, zone)]);
+    }
+    rig.update();
+    rig.balancer.set_checks(Some(0.5));
+    rig.seconds(1);
+    for index in 1..10 {
+        rig.balancer.set_checked(&bare(index), false);
+    }
+    rig.balancer.publish(rig.now);
+    let counts = rig.traffic(4_000, |_| false);
+    // A part of 1 of 20 or so; it was 4,000.
+    assert!((50..600).contains(&counts[&0]), "{counts:?}");
+}
+
+/// A process that was stopped takes its own pause for the latency of its backends, unless it notices.
+#[test]
+fn a_process_that_was_stopped_does_not_blame_its_zone() {
+    let mut rig = Rig::new(Balancer::builder().zone("a"));
+    rig.nodes
+        .extend([zoned(0, "a"), zoned(1, "a"), zoned(2, "b"), zoned(3, "b")]);
+    rig.update();
+    for _ in 0..60 {
+        rig.traffic(200, |_| false);
+        rig.seconds(1);
+    }
+    let held: Vec<_> = (0..20).map(|_| rig.pick()).collect();
+    rig.now += Duration::from_secs(30);
+    // It goes on with a tick or with the responses, whatever comes first.
+    rig.balancer.tick(rig.now);
+    for upstream in held {
+        upstream.succeeded(Duration::from_secs(30));
+    }
+    let weights: Vec<_> = (0..4).map(|index| rig.weight(index)).collect();
+    for _ in 0..10 {
+        rig.seconds(1);
+        let counts = rig.traffic(200, |_| false);
+        let near = counts[&0] + counts[&1];
+        assert!(near > 190, "{counts:?}");
+        for (index, before) in (0..4).zip(&weights) {
+            let now = rig.weight(index);
+            assert!((now / before - 1.0).abs() < 0.1, "{index}: {before} {now}");
+        }
+    }
 }

@@ -67,6 +67,23 @@ impl Weigher {
         }
     }
 
+    /// Which part of all weights belongs to backends that work.
+    pub(super) fn measure_working(&self) {
+        let (mut of_all, mut of_working) = (0.0, 0.0);
+        for registration in self.roster.used() {
+            let weight = registration.endpoint.weight().get();
+            of_all += weight;
+            if !registration.endpoint.is_ejected() {
+                of_working += weight;
+            }
+        }
+        let part = match of_working > 0.0 {
+            true => of_working / of_all,
+            false => 1.0,
+        };
+        self.fleet.set_working_part(part as f32);
+    }
+
     /// Decides which of the backends that are new or ejected the next requests try.
     pub(super) fn decide_trials(&mut self, policy: &ActivePolicy, now: Instant) {
         let most_pause = Duration::from_millis(self.settings.adaptive.probe_most_ms);
@@ -80,28 +97,17 @@ impl Weigher {
         }
         self.fleet.set_ejected(is_any_ejected);
         let (mut working, mut ejected) = (Mean::default(), 0);
-        let (mut weight_of_all, mut weight_of_working) = (0.0, 0.0);
         for registration in self.roster.used() {
             // After the others, so that it is not compared with what was before it is ejected.
             if !registration.is_active {
                 registration.endpoint.eject_if_avoided();
             }
-            let weight = registration.endpoint.weight().get();
-            weight_of_all += weight;
             match registration.endpoint.is_ejected() {
                 true => ejected += 1,
-                false => {
-                    weight_of_working += weight;
-                    working.add(registration.controller.factor(), 1.0);
-                }
+                false => working.add(registration.controller.factor(), 1.0),
             }
         }
-        let part = if weight_of_working > 0.0 {
-            weight_of_working / weight_of_all
-        } else {
-            1.0
-        };
-        self.fleet.set_working_part(part as f32);
+        self.measure_working();
         self.roster.successors().set_mean(working.value());
         for registration in self.roster.registrations_mut() {
             registration.hold_weight(&self.settings.adaptive, working.value());

@@ -42,7 +42,7 @@ fn new_weight(text: &str) -> std::result::Result<NewWeight, String> {
         Ok(weight) if weight == 0.0 || (1e-6..=1e6).contains(&weight) => {
             Ok(NewWeight::Fixed(weight))
         }
-        _ => Err("use 0 (no traffic), 0.000001 to 1000000, or own".into()),
+        _ => Err("it is not a weight; use 0 (no traffic), 0.000001 to 1000000, or own".into()),
     }
 }
 

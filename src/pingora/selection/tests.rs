@@ -315,6 +315,55 @@ fn one_node_with_another_weight_does_not_make_all_others_new() {
     assert_eq!(whole_weights(&weights), [2, 2, 3]);
     refresh(&weights, &[weighted(1, 8.0), weighted(2, 8.0)]);
     assert_eq!(whole_weights(&weights), [2, 2]);
+    // A little more or less is not worth it, half is.
+    let weights = live(&headroom());
+    for (weight, expected) in [
+        (100.0, [1, 1]),
+        (95.0, [1, 1]),
+        (100.0, [1, 1]),
+        (50.0, [2, 1]),
+    ] {
+        refresh(&weights, &[weighted(1, 100.0), weighted(2, weight)]);
+        assert_eq!(whole_weights(&weights), expected, "{weight}");
+    }
+}
+
+/// Consistent hashing has 160 points for each unit.
+#[test]
+fn weights_without_a_common_divisor_have_few_units() {
+    let weighted = |port: u16| {
+        let weight = 850.0 + f64::from(port % 150);
+        Arc::new(Node::clone(&node(port, 0.0)).with_weight(weight))
+    };
+    let nodes: Vec<_> = (1..=100).map(weighted).collect();
+    let weights = live(&headroom());
+    refresh(&weights, &nodes);
+    let seen = whole_weights(&weights);
+    let all: usize = seen.iter().sum();
+    assert!((10_000..21_000).contains(&all), "{all}");
+    let registered: f64 = nodes.iter().filter_map(|node| node.weight).sum();
+    for (seen, node) in seen.iter().zip(&nodes) {
+        let ratio = *seen as f64 / all as f64 / (node.weight.unwrap() / registered);
+        assert!((ratio - 1.0).abs() < 0.02, "{ratio}");
+    }
+}
+
+/// A new version is there and the old one drains, before Pingora has discovered the new one.
+#[test]
+fn who_drains_serves_until_pingora_knows_those_that_take_its_place() {
+    let weights = live(&headroom());
+    refresh(&weights, &[node(1, 0.0), node(2, 0.0)]);
+    let before = selection(&weights);
+    refresh(&weights, &[draining(1), draining(2), node(3, 0.0)]);
+    let ports: BTreeSet<_> = first_ports(&before, 100).into_iter().collect();
+    assert_eq!(ports, [1, 2].into());
+    // Discovered.
+    let after = selection(&weights);
+    assert_eq!(share(&first_ports(&after, 100), 3), 1.0);
+    // Nobody serves: then nobody is to.
+    refresh(&weights, &[draining(1), draining(2)]);
+    assert!(before.iter(b"").next().is_none());
+    assert!(after.iter(b"").next().is_none());
 }
 
 /// Requests that are begun and end at once; how many each port gets.

@@ -1,6 +1,7 @@
 //! The access log: a line for each request, written by a thread of its own.
 
 mod entry;
+mod statistics;
 mod writer;
 
 use std::fs::File;
@@ -18,6 +19,7 @@ use crate::supervise::say;
 use crate::sync::lock;
 
 pub(super) use entry::Entry;
+pub use statistics::AccessLogStatistics;
 use writer::{Line, Writer, check, open};
 
 /// Where lines go.
@@ -29,6 +31,7 @@ pub(super) struct AccessLog {
     /// The thread is started by the first line: before, the process may still become another one.
     lines: OnceLock<Option<SyncSender<Line>>>,
     dropped: Arc<AtomicU64>,
+    statistics: AccessLogStatistics,
 }
 
 impl AccessLog {
@@ -53,13 +56,21 @@ impl AccessLog {
             opened: Mutex::new(opened),
             lines: OnceLock::new(),
             dropped: Arc::default(),
+            statistics: AccessLogStatistics::default(),
         })
     }
 
-    /// Whether a request with this status has a line.
-    pub(super) fn takes(&self, status: Option<u16>) -> bool {
+    pub(super) fn statistics(&self) -> &AccessLogStatistics {
+        &self.statistics
+    }
+
+    /// Whether a request with this status has a line; `has_failed` if it has failed whatever the status says.
+    pub(super) fn takes(&self, status: Option<u16>, has_failed: bool) -> bool {
         let sample = self.config.sample;
-        sample >= 1.0 || status.is_none_or(|status| status >= 500) || fastrand::f64() < sample
+        sample >= 1.0
+            || has_failed
+            || status.is_none_or(|status| status >= 500)
+            || fastrand::f64() < sample
     }
 
     /// Gives a line to the thread that writes. Never waits: a line for which there is no room is
@@ -72,14 +83,15 @@ impl AccessLog {
             .is_some_and(|lines| lines.try_send(line).is_ok());
         if !is_queued {
             self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.statistics.add(1);
         }
     }
 
     fn start(&self) -> Option<SyncSender<Line>> {
         let (sender, lines) = sync_channel(self.config.queue);
         let opened = lock(&self.opened).take();
-        let dropped = self.dropped.clone();
-        let writer = Writer::new(&self.config.file, opened, self.config.format, dropped);
+        let counts = (self.dropped.clone(), self.statistics.clone());
+        let writer = Writer::new(&self.config.file, opened, self.config.format, counts);
         let thread = std::thread::Builder::new().name("access log".to_owned());
         match thread.spawn(move || writer.run(&lines)) {
             Ok(_) => Some(sender),

@@ -11,6 +11,7 @@ use std::time::Duration;
 use tracing::warn;
 
 use super::entry::Entry;
+use super::statistics::AccessLogStatistics;
 use crate::config::LogFormat;
 use crate::proxy::shutdown::{Hold, Shutdown};
 use crate::supervise::say;
@@ -27,6 +28,7 @@ pub(super) struct Writer {
     format: LogFormat,
     /// Lines for which there was no room.
     dropped: Arc<AtomicU64>,
+    statistics: AccessLogStatistics,
     output: Option<Output>,
     /// How often logs had been asked to be opened again when this one was opened.
     generation: u64,
@@ -63,12 +65,13 @@ impl Writer {
         path: &Path,
         opened: Option<File>,
         format: LogFormat,
-        dropped: Arc<AtomicU64>,
+        (dropped, statistics): (Arc<AtomicU64>, AccessLogStatistics),
     ) -> Self {
         Self {
             path: path.to_owned(),
             format,
             dropped,
+            statistics,
             output: opened.map(|file| Output::File(BufWriter::new(file))),
             generation: 0,
             is_reported: false,
@@ -111,7 +114,7 @@ impl Writer {
         match self.output.as_mut().map(|output| output.write_all(&text)) {
             Some(Ok(())) => {}
             Some(Err(error)) => self.fails(&error),
-            None => self.lost += std::mem::take(&mut self.unflushed),
+            None => self.loses_unflushed(),
         }
     }
 
@@ -146,9 +149,15 @@ impl Writer {
         }
     }
 
+    fn loses_unflushed(&mut self) {
+        let lines = std::mem::take(&mut self.unflushed);
+        self.lost += lines;
+        self.statistics.add(lines);
+    }
+
     /// Lines that cannot be written are lost. The next one tries again.
     fn fails(&mut self, error: &std::io::Error) {
-        self.lost += std::mem::take(&mut self.unflushed);
+        self.loses_unflushed();
         // What is in the buffer would be written when it is dropped, in vain.
         if let Some(Output::File(file)) = self.output.take() {
             drop(file.into_parts());

@@ -104,19 +104,34 @@ pub(crate) struct Connection {
 /// While other requests of a connection go on, what is left of one has so many times its time, because they end with it.
 const BESIDE_OTHERS: u32 = 6;
 
-/// A request of HTTP/2, until this is dropped.
+/// A request of HTTP/2, until all of these are dropped.
+#[derive(Debug, Clone)]
+pub(crate) struct OpenStream(Arc<Stream>);
+
 #[derive(Debug)]
-pub(crate) struct OpenStream(Arc<Connection>);
+struct Stream {
+    connection: Arc<Connection>,
+    draining: OnceLock<Draining>,
+}
 
 impl OpenStream {
-    pub(crate) fn connection(&self) -> &Arc<Connection> {
-        &self.0
+    /// The request has been answered, and what is left of it has to be there within this time: nobody else ends a stream
+    /// on which nothing comes.
+    pub(crate) fn drains(&self, within: Duration) {
+        self.0
+            .draining
+            .get_or_init(|| self.0.connection.drains(within));
+    }
+
+    /// Whether it has been answered.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.0.draining.get().is_some()
     }
 }
 
-impl Drop for OpenStream {
+impl Drop for Stream {
     fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+        self.connection.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -130,7 +145,7 @@ struct Drains {
 
 /// A request of HTTP/2 that has been answered and is not complete, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Draining {
+struct Draining {
     connection: Arc<Connection>,
     number: u64,
 }
@@ -169,12 +184,13 @@ impl Connection {
     /// A request of HTTP/2 begins.
     pub(crate) fn opens(self: &Arc<Self>) -> OpenStream {
         self.streams.fetch_add(1, Ordering::Relaxed);
-        OpenStream(self.clone())
+        OpenStream(Arc::new(Stream {
+            connection: self.clone(),
+            draining: OnceLock::new(),
+        }))
     }
 
-    /// A request of HTTP/2 has been answered, and what is left of it has to be there within this time, as long as the
-    /// returned value is kept: nobody else ends a stream on which nothing comes.
-    pub(crate) fn drains(self: &Arc<Self>, within: Duration) -> Draining {
+    fn drains(self: &Arc<Self>, within: Duration) -> Draining {
         let mut drains = lock(&self.drains);
         let number = drains.next;
         drains.next += 1;

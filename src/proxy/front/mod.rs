@@ -25,9 +25,10 @@ use tracing::debug;
 use slots::Slots;
 use stream::ClientStream;
 
+use super::client::TrustedProxies;
 use super::shutdown::Shutdown;
 use super::tls::ClientTls;
-pub(crate) use connection::{Connection, Draining, Ended, OpenStream, Phase};
+pub(crate) use connection::{Connection, Ended, OpenStream, Phase};
 pub(crate) use limits::{ClientTimeouts, FrontLimits};
 pub(crate) use proxy_header::ProxyHeaderRule;
 #[cfg(any(test, feature = "test-util"))]
@@ -42,6 +43,8 @@ pub(crate) struct FrontSettings {
     pub(crate) connections: usize,
     /// Connections of one client; 0 for any number.
     pub(crate) connections_per_client: usize,
+    /// Who has connections for many clients.
+    pub(crate) trusted: TrustedProxies,
     /// Who sends PROXY headers, if anybody does.
     pub(crate) proxy_header: Option<ProxyHeaderRule>,
     /// TLS to clients.
@@ -74,6 +77,16 @@ impl<A> Front<A> {
 }
 
 impl FrontSettings {
+    /// Whose connection it is, if it is that of a client: a proxy in front has many, and checks of its own.
+    fn counted(&self, client: Option<IpAddr>, peer: Option<IpAddr>) -> Option<IpAddr> {
+        let is_from_proxy = |peer: &IpAddr| {
+            let rule = self.proxy_header.as_ref();
+            rule.is_some_and(|rule| rule.applies_to(*peer))
+        };
+        let client = client.or_else(|| peer.filter(|peer| !is_from_proxy(peer)));
+        client.filter(|client| !self.trusted.contains(client.to_canonical()))
+    }
+
     /// Reads the PROXY header, if this peer sends one: the addresses it names, and what follows it.
     async fn read_proxy_header(
         &self,
@@ -144,11 +157,8 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
                 return None;
             }
         };
-        let client = socket
-            .as_deref()
-            .and_then(peer_of)
-            .map(|client| client.ip());
-        if let Some(client) = client.or(peer)
+        let client = socket.as_deref().and_then(peer_of);
+        if let Some(client) = settings.counted(client.map(|client| client.ip()), peer)
             && !slot.is_within(client, settings.connections_per_client)
         {
             self.statistics.count_refused();

@@ -227,7 +227,7 @@ impl Prepared {
                     former.end().await;
                 }
                 balancer.reconfigure(config.weights(), Instant::now())?;
-                balancer.catch_up();
+                balancer.begin_with_followed();
                 let balancer = balancer.clone();
                 tasks.push(runtime.spawn(async move { balancer.run(None).await }));
                 Ok(tasks)

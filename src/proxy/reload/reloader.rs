@@ -381,7 +381,7 @@ impl Reloader {
         let _ = self.runtime.set(runtime);
     }
 
-    /// Waits for the first view of each group, as long as that may take.
+    /// Waits for the first view of each group, and what operators say of its nodes, as long as that may take.
     async fn wait_for_views(&self) {
         let balancers = self.routing.load().balancers();
         let mut waiting = tokio::task::JoinSet::new();

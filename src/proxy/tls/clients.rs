@@ -11,6 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::BytesMut;
 use http::HeaderValue;
+use rustls::SignatureScheme;
 use rustls::client::verify_server_name;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::danger::ClientCertVerifier;
@@ -184,24 +185,34 @@ impl fmt::Debug for ByName {
 }
 
 impl ByName {
-    fn find(&self, name: Option<&str>) -> Option<Arc<CertifiedKey>> {
+    /// Of those for the name, the first with which the client can verify a signature: one name may have keys of several
+    /// kinds. Without one for the name, the first of all is for everything.
+    fn find(&self, name: Option<&str>, schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        let is_known = |key: &Arc<CertifiedKey>| key.key.choose_scheme(schemes).is_some();
         let name = name.and_then(|name| ServerName::try_from(name).ok());
-        let named = name.and_then(|name| {
-            let is_for = |leaf: &CertificateDer<'_>| {
-                let parsed = ParsedCertificate::try_from(leaf);
-                parsed.is_ok_and(|parsed| verify_server_name(&parsed, &name).is_ok())
-            };
-            self.0
-                .iter()
-                .map(|pair| pair.current())
-                .find(|key| key.cert.first().is_some_and(is_for))
-        });
-        named.or_else(|| self.0.first().map(|pair| pair.current()))
+        let is_for = |leaf: &CertificateDer<'_>, name: &ServerName<'_>| {
+            let parsed = ParsedCertificate::try_from(leaf);
+            parsed.is_ok_and(|parsed| verify_server_name(&parsed, name).is_ok())
+        };
+        let all = || self.0.iter().map(|pair| pair.current());
+        let mut first = None;
+        if let Some(name) = name {
+            for key in all().filter(|key| key.cert.first().is_some_and(|leaf| is_for(leaf, &name)))
+            {
+                if is_known(&key) {
+                    return Some(key);
+                }
+                first.get_or_insert(key);
+            }
+        }
+        first
+            .or_else(|| all().find(is_known))
+            .or_else(|| all().next())
     }
 }
 
 impl ResolvesServerCert for ByName {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        self.find(hello.server_name())
+        self.find(hello.server_name(), hello.signature_schemes())
     }
 }
