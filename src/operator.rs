@@ -31,8 +31,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 ///
 /// Drains and weights are kept in etcd beside the registration: they hold for this process, also when it loses its
 /// lease and registers again (for entries that do not say their run, as long as the lease), and say nothing of a
-/// successor with the same id. What is left of nodes that have been gone for a week is removed when an operator drains or
-/// weighs another node of the group. The balancers of this crate follow them (`BalancerService`, `LiveLoadBalancer`, `ClusterBackends` and the bundled load balancer); a view
+/// successor with the same id. What is left of nodes that are gone is removed when an operator drains or
+/// weighs another node of the group, a week after that has first found the node gone. The balancers of this crate follow them (`BalancerService`, `LiveLoadBalancer`, `ClusterBackends` and the bundled load balancer); a view
 /// of a group (`ServiceDiscovery`) still shows what the node says of itself.
 ///
 /// ```

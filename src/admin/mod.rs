@@ -33,6 +33,7 @@
 
 mod events;
 mod group;
+mod listener;
 mod metrics;
 mod operate;
 mod page;

@@ -14,6 +14,7 @@ use tracing::{info, warn};
 
 use super::events::{Event, Events};
 use super::group::Group;
+use super::listener::LimitedListener;
 use super::router::router;
 use super::shown::Shown;
 use crate::config::{self, ClusterConfig};
@@ -88,7 +89,7 @@ impl Admin {
         following.spawn(follow_all(shown.clone()));
         let listener = self.listen().await;
         info!(listen = %self.options.listen, "the admin page is served");
-        axum::serve(listener, router(shown))
+        axum::serve(LimitedListener::new(listener), router(shown))
             .with_graceful_shutdown(closing())
             .await
     }
@@ -110,9 +111,10 @@ impl Admin {
     }
 }
 
-/// A successor listens here as soon as this process accepts nothing any more. Open pages stay open.
+/// A successor listens here as soon as this process accepts nothing any more. Open pages stay open. Without one, the page
+/// shows the process to its end.
 async fn closing() {
-    while !Shutdown::of_process().has_closed() {
+    while !Shutdown::of_process().has_successor() {
         tokio::time::sleep(RETRY).await;
     }
 }

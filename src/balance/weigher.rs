@@ -304,6 +304,7 @@ impl Weigher {
             }
         }
         let mean = *self.roster.controlled_load();
+        let is_used = self.roster.is_used();
         let registrations = self.roster.registrations_mut();
         for at in &new {
             let Some(registration) = registrations.get_mut(*at as usize) else {
@@ -311,7 +312,7 @@ impl Weigher {
             };
             let is_new = std::mem::take(&mut registration.has_new_load);
             // With a single report there is nothing to compare it with, and without traffic a low load says nothing.
-            if !is_new || mean.count() < 2 || !registration.takes_traffic() {
+            if !is_new || mean.count() < 2 || !is_used(registration) {
                 continue;
             }
             let was_used = std::mem::take(&mut registration.was_used);

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use super::cluster::ClusterConfig;
 use super::group::{DEFAULT_GROUP, Group};
-use super::route::Route;
 use super::values::is_token;
 use crate::error::ClusterError;
 
@@ -162,8 +161,12 @@ impl ClusterConfig {
                 );
                 return Err(ClusterError::config(field, reason));
             }
-            let is_same = |other: &Route| route.name.is_some() && other.name == route.name;
-            if before.iter().any(is_same) {
+            // One without a name is called by its number.
+            let name_of = |index: usize| match &self.routes[index].name {
+                Some(name) => name.clone(),
+                None => format!("route-{}", index + 1),
+            };
+            if (0..index).any(|before| name_of(before) == name_of(index)) {
                 let reason = "is the name of another route";
                 return Err(ClusterError::config(format!("{field}.name"), reason));
             }

@@ -47,6 +47,7 @@ pub use format::{
     Scheme, WeightAt, ZeroWeight,
 };
 pub use handle::ServiceDiscovery;
+#[cfg(feature = "pingora")]
 pub(crate) use overrides::Overrides;
 pub use rejected::RejectedEntries;
 pub use self_preservation::SelfPreservation;

@@ -5,9 +5,11 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
+use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use super::settings::Settings;
@@ -20,6 +22,10 @@ use crate::view::NodeOverride;
 const MAX_LENGTH: u64 = 64 << 20;
 /// Added to the name of the snapshot file.
 const SUFFIX: &str = ".overrides";
+/// How long the file may take to be read.
+const READ_WITHIN: Duration = Duration::from_secs(2);
+/// A file that could not be written is written again after this time.
+const WRITE_AGAIN: Duration = Duration::from_secs(10);
 
 #[derive(Serialize, Deserialize)]
 struct Contents {
@@ -67,8 +73,11 @@ impl OverridesFile {
             contents.map_err(|error| format!("it cannot be parsed: {error}"))
         };
         // An error of the task says that it panicked, or that the runtime ends.
-        let read = spawn_blocking(read).await;
-        let contents = read.unwrap_or_else(|error| Err(error.to_string()));
+        let contents = match timeout(READ_WITHIN, spawn_blocking(read)).await {
+            Ok(read) => read.unwrap_or_else(|error| Err(error.to_string())),
+            // As on a network file system that hangs. What etcd says is not to wait for that.
+            Err(_) => Err("it could not be read in time".to_owned()),
+        };
         match contents {
             Ok(contents) => {
                 let contents = contents?;
@@ -104,22 +113,31 @@ impl OverridesFile {
             key_prefix: self.key_prefix.clone(),
             overrides: overrides.clone(),
         };
-        spawn_blocking(move || {
+        let (contents, shown) = (Arc::new(contents), path.clone());
+        let write = move || {
             let mut written = lock(&written);
             if *written > state {
-                return;
+                return Ok(());
             }
             let result = private_file::replace(&path, |file| {
                 let mut file = std::io::BufWriter::new(file);
-                serde_json::to_writer(&mut file, &contents)?;
+                serde_json::to_writer(&mut file, &*contents)?;
                 file.flush()
             });
             *written = state;
-            if let Err(error) = result {
-                let path = path.display();
-                say(
-                    || warn!(%error, %path, "what operators say of nodes cannot be written; it is lost if this process ends"),
-                );
+            result
+        };
+        tokio::spawn(async move {
+            let mut is_told = false;
+            // Until it is written, or a later state is.
+            while let Ok(Err(error)) = spawn_blocking(write.clone()).await {
+                if !std::mem::replace(&mut is_told, true) {
+                    let path = shown.display();
+                    say(
+                        || warn!(%error, %path, "what operators say of nodes cannot be written; it is lost if this process ends before it can"),
+                    );
+                }
+                sleep(WRITE_AGAIN).await;
             }
         });
     }

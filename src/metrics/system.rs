@@ -14,6 +14,10 @@ use crate::sync::lock;
 
 /// CPU, memory and load of this machine (feature `system-metrics`).
 ///
+/// In a container these are those of the whole machine: give the load of the process itself, as a
+/// [`LoadReporter`](super::LoadReporter) does, or run it by `pingora-etcd register`, which knows the limits of a
+/// container.
+///
 /// Reports `cpu_usage_percent` since the previous call, `memory_usage_percent`,
 /// `memory_available_bytes` and `load_avg_1m`. CPU usage is the difference between two readings.
 /// [`new`](Self::new) takes the first one, and a call within 200 ms of a reading waits until that

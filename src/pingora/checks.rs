@@ -63,11 +63,42 @@ struct Known {
     next: Option<Instant>,
 }
 
-/// A result, and whether the node was down before.
+/// A result, and what was known before.
 struct Done {
     node: Arc<Node>,
     result: Result<(), String>,
-    was_down: bool,
+    before: Option<bool>,
+}
+
+/// How many checks run. Answers may be long in coming, or never come, of nodes that are down and of those that have just
+/// joined, so that some places are for others.
+struct Running {
+    most: usize,
+    unchecked: usize,
+    well: usize,
+    down: usize,
+}
+
+impl Running {
+    fn of(&mut self, is_well: Option<bool>) -> &mut usize {
+        match is_well {
+            None => &mut self.unchecked,
+            Some(true) => &mut self.well,
+            Some(false) => &mut self.down,
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.unchecked + self.well + self.down >= self.most
+    }
+
+    fn may_check_unchecked(&self) -> bool {
+        self.unchecked < (self.most * 3 / 4).max(1)
+    }
+
+    fn may_check_down(&self) -> bool {
+        self.down < (self.most / 2).max(1)
+    }
 }
 
 /// When each node is checked next.
@@ -88,12 +119,12 @@ impl Due {
         due.insert((at, id));
     }
 
-    /// Those whose turn it is at that time, if any: first who has not been checked, because it gets no requests before.
-    fn first(&mut self, with_down: bool) -> Option<&mut BTreeSet<(Instant, String)>> {
-        if !self.unchecked.is_empty() {
+    /// Those whose turn it is, if any: first who has not been checked, because it gets no requests before.
+    fn first(&mut self, running: &Running) -> Option<&mut BTreeSet<(Instant, String)>> {
+        if !self.unchecked.is_empty() && running.may_check_unchecked() {
             return Some(&mut self.unchecked);
         }
-        let down = self.down.first().filter(|_| with_down);
+        let down = self.down.first().filter(|_| running.may_check_down());
         match (self.well.first(), down) {
             (None, None) => None,
             (Some(well), Some(down)) if down < well => Some(&mut self.down),
@@ -102,13 +133,13 @@ impl Due {
         }
     }
 
-    fn next(&mut self, with_down: bool) -> Option<Instant> {
-        self.first(with_down)?.first().map(|(at, _)| *at)
+    fn next(&mut self, running: &Running) -> Option<Instant> {
+        self.first(running)?.first().map(|(at, _)| *at)
     }
 
     /// Takes the next one whose time has come.
-    fn take(&mut self, now: Instant, with_down: bool) -> Option<(Instant, String)> {
-        let due = self.first(with_down)?;
+    fn take(&mut self, now: Instant, running: &Running) -> Option<(Instant, String)> {
+        let due = self.first(running)?;
         due.first()
             .is_some_and(|(at, _)| *at <= now)
             .then(|| due.pop_first())?
@@ -183,9 +214,8 @@ struct Round<'a> {
     checker: &'a Checker,
     balancer: &'a Balancer,
     due: Due,
-    running: JoinSet<Done>,
-    /// How many of those that run are of nodes that are down: their answers may be long in coming, or never come.
-    running_down: usize,
+    checks_running: JoinSet<Done>,
+    running: Running,
     /// The balancer has results that are not published.
     is_unpublished: bool,
     /// No earlier than then.
@@ -199,8 +229,13 @@ impl<'a> Round<'a> {
             checker,
             balancer,
             due: Due::default(),
-            running: JoinSet::new(),
-            running_down: 0,
+            checks_running: JoinSet::new(),
+            running: Running {
+                most: checker.check.config().at_once,
+                unchecked: 0,
+                well: 0,
+                down: 0,
+            },
             is_unpublished: false,
             publish_at: Instant::now(),
         }
@@ -221,28 +256,19 @@ impl<'a> Round<'a> {
         }
     }
 
-    fn most_at_once(&self) -> usize {
-        self.checker.check.config().at_once
-    }
-
-    /// Whether one more node that is down may be checked now: half of the places are for others.
-    fn may_check_down(&self) -> bool {
-        self.running_down < (self.most_at_once() / 2).max(1)
-    }
-
     async fn run(mut self, discovery: &ServiceDiscovery) -> Infallible {
         let mut changes = discovery.changes();
         self.begin();
         loop {
             self.start_due();
-            let is_full = self.running.len() >= self.most_at_once();
-            let next = self.due.next(self.may_check_down());
+            let is_full = self.running.is_full();
+            let next = self.due.next(&self.running);
             let next = next
                 .filter(|_| !is_full)
                 .unwrap_or_else(|| Instant::now() + IDLE);
             tokio::select! {
                 change = changes.next() => self.apply(&change),
-                Some(done) = self.running.join_next() => {
+                Some(done) = self.checks_running.join_next() => {
                     // Whoever has panicked has been caught.
                     self.is_unpublished |= done.is_ok_and(|done| self.take(done));
                 }
@@ -279,8 +305,8 @@ impl<'a> Round<'a> {
     fn start_due(&mut self) {
         let now = Instant::now();
         let mut all = lock(&self.checks.known);
-        while self.running.len() < self.most_at_once()
-            && let Some((at, id)) = self.due.take(now, self.may_check_down())
+        while !self.running.is_full()
+            && let Some((at, id)) = self.due.take(now, &self.running)
         {
             // One that has left is not checked any more, and a new process has a time of its own.
             let Some(known) = all.get_mut(&id).filter(|known| known.next == Some(at)) else {
@@ -290,9 +316,9 @@ impl<'a> Round<'a> {
             let node = known.node.clone();
             let checker = self.checker.clone();
             let addr = self.balancer.address_of(&node);
-            let was_down = known.state.is_well() == Some(false);
-            self.running_down += usize::from(was_down);
-            self.running.spawn(async move {
+            let before = known.state.is_well();
+            *self.running.of(before) += 1;
+            self.checks_running.spawn(async move {
                 let checking = async {
                     let peer = (checker.peer)(addr, &node)?;
                     checker.check.check(&peer).await
@@ -301,7 +327,7 @@ impl<'a> Round<'a> {
                 Done {
                     node,
                     result,
-                    was_down,
+                    before,
                 }
             });
         }
@@ -310,7 +336,7 @@ impl<'a> Round<'a> {
     /// Takes over a result. Returns whether the balancer has to publish it.
     fn take(&mut self, done: Done) -> bool {
         let Done { node, result, .. } = done;
-        self.running_down -= usize::from(done.was_down);
+        *self.running.of(done.before) -= 1;
         let config = self.checker.check.config();
         let mut all = lock(&self.checks.known);
         let Some(known) = all.get_mut(&node.id) else {

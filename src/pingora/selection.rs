@@ -74,6 +74,8 @@ struct Weighted {
 struct Published {
     /// Their positions among all backends.
     positions: Box<[usize]>,
+    /// Where nobody takes traffic: those that still can, until Pingora has discovered who takes their place.
+    waiting: Box<[usize]>,
     spread: Spread,
 }
 
@@ -119,6 +121,22 @@ impl Weighted {
         None
     }
 
+    /// While all nodes that Pingora knows have ended their service, and it has not discovered those that have begun theirs:
+    /// who drains can still serve.
+    fn waiting_for_discovery(&self) -> Vec<usize> {
+        let Some(weights) = &self.weights else {
+            return Vec::new();
+        };
+        let unused = weights.unused_beside_used();
+        let is_there = |backend: &Backend| {
+            let addr = backend.addr.as_inet();
+            addr.is_some_and(|addr| unused.contains(addr))
+        };
+        let backends = self.backends.iter().enumerate();
+        let there = backends.filter(|(_, backend)| is_there(backend));
+        there.map(|(index, _)| index).collect()
+    }
+
     fn next_in_turn(&self) -> Option<usize> {
         let published = self.published.load();
         if published.positions.is_empty() {
@@ -159,7 +177,9 @@ impl WeightsDependent for Weighted {
     fn rebuild(&self) {
         let mut shares = lock(&self.shares);
         let current = self.backends.iter().map(share);
-        if current.clone().eq(shares.iter().copied()) {
+        // Whoever else is there is not among them.
+        let is_same = current.clone().eq(shares.iter().copied());
+        if is_same && shares.iter().any(Option::is_some) {
             return;
         }
         *shares = current.collect();
@@ -167,9 +187,14 @@ impl WeightsDependent for Weighted {
         let (positions, taking): (Vec<_>, Vec<_>) = taking
             .filter_map(|(position, share)| Some((position, (*share)?)))
             .unzip();
+        let waiting = match positions.is_empty() {
+            true => self.waiting_for_discovery(),
+            false => Vec::new(),
+        };
         self.published.store(Arc::new(Published {
             spread: Spread::new(&taking),
             positions: positions.into(),
+            waiting: waiting.into(),
         }));
     }
 }
@@ -278,28 +303,12 @@ fn shuffled(weighted: &Weighted, chosen: &[usize]) -> Vec<usize> {
         .filter_map(key)
         .collect();
     if keyed.is_empty() && chosen.is_empty() {
-        return waiting_for_discovery(weighted);
+        let mut waiting = weighted.published.load().waiting.to_vec();
+        fastrand::shuffle(&mut waiting);
+        return waiting;
     }
     keyed.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(b.1.total_cmp(&a.1)));
     keyed.into_iter().map(|(_, _, index)| index).collect()
-}
-
-/// While all nodes that Pingora knows have ended their service, and it has not discovered those that have begun theirs: who
-/// drains can still serve.
-fn waiting_for_discovery(weighted: &Weighted) -> Vec<usize> {
-    let Some(weights) = &weighted.weights else {
-        return Vec::new();
-    };
-    let unused = weights.unused_beside_used();
-    let is_there = |backend: &Backend| {
-        let addr = backend.addr.as_inet();
-        addr.is_some_and(|addr| unused.contains(addr))
-    };
-    let backends = weighted.backends.iter().enumerate();
-    let there = backends.filter(|(_, backend)| is_there(backend));
-    let mut there: Vec<_> = there.map(|(index, _)| index).collect();
-    fastrand::shuffle(&mut there);
-    there
 }
 
 #[cfg(test)]

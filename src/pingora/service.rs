@@ -56,7 +56,7 @@ pub struct BalancerService {
     keeps_learned: AtomicBool,
     operators: Operators,
     /// What operators say of the nodes of a group that is not used yet.
-    heard: Mutex<Overrides>,
+    heard: Mutex<Option<Overrides>>,
 }
 
 impl BalancerService {
@@ -141,7 +141,7 @@ impl BalancerService {
     pub(crate) async fn follow(&self) {
         let span = balancer_span(&self.discovery);
         let hearing = async {
-            let take = |overrides: &Overrides| lock(&self.heard).clone_from(overrides);
+            let take = |overrides: &Overrides| *lock(&self.heard) = Some(overrides.clone());
             tokio::select! {
                 never = self.operators.follow(&self.discovery, take) => match never {},
                 // From then on, whoever runs this does.
@@ -154,9 +154,12 @@ impl BalancerService {
         );
     }
 
-    /// Takes over the nodes that are followed and what operators say of them.
+    /// Takes over the nodes that are followed and what operators say of them. If that is not known, what they have said
+    /// before still holds.
     pub(crate) fn begin_with_followed(&self) {
-        self.balancer.set_overrides(&lock(&self.heard));
+        if let Some(heard) = lock(&self.heard).take() {
+            self.balancer.set_overrides(&heard);
+        }
         self.catch_up();
     }
 

@@ -189,16 +189,22 @@ impl Slots {
         let common = weights().fold(0, greatest_common_divisor);
         let most = (WEIGHT_OF_EACH * used().count()).clamp(WEIGHT_OF_FEW, MOST_WEIGHT_OF_ALL);
         let least = weights().sum::<usize>().div_ceil(most);
-        let is_near = |weight: usize| {
-            let seen = units(weight, self.divisor) * self.divisor;
+        let is_near = |weight: usize, divisor: usize| {
+            let seen = units(weight, divisor) * divisor;
             seen.abs_diff(weight) as f64 <= MOST_ERROR * weight as f64
         };
-        let fits = weights().all(is_near)
+        // Somewhat more than is needed now, so that one more backend does not need another one.
+        let new = match common >= least {
+            true => common.max(1),
+            false => least + least / 4,
+        };
+        // What is too small for a new one, too, is no reason for it.
+        let fits = weights().all(|it| is_near(it, self.divisor) || !is_near(it, new))
             && self.divisor >= least
             && common / self.divisor < MOST_IN_A_ROW;
         match some_are_as_before && fits {
             true => self.divisor,
-            false => common.max(least).max(1),
+            false => new,
         }
     }
 

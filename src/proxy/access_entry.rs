@@ -2,8 +2,8 @@
 
 use std::time::SystemTime;
 
-use ::pingora::Error;
 use ::pingora::proxy::Session;
+use ::pingora::{Error, ErrorSource};
 use http::header::{HOST, REFERER, USER_AGENT};
 use http::{HeaderName, Version};
 
@@ -13,10 +13,15 @@ use super::grpc::Call;
 use super::outcome::Outcome;
 use super::trace::traceparent;
 
-/// Whether a request has failed, whatever its status says: a response has broken off, or a call of gRPC was not served.
-pub(super) fn has_failed(session: &Session, outcome: &Outcome) -> bool {
-    let head = session.response_written();
-    *outcome == Outcome::Failed || head.is_some_and(|head| Call::is_unserved(&head.headers))
+/// Whether a request has failed, whatever its status says: a response has broken off, but for a client that has left, or
+/// a call of gRPC was not served.
+pub(super) fn has_failed(session: &Session, error: Option<&Error>, outcome: &Outcome) -> bool {
+    let Some(head) = session.response_written() else {
+        return *outcome == Outcome::Failed;
+    };
+    let is_cut = error.is_some_and(|error| error.esource() != &ErrorSource::Downstream)
+        && head.status.is_success();
+    *outcome == Outcome::Failed || is_cut || Call::is_unserved(&head.headers)
 }
 
 /// The line of a request that has ended.

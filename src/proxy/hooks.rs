@@ -400,7 +400,7 @@ impl ProxyHttp for ClusterProxy {
         state.leader_load = None;
         state.place = None;
         // All that it has asked for has been sent.
-        let error = error.filter(|_| !state.is_draining());
+        let error = error.filter(|_| state.is_refused || !state.is_draining());
         let status = session.response_written().map(|response| response.status);
         let verdict = state
             .call
@@ -411,7 +411,7 @@ impl ProxyHttp for ClusterProxy {
         };
         let code = status.map(|status| status.as_u16());
         let span = state.span.take();
-        let has_failed = has_failed(session, &outcome);
+        let has_failed = has_failed(session, error, &outcome);
         let log = self
             .access_log
             .as_ref()

@@ -176,7 +176,10 @@ impl Peers {
     /// A backend closes idle connections after this number of seconds. The pool has to let go of them
     /// before.
     pub(super) fn closes_after(&self, addr: SocketAddr, seconds: u64) {
-        let before = Duration::from_secs(seconds.saturating_sub(1).max(1));
+        let before = match seconds {
+            0 | 1 => Duration::from_millis(500 * seconds),
+            _ => Duration::from_secs(seconds - 1),
+        };
         let hint = (before < self.pool_idle).then_some(before);
         if self.hints.load().get(&addr).copied() == hint {
             return;
@@ -215,9 +218,10 @@ mod tests {
             peer.options.idle_timeout
         };
         assert_eq!(idle(), Some(Duration::from_secs(4)));
-        for (says, expected) in [(2, 1), (0, 1), (3, 2), (60, 4)] {
+        for (says, expected) in [(2, 1_000), (1, 500), (0, 0), (3, 2_000), (60, 4_000)] {
             peers.closes_after(addr, says);
-            assert_eq!(idle(), Some(Duration::from_secs(expected)), "{says}");
+            let expected = Duration::from_millis(expected);
+            assert_eq!(idle(), Some(expected), "{says}");
         }
         assert!(peers.hints.load().is_empty());
     }

@@ -86,6 +86,8 @@ pub(super) struct RequestState {
     /// flight.
     pub(super) upstream: Option<Upstream>,
     pub(super) tried: Vec<SocketAddr>,
+    /// How many requests the current backend had answered before, if the client sets the time.
+    pub(super) answers_before: u64,
     pub(super) retries: usize,
     /// How often it has been sent, or a connection for it was tried.
     pub(super) tries: usize,
@@ -133,6 +135,7 @@ impl RequestState {
             answered: None,
             upstream: None,
             tried: Vec::new(),
+            answers_before: 0,
             retries: 0,
             tries: 0,
             is_retried_for_status: false,
@@ -278,17 +281,26 @@ impl RequestState {
     /// over: for at least half of that time. A client that sets it itself has to allow some, because with very little
     /// it could have any backend left out.
     pub(super) fn is_overdue(&self) -> bool {
-        let of_call = self.call.and_then(Call::timeout);
-        let (ours, of_call) = (
-            self.timeout.unwrap_or(Duration::MAX),
-            of_call.unwrap_or(Duration::MAX),
-        );
-        let least = match of_call < ours {
+        let (ours, of_client) = self.times();
+        let least = match of_client < ours {
             true => LEAST_OF_CLIENTS,
             false => Duration::ZERO,
         };
-        let enough = (ours.min(of_call) / 2).max(least);
+        let enough = (ours.min(of_client) / 2).max(least);
         self.answered.is_none() && self.sent.elapsed() >= enough
+    }
+
+    /// Whether the client has set the time that the request has.
+    pub(super) fn has_time_of_client(&self) -> bool {
+        let (ours, of_client) = self.times();
+        of_client < ours
+    }
+
+    /// The time that the request may take by the configuration, and by its client.
+    fn times(&self) -> (Duration, Duration) {
+        let of_client = self.call.and_then(Call::timeout);
+        let or_any = |time: Option<Duration>| time.unwrap_or(Duration::MAX);
+        (or_any(self.timeout), or_any(of_client))
     }
 
     /// Whether the request may be tried once more.
@@ -306,5 +318,53 @@ impl RequestState {
     /// The latency of the backend: until it answered, or until now.
     pub(super) fn latency(&self) -> Duration {
         self.answered.unwrap_or_else(|| self.sent.elapsed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::header::CONTENT_TYPE;
+    use http::{HeaderMap, HeaderValue};
+
+    use super::*;
+
+    #[test]
+    fn a_silence_that_is_long_beside_the_time_of_the_request_is_a_fault() {
+        for (ours, of_client, silent, expected) in [
+            (Some(400), None, 250, true),
+            (Some(400), None, 150, false),
+            (Some(60_000), None, 29_000, false),
+            (Some(60_000), None, 31_000, true),
+            // What a client allows has to be something.
+            (None, Some("400m"), 390, false),
+            (None, Some("600m"), 400, false),
+            (None, Some("600m"), 550, true),
+            (None, Some("10S"), 6_000, true),
+            (None, Some("10S"), 4_000, false),
+            (Some(60_000), Some("10S"), 6_000, true),
+            (Some(400), Some("10S"), 250, true),
+        ] {
+            let mut state = RequestState::new();
+            state.timeout = ours.map(Duration::from_millis);
+            state.call = of_client.and_then(|timeout| {
+                Call::of(&HeaderMap::from_iter([
+                    (CONTENT_TYPE, HeaderValue::from_static("application/grpc")),
+                    (
+                        http::HeaderName::from_static("grpc-timeout"),
+                        HeaderValue::from_static(timeout),
+                    ),
+                ]))
+            });
+            let ago = Instant::now().checked_sub(Duration::from_millis(silent));
+            state.sent = ago.unwrap();
+            assert_eq!(
+                state.is_overdue(),
+                expected,
+                "{ours:?} {of_client:?} {silent}"
+            );
+            // It has begun to answer.
+            state.answered = Some(Duration::ZERO);
+            assert!(!state.is_overdue());
+        }
     }
 }

@@ -126,7 +126,12 @@ impl Route {
         })
     }
 
-    /// Continues to count where a route of the same name is.
+    /// Whether it is for the same requests.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        format!("{:?}", self.conditions) == format!("{:?}", other.conditions)
+    }
+
+    /// Continues to count where the same route is.
     pub(super) fn count_with(&mut self, former: &Self) {
         self.requests = former.requests.clone();
     }

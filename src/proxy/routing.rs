@@ -54,7 +54,11 @@ impl Routing {
             let made = Route::new(route, index + 1, &groups);
             let mut made = made.ok_or_else(|| missing(format!("cluster.routes[{index}]")))?;
             let same = former.into_iter().flat_map(|former| &former.routes);
-            if let Some(same) = same.clone().find(|same| same.name == made.name) {
+            // A number may be that of another route now.
+            let has_name = route.name.is_some();
+            let is_same =
+                |same: &&Arc<Route>| same.name == made.name && (has_name || same.is_like(&made));
+            if let Some(same) = same.clone().find(is_same) {
                 made.count_with(same);
             }
             routes.push(Arc::new(made));

@@ -23,6 +23,9 @@ use super::request_state::RequestState;
 use super::retry::{Decision, RetryRules, decide};
 use crate::balance::Upstream;
 
+/// A request for a tunnel passes by so many backends that cannot pass it on.
+const MOST_SKIPPED: usize = 16;
+
 fn is_failure(status: StatusCode) -> bool {
     status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS
 }
@@ -39,6 +42,7 @@ impl GroupProxy {
         state.body_bytes = 0;
         state.has_body_begun = false;
         state.is_blameless = false;
+        let mut skipped = 0;
         loop {
             if !std::mem::take(&mut state.is_found) {
                 let found = self.find_backend(session, state).await;
@@ -50,14 +54,23 @@ impl GroupProxy {
                 return Err(unavailable("no backend is registered"));
             };
             if state.is_upgrade && !self.peers.passes_upgrades(&node) {
-                if state.upstream.is_none() || self.is_last_try(state) {
-                    return Err(refused(501, "no tunnel goes through a backend of HTTP/2"));
-                }
                 // Others may speak HTTP/1.
-                state.upstream = None;
+                skipped += 1;
+                let is_leader = state.upstream.take().is_none();
+                self.picker.overload.freed();
+                if is_leader || self.is_last_try(state) || skipped == MOST_SKIPPED {
+                    return Err(match state.tries {
+                        0 => refused(501, "no tunnel goes through a backend of HTTP/2"),
+                        _ => bad_gateway("no other backend can pass on a tunnel"),
+                    });
+                }
                 continue;
             }
             state.tries += 1;
+            state.answers_before = match state.call.and_then(Call::timeout) {
+                Some(_) => self.statistics.backend(addr).answered.count(),
+                None => 0,
+            };
             let asked = Asked {
                 is_upgrade: state.is_upgrade,
                 is_short: state.is_short,
@@ -202,12 +215,13 @@ impl GroupProxy {
         mut error: Box<Error>,
         state: &mut RequestState,
     ) -> Box<Error> {
+        let is_at_fault = state.time_left().is_ok() || self.is_at_fault(state);
         let upstream = state.upstream.take();
         if is_local(&error) {
             return self.after_local_failure(error, upstream, state);
         }
         if let Some(upstream) = upstream
-            && (state.time_left().is_ok() || state.is_overdue())
+            && is_at_fault
         {
             self.blame(upstream, Upstream::unreachable);
         }
@@ -255,6 +269,17 @@ impl GroupProxy {
         !self.balancer.has_other_than(&state.tried)
     }
 
+    /// Whether the current backend is to blame though the time of the request is over. Where a client has set that time, only
+    /// if it has answered nobody else meanwhile: not every request is as fast as its client likes.
+    fn is_at_fault(&self, state: &RequestState) -> bool {
+        let answers = || {
+            let addr = state.addr();
+            addr.map(|addr| self.statistics.backend(addr).answered.count())
+        };
+        let answers_others = || answers().is_some_and(|answers| answers > state.answers_before);
+        state.is_overdue() && !(state.has_time_of_client() && answers_others())
+    }
+
     /// A try has failed after something may have been sent.
     pub(super) fn after_failure(
         &self,
@@ -278,7 +303,7 @@ impl GroupProxy {
         }
         // The backend waited for the client, or others have used the time of the request.
         state.is_blameless |= had_little_time(state, &error)
-            || state.time_left().is_err() && !(state.is_complete && state.is_overdue());
+            || state.time_left().is_err() && !(state.is_complete && self.is_at_fault(state));
         let failure = failure(session, state, &error, client_reused);
         let rules = RetryRules {
             most: state.most_retries,

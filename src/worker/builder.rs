@@ -132,6 +132,14 @@ impl ClusterNodeBuilder {
         self
     }
 
+    /// What tells this life of the process from others, where one process is a node several times in turn.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn run_id(mut self, run: u64) -> Self {
+        self.config.run = Some(run);
+        self
+    }
+
     /// Where the node runs: 512 bytes at most, without control characters. Default: none.
     #[must_use]
     pub fn zone(mut self, zone: impl Into<String>) -> Self {

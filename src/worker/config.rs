@@ -39,6 +39,8 @@ pub(super) struct NodeConfig {
     pub(super) deadband: Deadband,
     pub(super) max_age: Duration,
     pub(super) takeover_after: Duration,
+    /// What tells this life of the process from others, if that outlives a run of the node.
+    pub(super) run: Option<u64>,
 }
 
 impl NodeConfig {
@@ -58,6 +60,7 @@ impl NodeConfig {
             deadband: Deadband::default(),
             max_age: Duration::from_secs(30),
             takeover_after: Duration::from_secs(10),
+            run: None,
         }
     }
 

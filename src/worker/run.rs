@@ -88,7 +88,8 @@ impl<'a> Running<'a> {
             lease,
             has_left: false,
         };
-        state.entry().set_run(fastrand::u64(1..));
+        let run = state.config.run.unwrap_or_else(|| fastrand::u64(1..));
+        state.entry().set_run(run);
         state.feed(Input::Start);
         info!("node starts");
         Ok((running, inbox))

@@ -1,6 +1,7 @@
 //! Tests of the access log, and of traces.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -189,6 +190,36 @@ async fn what_has_failed_has_a_line_whatever_its_status_is() {
     let line: Value = serde_json::from_str(&read[0]).unwrap();
     assert_eq!(line["grpc_status"], 14, "{line}");
     assert_eq!(line["traceparent"], given, "{line}");
+}
+
+/// As a program that collects logs and has stopped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_does_not_read_holds_up_neither_requests_nor_the_end() {
+    let backend = RawBackend::start(ok).await;
+    let pipe = scratch(&group("unread"));
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    // Opened for reading and writing, so that nobody waits.
+    let reader = std::fs::File::options().read(true).write(true).open(&pipe);
+    let log = format!("file: {}, queue: 100", pipe.display());
+    let (mut balancer, _) = before(&[backend.address.port()], "unread", &log, "").await;
+    let mut client = Raw::to(&balancer).await;
+    // More than a pipe and the queue take.
+    for _ in 0..1_000 {
+        assert_eq!(status(&client.get("").await), "200");
+    }
+    drop(client);
+    let start = Instant::now();
+    balancer.program.signal("INT");
+    let (ended, _) = balancer.program.ended().await;
+    assert!(ended.success(), "{ended}: {}", balancer.log_text());
+    assert!(
+        start.elapsed() < Duration::from_secs(12),
+        "{:?}",
+        start.elapsed()
+    );
+    drop(reader);
+    let _ = std::fs::remove_file(pipe);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

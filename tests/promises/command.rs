@@ -216,7 +216,9 @@ async fn any_program_is_a_member_with_its_load_and_is_taken_out_while_its_check_
     })
     .await;
 
-    // A program that answers nothing any more, and then does.
+    // A program that answers nothing any more, and then does. What an operator says of it still holds then.
+    let (weighed, _) = run(&etcd, &group, "weight", &["m", "7"]);
+    assert_eq!(status(&weighed), 0, "{weighed:?}");
     let id = std::process::id();
     let worker = child_of(member.program.child.id());
     assert!(worker != id);
@@ -232,6 +234,8 @@ async fn any_program_is_a_member_with_its_load_and_is_taken_out_while_its_check_
     );
     signal(worker, "CONT");
     until_registered(&mut keys, &group, "m", |_, _| true).await;
+    let (_, table) = run(&etcd, &group, "nodes", &[]);
+    assert!(table.contains("weight 7"), "{table}");
     balancer.until_served_by(&["m"]).await;
 
     // First it drains, then it leaves, then its program gets the signal.

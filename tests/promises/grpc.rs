@@ -10,7 +10,8 @@ use tonic::{Code, Request};
 use super::common::etcd::Etcd;
 use super::common::{free_port, group};
 use super::echo::{EchoClient, EchoServer};
-use super::world::{Balancer, Setup, entry, put, until};
+use super::raw::{RawBackend, ok};
+use super::world::{Balancer, Setup, entry, put, scratch, until};
 
 /// A balancer in front of servers at these ports, and a client.
 async fn before(
@@ -127,6 +128,43 @@ async fn the_status_of_a_call_is_its_outcome() {
         let of_200 = call(200).await;
         assert_eq!(of_200 < 20, is_fault, "{status}: {of_200}");
     }
+}
+
+/// Its calls get a status of the proxy's own, and are no successes of the server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_breaks_off_is_left_out() {
+    let good = EchoServer::start("good").await;
+    // What it says is no HTTP/2.
+    let bad = RawBackend::start(ok).await;
+    let ports = [good.address.port(), bad.address.port()];
+    let fields = "backends: { protocol: h2c }\npolicy: adaptive\naccess_log: { file: FILE }";
+    let file = scratch(&group("grpc-breaks"));
+    let fields = fields.replace("FILE", file.to_str().unwrap());
+    let (balancer, mut client) = before(&ports, "grpc-breaks", Value::Null, &fields).await;
+    let mut call = async |count| {
+        let start = bad.connections();
+        for _ in 0..count {
+            let _ = client.call("one").await;
+        }
+        bad.connections() - start
+    };
+    call(100).await;
+    let of_200 = call(200).await;
+    assert!(of_200 < 20, "{of_200}");
+    assert!(balancer.log_text().contains("a backend fails"));
+    let log = std::fs::read_to_string(&file).unwrap();
+    let lines = log
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let failed: Vec<_> = lines.filter(|line| line["node"] == "n1").collect();
+    assert!(!failed.is_empty());
+    for line in failed {
+        assert!(
+            line["outcome"] != "succeeded" && !line["error"].is_null(),
+            "{line}"
+        );
+    }
+    let _ = std::fs::remove_file(file);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

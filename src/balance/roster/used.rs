@@ -83,7 +83,8 @@ impl Roster {
         self.registrations.iter().filter(move |it| is_used(it))
     }
 
-    fn is_used(&self) -> impl Fn(&Registration) -> bool + Clone {
+    /// Which registrations are used, as of now.
+    pub(in crate::balance) fn is_used(&self) -> impl Fn(&Registration) -> bool + Clone + use<> {
         let (gate, has_checks) = (self.gate(), self.checks.is_some());
         let is_well = move |it: &Registration| it.checked(has_checks) == Checked::Well;
         move |it| it.takes_traffic() && (gate == Gate::Open || is_well(it))

@@ -55,6 +55,8 @@ pub struct Target {
     pub group: String,
     /// Where its nodes are, if the file says it.
     places: Option<Box<ClusterConfig>>,
+    /// Those that the file names for passwords.
+    password_variables: Vec<String>,
 }
 
 impl Connection {
@@ -96,10 +98,15 @@ impl Connection {
                 .filter_map(|name| file.of_group(name));
             all.find(|of_group| of_group.group == group).map(Box::new)
         });
+        let text = self.conf.as_ref().map(std::fs::read_to_string);
         Ok(Target {
             etcd,
             group,
             places,
+            password_variables: match text {
+                Some(Ok(text)) => password_variables(&text),
+                _ => Vec::new(),
+            },
         })
     }
 
@@ -115,10 +122,24 @@ impl Connection {
     }
 }
 
+/// The variables in the lines of a file that are about passwords.
+fn password_variables(text: &str) -> Vec<String> {
+    let lines = text
+        .lines()
+        .map(|line| line.split(" #").next().unwrap_or(line));
+    let of_passwords = lines.filter(|line| line.to_ascii_lowercase().contains("passw"));
+    let names = of_passwords.flat_map(|line| line.split("${").skip(1));
+    names
+        .filter_map(|rest| rest.split(['}', ':']).next())
+        .map(|name| name.trim().to_owned())
+        .collect()
+}
+
 impl Target {
     /// The variables that may contain the password.
     pub fn secrets(&self) -> Vec<String> {
         let mut names = vec![PASSWORD.to_owned()];
+        names.extend(self.password_variables.iter().cloned());
         if let Some(credentials) = &self.etcd.credentials
             && let Password::Env(name) = &credentials.password
         {
@@ -160,5 +181,17 @@ impl Target {
     /// If the options are wrong. Connects to nothing.
     pub fn cluster(&self) -> Result<Cluster, ClusterError> {
         Cluster::connect(self.etcd.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variables_of_passwords_are_found() {
+        let file = "cluster:\n  zone: ${ZONE}\n  etcd:\n    password: ${DB_SECRET} # ${NOT}\n    \
+                    Password: x-${A:-b}-${C}\n";
+        assert_eq!(password_variables(file), ["DB_SECRET", "A", "C"]);
     }
 }

@@ -77,7 +77,7 @@ impl AccessLog {
     /// counted.
     pub(super) fn write(&self, entry: Entry) {
         let lines = self.lines.get_or_init(|| self.start());
-        let line = (entry, Shutdown::of_process().hold());
+        let line = (entry, Shutdown::of_process().writer());
         let is_queued = lines
             .as_ref()
             .is_some_and(|lines| lines.try_send(line).is_ok());

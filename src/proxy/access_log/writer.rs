@@ -85,7 +85,7 @@ impl Writer {
         loop {
             let received = lines.recv_timeout(FLUSH_AFTER);
             // In place of those that come with the lines: the process does not end before they are in the file.
-            let _hold = process.hold();
+            let _hold = process.writer();
             match received {
                 Ok((entry, _)) => self.write(&entry),
                 Err(RecvTimeoutError::Timeout) => {}

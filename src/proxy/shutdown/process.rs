@@ -28,6 +28,7 @@ use crate::supervise::say;
 pub struct Shutdown {
     is_watched: AtomicBool,
     is_draining: AtomicBool,
+    is_succeeded: AtomicBool,
     /// Requests that are being received or answered.
     requests: AtomicUsize,
     /// Open connections of clients, with requests or without.
@@ -70,6 +71,7 @@ impl Shutdown {
         Self {
             is_watched: AtomicBool::new(false),
             is_draining: AtomicBool::new(false),
+            is_succeeded: AtomicBool::new(false),
             requests: AtomicUsize::new(0),
             connections: AtomicUsize::new(0),
             holds: AtomicUsize::new(0),
@@ -99,8 +101,7 @@ impl Shutdown {
         Hold::new(&self.holds)
     }
 
-    /// Keeps the process from ending, although everything has been served: something is still to be written.
-    #[cfg(feature = "opentelemetry")]
+    /// Keeps the process from ending for a while, although everything has been served: something is still to be written.
     pub(in crate::proxy) fn writer(&'static self) -> Hold {
         Hold::new(&self.writers)
     }
@@ -189,6 +190,17 @@ impl Shutdown {
             reloads.send_modify(|count| *count += 1);
         }
         follows.is_some()
+    }
+
+    /// A successor serves.
+    pub(super) fn set_succeeded(&self) {
+        self.is_succeeded.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a successor accepts what this process accepts no more.
+    #[cfg(feature = "admin")]
+    pub(crate) fn has_successor(&self) -> bool {
+        self.is_succeeded.load(Ordering::Relaxed) && self.has_closed()
     }
 
     pub(super) fn begin_draining(&self) {

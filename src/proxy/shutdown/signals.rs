@@ -14,6 +14,8 @@ use crate::supervise::say;
 /// How often to look whether everything has been served.
 const STEP: Duration = Duration::from_millis(10);
 /// How long connections without a request in flight are waited for: clients of HTTP/2 have to read
+/// What is still to be written when everything has been served is waited for at most this long: whoever reads it may not.
+const WRITTEN_WITHIN: Duration = Duration::from_secs(4);
 /// that the connection ends, and new connections have to say what they want.
 const IDLE_CONNECTIONS_WITHIN: Duration = Duration::from_secs(1);
 
@@ -101,6 +103,9 @@ pub(super) async fn until_end(
         {
             return Ended::SecondSignal;
         }
+    }
+    if drain_delay.is_none() {
+        shutdown.set_succeeded();
     }
     let in_flight = shutdown.in_flight();
     say(|| info!(?grace, in_flight, "connections are no longer accepted"));
@@ -199,7 +204,7 @@ async fn served(shutdown: &Shutdown) {
             // A connection that has just been accepted is counted a moment later.
             let is_empty = shutdown.is_closed_and_empty() && waited >= STEP;
             let is_served = is_empty || waited >= IDLE_CONNECTIONS_WITHIN;
-            if is_served && !shutdown.has_writers() {
+            if is_served && (!shutdown.has_writers() || waited >= WRITTEN_WITHIN) {
                 return;
             }
         }

@@ -1,7 +1,10 @@
 //! How loaded the command is: CPU and memory of its processes, and what it says itself.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -117,8 +120,17 @@ impl Load {
         let metrics = self.metrics.clone();
         tokio::spawn(async move {
             loop {
-                let said = timeout(EVERY, source.read(&metrics)).await;
-                state.take(said.unwrap_or_else(|_| Err("no answer in time".to_owned())));
+                let mut reading = pin!(source.read(&metrics));
+                match timeout(EVERY, &mut reading).await {
+                    Ok(said) => state.take(said),
+                    Err(_) => {
+                        state.take(Err("no answer in time".to_owned()));
+                        // A file that hangs keeps a thread: one, and not one more each second.
+                        if matches!(source, Source::File(_)) {
+                            let _ = reading.await;
+                        }
+                    }
+                }
                 sleep(EVERY).await;
             }
         });
@@ -146,13 +158,29 @@ impl State {
     }
 }
 
+fn read(file: &Path) -> Result<String, String> {
+    let read = || -> std::io::Result<String> {
+        let mut text = String::new();
+        let most = MOST as u64 + 1;
+        File::open(file)?.take(most).read_to_string(&mut text)?;
+        Ok(text)
+    };
+    match read() {
+        Ok(text) if text.len() > MOST => Err(format!("it has more than {MOST} bytes")),
+        Ok(text) => Ok(text),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 impl Source {
     async fn read(&self, metrics: &[(String, String)]) -> Result<Map<String, Value>, String> {
         match self {
             Self::None => Ok(Map::new()),
             Self::File(file) => {
-                let text = tokio::fs::read_to_string(file).await;
-                parse(&text.map_err(|error| error.to_string())?, metrics)
+                let file = file.clone();
+                // An error of the task says that it panicked, or that the runtime ends.
+                let text = tokio::task::spawn_blocking(move || read(&file)).await;
+                parse(&text.map_err(|error| error.to_string())??, metrics)
             }
             Self::Url(client, url) => {
                 let response = client.get(url.clone()).send().await;
@@ -251,14 +279,19 @@ impl MetricsCollector for Collector {
             cpu += f64::from(process.cpu_usage());
             memory += process.memory();
         }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = cores();
         let tenth = |value: f64| (value.clamp(0.0, 100.0) * 10.0).round() / 10.0;
         metrics.insert(
             metadata_keys::CPU_USAGE_PERCENT.to_owned(),
-            tenth(cpu / cores as f64).into(),
+            tenth(cpu / cores).into(),
         );
-        if system.total_memory() > 0 {
-            let part = memory as f64 / system.total_memory() as f64;
+        // That of the container, if there is one.
+        let limit = system.cgroup_limits().map(|limits| limits.total_memory);
+        let total = limit.map_or(system.total_memory(), |limit| {
+            limit.min(system.total_memory())
+        });
+        if total > 0 {
+            let part = memory as f64 / total as f64;
             metrics.insert(
                 metadata_keys::MEMORY_USAGE_PERCENT.to_owned(),
                 tenth(part * 100.0).into(),
@@ -267,6 +300,28 @@ impl MetricsCollector for Collector {
         metrics.extend(lock(&self.0.said).clone());
         NodeMetadata::Object(metrics)
     }
+}
+
+/// How many cores the command may use: those of the machine, or of its container, which may be a fraction.
+fn cores() -> f64 {
+    let of_machine = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let read = |file: &str| std::fs::read_to_string(file).ok();
+    let second = read("/sys/fs/cgroup/cpu.max");
+    let first = || {
+        let quota = read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")?;
+        let period = read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")?;
+        Some(format!("{} {}", quota.trim(), period.trim()))
+    };
+    let quota = second.or_else(first).and_then(|text| quota(&text));
+    // Their number is rounded, the quota is not.
+    quota.map_or(of_machine, |quota| quota.min(of_machine.max(1.0)))
+}
+
+/// A quota and its period: `150000 100000` for one and a half cores; `max` or a negative number for any.
+fn quota(text: &str) -> Option<f64> {
+    let (quota, period) = text.trim().split_once(' ')?;
+    let (quota, period): (f64, f64) = (quota.parse().ok()?, period.parse().ok()?);
+    (quota > 0.0 && period > 0.0).then(|| quota / period)
 }
 
 /// A process, and those that it has started.
@@ -294,6 +349,20 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_container_may_have_a_part_of_a_core() {
+        for (text, expected) in [
+            ("50000 100000\n", Some(0.5)),
+            ("150000 100000", Some(1.5)),
+            ("max 100000", None),
+            ("-1 100000", None),
+            ("", None),
+        ] {
+            assert_eq!(quota(text), expected, "{text}");
+        }
+        assert!(cores() > 0.0);
+    }
 
     fn parsed(text: &str, metrics: &[(&str, &str)]) -> Value {
         let metrics: Vec<_> = metrics

@@ -83,6 +83,7 @@ pub fn run(arguments: Arguments) -> Result {
         id: arguments.id()?,
         cluster,
         group: target.group,
+        run: fastrand::u64(1..),
         arguments,
     };
     // Wrong options are an error before the command is started.
@@ -99,10 +100,15 @@ impl Arguments {
         if let Some(ip) = self.ip {
             return Ok(ip);
         }
-        let found = target.etcd.endpoints.iter().find_map(|endpoint| {
+        let found = target.etcd.endpoints.iter().filter_map(|endpoint| {
             let host = endpoint.rsplit("://").next().unwrap_or(endpoint);
             own_address(host.trim_end_matches('/'))
         });
+        // An etcd on this machine says nothing of how others reach it.
+        let found = found.min_by_key(IpAddr::is_loopback);
+        if let Some(address) = found.filter(IpAddr::is_loopback) {
+            warn!(%address, "this address is registered, which others cannot reach; --ip gives another one");
+        }
         found.ok_or_else(|| Failure::Error("give the address of this machine by --ip".into()))
     }
 
@@ -136,6 +142,7 @@ struct Sidecar {
     arguments: Arguments,
     cluster: Cluster,
     group: String,
+    run: u64,
     id: String,
     address: SocketAddr,
     /// Variables that are for this program only.
@@ -155,6 +162,8 @@ impl Sidecar {
             .tags(&arguments.tags)
             .priority(arguments.priority)
             .metrics_update_interval(METRICS_INTERVAL)
+            // What an operator says of it holds also after its check has failed for a while.
+            .run_id(self.run)
             .metrics_collector(load);
         if let Some(zone) = &arguments.zone {
             node = node.zone(zone);
