@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig, ResolverOpts};
@@ -11,25 +11,22 @@ use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::rr::RecordType;
 use tokio::task::JoinSet;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 use tracing::warn;
 
 use super::names::{Names, Resolved};
 
 /// This many names are resolved at once.
 const AT_ONCE: usize = 16;
+/// How often a resolver is tried to be made, as long as there is none.
+const RESOLVER_AGAIN: Duration = Duration::from_secs(5);
 /// An answer takes at most this long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Resolves names whenever they are due, with these servers; without any, with those of the system.
 pub(super) async fn resolve(names: Arc<Names>, servers: Vec<SocketAddr>) {
-    let resolver = match resolver(&servers) {
-        Ok(resolver) => Arc::new(resolver),
-        Err(error) => {
-            warn!(error, "host names cannot be resolved: there is no resolver");
-            return;
-        }
-    };
+    let mut file = servers.is_empty().then(ResolverFile::default);
+    let mut resolver = first_resolver(&servers).await;
     // What an earlier run had begun.
     names.restart();
     let mut waiting: VecDeque<String> = VecDeque::new();
@@ -37,6 +34,13 @@ pub(super) async fn resolve(names: Arc<Names>, servers: Vec<SocketAddr>) {
     loop {
         let (due, next) = names.take_due(Instant::now());
         waiting.extend(due);
+        // As when a network has come, or has got another server.
+        if !waiting.is_empty()
+            && file.as_mut().is_some_and(ResolverFile::has_changed)
+            && let Ok(new) = self::resolver(&servers)
+        {
+            resolver = Arc::new(new);
+        }
         while running.len() < AT_ONCE
             && let Some(name) = waiting.pop_front()
         {
@@ -64,6 +68,40 @@ pub(super) async fn resolve(names: Arc<Names>, servers: Vec<SocketAddr>) {
             () = names.wanted.notified() => {}
             () = next => {}
         }
+    }
+}
+
+/// The servers of the system.
+#[derive(Default)]
+struct ResolverFile {
+    read: Option<SystemTime>,
+}
+
+impl ResolverFile {
+    /// Whether they are others than when this was last asked.
+    fn has_changed(&mut self) -> bool {
+        let changed = std::fs::metadata("/etc/resolv.conf").and_then(|file| file.modified());
+        let changed = changed.ok();
+        std::mem::replace(&mut self.read, changed) != changed
+    }
+}
+
+/// There may be none as long as there is no network.
+async fn first_resolver(servers: &[SocketAddr]) -> Arc<TokioResolver> {
+    let mut is_told = false;
+    loop {
+        match resolver(servers) {
+            Ok(resolver) => return Arc::new(resolver),
+            Err(error) if !is_told => {
+                warn!(
+                    error,
+                    "host names cannot be resolved yet: there is no resolver"
+                );
+                is_told = true;
+            }
+            Err(_) => {}
+        }
+        sleep(RESOLVER_AGAIN).await;
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which nodes use a lease, and which ones have left it lately. No I/O.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -131,10 +131,12 @@ impl LeaseUsers {
             .retain(|(_, since)| now.saturating_duration_since(*since) < SWEEP_OFTEN_FOR);
     }
 
-    /// Whether a running node may have this key under the lease.
-    pub(super) fn owns(&self, key: &str, lease: LeaseId) -> bool {
-        let mut nodes = self.nodes.values();
-        nodes.any(|node| node.keys.own(&node.id, lease).iter().any(|own| own == key))
+    /// The keys that running nodes may have under the lease.
+    pub(super) fn own(&self, lease: LeaseId) -> HashSet<String> {
+        let nodes = self.nodes.values();
+        nodes
+            .flat_map(|node| node.keys.own(&node.id, lease))
+            .collect()
     }
 }
 
@@ -152,9 +154,9 @@ mod tests {
         assert!(enter(&mut users, "a", now));
         assert!(enter(&mut users, "b", now));
         assert!(!enter(&mut users, "a", now), "two in one group");
-        assert!(users.owns("registry/a/n", LeaseId(7)));
+        assert!(users.own(LeaseId(7)).contains("registry/a/n"));
         assert!(users.remove("a", now) && !users.remove("a", now));
-        assert!(!users.owns("registry/a/n", LeaseId(7)));
+        assert!(!users.own(LeaseId(7)).contains("registry/a/n"));
         users.set_left("a", now);
         let later = now + SWEEP_OFTEN_FOR;
         assert!(!enter(&mut users, "a", later - Duration::from_millis(1)));

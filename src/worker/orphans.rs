@@ -69,11 +69,10 @@ async fn remove_now(
     id: LeaseId,
 ) -> Result<(), ClusterError> {
     let mut keys = store.keys_of(id).await?;
-    {
-        let users = lease.users();
-        // An application may have keys of its own under the lease of a leader.
-        keys.retain(|key| lease.layout.has(key) && !users.owns(key, id));
-    }
+    // A node that has entered since has written nothing that was found.
+    let own = lease.users().own(id);
+    // An application may have keys of its own under the lease of a leader.
+    keys.retain(|key| lease.layout.has(key) && !own.contains(key));
     for keys in keys.chunks(KEYS_PER_TXN) {
         delete_held(store, id, keys).await?;
     }

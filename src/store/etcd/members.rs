@@ -112,8 +112,17 @@ fn is_usable(options: &EtcdOptions, url: &str) -> bool {
     let host = url.rsplit("//").next().unwrap_or_default();
     // Advertised by a member that was configured with its listen address.
     let is_unspecified = host.starts_with("0.0.0.0:") || host.starts_with("[::]:");
+    // etcd's default. On another machine another etcd may be there.
+    let is_local = |endpoint: &str| {
+        let host = endpoint.rsplit("//").next().unwrap_or_default();
+        ["localhost", "127.", "[::1]"]
+            .iter()
+            .any(|it| host.starts_with(it))
+    };
+    let may_be_local = || options.endpoints.iter().any(|endpoint| is_local(endpoint));
     is_secure(url) == wanted
         && !is_unspecified
+        && (!is_local(url) || may_be_local())
         && !url.starts_with(MEMORY)
         && endpoint::check(url, usize::MAX, has_tls).is_ok()
 }
