@@ -196,6 +196,44 @@ async fn a_node_is_checked_before_it_gets_requests_and_left_out_while_it_is_down
     );
 }
 
+/// The script that replaces a process does not wait for anything: it starts the new one, and tells the old one to hand over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_successor_knows_who_is_down_before_it_serves() {
+    let (well, down) = (Checked::start(true).await, Checked::start(false).await);
+    let (etcd, group) = (Etcd::shared(), group("checks-over"));
+    let mut keys = etcd.raw_client().await;
+    for (id, checked) in [("n0", &well), ("n1", &down)] {
+        let entry = entry(id, Some(checked.backend.address.port()), json!({}));
+        put(&mut keys, &group, &entry, None).await;
+    }
+    let fields = format!(
+        "policy: round_robin\nretries: 0\nhealth_check: {{ path: /healthz, panic_threshold: 0.1, {FAST} }}"
+    );
+    let setup = Setup::shared(&group)
+        .with(&fields)
+        .server("grace_period_seconds: 20");
+    let mut old = setup.listening().await;
+    until("one is left out", async || {
+        let before = down.served();
+        old.gets(10).await;
+        down.served() == before
+    })
+    .await;
+    let before = down.served();
+    let new = setup.listen(&old.listen).argument("--upgrade").start();
+    old.program.signal("QUIT");
+    let ended = old.program.ended();
+    let load = async {
+        for _ in 0..30 {
+            assert_eq!(new.gets(10).await.get("n0"), Some(&10));
+        }
+    };
+    let ((status, _), ()) = tokio::join!(ended, load);
+    assert!(status.success(), "{status}\n{}", old.log_text());
+    assert_eq!(new.gets(20).await.get("n0"), Some(&20));
+    assert_eq!(down.served(), before);
+}
+
 /// It may be cold: its caches are empty, and its code is not compiled yet.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_well_again_starts_slowly() {
