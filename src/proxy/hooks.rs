@@ -411,11 +411,9 @@ impl ProxyHttp for ClusterProxy {
         };
         let code = status.map(|status| status.as_u16());
         let span = state.span.take();
-        let has_failed = has_failed(session, error, &outcome);
-        let log = self
-            .access_log
-            .as_ref()
-            .filter(|log| log.takes(code, has_failed));
+        let failed = || has_failed(session, error, &outcome);
+        let log = self.access_log.as_ref();
+        let log = log.filter(|log| log.takes(code, failed));
         if span.is_some() || log.is_some() {
             let entry = entry(session, context, error, &outcome);
             if let Some(span) = span {

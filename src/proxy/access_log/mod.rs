@@ -64,12 +64,13 @@ impl AccessLog {
         &self.statistics
     }
 
-    /// Whether a request with this status has a line; `has_failed` if it has failed whatever the status says.
-    pub(super) fn takes(&self, status: Option<u16>, has_failed: bool) -> bool {
+    /// Whether a request with this status has a line; `has_failed` says whether it has failed whatever the status
+    /// is.
+    pub(super) fn takes(&self, status: Option<u16>, has_failed: impl Fn() -> bool) -> bool {
         let sample = self.config.sample;
         sample >= 1.0
-            || has_failed
             || status.is_none_or(|status| status >= 500)
+            || has_failed()
             || fastrand::f64() < sample
     }
 
