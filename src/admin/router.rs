@@ -79,7 +79,10 @@ async fn metrics_text(State(shown): State<Arc<Shown>>) -> Response {
 /// The events so far, each new one, and the status each second.
 async fn events(
     State(shown): State<Arc<Shown>>,
-) -> Sse<impl Stream<Item = Result<sse::Event, Infallible>>> {
+) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>, StatusCode> {
+    // Those who ask whether the process is ready are not to wait for a page to be closed.
+    let place = shown.pages.clone().try_acquire_owned();
+    let place = place.map_err(|_| StatusCode::SERVICE_UNAVAILABLE)?;
     let (kept, new) = shown.events.follow();
     // Whoever was too slow misses some.
     let new = BroadcastStream::new(new).filter_map(Result::ok);
@@ -91,9 +94,10 @@ async fn events(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let ticks = IntervalStream::new(ticks);
     let status = ticks.filter_map(move |_| {
+        let _place = &place;
         let status = sse::Event::default().event("status");
         status.json_data(shown.status()).ok()
     });
     let stream = happened.merge(status).map(Ok);
-    Sse::new(stream).keep_alive(KeepAlive::default())
+    Ok(Sse::new(stream).keep_alive(KeepAlive::default()))
 }

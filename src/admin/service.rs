@@ -9,6 +9,7 @@ use ::pingora::services::background::{BackgroundService, background_service};
 use async_trait::async_trait;
 use axum::Router;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
@@ -23,6 +24,8 @@ use crate::proxy::{ProxyParts, Shutdown};
 
 /// How often to try to listen: the predecessor has the address until it ends.
 const RETRY: Duration = Duration::from_millis(200);
+/// Open pages at one time.
+const PAGES: usize = 128;
 /// How often to look whether there are other groups.
 const FOLLOW_EVERY: Duration = Duration::from_secs(1);
 
@@ -74,6 +77,7 @@ impl Admin {
             fixed: self.groups.clone(),
             proxy: self.proxy.clone(),
             events: Events::default(),
+            pages: Arc::new(Semaphore::new(PAGES)),
             started: SystemTime::now(),
         })
     }
@@ -111,10 +115,9 @@ impl Admin {
     }
 }
 
-/// A successor listens here as soon as this process accepts nothing any more. Open pages stay open. Without one, the page
-/// shows the process to its end.
+/// A successor listens here as soon as this process accepts nothing any more. Open pages stay open.
 async fn closing() {
-    while !Shutdown::of_process().has_successor() {
+    while !Shutdown::of_process().has_closed() {
         tokio::time::sleep(RETRY).await;
     }
 }

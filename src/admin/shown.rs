@@ -1,9 +1,11 @@
 //! What is shown, and under which names it may be asked for.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::http::Uri;
+use tokio::sync::Semaphore;
 
 use super::events::Events;
 use super::group::Group;
@@ -21,6 +23,8 @@ pub(super) struct Shown {
     /// The parts of a proxy, whose groups may change.
     pub(super) proxy: Option<ProxyParts>,
     pub(super) events: Events,
+    /// One for each page that may be open.
+    pub(super) pages: Arc<Semaphore>,
     pub(super) started: SystemTime,
 }
 

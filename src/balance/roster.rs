@@ -49,6 +49,8 @@ pub(super) struct Roster {
     gate: Cell<Option<(u64, Gate)>>,
     /// The number of complete views so far.
     views: u32,
+    /// Whether there have been nodes: the first ones are not new.
+    is_started: bool,
     departed: Departed,
     successors: Successors,
     lessons: Lessons,
@@ -71,6 +73,7 @@ impl Roster {
             version: 0,
             gate: Cell::new(None),
             views: 0,
+            is_started: false,
             departed: Departed::default(),
             successors: Successors::default(),
             lessons: Lessons::default(),
@@ -173,13 +176,15 @@ impl Roster {
         }
         // The group may have been much larger before.
         self.registrations.shrink_to_fit();
+        self.is_started |= !self.registrations.is_empty();
     }
 
     /// Takes over a node that is new or has written its entry again. The cost does not depend on the
     /// number of nodes.
     pub(super) fn insert(&mut self, node: &Arc<Node>, now: Instant) {
-        let joined_at = (!self.registrations.is_empty()).then_some(now);
+        let joined_at = self.is_started.then_some(now);
         self.upsert(node, joined_at, now);
+        self.is_started = true;
     }
 
     /// Removes a node. Requests avoid it from now on, before it is removed from the table. If its

@@ -3,19 +3,19 @@
 
 use std::collections::HashMap;
 use std::io::Write;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::task::spawn_blocking;
+use tokio::sync::Semaphore;
+use tokio::task::{AbortHandle, spawn_blocking};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use super::settings::Settings;
 use crate::private_file;
 use crate::supervise::say;
-use crate::sync::lock;
 use crate::view::NodeOverride;
 
 /// The maximum length of a file.
@@ -39,10 +39,10 @@ pub(super) struct OverridesFile {
     path: Option<PathBuf>,
     group: String,
     key_prefix: String,
-    /// How many states there have been.
-    states: u64,
-    /// The last of them that is on the disk.
-    written: Arc<Mutex<u64>>,
+    /// One write at a time.
+    busy: Arc<Semaphore>,
+    /// The last state, until it is written.
+    writing: Option<AbortOnDrop>,
 }
 
 impl OverridesFile {
@@ -56,8 +56,8 @@ impl OverridesFile {
             path,
             group: group.to_owned(),
             key_prefix: settings.key_prefix.clone(),
-            states: 0,
-            written: Arc::default(),
+            busy: Arc::new(Semaphore::new(1)),
+            writing: None,
         }
     }
 
@@ -101,38 +101,33 @@ impl OverridesFile {
         }
     }
 
-    /// Replaces the file in the background. Of two states the later one stays.
+    /// Replaces the file in the background, with one thread at a time, and again until it is written. Of two states the
+    /// later one stays.
     pub(super) fn keep(&mut self, overrides: &HashMap<String, NodeOverride>) {
         let Some(path) = self.path.clone() else {
             return;
         };
-        self.states += 1;
-        let (state, written) = (self.states, self.written.clone());
-        let contents = Contents {
+        let contents = Arc::new(Contents {
             group: self.group.clone(),
             key_prefix: self.key_prefix.clone(),
             overrides: overrides.clone(),
-        };
-        let (contents, shown) = (Arc::new(contents), path.clone());
-        let write = move || {
-            let mut written = lock(&written);
-            if *written > state {
-                return Ok(());
-            }
-            let result = private_file::replace(&path, |file| {
-                let mut file = std::io::BufWriter::new(file);
-                serde_json::to_writer(&mut file, &*contents)?;
-                file.flush()
-            });
-            *written = state;
-            result
-        };
-        tokio::spawn(async move {
+        });
+        let busy = self.busy.clone();
+        let writing = tokio::spawn(async move {
             let mut is_told = false;
-            // Until it is written, or a later state is.
-            while let Ok(Err(error)) = spawn_blocking(write.clone()).await {
+            // It is never closed.
+            while let Ok(place) = busy.clone().acquire_owned().await {
+                let (path, contents) = (path.clone(), contents.clone());
+                let write = spawn_blocking(move || {
+                    // Kept to the end, also if nobody waits for that any more.
+                    let _place = place;
+                    write(&path, &contents).map_err(|error| (error, path))
+                });
+                let Ok(Err((error, path))) = write.await else {
+                    return;
+                };
                 if !std::mem::replace(&mut is_told, true) {
-                    let path = shown.display();
+                    let path = path.display();
                     say(
                         || warn!(%error, %path, "what operators say of nodes cannot be written; it is lost if this process ends before it can"),
                     );
@@ -140,5 +135,23 @@ impl OverridesFile {
                 sleep(WRITE_AGAIN).await;
             }
         });
+        self.writing = Some(AbortOnDrop(writing.abort_handle()));
+    }
+}
+
+fn write(path: &Path, contents: &Contents) -> std::io::Result<()> {
+    private_file::replace(path, |file| {
+        let mut file = std::io::BufWriter::new(file);
+        serde_json::to_writer(&mut file, contents)?;
+        file.flush()
+    })
+}
+
+/// Ends a task that waits when a later state is to be written, or nobody keeps the file any more.
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }

@@ -92,12 +92,13 @@ impl Running {
         self.unchecked + self.well + self.down >= self.most
     }
 
+    /// A quarter of the places is for nodes that are well.
     fn may_check_unchecked(&self) -> bool {
-        self.unchecked < (self.most * 3 / 4).max(1)
+        self.unchecked + self.down < (self.most * 3 / 4).max(1)
     }
 
     fn may_check_down(&self) -> bool {
-        self.down < (self.most / 2).max(1)
+        self.may_check_unchecked() && self.down < (self.most / 2).max(1)
     }
 }
 

@@ -189,17 +189,18 @@ impl Slots {
         let common = weights().fold(0, greatest_common_divisor);
         let most = (WEIGHT_OF_EACH * used().count()).clamp(WEIGHT_OF_FEW, MOST_WEIGHT_OF_ALL);
         let least = weights().sum::<usize>().div_ceil(most);
-        let is_near = |weight: usize, divisor: usize| {
+        let error = |weight: usize, divisor: usize| {
             let seen = units(weight, divisor) * divisor;
-            seen.abs_diff(weight) as f64 <= MOST_ERROR * weight as f64
+            seen.abs_diff(weight) as f64 / weight as f64
         };
         // Somewhat more than is needed now, so that one more backend does not need another one.
         let new = match common >= least {
             true => common.max(1),
             false => least + least / 4,
         };
-        // What is too small for a new one, too, is no reason for it.
-        let fits = weights().all(|it| is_near(it, self.divisor) || !is_near(it, new))
+        // What would be as wrong with a new one is no reason for it.
+        let fits = weights()
+            .all(|it| error(it, self.divisor) <= error(it, new).max(MOST_ERROR / 2.0) * 2.0)
             && self.divisor >= least
             && common / self.divisor < MOST_IN_A_ROW;
         match some_are_as_before && fits {

@@ -15,12 +15,18 @@ use super::trace::traceparent;
 
 /// Whether a request has failed, whatever its status says: a response has broken off, but for a client that has left, or
 /// a call of gRPC was not served.
-pub(super) fn has_failed(session: &Session, error: Option<&Error>, outcome: &Outcome) -> bool {
+pub(super) fn has_failed(
+    session: &Session,
+    error: Option<&Error>,
+    outcome: &Outcome,
+    is_refused: bool,
+) -> bool {
     let Some(head) = session.response_written() else {
         return *outcome == Outcome::Failed;
     };
     let is_cut = error.is_some_and(|error| error.esource() != &ErrorSource::Downstream)
-        && head.status.is_success();
+        && head.status.is_success()
+        && !is_refused;
     *outcome == Outcome::Failed || is_cut || Call::is_unserved(&head.headers)
 }
 

@@ -96,9 +96,9 @@ impl Call {
         Some(status.parse().unwrap_or(2))
     }
 
-    /// Whether a response says in its head that nobody could answer: DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE.
+    /// Whether a response says in its head that nobody could answer: DEADLINE_EXCEEDED, UNAVAILABLE.
     pub(super) fn is_unserved(fields: &HeaderMap) -> bool {
-        matches!(Self::status_of(fields), Some(4 | 13 | 14))
+        matches!(Self::status_of(fields), Some(4 | 14))
     }
 
     /// Whether the response is over already, without success.

@@ -411,7 +411,8 @@ impl ProxyHttp for ClusterProxy {
         };
         let code = status.map(|status| status.as_u16());
         let span = state.span.take();
-        let failed = || has_failed(session, error, &outcome);
+        let is_refused = state.is_refused;
+        let failed = || has_failed(session, error, &outcome, is_refused);
         let log = self.access_log.as_ref();
         let log = log.filter(|log| log.takes(code, failed));
         if span.is_some() || log.is_some() {

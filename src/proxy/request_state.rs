@@ -332,12 +332,12 @@ mod tests {
     fn a_silence_that_is_long_beside_the_time_of_the_request_is_a_fault() {
         for (ours, of_client, silent, expected) in [
             (Some(400), None, 250, true),
-            (Some(400), None, 150, false),
+            (Some(4_000), None, 1_500, false),
             (Some(60_000), None, 29_000, false),
             (Some(60_000), None, 31_000, true),
             // What a client allows has to be something.
-            (None, Some("400m"), 390, false),
-            (None, Some("600m"), 400, false),
+            (None, Some("400m"), 250, false),
+            (None, Some("600m"), 100, false),
             (None, Some("600m"), 550, true),
             (None, Some("10S"), 6_000, true),
             (None, Some("10S"), 4_000, false),

@@ -23,7 +23,7 @@ use super::request_state::RequestState;
 use super::retry::{Decision, RetryRules, decide};
 use crate::balance::Upstream;
 
-/// A request for a tunnel passes by so many backends that cannot pass it on.
+/// A request for a tunnel passes by so many backends that cannot pass it on. They are looked for once; more have joined.
 const MOST_SKIPPED: usize = 16;
 
 fn is_failure(status: StatusCode) -> bool {
@@ -58,6 +58,7 @@ impl GroupProxy {
                 skipped += 1;
                 let is_leader = state.upstream.take().is_none();
                 self.picker.overload.freed();
+                self.exclude_http_2(state);
                 if is_leader || self.is_last_try(state) || skipped == MOST_SKIPPED {
                     return Err(match state.tries {
                         0 => refused(501, "no tunnel goes through a backend of HTTP/2"),
@@ -269,14 +270,27 @@ impl GroupProxy {
         !self.balancer.has_other_than(&state.tried)
     }
 
+    /// Looks at the backends of HTTP/2 no more.
+    fn exclude_http_2(&self, state: &mut RequestState) {
+        let nodes = self.balancer.discovery().nodes();
+        let of_http_2 = nodes
+            .iter()
+            .filter(|node| !self.peers.passes_upgrades(node));
+        let addrs = of_http_2.map(|node| self.balancer.address_of(node));
+        state.tried.extend(addrs);
+    }
+
     /// Whether the current backend is to blame though the time of the request is over. Where a client has set that time, only
-    /// if it has answered nobody else meanwhile: not every request is as fast as its client likes.
+    /// if it has answered fewer others meanwhile than it has not answered yet: not every request is as fast as its client
+    /// likes.
     fn is_at_fault(&self, state: &RequestState) -> bool {
         let answers = || {
             let addr = state.addr();
             addr.map(|addr| self.statistics.backend(addr).answered.count())
         };
-        let answers_others = || answers().is_some_and(|answers| answers > state.answers_before);
+        let waiting = || state.upstream.as_ref().map_or(0, Upstream::in_flight);
+        let answers_others =
+            || answers().is_some_and(|it| it > state.answers_before + u64::from(waiting()));
         state.is_overdue() && !(state.has_time_of_client() && answers_others())
     }
 

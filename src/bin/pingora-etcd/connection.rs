@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use pingora_etcd::config::{self, ClusterConfig};
+use pingora_etcd::config::{self, ClusterConfig, Given};
 use pingora_etcd::store::{Credentials, Password, TlsOptions};
 use pingora_etcd::{Cluster, ClusterError, EtcdOptions, Operator, ServiceDiscovery};
 
@@ -122,17 +122,21 @@ impl Connection {
     }
 }
 
-/// The variables in the lines of a file that are about passwords.
+/// The variables that a file names for etcd's password.
 fn password_variables(text: &str) -> Vec<String> {
-    let lines = text
-        .lines()
-        .map(|line| line.split(" #").next().unwrap_or(line));
-    let of_passwords = lines.filter(|line| line.to_ascii_lowercase().contains("passw"));
-    let names = of_passwords.flat_map(|line| line.split("${").skip(1));
-    names
-        .filter_map(|rest| rest.split(['}', ':']).next())
-        .map(|name| name.trim().to_owned())
-        .collect()
+    let given = config::given(text, "the file").unwrap_or_default();
+    let text_of = |given: &Given| given.value.as_str().unwrap_or_default().to_owned();
+    let names = given.iter().flat_map(|given| match &*given.field {
+        "cluster.etcd.password_env" => vec![text_of(given)],
+        "cluster.etcd.password" => {
+            let text = text_of(given);
+            let names = text.split("${").skip(1);
+            let names = names.filter_map(|rest| rest.split(['}', ':']).next());
+            names.map(|name| name.trim().to_owned()).collect()
+        }
+        _ => Vec::new(),
+    });
+    names.collect()
 }
 
 impl Target {
@@ -190,8 +194,18 @@ mod tests {
 
     #[test]
     fn variables_of_passwords_are_found() {
-        let file = "cluster:\n  zone: ${ZONE}\n  etcd:\n    password: ${DB_SECRET} # ${NOT}\n    \
-                    Password: x-${A:-b}-${C}\n";
-        assert_eq!(password_variables(file), ["DB_SECRET", "A", "C"]);
+        for (etcd, expected) in [
+            ("{ user: ${USER}, password: ${PW} }", &["PW"][..]),
+            (
+                "\n    password:\n      x-${A:-b}-${C} # ${NOT}",
+                &["A", "C"],
+            ),
+            ("\n    password_env: DB_PW", &["DB_PW"]),
+            ("\n    password_file: ${HOME}/etcd", &[]),
+        ] {
+            let file =
+                format!("# password: ${{NO}}\ncluster:\n  zone: ${{ZONE}}\n  etcd: {etcd}\n");
+            assert_eq!(password_variables(&file), expected, "{file}");
+        }
     }
 }

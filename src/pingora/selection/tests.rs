@@ -328,6 +328,25 @@ fn one_node_with_another_weight_does_not_make_all_others_new() {
     }
 }
 
+/// A canary gets little beside others, whatever was seen of them before.
+#[test]
+fn a_small_weight_that_joins_is_not_as_large_as_the_others() {
+    let weighted =
+        |port: u16, weight: f64| Arc::new(Node::clone(&node(port, 0.0)).with_weight(weight));
+    let weights = live(&headroom());
+    let mut nodes: Vec<_> = (1..=30).map(|port| weighted(port, 1_000.0)).collect();
+    refresh(&weights, &nodes);
+    assert_eq!(whole_weights(&weights)[0], 1);
+    nodes.push(weighted(99, 1.0));
+    refresh(&weights, &nodes);
+    let seen = whole_weights(&weights);
+    assert!(seen[0] >= 400 && seen[30] == 1, "{seen:?}");
+    // As one of those that are large leaves, the others stay what they are.
+    nodes.remove(0);
+    refresh(&weights, &nodes);
+    assert_eq!(whole_weights(&weights), seen[1..]);
+}
+
 /// Consistent hashing has 160 points for each unit.
 #[test]
 fn weights_without_a_common_divisor_have_few_units() {

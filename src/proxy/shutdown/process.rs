@@ -28,7 +28,6 @@ use crate::supervise::say;
 pub struct Shutdown {
     is_watched: AtomicBool,
     is_draining: AtomicBool,
-    is_succeeded: AtomicBool,
     /// Requests that are being received or answered.
     requests: AtomicUsize,
     /// Open connections of clients, with requests or without.
@@ -71,7 +70,6 @@ impl Shutdown {
         Self {
             is_watched: AtomicBool::new(false),
             is_draining: AtomicBool::new(false),
-            is_succeeded: AtomicBool::new(false),
             requests: AtomicUsize::new(0),
             connections: AtomicUsize::new(0),
             holds: AtomicUsize::new(0),
@@ -190,17 +188,6 @@ impl Shutdown {
             reloads.send_modify(|count| *count += 1);
         }
         follows.is_some()
-    }
-
-    /// A successor serves.
-    pub(super) fn set_succeeded(&self) {
-        self.is_succeeded.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether a successor accepts what this process accepts no more.
-    #[cfg(feature = "admin")]
-    pub(crate) fn has_successor(&self) -> bool {
-        self.is_succeeded.load(Ordering::Relaxed) && self.has_closed()
     }
 
     pub(super) fn begin_draining(&self) {

@@ -13,9 +13,9 @@ use crate::supervise::say;
 
 /// How often to look whether everything has been served.
 const STEP: Duration = Duration::from_millis(10);
-/// How long connections without a request in flight are waited for: clients of HTTP/2 have to read
 /// What is still to be written when everything has been served is waited for at most this long: whoever reads it may not.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(4);
+/// How long connections without a request in flight are waited for: clients of HTTP/2 have to read
 /// that the connection ends, and new connections have to say what they want.
 const IDLE_CONNECTIONS_WITHIN: Duration = Duration::from_secs(1);
 
@@ -103,9 +103,6 @@ pub(super) async fn until_end(
         {
             return Ended::SecondSignal;
         }
-    }
-    if drain_delay.is_none() {
-        shutdown.set_succeeded();
     }
     let in_flight = shutdown.in_flight();
     say(|| info!(?grace, in_flight, "connections are no longer accepted"));

@@ -121,14 +121,13 @@ impl Load {
         tokio::spawn(async move {
             loop {
                 let mut reading = pin!(source.read(&metrics));
-                match timeout(EVERY, &mut reading).await {
-                    Ok(said) => state.take(said),
-                    Err(_) => {
-                        state.take(Err("no answer in time".to_owned()));
-                        // A file that hangs keeps a thread: one, and not one more each second.
-                        if matches!(source, Source::File(_)) {
-                            let _ = reading.await;
-                        }
+                loop {
+                    let said = timeout(EVERY, &mut reading).await;
+                    let is_late = said.is_err();
+                    state.take(said.unwrap_or_else(|_| Err("no answer in time".to_owned())));
+                    // A file that hangs keeps a thread: one, and not one more each second.
+                    if !(is_late && matches!(source, Source::File(_))) {
+                        break;
                     }
                 }
                 sleep(EVERY).await;
@@ -304,7 +303,7 @@ impl MetricsCollector for Collector {
 
 /// How many cores the command may use: those of the machine, or of its container, which may be a fraction.
 fn cores() -> f64 {
-    let of_machine = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let known = std::thread::available_parallelism().map_or(1, usize::from) as f64;
     let read = |file: &str| std::fs::read_to_string(file).ok();
     let second = read("/sys/fs/cgroup/cpu.max");
     let first = || {
@@ -313,8 +312,16 @@ fn cores() -> f64 {
         Some(format!("{} {}", quota.trim(), period.trim()))
     };
     let quota = second.or_else(first).and_then(|text| quota(&text));
-    // Their number is rounded, the quota is not.
-    quota.map_or(of_machine, |quota| quota.min(of_machine.max(1.0)))
+    quota.map_or(known, |quota| usable(known, quota))
+}
+
+/// The cores of a quota, of which this many are known: these are rounded down, but not below one.
+fn usable(known: f64, quota: f64) -> f64 {
+    match quota.floor().max(1.0) > known {
+        // Fewer than the quota, as on a small machine.
+        true => known,
+        false => quota,
+    }
 }
 
 /// A quota and its period: `150000 100000` for one and a half cores; `max` or a negative number for any.
@@ -360,6 +367,15 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(quota(text), expected, "{text}");
+        }
+        for (known, quota, expected) in [
+            (1.0, 0.5, 0.5),
+            (1.0, 1.5, 1.5),
+            (2.0, 2.5, 2.5),
+            (2.0, 8.0, 2.0),
+            (4.0, 1.5, 1.5),
+        ] {
+            assert_eq!(usable(known, quota), expected, "{known} {quota}");
         }
         assert!(cores() > 0.0);
     }

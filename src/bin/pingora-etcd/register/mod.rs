@@ -100,16 +100,19 @@ impl Arguments {
         if let Some(ip) = self.ip {
             return Ok(ip);
         }
-        let found = target.etcd.endpoints.iter().filter_map(|endpoint| {
+        let mut loopback = None;
+        for endpoint in &target.etcd.endpoints {
             let host = endpoint.rsplit("://").next().unwrap_or(endpoint);
-            own_address(host.trim_end_matches('/'))
-        });
-        // An etcd on this machine says nothing of how others reach it.
-        let found = found.min_by_key(IpAddr::is_loopback);
-        if let Some(address) = found.filter(IpAddr::is_loopback) {
+            match own_address(host.trim_end_matches('/')) {
+                Some(address) if !address.is_loopback() => return Ok(address),
+                // An etcd on this machine says nothing of how others reach it.
+                found => loopback = loopback.or(found),
+            }
+        }
+        if let Some(address) = loopback {
             warn!(%address, "this address is registered, which others cannot reach; --ip gives another one");
         }
-        found.ok_or_else(|| Failure::Error("give the address of this machine by --ip".into()))
+        loopback.ok_or_else(|| Failure::Error("give the address of this machine by --ip".into()))
     }
 
     fn id(&self) -> std::io::Result<String> {
