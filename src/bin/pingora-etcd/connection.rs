@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn variables_of_passwords_are_found() {
         for (etcd, expected) in [
-            ("{ user: ${USER}, password: ${PW} }", &["PW"][..]),
+            ("\n    user: ${USER}\n    password: ${PW}", &["PW"][..]),
             (
                 "\n    password:\n      x-${A:-b}-${C} # ${NOT}",
                 &["A", "C"],
