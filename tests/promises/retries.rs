@@ -1,5 +1,6 @@
 //! Tests of what is tried again, and of whom is blamed.
 
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -320,15 +321,7 @@ async fn a_connection_is_made_though_its_first_packet_is_lost() {
     let backend = RawBackend::start_on(listener, closing);
     let balancer = in_front_of(&backend, "lost", "retries: 0").await;
     drop(backend);
-    let mut waiting = Vec::new();
-    let connect = || tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(address));
-    until("no more can wait", async || {
-        let connection = connect().await;
-        let is_full = connection.is_err();
-        waiting.extend(connection);
-        is_full
-    })
-    .await;
+    let waiting = until_no_more_can_wait(address).await;
     assert!(waiting.len() >= 2);
     let start = Instant::now();
     let request = async {
@@ -460,15 +453,8 @@ async fn a_backend_that_hangs_is_left_out_though_the_time_of_requests_ends_first
     assert!(balancer.log_text().contains("node=\"n0\""));
 }
 
-/// A machine that has lost its power does not even refuse connections.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_host_that_swallows_packets_is_left_out_though_the_time_of_requests_ends_first() {
-    let works = RawBackend::start(ok).await;
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    // Nobody accepts, and when no more connections can wait, the kernel drops what comes.
-    let silent = socket.listen(1).unwrap();
-    let address = silent.local_addr().unwrap();
+/// Opens connections that nobody accepts, until the kernel drops what comes.
+async fn until_no_more_can_wait(address: SocketAddr) -> Vec<std::io::Result<TcpStream>> {
     let mut waiting = Vec::new();
     let connect = || tokio::time::timeout(Duration::from_millis(300), TcpStream::connect(address));
     until("no more can wait", async || {
@@ -478,6 +464,18 @@ async fn a_host_that_swallows_packets_is_left_out_though_the_time_of_requests_en
         is_full
     })
     .await;
+    waiting
+}
+
+/// A machine that has lost its power does not even refuse connections.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_swallows_packets_is_left_out_though_the_time_of_requests_ends_first() {
+    let works = RawBackend::start(ok).await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let silent = socket.listen(1).unwrap();
+    let address = silent.local_addr().unwrap();
+    let _waiting = until_no_more_can_wait(address).await;
     let (etcd, group) = (Etcd::shared(), group("swallows"));
     let mut keys = etcd.raw_client().await;
     for (id, port) in [("silent", address.port()), ("works", works.address.port())] {
