@@ -18,7 +18,8 @@ pub struct Clients {
     /// 10,000,000.
     pub connections: usize,
     /// Connections of one client at one time. A client is an IPv4 address, or an IPv6 network of 64
-    /// bits; those of `trusted_proxies` have connections for many clients, and do not count. Default: 0, any number. Range: 0 to 10,000,000.
+    /// bits; those of `trusted_proxies` have connections for many clients, and do not count. Default: 0, any number.
+    /// Range: 0 to 10,000,000.
     pub connections_per_client: usize,
     /// Requests on one connection of HTTP/1, which is closed after the last one. Default: 0, any number. Range:
     /// 0 to 4,294,967,295.

@@ -403,3 +403,51 @@ fn report(node: &Node, is_well: bool, problem: Option<&str>) {
         ),
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With every kind due, and no check that ends: who has not been checked comes first, and a quarter of the places is
+    /// for those that are well.
+    #[tokio::test(start_paused = true)]
+    async fn silent_nodes_do_not_take_all_places() {
+        let now = Instant::now();
+        let (mut due, mut running) = (
+            Due::default(),
+            Running {
+                most: 8,
+                unchecked: 0,
+                well: 0,
+                down: 0,
+            },
+        );
+        let kinds = [None, Some(false), Some(true)];
+        for (kind, is_well) in kinds.into_iter().enumerate() {
+            for index in 0..20 {
+                due.add(now, format!("{kind}-{index:02}"), is_well);
+            }
+        }
+        due.add(now + Duration::from_secs(1), "later".to_owned(), Some(true));
+        let mut begun = [0; 3];
+        while !running.is_full() {
+            let (_, id) = due.take(now, &running).unwrap();
+            let kind: usize = id[..1].parse().unwrap();
+            *running.of(kinds[kind]) += 1;
+            begun[kind] += 1;
+        }
+        assert_eq!(begun, [6, 0, 2]);
+        // Those that are down have half of the places at most.
+        running.unchecked = 0;
+        due.unchecked.clear();
+        running.well = 0;
+        due.well.clear();
+        while due.take(now, &running).is_some() {
+            running.down += 1;
+        }
+        assert_eq!(running.down, 4);
+        assert_eq!(due.next(&running), None);
+        running.down = 0;
+        assert_eq!(due.next(&running), Some(now));
+    }
+}

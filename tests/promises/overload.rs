@@ -255,8 +255,13 @@ async fn a_sticky_cookie_stays_while_its_node_is_full() {
     assert!(cookie.ends_with("; secure"), "{cookie}");
     let head = format!("Cookie: {}\r\n", cookie.split(';').next().unwrap());
     let mut busy = Raw::to(&balancer).await;
+    let owner = &backends[first[1..].parse::<usize>().unwrap()];
+    let before = owner.requests().len();
     let (held, meanwhile) = tokio::join!(busy.get(&head), async {
-        tokio::time::sleep(SECOND / 4).await;
+        until("the first one is there", async || {
+            owner.requests().len() > before
+        })
+        .await;
         client.get(&head).await
     });
     assert_eq!(node(&held), first);

@@ -375,6 +375,11 @@ fn a_file_that_cannot_be_meant_is_refused_with_its_line() {
             "line 9: invalid cluster.routes[1]",
         ),
         ("- { path: /x, pat: y, group: default }", "line 8"),
+        // One without a name is called by its number.
+        (
+            "- { path: /x, group: api, name: route-2 }\n  - { path: /y, group: api }",
+            "line 9: invalid cluster.routes[1].name",
+        ),
     ] {
         let text = format!(
             "version: 1\ncluster:\n  etcd: {{ endpoints: ['http://127.0.0.1:1'] }}\n  group: web\n  \

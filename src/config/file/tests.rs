@@ -119,6 +119,10 @@ fn wrong_values_are_named() {
             "cluster.snapshot.max_age_ms",
         ),
         ("snapshot: {}", "invalid cluster.snapshot"),
+        (
+            "backends: { protocol: https, server_name: my_app.service.consul }",
+            "cluster.backends.server_name",
+        ),
         ("publish_interval_ms: 10001", "cluster.publish_interval_ms"),
         (
             "registry: { format: kratos, prefix: /x }",
