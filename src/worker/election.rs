@@ -44,6 +44,7 @@ pub(super) async fn take_part(
     let mut election = Election {
         participant,
         handover: Handover::new(participant),
+        interrupted: None,
     };
     loop {
         let error = match election.step(inbox).await {
@@ -82,6 +83,8 @@ pub(super) async fn take_part(
 struct Election<'a> {
     participant: &'a Participant<'a>,
     handover: Handover<'a>,
+    /// What a wait behind another candidate began with that ended because the store could not be reached.
+    interrupted: Option<Reading>,
 }
 
 /// How a step ended.
@@ -118,7 +121,7 @@ impl Election<'_> {
         let participant = self.participant;
         let mut lease_changes = participant.lease.listen();
         let revived = participant.lease.status().revived;
-        let reading = participant.read().await?;
+        let reading = self.read().await?;
         let decision = self.decide(&reading);
         self.report(&reading, &decision);
         let leads = matches!(decision.action, Action::Lead { .. });
@@ -135,14 +138,36 @@ impl Election<'_> {
         let Some(watcher) = self.watch(&decision.action, &reading).await? else {
             return Ok(Progress::Waited);
         };
-        let watch = Watch {
+        let mut watch = Watch {
             watcher,
             action: decision.action,
             reading,
         };
         let revived_again = lease_changes.wait_for(|status| status.revived != revived);
-        self.wait(watch, revived_again, quiet_for, inbox).await?;
-        Ok(Progress::Waited)
+        let waited = self.wait(&mut watch, revived_again, quiet_for, inbox).await;
+        if waited.is_err() && matches!(watch.action, Action::Follow { .. }) {
+            self.interrupted = Some(watch.reading);
+        }
+        waited.map(|()| Progress::Waited)
+    }
+
+    /// Reads everything the election depends on. After a wait behind another candidate that was interrupted, only
+    /// what that wait depends on, if it is as it was: when etcd restarts, every candidate of a group reads at the
+    /// same time, and the whole queue for each of them would be the square of their number.
+    async fn read(&mut self) -> Result<Reading, ClusterError> {
+        if let Some(former) = &self.interrupted {
+            let found = self.participant.read_neighbours(former).await;
+            if let Err(error) = &found
+                && error.is_transient()
+            {
+                return Err(error.clone());
+            }
+            self.interrupted = None;
+            if let Ok(Some(reading)) = found {
+                return Ok(reading);
+            }
+        }
+        self.participant.read().await
     }
 
     fn decide(&self, reading: &Reading) -> Decision {
@@ -307,7 +332,7 @@ impl Election<'_> {
     /// Waits for whatever requires another reading.
     async fn wait(
         &mut self,
-        mut watch: Watch,
+        watch: &mut Watch,
         revived_again: impl Future<Output = ()>,
         quiet_for: Duration,
         inbox: &mut mpsc::Receiver<Command>,
@@ -335,7 +360,7 @@ impl Election<'_> {
             // The same, if the deadline was noticed when it passed.
             () = state.reread.notified() => {}
             Some(command) = inbox.recv() => self.carry_out(command, own).await,
-            changed = self.until_it_matters(&mut watch) => changed?,
+            changed = self.until_it_matters(watch) => changed?,
             () = quiet => {}
             () = handover_due => {}
             () = state.access.until_requests_are_readable(participant.store) => {}
@@ -386,6 +411,8 @@ impl Election<'_> {
                     let is_deleted = matches!(event, WatchEvent::Delete { .. });
                     matters |= hands_over;
                     if is_deleted && state.keys.is_candidacy(key) {
+                        // If this wait ends before it is announced, the next one does it.
+                        state.record().announced = 0;
                         announce_at.get_or_insert_with(|| Instant::now() + ANNOUNCE_AFTER);
                     }
                 } else if follows && state.keys.is_handover(event.key()) {

@@ -14,7 +14,7 @@ use super::state::WorkerState;
 use super::tenure::Tenure;
 use crate::error::ClusterError;
 use crate::node::Node;
-use crate::store::{Condition, Entry, LeaseId, Revision, Selector, Store, Txn};
+use crate::store::{Condition, Entry, LeaseId, Listing, Revision, Selector, Store, Txn};
 
 /// A node with one of its leases, and its keys under that lease.
 pub(super) struct Participant<'a> {
@@ -31,6 +31,16 @@ pub(super) struct Participant<'a> {
 /// Whether a registration and a candidacy are of the same process: under the same lease.
 pub(super) fn is_same_process(registration: &Entry, candidate: &Entry) -> bool {
     registration.lease.is_some() && registration.lease == candidate.lease
+}
+
+/// Whether the listing of a candidacy's key contains that candidacy, and no later one.
+fn is_same_candidacy(listing: &Listing, candidacy: &Entry) -> bool {
+    listing.entries.first().is_some_and(|entry| {
+        // The leader writes its own again, unchanged.
+        entry.create_revision == candidacy.create_revision
+            && entry.lease == candidacy.lease
+            && entry.value == candidacy.value
+    })
 }
 
 impl<'a> Participant<'a> {
@@ -107,17 +117,59 @@ impl Participant<'_> {
         let mut candidates = election.entries;
         candidates.retain(|entry| keys.is_candidacy(&entry.key));
         candidates.sort_by_key(|entry| entry.create_revision);
-        let requests = requests.entries.iter();
         Ok(Reading {
             revision: election.revision,
             cluster_id: election.cluster_id,
             registration: registration.entries.into_iter().next(),
             candidates,
-            requests: requests
-                .filter(|entry| keys.is_handover(&entry.key))
-                .filter_map(Request::parse)
-                .collect(),
+            requests: self.requests(&requests),
         })
+    }
+
+    /// Reads again what a candidate depends on that waits behind another one: its own two keys, the candidacy just
+    /// ahead, and the requests. `None` if a candidacy or a request is not as it was in the former reading.
+    ///
+    /// Who else is in the queue does not matter to it, as it does not while its watch lasts.
+    pub(super) async fn read_neighbours(
+        &self,
+        former: &Reading,
+    ) -> Result<Option<Reading>, ClusterError> {
+        let Some([ahead, own]) = former.with_predecessor(&self.candidacy) else {
+            return Ok(None);
+        };
+        let mut all = vec![
+            Selector::Key(self.registration.clone()),
+            Selector::Key(own.key.clone()),
+            Selector::Key(ahead.key.clone()),
+        ];
+        if self.may_read_requests() {
+            all.push(Selector::Prefix(
+                self.state.keys.handover_prefix().to_owned(),
+            ));
+        }
+        let mut listings = self.store.list_all(&all).await?.into_iter();
+        let mut next = || listings.next().unwrap_or_default();
+        let (registration, own_now, ahead_now, requests) = (next(), next(), next(), next());
+        let requests = self.requests(&requests);
+        let is_same = is_same_candidacy(&own_now, own)
+            && is_same_candidacy(&ahead_now, ahead)
+            && requests == former.requests;
+        Ok(is_same.then(|| Reading {
+            revision: registration.revision,
+            cluster_id: registration.cluster_id,
+            registration: registration.entries.into_iter().next(),
+            candidates: former.candidates.clone(),
+            requests,
+        }))
+    }
+
+    fn requests(&self, listing: &Listing) -> Vec<Request> {
+        let keys = &self.state.keys;
+        let entries = listing.entries.iter();
+        entries
+            .filter(|entry| keys.is_handover(&entry.key))
+            .filter_map(Request::parse)
+            .collect()
     }
 
     /// The registration under an id.

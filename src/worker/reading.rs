@@ -24,6 +24,14 @@ impl Reading {
         own.map(|entry| entry.create_revision)
     }
 
+    /// The candidacy under this key, behind the one just ahead of it.
+    pub(super) fn with_predecessor(&self, key: &str) -> Option<[&Entry; 2]> {
+        let mut pairs = self.candidates.windows(2);
+        pairs
+            .find(|pair| pair[1].key == key)
+            .map(|pair| [&pair[0], &pair[1]])
+    }
+
     /// Whether the election is the same in both, whatever else has been written between them.
     pub(super) fn is_same_election(&self, other: &Self) -> bool {
         let holder = |reading: &Self| {

@@ -22,6 +22,7 @@ use crate::sync::lock;
 use crate::testing::until;
 
 const TTL: Duration = Duration::from_secs(5);
+const SECOND: Duration = Duration::from_secs(1);
 const MARGIN: Duration = Duration::from_millis(500);
 
 struct Running {
@@ -589,11 +590,13 @@ async fn an_operator_waits_for_a_transfer_as_long_as_is_said() {
     assert_eq!(epoch.unwrap(), last.node.leadership().unwrap().epoch);
 }
 
-/// Counts all calls but those for leases and watches, and panics in the next `panics` renewals.
+/// Counts all calls but those for leases, and what they read; panics in the next `panics` renewals.
 #[derive(Debug)]
 struct Observed {
     inner: MemoryStore,
     calls: AtomicU32,
+    entries: AtomicU32,
+    watches: AtomicU32,
     panics: Arc<AtomicU32>,
 }
 
@@ -602,12 +605,20 @@ impl Observed {
         Arc::new(Self {
             inner: inner.clone(),
             calls: AtomicU32::new(0),
+            entries: AtomicU32::new(0),
+            watches: AtomicU32::new(0),
             panics: Arc::default(),
         })
     }
 
     fn count(&self) {
         self.calls.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count_entries(&self, listings: &[Listing]) {
+        let entries: usize = listings.iter().map(|listing| listing.entries.len()).sum();
+        let entries = u32::try_from(entries).unwrap();
+        self.entries.fetch_add(entries, Ordering::Relaxed);
     }
 }
 
@@ -648,14 +659,20 @@ impl Store for Observed {
     }
     async fn list(&self, keys: &Selector, at: Option<Revision>) -> Result<Listing, ClusterError> {
         self.count();
-        self.inner.list(keys, at).await
+        let listing = self.inner.list(keys, at).await?;
+        self.count_entries(std::slice::from_ref(&listing));
+        Ok(listing)
     }
     async fn list_all(&self, all: &[Selector]) -> Result<Vec<Listing>, ClusterError> {
         self.count();
-        self.inner.list_all(all).await
+        let listings = self.inner.list_all(all).await?;
+        self.count_entries(&listings);
+        Ok(listings)
     }
     async fn watch(&self, ranges: Vec<WatchRange>) -> Result<Box<dyn Watcher>, ClusterError> {
-        self.inner.watch(ranges).await
+        let watcher = self.inner.watch(ranges).await?;
+        self.watches.fetch_add(1, Ordering::Relaxed);
+        Ok(watcher)
     }
 }
 
@@ -783,6 +800,69 @@ async fn a_node_is_idle_only_if_its_requests_are_counted() {
     let begun = Instant::now();
     assert!(running.node.drain_until_idle(grace).await);
     assert!(begun.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_restart_of_the_store_no_candidate_that_waits_reads_the_whole_queue() {
+    const NODES: u32 = 40;
+    let store = MemoryStore::new();
+    let observed = Observed::new(&store);
+    let mut all = Vec::new();
+    for number in 0..NODES {
+        let builder = builder(&store, &format!("n{number}")).store(observed.clone());
+        let running = run(builder);
+        running.node.until_registered().await.unwrap();
+        all.push(running);
+    }
+    until("n0 leads", || all[0].node.is_leader()).await;
+    let waiting = || observed.watches.load(Ordering::Relaxed);
+    sleep(SECOND).await;
+    for restart in 0..3 {
+        let (watches, entries) = (waiting(), observed.entries.load(Ordering::Relaxed));
+        store.end_watches();
+        until("all wait again", || waiting() == watches + NODES).await;
+        sleep(SECOND).await;
+        let read = observed.entries.load(Ordering::Relaxed) - entries;
+        // Its registration, twice, its candidacy and the one ahead; the leader all.
+        assert!(read <= 5 * NODES, "{read} entries in restart {restart}");
+        assert!(all[0].node.is_leader());
+    }
+    // Two are gone while the watches of the others are broken: the leader, and one that another waits for.
+    store.set_fault(Some(Fault::Refuse));
+    store.end_watches();
+    sleep(SECOND / 10).await;
+    for id in ["n0", "n20"] {
+        let registration = store.entry(&GroupKeys::new("", "g").registration(id));
+        store.expire_lease(registration.unwrap().lease.unwrap());
+    }
+    store.set_fault(None);
+    until("n1 leads", || all[1].node.is_leader()).await;
+    until("the two are back", || store.leases().len() == all.len()).await;
+    while !all.is_empty() {
+        let leads = || all.iter().position(|running| running.node.is_leader());
+        until("another one leads", || leads().is_some()).await;
+        let leader = all.swap_remove(leads().unwrap());
+        leader.stop.send(()).unwrap();
+        leader.task.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_term_is_announced_again_although_the_watch_of_the_leader_breaks_meanwhile() {
+    let store = MemoryStore::new();
+    let leader = start(&store, "n1");
+    until("n1 leads", || leader.node.is_leader()).await;
+    let other = start(&store, "n2");
+    other.node.until_registered().await.unwrap();
+    sleep(SECOND).await;
+    let key = leader.node.leadership().unwrap().key;
+    let written = || store.entry(&key).unwrap().mod_revision;
+    let before = written();
+    other.stop.send(()).unwrap();
+    until("the other one has left", || store.leases().len() == 1).await;
+    sleep(Duration::from_millis(50)).await;
+    store.end_watches();
+    until("the term is announced again", || written() > before).await;
 }
 
 /// Collects what is logged on this thread.
