@@ -57,7 +57,8 @@ impl Links {
 
     fn options(&self) -> EtcdOptions {
         let addresses = self.0.iter().map(Link::address);
-        EtcdOptions::new(addresses.map(|address| format!("http://{address}")))
+        let endpoints = addresses.map(|address| format!("http://{address}"));
+        EtcdOptions::new(endpoints).shuffle_endpoints(false)
     }
 
     pub fn set_silent(&self, silent: bool) {

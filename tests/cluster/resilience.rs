@@ -211,7 +211,9 @@ async fn a_silent_endpoint_is_left_for_the_next_one_which_is_remembered() {
         Link::to(etcd.address()).await,
     );
     let endpoints = [bad.address(), good.address()].map(|address| format!("http://{address}"));
-    let options = EtcdOptions::new(endpoints.clone()).connect_timeout(Duration::from_secs(2));
+    let options = EtcdOptions::new(endpoints.clone())
+        .connect_timeout(Duration::from_secs(2))
+        .shuffle_endpoints(false);
     let discovery = ready(&options, &group).await;
     assert_eq!(
         discovery.store_status().endpoint.as_ref(),

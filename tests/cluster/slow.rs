@@ -238,7 +238,9 @@ async fn a_call_that_is_not_polled_holds_nobody_up() {
     );
     silent.set_silent(true);
     let endpoints = [silent.address(), good.address()].map(|address| format!("http://{address}"));
-    let options = EtcdOptions::new(endpoints).connect_timeout(Duration::from_millis(300));
+    let options = EtcdOptions::new(endpoints)
+        .connect_timeout(Duration::from_millis(300))
+        .shuffle_endpoints(false);
     let store = EtcdStore::new(options).unwrap();
     let any = Selector::Key("any".to_owned());
     // The call is started, polled once, and then kept without being polled.

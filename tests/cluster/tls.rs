@@ -184,7 +184,9 @@ async fn one_endpoint_with_a_wrong_certificate_leaves_the_others_and_is_told_onc
     let (captured, _logging) = Captured::start("pingora_etcd=warn");
     let (secure, other) = (Secure::new(false), Secure::new(false));
     let endpoints = [other.etcd.endpoints(), secure.etcd.endpoints()].concat();
-    let both = EtcdOptions::new(endpoints).tls(secure.tls());
+    let both = EtcdOptions::new(endpoints)
+        .tls(secure.tls())
+        .shuffle_endpoints(false);
     see_each_other(&both).await;
     let expired = Secure::with_server(false, |ca| ca.expired_server(LOCAL));
     let store = EtcdStore::new(expired.etcd.options().tls(expired.tls())).unwrap();

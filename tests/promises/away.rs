@@ -70,9 +70,11 @@ async fn silence_is_noticed_within_five_seconds_and_the_next_endpoint_is_tried()
         [vec![behind], etcd.endpoints()].concat()
     };
     let setup = |link: &Link| Setup::new(endpoints(link), &group).with("policy: round_robin");
-    let balancer = setup(&link).serving().await;
-    let fields = "silence_timeout_ms: 500, request_timeout_ms: 500, connect_timeout_ms: 500";
-    let short = setup(&short_link).etcd(fields).serving().await;
+    let order = "shuffle_endpoints: false";
+    let balancer = setup(&link).etcd(order).serving().await;
+    let times = "silence_timeout_ms: 500, request_timeout_ms: 500, connect_timeout_ms: 500";
+    let fields = format!("{times}, {order}");
+    let short = setup(&short_link).etcd(&fields).serving().await;
     for balancer in [&balancer, &short] {
         balancer.until_served_by(&["first"]).await;
     }

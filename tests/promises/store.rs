@@ -44,8 +44,11 @@ async fn an_endpoint_that_says_nothing_is_left_after_the_time_to_connect() {
     .await;
     let link = Link::to(etcd.address()).await;
     link.set_silent(true);
-    let setup =
-        |fields: &str| Setup::new([behind(&link), etcd.endpoints()].concat(), &group).etcd(fields);
+    let setup = |fields: &str| {
+        let endpoints = [behind(&link), etcd.endpoints()].concat();
+        let fields = format!("{fields}, shuffle_endpoints: false");
+        Setup::new(endpoints, &group).etcd(&fields)
+    };
     let [short, long] = served_after([
         setup("connect_timeout_ms: 300"),
         setup("connect_timeout_ms: 6000"),
@@ -76,7 +79,10 @@ async fn a_member_that_does_not_answer_is_left_after_the_time_for_a_request() {
     })
     .await;
     let endpoints = [vec![stuck.endpoint()], etcd.endpoints()].concat();
-    let setup = |fields: &str| Setup::new(endpoints.clone(), &group).etcd(fields);
+    let setup = |fields: &str| {
+        let fields = format!("{fields}, shuffle_endpoints: false");
+        Setup::new(endpoints.clone(), &group).etcd(&fields)
+    };
     let [short, long] = served_after([
         setup("request_timeout_ms: 300"),
         setup("request_timeout_ms: 6000"),
@@ -261,6 +267,37 @@ async fn the_members_that_etcd_names_are_endpoints_too() {
     put(&mut keys, &group, &b.entry(json!({})), None).await;
     follows.until_served_by(&["a", "b"]).await;
     assert!(!stays.gets(8).await.contains_key("b"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fleet_with_one_list_of_endpoints_is_spread_over_them() {
+    let (etcd, group) = (Etcd::shared(), group("shuffled"));
+    let a = Backend::start("a").await;
+    let mut keys = etcd.raw_client().await;
+    put(&mut keys, &group, &a.entry(json!({})), None).await;
+    let (first, second) = (
+        Link::to(etcd.address()).await,
+        Link::to(etcd.address()).await,
+    );
+    let serve = async |field: &str| {
+        let setup = Setup::new([behind(&first), behind(&second)].concat(), &group);
+        let balancer = setup.etcd(field).serving().await;
+        assert_eq!(balancer.get().await, "a");
+    };
+    for _ in 0..4 {
+        serve("shuffle_endpoints: false").await;
+    }
+    assert!(first.connections() >= 4);
+    assert_eq!(second.connections(), 0);
+    // As it is without the field. By chance all of so many would use the same one once in 10^11 times.
+    let before = first.connections();
+    for _ in 0..40 {
+        serve("request_timeout_ms: 3000").await;
+        if first.connections() > before && second.connections() > 0 {
+            return;
+        }
+    }
+    panic!("40 processes have used the same endpoint");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

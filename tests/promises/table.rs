@@ -343,6 +343,10 @@ const FIELDS: &[(&str, &[&str])] = &[
         &["promises::store::the_members_that_etcd_names_are_endpoints_too"],
     ),
     (
+        "etcd.shuffle_endpoints",
+        &["promises::store::a_fleet_with_one_list_of_endpoints_is_spread_over_them"],
+    ),
+    (
         "etcd.serializable_fallback",
         &[
             "promises::store::without_a_quorum_it_starts_with_what_one_member_has_if_that_is_asked_for",

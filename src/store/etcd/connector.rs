@@ -71,7 +71,7 @@ impl ConnectorHandle {
         let (open, closed) = watch::channel(());
         Self {
             connector: Arc::new(Connector {
-                link: Mutex::new(Link::new(&options.endpoints)),
+                link: Mutex::new(Link::new(&options)),
                 options,
                 closed,
                 password: LastPassword::default(),

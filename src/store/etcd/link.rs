@@ -11,6 +11,7 @@ use tokio::sync::{Notify, watch};
 use super::breaker::Breaker;
 use super::endpoint::is_same;
 use super::names::Names;
+use super::options::EtcdOptions;
 use super::pace::Pace;
 use super::round_trips::RoundTrips;
 use super::token::Token;
@@ -89,12 +90,14 @@ impl fmt::Debug for Connection {
 }
 
 impl Link {
-    pub(super) fn new(endpoints: &[String]) -> Self {
+    pub(super) fn new(options: &EtcdOptions) -> Self {
+        let endpoints = options.endpoints.iter();
+        let mut endpoints: Vec<_> = endpoints.map(|endpoint| Arc::from(&**endpoint)).collect();
+        if options.shuffle_endpoints {
+            fastrand::shuffle(&mut endpoints);
+        }
         Self {
-            endpoints: endpoints
-                .iter()
-                .map(|endpoint| Arc::from(&**endpoint))
-                .collect(),
+            endpoints,
             connection: None,
             open: None,
             generation: 0,

@@ -131,16 +131,26 @@ impl Connector {
     /// Uses the members as endpoints, and those that are configured after them.
     fn use_members(&self, urls: &[&str]) {
         let mut endpoints: Vec<Arc<str>> = Vec::new();
-        let configured = self.options.endpoints.iter();
-        let configured = configured.map(|endpoint| endpoint.trim_end_matches('/'));
-        for endpoint in urls.iter().copied().chain(configured) {
-            if !endpoints.iter().any(|other| is_same(other, endpoint)) {
-                endpoints.push(Arc::from(endpoint));
+        let mut add = |all: &mut dyn Iterator<Item = &str>| {
+            for endpoint in all {
+                if !endpoints.iter().any(|other| is_same(other, endpoint)) {
+                    endpoints.push(Arc::from(endpoint));
+                }
             }
-        }
+            endpoints.len()
+        };
+        let members = add(&mut urls.iter().copied());
+        let configured = self.options.endpoints.iter();
+        add(&mut configured.map(|endpoint| endpoint.trim_end_matches('/')));
         let mut link = self.link();
-        if link.endpoints == endpoints {
+        let is_shuffled = self.options.shuffle_endpoints;
+        let is_known = |endpoint: &Arc<str>| link.endpoints.contains(endpoint);
+        let is_same_set = link.endpoints.len() == endpoints.len() && endpoints.iter().all(is_known);
+        if link.endpoints == endpoints || (is_shuffled && is_same_set) {
             return;
+        }
+        if is_shuffled {
+            fastrand::shuffle(&mut endpoints[..members]);
         }
         info!(?endpoints, "the endpoints follow the members of etcd");
         let current = link

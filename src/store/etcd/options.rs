@@ -39,7 +39,8 @@ use crate::keys;
 #[non_exhaustive]
 pub struct EtcdOptions {
     /// `http://host:port` or, with the feature `tls`, `https://host:port` of each member. They are
-    /// tried in turn, at each address that their name has; one connection is used at a time. Without
+    /// tried in turn, at each address that their name has; one connection is used at a time. For the order see
+    /// `shuffle_endpoints`. Without
     /// a scheme it is `https` if `tls` is given, and `http` if not. Or one `memory://name`: the
     /// in-memory store of that name in this process, which needs no server and keeps nothing. An
     /// endpoint must not contain user and password: see `credentials`.
@@ -53,6 +54,10 @@ pub struct EtcdOptions {
     /// are tried after them. Every member must be reachable by the URLs that it advertises. Default:
     /// false.
     pub sync_endpoints: bool,
+    /// Whether each process tries the endpoints in an order of its own, so that a fleet with one list is spread over
+    /// the members: each member sends changes only to the watches of its own clients. False for an order of preference,
+    /// such as the member of the same zone first. Default: true.
+    pub shuffle_endpoints: bool,
     /// How long to wait for a connection to one endpoint before the next one is tried. The slow
     /// attempt goes on in the background, for up to 30 s. Default: 2 s. Range: 10 ms to 60 s.
     #[serde(rename = "connect_timeout_ms", deserialize_with = "milliseconds")]
@@ -151,6 +156,7 @@ impl fmt::Debug for EtcdOptions {
             .field("endpoints", &endpoints)
             .field("key_prefix", &self.key_prefix)
             .field("sync_endpoints", &self.sync_endpoints)
+            .field("shuffle_endpoints", &self.shuffle_endpoints)
             .field("connect_timeout", &self.connect_timeout)
             .field("request_timeout", &self.request_timeout)
             .field("keep_alive_interval", &self.keep_alive_interval)
@@ -179,6 +185,7 @@ impl EtcdOptions {
             endpoints: Vec::new(),
             key_prefix: String::new(),
             sync_endpoints: false,
+            shuffle_endpoints: true,
             connect_timeout: Duration::from_secs(2),
             request_timeout: Duration::from_secs(3),
             keep_alive_interval: Duration::from_secs(10),
@@ -221,6 +228,13 @@ impl EtcdOptions {
     #[must_use]
     pub fn sync_endpoints(mut self, sync: bool) -> Self {
         self.sync_endpoints = sync;
+        self
+    }
+
+    /// Sets [`shuffle_endpoints`](Self::shuffle_endpoints).
+    #[must_use]
+    pub fn shuffle_endpoints(mut self, shuffle: bool) -> Self {
+        self.shuffle_endpoints = shuffle;
         self
     }
 
