@@ -97,6 +97,7 @@ mod load_report;
 mod metadata;
 pub mod metrics;
 mod node;
+mod opaque;
 mod operator;
 #[cfg(any(feature = "tls", feature = "proxy-tls"))]
 mod pem;

@@ -212,6 +212,9 @@ impl Operator {
     /// [priority](crate::ClusterNodeBuilder::priority) may take it back later. Returns the fencing token of the new
     /// term. The leader and those between have to be nodes of this crate.
     ///
+    /// Dropping the future does not take the request back: for up to 10 s the leader may follow it, and other transfers
+    /// are refused.
+    ///
     /// # Errors
     ///
     /// As [`drain`](Self::drain); when the node is no candidate, another transfer is under way, or it has not led

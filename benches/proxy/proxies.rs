@@ -80,7 +80,7 @@ fn cluster(server: &mut Server, text: &str, has_front: bool) {
     }
     let balancer = BalancerService::new(config.discovery().unwrap(), config.balancer().unwrap());
     let balancer = background_service("balancer", balancer);
-    let proxy = ClusterProxy::new(balancer.task(), &config);
+    let proxy = ClusterProxy::try_new(balancer.task(), &config).unwrap();
     let mut proxy = http_proxy_service(&server.configuration, proxy);
     proxy.add_tcp(&argument("--listen").expect("an address"));
     let balancer = server.add_service(balancer);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::opaque::opaque_debug;
 use crate::pingora::BalancerService;
 use crate::proxy::{FrontStatistics, ProxyParts, RequestStatistics, ServedGroup};
 
@@ -56,3 +57,5 @@ impl From<ServedGroup> for Group {
         }
     }
 }
+
+opaque_debug!(Group);

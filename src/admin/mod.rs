@@ -24,7 +24,7 @@
 //! let (config, server_conf) = config::load("config/load_balancer.yaml")?;
 //! let mut server = pingora::server::Server::new_with_opt_and_conf(None, server_conf);
 //! let parts = ClusterProxy::add_to(&mut server, &config, false)?;
-//! let admin = Admin::new(config::Admin::default()).proxy(&parts);
+//! let admin = Admin::try_new(config::Admin::default())?.proxy(&parts);
 //! server.add_service(background_service("admin", admin));
 //! # Ok(()) }
 //! ```
@@ -45,5 +45,6 @@ mod status;
 pub use group::Group;
 pub use service::{Admin, add_to};
 pub use status::{
-    GroupStatus, LeaderStatus, NodeStatus, ReloadStatus, RequestStatus, RouteStatus, Status,
+    CertificateStatus, CheckResult, GroupStatus, LeaderStatus, NodeStatus, ReloadStatus,
+    RequestStatus, RouteStatus, Status,
 };

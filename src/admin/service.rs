@@ -20,6 +20,7 @@ use super::router::router;
 use super::shown::Shown;
 use crate::config::{self, ClusterConfig};
 use crate::error::ClusterError;
+use crate::opaque::opaque_debug;
 use crate::proxy::{ProxyParts, Shutdown};
 
 /// How often to try to listen: the predecessor has the address until it ends.
@@ -30,7 +31,7 @@ const PAGES: usize = 128;
 const FOLLOW_EVERY: Duration = Duration::from_secs(1);
 
 /// The page, the JSON and the metrics of some groups: a background service for a Pingora server, or a
-/// router.
+/// router of axum 0.8.
 pub struct Admin {
     options: config::Admin,
     token: Option<String>,
@@ -39,14 +40,24 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Shows nothing yet. The options say where the service listens.
-    pub fn new(options: config::Admin) -> Self {
-        Self {
+    /// Shows nothing yet. The options say where the service listens, and with which token something may be changed.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field: an address that others reach without
+    /// `public: true`, a token that is short or not there.
+    pub fn try_new(options: config::Admin) -> Result<Self, ClusterError> {
+        Self::with_field(options, "admin")
+    }
+
+    fn with_field(options: config::Admin, field: &str) -> Result<Self, ClusterError> {
+        options.validate(field)?;
+        Ok(Self {
+            token: options.token(field)?,
             options,
-            token: None,
             groups: Vec::new(),
             proxy: None,
-        }
+        })
     }
 
     /// Shows this group, too.
@@ -60,13 +71,6 @@ impl Admin {
     #[must_use]
     pub fn proxy(mut self, parts: &ProxyParts) -> Self {
         self.proxy = Some(parts.clone());
-        self
-    }
-
-    /// Lets those who know this token change something; see [`config::Admin::token`].
-    #[must_use]
-    pub fn token(mut self, token: Option<String>) -> Self {
-        self.token = token;
         self
     }
 
@@ -188,7 +192,7 @@ pub fn add_to(
     let Some(options) = &config.admin else {
         return Ok(());
     };
-    options.validate("cluster.admin")?;
+    let admin = Admin::with_field(options.clone(), "cluster.admin")?.proxy(parts);
     let is_free_later = server
         .options
         .as_ref()
@@ -200,8 +204,8 @@ pub fn add_to(
             ClusterError::config("cluster.admin.listen", reason)
         })?;
     }
-    let token = options.token("cluster.admin")?;
-    let admin = Admin::new(options.clone()).proxy(parts).token(token);
     server.add_service(background_service("admin", admin));
     Ok(())
 }
+
+opaque_debug!(Admin);

@@ -362,7 +362,7 @@ impl Balancer {
     }
 
     /// Takes over what operators say of nodes, by id: all of it, so that what is missing holds no more. It holds over
-    /// what a node says of itself, for the process that has the same lease. Takes effect with the next
+    /// what a node says of itself, for the same process: by its [`run`](Node::run), or, without one, by its lease. Takes effect with the next
     /// [`publish`](Self::publish).
     pub fn set_overrides(&self, overrides: &HashMap<String, NodeOverride>) {
         self.weighing().weigher.set_overrides(overrides);

@@ -51,6 +51,16 @@ fn default_queue() -> usize {
 }
 
 impl AccessLog {
+    /// A line of JSON for each request, in this file; `-` is standard output.
+    pub fn new(file: impl Into<PathBuf>) -> Self {
+        Self {
+            file: file.into(),
+            format: LogFormat::default(),
+            sample: default_sample(),
+            queue: default_queue(),
+        }
+    }
+
     /// Checks the range of every field. Errors name the field as a part of `field`.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! The `clients` section.
 
 use std::net::IpAddr;
+use std::str::FromStr;
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -73,10 +74,24 @@ impl Network {
     }
 }
 
+impl FromStr for Network {
+    type Err = ClusterError;
+
+    fn from_str(text: &str) -> Result<Self, ClusterError> {
+        Self::parse(text).map_err(|reason| ClusterError::config("network", reason))
+    }
+}
+
 impl TryFrom<String> for Network {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
+        Self::parse(&text)
+    }
+}
+
+impl Network {
+    fn parse(text: &str) -> Result<Self, String> {
         let network = text.parse::<IpNet>();
         let network = network.or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
         network

@@ -91,19 +91,22 @@ impl TryFrom<StatusText> for StatusRange {
                 from.trim().parse().ok().zip(to.trim().parse().ok())
             }
         };
-        match parsed {
-            Some((from, to)) if (100..=599).contains(&from) && (from..=599).contains(&to) => {
-                Ok(Self(from, to))
-            }
-            _ => Err(
-                "a status is a number such as 200, or a range such as 200-299, from 100 to 599"
-                    .to_owned(),
-            ),
-        }
+        let range = parsed.and_then(|(from, to)| Self::new(from, to));
+        range.ok_or_else(|| {
+            "a status is a number such as 200, or a range such as 200-299, from 100 to 599"
+                .to_owned()
+        })
     }
 }
 
 impl StatusRange {
+    /// The statuses from this one to that one. `None` if one is not from 100 to 599, or the second is less than the
+    /// first.
+    pub fn new(from: u16, to: u16) -> Option<Self> {
+        let is_valid = (100..=599).contains(&from) && (from..=599).contains(&to);
+        is_valid.then_some(Self(from, to))
+    }
+
     /// Whether a status is in the range.
     pub fn contains(self, status: u16) -> bool {
         (self.0..=self.1).contains(&status)

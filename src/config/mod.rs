@@ -15,6 +15,7 @@ mod groups;
 mod health_check;
 mod leader;
 mod lines;
+mod made;
 mod opentelemetry;
 mod overload;
 mod references;

@@ -27,11 +27,11 @@ pub struct OpenTelemetry {
     pub service_name: String,
 }
 
-fn default_sample() -> f64 {
+pub(super) fn default_sample() -> f64 {
     1.0
 }
 
-fn default_service_name() -> String {
+pub(super) fn default_service_name() -> String {
     "pingora-etcd".to_owned()
 }
 

@@ -106,7 +106,7 @@ pub struct Redirect {
     pub status: u16,
 }
 
-fn default_redirect_status() -> u16 {
+pub(super) fn default_redirect_status() -> u16 {
     308
 }
 
@@ -176,11 +176,11 @@ pub struct Mirror {
     pub body_bytes: usize,
 }
 
-fn default_percent() -> f64 {
+pub(super) fn default_percent() -> f64 {
     100.0
 }
 
-fn default_mirror_body() -> usize {
+pub(super) fn default_mirror_body() -> usize {
     65_536
 }
 

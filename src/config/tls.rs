@@ -56,7 +56,7 @@ pub enum ClientCertificate {
     Required,
 }
 
-fn default_http2() -> bool {
+pub(super) fn default_http2() -> bool {
     true
 }
 

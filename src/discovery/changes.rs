@@ -9,6 +9,7 @@ use futures_core::Stream;
 use tokio_stream::wrappers::BroadcastStream;
 
 use super::published::Published;
+use crate::opaque::opaque_debug;
 use crate::view::{Change, Source};
 
 /// The state of a group and every change to it; see
@@ -70,3 +71,5 @@ impl Stream for Changes {
         self.poll(context).map(Some)
     }
 }
+
+opaque_debug!(Changes);

@@ -1,8 +1,11 @@
 //! Where a node's metrics come from: the trait, and collectors that combine others or report nothing.
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use crate::metadata::NodeMetadata;
+use crate::opaque::opaque_debug;
 use crate::validate;
 
 /// Where a node's metrics come from.
@@ -37,6 +40,26 @@ pub trait MetricsCollector: Send + Sync {
     /// runtime's thread. Default: true.
     fn may_block(&self) -> bool {
         true
+    }
+}
+
+impl<T: MetricsCollector + ?Sized> MetricsCollector for Arc<T> {
+    fn collect(&self) -> NodeMetadata {
+        (**self).collect()
+    }
+
+    fn may_block(&self) -> bool {
+        (**self).may_block()
+    }
+}
+
+impl<T: MetricsCollector + ?Sized> MetricsCollector for Box<T> {
+    fn collect(&self) -> NodeMetadata {
+        (**self).collect()
+    }
+
+    fn may_block(&self) -> bool {
+        (**self).may_block()
     }
 }
 
@@ -119,3 +142,5 @@ impl MetricsCollector for CompositeMetricsCollector {
             .any(|collector| collector.may_block())
     }
 }
+
+opaque_debug!(CompositeMetricsCollector);

@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::collector::MetricsCollector;
 use crate::metadata::{NodeMetadata, metadata_keys};
+use crate::opaque::opaque_debug;
 
 /// How well an application is, by its own checks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,3 +54,5 @@ impl<F: Fn() -> Health + Send + Sync> MetricsCollector for HealthCollector<F> {
         json!({ metadata_keys::HEALTH: health, metadata_keys::HEALTH_REASON: reason })
     }
 }
+
+opaque_debug!(HealthCollector<F>);

@@ -10,6 +10,7 @@ use tracing::warn;
 
 use super::collector::MetricsCollector;
 use crate::metadata::{NodeMetadata, metadata_keys};
+use crate::opaque::opaque_debug;
 use crate::sync::lock;
 
 /// CPU, memory and load of this machine (feature `system-metrics`).
@@ -90,6 +91,8 @@ impl MetricsCollector for SystemMetricsCollector {
 fn tenth(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
 }
+
+opaque_debug!(SystemMetricsCollector);
 
 #[cfg(test)]
 mod tests {

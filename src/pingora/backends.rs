@@ -20,6 +20,7 @@ use crate::balance::pace::{every_tick, pause_after};
 use crate::balance::{BalancerBuilder, TICK};
 use crate::discovery::ServiceDiscovery;
 use crate::error::ClusterError;
+use crate::opaque::opaque_debug;
 use crate::supervise::in_span;
 use crate::sync::lock;
 
@@ -203,3 +204,5 @@ fn hash_key(backend: &Backend) -> u64 {
     backend.hash(&mut hasher);
     hasher.finish()
 }
+
+opaque_debug!(ClusterBackends);

@@ -17,6 +17,7 @@ use http::HeaderMap;
 use http::header::{CONTENT_TYPE, HOST, TE};
 
 use super::exchange::{Exchanged, exchange};
+use super::system_cas::with_system_cas;
 use crate::config::{CheckKind, HealthCheck};
 use crate::error::ClusterError;
 
@@ -58,10 +59,11 @@ impl NodeCheck {
     ///
     /// # Errors
     ///
-    /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field.
+    /// [`InvalidConfig`](ClusterError::InvalidConfig), naming the field, also when the CAs of the system, which Pingora
+    /// reads in any case, cannot be used.
     pub fn new(config: HealthCheck) -> Result<Self, ClusterError> {
         config.validate("health_check")?;
-        Ok(Self {
+        with_system_cas("health_check", || Self {
             config: Arc::new(config),
             transport: Arc::new(TransportConnector::new(None)),
             connector: Arc::new(Connector::new(None)),
@@ -197,7 +199,8 @@ fn is_serving(answer: &Exchanged) -> Result<(), String> {
     }
 }
 
-/// Over plain text; for nodes with TLS there is [`BalancerService`](super::BalancerService).
+/// Over plain text; for nodes with TLS there is
+/// [`BalancerService::health_check_at`](super::BalancerService::health_check_at).
 #[async_trait]
 impl PingoraCheck for NodeCheck {
     async fn check(&self, target: &Backend) -> Result<()> {

@@ -47,6 +47,13 @@ pub struct LeaderUpstream {
     pub epoch: Revision,
 }
 
+impl LeaderUpstream {
+    /// This node at this address, in this term: for tests.
+    pub fn new(addr: SocketAddr, node: Arc<Node>, epoch: Revision) -> Self {
+        Self { addr, node, epoch }
+    }
+}
+
 impl LeaderRoute {
     /// The way to the leader of a group; `default_port` is for a leader that registered none.
     pub fn new(discovery: ServiceDiscovery, default_port: u16) -> Self {

@@ -1,6 +1,7 @@
 //! Pingora's `LoadBalancer`, updated by changes in etcd.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ use crate::error::ClusterError;
 
 /// How many changes are published together at most.
 const MOST_TOGETHER: usize = 10_000;
+/// How often health is checked by default.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// A Pingora `LoadBalancer` that a change in etcd reaches at once instead of every
 /// `update_frequency`, with its health checks, as a background service. It dereferences to the
@@ -46,7 +49,7 @@ const MOST_TOGETHER: usize = 10_000;
 /// let discovery = ServiceDiscovery::builder(vec!["http://10.0.0.1:2379".to_string()], "my-service").try_build()?;
 /// let mut upstreams = LiveLoadBalancer::<MetricsWeighted>::new(discovery, 8080);
 /// upstreams.set_health_check(TcpHealthCheck::new());
-/// upstreams.health_check_frequency = Some(std::time::Duration::from_secs(1));
+/// upstreams.health_check_frequency = Some(std::time::Duration::from_secs(5));
 ///
 /// let service = background_service("cluster", upstreams);
 /// let upstreams = service.task(); // for the proxy: upstreams.select(b"", 16)
@@ -64,7 +67,8 @@ where
     /// What operators say of nodes has changed.
     said: Notify,
     operators: Operators,
-    /// How often health is checked, if a check is set. Default: `None`, once at the start.
+    /// How often health is checked, if a check is set; `None` for once at the start, after which a backend that failed
+    /// stays out, and one that fails or joins later is never checked. Default: 1 s.
     pub health_check_frequency: Option<Duration>,
     /// Whether all backends are checked at the same time. Default: `true`.
     pub parallel_health_check: bool,
@@ -84,7 +88,9 @@ where
     }
 
     /// The same with weights as a balancer with these settings has them; see
-    /// [`LiveWeights`](super::LiveWeights).
+    /// [`LiveWeights`](super::LiveWeights). [`new`](Self::new) uses
+    /// [`Adaptive::metrics_only`](crate::balance::Adaptive::metrics_only), which is better as long as nobody tells of
+    /// outcomes: set it here, too.
     ///
     /// # Errors
     ///
@@ -105,13 +111,17 @@ where
             weights,
             said: Notify::new(),
             operators: Operators::default(),
-            health_check_frequency: None,
+            health_check_frequency: Some(CHECK_EVERY),
             parallel_health_check: true,
             ready_timeout: READY_TIMEOUT,
         }
     }
 
-    /// Sets how health is checked. To be called once only.
+    /// Sets how health is checked.
+    ///
+    /// # Panics
+    ///
+    /// In Pingora, if a check has been set before.
     pub fn set_health_check(&mut self, check: Box<dyn HealthCheck + Send + Sync + 'static>) {
         self.load_balancer.set_health_check(check);
     }
@@ -210,6 +220,12 @@ where
                 }
             )),
         );
+    }
+}
+
+impl<S: BackendSelection> fmt::Debug for LiveLoadBalancer<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LiveLoadBalancer").finish_non_exhaustive()
     }
 }
 

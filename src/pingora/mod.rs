@@ -41,6 +41,7 @@ mod restart;
 mod selection;
 mod service;
 mod slot;
+mod system_cas;
 mod turns;
 mod weights;
 
@@ -59,4 +60,5 @@ pub use live::LiveLoadBalancer;
 pub use peer::http_peer;
 pub use selection::MetricsWeighted;
 pub use service::BalancerService;
+pub(crate) use system_cas::with_system_cas;
 pub use weights::{BackendNode, LiveWeights};

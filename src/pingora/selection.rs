@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 use super::turns::Turns;
 use super::weights::{BackendNode, LiveWeights, WeightsDependent};
 use crate::balance::{Share, Spread};
+use crate::opaque::opaque_debug;
 use crate::sync::lock;
 
 /// How many choices of a request are by requests in flight; after that, by share alone.
@@ -310,6 +311,8 @@ fn shuffled(weighted: &Weighted, chosen: &[usize]) -> Vec<usize> {
     keyed.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(b.1.total_cmp(&a.1)));
     keyed.into_iter().map(|(_, _, index)| index).collect()
 }
+
+opaque_debug!(MetricsWeighted, MetricsWeightedIter);
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! The balancer as a Pingora service.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 use ::pingora::server::ShutdownWatch;
 use ::pingora::services::ServiceReadyNotifier;
 use ::pingora::services::background::BackgroundService;
+use ::pingora::upstreams::peer::HttpPeer;
 use async_trait::async_trait;
 
 use super::check::NodeCheck;
@@ -23,6 +25,7 @@ use crate::balance::Balancer;
 use crate::balance::pace::every_tick;
 use crate::discovery::{Overrides, ServiceDiscovery};
 use crate::node::Node;
+use crate::opaque::opaque_debug;
 use crate::supervise::{caught, in_span};
 use crate::sync::lock;
 
@@ -98,11 +101,34 @@ impl BalancerService {
         self
     }
 
-    /// Also asks the nodes themselves whether they are well, over plain text or as the check says. One that is not,
-    /// or that has joined and has not been asked yet, is not picked while others are well.
+    /// Also asks the nodes themselves whether they are well, over plain text. One that is not, or that has joined and
+    /// has not been asked yet, is not picked while others are well.
     #[must_use]
     pub fn health_check(self, check: NodeCheck) -> Self {
-        let peer = |addr, node: &Node| Ok(Box::new(http_peer(addr, node)));
+        self.health_check_at(check, http_peer)
+    }
+
+    /// The same at peers that this function makes, such as ones with TLS.
+    ///
+    /// ```
+    /// use pingora::upstreams::peer::HttpPeer;
+    /// use pingora_etcd::config::HealthCheck;
+    /// use pingora_etcd::pingora::{BalancerService, NodeCheck};
+    ///
+    /// fn checked(balancer: BalancerService) -> Result<BalancerService, pingora_etcd::ClusterError> {
+    ///     let check = NodeCheck::new(HealthCheck::default())?;
+    ///     Ok(balancer.health_check_at(check, |addr, node| {
+    ///         HttpPeer::new(addr, true, format!("{}.backends.example", node.id))
+    ///     }))
+    /// }
+    /// ```
+    #[must_use]
+    pub fn health_check_at(
+        self,
+        check: NodeCheck,
+        peer: impl Fn(SocketAddr, &Node) -> HttpPeer + Send + Sync + 'static,
+    ) -> Self {
+        let peer = move |addr, node: &Node| Ok(Box::new(peer(addr, node)));
         let peer = Arc::new(peer);
         self.checks.set(Some(Checker { check, peer }));
         self
@@ -262,3 +288,5 @@ impl BackgroundService for BalancerService {
         self.run(None).await;
     }
 }
+
+opaque_debug!(BalancerService);

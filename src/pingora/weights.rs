@@ -127,7 +127,8 @@ pub struct LiveWeights {
 
 impl LiveWeights {
     /// Weights as a balancer with these settings has them. Settings that only a pick needs, such as
-    /// the number of candidates, have an effect once outcomes are given ([`BackendNode::begin`]).
+    /// the number of candidates, have an effect once outcomes are given ([`BackendNode::begin`]). Where they never are,
+    /// [`Adaptive::metrics_only`] is better than the default.
     ///
     /// # Errors
     ///

@@ -26,7 +26,7 @@ const CLIENT_CERT_CHAIN: HeaderName = HeaderName::from_static("client-cert-chain
 /// use pingora_etcd::config::Network;
 /// use pingora_etcd::proxy::TrustedProxies;
 ///
-/// let trusted: Network = "10.0.0.0/8".to_owned().try_into().unwrap();
+/// let trusted: Network = "10.0.0.0/8".parse().unwrap();
 /// let trusted = TrustedProxies::new([trusted]);
 /// let ip = |text: &str| text.parse().unwrap();
 /// let says = |text: &str| http::HeaderMap::from_iter([(
@@ -47,7 +47,8 @@ impl TrustedProxies {
         Self(networks.into_iter().collect())
     }
 
-    pub(super) fn contains(&self, address: IpAddr) -> bool {
+    /// Whether this address is one of theirs.
+    pub fn contains(&self, address: IpAddr) -> bool {
         self.0.iter().any(|network| network.contains(address))
     }
 

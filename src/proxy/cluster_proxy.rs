@@ -5,13 +5,15 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::access_log::AccessLog;
-use super::group::GroupProxy;
+use super::group::{GroupProxy, backend_tls};
 use super::log_limit::LogLimit;
 use super::routing::Routing;
 use super::spans::Spans;
 use super::statistics::RequestStatistics;
 use super::via::ViaMark;
 use crate::config::{ClusterConfig, DEFAULT_GROUP};
+use crate::error::ClusterError;
+use crate::opaque::opaque_debug;
 use crate::pingora::{BalancerService, LeaderRoute};
 
 /// The bundled load balancer: a complete HTTP proxy over a [`BalancerService`].
@@ -21,7 +23,10 @@ use crate::pingora::{BalancerService, LeaderRoute};
 /// `x-upstream-node`. With [`leader_route`](Self::leader_route), writes go to the leader.
 ///
 /// [`add_to`](Self::add_to) puts it into a Pingora server, as the example `load_balancer` does
-/// with a YAML file. Take it apart, or wrap it, when you need more.
+/// with a YAML file. When you need more, wrap it in a `ProxyHttp` of your own that calls its hooks, and ask the
+/// [`RequestContext`](super::RequestContext) who served a request; or make a proxy of the same parts:
+/// [`HeaderPolicy`](super::HeaderPolicy), [`retry`](super::retry), [`Outcome`](super::Outcome), [`AccessLog`],
+/// [`run`](super::run).
 pub struct ClusterProxy {
     /// What a reload replaces.
     pub(super) routing: Arc<ArcSwap<Routing>>,
@@ -35,14 +40,25 @@ pub struct ClusterProxy {
 }
 
 impl ClusterProxy {
-    /// A proxy as `config` describes it, over a balancer that is part of the same server. It has one group:
-    /// `groups` and `routes` are for [`add_to`](Self::add_to), which makes their balancers.
-    pub fn new(balancer: Arc<BalancerService>, config: &ClusterConfig) -> Self {
-        let statistics = Arc::default();
-        let group = GroupProxy::new(DEFAULT_GROUP, config, balancer, None, statistics);
-        Self::of(Arc::new(ArcSwap::from_pointee(Routing::of_one(
-            config, group,
-        ))))
+    /// A proxy over a balancer that is part of the same server, without a front and without reloads: what of `config` is
+    /// about a single request holds (`timeouts` of backends, `retry`, `overload`, `leader`, `backends` with its TLS,
+    /// headers, `sticky_cookie`). The rest is what [`add_to`](Self::add_to) makes of it: `groups` and `routes`, `listen` and
+    /// `tls`, the limits and times of clients, `health_check` and the file of what was learned, `opentelemetry`,
+    /// `access_log` (see [`access_log`](Self::access_log)), and certificates to backends that are followed when their files
+    /// change.
+    ///
+    /// # Errors
+    ///
+    /// When `config` is invalid, or a certificate to backends cannot be used.
+    pub fn try_new(
+        balancer: Arc<BalancerService>,
+        config: &ClusterConfig,
+    ) -> Result<Self, ClusterError> {
+        config.validate()?;
+        let tls = backend_tls(config, DEFAULT_GROUP)?;
+        let group = GroupProxy::new(DEFAULT_GROUP, config, balancer, tls, Arc::default());
+        let routing = Routing::of_one(config, group);
+        Ok(Self::of(Arc::new(ArcSwap::from_pointee(routing))))
     }
 
     pub(super) fn of(routing: Arc<ArcSwap<Routing>>) -> Self {
@@ -62,7 +78,8 @@ impl ClusterProxy {
     }
 
     /// Writes this access log.
-    pub(super) fn access_log(mut self, log: Option<AccessLog>) -> Self {
+    #[must_use]
+    pub fn access_log(mut self, log: Option<AccessLog>) -> Self {
         self.access_log = log;
         self
     }
@@ -85,3 +102,5 @@ impl ClusterProxy {
         self
     }
 }
+
+opaque_debug!(ClusterProxy);

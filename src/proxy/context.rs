@@ -1,5 +1,6 @@
 //! A request, and who serves it.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ::pingora::http::RequestHeader;
@@ -10,8 +11,10 @@ use super::mirror::Copy;
 use super::request_state::RequestState;
 use super::route::Route;
 use super::routing::Routing;
+use crate::node::Node;
+use crate::opaque::opaque_debug;
 
-/// What [`ClusterProxy`](super::ClusterProxy) keeps about a request.
+/// What [`ClusterProxy`](super::ClusterProxy) keeps about a request, and says of it to a proxy that wraps it.
 pub struct RequestContext {
     /// What the file said when the request began.
     pub(super) routing: Arc<Routing>,
@@ -35,13 +38,34 @@ impl RequestContext {
         }
     }
 
+    /// The client's address: behind trusted proxies, the one that they name; `None` for a client at a Unix socket.
+    pub fn client(&self) -> Option<IpAddr> {
+        self.state.client
+    }
+
+    /// The node that the request was sent to last; `None` before, and after its outcome has been reported at the end of
+    /// [`logging`](::pingora::proxy::ProxyHttp::logging).
+    pub fn node(&self) -> Option<Arc<Node>> {
+        self.state.node()
+    }
+
+    /// The address that the request was sent to last, as long as [`node`](Self::node) is known.
+    pub fn addr(&self) -> Option<SocketAddr> {
+        self.state.addr()
+    }
+
+    /// How often it has been sent, or a connection for it was tried.
+    pub fn tries(&self) -> usize {
+        self.state.tries
+    }
+
     /// The name of the group that serves it.
-    pub(super) fn group_name(&self) -> Option<&str> {
+    pub fn group_name(&self) -> Option<&str> {
         self.group.as_ref().map(|group| &*group.name)
     }
 
     /// The name of the route that is for it.
-    pub(super) fn route_name(&self) -> Option<&str> {
+    pub fn route_name(&self) -> Option<&str> {
         self.route.as_ref().map(|route| &*route.name)
     }
 
@@ -71,3 +95,5 @@ impl RequestContext {
         }
     }
 }
+
+opaque_debug!(RequestContext);

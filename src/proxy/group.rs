@@ -19,7 +19,8 @@ use super::retry_budget::RetryBudget;
 use super::statistics::RequestStatistics;
 use super::tls::BackendTls;
 use crate::balance::Upstream;
-use crate::config::ClusterConfig;
+use crate::config::{ClusterConfig, DEFAULT_GROUP};
+use crate::error::ClusterError;
 use crate::node::Node;
 use crate::pingora::{BalancerService, Checker, LeaderRoute, LeaderUpstream, NodeCheck};
 
@@ -59,6 +60,25 @@ pub(super) struct SameSettings {
     pub(super) peers: bool,
 }
 
+/// TLS to the backends of this group, if they may use it.
+pub(super) fn backend_tls(
+    config: &ClusterConfig,
+    name: &str,
+) -> Result<Option<BackendTls>, ClusterError> {
+    // Without the feature, nodes that say that they want TLS cannot be spoken to.
+    let has_tls = cfg!(feature = "proxy-tls");
+    let backends = config.spoken_to();
+    let is_needed = backends.protocol.is_tls() || has_tls && backends.may_use_tls();
+    if !is_needed {
+        return Ok(None);
+    }
+    let field = match name {
+        DEFAULT_GROUP => "cluster.backends".to_owned(),
+        name => format!("cluster.groups.{name}.backends"),
+    };
+    BackendTls::new(&backends, &field).map(Some)
+}
+
 impl GroupProxy {
     /// The group that `config` describes.
     pub(super) fn new(
@@ -77,10 +97,7 @@ impl GroupProxy {
             leader_requests: LeaderRequests::new(config),
             takes_writes: config.leader.writes,
             picker: Picker::new(config),
-            retries: RetryRules {
-                most: config.retries,
-                on_timeout: config.retry.on_timeout,
-            },
+            retries: RetryRules::new(config.retries).on_timeout(config.retry.on_timeout),
             retry_on_status: config.retry.on_status.clone(),
             connected: LastConnected::default(),
             failures: LogLimit::new(),
@@ -211,7 +228,7 @@ impl GroupProxy {
     }
 
     /// Counts what has become of a request at its last backend.
-    pub(super) fn count_backend(&self, addr: SocketAddr, outcome: &Outcome, state: &RequestState) {
+    pub(super) fn count_backend(&self, addr: SocketAddr, outcome: Outcome, state: &RequestState) {
         match outcome {
             Outcome::Succeeded | Outcome::Answered => {
                 let latency = state.latency();

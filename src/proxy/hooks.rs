@@ -15,11 +15,12 @@ use http::{HeaderMap, StatusCode};
 use tracing::debug;
 
 use super::access_entry::{entry, has_failed};
-use super::client::{peer_of, remove_lookalikes, set_forwarded};
+use super::client::peer_of;
 use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
-use super::failure::{is_unanswered, of_try};
+use super::failed_try::is_unanswered;
 use super::grpc::Call;
+use super::header_policy::tell_backend;
 use super::headers::{change_fields, forget_case, join_cookies, set_leader_epoch};
 use super::hop_by_hop::{ends_with_connection, has_no_body};
 use super::http_1_0::{keep_from_old_clients, name_host};
@@ -29,6 +30,7 @@ use super::requests::{is_ending, keep_effective_upgrade};
 use super::rest::{check_presence, read_rest, take_body_at_hand};
 use super::route::Decided;
 use super::trace::{set_traceparent, traceparent};
+use super::tries::of_try;
 
 /// A request for which no backend is needed has got its response.
 fn answered(sent: Result<()>) -> Result<bool> {
@@ -184,8 +186,8 @@ impl ProxyHttp for ClusterProxy {
         state.awaits_answer();
         change_fields(request, |headers| {
             name_host(session, headers, state.addr());
-            remove_lookalikes(headers);
-            set_forwarded(&routing.trusted, session, headers, routing.sends_forwarded)?;
+            let said = (&routing.trusted, routing.sends_forwarded, &self.via);
+            tell_backend(session, headers, said)?;
             if routing.traceparent {
                 // Where there are spans, who has none is out of their sample.
                 let is_sampled = self.spans.is_none() && routing.samples_trace();
@@ -197,7 +199,6 @@ impl ProxyHttp for ClusterProxy {
             if self.access_log.is_some() {
                 state.traceparent = traceparent(headers).map(str::to_owned);
             }
-            self.via.add_to(headers);
             set_leader_epoch(headers, state.leader.as_ref());
             if let Some(reports) = context
                 .group
@@ -412,16 +413,16 @@ impl ProxyHttp for ClusterProxy {
         let code = status.map(|status| status.as_u16());
         let span = state.span.take();
         let is_refused = state.is_refused;
-        let failed = || has_failed(session, error, &outcome, is_refused);
+        let failed = || has_failed(session, error, outcome, is_refused);
         let log = self.access_log.as_ref();
         let log = log.filter(|log| log.takes(code, failed));
         if span.is_some() || log.is_some() {
-            let entry = entry(session, context, error, &outcome);
+            let entry = entry(session, context, error, outcome);
             if let Some(span) = span {
                 span.end(&entry, context.group_name(), context.route_name());
             }
             if let Some(log) = log {
-                log.write(entry);
+                log.queue(entry);
             }
         }
         let state = &mut context.state;

@@ -10,11 +10,12 @@ mod conditions;
 mod context;
 mod ends_with_head;
 mod failed;
-mod failure;
+mod failed_try;
 mod front;
 mod group;
 mod grpc;
 mod header_changes;
+mod header_policy;
 mod headers;
 mod hooks;
 mod hop_by_hop;
@@ -38,7 +39,7 @@ mod reply;
 mod request_state;
 mod requests;
 mod rest;
-mod retry;
+pub mod retry;
 mod retry_budget;
 mod route;
 mod routing;
@@ -52,7 +53,7 @@ mod trace;
 mod tries;
 mod via;
 
-pub use access_log::AccessLogStatistics;
+pub use access_log::{AccessLog, AccessLogEntry, AccessLogStatistics};
 pub use certificates::CertificateFile;
 pub use client::TrustedProxies;
 pub use cluster_proxy::ClusterProxy;
@@ -61,6 +62,8 @@ pub use context::RequestContext;
 #[doc(hidden)]
 pub use front::proxy_header_length;
 pub use front::{FrontCounts, FrontStatistics};
+pub use header_policy::HeaderPolicy;
+pub use outcome::Outcome;
 #[cfg(any(test, feature = "test-util"))]
 #[doc(hidden)]
 pub use piped::PipedProxy;

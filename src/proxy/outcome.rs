@@ -1,13 +1,32 @@
 //! What the end of a request says about its backend. Pure.
 
-use ::pingora::ErrorSource;
+use std::time::{Duration, Instant};
+
+use ::pingora::proxy::Session;
+use ::pingora::{Error, ErrorSource};
 use http::StatusCode;
+use serde::Serialize;
 
 use super::grpc::Verdict;
+use crate::balance::Upstream;
 
 /// What the end of a request says about its backend.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+///
+/// ```
+/// use std::time::Duration;
+/// use pingora::{Error, prelude::Session};
+/// use pingora_etcd::balance::Upstream;
+/// use pingora_etcd::proxy::Outcome;
+///
+/// /// For the end of the hook `logging`; `latency` is the time until the backend answered, from when it had the request.
+/// fn end(session: &Session, error: Option<&Error>, upstream: Upstream, latency: Duration) {
+///     Outcome::of(session, error).tell(upstream, latency);
+/// }
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Outcome {
     /// It did its work.
     Succeeded,
     /// It works, but did not do what it usually does, so its latency says nothing.
@@ -18,6 +37,42 @@ pub(super) enum Outcome {
     Overloaded,
     /// Nothing: the client or this process ended the request.
     Unknown,
+}
+
+impl Outcome {
+    /// The outcome of a request, from what the hook [`logging`](::pingora::proxy::ProxyHttp::logging) gets. Of a call of
+    /// gRPC only its HTTP status is looked at.
+    pub fn of(session: &Session, error: Option<&Error>) -> Self {
+        let status = session.response_written().map(|response| response.status);
+        outcome(error.map(Error::esource), status, None)
+    }
+
+    /// Tells the balancer. `latency` is how long the backend took to answer.
+    pub fn tell(self, upstream: Upstream, latency: Duration) {
+        self.tell_both(upstream, latency, latency);
+    }
+
+    /// The same, where an answer without the usual work `took` another time than until it began.
+    pub(super) fn tell_both(self, upstream: Upstream, latency: Duration, took: Duration) {
+        match self {
+            Self::Succeeded => upstream.succeeded(latency),
+            Self::Answered => upstream.answered(took, Instant::now()),
+            Self::Failed => upstream.failed(),
+            Self::Overloaded => upstream.overloaded(),
+            Self::Unknown => drop(upstream),
+        }
+    }
+
+    /// As the access log has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Succeeded => "succeeded",
+            Self::Answered => "answered",
+            Self::Failed => "failed",
+            Self::Overloaded => "overloaded",
+            Self::Unknown => "unknown",
+        }
+    }
 }
 
 /// The outcome of a request that ended with this error, if any, after this status of the response, if

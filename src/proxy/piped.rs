@@ -31,9 +31,8 @@ impl PipedProxy {
     ///
     /// When `config` is invalid.
     pub fn new(config: &ClusterConfig) -> Result<Self, ClusterError> {
-        config.validate()?;
         let balancer = BalancerService::new(config.discovery()?, config.balancer()?);
-        let proxy = ClusterProxy::new(Arc::new(balancer), config);
+        let proxy = ClusterProxy::try_new(Arc::new(balancer), config)?;
         let mut app = made(&Arc::new(ServerConf::default()), proxy)?;
         app.server_options = Some(server_options(config));
         let statistics = Arc::<FrontStatistics>::default();

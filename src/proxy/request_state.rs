@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use ::pingora::{Error, ErrorType, Result};
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::failed_try::Sent;
 use super::front::{Connection, OpenStream, Phase};
 use super::grpc::Call;
 use super::shutdown::Hold;
@@ -167,6 +168,16 @@ impl RequestState {
     pub(super) fn begins_try(&mut self, now: Instant) {
         self.sent = now;
         self.answered = None;
+    }
+
+    /// What is known of its tries.
+    pub(super) fn sent_so_far(&self) -> Sent {
+        Sent {
+            at: self.sent,
+            has_body_begun: self.has_body_begun,
+            retries: self.retries,
+            stale_connections: self.stale_connections,
+        }
     }
 
     /// Whether it took some time until its first backend was found.

@@ -1,52 +1,46 @@
-//! Whether a request that failed is tried again. Pure.
+//! Whether a request that failed is tried again: the rules of the bundled proxy, for a proxy of one's own.
+//!
+//! ```
+//! use std::time::Instant;
+//! use pingora_etcd::config::Retry;
+//! use pingora_etcd::proxy::retry::{Decision, FailedTry, RetryBudget, RetryRules};
+//!
+//! let config = Retry::default();
+//! let (rules, budget) = (RetryRules::new(2), RetryBudget::new(&config));
+//! budget.count_request(); // when a request begins
+//! // In `error_while_proxy`, `FailedTry::of` says what Pingora knows. A `GET` that its backend broke off:
+//! let mut failed = FailedTry::default();
+//! failed.is_safe = true;
+//! failed.is_idempotent = true;
+//! failed.is_repeatable = true;
+//! failed.is_unanswered = true;
+//! failed.is_from_backend = true;
+//! let decision = rules.decide(&failed);
+//! assert_eq!(decision, Decision::RetryElsewhere);
+//! assert!(budget.take(Instant::now())); // then `error.set_retry(true)`
+//! // A `POST` may have taken effect.
+//! failed.is_safe = false;
+//! failed.is_idempotent = false;
+//! assert_eq!(rules.decide(&failed), Decision::GiveUp);
+//! ```
+
+pub use super::failed_try::{FailedTry, PingoraRetry, Sent, is_local};
+pub use super::retry_budget::RetryBudget;
 
 /// How many pooled connections of a request may turn out to be closed before that counts as a
 /// failure of the backend. A request that makes each backend end its connection is to cost few of them.
 const MAX_STALE_CONNECTIONS: usize = 2;
 
-/// A request that failed after something of it may have been sent.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Failure {
-    /// The method may be repeated: `GET`, `PUT`, `DELETE` and the like.
-    pub(super) is_idempotent: bool,
-    /// The method has no side effects: `GET`, `HEAD` and the like.
-    pub(super) is_safe: bool,
-    /// The whole request is still there to be sent again.
-    pub(super) is_repeatable: bool,
-    /// Nothing of a response has reached the client.
-    pub(super) is_unanswered: bool,
-    /// The backend, not the client or this process, is the cause.
-    pub(super) is_from_backend: bool,
-    /// The backend did not answer in time.
-    pub(super) is_timeout: bool,
-    /// The backend cannot have read anything of the request.
-    pub(super) is_unread: bool,
-    /// What Pingora would do.
-    pub(super) retry: PingoraRetry,
-    /// How often this request has been tried on another backend.
-    pub(super) retries: usize,
-    /// How many pooled connections of this request turned out to be closed.
-    pub(super) stale_connections: usize,
-    /// It failed so soon that the connection may have been closed before.
-    pub(super) is_prompt: bool,
-}
-
-/// Whether Pingora would try a request again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum PingoraRetry {
-    Yes,
-    No,
-    /// The connection was taken from the pool, and turned out to be closed.
-    StaleConnection,
-}
-
 /// What to do with a request that failed.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Decision {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Decision {
     /// Try again, also at the same backend, which may be the only one: an idle connection that was
-    /// closed says nothing about the backend. It does not count as a retry.
+    /// closed says nothing about the backend. It does not count as a retry, and needs no
+    /// [budget](RetryBudget).
     RetryAnywhere,
-    /// Try another backend.
+    /// Try another backend, if there is one and the [budget](RetryBudget) allows it, and count the failure
+    /// against this one.
     RetryElsewhere,
     /// Report the failure to the client, and count it against the backend.
     GiveUp,
@@ -56,40 +50,59 @@ pub(super) enum Decision {
 
 /// What is tried again beyond failed connections.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct RetryRules {
+#[non_exhaustive]
+pub struct RetryRules {
     /// Tries on other backends.
-    pub(super) most: usize,
-    /// Whether a backend that did not answer in time is one reason.
-    pub(super) on_timeout: bool,
+    pub most: usize,
+    /// Whether a backend that did not answer in time is one reason. Default: false, because one slow request would
+    /// become several.
+    pub on_timeout: bool,
 }
 
-/// Pingora's own rules first, which repeat a request on a pooled connection that turned out to be
-/// closed. Beyond them, a method without side effects is tried on another backend as long as nothing
-/// has reached the client, and any method of which the backend cannot have read anything.
-pub(super) fn decide(failure: &Failure, rules: RetryRules) -> Decision {
-    let retry = match failure.retry {
-        // It was open when the request came, and the backend ended it.
-        PingoraRetry::StaleConnection if !failure.is_prompt => PingoraRetry::No,
-        retry => retry,
-    };
-    let is_stale = retry == PingoraRetry::StaleConnection || failure.is_unread;
-    let may_repeat = failure.is_repeatable
-        && (failure.is_unread || failure.is_idempotent && retry != PingoraRetry::No);
-    if may_repeat && is_stale && failure.stale_connections < MAX_STALE_CONNECTIONS {
-        return Decision::RetryAnywhere;
+impl RetryRules {
+    /// The usual rules, with at most this number of tries on other backends.
+    pub const fn new(most: usize) -> Self {
+        Self {
+            most,
+            on_timeout: false,
+        }
     }
-    let may_repeat_unanswered = failure.is_safe
-        && failure.is_repeatable
-        && failure.is_unanswered
-        && failure.is_from_backend
-        && (rules.on_timeout || !failure.is_timeout);
-    if (may_repeat || may_repeat_unanswered) && failure.retries < rules.most {
-        return Decision::RetryElsewhere;
+
+    /// Whether a backend that did not answer in time is a reason for a try on another one.
+    #[must_use]
+    pub const fn on_timeout(mut self, on_timeout: bool) -> Self {
+        self.on_timeout = on_timeout;
+        self
     }
-    if is_stale && !may_repeat {
-        return Decision::GiveUpWithoutBlame;
+
+    /// Pingora's own rules first, which repeat a request on a pooled connection that turned out to be
+    /// closed. Beyond them, a method without side effects is tried on another backend as long as nothing
+    /// has reached the client, and any method of which the backend cannot have read anything.
+    pub fn decide(&self, failed: &FailedTry) -> Decision {
+        let retry = match failed.retry {
+            // It was open when the request came, and the backend ended it.
+            PingoraRetry::StaleConnection if !failed.is_prompt => PingoraRetry::No,
+            retry => retry,
+        };
+        let is_stale = retry == PingoraRetry::StaleConnection || failed.is_unread;
+        let may_repeat = failed.is_repeatable
+            && (failed.is_unread || failed.is_idempotent && retry != PingoraRetry::No);
+        if may_repeat && is_stale && failed.stale_connections < MAX_STALE_CONNECTIONS {
+            return Decision::RetryAnywhere;
+        }
+        let may_repeat_unanswered = failed.is_safe
+            && failed.is_repeatable
+            && failed.is_unanswered
+            && failed.is_from_backend
+            && (self.on_timeout || !failed.is_timeout);
+        if (may_repeat || may_repeat_unanswered) && failed.retries < self.most {
+            return Decision::RetryElsewhere;
+        }
+        if is_stale && !may_repeat {
+            return Decision::GiveUpWithoutBlame;
+        }
+        Decision::GiveUp
     }
-    Decision::GiveUp
 }
 
 #[cfg(test)]
@@ -97,7 +110,7 @@ mod tests {
     use super::*;
 
     /// A `GET` that the backend failed before it answered.
-    const GET: Failure = Failure {
+    const GET: FailedTry = FailedTry {
         is_idempotent: true,
         is_safe: true,
         is_repeatable: true,
@@ -110,12 +123,12 @@ mod tests {
         stale_connections: 0,
         is_prompt: true,
     };
-    const POST: Failure = Failure {
+    const POST: FailedTry = FailedTry {
         is_idempotent: false,
         is_safe: false,
         ..GET
     };
-    const PUT: Failure = Failure {
+    const PUT: FailedTry = FailedTry {
         is_safe: false,
         ..GET
     };
@@ -124,43 +137,43 @@ mod tests {
     fn each_case_is_decided() {
         use Decision::{GiveUp, GiveUpWithoutBlame, RetryAnywhere, RetryElsewhere};
         use PingoraRetry::{StaleConnection, Yes};
-        let stale = |failure| Failure {
+        let stale = |failure| FailedTry {
             retry: StaleConnection,
             ..failure
         };
-        let retried = |failure| Failure {
+        let retried = |failure| FailedTry {
             retries: 2,
             ..failure
         };
-        let yes = |failure| Failure {
+        let yes = |failure| FailedTry {
             retry: Yes,
             ..failure
         };
-        let many_stale = Failure {
+        let many_stale = FailedTry {
             stale_connections: MAX_STALE_CONNECTIONS,
             ..stale(GET)
         };
-        let answered = Failure {
+        let answered = FailedTry {
             is_unanswered: false,
             ..GET
         };
-        let truncated = Failure {
+        let truncated = FailedTry {
             is_repeatable: false,
             ..stale(GET)
         };
-        let by_client = Failure {
+        let by_client = FailedTry {
             is_from_backend: false,
             ..GET
         };
-        let late = Failure {
+        let late = FailedTry {
             is_timeout: true,
             ..GET
         };
-        let unread = |failure| Failure {
+        let unread = |failure| FailedTry {
             is_unread: true,
             ..failure
         };
-        let after_work = |failure| Failure {
+        let after_work = |failure| FailedTry {
             is_prompt: false,
             ..failure
         };
@@ -169,7 +182,7 @@ mod tests {
             (late, GiveUp),
             (unread(POST), RetryAnywhere),
             (
-                Failure {
+                FailedTry {
                     is_repeatable: false,
                     ..unread(POST)
                 },
@@ -194,16 +207,9 @@ mod tests {
             (after_work(stale(POST)), GiveUp),
             (after_work(unread(POST)), RetryAnywhere),
         ] {
-            let rules = RetryRules {
-                most: 2,
-                on_timeout: false,
-            };
-            assert_eq!(decide(&failure, rules), expected, "{failure:?}");
+            assert_eq!(RetryRules::new(2).decide(&failure), expected, "{failure:?}");
         }
-        let rules = RetryRules {
-            most: 2,
-            on_timeout: true,
-        };
-        assert_eq!(decide(&late, rules), RetryElsewhere);
+        let rules = RetryRules::new(2).on_timeout(true);
+        assert_eq!(rules.decide(&late), RetryElsewhere);
     }
 }

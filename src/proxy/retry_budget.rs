@@ -11,9 +11,9 @@ use crate::sync::lock;
 const WINDOW: Duration = Duration::from_secs(10);
 
 /// Limits retries to a part of the requests of the last ten seconds, and to a number a second that is
-/// allowed in any case.
+/// allowed in any case. A request that begins costs an addition; a retry takes a lock for a moment.
 #[derive(Debug)]
-pub(super) struct RetryBudget {
+pub struct RetryBudget {
     part: f64,
     per_second: f64,
     /// Requests since the balance was settled.
@@ -29,7 +29,8 @@ struct Balance {
 }
 
 impl RetryBudget {
-    pub(super) fn new(config: &Retry) -> Self {
+    /// By `budget` and `least_per_second` of the section `retry`.
+    pub fn new(config: &Retry) -> Self {
         let per_second = f64::from(config.least_per_second);
         Self {
             part: config.budget,
@@ -43,12 +44,12 @@ impl RetryBudget {
     }
 
     /// A request begins.
-    pub(super) fn count_request(&self) {
+    pub fn count_request(&self) {
         self.requests.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Whether one more retry may be made; if so, it counts.
-    pub(super) fn take(&self, now: Instant) -> bool {
+    pub fn take(&self, now: Instant) -> bool {
         let mut balance = lock(&self.balance);
         let requests = self.requests.swap(0, Ordering::Relaxed) as f64;
         let elapsed = now.saturating_duration_since(balance.settled).as_secs_f64();

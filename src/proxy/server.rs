@@ -1,6 +1,5 @@
 //! The proxy as a part of a Pingora server.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +23,8 @@ use super::statistics::RequestStatistics;
 use super::tls::{ClientTls, Reload};
 use crate::config::ClusterConfig;
 use crate::error::ClusterError;
-use crate::pingora::BalancerService;
+use crate::opaque::opaque_debug;
+use crate::pingora::{BalancerService, with_system_cas};
 
 /// What is kept, for each stream of HTTP/2, of a response that its client does not read, in bytes.
 const MOST_UNSENT: usize = 65_536;
@@ -83,7 +83,8 @@ impl ClusterProxy {
         check_user(&server.configuration, &config.listen)?;
         let certificates = Reload::default();
         // Health checks and mirrors connect by themselves.
-        let reloader = with_system_cas(|| Reloader::new(config, certificates.clone()))??;
+        let make = || Reloader::new(config, certificates.clone());
+        let reloader = with_system_cas("cluster.backends", make)??;
         let reloader = background_service("balancer", reloader.writes_to_leader(writes_to_leader));
         let task = reloader.task();
         let proxy = Self::of(task.routing().clone());
@@ -139,16 +140,7 @@ pub(super) fn made(
     server: &Arc<ServerConf>,
     proxy: ClusterProxy,
 ) -> Result<HttpProxy<ClusterProxy>, ClusterError> {
-    with_system_cas(|| http_proxy(server, proxy))
-}
-
-/// Makes something that connects to backends. Pingora panics if it cannot use a certificate of the system, which it
-/// reads in any case.
-fn with_system_cas<T>(make: impl FnOnce() -> T) -> Result<T, ClusterError> {
-    catch_unwind(AssertUnwindSafe(make)).map_err(|_| {
-        let reason = "the CAs of the system (or SSL_CERT_FILE, SSL_CERT_DIR) cannot be used";
-        ClusterError::config("cluster.backends", reason)
-    })
+    with_system_cas("cluster.backends", || http_proxy(server, proxy))
 }
 
 /// Pingora changes the user before it listens, and goes on without a listener if that user may not.
@@ -177,3 +169,5 @@ fn check_user(server: &ServerConf, address: &str) -> Result<(), ClusterError> {
     }
     Ok(())
 }
+
+opaque_debug!(ProxyParts);

@@ -10,7 +10,7 @@ use http::{HeaderMap, StatusCode};
 use tracing::{debug, warn};
 
 use super::client::TrustedProxies;
-use super::failure::{failure, is_local, may_be_of_address, retried_status};
+use super::failed_try::{is_local, may_be_of_address, retried_status};
 use super::group::GroupProxy;
 use super::grpc::Call;
 use super::headers::{change_response_fields, set_upstream_node};
@@ -20,7 +20,7 @@ use super::outcome::Outcome;
 use super::peers::Asked;
 use super::reply::{bad_gateway, had_little_time, refused, unavailable};
 use super::request_state::RequestState;
-use super::retry::{Decision, RetryRules, decide};
+use super::retry::{Decision, FailedTry, RetryRules};
 use crate::balance::Upstream;
 
 /// A request for a tunnel passes by so many backends that cannot pass it on. They are looked for once; more have joined.
@@ -28,6 +28,21 @@ const MOST_SKIPPED: usize = 16;
 
 fn is_failure(status: StatusCode) -> bool {
     status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS
+}
+
+/// The error of a try, with what it was tried with. The client gets the reason of what is refused here, and nothing else.
+pub(super) fn of_try(error: Box<Error>, peer: &HttpPeer, state: &RequestState) -> Box<Error> {
+    if state.take_unanswered() {
+        // A read of the client ended because the front keeps the time.
+        let reason = format!("while waiting for the response to an upgrade; Peer: {peer}");
+        let mut error = Error::explain(ErrorType::ReadTimedout, reason);
+        error.as_up();
+        return error;
+    }
+    match error.etype() {
+        ErrorType::HTTPStatus(_) => error,
+        _ => error.more_context(format!("Peer: {peer}")),
+    }
 }
 
 impl GroupProxy {
@@ -318,13 +333,12 @@ impl GroupProxy {
         // The backend waited for the client, or others have used the time of the request.
         state.is_blameless |= had_little_time(state, &error)
             || state.time_left().is_err() && !(state.is_complete && self.is_at_fault(state));
-        let failure = failure(session, state, &error, client_reused);
-        let rules = RetryRules {
-            most: state.most_retries,
-            // That a probe is late is no surprise.
-            on_timeout: self.retries.on_timeout || state.is_probe(),
-        };
-        let is_retried = match decide(&failure, rules) {
+        let mut failed = FailedTry::of(session, &error, client_reused, &state.sent_so_far());
+        failed.is_from_backend &= !had_little_time(state, &error);
+        // That a probe is late is no surprise.
+        let on_timeout = self.retries.on_timeout || state.is_probe();
+        let rules = RetryRules::new(state.most_retries).on_timeout(on_timeout);
+        let is_retried = match rules.decide(&failed) {
             Decision::RetryAnywhere => {
                 state.stale_connections += 1;
                 state.tried.pop();
@@ -335,7 +349,7 @@ impl GroupProxy {
                 if !self.is_last_try(state) && self.may_send_elsewhere(state) =>
             {
                 if let Some(upstream) = state.upstream.take()
-                    && failure.is_from_backend
+                    && failed.is_from_backend
                 {
                     self.blame(upstream, Upstream::failed);
                 }
@@ -357,18 +371,10 @@ impl GroupProxy {
         let duration = state.started.elapsed();
         self.statistics.ends(status, state.tries, duration);
         if let Some(addr) = state.addr() {
-            self.count_backend(addr, &outcome, state);
+            self.count_backend(addr, outcome, state);
         }
         if let Some(upstream) = state.upstream.take() {
-            match outcome {
-                Outcome::Succeeded => upstream.succeeded(state.latency()),
-                Outcome::Answered => {
-                    upstream.answered(state.sent.elapsed(), Instant::now());
-                }
-                Outcome::Failed => upstream.failed(),
-                Outcome::Overloaded => upstream.overloaded(),
-                Outcome::Unknown => drop(upstream),
-            }
+            outcome.tell_both(upstream, state.latency(), state.sent.elapsed());
         }
         // Now there is room at the backend.
         self.picker.overload.freed();

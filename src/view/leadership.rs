@@ -26,6 +26,16 @@ pub struct Leadership {
 }
 
 impl Leadership {
+    /// The leadership of this node, in the term that created this key at this revision: for tests, and for sources of
+    /// nodes that know a leader.
+    pub fn new(node: Arc<Node>, epoch: Revision, key: impl Into<Arc<str>>) -> Self {
+        Self {
+            node,
+            epoch,
+            key: key.into(),
+        }
+    }
+
     /// The condition that limits a transaction to this term: it takes effect while the term lasts,
     /// or not at all. Only for the etcd cluster that holds the election.
     ///

@@ -8,8 +8,11 @@ use super::config::NodeConfig;
 use super::handle::ClusterNode;
 use super::lease_pool::LeasePool;
 use crate::error::ClusterError;
-use crate::metrics::{Deadband, MetricsCollector};
+use crate::metrics::{Deadband, LoadReporter, MetricsCollector};
+use crate::opaque::opaque_debug;
 use crate::store::{EtcdOptions, Store};
+
+opaque_debug!(ClusterNodeBuilder);
 
 #[cfg(test)]
 mod tests;
@@ -69,6 +72,30 @@ impl ClusterNodeBuilder {
     #[must_use]
     pub fn metrics_collector(mut self, collector: impl MetricsCollector + 'static) -> Self {
         self.config.collector = Arc::new(collector);
+        self
+    }
+
+    /// Who counts the node's requests, and reports its load in responses. Nodes of one process that serve through the
+    /// same HTTP layer share one. Default: a new one, which [`ClusterNode::load_reporter`] returns.
+    ///
+    /// ```
+    /// use pingora_etcd::{Cluster, EtcdOptions, metrics::LoadReporter};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let cluster = Cluster::connect(EtcdOptions::memory("one process, two groups"))?;
+    /// let reporter = LoadReporter::new(); // for the HTTP layer
+    /// let ip = "10.0.0.1".parse()?;
+    /// let web = cluster.node("w1", ip, "web").load_reporter(reporter.clone()).try_build()?;
+    /// let api = cluster.node("w1", ip, "api").load_reporter(reporter.clone()).try_build()?;
+    /// let request = reporter.enter();
+    /// assert_eq!(web.load_reporter().in_flight(), 1);
+    /// assert_eq!(api.load_reporter().in_flight(), 1);
+    /// # drop(request);
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn load_reporter(mut self, reporter: LoadReporter) -> Self {
+        self.config.reporter = reporter;
         self
     }
 

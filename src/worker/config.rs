@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::lease_pool::LeasePool;
 use crate::error::ClusterError;
 use crate::keys;
-use crate::metrics::{Deadband, MetricsCollector, NoopMetricsCollector};
+use crate::metrics::{Deadband, LoadReporter, MetricsCollector, NoopMetricsCollector};
 use crate::node::Node;
 use crate::store::{EtcdOptions, Store};
 use crate::validate::{self, Bounds};
@@ -34,6 +34,8 @@ pub(super) struct NodeConfig {
     /// Of the lease, in seconds.
     pub(super) ttl: i64,
     pub(super) collector: Arc<dyn MetricsCollector>,
+    /// Counts the requests of the process.
+    pub(super) reporter: LoadReporter,
     /// In seconds; 0 means that metrics are not published.
     pub(super) metrics_interval: u64,
     pub(super) deadband: Deadband,
@@ -56,6 +58,7 @@ impl NodeConfig {
             node,
             ttl: DEFAULT_TTL,
             collector: Arc::new(NoopMetricsCollector::new()),
+            reporter: LoadReporter::new(),
             metrics_interval: 0,
             deadband: Deadband::default(),
             max_age: Duration::from_secs(30),

@@ -459,6 +459,8 @@ impl Election<'_> {
     async fn carry_out(&mut self, command: Command, candidacy: Option<Revision>) {
         let (participant, state) = (self.participant, self.participant.state);
         match command {
+            // Nobody waits any more.
+            Command::Resign(reply) | Command::Transfer { reply, .. } if reply.is_closed() => {}
             Command::Resign(reply) => {
                 state.end_term();
                 respond(reply, participant.withdraw_if_any(candidacy).await);

@@ -262,6 +262,8 @@ impl ClusterNode {
     /// Gives up leadership, or the place in the queue, and queues again behind all others. If no
     /// other candidate waits, the node leads again at once, with a greater token.
     ///
+    /// Dropping the future takes back what has not begun, and nothing else.
+    ///
     /// # Errors
     ///
     /// [`NotRunning`](ClusterError::NotRunning), or an error of the store.
@@ -272,6 +274,9 @@ impl ClusterNode {
     /// Hands leadership to the node `target`. Candidates ahead of the target make way first, while
     /// this node still leads, so that there is one change of leader and a few milliseconds without
     /// one. If the target is this node itself, nothing happens.
+    ///
+    /// Dropping the future takes back a transfer that has not begun. One that has goes on, so after a time-out of one's
+    /// own leadership may still be handed over.
     ///
     /// # Errors
     ///
@@ -298,6 +303,8 @@ impl ClusterNode {
     /// Announces that the node takes no new requests: its entry says `draining`, it gives up
     /// leadership and no longer campaigns, but stays registered until it is stopped. Balancers stop
     /// picking it and let requests in flight end. Only a new `ClusterNode` serves again.
+    ///
+    /// Dropping the future does not stop it: the node drains.
     ///
     /// # Errors
     ///

@@ -144,6 +144,47 @@ fn one() -> f64 {
     1.0
 }
 
+impl Equals {
+    /// This place has one of these values.
+    pub fn new(at: impl Into<String>, is: impl IntoIterator<Item = Scalar>) -> Self {
+        Self {
+            at: at.into(),
+            is: is.into_iter().collect(),
+        }
+    }
+}
+
+impl HostAndPort {
+    /// The places with the host and with the port.
+    pub fn new(host: impl Into<String>, port: impl Into<String>) -> Self {
+        Self {
+            host: host.into(),
+            port: port.into(),
+        }
+    }
+}
+
+impl WeightAt {
+    /// At this place; an entry that has none, or zero, has the weight 1.
+    pub fn new(at: impl Into<String>) -> Self {
+        Self {
+            at: at.into(),
+            default: one(),
+            zero: ZeroWeight::default(),
+        }
+    }
+}
+
+impl MetricAt {
+    /// At this place, as it is.
+    pub fn new(at: impl Into<String>) -> Self {
+        Self {
+            at: at.into(),
+            times: one(),
+        }
+    }
+}
+
 impl EntryTable {
     /// A table for JSON with the address in these places.
     pub fn new(address: impl IntoIterator<Item = AddressAt>) -> Self {

@@ -2,43 +2,114 @@
 
 use std::fmt::Write;
 use std::net::IpAddr;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
+use ::pingora::Error;
+use ::pingora::proxy::Session;
 use chrono::{DateTime, SecondsFormat, Utc};
+use http::header::{HOST, REFERER, USER_AGENT};
+use http::{HeaderName, Version};
 use serde::Serialize;
 use serde::ser::Serializer;
 
-/// What is known of a request when it has ended.
+use crate::proxy::client::peer_of;
+use crate::proxy::outcome::Outcome;
+use crate::proxy::trace::traceparent;
+
+/// A line of the access log: what is known of a request when it has ended.
 #[derive(Debug, Clone, Serialize)]
-pub(in crate::proxy) struct Entry {
+#[non_exhaustive]
+pub struct AccessLogEntry {
+    /// When it began.
     #[serde(serialize_with = "as_time")]
-    pub(in crate::proxy) time: SystemTime,
-    /// Behind trusted proxies.
-    pub(in crate::proxy) client: Option<IpAddr>,
-    pub(in crate::proxy) method: String,
-    pub(in crate::proxy) target: String,
-    pub(in crate::proxy) host: Option<String>,
-    pub(in crate::proxy) protocol: &'static str,
-    pub(in crate::proxy) tls: bool,
+    pub time: SystemTime,
+    /// The client, behind trusted proxies; none for one at a Unix socket.
+    pub client: Option<IpAddr>,
+    /// The method.
+    pub method: String,
+    /// The target, as it was sent.
+    pub target: String,
+    /// The host that was asked for.
+    pub host: Option<String>,
+    /// `HTTP/1.0`, `HTTP/1.1` or `HTTP/2.0`.
+    pub protocol: &'static str,
+    /// Whether it came over TLS.
+    pub tls: bool,
     /// Of the response; none if the client has got none.
-    pub(in crate::proxy) status: Option<u16>,
-    pub(in crate::proxy) bytes_received: usize,
-    pub(in crate::proxy) bytes_sent: usize,
-    pub(in crate::proxy) node: Option<String>,
-    pub(in crate::proxy) upstream: Option<String>,
+    pub status: Option<u16>,
+    /// The length of the request's body.
+    pub bytes_received: usize,
+    /// The length of the response's body.
+    pub bytes_sent: usize,
+    /// The id of the node that it was sent to last.
+    pub node: Option<String>,
+    /// Its address.
+    pub upstream: Option<String>,
     /// How many backends were tried, or the same one again.
-    pub(in crate::proxy) tries: usize,
-    pub(in crate::proxy) outcome: &'static str,
+    pub tries: usize,
+    /// What the end of the request says about its backend.
+    pub outcome: Outcome,
+    /// From its head to the end of its response.
     #[serde(rename = "duration_ms", serialize_with = "as_milliseconds")]
-    pub(in crate::proxy) duration: Duration,
+    pub duration: Duration,
     /// From when the backend had the request until it answered.
     #[serde(rename = "upstream_ms", serialize_with = "as_some_milliseconds")]
-    pub(in crate::proxy) latency: Option<Duration>,
-    pub(in crate::proxy) grpc_status: Option<u16>,
-    pub(in crate::proxy) traceparent: Option<String>,
-    pub(in crate::proxy) referer: Option<String>,
-    pub(in crate::proxy) user_agent: Option<String>,
-    pub(in crate::proxy) error: Option<String>,
+    pub latency: Option<Duration>,
+    /// The status of a call of gRPC.
+    pub grpc_status: Option<u16>,
+    /// The trace (W3C Trace Context).
+    pub traceparent: Option<String>,
+    /// `Referer`.
+    pub referer: Option<String>,
+    /// `User-Agent`.
+    pub user_agent: Option<String>,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+impl AccessLogEntry {
+    /// What Pingora knows of a request that began at this instant and has ended now; for the hook
+    /// [`logging`](::pingora::proxy::ProxyHttp::logging). The client is the peer; nothing is said of the backend but the
+    /// outcome.
+    pub fn of(session: &Session, started: Instant, error: Option<&Error>) -> Self {
+        let request = session.req_header();
+        let field = |name: HeaderName| {
+            let value = request.headers.get(name)?;
+            Some(String::from_utf8_lossy(value.as_bytes()).into_owned())
+        };
+        let duration = started.elapsed();
+        Self {
+            time: SystemTime::now() - duration,
+            client: peer_of(session),
+            method: request.method.as_str().to_owned(),
+            target: String::from_utf8_lossy(request.raw_path()).into_owned(),
+            host: field(HOST).or_else(|| Some(request.uri.authority()?.to_string())),
+            protocol: match request.version {
+                Version::HTTP_10 => "HTTP/1.0",
+                Version::HTTP_2 => "HTTP/2.0",
+                _ => "HTTP/1.1",
+            },
+            tls: session
+                .digest()
+                .is_some_and(|digest| digest.ssl_digest.is_some()),
+            status: session
+                .response_written()
+                .map(|response| response.status.as_u16()),
+            bytes_received: session.body_bytes_read(),
+            bytes_sent: session.body_bytes_sent(),
+            node: None,
+            upstream: None,
+            tries: 0,
+            outcome: Outcome::of(session, error),
+            duration,
+            latency: None,
+            grpc_status: None,
+            traceparent: traceparent(&request.headers).map(str::to_owned),
+            referer: field(REFERER),
+            user_agent: field(USER_AGENT),
+            error: error.map(ToString::to_string),
+        }
+    }
 }
 
 fn as_time<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
@@ -64,7 +135,7 @@ fn as_some_milliseconds<S: Serializer>(
     }
 }
 
-impl Entry {
+impl AccessLogEntry {
     /// One JSON object.
     pub(super) fn json(&self) -> Vec<u8> {
         let mut line = serde_json::to_vec(self).unwrap_or_default();
@@ -121,8 +192,8 @@ fn quoted(text: Option<&str>) -> String {
 mod tests {
     use super::*;
 
-    fn entry() -> Entry {
-        Entry {
+    fn entry() -> AccessLogEntry {
+        AccessLogEntry {
             time: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
             client: "192.0.2.7".parse().ok(),
             method: "GET".to_owned(),
@@ -136,7 +207,7 @@ mod tests {
             node: Some("w1".to_owned()),
             upstream: Some("10.0.0.1:80".to_owned()),
             tries: 2,
-            outcome: "succeeded",
+            outcome: Outcome::Succeeded,
             duration: Duration::from_micros(12_345),
             latency: Some(Duration::from_micros(2_500)),
             grpc_status: None,

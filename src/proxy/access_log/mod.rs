@@ -14,17 +14,39 @@ use tracing::error;
 
 use crate::config;
 use crate::error::ClusterError;
+use crate::proxy::outcome::Outcome;
 use crate::proxy::shutdown::Shutdown;
 use crate::supervise::say;
 use crate::sync::lock;
 
-pub(super) use entry::Entry;
+pub use entry::AccessLogEntry;
 pub use statistics::AccessLogStatistics;
 use writer::{Line, Writer, check, open};
 
-/// Where lines go.
+/// An access log: a line for each request, in a file. Lines are written by a thread of their own, and a request never
+/// waits for it. The file is opened again at SIGUSR1, if [`run`](crate::proxy::run) handles the signals.
+///
+/// ```
+/// use std::time::Instant;
+/// use pingora::{Error, prelude::Session};
+/// use pingora_etcd::config;
+/// use pingora_etcd::proxy::{AccessLog, AccessLogEntry};
+///
+/// # fn main() -> Result<(), pingora_etcd::ClusterError> {
+/// # let file = std::env::temp_dir().join(format!("access-{}.log", std::process::id()));
+/// let log = AccessLog::open(&config::AccessLog::new(file))?;
+///
+/// /// For the hook `logging`.
+/// fn end(log: &AccessLog, session: &Session, started: Instant, error: Option<&Error>) {
+///     log.write(AccessLogEntry::of(session, started, error));
+/// }
+/// # let _ = end;
+/// assert_eq!(log.statistics().lost(), 0);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
-pub(super) struct AccessLog {
+pub struct AccessLog {
     config: config::AccessLog,
     /// Opened before a daemon changes to a user who may not open it.
     opened: Mutex<Option<File>>,
@@ -35,6 +57,16 @@ pub(super) struct AccessLog {
 }
 
 impl AccessLog {
+    /// Opens the file, to append to it.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidConfig`](ClusterError::InvalidConfig) when a field is out of range, or the file cannot be written to.
+    pub fn open(config: &config::AccessLog) -> Result<Self, ClusterError> {
+        config.validate("access_log")?;
+        Self::new(config, false)
+    }
+
     /// A log of a process that only checks its configuration (`is_test`) makes no file.
     ///
     /// # Errors
@@ -60,7 +92,8 @@ impl AccessLog {
         })
     }
 
-    pub(super) fn statistics(&self) -> &AccessLogStatistics {
+    /// What has become of the lines.
+    pub fn statistics(&self) -> &AccessLogStatistics {
         &self.statistics
     }
 
@@ -74,9 +107,17 @@ impl AccessLog {
             || fastrand::f64() < sample
     }
 
+    /// Writes a line, or not, as `sample` says: those of requests that have failed are always written. Never waits: a
+    /// line for which there is no room is counted.
+    pub fn write(&self, entry: AccessLogEntry) {
+        if self.takes(entry.status, || entry.outcome == Outcome::Failed) {
+            self.queue(entry);
+        }
+    }
+
     /// Gives a line to the thread that writes. Never waits: a line for which there is no room is
     /// counted.
-    pub(super) fn write(&self, entry: Entry) {
+    pub(super) fn queue(&self, entry: AccessLogEntry) {
         let lines = self.lines.get_or_init(|| self.start());
         let line = (entry, Shutdown::of_process().writer());
         let is_queued = lines

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tracing::warn;
 
-use super::entry::Entry;
+use super::entry::AccessLogEntry;
 use super::statistics::AccessLogStatistics;
 use crate::config::LogFormat;
 use crate::proxy::shutdown::{Hold, Shutdown};
@@ -20,7 +20,7 @@ use crate::supervise::say;
 const FLUSH_AFTER: Duration = Duration::from_millis(200);
 
 /// An entry, and what keeps the process from ending before the thread has it.
-pub(super) type Line = (Entry, Hold);
+pub(super) type Line = (AccessLogEntry, Hold);
 
 /// Writes lines until nobody gives any more.
 pub(super) struct Writer {
@@ -98,7 +98,7 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, entry: &Entry) {
+    fn write(&mut self, entry: &AccessLogEntry) {
         let dropped = self.dropped.swap(0, Ordering::Relaxed);
         if dropped > 0 {
             say(|| warn!(dropped, "lines of the access log were dropped"));
@@ -185,7 +185,7 @@ pub(super) fn open(file: &Path) -> std::io::Result<File> {
 }
 
 /// How an entry looks as a line.
-fn line(format: LogFormat, entry: &Entry) -> Vec<u8> {
+fn line(format: LogFormat, entry: &AccessLogEntry) -> Vec<u8> {
     match format {
         LogFormat::Json => entry.json(),
         LogFormat::Combined => entry.combined(),

@@ -12,6 +12,7 @@ use super::reloader::Reloader;
 use super::status::Reloaded;
 use crate::config::{self, ClusterConfig};
 use crate::error::ClusterError;
+use crate::opaque::opaque_debug;
 use crate::proxy::shutdown::Shutdown;
 
 /// How often the file is looked at.
@@ -149,3 +150,5 @@ impl BackgroundService for ConfigFile {
         }
     }
 }
+
+opaque_debug!(ConfigFile);

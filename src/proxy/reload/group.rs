@@ -8,12 +8,12 @@ use tokio::task::JoinHandle;
 
 use super::difference::have_one_discovery;
 use crate::cluster::Cluster;
-use crate::config::{ClusterConfig, DEFAULT_GROUP, READY_TIMEOUT};
+use crate::config::{ClusterConfig, READY_TIMEOUT};
 use crate::error::ClusterError;
 use crate::pingora::{BalancerService, Checker, LearnedFile, NodeCheck};
-use crate::proxy::group::{GroupProxy, SameSettings};
+use crate::proxy::group::{GroupProxy, SameSettings, backend_tls};
 use crate::proxy::learned;
-use crate::proxy::tls::{BackendTls, Reload};
+use crate::proxy::tls::Reload;
 
 /// The tasks of a group; dropping them ends them.
 #[derive(Default)]
@@ -86,7 +86,10 @@ pub(super) fn prepare(
     }
     let (balancer, change) = balancer(config, former, cluster)?;
     let statistics = former.map(|former| former.proxy.statistics.clone());
-    let tls = backend_tls(config, name, certificates)?;
+    let tls = backend_tls(config, name)?;
+    if let Some(tls) = &tls {
+        certificates.add(&tls.files());
+    }
     let mut proxy = GroupProxy::new(name, config, balancer, tls, statistics.unwrap_or_default());
     let are_peers_same = former.is_some_and(|former| {
         let old = former.config;
@@ -144,27 +147,6 @@ fn balancer(
     let file = file.map(|(path, interval)| LearnedFile { path, interval });
     let balancer = balancer.maybe_learned_file(file);
     Ok((Arc::new(balancer), Change::Nodes(Tasks::default())))
-}
-
-fn backend_tls(
-    config: &ClusterConfig,
-    name: &str,
-    certificates: &Reload,
-) -> Result<Option<BackendTls>, ClusterError> {
-    // Without the feature, nodes that say that they want TLS cannot be spoken to.
-    let has_tls = cfg!(feature = "proxy-tls");
-    let backends = config.spoken_to();
-    let is_needed = backends.protocol.is_tls() || has_tls && backends.may_use_tls();
-    if !is_needed {
-        return Ok(None);
-    }
-    let field = match name {
-        DEFAULT_GROUP => "cluster.backends".to_owned(),
-        name => format!("cluster.groups.{name}.backends"),
-    };
-    let tls = BackendTls::new(&backends, &field)?;
-    certificates.add(&tls.files());
-    Ok(Some(tls))
 }
 
 impl Prepared {

@@ -18,6 +18,7 @@ use super::status::{ReloadStatus, Reloaded};
 use crate::cluster::Cluster;
 use crate::config::{ClusterConfig, DEFAULT_GROUP};
 use crate::error::ClusterError;
+use crate::opaque::opaque_debug;
 use crate::operator::Operator;
 use crate::pingora::BalancerService;
 use crate::proxy::CertificateFile;
@@ -419,3 +420,5 @@ impl BackgroundService for Reloader {
         std::future::pending::<()>().await;
     }
 }
+
+opaque_debug!(Reloader, ServedGroup);

@@ -135,8 +135,10 @@ impl Shutdown {
         &self.listeners
     }
 
-    /// Accepts connections for at least this long after the first signal.
-    pub(in crate::proxy) fn accepts_for(&self, delay: Duration) {
+    /// Connections are accepted for at least this long after SIGTERM, so that load balancers in front notice that the
+    /// process is not ready any more. [`ClusterProxy::add_to`](crate::proxy::ClusterProxy::add_to) says it of
+    /// `drain_delay_ms`; the longest time that was said holds. Default: 0.
+    pub fn accepts_for(&self, delay: Duration) {
         let delay = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
         self.drain_delay_ms.fetch_max(delay, Ordering::Relaxed);
     }

@@ -42,6 +42,12 @@ const LONGER_THAN_OURS: u64 = 60;
 /// drain delay is `cluster.drain_delay_ms`. The status is 0 if everything was served, and 1 if a
 /// request was cut off or a second signal ended the process.
 ///
+/// Any server may run so. What depends on knowing its listeners holds for those that this crate adds, as
+/// [`ClusterProxy::add_to`](crate::proxy::ClusterProxy::add_to) does. In a server that has only others, SIGQUIT is
+/// answered by an error in the log, nobody is told that the process is ready, the drain delay is what
+/// [`Shutdown::accepts_for`] says, and the whole grace period is waited for, unless each request has a
+/// [`hold`](Shutdown::hold) and [`waits_only_for_holds`](Shutdown::waits_only_for_holds) was called.
+///
 /// A service manager that asked for it by `NOTIFY_SOCKET` (systemd: `Type=notify`,
 /// `NotifyAccess=all`) is told when every address is listened on, when the process is about to end,
 /// and which process is the main one after a handover.

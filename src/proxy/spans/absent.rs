@@ -5,7 +5,7 @@ use ::pingora::http::RequestHeader;
 use http::HeaderMap;
 
 use crate::config::OpenTelemetry;
-use crate::proxy::access_log::Entry;
+use crate::proxy::access_log::AccessLogEntry;
 
 pub(in crate::proxy) enum Spans {}
 
@@ -27,7 +27,7 @@ impl Span {
         match *self {}
     }
 
-    pub(in crate::proxy) fn end(self, _: &Entry, _: Option<&str>, _: Option<&str>) {
+    pub(in crate::proxy) fn end(self, _: &AccessLogEntry, _: Option<&str>, _: Option<&str>) {
         match self {}
     }
 }

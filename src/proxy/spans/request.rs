@@ -16,7 +16,8 @@ use tracing::error;
 
 use super::export;
 use crate::config::OpenTelemetry;
-use crate::proxy::access_log::Entry;
+use crate::proxy::access_log::AccessLogEntry;
+use crate::proxy::outcome::Outcome;
 use crate::proxy::trace::{TRACESTATE, TraceParent, insert, trace_parent, written};
 use crate::supervise::say;
 
@@ -129,18 +130,23 @@ impl Span {
 
     /// The request has ended as `entry` says; the names of attributes are those of OpenTelemetry's semantic conventions
     /// for HTTP, and our own begin with `pingora_etcd`.
-    pub(in crate::proxy) fn end(mut self, entry: &Entry, group: Option<&str>, route: Option<&str>) {
+    pub(in crate::proxy) fn end(
+        mut self,
+        entry: &AccessLogEntry,
+        group: Option<&str>,
+        route: Option<&str>,
+    ) {
         let span = &mut self.span;
         span.set_attributes(attributes(entry, group, route));
         let failed = entry.status.is_none_or(|status| status >= 500);
-        if failed || entry.error.is_some() && entry.outcome == "failed" {
+        if failed || entry.error.is_some() && entry.outcome == Outcome::Failed {
             span.set_status(Status::error(entry.error.clone().unwrap_or_default()));
         }
         span.end();
     }
 }
 
-fn attributes(entry: &Entry, group: Option<&str>, route: Option<&str>) -> Vec<KeyValue> {
+fn attributes(entry: &AccessLogEntry, group: Option<&str>, route: Option<&str>) -> Vec<KeyValue> {
     let path = path_of(&entry.target);
     let method = known_method(&entry.method);
     let host = entry
@@ -191,7 +197,7 @@ fn attributes(entry: &Entry, group: Option<&str>, route: Option<&str>) -> Vec<Ke
             "pingora_etcd.tries",
             i64::try_from(entry.tries).ok().map(Value::from),
         ),
-        ("pingora_etcd.outcome", text(entry.outcome)),
+        ("pingora_etcd.outcome", text(entry.outcome.as_str())),
     ];
     let named = named.into_iter();
     named

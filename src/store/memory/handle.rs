@@ -19,7 +19,35 @@ use crate::sync::lock;
 
 /// A coordination store in this process, for demos and tests. Its data is lost with the process.
 ///
-/// Clones are handles to the same store.
+/// Clones are handles to the same store. It works in any runtime, also under tokio's paused clock, where leases expire
+/// and time-outs end at once. With the feature `test-util` it can be made to fail: `set_fault` (refusal, silence),
+/// `expire_lease`, `end_watches`, `compact`.
+///
+/// ```
+/// use std::sync::Arc;
+/// use pingora_etcd::store::MemoryStore;
+/// use pingora_etcd::{ClusterNodeBuilder, EtcdOptions, ServiceDiscovery};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build()?.block_on(async {
+/// // In a test with `#[tokio::test(start_paused = true)]`:
+/// let store = MemoryStore::new();
+/// let options = EtcdOptions::memory(""); // for the key prefix and the times
+/// let node = ClusterNodeBuilder::new(options.clone(), "w1", "10.0.0.1".parse()?, "web")
+///     .store(Arc::new(store.clone()))
+///     .try_build()?;
+/// let discovery = ServiceDiscovery::builder(options, "web")
+///     .store(Arc::new(store.clone()))
+///     .try_build()?;
+/// let (running, following) = (node.clone(), discovery.clone());
+/// tokio::spawn(async move { running.run_until(std::future::pending()).await });
+/// tokio::spawn(async move { following.run_until(std::future::pending()).await });
+/// node.until_leading().await?;
+/// discovery.wait_ready().await;
+/// assert_eq!(discovery.leader().map(|leader| leader.id.clone()).as_deref(), Some("w1"));
+/// # Ok::<(), Box<dyn std::error::Error>>(()) })?;
+/// # Ok(()) }
+/// ```
 #[derive(Debug, Clone)]
 pub struct MemoryStore {
     pub(super) server: Arc<MemoryServer>,
