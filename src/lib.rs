@@ -61,6 +61,9 @@
 //!
 //! A worker alone needs `default-features = false`; a program that reads the membership adds
 //! `features = ["discovery"]`.
+//!
+//! Types of these crates are in signatures, so that a program needs the same version: `pingora` 0.9, `http` 1, `bytes` 1,
+//! `tokio` 1, `serde_json` 1, `tracing` 0.1, and `axum` 0.8 with the feature `admin`.
 #![forbid(unsafe_code)]
 #![deny(missing_docs, unreachable_pub)]
 #![warn(

@@ -1,15 +1,22 @@
 //! A small proxy whose backends come from a source of one's own.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use bytes::Bytes;
+use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::{HttpPeer, Result, Server};
 use pingora::proxy::{ProxyHttp, Session, http_proxy_service};
 use pingora::server::ShutdownWatch;
 use pingora::services::background::{BackgroundService, background_service};
 use pingora::{Error, ErrorType};
-use pingora_etcd::balance::{Balancer, Upstream};
+use pingora_etcd::balance::{Balancer, PickOptions, Upstream};
+use pingora_etcd::config::Retry;
+use pingora_etcd::pingora::http_peer;
+use pingora_etcd::proxy::retry::{Decision, FailedTry, RetryBudget, RetryRules, Sent, is_local};
+use pingora_etcd::proxy::{HeaderPolicy, Outcome, TrustedProxies};
 use pingora_etcd::{Node, Source};
 
 /// Listens here, and sends requests to the nodes of the source, for ever.
@@ -28,7 +35,12 @@ pub fn serve(
         source: Mutex::new(Some(source)),
     };
     server.add_service(background_service("nodes", fed));
-    let mut proxy = http_proxy_service(&server.configuration, Proxy { balancer });
+    let proxy = Proxy {
+        balancer,
+        headers: HeaderPolicy::new(TrustedProxies::default()),
+        budget: RetryBudget::new(&Retry::default()),
+    };
+    let mut proxy = http_proxy_service(&server.configuration, proxy);
     proxy.add_tcp(listen);
     server.add_service(proxy);
     server.run_forever()
@@ -61,44 +73,161 @@ impl<S: Source + Sync + 'static> BackgroundService for Fed<S> {
     }
 }
 
+/// A complete proxy, of parts of the bundled one.
 struct Proxy {
     balancer: Arc<Balancer>,
+    headers: HeaderPolicy,
+    budget: RetryBudget,
 }
 
-/// The backend of a request, and when it was sent there.
-type Sent = Option<(Upstream, Instant)>;
+/// Tries on other backends.
+const RULES: RetryRules = RetryRules::new(2);
+
+/// What is kept about a request.
+struct Context {
+    sent: Sent,
+    /// The backend of this try, and those of all.
+    upstream: Option<Upstream>,
+    tried: Vec<SocketAddr>,
+    /// How long the backend took to answer.
+    answered: Option<Duration>,
+}
 
 #[async_trait]
 impl ProxyHttp for Proxy {
-    type CTX = Sent;
+    type CTX = Context;
 
-    fn new_ctx(&self) -> Sent {
-        None
+    fn new_ctx(&self) -> Context {
+        self.budget.count_request();
+        Context {
+            sent: Sent::now(),
+            upstream: None,
+            tried: Vec::new(),
+            answered: None,
+        }
     }
 
-    async fn upstream_peer(&self, _: &mut Session, sent: &mut Sent) -> Result<Box<HttpPeer>> {
-        let upstream = self.balancer.pick();
-        let upstream = upstream.ok_or_else(|| Error::new(ErrorType::HTTPStatus(503)))?;
-        let peer = HttpPeer::new(upstream.addr(), false, String::new());
-        *sent = Some((upstream, Instant::now()));
+    async fn request_filter(&self, session: &mut Session, _: &mut Context) -> Result<bool> {
+        match self.headers.has_come_back(session) {
+            true => Err(Error::new(ErrorType::HTTPStatus(508))),
+            false => Ok(false),
+        }
+    }
+
+    async fn upstream_peer(&self, _: &mut Session, context: &mut Context) -> Result<Box<HttpPeer>> {
+        let picked = self.balancer.pick_with(PickOptions {
+            exclude: &context.tried,
+            ..PickOptions::default()
+        });
+        let upstream = picked.ok_or_else(|| Error::new(ErrorType::HTTPStatus(503)))?;
+        let mut peer = http_peer(upstream.addr(), &upstream.node());
+        peer.options.connection_timeout = Some(Duration::from_millis(1_500));
+        peer.options.read_timeout = Some(Duration::from_secs(60));
+        context.tried.push(upstream.addr());
+        context.upstream = Some(upstream);
+        context.sent.at = Instant::now();
+        context.sent.has_body_begun = false;
         Ok(Box::new(peer))
     }
 
-    async fn logging(&self, session: &mut Session, error: Option<&Error>, sent: &mut Sent) {
-        let Some((upstream, since)) = sent.take() else {
-            return;
+    async fn request_body_filter(
+        &self,
+        _: &mut Session,
+        body: &mut Option<Bytes>,
+        _: bool,
+        context: &mut Context,
+    ) -> Result<()> {
+        if body.is_some() {
+            context.sent.has_body_begun = true;
+            // A slow upload is the client's.
+            context.sent.at = Instant::now();
+        }
+        Ok(())
+    }
+
+    async fn upstream_request_filter(
+        &self,
+        session: &mut Session,
+        request: &mut RequestHeader,
+        _: &mut Context,
+    ) -> Result<()> {
+        self.headers.change_request(session, request)
+    }
+
+    async fn upstream_response_filter(
+        &self,
+        _: &mut Session,
+        response: &mut ResponseHeader,
+        context: &mut Context,
+    ) -> Result<()> {
+        self.headers.change_response(response);
+        context.answered = Some(context.sent.at.elapsed());
+        Ok(())
+    }
+
+    /// Nothing has been sent: another backend may be tried, whatever the method.
+    fn fail_to_connect(
+        &self,
+        _: &mut Session,
+        _: &HttpPeer,
+        context: &mut Context,
+        mut error: Box<Error>,
+    ) -> Box<Error> {
+        let upstream = context.upstream.take();
+        // What fails here is no backend's fault.
+        if let Some(upstream) = upstream.filter(|_| !is_local(&error)) {
+            upstream.unreachable();
+        }
+        let is_retried = context.sent.retries < RULES.most;
+        context.sent.retries += usize::from(is_retried);
+        error.set_retry(is_retried);
+        error
+    }
+
+    fn error_while_proxy(
+        &self,
+        peer: &HttpPeer,
+        session: &mut Session,
+        error: Box<Error>,
+        context: &mut Context,
+        client_reused: bool,
+    ) -> Box<Error> {
+        let failed = FailedTry::of(session, &error, client_reused, &context.sent);
+        let mut error = error.more_context(format!("Peer: {peer}"));
+        let is_retried = match RULES.decide(&failed) {
+            Decision::RetryAnywhere => {
+                context.sent.stale_connections += 1;
+                context.tried.pop();
+                context.upstream = None;
+                true
+            }
+            Decision::RetryElsewhere
+                if self.balancer.len() > context.tried.len()
+                    && self.budget.take(Instant::now()) =>
+            {
+                context.sent.retries += 1;
+                if let Some(upstream) = context.upstream.take() {
+                    upstream.failed();
+                }
+                true
+            }
+            Decision::GiveUpWithoutBlame => {
+                context.upstream = None;
+                false
+            }
+            // It is told at the end.
+            _ => false,
         };
-        let status = session.response_written().map(|response| response.status);
-        // A client that went away says nothing of the backend.
-        match (error, status) {
-            (None, Some(status)) if !status.is_server_error() => {
-                upstream.succeeded(since.elapsed());
-            }
-            (None, Some(_)) => upstream.failed(),
-            (Some(error), _) if *error.esource() == pingora::ErrorSource::Upstream => {
-                upstream.failed();
-            }
-            _ => drop(upstream),
+        error.set_retry(is_retried);
+        error
+    }
+
+    async fn logging(&self, session: &mut Session, error: Option<&Error>, context: &mut Context) {
+        if let Some(upstream) = context.upstream.take() {
+            let latency = context
+                .answered
+                .unwrap_or_else(|| context.sent.at.elapsed());
+            Outcome::of(session, error).tell(upstream, latency);
         }
     }
 }

@@ -140,16 +140,16 @@ impl EndpointState {
         }
     }
 
-    /// One of the requests in flight has become a tunnel.
-    pub(super) fn begin_tunnel(&self) {
+    /// One of the requests in flight has become a tunnel; `is_counted` means that the policy counts it among all.
+    pub(super) fn begin_tunnel(&self, is_counted: bool) {
         self.tunnels.fetch_add(1, Ordering::Relaxed);
-        self.fleet.begin_tunnel();
+        self.fleet.begin_tunnel(is_counted);
     }
 
     /// A tunnel has ended.
-    pub(super) fn end_tunnel(&self) {
+    pub(super) fn end_tunnel(&self, is_counted: bool) {
         self.tunnels.fetch_sub(1, Ordering::Relaxed);
-        self.fleet.end_tunnel();
+        self.fleet.end_tunnel(is_counted);
     }
 
     pub(super) fn tunnels(&self) -> u32 {

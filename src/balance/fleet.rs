@@ -70,7 +70,7 @@ pub(super) struct Fleet {
     /// How many values in reports, and whole reports, were refused.
     refused: AtomicU64,
     heard: Heard,
-    /// How many of the requests in flight have become tunnels.
+    /// How many of the requests that the policy counts have become tunnels.
     tunnels: AtomicU32,
     /// The part of the requests that backends answer without doing their work, as of the last tick.
     usual_refusing: AtomicF32,
@@ -192,17 +192,19 @@ impl Fleet {
     }
 
     /// A tunnel has begun.
-    pub(super) fn begin_tunnel(&self) {
-        self.tunnels.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn begin_tunnel(&self, is_counted: bool) {
+        self.tunnels
+            .fetch_add(u32::from(is_counted), Ordering::Relaxed);
         self.set_tunnels(true);
     }
 
     /// A tunnel has ended.
-    pub(super) fn end_tunnel(&self) {
-        self.tunnels.fetch_sub(1, Ordering::Relaxed);
+    pub(super) fn end_tunnel(&self, is_counted: bool) {
+        self.tunnels
+            .fetch_sub(u32::from(is_counted), Ordering::Relaxed);
     }
 
-    /// How many tunnels there are.
+    /// How many tunnels there are among the requests that the policy counts.
     pub(super) fn tunnels(&self) -> u32 {
         self.tunnels.load(Ordering::Relaxed)
     }

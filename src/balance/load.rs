@@ -10,6 +10,7 @@ pub(super) const MAX_QUEUE_DEPTH: f64 = 1e9;
 /// The metrics that count for routing, each checked by itself: `None` where the latest report does
 /// not contain the metric, or no valid value of it was ever reported.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Load {
     /// CPU in use, 0 to 1.
     pub cpu: Option<f64>,

@@ -29,6 +29,7 @@ pub struct PickOptions<'a> {
 
 /// Whether a request may find out whether a backend works again that has been ejected.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Probes {
     /// If no backend is excluded: the request has not been tried yet, and can be sent again.
     #[default]

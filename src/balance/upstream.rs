@@ -101,7 +101,7 @@ impl Upstream {
     /// requests [that become tunnels](super::PickOptions::for_tunnel) themselves.
     pub fn becomes_tunnel(&mut self) {
         if !std::mem::replace(&mut self.is_tunnel, true) {
-            self.state.begin_tunnel();
+            self.state.begin_tunnel(self.in_flight.is_some());
         }
     }
 
@@ -163,7 +163,7 @@ impl Upstream {
 impl Drop for Upstream {
     fn drop(&mut self) {
         if self.is_tunnel {
-            self.state.end_tunnel();
+            self.state.end_tunnel(self.in_flight.is_some());
         }
         if self.is_probe {
             self.state.probe_says_nothing();

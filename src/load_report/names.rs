@@ -9,11 +9,9 @@ use crate::error::ClusterError;
 /// ```
 /// use pingora_etcd::metrics::{LoadReport, MetricNames};
 /// // As vLLM reports with `endpoint-load-metrics-format: TEXT`.
-/// let names = MetricNames {
-///     queue_depth: Some("num_requests_waiting".to_owned()),
-///     mem_utilization: Some("kv_cache_usage_perc".to_owned()),
-///     ..MetricNames::default()
-/// };
+/// let mut names = MetricNames::default();
+/// names.queue_depth = Some("num_requests_waiting".to_owned());
+/// names.mem_utilization = Some("kv_cache_usage_perc".to_owned());
 /// let text = "TEXT named_metrics.kv_cache_usage_perc=0.4, named_metrics.num_requests_waiting=7.0";
 /// let report = LoadReport::parse_with(text, &names).unwrap();
 /// assert_eq!((report.queue, report.memory), (Some(7.0), Some(0.4)));
@@ -23,6 +21,7 @@ use crate::error::ClusterError;
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct MetricNames {
     /// What is read for `cpu_utilization`: a fraction, from 0 to 1.
     pub cpu_utilization: Option<String>,

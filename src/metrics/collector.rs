@@ -137,9 +137,7 @@ impl MetricsCollector for CompositeMetricsCollector {
     }
 
     fn may_block(&self) -> bool {
-        self.collectors
-            .iter()
-            .any(|collector| collector.may_block())
+        self.collectors.iter().any(MetricsCollector::may_block)
     }
 }
 

@@ -10,6 +10,7 @@ use crate::metadata::{NodeMetadata, metadata_keys};
 /// How far a metric may be from the value that was last written without being written again: by
 /// `absolute`, or by the fraction `relative` of the written value, whichever is more.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Tolerance {
     /// In the metric's own unit, 0 or more.
     pub absolute: f64,

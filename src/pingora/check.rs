@@ -17,6 +17,7 @@ use http::HeaderMap;
 use http::header::{CONTENT_TYPE, HOST, TE};
 
 use super::exchange::{Exchanged, exchange};
+use super::short_error::shorten;
 use super::system_cas::with_system_cas;
 use crate::config::{CheckKind, HealthCheck};
 use crate::error::ClusterError;
@@ -89,9 +90,12 @@ impl NodeCheck {
     }
 
     async fn ask(&self, peer: &HttpPeer) -> Result<(), String> {
-        let failed = |error: Box<Error>| match &error.context {
-            Some(context) => format!("{}: {}", error.etype().as_str(), context.as_str()),
-            None => error.etype().as_str().to_owned(),
+        let failed = |mut error: Box<Error>| {
+            shorten(&mut error);
+            match &error.context {
+                Some(context) => format!("{}: {}", error.etype().as_str(), context.as_str()),
+                None => error.etype().as_str().to_owned(),
+            }
         };
         if self.config.kind == CheckKind::Tcp {
             let connected = self.transport.new_stream(peer).await;
@@ -106,7 +110,9 @@ impl NodeCheck {
             peer.options.set_http_version(2, 2);
         }
         let (head, body) = self.request(&peer).map_err(failed)?;
-        let answer = exchange(&self.connector, &peer, head, body, KEPT).await;
+        // Its caller keeps the time.
+        let within = Duration::from_millis(self.config.timeout_ms);
+        let answer = exchange(&self.connector, &peer, (head, body), KEPT, within).await;
         let answer = answer.map_err(failed)?;
         match self.config.kind {
             CheckKind::Grpc => is_serving(&answer),

@@ -1,6 +1,8 @@
 //! Requests to backends that no client waits for: copies, and health checks.
 
-use ::pingora::ErrorType::{InternalError, InvalidHTTPHeader};
+use std::time::{Duration, Instant};
+
+use ::pingora::ErrorType::{InternalError, InvalidHTTPHeader, ReadTimedout};
 use ::pingora::connectors::http::Connector;
 use ::pingora::http::{RequestHeader, ResponseHeader};
 use ::pingora::protocols::http::client::HttpSession;
@@ -9,6 +11,7 @@ use ::pingora::{Error, OkOrErr, OrErr, Result};
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderMap, StatusCode, Uri, Version};
+use tokio::time::timeout;
 
 /// A response, and as much of its body as was asked for.
 pub(crate) struct Exchanged {
@@ -18,22 +21,42 @@ pub(crate) struct Exchanged {
     pub(crate) trailers: Option<HeaderMap>,
 }
 
-/// Sends a request with a body that is there as a whole, and reads the response to its end. Up to `keep` bytes
-/// of its body are kept. `head` names the host in the field `Host`.
+/// Sends a request with a body that is there as a whole, and reads the response to its end, all within this time. Up
+/// to `keep` bytes of its body are kept. `head` names the host in the field `Host`.
 pub(crate) async fn exchange(
     connector: &Connector,
     peer: &HttpPeer,
-    mut head: RequestHeader,
-    body: Bytes,
+    message: (RequestHeader, Bytes),
+    keep: usize,
+    within: Duration,
+) -> Result<Exchanged> {
+    let start = Instant::now();
+    let late = || Error::explain(ReadTimedout, format!("no answer within {within:?}"));
+    let connecting = timeout(within, connector.get_http_session(peer));
+    let (mut session, _) = connecting.await.map_err(|_| late())??;
+    let left = within.saturating_sub(start.elapsed());
+    let talking = timeout(left, talk(&mut session, peer, message, keep));
+    let talked = talking.await.unwrap_or_else(|_| Err(late()));
+    // Pingora keeps a connection of HTTP/2 that has room for others until it is told, also when it is over.
+    if talked.is_ok() || matches!(session, HttpSession::H2(_)) {
+        let idle = peer.options.idle_timeout;
+        connector.release_http_session(session, peer, idle).await;
+    }
+    talked
+}
+
+async fn talk(
+    session: &mut HttpSession,
+    peer: &HttpPeer,
+    (mut head, body): (RequestHeader, Bytes),
     keep: usize,
 ) -> Result<Exchanged> {
-    let (mut session, _) = connector.get_http_session(peer).await?;
     head.remove_header(&TRANSFER_ENCODING);
     head.remove_header(&CONTENT_LENGTH);
     if !body.is_empty() {
         head.insert_header(CONTENT_LENGTH, body.len())?;
     }
-    match &session {
+    match session {
         HttpSession::H2(_) => for_http_2(&mut head, peer.tls())?,
         _ => head.set_version(Version::HTTP_11),
     }
@@ -55,7 +78,7 @@ pub(crate) async fn exchange(
             _ => break,
         }
     }
-    if let HttpSession::H1(session) = &mut session {
+    if let HttpSession::H1(session) = session {
         session.respect_keepalive();
     }
     let head = session.response_header().cloned();
@@ -65,12 +88,10 @@ pub(crate) async fn exchange(
         let room = keep.saturating_sub(kept.len());
         kept.extend_from_slice(&part[..room.min(part.len())]);
     }
-    let trailers = match &mut session {
+    let trailers = match session {
         HttpSession::H2(session) => session.read_trailers().await?,
         _ => None,
     };
-    let idle = peer.options.idle_timeout;
-    connector.release_http_session(session, peer, idle).await;
     Ok(Exchanged {
         head,
         body: kept,

@@ -7,6 +7,10 @@ use ::pingora::{Error, ErrorSource, ErrorType, RetryType};
 use http::StatusCode;
 use rustix::io::Errno;
 
+/// How many pooled connections of a request may turn out to be closed before that counts as a
+/// failure of the backend. A request that makes each backend end its connection is to cost few of them.
+pub(super) const MAX_STALE_CONNECTIONS: usize = 2;
+
 /// A pooled connection that was closed before a request came says so within this time.
 const STALE_WITHIN: Duration = Duration::from_secs(1);
 
@@ -142,6 +146,13 @@ fn is_unprocessed(error: &Error) -> bool {
         let is_over = cause.is_go_away() && reason == Some(h2::Reason::NO_ERROR);
         cause.is_remote() && (is_refused || is_over) && error.retry()
     })
+}
+
+/// Whether a connection of HTTP/2 was ended by its backend when a request was to go over it. Nothing has been sent, and
+/// another connection may be made.
+pub(super) fn is_ended_by_backend(error: &Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<h2::Error>();
+    cause.is_some_and(|cause| cause.is_go_away() && cause.is_remote())
 }
 
 /// Whether a connection failed for a reason of this process or machine: no descriptor, no port, no

@@ -116,8 +116,9 @@ impl GroupProxy {
 
     /// Goes on with what a former one counts and knows, where its settings are the same.
     pub(super) fn continue_from(&mut self, former: &Self, is_same: SameSettings) {
-        if is_same.overload {
-            self.picker.overload = former.picker.overload.clone();
+        match (is_same.overload, Arc::get_mut(&mut self.picker.overload)) {
+            (false, Some(overload)) => overload.continue_from(&former.picker.overload),
+            _ => self.picker.overload = former.picker.overload.clone(),
         }
         if is_same.retry {
             self.retry_budget = former.retry_budget.clone();
@@ -167,13 +168,13 @@ impl GroupProxy {
         session: &Session,
         state: &mut RequestState,
     ) -> Result<(), &'static str> {
-        if state.is_for_leader {
-            let found = find_leader(self.leader(), self.leader_requests.wait, state).await?;
-            state.leader = Some(found);
-        }
+        let leader = match state.is_for_leader {
+            true => Some(find_leader(self.leader(), &self.leader_requests, state).await?),
+            false => None,
+        };
         let left = state.time_left().unwrap_or(Some(Duration::ZERO));
         state.place = self.picker.overload.enter(left).await?;
-        match state.leader.take() {
+        match leader {
             Some(leader) => self.send_to_leader(leader, state).await,
             None => self.find_backend(session, state).await,
         }
@@ -190,7 +191,7 @@ impl GroupProxy {
             return self.picker.pick(&self.balancer, session, state).await;
         }
         state.leader_load = None;
-        let leader = find_leader(self.leader(), self.leader_requests.wait, state).await?;
+        let leader = find_leader(self.leader(), &self.leader_requests, state).await?;
         self.send_to_leader(leader, state).await
     }
 
@@ -225,6 +226,7 @@ impl GroupProxy {
     pub(super) fn blame(&self, upstream: Upstream, report: impl FnOnce(Upstream)) {
         self.statistics.backend_ends(upstream.addr(), None);
         report(upstream);
+        self.picker.overload.freed();
     }
 
     /// Counts what has become of a request at its last backend.

@@ -1,6 +1,8 @@
 //! Fields of a response that are about the connection to the backend, not for the client.
 
+use ::pingora::ErrorType::InvalidHTTPHeader;
 use ::pingora::http::ResponseHeader;
+use ::pingora::{Error, Result};
 use http::header::{
     CONNECTION, CONTENT_LENGTH, PROXY_AUTHENTICATE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
@@ -55,6 +57,43 @@ pub(super) fn remove_hop_by_hop(status: StatusCode, headers: &mut HeaderMap) -> 
         headers.remove(&name);
     }
     seconds
+}
+
+/// Removes what says how long a body is, where there is none: a client that goes by it would wait for one.
+pub(super) fn remove_framing(headers: &mut HeaderMap) {
+    headers.remove(CONTENT_LENGTH);
+    headers.remove(TRANSFER_ENCODING);
+}
+
+/// Names a length that is given several times, as `5, 5` or in several fields, once (RFC 9110, section 8.6). Pingora
+/// has refused those that differ.
+pub(super) fn name_length_once(headers: &mut HeaderMap) {
+    let mut values = headers.get_all(CONTENT_LENGTH).into_iter();
+    let Some(first) = values.next() else { return };
+    let is_list = first.as_bytes().contains(&b',');
+    if !is_list && values.next().is_none() {
+        return;
+    }
+    let text = first.to_str().unwrap_or_default();
+    let once = text.split(',').next().unwrap_or_default().trim();
+    if let Ok(once) = HeaderValue::from_str(once) {
+        headers.insert(CONTENT_LENGTH, once);
+    }
+}
+
+/// The most fields that a response may have: over HTTP/1 Pingora has this limit, over HTTP/2 none.
+const MOST_FIELDS: usize = 256;
+
+/// Refuses a response that no backend may give: too many fields, and another protocol for a request that asks for none.
+pub(super) fn check_head(response: &ResponseHeader, is_upgrade: bool) -> Result<()> {
+    let reason = match response.status {
+        StatusCode::SWITCHING_PROTOCOLS if !is_upgrade || response.version != Version::HTTP_11 => {
+            "the backend has switched the protocol, and nobody has asked for that"
+        }
+        _ if response.headers.len() > MOST_FIELDS => "the response has too many fields",
+        _ => return Ok(()),
+    };
+    Error::e_explain(InvalidHTTPHeader, reason).map_err(Error::into_up)
 }
 
 /// Whether this value of `Connection` is what most backends say.
@@ -129,6 +168,48 @@ mod tests {
         let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["connection", "content-length", "x-c"]);
+    }
+
+    #[test]
+    fn a_length_is_named_once() {
+        for (given, expected) in [
+            (&[][..], &[][..]),
+            (&["5"], &["5"]),
+            (&["5, 5"], &["5"]),
+            (&["5", "5"], &["5"]),
+            (&["5,5", "5"], &["5"]),
+        ] {
+            let mut headers = HeaderMap::new();
+            for value in given {
+                headers.append(CONTENT_LENGTH, HeaderValue::from_static(value));
+            }
+            name_length_once(&mut headers);
+            let left: Vec<_> = headers.get_all(CONTENT_LENGTH).into_iter().collect();
+            assert_eq!(left, expected, "{given:?}");
+        }
+    }
+
+    #[test]
+    fn heads_that_no_backend_may_give_are_its_fault() {
+        for (status, version, fields, is_upgrade, is_good) in [
+            (200, Version::HTTP_2, 256, false, true),
+            (200, Version::HTTP_2, 257, false, false),
+            (101, Version::HTTP_11, 2, true, true),
+            (101, Version::HTTP_11, 2, false, false),
+            (101, Version::HTTP_10, 2, true, false),
+        ] {
+            let mut response = ResponseHeader::build(status, None).unwrap();
+            response.set_version(version);
+            for field in 0..fields {
+                response.insert_header(format!("x-{field}"), "1").unwrap();
+            }
+            let checked = check_head(&response, is_upgrade);
+            let blamed = checked.map_err(|error| error.esource().clone());
+            match is_good {
+                true => assert_eq!(blamed, Ok(())),
+                false => assert_eq!(blamed, Err(::pingora::ErrorSource::Upstream)),
+            }
+        }
     }
 
     #[test]

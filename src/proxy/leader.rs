@@ -1,5 +1,6 @@
 //! Which requests are for the leader, and finding it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ::pingora::Result;
@@ -29,6 +30,21 @@ pub(super) struct LeaderRequests {
     paths: Vec<String>,
     read_your_writes: Duration,
     pub(super) wait: Duration,
+    /// Requests that wait for a leader.
+    waiting: AtomicUsize,
+}
+
+/// More requests do not wait for a leader at one time: each of them keeps its connection and what it has sent, and over
+/// HTTP/2 nobody notices meanwhile that its client has left.
+const MOST_WAITING: usize = 10_000;
+
+/// One of those that wait, until this is dropped.
+pub(super) struct Waits<'a>(&'a AtomicUsize);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl LeaderRequests {
@@ -37,6 +53,16 @@ impl LeaderRequests {
             paths: config.leader.paths.clone(),
             read_your_writes: Duration::from_millis(config.leader.read_your_writes_ms),
             wait: Duration::from_millis(config.leader_wait_ms),
+            waiting: AtomicUsize::new(0),
+        }
+    }
+
+    /// One more request waits for a leader; the error says why it may not.
+    pub(super) fn waits(&self) -> Result<Waits<'_>, &'static str> {
+        let waits = Waits(&self.waiting);
+        match self.waiting.fetch_add(1, Ordering::Relaxed) {
+            0..MOST_WAITING => Ok(waits),
+            _ => Err("too many requests wait for a leader"),
         }
     }
 
@@ -111,18 +137,20 @@ pub(super) fn is_misdirected(response: &ResponseHeader, sent: Revision) -> bool 
     status == StatusCode::MISDIRECTED_REQUEST || (status.is_client_error() && newer())
 }
 
-/// Finds the leader, waiting for at most `max_wait` from the start of the request. The error is the
+/// Finds the leader, waiting from the start of the request for at most as long as that is allowed. The error is the
 /// reason why there is none.
 pub(super) async fn find_leader(
     route: &LeaderRoute,
-    max_wait: Duration,
+    requests: &LeaderRequests,
     context: &RequestState,
 ) -> Result<LeaderUpstream, &'static str> {
+    let max_wait = requests.wait;
     let remaining = || {
         let of_wait = max_wait.saturating_sub(context.started.elapsed());
         let left = context.time_left().unwrap_or(Some(Duration::ZERO));
         left.map_or(of_wait, |left| left.min(of_wait))
     };
+    let _waits = requests.waits()?;
     // A leader that could not be reached may have crashed: its successor has another term. Or it
     // may be back in a moment. One that says that it does not lead will not be back.
     let patience = match context.failed_epoch {
@@ -161,6 +189,18 @@ mod tests {
             assert_eq!(pauses().next(), Some(RETRY_SAME_AFTER));
             assert!(pauses().all(|pause| pause <= (wait / 8).max(RETRY_SAME_AFTER)));
         }
+    }
+
+    #[test]
+    fn so_many_wait_for_a_leader_and_no_more() {
+        let text = "cluster: { group: g, listen: '127.0.0.1:80', etcd: { endpoints: ['h:1'] } }";
+        let config = ClusterConfig::from_yaml(text, "test").unwrap();
+        let requests = LeaderRequests::new(&config);
+        let all: Vec<_> = (0..MOST_WAITING).map(|_| requests.waits()).collect();
+        assert!(all.iter().all(Result::is_ok));
+        assert!(requests.waits().is_err());
+        drop(all);
+        assert!(requests.waits().is_ok());
     }
 
     #[test]

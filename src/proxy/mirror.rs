@@ -16,7 +16,7 @@ use super::headers::LEADER_EPOCH;
 use super::peers::Asked;
 use crate::balance::{PickOptions, Probes};
 use crate::config;
-use crate::pingora::exchange;
+use crate::pingora::{exchange, shorten};
 
 /// Copies of one route at one time. More are not sent: they must not hold what requests need.
 const MOST_AT_ONCE: usize = 100;
@@ -99,10 +99,12 @@ impl Mirror {
             .peer(upstream.addr(), &upstream.node(), asked);
         let sent = match &peer {
             Ok(peer) => {
-                let sending = exchange(&self.connector, peer, head, body, 0);
-                let sent = tokio::time::timeout(LONGEST, sending).await;
-                sent.map_err(|_| "it took too long".to_owned())
-                    .and_then(|sent| sent.map_err(|error| error.to_string()))
+                let message = (head, body);
+                let sent = exchange(&self.connector, peer, message, 0, LONGEST).await;
+                sent.map_err(|mut error| {
+                    shorten(&mut error);
+                    error.to_string()
+                })
             }
             Err(reason) => Err((*reason).to_owned()),
         };

@@ -95,7 +95,7 @@ pub(super) fn outcome(
         (_, Some(StatusCode::SWITCHING_PROTOCOLS)) => Outcome::Succeeded,
         (Some(ErrorSource::Upstream), _) => Outcome::Failed,
         (Some(_), _) | (None, None) => Outcome::Unknown,
-        (None, Some(status)) if status.is_server_error() => Outcome::Failed,
+        (None, Some(status)) if status.as_u16() >= 500 => Outcome::Failed,
         // Otherwise a backend that refuses at once would look like the fastest, and get all requests.
         (None, Some(StatusCode::TOO_MANY_REQUESTS)) => Outcome::Overloaded,
         (None, Some(status)) if status.is_client_error() => Outcome::Answered,
@@ -116,6 +116,7 @@ mod tests {
             (None, Some(StatusCode::NOT_FOUND), Answered),
             (None, Some(StatusCode::TOO_MANY_REQUESTS), Overloaded),
             (None, Some(StatusCode::BAD_GATEWAY), Failed),
+            (None, StatusCode::from_u16(777).ok(), Failed),
             (None, None, Unknown),
             (Some(Upstream), None, Failed),
             (Some(Upstream), Some(StatusCode::OK), Failed),

@@ -23,6 +23,8 @@ const MOST_PAUSED: usize = 64;
 /// The limits, and who waits.
 #[derive(Debug)]
 pub(super) struct Overload {
+    /// 0 for any number.
+    most_in_all: usize,
     in_all: Option<Arc<Semaphore>>,
     /// `u32::MAX` for any number.
     per_node: u32,
@@ -79,6 +81,7 @@ impl Overload {
         let limit = |limit: usize| (limit > 0).then_some(limit);
         let per_node = limit(config.max_in_flight_per_node);
         Self {
+            most_in_all: config.max_in_flight,
             in_all: limit(config.max_in_flight).map(|limit| Arc::new(Semaphore::new(limit))),
             per_node: per_node.map_or(u32::MAX, |limit| u32::try_from(limit).unwrap_or(u32::MAX)),
             queue: config.queue,
@@ -89,6 +92,15 @@ impl Overload {
             most_pause: Duration::from_millis(config.retry_after_most_ms),
             paused: ArcSwap::default(),
         }
+    }
+
+    /// Goes on where another one with other settings has been: with the requests that have places, if there are as many
+    /// places, and with the pauses.
+    pub(super) fn continue_from(&mut self, former: &Self) {
+        if self.most_in_all == former.most_in_all {
+            self.in_all = former.in_all.clone();
+        }
+        self.paused.store(former.paused.load_full());
     }
 
     /// Lets a request in that may still take this long, if that is limited; what it gets has to be kept as long as the
@@ -154,8 +166,9 @@ impl Overload {
     /// A request has ended.
     pub(super) fn freed(&self) {
         if self.per_node < u32::MAX {
-            self.for_backend.freed.notify_one();
-            self.for_leader.freed.notify_one();
+            // All look: those who try again, and cannot take any, are beside the line.
+            self.for_backend.freed.notify_waiters();
+            self.for_leader.freed.notify_waiters();
         }
     }
 

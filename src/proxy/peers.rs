@@ -16,6 +16,10 @@ use crate::pingora::http_peer;
 
 /// How many probes without an answer end a quiet connection.
 const PROBES: u32 = 3;
+/// How much of each response an HTTP/2 backend may send before its client has taken it.
+const STREAM_WINDOW: u64 = 524_288;
+/// The largest window that HTTP/2 knows.
+const LARGEST_WINDOW: u64 = (1 << 31) - 1;
 /// Backends of which it is known how long they keep idle connections.
 const MOST_HINTS: usize = 10_000;
 
@@ -131,6 +135,10 @@ impl Peers {
         if protocol.is_http2() {
             peer.options.set_http_version(2, 2);
             peer.options.max_h2_streams = self.backends.streams;
+            // Room for all streams of a connection: with less, one client that reads slowly would hold up the others.
+            let room = STREAM_WINDOW.saturating_mul(self.backends.streams as u64);
+            peer.options.h2_stream_window_size = u32::try_from(STREAM_WINDOW).ok();
+            peer.options.h2_connection_window_size = Some(room.min(LARGEST_WINDOW) as u32);
             // Servers of gRPC end connections with more than a PING in five minutes, so that only TCP looks for life.
             peer.options.h2_ping_interval = None;
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ::pingora::{Error, ErrorType, Result};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::failed_try::Sent;
+use super::failed_try::{MAX_STALE_CONNECTIONS, Sent};
 use super::front::{Connection, OpenStream, Phase};
 use super::grpc::Call;
 use super::shutdown::Hold;
@@ -178,6 +178,13 @@ impl RequestState {
             retries: self.retries,
             stale_connections: self.stale_connections,
         }
+    }
+
+    /// Whether one more connection that others have used may turn out to be over; if so, that counts.
+    pub(super) fn has_stale_left(&mut self) -> bool {
+        let has = self.stale_connections < MAX_STALE_CONNECTIONS;
+        self.stale_connections += usize::from(has);
+        has
     }
 
     /// Whether it took some time until its first backend was found.

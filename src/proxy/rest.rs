@@ -8,9 +8,10 @@ use tokio::time::timeout;
 
 use super::request_state::RequestState;
 
-/// Fails if the client has left: what has waited for a place, and nobody waits for any more, is not to be done.
+/// Fails if the client has left: what has waited for a place, and nobody waits for any more, is not to be done. Over
+/// HTTP/1 a client that has not sent all of its request is found to have left only when the rest is read.
 pub(super) async fn check_presence(session: &mut Session, state: &mut RequestState) -> Result<()> {
-    if !state.is_complete {
+    if !state.is_complete && !session.is_http2() {
         return Ok(());
     }
     let next = session.read_body_or_idle(true);

@@ -24,12 +24,9 @@
 //! assert_eq!(rules.decide(&failed), Decision::GiveUp);
 //! ```
 
+use super::failed_try::MAX_STALE_CONNECTIONS;
 pub use super::failed_try::{FailedTry, PingoraRetry, Sent, is_local};
 pub use super::retry_budget::RetryBudget;
-
-/// How many pooled connections of a request may turn out to be closed before that counts as a
-/// failure of the backend. A request that makes each backend end its connection is to cost few of them.
-const MAX_STALE_CONNECTIONS: usize = 2;
 
 /// What to do with a request that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -83,8 +83,7 @@ impl ClusterProxy {
         check_user(&server.configuration, &config.listen)?;
         let certificates = Reload::default();
         // Health checks and mirrors connect by themselves.
-        let make = || Reloader::new(config, certificates.clone());
-        let reloader = with_system_cas("cluster.backends", make)??;
+        let reloader = connecting(|| Reloader::new(config, certificates.clone()))??;
         let reloader = background_service("balancer", reloader.writes_to_leader(writes_to_leader));
         let task = reloader.task();
         let proxy = Self::of(task.routing().clone());
@@ -140,7 +139,11 @@ pub(super) fn made(
     server: &Arc<ServerConf>,
     proxy: ClusterProxy,
 ) -> Result<HttpProxy<ClusterProxy>, ClusterError> {
-    with_system_cas("cluster.backends", || http_proxy(server, proxy))
+    connecting(|| http_proxy(server, proxy))
+}
+
+fn connecting<T>(make: impl FnOnce() -> T) -> Result<T, ClusterError> {
+    with_system_cas("cluster.backends", make)
 }
 
 /// Pingora changes the user before it listens, and goes on without a listener if that user may not.

@@ -1,7 +1,7 @@
 //! What the proxy counts of its requests, in all and for each backend, for pages and metrics.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -103,7 +103,32 @@ pub struct RequestStatistics {
     retried: AtomicU64,
     /// By the first digit of the status; 0 for those without one.
     by_class: [Latencies; 6],
-    backends: ArcSwap<HashMap<SocketAddr, Arc<BackendCounters>>>,
+    backends: Backends,
+}
+
+/// In parts, because the first request to each backend copies one of them.
+#[derive(Debug)]
+struct Backends(Box<[Part]>);
+
+type Part = ArcSwap<HashMap<SocketAddr, Arc<BackendCounters>>>;
+
+const PARTS: usize = 64;
+
+impl Default for Backends {
+    fn default() -> Self {
+        Self((0..PARTS).map(|_| ArcSwap::default()).collect())
+    }
+}
+
+impl Backends {
+    fn part_of(&self, addr: SocketAddr) -> &Part {
+        let last = match addr.ip() {
+            IpAddr::V4(ip) => ip.octets()[3],
+            IpAddr::V6(ip) => ip.octets()[15],
+        };
+        // Nodes of one machine differ in their ports, those of one network in their last digits.
+        &self.0[(usize::from(last) + usize::from(addr.port())) % PARTS]
+    }
 }
 
 /// The counts of [`RequestStatistics`] at one time.
@@ -145,7 +170,7 @@ impl RequestStatistics {
 
     /// The counts of one backend.
     pub fn backend(&self, addr: SocketAddr) -> BackendCounts {
-        let backends = self.backends.load();
+        let backends = self.backends.part_of(addr).load();
         backends
             .get(&addr)
             .map_or_else(BackendCounts::default, |counters| BackendCounts {
@@ -168,7 +193,7 @@ impl RequestStatistics {
 
     /// A backend has answered after this time, or has failed.
     pub(super) fn backend_ends(&self, addr: SocketAddr, answered: Option<Duration>) {
-        let backends = self.backends.load();
+        let backends = self.backends.part_of(addr).load();
         let counters = match backends.get(&addr) {
             Some(counters) => counters.clone(),
             None => self.insert(addr),
@@ -181,35 +206,33 @@ impl RequestStatistics {
 
     fn insert(&self, addr: SocketAddr) -> Arc<BackendCounters> {
         let new = Arc::<BackendCounters>::default();
-        self.backends.rcu(|backends| {
+        let part = self.backends.part_of(addr);
+        part.rcu(|backends| {
             let mut backends = HashMap::clone(backends);
             backends.entry(addr).or_insert_with(|| new.clone());
             backends
         });
-        self.backends.load().get(&addr).cloned().unwrap_or(new)
+        part.load().get(&addr).cloned().unwrap_or(new)
     }
 
     /// How many backends are counted.
     pub(super) fn backends(&self) -> usize {
-        self.backends.load().len()
+        self.backends.0.iter().map(|part| part.load().len()).sum()
     }
 
     /// Forgets all other backends.
     pub(super) fn retain(&self, backends: &HashSet<SocketAddr>) {
-        if self
-            .backends
-            .load()
-            .keys()
-            .all(|addr| backends.contains(addr))
-        {
-            return;
+        for part in &self.backends.0 {
+            if part.load().keys().all(|addr| backends.contains(addr)) {
+                continue;
+            }
+            part.rcu(|known| {
+                let known = known.iter().filter(|(addr, _)| backends.contains(addr));
+                known
+                    .map(|(addr, counters)| (*addr, counters.clone()))
+                    .collect::<HashMap<_, _>>()
+            });
         }
-        self.backends.rcu(|known| {
-            let known = known.iter().filter(|(addr, _)| backends.contains(addr));
-            known
-                .map(|(addr, counters)| (*addr, counters.clone()))
-                .collect::<HashMap<_, _>>()
-        });
     }
 }
 

@@ -6,15 +6,16 @@ use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use ::pingora::upstreams::peer::HttpPeer;
 use ::pingora::{Error, ErrorType, Result};
-use http::{HeaderMap, StatusCode};
+use http::header::CONNECTION;
+use http::{HeaderMap, StatusCode, Version};
 use tracing::{debug, warn};
 
 use super::client::TrustedProxies;
-use super::failed_try::{is_local, may_be_of_address, retried_status};
+use super::failed_try::{is_ended_by_backend, is_local, may_be_of_address, retried_status};
 use super::group::GroupProxy;
 use super::grpc::Call;
 use super::headers::{change_response_fields, set_upstream_node};
-use super::hop_by_hop::remove_hop_by_hop;
+use super::hop_by_hop::{check_head, name_length_once, remove_framing, remove_hop_by_hop};
 use super::leader::is_misdirected;
 use super::outcome::Outcome;
 use super::peers::Asked;
@@ -22,16 +23,19 @@ use super::reply::{bad_gateway, had_little_time, refused, unavailable};
 use super::request_state::RequestState;
 use super::retry::{Decision, FailedTry, RetryRules};
 use crate::balance::Upstream;
+use crate::pingora::shorten;
 
 /// A request for a tunnel passes by so many backends that cannot pass it on. They are looked for once; more have joined.
 const MOST_SKIPPED: usize = 16;
 
+/// A status that there is none of counts as one from 500 on (RFC 9110, section 15).
 fn is_failure(status: StatusCode) -> bool {
-    status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS
+    status.as_u16() >= 500 || status == StatusCode::TOO_MANY_REQUESTS
 }
 
 /// The error of a try, with what it was tried with. The client gets the reason of what is refused here, and nothing else.
-pub(super) fn of_try(error: Box<Error>, peer: &HttpPeer, state: &RequestState) -> Box<Error> {
+pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestState) -> Box<Error> {
+    shorten(&mut error);
     if state.take_unanswered() {
         // A read of the client ended because the front keeps the time.
         let reason = format!("while waiting for the response to an upgrade; Peer: {peer}");
@@ -118,6 +122,7 @@ impl GroupProxy {
         state: &mut RequestState,
     ) -> Result<()> {
         state.answer_goes_on();
+        check_head(response, state.is_upgrade)?;
         let status = response.status;
         let node = state.node();
         let name = |headers: &mut HeaderMap| {
@@ -126,8 +131,16 @@ impl GroupProxy {
             }
         };
         if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+            // Any number of them may come.
+            state.time_left()?;
             state.is_expecting &= status != StatusCode::CONTINUE;
-            change_response_fields(response, name);
+            change_response_fields(response, |headers| {
+                remove_hop_by_hop(status, headers);
+                remove_framing(headers);
+                // Pingora sets it in final responses only.
+                headers.remove(CONNECTION);
+                name(headers);
+            });
             return Ok(());
         }
         if let Some(addr) = state.addr() {
@@ -154,6 +167,10 @@ impl GroupProxy {
                 }
             }
             let closes_after = remove_hop_by_hop(status, headers);
+            match status {
+                StatusCode::NO_CONTENT => remove_framing(headers),
+                _ => name_length_once(headers),
+            }
             name(headers);
             closes_after
         });
@@ -217,6 +234,8 @@ impl GroupProxy {
         state: &RequestState,
         trusted: &TrustedProxies,
     ) -> Result<()> {
+        // That of this hop. Over HTTP/2 there is none in the message.
+        response.set_version(Version::HTTP_11);
         let message = (session, &mut *response);
         self.picker
             .set_cookie(&self.balancer, message, state, trusted)?;
@@ -231,6 +250,14 @@ impl GroupProxy {
         mut error: Box<Error>,
         state: &mut RequestState,
     ) -> Box<Error> {
+        shorten(&mut error);
+        if is_ended_by_backend(&error) && state.leader.is_none() && state.has_stale_left() {
+            // A connection that others use as well; nothing has been sent.
+            state.upstream = None;
+            state.tried.pop();
+            error.set_retry(state.time_left().is_ok());
+            return error;
+        }
         let is_at_fault = state.time_left().is_ok() || self.is_at_fault(state);
         let upstream = state.upstream.take();
         if is_local(&error) {

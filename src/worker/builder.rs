@@ -12,8 +12,6 @@ use crate::metrics::{Deadband, LoadReporter, MetricsCollector};
 use crate::opaque::opaque_debug;
 use crate::store::{EtcdOptions, Store};
 
-opaque_debug!(ClusterNodeBuilder);
-
 #[cfg(test)]
 mod tests;
 
@@ -217,3 +215,5 @@ impl ClusterNodeBuilder {
         ClusterNode::from_config(self.config, invalid)
     }
 }
+
+opaque_debug!(ClusterNodeBuilder);

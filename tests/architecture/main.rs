@@ -29,6 +29,7 @@ const FLOORS: &[(u8, &[&str])] = &[
             "load_report",
             "metadata",
             "node",
+            "opaque",
             "private_file",
             "signal",
             "supervise",

@@ -14,6 +14,7 @@ mod etcd_cluster;
 mod access_log;
 mod attacks;
 mod away;
+mod backends;
 mod checks;
 mod clients;
 mod command;

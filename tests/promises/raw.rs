@@ -233,7 +233,8 @@ impl RawBackend {
 }
 
 /// A backend of HTTP/2 without TLS that answers with `ok`, and no length, once it has the whole request, and at once with
-/// a head and nothing else if that is for `/early`; and its port.
+/// a head and nothing else if that is for `/early`; with 20 MB for `/large`, and with a head of 24,575 fields for
+/// `/fields`. And its port.
 pub async fn http_2_backend(after: Duration) -> (u16, JoinSet<()>) {
     let listener = TcpListener::bind((local(), 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -248,7 +249,8 @@ pub async fn http_2_backend(after: Duration) -> (u16, JoinSet<()>) {
                 let mut streams = JoinSet::new();
                 while let Some(Ok((request, mut respond))) = connection.accept().await {
                     streams.spawn(async move {
-                        let is_early = request.uri().path() == "/early";
+                        let path = request.uri().path().to_owned();
+                        let is_early = path == "/early";
                         let mut body = request.into_body();
                         if is_early {
                             let response = http::Response::builder().status(401).body(());
@@ -260,10 +262,22 @@ pub async fn http_2_backend(after: Duration) -> (u16, JoinSet<()>) {
                             let _ = body.flow_control().release_capacity(data.len());
                         }
                         tokio::time::sleep(after).await;
-                        let response = http::Response::new(());
-                        if let Ok(mut body) = respond.send_response(response, false) {
-                            let _ = body.send_data("ok\n".into(), true);
+                        let mut response = http::Response::new(());
+                        if path == "/fields" {
+                            for number in 0..24_575 {
+                                let name = format!("x{number}").parse::<http::HeaderName>();
+                                let value = http::HeaderValue::from_static("1");
+                                response.headers_mut().insert(name.unwrap(), value);
+                            }
                         }
+                        let Ok(mut body) = respond.send_response(response, false) else {
+                            return;
+                        };
+                        // As much of it as the other side has room for.
+                        let _ = match path.as_str() {
+                            "/large" => body.send_data(vec![b'x'; 20_000_000].into(), true),
+                            _ => body.send_data("ok\n".into(), true),
+                        };
                     });
                 }
             });

@@ -145,3 +145,68 @@ async fn a_list_behind_http_is_followed() {
     *state.lock().unwrap() = (3, Some(list(&[two])));
     served_by("another list", [false, true]).await;
 }
+
+/// Ends the connection of each request to `/broken`.
+fn breaking(request: &str) -> Vec<u8> {
+    match request.contains("/broken") {
+        true => Vec::new(),
+        false => ok(request),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_of_ones_own_is_made_of_the_parts_of_the_bundled_one() {
+    let (good, broken) = (
+        RawBackend::start(ok).await,
+        RawBackend::start(breaking).await,
+    );
+    let file = scratch("own-proxy.json");
+    let write = |list: Value| std::fs::write(&file, list.to_string()).unwrap();
+    write(list(&[&good]));
+    let proxy = Proxy::start("nodes_from_file", "--file", file.to_str().unwrap());
+    let send = async |method: &str, path: &str, more: &str| {
+        let stream = TcpStream::connect(&proxy.listen).await.unwrap();
+        let mut client = Raw(stream);
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: a\r\n{more}\r\n");
+        client.send(request.as_bytes()).await;
+        client.response().await
+    };
+    until("it serves", async || proxy.answer().await == "200").await;
+    // Who the client is, whatever it says.
+    let says = "X-Forwarded-For: 6.6.6.6\r\nx_leader_epoch: 9\r\n";
+    assert_eq!(status(&send("GET", "/", says).await), "200");
+    let last = good.last();
+    assert!(
+        last.contains(&format!("x-forwarded-for: {}\r\n", local())),
+        "{last}"
+    );
+    assert!(
+        !last.contains("6.6.6.6") && !last.contains("x_leader_epoch"),
+        "{last}"
+    );
+    // What comes back to it is refused.
+    let via = last.lines().find_map(|line| line.strip_prefix("via: "));
+    let via = format!("Via: {}\r\n", via.expect("a field Via"));
+    assert_eq!(status(&send("GET", "/", &via).await), "508");
+    // A dead backend costs no request, whatever its method; one that breaks off only those that have effects.
+    let dead = entry("dead", Some(free_port()), json!({}));
+    let mut all = list(&[&good, &broken]);
+    all.as_array_mut().unwrap().push(dead);
+    write(all);
+    until("both serve", async || {
+        let before = broken.requests().len();
+        assert_eq!(proxy.answer().await, "200");
+        broken.requests().len() > before
+    })
+    .await;
+    for _ in 0..50 {
+        assert_eq!(status(&send("GET", "/", "").await), "200");
+        let post = send("POST", "/", "Content-Length: 0\r\n").await;
+        assert_eq!(status(&post), "200");
+    }
+    let before = broken.requests().len();
+    for _ in 0..20 {
+        assert_eq!(status(&send("GET", "/broken", "").await), "200");
+    }
+    assert!(broken.requests().len() > before, "it was tried");
+}

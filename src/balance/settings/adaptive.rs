@@ -64,6 +64,7 @@ use crate::error::{ClusterError, in_range};
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Adaptive {
     /// The part of a difference in load that one report corrects. Default: 0.2. Range: 0 to 1; with
     /// 0 metrics move no weight.

@@ -8,6 +8,7 @@ use crate::error::{ClusterError, in_range};
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Consistent {
     /// How many requests in flight a backend may have, as a multiple of its fair share of all
     /// requests in flight. Beyond that its keys go to the next owner, so that one hot key does not

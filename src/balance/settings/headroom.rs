@@ -16,13 +16,16 @@ use crate::error::{ClusterError, in_range};
 ///
 /// ```
 /// use pingora_etcd::balance::{Headroom, Load};
-/// let headroom = Headroom { cpu: 0.5, memory: 0.0, queue: 0.5, ..Headroom::default() };
-/// let half_busy = Load { cpu: Some(0.5), memory: None, queue: Some(0.0) };
+/// let mut headroom = Headroom::default();
+/// (headroom.cpu, headroom.memory, headroom.queue) = (0.5, 0.0, 0.5);
+/// let mut half_busy = Load::default();
+/// (half_busy.cpu, half_busy.queue) = (Some(0.5), Some(0.0));
 /// assert_eq!(headroom.weight(1.0, &half_busy, &Load::default()), 0.75);
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Headroom {
     /// Coefficient of CPU usage. Default: 0.5. Range: 0 to 10.
     pub cpu: f64,

@@ -21,6 +21,7 @@ use crate::error::{ClusterError, in_range};
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
 pub struct Zones {
     /// The part of their weight that backends in other zones have in any case: enough for a sudden
     /// queue in the own zone to reach them. Default: 0.02. Range: 0 to 1; with 1 zones play no part.

@@ -14,8 +14,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// A pipe that has room at all accepts this many bytes without blocking.
 const CHUNK: usize = 4096;
 
-/// For programs that run for long: lines of this crate and its programs, and warnings of other crates.
-pub const FOR_SERVICES: &str = "warn,pingora_etcd=info,load_balancer=info,worker=info";
+/// For programs that run for long: lines of this crate and its programs, and warnings of other crates. Those of Pingora
+/// are a line for each request that a client or a backend ends in some ways, as often as they like.
+pub const FOR_SERVICES: &str = "warn,pingora_core=error,pingora_proxy=error,pingora_pool=error,pingora_etcd=info,load_balancer=info,worker=info";
 
 /// Writes log lines to standard error. `RUST_LOG` overrides the filter.
 pub fn init(filter: &str) {

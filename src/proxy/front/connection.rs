@@ -131,6 +131,8 @@ impl OpenStream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        // Before it is no stream any more: otherwise the others would be as many as those that are answered.
+        drop(self.draining.take());
         self.connection.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -1,0 +1,203 @@
+//! What backends that answer wrongly do to clients, to others, and to the log.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::common::etcd::Etcd;
+use super::common::group;
+use super::raw::{Raw, RawBackend, http_2_backend, in_front_of, ok, register, status};
+use super::world::{Balancer, Setup, entry, put, scratch, until};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+async fn get(balancer: &Balancer, path: &str) -> String {
+    let mut client = Raw::to(balancer).await;
+    client
+        .send(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes())
+        .await;
+    client.response().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn heads_of_responses_are_made_good() {
+    let backend = RawBackend::start(|request| {
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        match path {
+            "/204" => &b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n"[..],
+            "/204-length" => b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n",
+            "/1.0" => b"HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nok\n",
+            "/twice" => b"HTTP/1.1 200 OK\r\nContent-Length: 3, 3\r\n\r\nok\n",
+            "/fields" => b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nok\n",
+            "/103" => {
+                b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nKeep-Alive: timeout=9\r\n\
+                  Connection: x-mine, keep-alive\r\nX-Mine: 1\r\n\r\n\
+                  HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n"
+            }
+            _ => b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n",
+        }
+        .to_vec()
+    })
+    .await;
+    let balancer = in_front_of(&backend, "good-heads", "").await;
+    for path in ["/204", "/204-length"] {
+        let mut client = Raw::to(&balancer).await;
+        client
+            .send(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes())
+            .await;
+        let start = Instant::now();
+        let response = client.response().await.to_ascii_lowercase();
+        assert_eq!(status(&response), "204", "{response}");
+        for field in ["transfer-encoding", "content-length"] {
+            assert!(!response.contains(field), "{response}");
+        }
+        // The connection goes on.
+        assert_eq!(status(&client.get("").await), "200");
+        assert!(start.elapsed() < 3 * SECOND, "{:?}", start.elapsed());
+    }
+    let old = get(&balancer, "/1.0").await;
+    assert!(old.starts_with("HTTP/1.1 200 "), "{old}");
+    for path in ["/twice", "/fields"] {
+        let response = get(&balancer, path).await.to_ascii_lowercase();
+        assert_eq!(
+            response.matches("content-length: 3\r\n").count(),
+            1,
+            "{response}"
+        );
+        assert_eq!(response.matches("content-length").count(), 1, "{response}");
+    }
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"GET /103 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        .await;
+    let all = client.rest().await.to_ascii_lowercase();
+    let (interim, response) = all.split_once("\r\n\r\n").unwrap();
+    assert_eq!(status(interim), "103", "{all}");
+    assert!(interim.contains("link: </a>"), "{all}");
+    for field in ["keep-alive", "x-mine"] {
+        assert!(!interim.contains(field), "{all}");
+    }
+    assert_eq!(status(response), "200", "{all}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_switches_the_protocol_unasked_or_has_a_status_of_its_own_has_failed() {
+    for (name, answer) in [
+        (
+            "unasked",
+            &b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\nbytes"
+                [..],
+        ),
+        (
+            "status-777",
+            b"HTTP/1.1 777 Odd\r\nContent-Length: 0\r\n\r\n",
+        ),
+    ] {
+        let bad = RawBackend::start(move |_| answer.to_vec()).await;
+        let good = RawBackend::start(ok).await;
+        let (etcd, group) = (Etcd::shared(), group(name));
+        register(&etcd, &group, &[&bad, &good]).await;
+        let fields = "policy: adaptive\nretries: 1";
+        let balancer = Setup::shared(&group).with(fields).listening().await;
+        until("it serves", async || balancer.get().await == "n1").await;
+        let before = bad.requests().len();
+        let mut answers = Vec::new();
+        for _ in 0..200 {
+            answers.push(status(&get(&balancer, "/").await).to_owned());
+        }
+        // Only the status goes to clients, and never the other protocol.
+        let odd = answers.iter().filter(|it| *it != "200").count();
+        assert!(odd <= 40 && (name != "unasked" || odd == 0), "{answers:?}");
+        let tried = bad.requests().len() - before;
+        assert!(tried <= 40, "{tried} of 200 requests went to it");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_backend_sends_is_not_in_the_log() {
+    // A control byte in a field, and much before it.
+    let answer = |_: &str| {
+        let mut bytes = b"HTTP/1.1 200 OK\r\n".to_vec();
+        for _ in 0..40 {
+            bytes.extend_from_slice(b"Set-Cookie: ");
+            bytes.extend_from_slice(&[0xe4; 1_000]);
+            bytes.extend_from_slice(b"\r\n");
+        }
+        bytes.extend_from_slice(b"X: a\x01b\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        bytes
+    };
+    let backend = RawBackend::start(answer).await;
+    let file = scratch(&format!("{}.access", group("long-error")));
+    let fields = format!("access_log: {{ file: {} }}\nretries: 0", file.display());
+    let balancer = in_front_of(&backend, "long-error", &fields).await;
+    for _ in 0..5 {
+        assert_eq!(status(&get(&balancer, "/").await), "502");
+    }
+    until("the lines are there", async || {
+        let text = std::fs::read_to_string(&file).unwrap_or_default();
+        text.lines().count() >= 5
+    })
+    .await;
+    let text = std::fs::read_to_string(&file).unwrap();
+    for line in text.lines().chain(balancer.log_text().lines()) {
+        assert!(line.len() < 2_000, "{} bytes: {}", line.len(), &line[..500]);
+    }
+    let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert!(
+        last["error"]
+            .as_str()
+            .unwrap()
+            .contains("InvalidHTTPHeader"),
+        "{last}"
+    );
+}
+
+async fn http_2(name: &str, port: u16, more: &str) -> Balancer {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let entry = entry("a", Some(port), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let fields = format!("backends: {{ protocol: h2c }}\n{more}");
+    let balancer = Setup::shared(&group).with(&fields).start();
+    until("it serves", async || balancer.get().await == "a").await;
+    balancer
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_read_holds_up_nobody_on_its_backends_connection() {
+    let (port, _serving) = http_2_backend(Duration::ZERO).await;
+    let balancer = http_2("h2-slow-reader", port, "timeouts: { response_ms: 10000 }").await;
+    // Each would fill the window of a whole connection.
+    let mut slow = Vec::new();
+    for _ in 0..3 {
+        let mut client = Raw::to(&balancer).await;
+        client.send(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        slow.push(client);
+    }
+    let start = Instant::now();
+    while start.elapsed() < 4 * SECOND {
+        let asked = Instant::now();
+        assert_eq!(status(&get(&balancer, "/").await), "200");
+        let took = asked.elapsed();
+        assert!(took < 3 * SECOND, "{took:?}");
+    }
+    // Who reads gets all.
+    let mut client = Raw::to(&balancer).await;
+    client
+        .send(b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        .await;
+    let all = client.rest().await;
+    assert!(all.len() > 20_000_000, "{}", all.len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_of_http_2_with_too_many_fields_is_its_backends_failure() {
+    let (port, _serving) = http_2_backend(Duration::ZERO).await;
+    let balancer = http_2("h2-fields", port, "retries: 0").await;
+    for _ in 0..3 {
+        assert_eq!(status(&get(&balancer, "/fields").await), "502");
+        assert_eq!(status(&get(&balancer, "/").await), "200");
+    }
+    let log = balancer.log_text();
+    assert!(log.contains("too many fields"), "{log}");
+    assert!(!log.contains("panicked"), "{log}");
+}
