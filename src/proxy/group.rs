@@ -14,6 +14,7 @@ use super::outcome::Outcome;
 use super::peers::{Asked, Peers};
 use super::pick::Picker;
 use super::request_state::RequestState;
+use super::rest::until_left;
 use super::retry::RetryRules;
 use super::retry_budget::RetryBudget;
 use super::statistics::RequestStatistics;
@@ -163,21 +164,36 @@ impl GroupProxy {
     /// Lets a request in, and finds its backend. A leader is waited for before, because a request that
     /// waits for one is no load. Room at the leader is taken last, as room at a backend is, so that nobody who has it
     /// waits for anything.
+    ///
+    /// The inner error is the reason why it is not served, the outer one says that its client has left meanwhile.
     pub(super) async fn enter(
         &self,
-        session: &Session,
+        session: &mut Session,
         state: &mut RequestState,
-    ) -> Result<(), &'static str> {
-        let leader = match state.is_for_leader {
-            true => Some(find_leader(self.leader(), &self.leader_requests, state).await?),
-            false => None,
+    ) -> ::pingora::Result<Result<(), &'static str>> {
+        let is_complete = state.is_complete;
+        let waiting = async {
+            let leader = match state.is_for_leader {
+                true => Some(find_leader(self.leader(), &self.leader_requests, state).await?),
+                false => None,
+            };
+            let left = state.time_left().unwrap_or(Some(Duration::ZERO));
+            Ok((leader, self.picker.overload.enter(left).await?))
         };
-        let left = state.time_left().unwrap_or(Some(Duration::ZERO));
-        state.place = self.picker.overload.enter(left).await?;
-        match leader {
+        let waited = tokio::select! {
+            biased;
+            waited = waiting => waited,
+            error = until_left(session, is_complete) => return Err(error),
+        };
+        let (leader, place) = match waited {
+            Ok(found) => found,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        state.place = place;
+        Ok(match leader {
             Some(leader) => self.send_to_leader(leader, state).await,
             None => self.find_backend(session, state).await,
-        }
+        })
     }
 
     /// Finds the backend or the leader for a try, and stores it in the context; the error is the reason

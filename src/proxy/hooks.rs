@@ -114,7 +114,7 @@ impl ProxyHttp for ClusterProxy {
             route.apply_to(state);
         }
         state.limit_body();
-        let found = group.enter(session, state).await;
+        let found = group.enter(session, state).await?;
         let Err(reason) = found else {
             state.is_found = true;
             if state.has_waited() {

@@ -34,8 +34,7 @@ pub(super) struct LeaderRequests {
     waiting: AtomicUsize,
 }
 
-/// More requests do not wait for a leader at one time: each of them keeps its connection and what it has sent, and over
-/// HTTP/2 nobody notices meanwhile that its client has left.
+/// More requests do not wait for a leader at one time: each of them keeps its connection and what it has sent.
 const MOST_WAITING: usize = 10_000;
 
 /// One of those that wait, until this is dropped.

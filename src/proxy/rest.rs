@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use ::pingora::Result;
 use ::pingora::proxy::Session;
+use ::pingora::{Error, Result};
 use tokio::time::timeout;
 
 use super::request_state::RequestState;
@@ -23,6 +23,17 @@ pub(super) async fn check_presence(session: &mut Session, state: &mut RequestSta
         // It waits, or has sent its next request already.
         Ok(Ok(_)) | Err(_) => Ok(()),
     }
+}
+
+/// Ends when the client has left, as far as that is noticed: over HTTP/1 not before it has sent all of its request.
+pub(super) async fn until_left(session: &mut Session, is_complete: bool) -> Box<Error> {
+    if (is_complete || session.is_http2())
+        && let Err(error) = session.read_body_or_idle(true).await
+    {
+        return error.into_down();
+    }
+    // It has sent its next request already.
+    std::future::pending().await
 }
 
 /// Reads what is there of a body that nobody will get: if it is all, the client keeps its connection.

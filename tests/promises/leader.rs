@@ -325,3 +325,43 @@ async fn who_waits_for_room_at_the_leader_goes_to_the_next_one() {
     );
     assert_eq!(hangs.requests().len(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_waits_for_a_leader_for_a_client_that_has_left() {
+    let backend = RawBackend::start(named("one")).await;
+    let (etcd, group) = (Etcd::shared(), group("left"));
+    // Registered, and no candidate.
+    let node = entry("one", Some(backend.address.port()), json!({}));
+    put(&mut etcd.raw_client().await, &group, &node, None).await;
+    let setup = Setup::shared(&group)
+        .program("leader_routing")
+        .with("leader_wait_ms: 60000\ntimeouts: { client_idle_ms: 60000 }")
+        .server("grace_period_seconds: 50");
+    let mut balancer = setup.listening().await;
+    let mut whole = Raw::to(&balancer).await;
+    whole
+        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n")
+        .await;
+    let stream = tokio::net::TcpStream::connect(&balancer.listen)
+        .await
+        .unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    let driving = tokio::spawn(connection);
+    let mut sender = sender.ready().await.unwrap();
+    let request = http::Request::post("http://a/").body(()).unwrap();
+    let (_, mut body) = sender.send_request(request, false).unwrap();
+    body.send_data("a part".into(), false).unwrap();
+    // Behind it on the same connection, so that it has arrived.
+    let mut sender = sender.ready().await.unwrap();
+    let read = http::Request::get("http://a/").body(()).unwrap();
+    let (response, _) = sender.send_request(read, true).unwrap();
+    assert_eq!(response.await.unwrap().status(), 200);
+    body.send_reset(h2::Reason::CANCEL);
+    drop(whole);
+    // The process ends when nothing is in flight.
+    balancer.program.signal("INT");
+    let (status, took) = balancer.program.ended().await;
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    assert!(status.success(), "{status}");
+    drop((sender, driving));
+}
