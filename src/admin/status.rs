@@ -290,10 +290,11 @@ pub(super) fn view(status: DiscoveryStatus) -> (&'static str, Option<SystemTime>
     }
 }
 
+/// How old something is; at least a millisecond, also if the clock has been set back since, so that 0 always says that
+/// there is nothing.
 pub(super) fn age(since: Option<SystemTime>) -> Duration {
-    since
-        .and_then(|since| since.elapsed().ok())
-        .unwrap_or_default()
+    let since = since.map(|since| since.elapsed().unwrap_or_default());
+    since.map_or(Duration::ZERO, |age| age.max(Duration::from_millis(1)))
 }
 
 /// What has happened to client connections, by name.

@@ -6,6 +6,7 @@ use std::time::Instant;
 use tokio::time::{Instant as TokioInstant, sleep_until};
 
 use super::Balancer;
+use super::balancer::TICK;
 use super::pace::{every_tick, pause_after};
 use crate::view::Source;
 
@@ -74,7 +75,7 @@ impl Balancer {
             let start = Instant::now();
             self.publish(start);
             is_published = true;
-            due = TokioInstant::now() + pause_after(start.elapsed());
+            due = TokioInstant::now() + pause_after(start.elapsed()).min(TICK);
         }
     }
 }

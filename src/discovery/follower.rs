@@ -340,7 +340,8 @@ impl<'d> Follower<'d> {
             revision = listing.revision;
         }
         let changes = self.group.reset(staged, revision, Instant::now());
-        if !matches!(self.state, State::FromMember { .. }) {
+        let is_first = !matches!(self.state, State::FromMember { .. });
+        if is_first {
             let nodes = self.group.nodes().len();
             warn!(
                 revision,
@@ -349,8 +350,10 @@ impl<'d> Follower<'d> {
         }
         self.transition(Input::MemberListed);
         self.publish_reset(changes);
-        let since = SystemTime::now();
-        self.published.set_status(DiscoveryStatus::Stale { since });
+        if is_first {
+            let since = SystemTime::now();
+            self.published.set_status(DiscoveryStatus::Stale { since });
+        }
         self.published.set_ready();
     }
 

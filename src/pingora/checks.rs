@@ -14,8 +14,8 @@ use tracing::{info, warn};
 
 use super::check::NodeCheck;
 use super::check_state::CheckState;
-use crate::balance::Balancer;
 use crate::balance::pace::pause_after;
+use crate::balance::{Balancer, TICK};
 use crate::discovery::ServiceDiscovery;
 use crate::node::Node;
 use crate::supervise::{caught, say};
@@ -278,7 +278,7 @@ impl<'a> Round<'a> {
                     self.balancer.publish(start);
                     self.is_unpublished = false;
                     // As with other changes: almost all of a core is left to others.
-                    self.publish_at = Instant::now() + pause_after(start.elapsed());
+                    self.publish_at = Instant::now() + pause_after(start.elapsed()).min(TICK);
                 }
                 () = sleep_until(next) => {}
             }

@@ -242,8 +242,8 @@ impl ClusterNode {
     }
 
     /// Waits until this node no longer leads in the term `epoch`: for a `select!` with the work of
-    /// a leader. It observes the deadline itself, but only when its task is polled:
-    /// [`is_leader`](Self::is_leader) is right at every instant.
+    /// a leader. It observes the deadline itself, but only when its task is polled, and up to a second after a machine
+    /// that was suspended goes on: [`is_leader`](Self::is_leader) is right at every instant.
     pub async fn wait_for_loss(&self, epoch: Revision) {
         let mut changed = self.state.term_changed.subscribe();
         loop {
@@ -254,7 +254,7 @@ impl ClusterNode {
                 biased;
                 // The sender lives in `self`, so this cannot fail.
                 _ = changed.changed() => {}
-                () = sleep(term.tenure.remaining()) => {}
+                () = term.tenure.until_over() => {}
             }
         }
     }

@@ -158,7 +158,7 @@ async fn renew_until_lost(
             biased;
             () = until_replaced(&mut changes, tenure) => return None,
             late = keeper.late(), if missed > 0 => Some(late),
-            () = sleep(pause) => None,
+            () = tenure.wait(pause) => None,
         };
         let renewal = match late {
             Some(late) => late,

@@ -249,7 +249,7 @@ async fn follow_renewals(state: &WorkerState, lease: &SharedLease, tenure: &Tenu
             if remaining.is_zero() {
                 std::future::pending::<()>().await;
             }
-            sleep(remaining).await;
+            tenure.until_over().await;
         };
         tokio::select! {
             biased;

@@ -5,7 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use tokio::time::sleep;
+
 use crate::store::{Clock, Lease};
+
+/// How often a wait looks at the clock of the lease. While the machine is suspended, that of timers stands still, and
+/// this one does not: a term may have been over for hours when a timer of some seconds begins to go on.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// A lease, with the instant up to which this process may rely on it.
 pub(super) struct Tenure {
@@ -52,6 +58,29 @@ impl Tenure {
     pub(super) fn remaining(&self) -> Duration {
         let deadline = Duration::from_nanos(self.deadline.load(Ordering::Acquire));
         deadline.saturating_sub(self.clock.now())
+    }
+
+    /// Waits until this process may not rely on the lease any more.
+    pub(super) async fn until_over(&self) {
+        loop {
+            let remaining = self.remaining();
+            if remaining.is_zero() {
+                return;
+            }
+            sleep(remaining.min(LOOK_EVERY)).await;
+        }
+    }
+
+    /// Waits for this long on the clock of the lease.
+    pub(super) async fn wait(&self, pause: Duration) {
+        let until = self.now().saturating_add(pause);
+        loop {
+            let left = until.saturating_sub(self.now());
+            if left.is_zero() {
+                return;
+            }
+            sleep(left.min(LOOK_EVERY)).await;
+        }
     }
 
     /// Whether this process may rely on the lease now.
@@ -105,6 +134,21 @@ mod tests {
     fn is_valid_at(tenure: &(Tenure, Arc<ManualClock>), now: Duration) -> bool {
         *lock(&tenure.1.0) = T0 + now;
         tenure.0.is_valid()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_suspend_is_noticed_within_a_second_after_it() {
+        let (tenure, clock) = tenure(60);
+        *lock(&clock.0) = T0;
+        let resumed = async {
+            sleep(ms(10)).await;
+            // An hour passes, and no timer notices.
+            *lock(&clock.0) = T0 + ms(3_600_000);
+        };
+        let start = tokio::time::Instant::now();
+        let (over, waited) = (tenure.until_over(), tenure.wait(ms(20_000)));
+        tokio::join!(resumed, over, waited);
+        assert!(start.elapsed() <= ms(1_100), "{:?}", start.elapsed());
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub struct Headroom {
     pub memory: f64,
     /// Coefficient of the queue. Default: 0.3. Range: 0 to 10.
     pub queue: f64,
-    /// The queue depth that counts as full. Default: 100. Range: above 0.
+    /// The queue depth that counts as full. Default: 100. Range: above 0, to 1e9.
     pub queue_capacity: f64,
     /// The smallest part of its static weight that a node keeps, so that a node that reports to be
     /// full still gets a request now and then and can be seen to recover. Default: 0.05. Range:

@@ -1,6 +1,7 @@
 //! The span of a request.
 
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 use ::pingora::Result;
 use ::pingora::http::RequestHeader;
@@ -32,6 +33,7 @@ pub(in crate::proxy) struct Spans {
 /// The span of a request that has not ended.
 pub(in crate::proxy) struct Span {
     span: opentelemetry_sdk::trace::Span,
+    started: SystemTime,
     /// Whether the request continues the trace of somebody.
     has_parent: bool,
 }
@@ -61,15 +63,21 @@ impl Spans {
             return None;
         }
         let tracer = self.tracer.get()?;
+        let started = SystemTime::now();
         let builder = tracer
             .span_builder(name(request))
-            .with_kind(SpanKind::Server);
+            .with_kind(SpanKind::Server)
+            .with_start_time(started);
         let has_parent = parent.is_some();
         let parent = parent.map_or_else(Context::new, |parent| {
             Context::new().with_remote_span_context(remote(parent))
         });
         let span = tracer.build_with_context(builder, &parent);
-        Some(Span { span, has_parent })
+        Some(Span {
+            span,
+            started,
+            has_parent,
+        })
     }
 
     fn start(&self) {
@@ -142,7 +150,8 @@ impl Span {
         if failed || entry.error.is_some() && entry.outcome == Outcome::Failed {
             span.set_status(Status::error(entry.error.clone().unwrap_or_default()));
         }
-        span.end();
+        // Whatever the clock has done meanwhile.
+        span.end_with_timestamp(self.started + entry.duration);
     }
 }
 
