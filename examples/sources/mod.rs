@@ -14,7 +14,7 @@ use pingora::services::background::{BackgroundService, background_service};
 use pingora::{Error, ErrorType};
 use pingora_etcd::balance::{Balancer, PickOptions, Upstream};
 use pingora_etcd::config::Retry;
-use pingora_etcd::pingora::http_peer;
+use pingora_etcd::pingora::{http_peer, shorten_error};
 use pingora_etcd::proxy::retry::{Decision, FailedTry, RetryBudget, RetryRules, Sent, is_local};
 use pingora_etcd::proxy::{HeaderPolicy, Outcome, TrustedProxies};
 use pingora_etcd::{Node, Source};
@@ -125,6 +125,7 @@ impl ProxyHttp for Proxy {
         peer.options.read_timeout = Some(Duration::from_secs(60));
         context.tried.push(upstream.addr());
         context.upstream = Some(upstream);
+        context.answered = None;
         context.sent.at = Instant::now();
         context.sent.has_body_begun = false;
         Ok(Box::new(peer))
@@ -134,11 +135,11 @@ impl ProxyHttp for Proxy {
         &self,
         _: &mut Session,
         body: &mut Option<Bytes>,
-        _: bool,
+        is_end: bool,
         context: &mut Context,
     ) -> Result<()> {
-        if body.is_some() {
-            context.sent.has_body_begun = true;
+        context.sent.has_body_begun |= body.is_some();
+        if is_end && context.answered.is_none() {
             // A slow upload is the client's.
             context.sent.at = Instant::now();
         }
@@ -178,7 +179,8 @@ impl ProxyHttp for Proxy {
         if let Some(upstream) = upstream.filter(|_| !is_local(&error)) {
             upstream.unreachable();
         }
-        let is_retried = context.sent.retries < RULES.most;
+        let has_others = self.balancer.len() > context.tried.len();
+        let is_retried = has_others && context.sent.retries < RULES.most;
         context.sent.retries += usize::from(is_retried);
         error.set_retry(is_retried);
         error
@@ -188,10 +190,11 @@ impl ProxyHttp for Proxy {
         &self,
         peer: &HttpPeer,
         session: &mut Session,
-        error: Box<Error>,
+        mut error: Box<Error>,
         context: &mut Context,
         client_reused: bool,
     ) -> Box<Error> {
+        shorten_error(&mut error);
         let failed = FailedTry::of(session, &error, client_reused, &context.sent);
         let mut error = error.more_context(format!("Peer: {peer}"));
         let is_retried = match RULES.decide(&failed) {

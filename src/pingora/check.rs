@@ -17,7 +17,7 @@ use http::HeaderMap;
 use http::header::{CONTENT_TYPE, HOST, TE};
 
 use super::exchange::{Exchanged, exchange};
-use super::short_error::shorten;
+use super::short_error::shorten_error;
 use super::system_cas::with_system_cas;
 use crate::config::{CheckKind, HealthCheck};
 use crate::error::ClusterError;
@@ -91,7 +91,7 @@ impl NodeCheck {
 
     async fn ask(&self, peer: &HttpPeer) -> Result<(), String> {
         let failed = |mut error: Box<Error>| {
-            shorten(&mut error);
+            shorten_error(&mut error);
             match &error.context {
                 Some(context) => format!("{}: {}", error.etype().as_str(), context.as_str()),
                 None => error.etype().as_str().to_owned(),
@@ -110,8 +110,8 @@ impl NodeCheck {
             peer.options.set_http_version(2, 2);
         }
         let (head, body) = self.request(&peer).map_err(failed)?;
-        // Its caller keeps the time.
-        let within = Duration::from_millis(self.config.timeout_ms);
+        // The caller keeps the time of the check.
+        let within = Duration::from_millis(self.config.timeout_ms) + Duration::from_secs(1);
         let answer = exchange(&self.connector, &peer, (head, body), KEPT, within).await;
         let answer = answer.map_err(failed)?;
         match self.config.kind {

@@ -37,6 +37,12 @@ pub(crate) async fn exchange(
     let left = within.saturating_sub(start.elapsed());
     let talking = timeout(left, talk(&mut session, peer, message, keep));
     let talked = talking.await.unwrap_or_else(|_| Err(late()));
+    if let (Err(error), HttpSession::H2(session)) = (&talked, &session)
+        && error.etype() == &ReadTimedout
+    {
+        // It may hang: nobody else is to use it.
+        session.conn.mark_shutdown();
+    }
     // Pingora keeps a connection of HTTP/2 that has room for others until it is told, also when it is over.
     if talked.is_ok() || matches!(session, HttpSession::H2(_)) {
         let idle = peer.options.idle_timeout;

@@ -61,6 +61,6 @@ pub use live::LiveLoadBalancer;
 pub use peer::http_peer;
 pub use selection::MetricsWeighted;
 pub use service::BalancerService;
-pub(crate) use short_error::shorten;
+pub use short_error::shorten_error;
 pub(crate) use system_cas::with_system_cas;
 pub use weights::{BackendNode, LiveWeights};

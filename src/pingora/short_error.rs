@@ -5,9 +5,10 @@ use ::pingora::{Error, ImmutStr};
 /// The most bytes of what an error says.
 const MOST: usize = 300;
 
-/// Shortens what an error and its causes say. Pingora puts the whole head of a response into it that it cannot read, a
-/// megabyte or more, with cookies and whatever came after it.
-pub(crate) fn shorten(error: &mut Error) {
+/// Shortens what an error and its causes say to 300 bytes each. Pingora puts the whole head of a response into it that it
+/// cannot read, a megabyte or more, with cookies and whatever came after it. For the hook
+/// [`error_while_proxy`](::pingora::proxy::ProxyHttp::error_while_proxy), before the error is logged.
+pub fn shorten_error(error: &mut Error) {
     if let Some(context) = error.context.as_ref().map(ImmutStr::as_str)
         && context.len() > MOST
     {
@@ -17,7 +18,7 @@ pub(crate) fn shorten(error: &mut Error) {
     }
     let cause = error.cause.as_mut();
     if let Some(cause) = cause.and_then(|cause| cause.downcast_mut::<Box<Error>>()) {
-        shorten(cause);
+        shorten_error(cause);
     }
 }
 
@@ -35,13 +36,13 @@ mod tests {
             for _ in 0..depth {
                 error = error.more_context("and so on");
             }
-            shorten(&mut error);
+            shorten_error(&mut error);
             let said = error.to_string();
             assert!((300..400).contains(&said.len()), "{}", said.len());
             assert!(said.contains("..."), "{said}");
         }
         let mut short = Error::explain(ErrorType::ReadError, "short");
-        shorten(&mut short);
+        shorten_error(&mut short);
         assert!(short.to_string().ends_with("short"));
     }
 }

@@ -8,7 +8,7 @@ use ::pingora::proxy::Session;
 use http::HeaderMap;
 
 use super::client::{TrustedProxies, peer_of, remove_lookalikes, set_forwarded};
-use super::headers::{change_fields, change_response_fields};
+use super::headers::{LEADER_EPOCH, change_fields, change_response_fields};
 use super::hop_by_hop::remove_hop_by_hop;
 use super::via::ViaMark;
 
@@ -106,8 +106,8 @@ impl HeaderPolicy {
 
     /// For [`upstream_request_filter`](::pingora::proxy::ProxyHttp::upstream_request_filter). Sets `X-Forwarded-For`,
     /// `-Proto`, `-Host` and `-Port`, keeps what was in them only if a trusted proxy has sent it, and adds `Via`.
-    /// Removes fields that CGI, WSGI and Rack cannot tell from these or from `x-leader-epoch`, such as
-    /// `x_leader_epoch`. Names are in lower case afterwards.
+    /// Removes `x-leader-epoch`, which no client may set: insert the token of your own afterwards; and fields that CGI,
+    /// WSGI and Rack cannot tell from any of these, such as `x_leader_epoch`. Names are in lower case afterwards.
     ///
     /// # Errors
     ///
@@ -115,6 +115,7 @@ impl HeaderPolicy {
     pub fn change_request(&self, session: &Session, request: &mut RequestHeader) -> Result<()> {
         change_fields(request, |headers| {
             let said = (&self.trusted, self.sends_forwarded, &self.via);
+            headers.remove(&LEADER_EPOCH);
             tell_backend(session, headers, said)
         })
     }

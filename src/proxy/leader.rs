@@ -149,6 +149,10 @@ pub(super) async fn find_leader(
         let left = context.time_left().unwrap_or(Some(Duration::ZERO));
         left.map_or(of_wait, |left| left.min(of_wait))
     };
+    let now = route.leader();
+    if let Some(leader) = now.filter(|leader| Some(leader.epoch) != context.failed_epoch) {
+        return Ok(leader);
+    }
     let _waits = requests.waits()?;
     // A leader that could not be reached may have crashed: its successor has another term. Or it
     // may be back in a moment. One that says that it does not lead will not be back.

@@ -16,7 +16,7 @@ use super::headers::LEADER_EPOCH;
 use super::peers::Asked;
 use crate::balance::{PickOptions, Probes};
 use crate::config;
-use crate::pingora::{exchange, shorten};
+use crate::pingora::{exchange, shorten_error};
 
 /// Copies of one route at one time. More are not sent: they must not hold what requests need.
 const MOST_AT_ONCE: usize = 100;
@@ -102,7 +102,7 @@ impl Mirror {
                 let message = (head, body);
                 let sent = exchange(&self.connector, peer, message, 0, LONGEST).await;
                 sent.map_err(|mut error| {
-                    shorten(&mut error);
+                    shorten_error(&mut error);
                     error.to_string()
                 })
             }

@@ -36,7 +36,8 @@ pub(super) struct Overload {
     for_leader: Line,
     patience: Duration,
     most_pause: Duration,
-    paused: ArcSwap<HashMap<SocketAddr, Instant>>,
+    /// Shared with what comes after a reload.
+    paused: Arc<ArcSwap<HashMap<SocketAddr, Instant>>>,
 }
 
 /// Who waits for the same: only the first one looks, so that nobody is served before those who have waited longer.
@@ -90,7 +91,7 @@ impl Overload {
             for_leader: Line::default(),
             patience: Duration::from_millis(config.queue_timeout_ms),
             most_pause: Duration::from_millis(config.retry_after_most_ms),
-            paused: ArcSwap::default(),
+            paused: Arc::default(),
         }
     }
 
@@ -100,7 +101,7 @@ impl Overload {
         if self.most_in_all == former.most_in_all {
             self.in_all = former.in_all.clone();
         }
-        self.paused.store(former.paused.load_full());
+        self.paused = former.paused.clone();
     }
 
     /// Lets a request in that may still take this long, if that is limited; what it gets has to be kept as long as the
@@ -167,8 +168,11 @@ impl Overload {
     pub(super) fn freed(&self) {
         if self.per_node < u32::MAX {
             // All look: those who try again, and cannot take any, are beside the line.
-            self.for_backend.freed.notify_waiters();
-            self.for_leader.freed.notify_waiters();
+            for line in [&self.for_backend, &self.for_leader] {
+                if line.waiting.load(Ordering::Relaxed) > 0 {
+                    line.freed.notify_waiters();
+                }
+            }
         }
     }
 

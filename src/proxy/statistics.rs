@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -108,26 +108,39 @@ pub struct RequestStatistics {
 
 /// In parts, because the first request to each backend copies one of them.
 #[derive(Debug)]
-struct Backends(Box<[Part]>);
+struct Backends {
+    parts: Box<[Part]>,
+    /// How many there are in all.
+    count: AtomicUsize,
+}
 
 type Part = ArcSwap<HashMap<SocketAddr, Arc<BackendCounters>>>;
 
-const PARTS: usize = 64;
+/// The number of parts is 2 to the power of this.
+const PARTS: u32 = 6;
 
 impl Default for Backends {
     fn default() -> Self {
-        Self((0..PARTS).map(|_| ArcSwap::default()).collect())
+        Self {
+            parts: (0..1 << PARTS).map(|_| ArcSwap::default()).collect(),
+            count: AtomicUsize::new(0),
+        }
     }
 }
 
 impl Backends {
     fn part_of(&self, addr: SocketAddr) -> &Part {
-        let last = match addr.ip() {
-            IpAddr::V4(ip) => ip.octets()[3],
-            IpAddr::V6(ip) => ip.octets()[15],
+        let ip = match addr.ip() {
+            IpAddr::V4(ip) => u64::from(u32::from(ip)),
+            IpAddr::V6(ip) => {
+                let bits = u128::from(ip);
+                (bits >> 64) as u64 ^ bits as u64
+            }
         };
-        // Nodes of one machine differ in their ports, those of one network in their last digits.
-        &self.0[(usize::from(last) + usize::from(addr.port())) % PARTS]
+        // Addresses differ in whatever digits; the upper bits of the product depend on all of them.
+        let mixed =
+            (ip << 16 ^ ip >> 48 ^ u64::from(addr.port())).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        &self.parts[(mixed >> (64 - PARTS)) as usize]
     }
 }
 
@@ -184,8 +197,9 @@ impl RequestStatistics {
     }
 
     pub(super) fn ends(&self, status: Option<u16>, tries: usize, took: Duration) {
-        let class = status.map_or(0, |status| usize::from(status / 100));
-        self.by_class[if class < 6 { class } else { 0 }].count(took);
+        // A status from 600 on, which there is none of, is a failure of the backend (RFC 9110, section 15).
+        let class = status.map_or(0, |status| usize::from(status / 100).min(5));
+        self.by_class[class].count(took);
         if tries > 1 {
             self.retried.fetch_add(tries as u64 - 1, Ordering::Relaxed);
         }
@@ -212,27 +226,39 @@ impl RequestStatistics {
             backends.entry(addr).or_insert_with(|| new.clone());
             backends
         });
-        part.load().get(&addr).cloned().unwrap_or(new)
+        let kept = part
+            .load()
+            .get(&addr)
+            .cloned()
+            .unwrap_or_else(|| new.clone());
+        // Another thread may have been first.
+        let is_new = Arc::ptr_eq(&kept, &new);
+        self.backends
+            .count
+            .fetch_add(usize::from(is_new), Ordering::Relaxed);
+        kept
     }
 
-    /// How many backends are counted.
+    /// How many backends are counted, about.
     pub(super) fn backends(&self) -> usize {
-        self.backends.0.iter().map(|part| part.load().len()).sum()
+        self.backends.count.load(Ordering::Relaxed)
     }
 
     /// Forgets all other backends.
     pub(super) fn retain(&self, backends: &HashSet<SocketAddr>) {
-        for part in &self.backends.0 {
-            if part.load().keys().all(|addr| backends.contains(addr)) {
-                continue;
+        let mut count = 0;
+        for part in &self.backends.parts {
+            if !part.load().keys().all(|addr| backends.contains(addr)) {
+                part.rcu(|known| {
+                    let known = known.iter().filter(|(addr, _)| backends.contains(addr));
+                    known
+                        .map(|(addr, counters)| (*addr, counters.clone()))
+                        .collect::<HashMap<_, _>>()
+                });
             }
-            part.rcu(|known| {
-                let known = known.iter().filter(|(addr, _)| backends.contains(addr));
-                known
-                    .map(|(addr, counters)| (*addr, counters.clone()))
-                    .collect::<HashMap<_, _>>()
-            });
+            count += part.load().len();
         }
+        self.backends.count.store(count, Ordering::Relaxed);
     }
 }
 
@@ -283,12 +309,21 @@ mod tests {
             (counts.in_flight(), counts.ended(), counts.retried),
             (1, 4, 4)
         );
-        assert_eq!(counts.by_class[0].count(), 2);
+        assert_eq!(counts.by_class[0].count(), 1);
+        assert_eq!(counts.by_class[5].count(), 2);
         statistics.backend_ends(addr, Some(Duration::from_millis(1)));
         statistics.backend_ends(addr, None);
         let backend = statistics.backend(addr);
         assert_eq!((backend.answered.count(), backend.failed), (1, 1));
+        let others = (0..1_000).map(|port| SocketAddr::from(([10, 0, 1, 1], port)));
+        for other in others {
+            statistics.backend_ends(other, None);
+        }
+        assert_eq!(statistics.backends(), 1_001);
+        let parts = statistics.backends.parts.iter();
+        assert!(parts.map(|part| part.load().len()).max() < Some(64));
         statistics.retain(&HashSet::from([addr]));
+        assert_eq!(statistics.backends(), 1);
         assert_eq!(statistics.backend(addr).failed, 1);
         statistics.retain(&HashSet::new());
         assert_eq!(statistics.backend(addr), BackendCounts::default());

@@ -21,9 +21,10 @@ use super::outcome::Outcome;
 use super::peers::Asked;
 use super::reply::{bad_gateway, had_little_time, refused, unavailable};
 use super::request_state::RequestState;
+use super::rest::check_presence;
 use super::retry::{Decision, FailedTry, RetryRules};
 use crate::balance::Upstream;
-use crate::pingora::shorten;
+use crate::pingora::shorten_error;
 
 /// A request for a tunnel passes by so many backends that cannot pass it on. They are looked for once; more have joined.
 const MOST_SKIPPED: usize = 16;
@@ -35,7 +36,7 @@ fn is_failure(status: StatusCode) -> bool {
 
 /// The error of a try, with what it was tried with. The client gets the reason of what is refused here, and nothing else.
 pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestState) -> Box<Error> {
-    shorten(&mut error);
+    shorten_error(&mut error);
     if state.take_unanswered() {
         // A read of the client ended because the front keeps the time.
         let reason = format!("while waiting for the response to an upgrade; Peer: {peer}");
@@ -53,7 +54,7 @@ impl GroupProxy {
     /// The backend for the next try.
     pub(super) async fn next_peer(
         &self,
-        session: &Session,
+        session: &mut Session,
         state: &mut RequestState,
     ) -> Result<Box<HttpPeer>> {
         state.time_left()?;
@@ -66,6 +67,8 @@ impl GroupProxy {
             if !std::mem::take(&mut state.is_found) {
                 let found = self.find_backend(session, state).await;
                 found.map_err(unavailable)?;
+                // It may have waited.
+                check_presence(session, state).await?;
             }
             // What it has waited for a place or a leader counts.
             let left = state.time_left()?;
@@ -134,6 +137,7 @@ impl GroupProxy {
             // Any number of them may come.
             state.time_left()?;
             state.is_expecting &= status != StatusCode::CONTINUE;
+            response.set_version(Version::HTTP_11);
             change_response_fields(response, |headers| {
                 remove_hop_by_hop(status, headers);
                 remove_framing(headers);
@@ -250,7 +254,7 @@ impl GroupProxy {
         mut error: Box<Error>,
         state: &mut RequestState,
     ) -> Box<Error> {
-        shorten(&mut error);
+        shorten_error(&mut error);
         if is_ended_by_backend(&error) && state.leader.is_none() && state.has_stale_left() {
             // A connection that others use as well; nothing has been sent.
             state.upstream = None;
@@ -403,6 +407,7 @@ impl GroupProxy {
         if let Some(upstream) = state.upstream.take() {
             outcome.tell_both(upstream, state.latency(), state.sent.elapsed());
         }
+        state.leader = None;
         // Now there is room at the backend.
         self.picker.overload.freed();
     }

@@ -265,16 +265,10 @@ impl Election<'_> {
         Ok(Progress::Wrote)
     }
 
-    /// Whether the beginning of this term is still to be announced.
-    fn is_unannounced(&self, epoch: Revision) -> bool {
-        let state = self.participant.state;
-        let leads = state.term().is_some_and(|term| term.epoch == epoch);
-        leads && state.record().announced != epoch
-    }
-
     /// Announces a term. A failure costs it nothing, so that it is not tried again.
     async fn announce(&self, epoch: Revision) {
         self.participant.state.record().announced = epoch;
+        self.participant.state.record().announce_due = None;
         if let Err(error) = self.participant.announce_term(epoch).await {
             debug!(%error, "the term was not announced");
         }
@@ -384,8 +378,7 @@ impl Election<'_> {
         let leads = action.term();
         // Candidates that make way for a successor are seen only by their keys.
         let hands_over = !reading.requests.is_empty() || self.handover.is_transferring();
-        let is_new = leads.is_some_and(|epoch| self.is_unannounced(epoch));
-        let mut announce_at = is_new.then(Instant::now);
+        let mut announce_at = state.announce_at(leads);
         loop {
             let announce = async {
                 match announce_at {
@@ -411,9 +404,10 @@ impl Election<'_> {
                     let is_deleted = matches!(event, WatchEvent::Delete { .. });
                     matters |= hands_over;
                     if is_deleted && state.keys.is_candidacy(key) {
-                        // If this wait ends before it is announced, the next one does it.
-                        state.record().announced = 0;
-                        announce_at.get_or_insert_with(|| Instant::now() + ANNOUNCE_AFTER);
+                        let due =
+                            announce_at.get_or_insert_with(|| Instant::now() + ANNOUNCE_AFTER);
+                        // If this wait ends before, the next one announces it.
+                        state.record().announce_due = Some(*due);
                     }
                 } else if follows && state.keys.is_handover(event.key()) {
                     reading.apply_request(event);

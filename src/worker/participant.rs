@@ -127,20 +127,23 @@ impl Participant<'_> {
     }
 
     /// Reads again what a candidate depends on that waits behind another one: its own two keys, the candidacy just
-    /// ahead, and the requests. `None` if a candidacy or a request is not as it was in the former reading.
+    /// ahead, that of the leader, and the requests. `None` if a candidacy or a request is not as it was in the former
+    /// reading.
     ///
     /// Who else is in the queue does not matter to it, as it does not while its watch lasts.
     pub(super) async fn read_neighbours(
         &self,
         former: &Reading,
     ) -> Result<Option<Reading>, ClusterError> {
-        let Some([ahead, own]) = former.with_predecessor(&self.candidacy) else {
+        let neighbours = former.with_predecessor(&self.candidacy);
+        let Some(([ahead, own], leader)) = neighbours.zip(former.candidates.first()) else {
             return Ok(None);
         };
         let mut all = vec![
             Selector::Key(self.registration.clone()),
             Selector::Key(own.key.clone()),
             Selector::Key(ahead.key.clone()),
+            Selector::Key(leader.key.clone()),
         ];
         if self.may_read_requests() {
             all.push(Selector::Prefix(
@@ -149,10 +152,11 @@ impl Participant<'_> {
         }
         let mut listings = self.store.list_all(&all).await?.into_iter();
         let mut next = || listings.next().unwrap_or_default();
-        let (registration, own_now, ahead_now, requests) = (next(), next(), next(), next());
-        let requests = self.requests(&requests);
-        let is_same = is_same_candidacy(&own_now, own)
-            && is_same_candidacy(&ahead_now, ahead)
+        let registration = next();
+        let candidacies = [own, ahead, leader].map(|candidacy| (next(), candidacy));
+        let requests = self.requests(&next());
+        let mut candidacies = candidacies.iter();
+        let is_same = candidacies.all(|(listing, candidacy)| is_same_candidacy(listing, candidacy))
             && requests == former.requests;
         Ok(is_same.then(|| Reading {
             revision: registration.revision,

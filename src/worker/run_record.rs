@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::store::{LeaseId, Revision};
 
 /// How many of its latest leases a run remembers as its own. Older ones have expired.
@@ -20,6 +22,8 @@ pub(super) struct RunRecord {
     pub(super) abandoned: Revision,
     /// The epoch that was announced last, 0 for none.
     pub(super) announced: Revision,
+    /// When the term is to be announced again.
+    pub(super) announce_due: Option<Instant>,
     /// It has written a request under `handover/`, and may have left one behind.
     pub(super) has_requested: bool,
     /// On the store's clock: until then this node claims no leadership, because a leader may still

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
 use tracing::{Span, debug, error_span, info};
 
 use super::access::Access;
@@ -107,6 +108,15 @@ impl WorkerState {
 
     pub(super) fn record(&self) -> MutexGuard<'_, RunRecord> {
         lock(&self.record)
+    }
+
+    /// When the term of a node that leads is to be announced, if it is: its beginning at once.
+    pub(super) fn announce_at(&self, leads: Option<Revision>) -> Option<Instant> {
+        let epoch = leads?;
+        let has_begun = self.term().is_some_and(|term| term.epoch == epoch);
+        let record = self.record();
+        let is_new = has_begun && record.announced != epoch;
+        is_new.then(Instant::now).or(record.announce_due)
     }
 
     pub(super) fn commands(&self) -> MutexGuard<'_, Option<mpsc::Sender<Command>>> {

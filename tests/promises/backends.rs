@@ -97,7 +97,7 @@ async fn who_switches_the_protocol_unasked_or_has_a_status_of_its_own_has_failed
         let good = RawBackend::start(ok).await;
         let (etcd, group) = (Etcd::shared(), group(name));
         register(&etcd, &group, &[&bad, &good]).await;
-        let fields = "policy: adaptive\nretries: 1";
+        let fields = "policy: adaptive\nretries: 1\nretry: { least_per_second: 1000 }";
         let balancer = Setup::shared(&group).with(fields).listening().await;
         until("it serves", async || balancer.get().await == "n1").await;
         let before = bad.requests().len();

@@ -144,8 +144,12 @@ impl Connector {
         add(&mut configured.map(|endpoint| endpoint.trim_end_matches('/')));
         let mut link = self.link();
         let is_shuffled = self.options.shuffle_endpoints;
-        let is_known = |endpoint: &Arc<str>| link.endpoints.contains(endpoint);
-        let is_same_set = link.endpoints.len() == endpoints.len() && endpoints.iter().all(is_known);
+        // The members in any order, and behind them the others.
+        let is_same_set = link.endpoints.len() == endpoints.len()
+            && endpoints[members..] == link.endpoints[members..]
+            && endpoints[..members]
+                .iter()
+                .all(|it| link.endpoints[..members].contains(it));
         if link.endpoints == endpoints || (is_shuffled && is_same_set) {
             return;
         }
