@@ -53,7 +53,7 @@ use crate::error::{ClusterError, in_range};
 /// accepted, when drawn, only with a probability of the square of their ratio.
 ///
 /// Below `eject_below` of the median of those that work (of two, the better one) it is *ejected*: it
-/// gets nothing but probes. What it lacks has to be more than chance explains, 4 standard deviations of
+/// gets nothing but probes. What it lacks has to be more than chance explains, 5 standard deviations of
 /// the median. One that refuses connections is compared with the best one instead, since most may do so;
 /// answers by which a backend says that it is overloaded eject it only below 0.3 of the best one: fewer
 /// requests may be all that it needs. The first probe comes after 1 to 2 s; each one that fails doubles
