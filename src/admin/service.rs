@@ -126,8 +126,7 @@ async fn closing() {
     }
 }
 
-/// Keeps what happens in a group.
-/// Follows the events of all groups, whichever there are.
+/// Keeps what happens in all groups, whichever there are.
 async fn follow_all(shown: Arc<Shown>) {
     let mut followed: Vec<(Group, AbortHandle)> = Vec::new();
     let mut tasks = JoinSet::new();
