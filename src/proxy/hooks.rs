@@ -24,6 +24,7 @@ use super::header_policy::tell_backend;
 use super::headers::{change_fields, forget_case, join_cookies, set_leader_epoch};
 use super::hop_by_hop::{ends_with_connection, has_no_body};
 use super::http_1_0::{keep_from_old_clients, name_host};
+use super::kept::keep_connection;
 use super::outcome::{Outcome, outcome};
 use super::reply::{refused, reply_to, respond, timed_out, unavailable, unavailable_reply};
 use super::requests::{is_ending, keep_effective_upgrade};
@@ -356,8 +357,15 @@ impl ProxyHttp for ClusterProxy {
         if is_unanswered(session)
             && let Some(reply) = &reply
         {
-            let sent = reply.send(session, context.route.as_deref()).await;
+            let route = context.route.as_deref();
+            // A request that is refused for what it is may be a trap for whoever reads the next one.
+            let keeps = reply.code >= 500 && state.can_keep_connection();
+            let sent = match keeps {
+                true => reply.answer(session, route).await,
+                false => reply.send(session, route).await,
+            };
             context.state.is_refused = sent.is_ok();
+            context.state.keeps_connection = keeps && sent.is_ok();
             if let Err(error) = sent {
                 debug!(%error, code = reply.code, "the error response could not be sent to the client");
             }
@@ -440,6 +448,9 @@ impl ProxyHttp for ClusterProxy {
         if code.is_some() && (error.is_none() || state.is_refused) {
             let rest = read_rest(session, state);
             let _ = tokio::time::timeout(context.routing.limits.client_drain(), rest).await;
+        }
+        if state.keeps_connection {
+            keep_connection(session, state).await;
         }
     }
 }

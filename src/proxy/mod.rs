@@ -20,6 +20,7 @@ mod headers;
 mod hooks;
 mod hop_by_hop;
 mod http_1_0;
+mod kept;
 mod last_connected;
 mod leader;
 mod learned;

@@ -77,6 +77,8 @@ pub(super) struct RequestState {
     pub(super) is_tunnel: bool,
     /// The client has got an error response of this proxy.
     pub(super) is_refused: bool,
+    /// It says that the client's connection goes on.
+    pub(super) keeps_connection: bool,
     /// When the current backend could begin: when it was picked, because earlier tries are not its
     /// fault, or when it had the whole request, because a slow upload is not either.
     pub(super) sent: Instant,
@@ -132,6 +134,7 @@ impl RequestState {
             is_short: false,
             is_tunnel: false,
             is_refused: false,
+            keeps_connection: false,
             sent: now,
             answered: None,
             upstream: None,

@@ -201,3 +201,95 @@ async fn a_head_of_http_2_with_too_many_fields_is_its_backends_failure() {
     assert!(log.contains("too many fields"), "{log}");
     assert!(!log.contains("panicked"), "{log}");
 }
+
+/// During an outage each request would cost a connection, and a TLS handshake, of each client.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_keeps_its_connection_while_the_backend_fails() {
+    let backend = RawBackend::start(|request| {
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        match path {
+            "/ends" => Vec::new(),
+            // The rest never comes.
+            "/late" => b"HTTP/1.1 200 OK\r\n".to_vec(),
+            "/cut" => {
+                b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 9\r\n\r\nok\n".to_vec()
+            }
+            _ => ok(request),
+        }
+    })
+    .await;
+    let fields = "timeouts: { response_ms: 300 }\nclients: { requests_per_connection: 12 }";
+    let balancer = in_front_of(&backend, "kept-clients", fields).await;
+    let request = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n");
+    let post = "POST /ends HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody";
+    let mut client = Raw::to(&balancer).await;
+    for (bytes, expected) in [
+        (request("/ends"), "502"),
+        (request("/ends"), "502"),
+        (post.to_owned(), "502"),
+        (request("/"), "200"),
+        (request("/late"), "504"),
+        (request("/ends"), "502"),
+        (request("/"), "200"),
+        (request("/ends"), "502"),
+    ] {
+        client.send(bytes.as_bytes()).await;
+        let response = client.response().await;
+        assert_eq!(status(&response), expected, "{response}");
+        let head = response.to_ascii_lowercase();
+        assert!(!head.contains("connection: close"), "{response}");
+    }
+    // What has been sent behind such a request is next, and as many requests are served as with other responses.
+    let behind = [request("/ends"), request("/"), request("/ends")].concat();
+    client.send(behind.as_bytes()).await;
+    client.send(request("/ends").repeat(3).as_bytes()).await;
+    let rest = client.rest().await;
+    let statuses = rest
+        .lines()
+        .filter_map(|line| line.strip_prefix("HTTP/1.1 "));
+    let statuses: Vec<_> = statuses.map(|rest| &rest[..3]).collect();
+    assert_eq!(statuses, ["502", "200", "502", "502"], "{rest}");
+    assert_eq!(
+        rest.to_ascii_lowercase()
+            .matches("connection: close")
+            .count(),
+        1
+    );
+
+    // Who asks for the end gets it, and so does who could not tell where a response ends.
+    for (head, expected) in [
+        (
+            "GET /ends HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+            "502",
+        ),
+        ("GET /ends HTTP/1.0\r\n\r\n", "502"),
+        ("GET /cut HTTP/1.1\r\nHost: a\r\n\r\n", "200"),
+        (
+            "POST /ends HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nbody",
+            "408",
+        ),
+    ] {
+        let mut client = Raw::to(&balancer).await;
+        client.send(head.as_bytes()).await;
+        let rest = client.rest().await;
+        assert_eq!(status(&rest), expected, "{rest}");
+    }
+    // Nothing is left of connections that have gone on so.
+    let pid = balancer.program.child.id();
+    let open = || {
+        std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .count()
+    };
+    let before = open();
+    let mut clients = Vec::new();
+    for _ in 0..50 {
+        let mut client = Raw::to(&balancer).await;
+        client.send(request("/ends").as_bytes()).await;
+        assert_eq!(status(&client.response().await), "502");
+        clients.push(client);
+    }
+    assert!(open() >= before + 40);
+    drop(clients);
+    until("they have ended", async || open() < before + 10).await;
+}

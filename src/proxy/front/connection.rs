@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use ::pingora::apps::ReusedHttpStream;
 use ::pingora::http::ResponseHeader;
 use ::pingora::protocols::raw_connect::ProxyDigest;
 use ::pingora::proxy::Session;
@@ -99,6 +100,8 @@ pub(crate) struct Connection {
     streams: AtomicUsize,
     /// Those of them that have been answered and are not complete.
     drains: Mutex<Drains>,
+    /// What goes on after a response after which Pingora ends the connection.
+    kept: Mutex<Option<ReusedHttpStream>>,
 }
 
 /// While other requests of a connection go on, what is left of one has so many times its time, because they end with it.
@@ -180,7 +183,17 @@ impl Connection {
             is_unanswered: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
             drains: Mutex::default(),
+            kept: Mutex::default(),
         }
+    }
+
+    /// The connection goes on with this, although Pingora ends it.
+    pub(crate) fn keep(&self, stream: ReusedHttpStream) {
+        *lock(&self.kept) = Some(stream);
+    }
+
+    pub(super) fn take_kept(&self) -> Option<ReusedHttpStream> {
+        lock(&self.kept).take()
     }
 
     /// A request of HTTP/2 begins.

@@ -13,7 +13,8 @@ mod stream;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use ::pingora::apps::ServerApp;
+use ::pingora::apps::{HttpServerApp, ReusedHttpStream, ServerApp};
+use ::pingora::protocols::http::ServerSession;
 use ::pingora::protocols::{SocketDigest, Stream, l4};
 use ::pingora::server::ShutdownWatch;
 use arc_swap::ArcSwap;
@@ -134,7 +135,7 @@ fn peer_of(digest: &SocketDigest) -> Option<SocketAddr> {
 }
 
 #[async_trait]
-impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
+impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
     async fn process_new(
         self: &Arc<Self>,
         mut stream: Stream,
@@ -186,7 +187,17 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             debug!(?peer, "a connection for HTTP/2 begins with something else");
             return None;
         }
+        let connection = stream.connection();
         self.app.process_new(Box::new(stream), shutdown).await;
+        let mut kept = connection.take_kept();
+        while let Some((stream, settings)) = kept.map(ReusedHttpStream::consume) {
+            let mut session = ServerSession::new_http1(stream);
+            if let Some(settings) = settings {
+                settings.apply_to_session(&mut session);
+            }
+            let reused = self.app.process_new_http(session, shutdown).await;
+            kept = reused.or_else(|| connection.take_kept());
+        }
         None
     }
 
