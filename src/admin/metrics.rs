@@ -16,6 +16,12 @@ use crate::pingora::BackendState;
 use crate::proxy::{LATENCY_BUCKETS, LatencyCounts};
 
 /// The classes of a status; the first one is for requests that ended without one.
+/// The statuses of gRPC, and what stands for all that are none.
+const CALL_STATUSES: [&str; 18] = [
+    "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16",
+    "other",
+];
+
 const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
 /// The text of `/metrics`.
@@ -255,6 +261,18 @@ impl State {
             groups().map(|(group, requests)| (vec![("group", &*group.name)], requests.retried));
         let help = "How often a request was sent again, or another backend was tried";
         writer.counters("retries", help, retried)?;
+        let connected =
+            groups().map(|(group, requests)| (vec![("group", &*group.name)], requests.connected));
+        let help = "Connections made to backends; the other tries used one that was there";
+        writer.counters("backend_connections", help, connected)?;
+        let without = groups().flat_map(|(group, requests)| {
+            let reasons = requests.without_backend.iter();
+            reasons
+                .map(|(reason, count)| (vec![("group", &*group.name), ("reason", *reason)], *count))
+        });
+        let help = "Requests for which no backend was found, by reason";
+        writer.counters("requests_without_backend", help, without)?;
+        self.calls(writer)?;
         let durations = self.status.groups.iter().zip(&self.durations);
         let durations = durations.flat_map(|(group, durations)| {
             let by_class = CLASSES.into_iter().zip(durations.iter().flatten());
@@ -286,6 +304,25 @@ impl State {
             "Lines of the access log for which there was no room, or that could not be written";
         let lost = lost.map(|count| (vec![], *count));
         writer.counters("access_log_lines_lost", help, lost)
+    }
+
+    /// Those of gRPC, whose HTTP status is 200 whatever becomes of them.
+    fn calls(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
+        let calls = self.status.groups.iter().flat_map(|group| {
+            let calls = group.requests.iter().flat_map(|requests| requests.calls);
+            // A rate of failures needs the others from the first one on.
+            let is_shown = |(count, status): &(u64, &str)| *count > 0 || *status == "0";
+            let with_any = calls.zip(CALL_STATUSES).filter(is_shown);
+            let labelled = with_any.map(|(count, status)| {
+                (
+                    vec![("group", &*group.name), ("grpc_status", status)],
+                    count,
+                )
+            });
+            labelled.collect::<Vec<_>>()
+        });
+        let help = "Calls of gRPC that have ended, by their status";
+        writer.counters("grpc_calls", help, calls)
     }
 
     /// Nodes up to the limit that have this value.

@@ -181,6 +181,12 @@ pub struct RequestStatus {
     pub in_flight: u64,
     /// How often one was sent again.
     pub retried: u64,
+    /// Connections that were made to backends.
+    pub connected: u64,
+    /// Those for which no backend was found, by reason.
+    pub without_backend: HashMap<&'static str, u64>,
+    /// Calls of gRPC that have ended, by their status; the last one is for what is none.
+    pub calls: [u64; 18],
     /// Those that have ended, by the first digit of the status; the first one is for those without.
     pub by_class: [u64; 6],
     /// How long they took, by bucket; see [`LATENCY_BUCKETS`](crate::proxy::LATENCY_BUCKETS).
@@ -372,6 +378,9 @@ impl RequestStatus {
         Self {
             in_flight: counts.in_flight(),
             retried: counts.retried,
+            connected: counts.connected,
+            without_backend: HashMap::from(counts.without_backend),
+            calls: counts.calls,
             by_class: std::array::from_fn(|class| counts.by_class[class].count()),
             buckets: (0..LatencyCounts::default().buckets.len())
                 .map(sum_of)
@@ -388,6 +397,11 @@ pub(super) fn nodes_of(group: &Group, nodes: &Nodes, leader: Option<String>) -> 
         .iter()
         .map(|backend| (&*backend.node.id, backend))
         .collect();
+    let unused = group.balancer.unused_in_flight();
+    let unused: HashMap<&str, u32> = unused
+        .iter()
+        .map(|(node, count)| (&*node.id, *count))
+        .collect();
     // Of several nodes at one address the balancer knows one, which has the requests.
     let held: HashSet<SocketAddr> = backends.iter().map(|backend| backend.addr).collect();
     let mut shown: Vec<_> = nodes
@@ -402,6 +416,8 @@ pub(super) fn nodes_of(group: &Group, nodes: &Nodes, leader: Option<String>) -> 
             let found = group.balancer.state_of(node, nodes, backend);
             let mut status = NodeStatus::of(node, address, backend, all, &counts);
             (status.state, status.reason) = (found.state.name(), found.reason);
+            // A node that gets nothing new may not be done.
+            status.in_flight += unused.get(&*node.id).copied().unwrap_or_default();
             status.check = found.check.map(CheckResult::from);
             status.said = found.said;
             status.leader = leader.as_deref() == Some(&*node.id);

@@ -436,6 +436,12 @@ impl Balancer {
             .collect()
     }
 
+    /// How many requests of this process the nodes that are in no table are working on, by id: those that are drained,
+    /// found down, or not used for another reason, and have not finished. Costs time in proportion to the number of nodes.
+    pub fn unused_in_flight(&self) -> Vec<(Arc<Node>, u32)> {
+        self.weighing().weigher.unused_in_flight()
+    }
+
     /// What was learned of the backends that have had requests of this process. Costs time in proportion to the
     /// number of nodes.
     pub fn learned(&self, now: Instant) -> Learned {

@@ -96,6 +96,8 @@ const SOME_TUNNELS: u8 = 64;
 
 /// A report of requests in flight is news for this many times the time over which it fades.
 const NEWS_FADES: f32 = 2.0;
+/// A report of requests in flight counts in the mean of all up to so many times that mean.
+const MOST_ABOVE_MEAN: f32 = 4.0;
 /// The units of a request that may be lost to a probe.
 const UNITS: u32 = 10_000;
 /// The most requests that may be lost to probes at once.
@@ -458,11 +460,13 @@ impl Fleet {
     /// Takes over a backend's report of requests in flight, per unit of its weight.
     pub(super) fn add_in_flight_report(&self, per_weight: f32) {
         let mean = &self.reported_in_flight;
+        // One that is wrong by orders of magnitude would make all others look idle for hundreds of reports.
+        let believed = per_weight.min(MOST_ABOVE_MEAN * (mean.get() + 1.0));
         if self.some_report_in_flight() {
             // Of two reports at the same time one may be lost.
-            mean.set(mean.get() + (per_weight - mean.get()) / 32.0);
+            mean.set(mean.get() + (believed - mean.get()) / 32.0);
         } else {
-            mean.set(per_weight);
+            mean.set(believed);
             self.set_mode(SOME_REPORT_IN_FLIGHT);
         }
     }

@@ -140,6 +140,14 @@ impl Weigher {
         self.roster.gate() == Gate::Open && has_down()
     }
 
+    /// Requests in flight at the nodes that take no traffic.
+    pub(super) fn unused_in_flight(&self) -> Vec<(Arc<Node>, u32)> {
+        let all = self.roster.registrations().iter();
+        let unused = all.filter(|it| !it.takes_traffic());
+        let in_flight = unused.map(|it| (it.node().clone(), it.endpoint.in_flight()));
+        in_flight.filter(|(_, count)| *count > 0).collect()
+    }
+
     /// What is learned of the backends, for another process.
     pub(super) fn learned(&self, now: Instant) -> Learned {
         let all = self.roster.registrations().iter();

@@ -46,7 +46,8 @@ pub struct Clients {
     /// default, as nginx and HAProxy do. Default: `false`.
     pub half_closed: bool,
     /// The path of a request that this process answers itself, for load balancers in front and for
-    /// probes: 200 while it serves and has a backend, otherwise, and as soon as it is to end, 503.
+    /// probes: 200 while there is a view of every group and some group has a node, otherwise, and as soon as the process is
+    /// to end, 503.
     /// Default: none.
     pub ready_path: Option<String>,
     /// Load balancers in front of this one, as networks or addresses. Only they are believed what

@@ -43,10 +43,35 @@ const WITHOUT_EFFECT: &[(&str, &str)] = &[
         "it is for TLS to clients in Pingora's own way",
     ),
     (
+        "runtime_enable_alt_timer",
+        "it is for a build with tokio_unstable",
+    ),
+    (
+        "runtime_metrics_poll_time_histogram",
+        "it is for a build with tokio_unstable",
+    ),
+    (
+        "runtime_metrics_poll_time_histogram_scale",
+        "it is for a build with tokio_unstable",
+    ),
+    (
+        "runtime_metrics_poll_time_histogram_resolution_micros",
+        "it is for a build with tokio_unstable",
+    ),
+    (
+        "runtime_metrics_poll_time_histogram_buckets",
+        "it is for a build with tokio_unstable",
+    ),
+    (
         "upstream_debug_ssl_keylog",
         "it is for TLS to backends in Pingora's own way",
     ),
 ];
+
+/// How many idle connections to backends a thread keeps, and the field that says it. Pingora keeps 128: with some hundred
+/// backends most requests would make a connection.
+const POOL: &str = "upstream_keepalive_pool_size";
+const POOL_SIZE: usize = 4_096;
 
 /// Reads Pingora's part of the text of a file, and checks it for fields that do not exist; `name` is
 /// used in errors.
@@ -83,6 +108,9 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
     }
     // Not by Pingora's own parser, whose errors repeat the whole file.
     let mut conf: ServerConf = parse(text, name)?;
+    if !given.keys().any(|field| field.value == POOL) {
+        conf.upstream_keepalive_pool_size = POOL_SIZE;
+    }
     for (field, value) in [
         ("threads", conf.threads),
         ("listener_tasks_per_fd", conf.listener_tasks_per_fd),

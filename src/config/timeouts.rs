@@ -28,8 +28,9 @@ pub struct Timeouts {
     /// For the rest of a request's body that nobody wants, after the response. Default: 10,000.
     /// Range: 10 to 600,000.
     pub client_drain_ms: u64,
-    /// Without a byte in either direction after a connection was upgraded, as a WebSocket is. Default:
-    /// 3,600,000, an hour. Range: 10 to 86,400,000.
+    /// Without a byte in either direction after a connection was upgraded, as a WebSocket is; also how long a backend of
+    /// HTTP/2 may be silent while the request goes on, as with an upload or a stream of gRPC. Default: 3,600,000, an hour.
+    /// Range: 10 to 86,400,000.
     pub tunnel_ms: u64,
     /// For a connection to a backend. Default: 1,500, because the kernel sends the first packet again after a
     /// second if it was lost. Range: 1 to 60,000.

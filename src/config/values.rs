@@ -36,11 +36,11 @@ pub enum HashOn {
     ClientIp,
     /// `uri`: path and query.
     Uri,
-    /// `header:NAME`: the first value of a request header; empty if the request has none.
+    /// `header:NAME`: the first value of a request header; the client's address if the request has none.
     Header(http::HeaderName),
-    /// `cookie:NAME`: the value of a cookie; empty if the request has none.
+    /// `cookie:NAME`: the value of a cookie; the client's address if the request has none.
     Cookie(String),
-    /// `query:NAME`: the value of a parameter of the query, as it is written there; empty if there is
+    /// `query:NAME`: the value of a parameter of the query, as it is written there; the client's address if there is
     /// none.
     Query(String),
 }

@@ -25,6 +25,12 @@ pub(super) fn has_failed(
     outcome == Outcome::Failed || is_cut || Call::is_unserved(&head.headers)
 }
 
+/// The status of a call of gRPC, of its backend or of this proxy.
+pub(super) fn call_status(session: &Session, context: &RequestContext) -> Option<u16> {
+    let of_head = || Call::status_of(&session.response_written()?.headers);
+    context.state.call.and_then(Call::status).or_else(of_head)
+}
+
 /// The line of a request that has ended.
 pub(super) fn entry(
     session: &Session,
@@ -37,11 +43,14 @@ pub(super) fn entry(
     entry.client = state.client;
     entry.node = state.node().map(|node| node.id.clone());
     entry.upstream = state.addr().map(|addr| addr.to_string());
+    entry.group = context.group_name().map(str::to_owned);
+    entry.route = context.route_name().map(str::to_owned);
     entry.tries = state.tries;
+    let unserved = state.unserved.map(|reason| reason.as_str().to_owned());
+    entry.error = unserved.or(entry.error);
     entry.outcome = outcome;
     entry.latency = state.answered;
-    let of_head = || Call::status_of(&session.response_written()?.headers);
-    entry.grpc_status = state.call.and_then(Call::status).or_else(of_head);
+    entry.grpc_status = call_status(session, context);
     // Without a backend, what the client has sent.
     entry.traceparent = state.traceparent.clone().or(entry.traceparent);
     entry

@@ -240,6 +240,26 @@ const SET_HERE: [&str; 9] = [
     "via",
 ];
 
+/// Removes fields that CGI, WSGI and Rack cannot tell from these, which themselves stay: see [`remove_lookalikes`].
+pub(super) fn remove_alike(headers: &mut HeaderMap, names: &[HeaderName]) {
+    let folded = |byte: u8| {
+        if byte.is_ascii_alphanumeric() {
+            byte
+        } else {
+            b'-'
+        }
+    };
+    let is_alike = |one: &HeaderName, other: &HeaderName| {
+        let (one, other) = (one.as_str().bytes(), other.as_str().bytes());
+        one.len() == other.len() && one.map(folded).eq(other.map(folded))
+    };
+    let is_lookalike =
+        |name: &&HeaderName| !names.contains(name) && names.iter().any(|ours| is_alike(name, ours));
+    while let Some(name) = headers.keys().find(is_lookalike).cloned() {
+        headers.remove(&name);
+    }
+}
+
 /// Removes headers that CGI, WSGI and Rack cannot tell from those that this proxy sets: they make
 /// `X_LEADER_EPOCH` of `x-leader-epoch` and of `x_leader_epoch`.
 pub(super) fn remove_lookalikes(headers: &mut HeaderMap) {
@@ -268,6 +288,26 @@ mod tests {
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn what_looks_like_a_name_is_removed_and_the_name_stays() {
+        let mut headers = HeaderMap::new();
+        let given = [
+            "x-tenant",
+            "x_tenant",
+            "x.tenant",
+            "x-tenant-id",
+            "x-admin",
+            "x-own",
+        ];
+        for name in given {
+            headers.insert(HeaderName::from_static(name), HeaderValue::from_static("1"));
+        }
+        let names = ["x-tenant", "x_admin"].map(HeaderName::from_static);
+        remove_alike(&mut headers, &names);
+        let left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(left, ["x-tenant", "x-tenant-id", "x-own"]);
     }
 
     #[test]

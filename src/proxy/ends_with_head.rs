@@ -1,6 +1,7 @@
 //! Responses over HTTP/2 that are complete with their head, such as an error of gRPC.
 
 use std::any::Any;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use ::pingora::Result;
@@ -12,25 +13,27 @@ use async_trait::async_trait;
 use super::front::OpenStream;
 
 /// Notices that a response ends with its head, which no hook is told.
-pub(super) struct EndsWithHead {
-    stream: OpenStream,
-    drain: Duration,
-}
+struct EndsWithHead(Option<(OpenStream, Duration)>);
 
-impl EndsWithHead {
-    /// From then on, what is left of the request has this much time.
-    pub(super) fn watch(session: &mut Session, stream: OpenStream, drain: Duration) {
+/// From the end of the response on, what is left of the request has this much time.
+pub(super) fn watch(session: &mut Session, stream: OpenStream, drain: Duration) {
+    // Made once: all calls of gRPC come here.
+    static MODULES: LazyLock<HttpModules> = LazyLock::new(|| {
         let mut modules = HttpModules::new();
-        modules.add_module(Box::new(Self { stream, drain }));
-        session.downstream_modules_ctx = modules.build_ctx();
+        modules.add_module(Box::new(Builder));
+        modules
+    });
+    session.downstream_modules_ctx = MODULES.build_ctx();
+    if let Some(module) = session.downstream_modules_ctx.get_mut::<EndsWithHead>() {
+        module.0 = Some((stream, drain));
     }
 }
 
 #[async_trait]
 impl HttpModule for EndsWithHead {
     async fn response_header_filter(&mut self, _: &mut ResponseHeader, is_end: bool) -> Result<()> {
-        if is_end {
-            self.stream.drains(self.drain);
+        if let Some((stream, drain)) = self.0.as_ref().filter(|_| is_end) {
+            stream.drains(*drain);
         }
         Ok(())
     }
@@ -44,11 +47,10 @@ impl HttpModule for EndsWithHead {
     }
 }
 
-impl HttpModuleBuilder for EndsWithHead {
+struct Builder;
+
+impl HttpModuleBuilder for Builder {
     fn init(&self) -> Module {
-        Box::new(Self {
-            stream: self.stream.clone(),
-            drain: self.drain,
-        })
+        Box::new(EndsWithHead(None))
     }
 }

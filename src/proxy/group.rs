@@ -19,6 +19,7 @@ use super::retry::RetryRules;
 use super::retry_budget::RetryBudget;
 use super::statistics::RequestStatistics;
 use super::tls::BackendTls;
+use super::unserved::Unserved;
 use crate::balance::Upstream;
 use crate::config::{ClusterConfig, DEFAULT_GROUP};
 use crate::error::ClusterError;
@@ -170,7 +171,7 @@ impl GroupProxy {
         &self,
         session: &mut Session,
         state: &mut RequestState,
-    ) -> ::pingora::Result<Result<(), &'static str>> {
+    ) -> ::pingora::Result<Result<(), Unserved>> {
         let is_complete = state.is_complete;
         let waiting = async {
             let leader = match state.is_for_leader {
@@ -202,7 +203,7 @@ impl GroupProxy {
         &self,
         session: &Session,
         state: &mut RequestState,
-    ) -> Result<(), &'static str> {
+    ) -> Result<(), Unserved> {
         if !state.is_for_leader {
             return self.picker.pick(&self.balancer, session, state).await;
         }
@@ -220,7 +221,7 @@ impl GroupProxy {
         &self,
         leader: LeaderUpstream,
         state: &mut RequestState,
-    ) -> Result<(), &'static str> {
+    ) -> Result<(), Unserved> {
         let now_leading = || {
             let now_leading = self.leader().leader();
             now_leading.filter(|now_leading| Some(now_leading.epoch) != state.failed_epoch)
@@ -231,7 +232,7 @@ impl GroupProxy {
             (leader, load)
         };
         let found = self.picker.with_room(at_leader, state).await;
-        let (leader, load) = found.ok_or("the leader has as many requests as it may have")?;
+        let (leader, load) = found.ok_or(Unserved::LeaderFull)?;
         state.leader_load = load;
         state.leader = Some(leader);
         state.begins_try(Instant::now());

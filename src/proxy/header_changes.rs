@@ -4,11 +4,15 @@ use ::pingora::Result;
 use ::pingora::http::{RequestHeader, ResponseHeader};
 use http::{HeaderName, HeaderValue};
 
+use super::client::remove_alike;
+use super::headers::change_fields;
 use crate::config;
 
 /// What is removed, and then what is set.
 #[derive(Debug, Default)]
 pub(super) struct HeaderChanges {
+    /// All that are removed or set.
+    names: Vec<HeaderName>,
     remove: Vec<HeaderName>,
     set: Vec<(HeaderName, HeaderValue)>,
 }
@@ -21,14 +25,23 @@ impl HeaderChanges {
             let value = HeaderValue::from_str(value).ok()?;
             Some((name.parse().ok()?, value))
         });
+        let (remove, set) = (removed.collect::<Vec<_>>(), set.collect::<Vec<_>>());
+        let names = set.iter().map(|(name, _)| name).chain(&remove);
         Self {
-            remove: removed.collect(),
-            set: set.collect(),
+            names: names.cloned().collect(),
+            remove,
+            set,
         }
     }
 
-    /// Changes the fields that a backend gets.
+    /// Changes the fields that a backend gets. What it may take for one of these is removed, too.
     pub(super) fn change_request(&self, request: &mut RequestHeader) -> Result<()> {
+        if !self.names.is_empty() {
+            change_fields(request, |headers| {
+                remove_alike(headers, &self.names);
+                Ok(())
+            })?;
+        }
         for name in &self.remove {
             request.remove_header(name);
         }

@@ -10,11 +10,11 @@ use ::pingora::upstreams::peer::HttpPeer;
 use ::pingora::{Error, Result};
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::TRANSFER_ENCODING;
-use http::{HeaderMap, StatusCode};
+use http::header::{EXPECT, TRANSFER_ENCODING};
+use http::{HeaderMap, StatusCode, Version};
 use tracing::debug;
 
-use super::access_entry::{entry, has_failed};
+use super::access_entry::{call_status, entry, has_failed};
 use super::client::peer_of;
 use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
@@ -25,7 +25,7 @@ use super::headers::{change_fields, forget_case, join_cookies, set_leader_epoch}
 use super::hop_by_hop::{ends_with_connection, has_no_body};
 use super::http_1_0::{keep_from_old_clients, name_host};
 use super::kept::keep_connection;
-use super::outcome::{Outcome, outcome};
+use super::outcome::final_status;
 use super::reply::{refused, reply_to, respond, timed_out, unavailable, unavailable_reply};
 use super::requests::{is_ending, keep_effective_upgrade};
 use super::rest::{check_presence, read_rest, take_body_at_hand};
@@ -90,7 +90,7 @@ impl ProxyHttp for ClusterProxy {
             return Err(refused(508, "the request has come back to where it was"));
         }
         routing.limits.check_head(session, state)?;
-        let reply = routing.readiness.reply(session, routing.has_backends());
+        let reply = routing.readiness.reply(session, || routing.is_ready());
         if let Some(reply) = reply {
             return answered(reply.answer(session, None).await);
         }
@@ -124,8 +124,9 @@ impl ProxyHttp for ClusterProxy {
             return Ok(false);
         };
         take_body_at_hand(session, state).await;
-        debug!(reason, "a request was not served");
-        let reply = unavailable_reply(reason);
+        group.statistics.unserved(reason);
+        state.unserved = Some(reason);
+        let reply = unavailable_reply(reason.as_str());
         answered(reply.answer(session, context.route.as_deref()).await)
     }
 
@@ -173,6 +174,7 @@ impl ProxyHttp for ClusterProxy {
             && let Some(addr) = context.state.addr()
         {
             group.connected.add(addr, Instant::now());
+            group.statistics.connected();
         }
         Ok(())
     }
@@ -184,6 +186,12 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
         let (routing, state) = (&context.routing, &mut context.state);
+        if state.is_expecting && request.version == Version::HTTP_2 {
+            // No interim response comes from there.
+            request.remove_header(&EXPECT);
+            session.as_mut().write_continue_response().await?;
+            state.is_expecting = false;
+        }
         state.awaits_answer();
         change_fields(request, |headers| {
             name_host(session, headers, state.addr());
@@ -262,9 +270,13 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
         let state = &mut context.state;
-        if response.status == StatusCode::SWITCHING_PROTOCOLS {
+        let is_switch = response.status == StatusCode::SWITCHING_PROTOCOLS;
+        let is_final = is_switch || !response.status.is_informational();
+        // Pingora would end the connection after an interim one that comes before the body, as with `Expect`.
+        session.set_close_on_response_before_downstream_finish(is_final);
+        if is_switch {
             state.becomes_tunnel();
-        } else if response.status.is_informational() {
+        } else if !is_final {
             // Of the final one nothing is known.
             return Ok(());
         }
@@ -410,14 +422,8 @@ impl ProxyHttp for ClusterProxy {
         state.place = None;
         // All that it has asked for has been sent.
         let error = error.filter(|_| state.is_refused || !state.is_draining());
-        let status = session.response_written().map(|response| response.status);
-        let verdict = state
-            .call
-            .and_then(|call| call.verdict(state.started.elapsed()));
-        let outcome = match state.is_blameless {
-            true => Outcome::Unknown,
-            false => outcome(error.map(Error::esource), status, verdict),
-        };
+        let status = final_status(session);
+        let outcome = state.outcome(error, status);
         let code = status.map(|status| status.as_u16());
         let span = state.span.take();
         let is_refused = state.is_refused;
@@ -433,11 +439,15 @@ impl ProxyHttp for ClusterProxy {
                 log.queue(entry);
             }
         }
+        let of_call = context
+            .state
+            .call
+            .and_then(|_| call_status(session, context));
         let state = &mut context.state;
         // Afterwards the process may end.
         state.end();
         match &context.group {
-            Some(group) => group.end(code, outcome, state),
+            Some(group) => group.end((code, of_call), outcome, state),
             None => {
                 self.unserved.begins();
                 self.unserved

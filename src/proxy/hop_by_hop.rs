@@ -18,11 +18,17 @@ pub(super) fn remove_hop_by_hop(status: StatusCode, headers: &mut HeaderMap) -> 
     // Looking at the few names that there are costs less than looking for each of these.
     let begins_like_ours = |name: &HeaderName| {
         let first = name.as_str().bytes().next();
-        matches!(first, Some(b'k' | b't' | b'p'))
+        matches!(first, Some(b'k' | b't' | b'p' | b'u'))
     };
+    // What the backend could switch to is said on its own connection; with these it is the answer itself.
+    let is_upgrade = [
+        StatusCode::SWITCHING_PROTOCOLS,
+        StatusCode::UPGRADE_REQUIRED,
+    ]
+    .contains(&status);
     let is_ours = |name: &&HeaderName| {
         begins_like_ours(name)
-            && [
+            && ([
                 KEEP_ALIVE,
                 TRAILER,
                 PROXY_CONNECTION,
@@ -30,6 +36,7 @@ pub(super) fn remove_hop_by_hop(status: StatusCode, headers: &mut HeaderMap) -> 
                 PROXY_INFO,
             ]
             .contains(name)
+                || *name == UPGRADE && !is_upgrade)
     };
     let (mut may_nominate, mut may_have_ours) = (false, false);
     for (name, value) in &*headers {
@@ -214,13 +221,18 @@ mod tests {
 
     #[test]
     fn an_upgrade_keeps_its_field() {
-        for (status, is_kept) in [(101, true), (200, false)] {
+        for (status, connection, is_kept) in [
+            (101, "upgrade", true),
+            (426, "close", true),
+            (200, "upgrade", false),
+            (200, "keep-alive", false),
+        ] {
             let mut response = ResponseHeader::build(status, None).unwrap();
-            response.append_header(CONNECTION, "upgrade").unwrap();
+            response.append_header(CONNECTION, connection).unwrap();
             response.append_header(UPGRADE, "websocket").unwrap();
             let (headers, seconds) = removed_from(response);
             assert_eq!(seconds, None);
-            assert_eq!(headers.contains_key(UPGRADE), is_kept);
+            assert_eq!(headers.contains_key(UPGRADE), is_kept, "{status}");
         }
     }
 }

@@ -10,6 +10,7 @@ use http::{HeaderName, Method, StatusCode};
 
 use super::headers::LEADER_EPOCH;
 use super::request_state::RequestState;
+use super::unserved::Unserved;
 use crate::config::{ClusterConfig, is_below};
 use crate::ids::Revision;
 use crate::pingora::{LeaderRoute, LeaderUpstream};
@@ -57,11 +58,11 @@ impl LeaderRequests {
     }
 
     /// One more request waits for a leader; the error says why it may not.
-    pub(super) fn waits(&self) -> Result<Waits<'_>, &'static str> {
+    pub(super) fn waits(&self) -> Result<Waits<'_>, Unserved> {
         let waits = Waits(&self.waiting);
         match self.waiting.fetch_add(1, Ordering::Relaxed) {
             0..MOST_WAITING => Ok(waits),
-            _ => Err("too many requests wait for a leader"),
+            _ => Err(Unserved::TooManyWait),
         }
     }
 
@@ -142,7 +143,7 @@ pub(super) async fn find_leader(
     route: &LeaderRoute,
     requests: &LeaderRequests,
     context: &RequestState,
-) -> Result<LeaderUpstream, &'static str> {
+) -> Result<LeaderUpstream, Unserved> {
     let max_wait = requests.wait;
     let remaining = || {
         let of_wait = max_wait.saturating_sub(context.started.elapsed());
@@ -167,7 +168,7 @@ pub(super) async fn find_leader(
         return Ok(leader);
     }
     let leader = route.wait(remaining()).await;
-    leader.ok_or("there is no leader")
+    leader.ok_or(Unserved::NoLeader)
 }
 
 /// The pause before the same leader is tried again, after so many tries.

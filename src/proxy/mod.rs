@@ -52,6 +52,7 @@ mod sticky;
 mod tls;
 mod trace;
 mod tries;
+mod unserved;
 mod via;
 
 pub use access_log::{AccessLog, AccessLogEntry, AccessLogStatistics};

@@ -43,8 +43,7 @@ impl Outcome {
     /// The outcome of a request, from what the hook [`logging`](::pingora::proxy::ProxyHttp::logging) gets. Of a call of
     /// gRPC only its HTTP status is looked at.
     pub fn of(session: &Session, error: Option<&Error>) -> Self {
-        let status = session.response_written().map(|response| response.status);
-        outcome(error.map(Error::esource), status, None)
+        outcome(error.map(Error::esource), final_status(session), None)
     }
 
     /// Tells the balancer. `latency` is how long the backend took to answer.
@@ -73,6 +72,13 @@ impl Outcome {
             Self::Unknown => "unknown",
         }
     }
+}
+
+/// The status that the client has got; `None` if it has got none, or an interim one only.
+pub(super) fn final_status(session: &Session) -> Option<StatusCode> {
+    let status = session.response_written()?.status;
+    let is_interim = status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS;
+    (!is_interim).then_some(status)
 }
 
 /// The outcome of a request that ended with this error, if any, after this status of the response, if

@@ -5,13 +5,15 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use chrono::DateTime;
 use http::header::RETRY_AFTER;
 use http::{HeaderMap, StatusCode};
 use tokio::sync::{Mutex, Notify, OwnedSemaphorePermit, Semaphore};
 
+use super::unserved::Unserved;
 use crate::config;
 
 /// Somebody who waits looks again after this time, in case an end was not told.
@@ -77,6 +79,16 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// The pause that `Retry-After` asks for: seconds, or a date, which is as exact as both clocks are.
+fn pause_of(text: &str, now: SystemTime) -> Option<Duration> {
+    if let Ok(seconds) = text.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    // Dates of HTTP are in UTC, which they call GMT.
+    let date = DateTime::parse_from_rfc2822(text).ok()?;
+    SystemTime::from(date).duration_since(now).ok()
+}
+
 impl Overload {
     pub(super) fn new(config: &config::Overload) -> Self {
         let limit = |limit: usize| (limit > 0).then_some(limit);
@@ -109,8 +121,7 @@ impl Overload {
     pub(super) async fn enter(
         &self,
         left: Option<Duration>,
-    ) -> Result<Option<OwnedSemaphorePermit>, &'static str> {
-        const FULL: &str = "too many requests are being served";
+    ) -> Result<Option<OwnedSemaphorePermit>, Unserved> {
         let Some(places) = &self.in_all else {
             return Ok(None);
         };
@@ -119,7 +130,7 @@ impl Overload {
         }
         match self.wait(left, places.clone().acquire_owned()).await {
             Some(Ok(place)) => Ok(Some(place)),
-            Some(Err(_)) | None => Err(FULL),
+            Some(Err(_)) | None => Err(Unserved::TooMany),
         }
     }
 
@@ -183,13 +194,10 @@ impl Overload {
         if !is_overload || self.most_pause.is_zero() {
             return;
         }
-        // A date instead of seconds is rare, and depends on clocks.
-        let seconds = fields
-            .get(RETRY_AFTER)
-            .and_then(|value| value.to_str().ok()?.parse().ok());
-        if let Some(seconds @ 1_u64..) = seconds {
-            let pause = Duration::from_secs(seconds).min(self.most_pause);
-            self.pause(addr, Instant::now() + pause);
+        let value = fields.get(RETRY_AFTER);
+        let pause = value.and_then(|value| pause_of(value.to_str().ok()?, SystemTime::now()));
+        if let Some(pause) = pause.filter(|pause| !pause.is_zero()) {
+            self.pause(addr, Instant::now() + pause.min(self.most_pause));
         }
     }
 
@@ -207,14 +215,14 @@ impl Overload {
 
     /// The backends that are given nothing now, of this number: none if more than half of them asked for
     /// that, because the others could not carry it.
-    pub(super) fn paused(&self, now: Instant, backends: usize) -> Vec<SocketAddr> {
+    pub(super) fn paused(&self, now: Instant, backends: impl FnOnce() -> usize) -> Vec<SocketAddr> {
         let paused = self.paused.load();
         if paused.is_empty() {
             return Vec::new();
         }
         let still = paused.iter().filter(|(_, until)| **until > now);
         let still: Vec<_> = still.map(|(addr, _)| *addr).collect();
-        match still.len() * 2 <= backends {
+        match still.len() * 2 <= backends() {
             true => still,
             false => Vec::new(),
         }
@@ -340,6 +348,24 @@ mod tests {
         assert_eq!(start.elapsed(), Duration::from_millis(300));
         assert_eq!(overload.wait_for_leader(left, || None::<()>).await, None);
         assert_eq!(start.elapsed(), Duration::from_millis(600));
+    }
+
+    #[test]
+    fn a_pause_is_in_seconds_or_until_a_date() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777);
+        for (text, seconds) in [
+            ("3", Some(3)),
+            ("Sun, 06 Nov 1994 08:49:40 GMT", Some(3)),
+            ("Sun, 06 Nov 1994 08:49:30 GMT", None),
+            ("-3", None),
+            ("soon", None),
+        ] {
+            assert_eq!(
+                pause_of(text, now),
+                seconds.map(Duration::from_secs),
+                "{text}"
+            );
+        }
     }
 
     #[test]

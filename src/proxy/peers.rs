@@ -45,8 +45,13 @@ pub(super) struct Asked {
     pub(super) is_upgrade: bool,
     /// It finds room in the buffer of a socket.
     pub(super) is_short: bool,
+    /// The rest of the request may take any time, and the backend speaks HTTP/2: until the response begins, Pingora has
+    /// one time there, from the head of the request on.
+    pub(super) is_open: bool,
     /// Nothing takes longer than this, if it is given.
     pub(super) left: Option<Duration>,
+    /// The same for a silence of the backend.
+    pub(super) left_to_answer: Option<Duration>,
     /// Instead of the group's time.
     pub(super) response: Option<Duration>,
     /// Instead of the group's time.
@@ -102,7 +107,9 @@ impl Peers {
     /// How long a backend may take to answer.
     pub(super) fn response(&self, asked: &Asked) -> Duration {
         let response = asked.response.unwrap_or(self.response);
-        asked.left.map_or(response, |left| response.min(left))
+        asked
+            .left_to_answer
+            .map_or(response, |left| response.min(left))
     }
 
     /// A peer at this address. The error is why the node cannot be spoken to.
@@ -156,10 +163,14 @@ impl Peers {
         options.connection_timeout = within(connect);
         options.total_connection_timeout = within(total);
         // The same time-outs hold for the tunnel that such a request becomes.
-        let response = match is_upgrade {
-            true => Some(asked.tunnel.unwrap_or(self.tunnel)),
-            false => Some(self.response(&asked)),
-        };
+        let response = Some(match (is_upgrade, asked.is_open) {
+            (true, _) => asked.tunnel.unwrap_or(self.tunnel),
+            (false, true) => {
+                let tunnel = asked.tunnel.unwrap_or(self.tunnel);
+                asked.left_to_answer.map_or(tunnel, |left| tunnel.min(left))
+            }
+            (false, false) => self.response(&asked),
+        });
         options.read_timeout = response;
         // A short request finds room in the socket's buffer: a timer would cost more than it is worth.
         options.write_timeout = response.filter(|_| !is_short || is_upgrade);

@@ -14,11 +14,10 @@ use super::client::TrustedProxies;
 use super::overload::Overload;
 use super::request_state::RequestState;
 use super::sticky;
+use super::unserved::Unserved;
 use crate::balance::{PickOptions, Policy, Probes, Upstream};
 use crate::config::{ClusterConfig, HashOn};
 use crate::pingora::BalancerService;
-
-const FULL: &str = "every backend has as many requests as it may have";
 
 /// How often another backend is looked for, because one has as many requests as it may have.
 const MOST_FULL: usize = 32;
@@ -58,7 +57,7 @@ impl Picker {
         balancer: &BalancerService,
         session: &Session,
         context: &mut RequestState,
-    ) -> Result<(), &'static str> {
+    ) -> Result<(), Unserved> {
         // The backend that failed is not busy with this request any more.
         context.upstream = None;
         let mut now = Instant::now();
@@ -83,9 +82,9 @@ impl Picker {
             picked = waited.unwrap_or(picked);
         }
         let upstream = picked.map_err(|nothing| match nothing {
-            Nothing::Full => FULL,
-            Nothing::Left if context.tried.is_empty() => "no backend is registered",
-            Nothing::Left => "every backend has been tried",
+            Nothing::Full => Unserved::BackendsFull,
+            Nothing::Left if context.tried.is_empty() => Unserved::NoBackend,
+            Nothing::Left => Unserved::AllTried,
         })?;
         context.begins_try(now);
         context.tried.push(upstream.addr());
@@ -125,7 +124,7 @@ impl Picker {
         context: &RequestState,
         now: Instant,
     ) -> Result<Upstream, Nothing> {
-        let paused = self.overload.paused(now, balancer.working());
+        let paused = self.overload.paused(now, || balancer.working());
         if let Some(upstream) = self.named_by_cookie(balancer, session, context, &paused) {
             return Ok(upstream);
         }
@@ -221,30 +220,27 @@ impl Picker {
     }
 }
 
-/// What the policy `consistent` hashes of a request.
+/// What the policy `consistent` hashes of a request: the client's address, if it has nothing else, because all of these
+/// would be for one backend.
 fn hash_key<'s>(hash_on: &HashOn, session: &'s Session, client: Option<IpAddr>) -> Cow<'s, [u8]> {
     let request = session.req_header();
-    match hash_on {
-        HashOn::ClientIp => match client {
-            Some(client) => Cow::Owned(client.to_string().into_bytes()),
-            None => Cow::Borrowed(&[]),
-        },
-        HashOn::Uri => {
-            let uri = request.uri.path_and_query();
-            Cow::Borrowed(uri.map_or(&[], |uri| uri.as_str().as_bytes()))
-        }
-        HashOn::Header(name) => {
-            let value = session.get_header(name);
-            Cow::Borrowed(value.map_or(&[], |value| first(value)))
-        }
-        HashOn::Cookie(name) => {
-            let value = sticky::cookie(session, name);
-            Cow::Borrowed(value.unwrap_or_default())
-        }
+    let named = match hash_on {
+        HashOn::ClientIp => None,
+        HashOn::Uri => request
+            .uri
+            .path_and_query()
+            .map(|uri| uri.as_str().as_bytes()),
+        HashOn::Header(name) => session.get_header(name).map(first),
+        HashOn::Cookie(name) => sticky::cookie(session, name),
         HashOn::Query(name) => {
-            let value = request.uri.query().and_then(|query| parameter(query, name));
-            Cow::Borrowed(value.unwrap_or_default().as_bytes())
+            let parameter = request.uri.query().and_then(|query| parameter(query, name));
+            parameter.map(str::as_bytes)
         }
+    };
+    match (named.filter(|named| !named.is_empty()), client) {
+        (Some(named), _) => Cow::Borrowed(named),
+        (None, Some(client)) => Cow::Owned(client.to_string().into_bytes()),
+        (None, None) => Cow::Borrowed(&[]),
     }
 }
 

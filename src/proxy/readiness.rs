@@ -15,10 +15,13 @@ impl Readiness {
     }
 
     /// The answer, if that is what the request asks.
-    pub(super) fn reply(&self, session: &Session, has_backends: bool) -> Option<Reply<'static>> {
+    pub(super) fn reply(
+        &self,
+        session: &Session,
+        is_served: impl FnOnce() -> bool,
+    ) -> Option<Reply<'static>> {
         let path = self.0.as_deref()?;
         let is_asked = session.req_header().uri.path() == path;
-        let is_ready = has_backends && !Shutdown::of_process().is_draining();
-        is_asked.then(|| readiness(is_ready))
+        is_asked.then(|| readiness(is_served() && !Shutdown::of_process().is_draining()))
     }
 }

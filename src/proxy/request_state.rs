@@ -4,14 +4,17 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ::pingora::{Error, ErrorType, Result};
+use ::pingora::{Error, ErrorSource, ErrorType, Result};
+use http::StatusCode;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::failed_try::{MAX_STALE_CONNECTIONS, Sent};
 use super::front::{Connection, OpenStream, Phase};
 use super::grpc::Call;
+use super::outcome::{Outcome, outcome};
 use super::shutdown::Hold;
 use super::spans::Span;
+use super::unserved::Unserved;
 use crate::balance::Upstream;
 use crate::ids::Revision;
 use crate::node::Node;
@@ -53,6 +56,8 @@ pub(super) struct RequestState {
     pub(super) is_upgrade: bool,
     /// The leader is busy with this request; nothing is said of its outcome.
     pub(super) leader_load: Option<Upstream>,
+    /// The front keeps the time of a silent backend, of this try.
+    pub(super) is_timed_by_front: bool,
     /// A node has said that it does not lead.
     pub(super) is_misdirected: bool,
     /// The field that the backend got, for the access log.
@@ -75,8 +80,12 @@ pub(super) struct RequestState {
     pub(super) is_short: bool,
     /// Whether the connection has become a tunnel.
     pub(super) is_tunnel: bool,
+    /// Why no backend was found for it before the first try.
+    pub(super) unserved: Option<Unserved>,
     /// The client has got an error response of this proxy.
     pub(super) is_refused: bool,
+    /// The response was complete before the request.
+    pub(super) is_answered_early: bool,
     /// It says that the client's connection goes on.
     pub(super) keeps_connection: bool,
     /// When the current backend could begin: when it was picked, because earlier tries are not its
@@ -122,6 +131,7 @@ impl RequestState {
             is_for_leader: false,
             is_upgrade: false,
             leader_load: None,
+            is_timed_by_front: false,
             is_misdirected: false,
             traceparent: None,
             span: None,
@@ -133,7 +143,9 @@ impl RequestState {
             is_complete: true,
             is_short: false,
             is_tunnel: false,
+            unserved: None,
             is_refused: false,
+            is_answered_early: false,
             keeps_connection: false,
             sent: now,
             answered: None,
@@ -229,29 +241,39 @@ impl RequestState {
         }
     }
 
-    /// The connection of a request that asks for a tunnel. Pingora has one time for a silent backend and for a silent
-    /// tunnel, so the front keeps the first one.
-    fn asks_for_tunnel(&self) -> Option<&Connection> {
-        self.connection.as_deref().filter(|_| self.is_upgrade)
+    /// The connection, if the front keeps the time of a silent backend. Pingora has the same one for a silent tunnel, and
+    /// over HTTP/2 counts it from the head of the request on.
+    fn timed_by_front(&self) -> Option<&Connection> {
+        self.connection
+            .as_deref()
+            .filter(|_| self.is_timed_by_front)
+    }
+
+    /// For the next try.
+    pub(super) fn front_keeps_time(&mut self, keeps: bool) {
+        let kept = std::mem::replace(&mut self.is_timed_by_front, keeps);
+        if let Some(connection) = self.connection.as_deref().filter(|_| kept && !keeps) {
+            connection.expect_answer(None);
+        }
     }
 
     /// From now on the backend is waited for.
     pub(super) fn awaits_answer(&self) {
-        if let Some(connection) = self.asks_for_tunnel() {
+        if let Some(connection) = self.timed_by_front() {
             connection.expect_answer(Some(self.response_within));
         }
     }
 
     /// The backend has sent something.
     pub(super) fn answer_goes_on(&self) {
-        if let Some(connection) = self.asks_for_tunnel() {
+        if let Some(connection) = self.timed_by_front() {
             connection.answer_goes_on();
         }
     }
 
     /// Whether a backend was silent for too long, since this was last asked.
     pub(super) fn take_unanswered(&self) -> bool {
-        let connection = self.asks_for_tunnel();
+        let connection = self.timed_by_front();
         connection.is_some_and(Connection::take_unanswered)
     }
 
@@ -260,11 +282,26 @@ impl RequestState {
         if self.is_complete || self.is_tunnel {
             return;
         }
+        self.is_answered_early = true;
         if let Some(connection) = &self.connection {
             connection.enter(Phase::Drain);
         } else if let Some(stream) = &self.stream {
             stream.drains(drain);
         }
+    }
+
+    /// What its end says about its last backend. A client that goes, or is too slow, after it has its response changes
+    /// nothing.
+    pub(super) fn outcome(&self, error: Option<&Error>, status: Option<StatusCode>) -> Outcome {
+        if self.is_blameless {
+            return Outcome::Unknown;
+        }
+        let verdict = |call: Call| call.verdict(self.started.elapsed());
+        let source = error.map(Error::esource);
+        let is_after =
+            |source: &&ErrorSource| self.is_answered_early && *source == &ErrorSource::Downstream;
+        let source = source.filter(|source| !is_after(source));
+        outcome(source, status, self.call.and_then(verdict))
     }
 
     /// Whether this request of HTTP/2 has its response, and is not complete.
@@ -296,6 +333,17 @@ impl RequestState {
             return Err(Error::explain(ErrorType::HTTPStatus(504), reason));
         }
         Ok(Some(left))
+    }
+
+    /// How long a backend may be silent for the sake of the request; `None` for any time. A client that allows next to
+    /// nothing ends the request itself: Pingora uses no connection of HTTP/2 any more on which this time was over.
+    pub(super) fn silence_left(&self) -> Option<Duration> {
+        let elapsed = self.started.elapsed();
+        let ours = self.timeout.map(|timeout| timeout.saturating_sub(elapsed));
+        let of_client = self.call.and_then(Call::timeout);
+        let of_client =
+            of_client.map(|timeout| timeout.saturating_sub(elapsed).max(LEAST_OF_CLIENTS));
+        ours.into_iter().chain(of_client).min()
     }
 
     /// Whether the current backend has kept silent for so long that it is to blame, although the time of the request is

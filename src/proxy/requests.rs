@@ -6,10 +6,10 @@ use ::pingora::http::RequestHeader;
 use ::pingora::proxy::Session;
 use ::pingora::{Error, ErrorType, Result};
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, UPGRADE};
+use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Version};
 
-use super::ends_with_head::EndsWithHead;
+use super::ends_with_head;
 use super::front::{Connection, Phase};
 use super::reply::refused;
 use super::request_state::RequestState;
@@ -43,6 +43,47 @@ pub(super) fn keep_effective_upgrade(request: &mut RequestHeader) -> Result<()> 
     match kept.is_empty() {
         true => drop(request.remove_header(&UPGRADE)),
         false => request.insert_header(UPGRADE, kept)?,
+    }
+    Ok(())
+}
+
+/// How many fields `Connection` may name: as many as Pingora takes.
+const MOST_NAMED: usize = 9;
+
+/// Refuses what Pingora refuses of `Connection`, which it does only after it has connected to a backend: each such request
+/// would cost a connection, and its port for a minute.
+fn check_connection(headers: &HeaderMap) -> Result<()> {
+    const BELIEVED: [&str; 4] = [
+        "host",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "x-forwarded-proto",
+    ];
+    let values = || {
+        headers
+            .get_all(CONNECTION)
+            .into_iter()
+            .map(HeaderValue::as_bytes)
+    };
+    let is_usual = |value: &[u8]| {
+        let usual = [&b"keep-alive"[..], b"close", b"upgrade"];
+        usual.iter().any(|it| value.eq_ignore_ascii_case(it))
+    };
+    if values().all(is_usual) {
+        return Ok(());
+    }
+    let parts = values().flat_map(|value| value.split(|byte| *byte == b','));
+    let names = parts
+        .map(<[u8]>::trim_ascii)
+        .filter(|name| !name.is_empty());
+    let mut count = 0;
+    for name in names {
+        count += 1;
+        let name = HeaderName::from_bytes(name).ok();
+        let is_allowed = name.is_some_and(|name| !BELIEVED.contains(&name.as_str()));
+        if !is_allowed || count > MOST_NAMED {
+            return Err(refused(400, "the field Connection names what it may not"));
+        }
     }
     Ok(())
 }
@@ -110,7 +151,7 @@ impl RequestLimits {
             session.set_write_timeout(Some(self.client_write));
             let stream = connection.opens();
             if !context.is_complete {
-                EndsWithHead::watch(session, stream.clone(), self.client_drain);
+                ends_with_head::watch(session, stream.clone(), self.client_drain);
             }
             context.stream = Some(stream);
             return;
@@ -146,6 +187,12 @@ impl RequestLimits {
                 connection.statistics().count_head_too_large();
             }
             return Err(refused(431, "the head of the request is too large"));
+        }
+        check_connection(headers)?;
+        // Pingora takes chunks off, and the coding within would have no name any more (RFC 9112, section 6.1).
+        let coding = headers.get(TRANSFER_ENCODING).map(HeaderValue::as_bytes);
+        if coding.is_some_and(|coding| !coding.eq_ignore_ascii_case(b"chunked")) {
+            return Err(refused(501, "this transfer coding is not known"));
         }
         // RFC 9112, section 3.2. Over HTTP/2 the authority stands for it.
         if session.req_header().version == Version::HTTP_11 && !headers.contains_key(HOST) {

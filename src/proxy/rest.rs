@@ -36,6 +36,27 @@ pub(super) async fn until_left(session: &mut Session, is_complete: bool) -> Box<
     std::future::pending().await
 }
 
+/// How many parts of a body are looked for: each has at most 16 KiB, and all of them find room in what Pingora keeps of a
+/// body for further tries, from where it sends them.
+const MOST_AT_HAND: usize = 3;
+
+/// Whether all that is left of a request of HTTP/2 is there, as with most calls of gRPC. What is there has been read then.
+pub(super) async fn is_at_hand(session: &mut Session, state: &RequestState) -> bool {
+    let most = match state.tries {
+        1 => MOST_AT_HAND,
+        // An earlier try may have read as much as is kept.
+        _ => 0,
+    };
+    session.as_mut().enable_retry_buffering();
+    for _ in 0..most {
+        let read = timeout(Duration::ZERO, session.read_request_body()).await;
+        if session.as_mut().is_body_done() || !matches!(read, Ok(Ok(Some(_)))) {
+            break;
+        }
+    }
+    session.as_mut().is_body_done()
+}
+
 /// Reads what is there of a body that nobody will get: if it is all, the client keeps its connection.
 pub(super) async fn take_body_at_hand(session: &mut Session, state: &mut RequestState) {
     if state.connection.is_none() || state.is_complete || state.is_expecting {

@@ -50,7 +50,7 @@ enum Action {
 
 /// Groups by weight.
 struct Split {
-    /// Each with the sum of its weight and those before it.
+    /// Each with its weight.
     groups: Vec<(u64, Arc<GroupProxy>)>,
     last: Arc<GroupProxy>,
 }
@@ -66,30 +66,37 @@ impl Split {
     fn new(config: &config::Route, groups: &BTreeMap<String, Arc<GroupProxy>>) -> Option<Self> {
         let one = config.group.iter().map(|name| (name, 1));
         let several = config.split.iter().map(|(name, weight)| (name, *weight));
-        let mut sum = 0;
         let groups: Vec<_> = one
             .chain(several)
             .filter(|(_, weight)| *weight > 0)
-            .filter_map(|(name, weight)| {
-                sum += u64::from(weight);
-                Some((sum, groups.get(name)?.clone()))
-            })
+            .filter_map(|(name, weight)| Some((u64::from(weight), groups.get(name)?.clone())))
             .collect();
         let last = groups.last()?.1.clone();
         Some(Self { groups, last })
     }
 
+    /// A group, by weight; of those that have nodes, if any has: a canary that is not there gets nothing.
     fn draw(&self) -> &Arc<GroupProxy> {
-        let [(sum, _), ..] = &self.groups[..] else {
+        let [_, _, ..] = &self.groups[..] else {
             return &self.last;
         };
-        let total = self.groups.last().map_or(*sum, |(sum, _)| *sum);
-        let at = match self.groups.len() {
-            1 => 0,
-            _ => fastrand::u64(..total),
+        let there = || {
+            let groups = self.groups.iter();
+            groups.filter(|(_, group)| !group.balancer.is_empty())
         };
-        let drawn = self.groups.iter().find(|(sum, _)| at < *sum);
-        drawn.map_or(&self.last, |(_, group)| group)
+        let total: u64 = there().map(|(weight, _)| weight).sum();
+        let mut at = match total {
+            0 => return &self.last,
+            total => fastrand::u64(..total),
+        };
+        for (weight, group) in there() {
+            if at < *weight {
+                return group;
+            }
+            at -= weight;
+        }
+        // One has got its first node, or lost its last one, meanwhile.
+        &self.last
     }
 }
 

@@ -102,8 +102,10 @@ impl Routing {
         self.routes.iter().find(|route| route.is_for(request))
     }
 
-    /// Whether some group has a backend.
-    pub(super) fn has_backends(&self) -> bool {
-        self.groups.values().any(|group| !group.balancer.is_empty())
+    /// Whether the view of every group is there, and some group has a backend.
+    pub(super) fn is_ready(&self) -> bool {
+        let mut groups = self.groups.values();
+        let has_view = |group: &Arc<GroupProxy>| group.balancer.discovery().is_ready();
+        groups.clone().all(has_view) && groups.any(|group| !group.balancer.is_empty())
     }
 }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ::pingora::listeners::{L4BufferSettings, ListenerConfig};
+use ::pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
+use ::pingora::protocols::TcpKeepalive;
 use ::pingora::protocols::http::v2::server::default_h2_options;
 use ::pingora::proxy::{HttpProxy, http_proxy};
 use ::pingora::server::Server;
@@ -25,6 +26,16 @@ use crate::config::ClusterConfig;
 use crate::error::ClusterError;
 use crate::opaque::opaque_debug;
 use crate::pingora::{BalancerService, with_system_cas};
+
+/// A client that has vanished without a word, as with a WebSocket behind a cut cable, is found within two minutes. One
+/// that reads nothing has the times of the front.
+const CLIENTS_ALIVE: TcpKeepalive = TcpKeepalive {
+    idle: Duration::from_secs(60),
+    interval: Duration::from_secs(20),
+    count: 3,
+    #[cfg(target_os = "linux")]
+    user_timeout: Duration::ZERO,
+};
 
 /// What is kept, for each stream of HTTP/2, of a response that its client does not read, in bytes.
 const MOST_UNSENT: usize = 65_536;
@@ -121,7 +132,10 @@ impl ClusterProxy {
         // The parsers have buffers of their own, and the front holds what is short: each idle connection
         // would keep 64 KiB.
         let buffers = L4BufferSettings::unbuffered();
-        proxy.add_listener(ListenerConfig::tcp(&*config.listen).l4_buffer(buffers));
+        let mut options = TcpSocketOptions::default();
+        options.tcp_keepalive = Some(CLIENTS_ALIVE);
+        let listener = ListenerConfig::tcp(&*config.listen).tcp_socket_options(options);
+        proxy.add_listener(listener.l4_buffer(buffers));
         let shutdown = Shutdown::of_process();
         shutdown.listeners().add(&config.listen);
         shutdown.accepts_for(Duration::from_millis(config.drain_delay_ms));

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
+use super::unserved::Unserved;
+
 /// The upper limits of the buckets of a [`LatencyCounts`], in seconds. Above the last one there is one more
 /// bucket.
 pub const LATENCY_BUCKETS: [f64; 16] = [
@@ -103,8 +105,14 @@ pub struct RequestStatistics {
     retried: AtomicU64,
     /// By the first digit of the status; 0 for those without one.
     by_class: [Latencies; 6],
+    connected: AtomicU64,
+    unserved: [AtomicU64; Unserved::ALL.len()],
+    calls: [AtomicU64; CALLS],
     backends: Backends,
 }
+
+/// The statuses of gRPC from 0 on, and one for what is none.
+const CALLS: usize = 18;
 
 /// In parts, because the first request to each backend copies one of them.
 #[derive(Debug)]
@@ -155,6 +163,13 @@ pub struct RequestCounts {
     /// How long requests took, by the first digit of the status that the client got; 0 for those that
     /// ended without one, because the client was gone.
     pub by_class: [LatencyCounts; 6],
+    /// Connections that were made to backends. The other requests used one that was there.
+    pub connected: u64,
+    /// Requests for which no backend was found, or no other one after those that were tried, by reason.
+    pub without_backend: [(&'static str, u64); 7],
+    /// Calls of gRPC that have ended, by their status: 0 to 16, and all others in the last one. Those whose response
+    /// broke off have none.
+    pub calls: [u64; 18],
 }
 
 impl RequestCounts {
@@ -172,12 +187,18 @@ impl RequestCounts {
 impl RequestStatistics {
     /// The counts of all requests now.
     pub fn counts(&self) -> RequestCounts {
+        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
         // The ended ones first, so that there are never more of them than have begun.
         let by_class = std::array::from_fn(|class| self.by_class[class].counts());
         RequestCounts {
             by_class,
-            begun: self.begun.load(Ordering::Relaxed),
-            retried: self.retried.load(Ordering::Relaxed),
+            begun: get(&self.begun),
+            retried: get(&self.retried),
+            connected: get(&self.connected),
+            without_backend: std::array::from_fn(|index| {
+                (Unserved::ALL[index].label(), get(&self.unserved[index]))
+            }),
+            calls: std::array::from_fn(|status| get(&self.calls[status])),
         }
     }
 
@@ -203,6 +224,22 @@ impl RequestStatistics {
         if tries > 1 {
             self.retried.fetch_add(tries as u64 - 1, Ordering::Relaxed);
         }
+    }
+
+    /// A connection to a backend was made.
+    pub(super) fn connected(&self) {
+        self.connected.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// No backend was found for a request.
+    pub(super) fn unserved(&self, reason: Unserved) {
+        self.unserved[reason as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A call of gRPC has ended with this status.
+    pub(super) fn call_ends(&self, status: u16) {
+        let at = usize::from(status).min(CALLS - 1);
+        self.calls[at].fetch_add(1, Ordering::Relaxed);
     }
 
     /// A backend has answered after this time, or has failed.

@@ -21,8 +21,9 @@ use super::outcome::Outcome;
 use super::peers::Asked;
 use super::reply::{bad_gateway, had_little_time, refused, unavailable};
 use super::request_state::RequestState;
-use super::rest::check_presence;
+use super::rest::{check_presence, is_at_hand};
 use super::retry::{Decision, FailedTry, RetryRules};
+use super::unserved::Unserved;
 use crate::balance::Upstream;
 use crate::pingora::shorten_error;
 
@@ -39,7 +40,7 @@ pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestStat
     shorten_error(&mut error);
     if state.take_unanswered() {
         // A read of the client ended because the front keeps the time.
-        let reason = format!("while waiting for the response to an upgrade; Peer: {peer}");
+        let reason = format!("while waiting for the response; Peer: {peer}");
         let mut error = Error::explain(ErrorType::ReadTimedout, reason);
         error.as_up();
         return error;
@@ -66,14 +67,17 @@ impl GroupProxy {
         loop {
             if !std::mem::take(&mut state.is_found) {
                 let found = self.find_backend(session, state).await;
-                found.map_err(unavailable)?;
+                found.map_err(|reason| {
+                    self.statistics.unserved(reason);
+                    unavailable(reason.as_str())
+                })?;
                 // It may have waited.
                 check_presence(session, state).await?;
             }
             // What it has waited for a place or a leader counts.
             let left = state.time_left()?;
             let (Some(addr), Some(node)) = (state.addr(), state.node()) else {
-                return Err(unavailable("no backend is registered"));
+                return Err(unavailable(Unserved::NoBackend.as_str()));
             };
             if state.is_upgrade && !self.peers.passes_upgrades(&node) {
                 // Others may speak HTTP/1.
@@ -94,10 +98,16 @@ impl GroupProxy {
                 Some(_) => self.statistics.backend(addr).answered.count(),
                 None => 0,
             };
+            let is_open = !state.is_complete
+                && !self.peers.passes_upgrades(&node)
+                && !(session.is_http2() && is_at_hand(session, state).await);
+            state.front_keeps_time(state.is_upgrade || is_open);
             let asked = Asked {
                 is_upgrade: state.is_upgrade,
                 is_short: state.is_short,
+                is_open,
                 left,
+                left_to_answer: state.silence_left(),
                 response: state.response_timeout,
                 tunnel: state.tunnel_timeout,
             };
@@ -384,6 +394,11 @@ impl GroupProxy {
                 {
                     self.blame(upstream, Upstream::failed);
                 }
+                if let Some(leader) = state.leader.take() {
+                    // After a pause, or at the next one.
+                    self.statistics.backend_ends(leader.addr, None);
+                    state.failed_epoch = Some(leader.epoch);
+                }
                 true
             }
             // The failure is reported at the end.
@@ -397,10 +412,18 @@ impl GroupProxy {
         error
     }
 
-    /// The request is over, with this status for the client.
-    pub(super) fn end(&self, status: Option<u16>, outcome: Outcome, state: &mut RequestState) {
+    /// The request is over, with this status for the client, and this one of gRPC.
+    pub(super) fn end(
+        &self,
+        (status, of_call): (Option<u16>, Option<u16>),
+        outcome: Outcome,
+        state: &mut RequestState,
+    ) {
         let duration = state.started.elapsed();
         self.statistics.ends(status, state.tries, duration);
+        if let Some(of_call) = of_call {
+            self.statistics.call_ends(of_call);
+        }
         if let Some(addr) = state.addr() {
             self.count_backend(addr, outcome, state);
         }

@@ -118,14 +118,21 @@ async fn a_node_at_the_balancers_own_address_gets_508_at_once() {
 async fn fields_of_the_connection_to_the_backend_do_not_reach_the_client() {
     let answer = |_: &str| {
         b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: X-Secret\r\nX-Secret: 1\r\n\
-          Keep-Alive: timeout=5\r\nProxy-Authenticate: Basic\r\nTrailer: x\r\nX-Kept: 1\r\n\r\n"
+          Keep-Alive: timeout=5\r\nProxy-Authenticate: Basic\r\nTrailer: x\r\nUpgrade: h2c\r\n\
+          X-Kept: 1\r\n\r\n"
             .to_vec()
     };
     let backend = RawBackend::start(answer).await;
     let balancer = in_front_of(&backend, "hops", "").await;
     let mut client = Raw::to(&balancer).await;
     let response = client.get("").await.to_ascii_lowercase();
-    for name in ["x-secret", "keep-alive", "proxy-authenticate", "trailer"] {
+    for name in [
+        "x-secret",
+        "keep-alive",
+        "proxy-authenticate",
+        "trailer",
+        "upgrade",
+    ] {
         assert_eq!(header(&response, name), None, "{response}");
     }
     assert_eq!(header(&response, "x-kept"), Some("1"));

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::ser::Serializer;
 
 use crate::proxy::client::peer_of;
-use crate::proxy::outcome::Outcome;
+use crate::proxy::outcome::{Outcome, final_status};
 use crate::proxy::trace::traceparent;
 
 /// A line of the access log: what is known of a request when it has ended.
@@ -41,6 +41,10 @@ pub struct AccessLogEntry {
     pub bytes_received: usize,
     /// The length of the response's body.
     pub bytes_sent: usize,
+    /// The name of the group that served it, or could not; none if no route leads to one.
+    pub group: Option<String>,
+    /// The name of the route that was for it.
+    pub route: Option<String>,
     /// The id of the node that it was sent to last.
     pub node: Option<String>,
     /// Its address.
@@ -92,11 +96,11 @@ impl AccessLogEntry {
             tls: session
                 .digest()
                 .is_some_and(|digest| digest.ssl_digest.is_some()),
-            status: session
-                .response_written()
-                .map(|response| response.status.as_u16()),
+            status: final_status(session).map(|status| status.as_u16()),
             bytes_received: session.body_bytes_read(),
             bytes_sent: session.body_bytes_sent(),
+            group: None,
+            route: None,
             node: None,
             upstream: None,
             tries: 0,

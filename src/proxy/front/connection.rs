@@ -98,8 +98,9 @@ pub(crate) struct Connection {
     is_unanswered: AtomicBool,
     /// The requests of HTTP/2.
     streams: AtomicUsize,
-    /// Those of them that have been answered and are not complete.
+    /// Those of them that have been answered and are not complete, and how many these are.
     drains: Mutex<Drains>,
+    draining: AtomicUsize,
     /// What goes on after a response after which Pingora ends the connection.
     kept: Mutex<Option<ReusedHttpStream>>,
 }
@@ -159,6 +160,8 @@ impl Drop for Draining {
     fn drop(&mut self) {
         let mut drains = lock(&self.connection.drains);
         drains.since.retain(|(number, ..)| *number != self.number);
+        let left = drains.since.len();
+        self.connection.draining.store(left, Ordering::Relaxed);
     }
 }
 
@@ -183,6 +186,7 @@ impl Connection {
             is_unanswered: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
             drains: Mutex::default(),
+            draining: AtomicUsize::new(0),
             kept: Mutex::default(),
         }
     }
@@ -210,6 +214,7 @@ impl Connection {
         let number = drains.next;
         drains.next += 1;
         drains.since.push((number, Instant::now(), within));
+        self.draining.store(drains.since.len(), Ordering::Relaxed);
         Draining {
             connection: self.clone(),
             number,
@@ -217,6 +222,9 @@ impl Connection {
     }
 
     pub(super) fn drain_by(&self) -> Option<Instant> {
+        if self.draining.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
         let drains = lock(&self.drains);
         let times = match self.streams.load(Ordering::Relaxed) > drains.since.len() {
             true => BESIDE_OTHERS,

@@ -21,6 +21,9 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// When a file is tried again that was refused for a reason that may pass.
 const AGAIN: Duration = Duration::from_secs(15);
 
+/// How long a file may be missing: it may be on its way from one place to another.
+const MISSING_FOR: Duration = Duration::from_secs(5);
+
 /// The file of a running load balancer: its changes are taken over within about two seconds, also when it is
 /// replaced or the link to it changes, as Kubernetes does, and at once at SIGHUP. What is no file, such as a pipe, is
 /// read at the start only. As a background service:
@@ -107,6 +110,8 @@ impl BackgroundService for ConfigFile {
         let mut tried = self.text.clone();
         let mut seen = tried.clone();
         let mut again_at = None;
+        // Since when it cannot be read, and whether that has been said.
+        let mut unreadable: Option<(Instant, bool)> = None;
         loop {
             let mut answer = None;
             let is_asked = tokio::select! {
@@ -126,7 +131,9 @@ impl BackgroundService for ConfigFile {
                     let is_due = again_at.is_some_and(|at| Instant::now() >= at);
                     let is_new = is_still && (text != tried || is_due);
                     seen.clone_from(&text);
-                    if !is_asked && !is_new {
+                    let was_refused =
+                        is_still && unreadable.take().is_some_and(|(_, is_said)| is_said);
+                    if !is_asked && !is_new && !was_refused {
                         continue;
                     }
                     tried.clone_from(&text);
@@ -136,9 +143,13 @@ impl BackgroundService for ConfigFile {
                     again_at = (!is_final).then(|| Instant::now() + AGAIN);
                     result
                 }
-                // It may be on its way from one place to another.
-                Err(_) if !is_asked => continue,
                 Err(error) => {
+                    let (since, is_said) = unreadable.get_or_insert((Instant::now(), false));
+                    let is_due = !*is_said && since.elapsed() > MISSING_FOR;
+                    if !is_asked && !is_due {
+                        continue;
+                    }
+                    *is_said = true;
                     self.reloader.refuse(&error);
                     Err(error)
                 }

@@ -10,6 +10,7 @@ use ::pingora::server::{
     RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, UnixShutdownSignalWatch,
 };
 use async_trait::async_trait;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 
@@ -61,6 +62,7 @@ pub fn run(mut server: Server) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    raise_descriptors();
     let configuration = &server.configuration;
     let seconds = configuration.grace_period_seconds;
     let watch = Watch {
@@ -75,6 +77,30 @@ pub fn run(mut server: Server) -> ExitCode {
         shutdown_signal: Box::new(watch),
     });
     ExitCode::SUCCESS
+}
+
+/// Fewer descriptors than this are said to be few: each request needs two, and idle connections one each.
+const FEW_DESCRIPTORS: u64 = 4_096;
+
+/// A process begins with few descriptors for the sake of old programs, and may have as many as its hard limit says.
+fn raise_descriptors() {
+    let mut limits = getrlimit(Resource::Nofile);
+    if limits.current != limits.maximum {
+        limits.current = limits.maximum;
+        if let Err(error) = setrlimit(Resource::Nofile, limits) {
+            say(|| warn!(%error, "the limit of open files cannot be raised"));
+        }
+    }
+    // `None` is no limit.
+    let descriptors = getrlimit(Resource::Nofile).current;
+    if let Some(descriptors) = descriptors.filter(|it| *it < FEW_DESCRIPTORS) {
+        say(|| {
+            warn!(
+                descriptors,
+                "this process may have few connections: raise the limit of open files"
+            )
+        });
+    }
 }
 
 /// The signals do not depend on the runtime that they are registered with.
