@@ -388,7 +388,7 @@ mod tests {
         overload.answered(addr(6), busy, &HeaderMap::new());
         let paused = |after| {
             let now = Instant::now() + Duration::from_millis(after);
-            let mut paused = overload.paused(now, 1_000);
+            let mut paused = overload.paused(now, || 1_000);
             paused.sort_unstable();
             paused
         };
@@ -400,6 +400,6 @@ mod tests {
         }
         assert_eq!(paused(0).len(), MOST_PAUSED);
         // More than half of all: that would be the end of the others.
-        assert!(overload.paused(Instant::now(), 100).is_empty());
+        assert!(overload.paused(Instant::now(), || 100).is_empty());
     }
 }

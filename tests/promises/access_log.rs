@@ -341,3 +341,51 @@ async fn a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish() {
     let last = backend.last();
     assert!(last.contains("\r\nforwarded: for=127.0.0."), "{last}");
 }
+
+/// A user's 503 is to be explained by what the process says of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_without_a_backend_says_why_in_the_log_and_in_the_metrics() {
+    let admin = format!("127.0.0.1:{}", free_port());
+    let fields = format!(
+        "admin: {{ listen: '{admin}' }}\nroutes:\n- {{ name: api, path: /api }}\noverload: {{ max_in_flight: 1, \
+         queue: 0 }}"
+    );
+    let slow = RawBackend::start_slow(Duration::from_secs(2)).await;
+    let (empty, file) = before(&[], "log-empty", "file: FILE", &fields).await;
+    let mut asking = Raw::to(&empty).await;
+    asking.send(b"GET /api/x HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    assert_eq!(status(&asking.response().await), "503");
+    let written: Value = serde_json::from_str(&until_lines(&file, 1).await[0]).unwrap();
+    for (field, expected) in [
+        ("error", json!("no backend is registered")),
+        ("group", json!("default")),
+        ("route", json!("api")),
+        ("node", Value::Null),
+        ("tries", json!(0)),
+    ] {
+        assert_eq!(written[field], expected, "{written}");
+    }
+    let counted = async |admin: &str, reason: &str| {
+        let text = client().get(format!("http://{admin}/metrics")).send();
+        let text = text.await.unwrap().text().await.unwrap();
+        let name = "pingora_etcd_requests_without_backend_total";
+        let labels =
+            |line: &&str| line.starts_with(name) && line.contains(&format!("\"{reason}\""));
+        let line = text.lines().find(labels).unwrap();
+        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+    };
+    assert_eq!(counted(&admin, "no_backend").await, 1.0);
+    drop(empty);
+    let _ = std::fs::remove_file(&file);
+
+    let (full, file) = before(&[slow.address.port()], "log-full", "file: FILE", &fields).await;
+    let mut first = Raw::to(&full).await;
+    first.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    until("it has arrived", async || !slow.requests().is_empty()).await;
+    assert_eq!(status(&get(&full, "").await), "503");
+    let written: Value = serde_json::from_str(&until_lines(&file, 1).await[0]).unwrap();
+    assert_eq!(written["error"], "too many requests are being served");
+    assert_eq!(counted(&admin, "too_many").await, 1.0);
+    assert_eq!(status(&first.response().await), "200");
+    let _ = std::fs::remove_file(&file);
+}

@@ -231,6 +231,25 @@ async fn http_2_without_tls_is_spoken_to_those_who_begin_with_it() {
             });
             assert_eq!(spoken, is_spoken);
         }
+        if is_spoken {
+            // As many streams at a time as Pingora allows.
+            let stream = tokio::net::TcpStream::connect(&balancer.listen).await;
+            let (sender, mut connection) = h2::client::Builder::new()
+                .handshake::<_, bytes::Bytes>(stream.unwrap())
+                .await
+                .unwrap();
+            let settled = async {
+                until("its settings are there", async || {
+                    sender.current_max_send_streams() <= 100
+                })
+                .await;
+                sender.current_max_send_streams()
+            };
+            tokio::select! {
+                _ = &mut connection => panic!("the connection ends"),
+                most = settled => assert_eq!(most, 100),
+            }
+        }
         // A request that is shorter than the preface of HTTP/2, and one that begins like it.
         for request in ["GET / HTTP/1.0\r\n\r\n", "PRI / HTTP/1.0\r\n\r\n"] {
             let mut client = Raw::to(&balancer).await;
@@ -628,4 +647,36 @@ async fn a_part_of_a_further_request_is_no_error_in_the_log() {
     .await;
     let log = balancer.log_text();
     assert!(!log.contains("ERROR"), "{log}");
+}
+
+/// A client that has vanished says nothing, for as long as a tunnel may be silent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_are_looked_for_and_all_descriptors_are_used() {
+    let (etcd, group) = (Etcd::shared(), group("alive"));
+    let backend = RawBackend::start(ok).await;
+    let entry = entry("a", Some(backend.address.port()), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let limits = ["prlimit", "--nofile=600:5000"];
+    let balancer = Setup::shared(&group).starter(&limits).listening().await;
+    let mut client = Raw::to(&balancer).await;
+    assert_eq!(status(&client.get("").await), "200");
+    let port: u16 = balancer.listen.rsplit_once(':').unwrap().1.parse().unwrap();
+    let local = format!(":{port:04X}");
+    // The third field from the end of the addresses: 02 is the timer of keep-alive.
+    let is_looked_for = || {
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        table.lines().any(|line| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            fields[1].ends_with(&local) && fields[3] == "01" && fields[5].starts_with("02:")
+        })
+    };
+    until("a timer runs for it", async || is_looked_for()).await;
+    let pid = balancer.program.child.id();
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let soft = files.unwrap().split_whitespace().nth(3).unwrap();
+    assert_eq!(soft, "5000", "{limits}");
+    assert!(!balancer.log_text().contains("few connections"));
 }

@@ -114,6 +114,24 @@ async fn consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot() {
     }
     assert!(used.iter().eq(["a", "b"]), "{used:?}");
 
+    // Who has no such header goes by its address, and not all to the same one.
+    let behind = "hash_on: header:x-key\nclients: { trusted_proxies: [127.0.0.0/8] }";
+    let header = setup.clone().with(behind).serving().await;
+    let by_client = "hash_on: client_ip\nclients: { trusted_proxies: [127.0.0.0/8] }";
+    let by_client = setup.clone().with(by_client).serving().await;
+    for balancer in [&header, &by_client] {
+        let mut used = std::collections::BTreeSet::new();
+        for client in 0..24 {
+            let address = format!("192.0.2.{client}");
+            let counted = balancer
+                .gets_with(3, |_, request| request.header("x-forwarded-for", &*address))
+                .await;
+            assert_eq!(counted.len(), 1, "client {client}: {counted:?}");
+            used.extend(counted.into_keys());
+        }
+        assert!(used.iter().eq(["a", "b"]), "{used:?}");
+    }
+
     let uri = setup.clone().with("hash_on: uri").serving().await;
     let client = client();
     let mut used = std::collections::BTreeSet::new();

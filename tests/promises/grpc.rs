@@ -114,9 +114,12 @@ async fn the_status_of_a_call_is_its_outcome() {
         let good = EchoServer::start("good").await;
         let bad = EchoServer::start_failing("bad", status).await;
         let ports = [good.address.port(), bad.address.port()];
-        let fields = "backends: { protocol: h2c }\npolicy: adaptive";
+        let admin = format!("127.0.0.1:{}", free_port());
+        let fields = format!(
+            "backends: {{ protocol: h2c }}\npolicy: adaptive\nadmin: {{ listen: '{admin}' }}"
+        );
         let name = format!("grpc-status-{status}");
-        let (_balancer, mut client) = before(&ports, &name, Value::Null, fields).await;
+        let (_balancer, mut client) = before(&ports, &name, Value::Null, &fields).await;
         let mut call = async |count| {
             let start = bad.calls();
             for _ in 0..count {
@@ -127,6 +130,18 @@ async fn the_status_of_a_call_is_its_outcome() {
         call(200).await;
         let of_200 = call(200).await;
         assert_eq!(of_200 < 20, is_fault, "{status}: {of_200}");
+        // Over HTTP all of them have succeeded.
+        let url = format!("http://{admin}/metrics");
+        let text = reqwest::get(url).await.unwrap().text().await.unwrap();
+        let of_status = |status: i32| {
+            let label = format!("grpc_status=\"{status}\"}} ");
+            let is_it = |line: &&str| {
+                line.starts_with("pingora_etcd_grpc_calls_total") && line.contains(&label)
+            };
+            let line = text.lines().find(is_it).unwrap_or("0");
+            line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+        };
+        assert!(of_status(status) >= 1.0 && of_status(0) >= 200.0, "{text}");
     }
 }
 

@@ -50,4 +50,5 @@ mod spans;
 mod store;
 mod table;
 mod tls;
+mod uploads;
 mod world;

@@ -430,3 +430,49 @@ async fn a_token_file_that_is_none_is_refused() {
         balancer.log_text()
     );
 }
+
+/// Whoever waits for 0 before stopping the worker must not cut off what it works on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drained_node_has_requests_in_flight_until_they_are_done() {
+    let two = Two::start("drained-load", false).await;
+    let slow = RawBackend::start_slow(Duration::from_secs(4)).await;
+    let mut keys = two.etcd.raw_client().await;
+    let entry = entry("slow", Some(slow.address.port()), json!({}));
+    put(&mut keys, &two.group, &entry, None).await;
+    // Its first request may be another's: all of these are answered.
+    let mut clients = Vec::new();
+    until("it has a request", async || {
+        let mut client = Raw::to(&two.balancer).await;
+        client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        clients.push(client);
+        !slow.requests().is_empty()
+    })
+    .await;
+    let in_flight = async || two.node("slow").await["in_flight"].as_u64().unwrap();
+    assert!(in_flight().await >= 1);
+    succeeds(
+        &command(&two.etcd, &two.group, &["drain", "slow"]),
+        "slow gets no new requests",
+    );
+    until("it drains", async || {
+        two.node("slow").await["state"] == "draining"
+    })
+    .await;
+    let sent = slow.requests().len();
+    assert!(in_flight().await >= 1, "it works on {sent}");
+    let text = client()
+        .get(format!("{}/metrics", two.admin.replace("/api/v1", "")))
+        .send();
+    let text = text.await.unwrap().text().await.unwrap();
+    let name = format!(
+        "pingora_etcd_node_requests_in_flight{{group=\"{}\",node=\"slow\"}} ",
+        two.group
+    );
+    let value = text.lines().find_map(|line| line.strip_prefix(&name));
+    assert_ne!(value, Some("0"), "{text}");
+    for client in &mut clients {
+        assert_eq!(status(&client.response().await), "200");
+    }
+    until("they are done", async || in_flight().await == 0).await;
+    assert_eq!(slow.requests().len(), sent);
+}

@@ -233,8 +233,8 @@ impl RawBackend {
 }
 
 /// A backend of HTTP/2 without TLS that answers with `ok`, and no length, once it has the whole request, and at once with
-/// a head and nothing else if that is for `/early`; with 20 MB for `/large`, and with a head of 24,575 fields for
-/// `/fields`. And its port.
+/// a head and nothing else if that is for `/early`; with 20 MB for `/large`, with a head of 24,575 fields for `/fields`,
+/// and never for `/hangs`. And its port.
 pub async fn http_2_backend(after: Duration) -> (u16, JoinSet<()>) {
     let listener = TcpListener::bind((local(), 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -260,6 +260,9 @@ pub async fn http_2_backend(after: Duration) -> (u16, JoinSet<()>) {
                         }
                         while let Some(Ok(data)) = body.data().await {
                             let _ = body.flow_control().release_capacity(data.len());
+                        }
+                        if path == "/hangs" {
+                            return std::future::pending().await;
                         }
                         tokio::time::sleep(after).await;
                         let mut response = http::Response::new(());

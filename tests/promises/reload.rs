@@ -582,3 +582,31 @@ async fn a_configuration_from_a_pipe_is_read_once() {
     assert!(threads.unwrap().count() < 30);
     std::fs::remove_file(log).unwrap();
 }
+
+/// A file that a tool has written for another user only would be noticed at the next restart.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_cannot_be_read_for_long_is_a_refused_one() {
+    let backend = RawBackend::start(ok).await;
+    let started = Reloaded::start("reload-unreadable", &[&backend], "").await;
+    let path = started.balancer.conf.clone();
+    // No text, for whoever reads it: root may read any file.
+    let moved = path.with_extension("moved");
+    for broken in [None, Some(&[0xff, 0xfe, 0x00][..])] {
+        std::fs::rename(&path, &moved).unwrap();
+        if let Some(bytes) = broken {
+            std::fs::write(&path, bytes).unwrap();
+        }
+        until("it is refused", async || {
+            !started.status().await["reload"]["error"].is_null()
+        })
+        .await;
+        let log = started.balancer.log_text();
+        assert!(log.contains("refused"), "{log}");
+        assert_eq!(started.balancer.get().await, "n0");
+        std::fs::rename(&moved, &path).unwrap();
+        until("it is in use again", async || {
+            started.status().await["reload"]["error"].is_null()
+        })
+        .await;
+    }
+}

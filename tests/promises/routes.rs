@@ -198,11 +198,14 @@ async fn a_split_is_by_weight_and_a_mirror_gets_copies_that_nobody_waits_for() {
         groups.add(name, backend).await;
     }
     let fields = format!(
-        "groups:\n{}{}{}routes:\n\
+        "groups:\n{}{}{}{}routes:\n\
          - {{ path: /copied, group: main, mirror: {{ group: mirror, body_bytes: 1000 }} }}\n\
-         - {{ path: /split, split: {{ main: 80, canary: 20 }} }}\n",
+         - {{ path: /split, split: {{ main: 80, canary: 20 }} }}\n\
+         - {{ path: /nobody, split: {{ main: 1, nobody: 99 }} }}\n\
+         - {{ path: /alike, group: main, request_headers: {{ set: {{ x-tenant: own }}, remove: [x-admin] }} }}\n",
         groups.line("main", ""),
         groups.line("canary", ""),
+        groups.line("nobody", ""),
         groups.line("mirror", ""),
     );
     let balancer = groups.setup().with(&fields).listening().await;
@@ -214,6 +217,27 @@ async fn a_split_is_by_weight_and_a_mirror_gets_copies_that_nobody_waits_for() {
     let to_canary = canary.requests().len();
     // 200 with a standard deviation of 13: six of them.
     assert!((120..280).contains(&to_canary), "{to_canary} of 1,000");
+    // A group that has no nodes gets no part.
+    for _ in 0..20 {
+        client
+            .send(b"GET /nobody HTTP/1.1\r\nHost: a\r\n\r\n")
+            .await;
+        assert_eq!(status(&client.response().await), "200");
+    }
+    // What CGI takes for a field that the route sets or removes does not get there.
+    client
+        .send(b"GET /alike HTTP/1.1\r\nHost: a\r\nX_Tenant: evil\r\nX-Admin: 1\r\nX_Admin: 1\r\nX_Own: 1\r\n\r\n")
+        .await;
+    assert_eq!(status(&client.response().await), "200");
+    let seen = main.last();
+    for (field, is_there) in [
+        ("x-tenant: own", true),
+        ("x_own: 1", true),
+        ("evil", false),
+        ("admin", false),
+    ] {
+        assert_eq!(seen.contains(field), is_there, "{seen}");
+    }
 
     let start = Instant::now();
     for body in [&*"x".repeat(2_000), "", "12345"] {

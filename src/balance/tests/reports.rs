@@ -361,6 +361,29 @@ fn reports_of_requests_in_flight_count_whatever_the_unit_of_weights() {
     }
 }
 
+/// The mean of all would be wrong by orders of magnitude, so that nobody who tells the truth looked busy.
+#[test]
+fn one_that_reports_a_billion_requests_does_not_hide_what_others_report() {
+    let mut rig = Rig::of(5);
+    let at = |rig: &Rig, index| rig.balancer.upstream_at(bare(index).addr(0)).unwrap();
+    let say = |upstream: &Upstream, in_flight: f64, now| {
+        let mut report = LoadReport::new();
+        report.in_flight = Some(in_flight);
+        upstream.report(&report, now);
+    };
+    say(&at(&rig, 4), 1e9, rig.now);
+    let mut counts = [0_u32; 5];
+    for _ in 0..400 {
+        for index in 0..4 {
+            let in_flight = if index == 0 { 60.0 } else { 2.0 };
+            say(&at(&rig, index), in_flight, rig.now);
+        }
+        let upstream = rig.pick();
+        counts[usize::from(upstream.addr().port() - 1_000)] += 1;
+    }
+    assert!(counts[0] < 20, "{counts:?}");
+}
+
 /// A backend without traffic is idle, whatever its capacity.
 #[test]
 fn who_gets_no_traffic_earns_no_weight_by_being_idle() {

@@ -352,7 +352,19 @@ fn hash_on() {
 #[cfg(feature = "pingora")]
 #[test]
 fn the_part_of_pingora_is_strict_too() {
-    assert_eq!(server_conf(MINIMAL, "file.yaml").unwrap().threads, 2);
+    let conf = server_conf(MINIMAL, "file.yaml").unwrap();
+    assert_eq!(
+        (conf.threads, conf.upstream_keepalive_pool_size),
+        (2, 4_096)
+    );
+    let own = format!("upstream_keepalive_pool_size: 7\n{MINIMAL}");
+    let conf = server_conf(&own, "file.yaml").unwrap();
+    assert_eq!(conf.upstream_keepalive_pool_size, 7);
+    let error = server_conf(
+        &format!("runtime_enable_alt_timer: true\n{MINIMAL}"),
+        "file.yaml",
+    );
+    assert!(error.unwrap_err().to_string().contains("has no effect"));
     let text = MINIMAL.replace("threads", "thread");
     let error = server_conf(&text, "file.yaml").unwrap_err().to_string();
     assert!(

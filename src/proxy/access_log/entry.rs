@@ -208,6 +208,8 @@ mod tests {
             status: Some(200),
             bytes_received: 0,
             bytes_sent: 12,
+            group: None,
+            route: None,
             node: Some("w1".to_owned()),
             upstream: Some("10.0.0.1:80".to_owned()),
             tries: 2,
