@@ -27,7 +27,7 @@ use super::http_1_0::{keep_from_old_clients, name_host};
 use super::kept::keep_connection;
 use super::outcome::final_status;
 use super::reply::{refused, reply_to, respond, timed_out, unavailable, unavailable_reply};
-use super::requests::{is_ending, keep_effective_upgrade};
+use super::requests::{ends_before_body, is_ending, keep_effective_upgrade};
 use super::rest::{check_presence, read_rest, take_body_at_hand};
 use super::route::Decided;
 use super::trace::{set_traceparent, traceparent};
@@ -189,6 +189,7 @@ impl ProxyHttp for ClusterProxy {
         if state.is_expecting && request.version == Version::HTTP_2 {
             // No interim response comes from there.
             request.remove_header(&EXPECT);
+            ends_before_body(session, false);
             session.as_mut().write_continue_response().await?;
             state.is_expecting = false;
         }
@@ -272,8 +273,7 @@ impl ProxyHttp for ClusterProxy {
         let state = &mut context.state;
         let is_switch = response.status == StatusCode::SWITCHING_PROTOCOLS;
         let is_final = is_switch || !response.status.is_informational();
-        // Pingora would end the connection after an interim one that comes before the body, as with `Expect`.
-        session.set_close_on_response_before_downstream_finish(is_final);
+        ends_before_body(session, is_final);
         if is_switch {
             state.becomes_tunnel();
         } else if !is_final {

@@ -93,6 +93,12 @@ pub(super) fn is_ending(session: &Session) -> bool {
     Shutdown::of_process().is_draining() && !session.is_http2()
 }
 
+/// Whether a response that comes before the end of the request ends the connection: with Pingora also an interim one, as
+/// with `Expect`.
+pub(super) fn ends_before_body(session: &mut Session, is_final: bool) {
+    session.set_close_on_response_before_downstream_finish(is_final);
+}
+
 /// A request of less than this finds room in the buffer of a socket at once.
 const SHORT: usize = 4_096;
 

@@ -347,7 +347,7 @@ async fn a_trace_is_passed_on_or_begun_and_forwarded_is_sent_on_wish() {
 async fn a_request_without_a_backend_says_why_in_the_log_and_in_the_metrics() {
     let admin = format!("127.0.0.1:{}", free_port());
     let fields = format!(
-        "admin: {{ listen: '{admin}' }}\nroutes:\n- {{ name: api, path: /api }}\noverload: {{ max_in_flight: 1, \
+        "admin: {{ listen: '{admin}' }}\nroutes:\n- {{ name: api, path: /api, group: default }}\noverload: {{ max_in_flight: 1, \
          queue: 0 }}"
     );
     let slow = RawBackend::start_slow(Duration::from_secs(2)).await;

@@ -2,15 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-use tonic::Code;
-
 use super::common::etcd::Etcd;
 use super::common::load::client;
 use super::common::{free_port, group};
 use super::echo::{EchoClient, EchoServer};
 use super::raw::{Raw, RawBackend, http_2_backend, in_front_of, ok, read_head, status};
 use super::world::{Balancer, Setup, entry, put, scratch, until};
+use serde_json::{Value, json};
 
 const SECOND: Duration = Duration::from_secs(1);
 const PART: Duration = Duration::from_millis(100);
@@ -156,13 +154,40 @@ async fn an_expectation_for_a_backend_of_http_2_is_answered_here() {
     }
 }
 
+/// Pingora would end it with the interim response.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_keeps_its_connection_after_an_interim_response() {
+    let backend = RawBackend::start_early(|request| match request.contains("\r\n\r\n") {
+        true if request.starts_with("POST") => b"HTTP/1.1 100 Continue\r\n\r\n".to_vec(),
+        // The body, which ends as a head does.
+        _ => ok(request),
+    })
+    .await;
+    let balancer = in_front_of(&backend, "interim", "").await;
+    let mut client = Raw::to(&balancer).await;
+    for _ in 0..3 {
+        let head =
+            "POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 8\r\n\r\n";
+        client.send(head.as_bytes()).await;
+        let interim = read_head(&mut client.0).await.unwrap();
+        assert!(interim.starts_with("HTTP/1.1 100 "), "{interim}");
+        client.send(b"body\r\n\r\n").await;
+        let response = client.response().await;
+        assert_eq!(status(&response), "200", "{response}");
+        assert!(
+            !response.to_ascii_lowercase().contains("connection: close"),
+            "{response}"
+        );
+    }
+}
+
 /// With each of them Pingora would give up the connection that all calls share.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_wait_for_milliseconds_cost_nobody_the_connection() {
-    let server = EchoServer::start("s").await;
+    let (port, _serving) = http_2_backend(Duration::ZERO).await;
     let admin = format!("127.0.0.1:{}", free_port());
     let fields = format!("admin: {{ listen: '{admin}' }}\nretries: 0");
-    let balancer = before(server.address.port(), "h2-impatient", &fields).await;
+    let balancer = before(port, "h2-impatient", &fields).await;
     let connected = async || {
         let text = client().get(format!("http://{admin}/metrics")).send().await;
         let text = text.unwrap().text().await.unwrap();
@@ -173,24 +198,25 @@ async fn clients_that_wait_for_milliseconds_cost_nobody_the_connection() {
         let line = text.lines().find_map(|line| line.strip_prefix(&name));
         line.unwrap().parse::<f64>().unwrap()
     };
-    let mut echo = EchoClient::to(&balancer.url).await;
-    echo.call("one").await.unwrap();
     let first = connected().await;
+    let mut sender = http_2(&balancer).await;
     for _ in 0..20 {
-        let late = echo.call_within("wait", Duration::from_millis(30)).await;
-        let code = late.unwrap_err().code();
-        assert!(
-            [Code::DeadlineExceeded, Code::Cancelled].contains(&code),
-            "{code:?}"
-        );
-        echo.call("one").await.unwrap();
+        sender = sender.ready().await.unwrap();
+        let request = http::Request::post("http://a/hangs")
+            .header("content-type", "application/grpc")
+            .header("grpc-timeout", "30m");
+        let sent = sender.send_request(request.body(()).unwrap(), false);
+        let (response, mut body) = sent.unwrap();
+        body.send_data("call".into(), true).unwrap();
+        let late = tokio::time::timeout(Duration::from_millis(30), response).await;
+        assert!(late.is_err(), "{late:?}");
+        body.send_reset(h2::Reason::CANCEL);
+        assert_eq!(balancer.get().await, "a");
     }
     let more = connected().await - first;
     assert!(more < 2.0, "{more} more connections");
 
     // A client that does not end its call itself: its time is kept here.
-    let (port, _serving) = http_2_backend(Duration::ZERO).await;
-    let balancer = before(port, "h2-deadlines", "retries: 0").await;
     for (said, least, most) in [("100m", 0.4, 3.0), ("1500m", 1.4, 4.0)] {
         let mut sender = http_2(&balancer).await;
         let request = http::Request::post("http://a/hangs")
