@@ -111,6 +111,14 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
     if !given.keys().any(|field| field.value == POOL) {
         conf.upstream_keepalive_pool_size = POOL_SIZE;
     }
+    // The reasons begin with the field.
+    let at_line = |reason: String| {
+        let field = reason.split(':').next().unwrap_or_default();
+        match given.keys().find(|given| given.value == field) {
+            Some(given) => format!("line {}: {reason}", given.referenced.line()),
+            None => reason,
+        }
+    };
     for (field, value) in [
         ("threads", conf.threads),
         ("listener_tasks_per_fd", conf.listener_tasks_per_fd),
@@ -118,13 +126,11 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
     ] {
         // There is no upper limit that a range could name.
         if value == 0 {
-            return Err(in_file(
-                name,
-                format!("{field}: 0 is out of range, at least 1"),
-            ));
+            let reason = format!("{field}: 0 is out of range, at least 1");
+            return Err(in_file(name, at_line(reason)));
         }
     }
-    check(&conf).map_err(|reason| in_file(name, reason))?;
+    check(&conf).map_err(|reason| in_file(name, at_line(reason)))?;
     if conf.daemon && conf.working_directory.is_none() {
         // Pingora would move to the root, where relative paths name other files than at the start.
         conf.working_directory = std::env::current_dir().ok();

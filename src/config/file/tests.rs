@@ -374,7 +374,8 @@ fn the_part_of_pingora_is_strict_too() {
     for (wrong, named) in [
         ("threads: many", "line 3"),
         ("threads: many", "invalid threads"),
-        ("threads: 0", "threads"),
+        ("threads: 0", "line 3: threads: 0 is out of range"),
+        ("threads: 2\nuser: a", "line 4: user"),
         ("max_retries: 0", "max_retries"),
         ("listener_tasks_per_fd: 0", "listener_tasks_per_fd"),
     ] {
