@@ -310,8 +310,10 @@ impl State {
     fn calls(&self, writer: &mut Writer<'_, '_>) -> fmt::Result {
         let calls = self.status.groups.iter().flat_map(|group| {
             let calls = group.requests.iter().flat_map(|requests| requests.calls);
-            // A rate of failures needs the others from the first one on.
-            let is_shown = |(count, status): &(u64, &str)| *count > 0 || *status == "0";
+            // From the first call on all of them: an increase is seen only of what was there before.
+            let mut counts = group.requests.iter().flat_map(|requests| requests.calls);
+            let has_calls = counts.any(|count| count > 0);
+            let is_shown = move |(_, status): &(u64, &str)| has_calls || *status == "0";
             let with_any = calls.zip(CALL_STATUSES).filter(is_shown);
             let labelled = with_any.map(|(count, status)| {
                 (

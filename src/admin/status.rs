@@ -417,7 +417,9 @@ pub(super) fn nodes_of(group: &Group, nodes: &Nodes, leader: Option<String>) -> 
             let mut status = NodeStatus::of(node, address, backend, all, &counts);
             (status.state, status.reason) = (found.state.name(), found.reason);
             // A node that gets nothing new may not be done.
-            status.in_flight += unused.get(&*node.id).copied().unwrap_or_default();
+            if backend.is_none() {
+                status.in_flight = unused.get(&*node.id).copied().unwrap_or_default();
+            }
             status.check = found.check.map(CheckResult::from);
             status.said = found.said;
             status.leader = leader.as_deref() == Some(&*node.id);

@@ -140,10 +140,10 @@ impl Weigher {
         self.roster.gate() == Gate::Open && has_down()
     }
 
-    /// Requests in flight at the nodes that take no traffic.
+    /// Requests in flight at the nodes that are not used.
     pub(super) fn unused_in_flight(&self) -> Vec<(Arc<Node>, u32)> {
-        let all = self.roster.registrations().iter();
-        let unused = all.filter(|it| !it.takes_traffic());
+        let is_used = self.roster.is_used();
+        let unused = self.roster.registrations().iter().filter(|it| !is_used(it));
         let in_flight = unused.map(|it| (it.node().clone(), it.endpoint.in_flight()));
         in_flight.filter(|(_, count)| *count > 0).collect()
     }

@@ -253,8 +253,10 @@ pub(super) fn remove_alike(headers: &mut HeaderMap, names: &[HeaderName]) {
         let (one, other) = (one.as_str().bytes(), other.as_str().bytes());
         one.len() == other.len() && one.map(folded).eq(other.map(folded))
     };
-    let is_lookalike =
-        |name: &&HeaderName| !names.contains(name) && names.iter().any(|ours| is_alike(name, ours));
+    let is_lookalike = |name: &&HeaderName| {
+        let is_set_here = names.contains(name) || SET_HERE.contains(&name.as_str());
+        !is_set_here && names.iter().any(|ours| is_alike(name, ours))
+    };
     while let Some(name) = headers.keys().find(is_lookalike).cloned() {
         headers.remove(&name);
     }
@@ -304,10 +306,11 @@ mod tests {
         for name in given {
             headers.insert(HeaderName::from_static(name), HeaderValue::from_static("1"));
         }
-        let names = ["x-tenant", "x_admin"].map(HeaderName::from_static);
+        headers.insert("x-leader-epoch", HeaderValue::from_static("7"));
+        let names = ["x-tenant", "x_admin", "x_leader_epoch"].map(HeaderName::from_static);
         remove_alike(&mut headers, &names);
         let left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
-        assert_eq!(left, ["x-tenant", "x-tenant-id", "x-own"]);
+        assert_eq!(left, ["x-tenant", "x-tenant-id", "x-own", "x-leader-epoch"]);
     }
 
     #[test]

@@ -189,8 +189,10 @@ impl ProxyHttp for ClusterProxy {
         if state.is_expecting && request.version == Version::HTTP_2 {
             // No interim response comes from there.
             request.remove_header(&EXPECT);
+            session.req_header_mut().remove_header(&EXPECT);
             ends_before_body(session, false);
-            session.as_mut().write_continue_response().await?;
+            let written = session.as_mut().write_continue_response().await;
+            written.map_err(Error::into_down)?;
             state.is_expecting = false;
         }
         state.awaits_answer();
@@ -371,7 +373,8 @@ impl ProxyHttp for ClusterProxy {
         {
             let route = context.route.as_deref();
             // A request that is refused for what it is may be a trap for whoever reads the next one.
-            let keeps = reply.code >= 500 && state.can_keep_connection();
+            let is_of_backend = matches!(reply.code, 500 | 502..=504);
+            let keeps = is_of_backend && state.can_keep_connection() && !is_ending(session);
             let sent = match keeps {
                 true => reply.answer(session, route).await,
                 false => reply.send(session, route).await,

@@ -173,7 +173,11 @@ impl Peers {
         });
         options.read_timeout = response;
         // A short request finds room in the socket's buffer: a timer would cost more than it is worth.
-        options.write_timeout = response.filter(|_| !is_short || is_upgrade);
+        options.write_timeout = match asked.is_open {
+            // A part of the request that it does not take has no other time.
+            true => Some(self.response(&asked)),
+            false => response.filter(|_| !is_short || is_upgrade),
+        };
         let hint = self.hints.load().get(&addr).copied();
         options.idle_timeout = Some(hint.unwrap_or(self.pool_idle));
         options.tcp_keepalive = Some(self.keepalive());

@@ -69,7 +69,7 @@ fn check_connection(headers: &HeaderMap) -> Result<()> {
         let usual = [&b"keep-alive"[..], b"close", b"upgrade"];
         usual.iter().any(|it| value.eq_ignore_ascii_case(it))
     };
-    if values().all(is_usual) {
+    if values().all(is_usual) && values().nth(MOST_NAMED).is_none() {
         return Ok(());
     }
     let parts = values().flat_map(|value| value.split(|byte| *byte == b','));
@@ -196,8 +196,8 @@ impl RequestLimits {
         }
         check_connection(headers)?;
         // Pingora takes chunks off, and the coding within would have no name any more (RFC 9112, section 6.1).
-        let coding = headers.get(TRANSFER_ENCODING).map(HeaderValue::as_bytes);
-        if coding.is_some_and(|coding| !coding.eq_ignore_ascii_case(b"chunked")) {
+        let mut codings = headers.get_all(TRANSFER_ENCODING).into_iter();
+        if codings.any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
             return Err(refused(501, "this transfer coding is not known"));
         }
         // RFC 9112, section 3.2. Over HTTP/2 the authority stands for it.

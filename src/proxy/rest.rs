@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use ::pingora::proxy::Session;
 use ::pingora::{Error, Result};
-use tokio::time::timeout;
+use http::header::CONTENT_LENGTH;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::request_state::RequestState;
 
@@ -36,25 +37,44 @@ pub(super) async fn until_left(session: &mut Session, is_complete: bool) -> Box<
     std::future::pending().await
 }
 
-/// How many parts of a body are looked for: each has at most 16 KiB, and all of them find room in what Pingora keeps of a
-/// body for further tries, from where it sends them.
-const MOST_AT_HAND: usize = 3;
+/// How much of a body is looked for. As much finds room in what Pingora keeps of a body for further tries, from where it
+/// sends it; each part has at most 16 KiB over HTTP/2.
+const MOST_AT_HAND: u64 = 49_152;
+const MOST_PARTS: usize = 3;
+/// How long the rest of a request may be on its way. Streams wait for so long before they begin.
+const SOON: Duration = Duration::from_millis(5);
 
-/// Whether all that is left of a request of HTTP/2 is there, as with most calls of gRPC. What is there has been read then.
-pub(super) async fn is_at_hand(session: &mut Session, state: &RequestState) -> bool {
-    let most = match state.tries {
-        1 => MOST_AT_HAND,
-        // An earlier try may have read as much as is kept.
-        _ => 0,
+/// Whether all that is left of a request is there, or soon, as with most calls of gRPC. What is there has been read then.
+pub(super) async fn is_at_hand(session: &mut Session, state: &mut RequestState) -> bool {
+    let length = session.req_header().headers.get(CONTENT_LENGTH);
+    let length = length.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    let is_short = match length {
+        Some(length) => length <= MOST_AT_HAND,
+        // A part of HTTP/1 may have any size.
+        None => session.is_http2(),
     };
-    session.as_mut().enable_retry_buffering();
-    for _ in 0..most {
-        let read = timeout(Duration::ZERO, session.read_request_body()).await;
-        if session.as_mut().is_body_done() || !matches!(read, Ok(Ok(Some(_)))) {
-            break;
+    // An earlier try may have read as much as is kept; and nobody sends the body before it is asked for.
+    if is_short && state.tries == 1 && !state.is_expecting {
+        let parts = if length.is_some() {
+            usize::MAX
+        } else {
+            MOST_PARTS
+        };
+        let soon = Instant::now() + SOON;
+        session.as_mut().enable_retry_buffering();
+        for _ in 0..parts {
+            let read = timeout_at(soon, session.read_request_body()).await;
+            if session.as_mut().is_body_done() || !matches!(read, Ok(Ok(Some(_)))) {
+                break;
+            }
         }
     }
-    session.as_mut().is_body_done()
+    let is_done = session.as_mut().is_body_done();
+    if is_done && session.body_bytes_read() == 0 {
+        // Pingora takes it for a request without a body.
+        state.completes();
+    }
+    is_done
 }
 
 /// Reads what is there of a body that nobody will get: if it is all, the client keeps its connection.

@@ -59,6 +59,7 @@ impl GroupProxy {
         state: &mut RequestState,
     ) -> Result<Box<HttpPeer>> {
         state.time_left()?;
+        state.front_keeps_time(false);
         // It is sent from its start.
         state.body_bytes = 0;
         state.has_body_begun = false;
@@ -100,7 +101,7 @@ impl GroupProxy {
             };
             let is_open = !state.is_complete
                 && !self.peers.passes_upgrades(&node)
-                && !(session.is_http2() && is_at_hand(session, state).await);
+                && !is_at_hand(session, state).await;
             state.front_keeps_time(state.is_upgrade || is_open);
             let asked = Asked {
                 is_upgrade: state.is_upgrade,

@@ -435,7 +435,7 @@ async fn a_token_file_that_is_none_is_refused() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drained_node_has_requests_in_flight_until_they_are_done() {
     let two = Two::start("drained-load", false).await;
-    let slow = RawBackend::start_slow(Duration::from_secs(4)).await;
+    let slow = RawBackend::start_slow(Duration::from_secs(8)).await;
     let mut keys = two.etcd.raw_client().await;
     let entry = entry("slow", Some(slow.address.port()), json!({}));
     put(&mut keys, &two.group, &entry, None).await;
@@ -469,7 +469,7 @@ async fn a_drained_node_has_requests_in_flight_until_they_are_done() {
         two.group
     );
     let value = text.lines().find_map(|line| line.strip_prefix(&name));
-    assert_ne!(value, Some("0"), "{text}");
+    assert!(value.unwrap().parse::<u64>().unwrap() >= 1, "{text}");
     for client in &mut clients {
         assert_eq!(status(&client.response().await), "200");
     }

@@ -84,7 +84,8 @@ async fn an_upload_to_a_backend_of_http_2_may_take_longer_than_a_response() {
         if has_body {
             body.send_data("all".into(), true).unwrap();
         }
-        assert_eq!(response.await.unwrap().status(), 504);
+        let response = tokio::time::timeout(20 * SECOND, response).await;
+        assert_eq!(response.unwrap().unwrap().status(), 504);
         let took = start.elapsed();
         assert!(took < 4 * SECOND, "{took:?}");
     }
@@ -267,8 +268,8 @@ async fn the_latency_of_a_backend_begins_with_the_last_byte_and_an_early_answer_
     assert_eq!(code, "200");
     let written = line(1).await;
     let (duration, upstream) = (&written["duration_ms"], &written["upstream_ms"]);
-    assert!(duration.as_f64().unwrap() > 1_000.0, "{written}");
-    assert!(upstream.as_f64().unwrap() < 600.0, "{written}");
+    assert!(duration.as_f64().unwrap() > 1_150.0, "{written}");
+    assert!(upstream.as_f64().unwrap() < 1_000.0, "{written}");
 
     // Who leaves with its answer has not made it another one.
     put(
@@ -282,14 +283,19 @@ async fn the_latency_of_a_backend_begins_with_the_last_byte_and_an_early_answer_
         balancer.get().await == "503" || !late.requests().is_empty()
     })
     .await;
-    let before = std::fs::read_to_string(&file).unwrap().lines().count();
     let mut client = Raw::to(&balancer).await;
     client
         .send(b"POST /early HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\nsome")
         .await;
     assert_eq!(status(&client.response().await), "503");
     drop(client);
-    let written = line(before + 1).await;
+    let early = || {
+        let text = std::fs::read_to_string(&file).unwrap_or_default();
+        let mut lines = text.lines().map(str::to_owned);
+        lines.find(|line| line.contains("/early"))
+    };
+    until("the line is there", async || early().is_some()).await;
+    let written: Value = serde_json::from_str(&early().unwrap()).unwrap();
     assert_eq!(written["outcome"], "failed", "{written}");
     let _ = std::fs::remove_file(&file);
 }

@@ -145,7 +145,9 @@ impl BackgroundService for ConfigFile {
                 }
                 Err(error) => {
                     let (since, is_said) = unreadable.get_or_insert((Instant::now(), false));
-                    let is_due = !*is_said && since.elapsed() > MISSING_FOR;
+                    // What is no file was never to be read again.
+                    let is_file = matches!(error, ClusterError::ConfigFile { .. });
+                    let is_due = is_file && !*is_said && since.elapsed() > MISSING_FOR;
                     if !is_asked && !is_due {
                         continue;
                     }
