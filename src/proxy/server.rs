@@ -129,13 +129,7 @@ impl ClusterProxy {
         );
         task.set_front(front.settings());
         let mut proxy = Service::new("proxy".to_owned(), front);
-        // The parsers have buffers of their own, and the front holds what is short: each idle connection
-        // would keep 64 KiB.
-        let buffers = L4BufferSettings::unbuffered();
-        let mut options = TcpSocketOptions::default();
-        options.tcp_keepalive = Some(CLIENTS_ALIVE);
-        let listener = ListenerConfig::tcp(&*config.listen).tcp_socket_options(options);
-        proxy.add_listener(listener.l4_buffer(buffers));
+        proxy.add_listener(listener_at(&config.listen));
         let shutdown = Shutdown::of_process();
         shutdown.listeners().add(&config.listen);
         shutdown.accepts_for(Duration::from_millis(config.drain_delay_ms));
@@ -147,6 +141,16 @@ impl ClusterProxy {
         server.add_service(proxy).add_dependency(balancers);
         Ok(parts)
     }
+}
+
+fn listener_at(address: &str) -> ListenerConfig {
+    let mut options = TcpSocketOptions::default();
+    options.tcp_keepalive = Some(CLIENTS_ALIVE);
+    // The parsers have buffers of their own, and the front holds what is short: each idle connection
+    // would keep 64 KiB.
+    ListenerConfig::tcp(address)
+        .tcp_socket_options(options)
+        .l4_buffer(L4BufferSettings::unbuffered())
 }
 
 pub(super) fn made(

@@ -1,6 +1,6 @@
 //! The tries of a request at the backends of a group, and what comes of each.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
@@ -25,6 +25,7 @@ use super::rest::{check_presence, is_at_hand};
 use super::retry::{Decision, FailedTry, RetryRules};
 use super::unserved::Unserved;
 use crate::balance::Upstream;
+use crate::node::Node;
 use crate::pingora::shorten_error;
 
 /// A request for a tunnel passes by so many backends that cannot pass it on. They are looked for once; more have joined.
@@ -99,19 +100,7 @@ impl GroupProxy {
                 Some(_) => self.statistics.backend(addr).answered.count(),
                 None => 0,
             };
-            let is_open = !state.is_complete
-                && !self.peers.passes_upgrades(&node)
-                && !is_at_hand(session, state).await;
-            state.front_keeps_time(state.is_upgrade || is_open);
-            let asked = Asked {
-                is_upgrade: state.is_upgrade,
-                is_short: state.is_short,
-                is_open,
-                left,
-                left_to_answer: state.silence_left(),
-                response: state.response_timeout,
-                tunnel: state.tunnel_timeout,
-            };
+            let asked = self.asked_of(&node, session, state, left).await;
             let reason = match self.peers.peer(addr, &node, asked) {
                 Ok(peer) => {
                     state.response_within = self.peers.response(&asked);
@@ -125,6 +114,29 @@ impl GroupProxy {
                 return Err(bad_gateway(reason));
             };
             self.blame(upstream, Upstream::failed);
+        }
+    }
+
+    /// What a request asks of its peer, which is this node.
+    async fn asked_of(
+        &self,
+        node: &Node,
+        session: &mut Session,
+        state: &mut RequestState,
+        left: Option<Duration>,
+    ) -> Asked {
+        let is_open = !state.is_complete
+            && !self.peers.passes_upgrades(node)
+            && !is_at_hand(session, state).await;
+        state.front_keeps_time(state.is_upgrade || is_open);
+        Asked {
+            is_upgrade: state.is_upgrade,
+            is_short: state.is_short,
+            is_open,
+            left,
+            left_to_answer: state.silence_left(),
+            response: state.response_timeout,
+            tunnel: state.tunnel_timeout,
         }
     }
 

@@ -98,7 +98,7 @@ fn raise_descriptors() {
             warn!(
                 descriptors,
                 "this process may have few connections: raise the limit of open files"
-            )
+            );
         });
     }
 }
