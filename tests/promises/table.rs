@@ -282,6 +282,35 @@ const PROMISES: &[(&str, &[&str])] = &[
         "w1 leaves, no request fails",
         &["proxy::programs::workers_and_a_load_balancer_as_the_readme_runs_them"],
     ),
+    (
+        "while backends are away, clients do not connect anew for each request.",
+        &["promises::backends::a_client_keeps_its_connection_while_the_backend_fails"],
+    ),
+    (
+        "While a request goes on, as a long upload or a stream of gRPC does, its backend may be silent for `timeouts.tunnel_ms`",
+        &[
+            "promises::uploads::an_upload_to_a_backend_of_http_2_may_take_longer_than_a_response",
+            "promises::uploads::a_stream_of_grpc_may_be_silent_for_longer_than_a_response",
+        ],
+    ),
+    (
+        "An `Expect: 100-continue` for a backend of HTTP/2 is answered here",
+        &["promises::uploads::an_expectation_for_a_backend_of_http_2_is_answered_here"],
+    ),
+    (
+        "The latency of a backend begins with the last byte of the request.",
+        &[
+            "promises::uploads::the_latency_of_a_backend_begins_with_the_last_byte_and_an_early_answer_counts",
+        ],
+    ),
+    (
+        "a request that has none of that goes by its client's address.",
+        &["promises::fields::consistent_keeps_a_key_with_its_backend_and_spills_what_is_hot"],
+    ),
+    (
+        "and one that is missing or cannot be read for more than five seconds.",
+        &["promises::reload::a_file_that_cannot_be_read_for_long_is_a_refused_one"],
+    ),
 ];
 
 /// A field under `cluster`, or `cluster.etcd`, and the tests in which it makes a difference.
@@ -533,7 +562,10 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     (
         "timeouts.tunnel_ms",
-        &["promises::clients::a_tunnel_may_be_silent_for_longer_than_a_response"],
+        &[
+            "promises::clients::a_tunnel_may_be_silent_for_longer_than_a_response",
+            "promises::uploads::a_stream_of_grpc_may_be_silent_for_longer_than_a_response",
+        ],
     ),
     (
         "timeouts.connect_ms",
