@@ -1,4 +1,4 @@
-//! What the log says of requests that were not served.
+//! What clients and the log learn of requests that were not served.
 
 use std::time::Instant;
 
@@ -8,7 +8,36 @@ use tracing::{debug, error};
 
 use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
-use super::reply::is_slow_upload;
+use super::failed_try::is_unanswered;
+use super::reply::{is_slow_upload, reply_to, timed_out};
+use super::requests::is_ending;
+
+/// Sends the error response to a request that failed, if it has none: its status, and 0 if nobody is there to get one.
+pub(super) async fn answer_failure(
+    session: &mut Session,
+    error: &Error,
+    context: &mut RequestContext,
+) -> u16 {
+    let state = &mut context.state;
+    let reply = timed_out(state, error).or_else(|| reply_to(error, state.failed_epoch.is_some()));
+    let Some(reply) = reply else { return 0 };
+    if is_unanswered(session) {
+        let route = context.route.as_deref();
+        // A request that is refused for what it is may be a trap for whoever reads the next one.
+        let is_of_backend = matches!(reply.code, 500 | 502..=504);
+        let keeps = is_of_backend && state.can_keep_connection() && !is_ending(session);
+        let sent = match keeps {
+            true => reply.answer(session, route).await,
+            false => reply.send(session, route).await,
+        };
+        state.is_refused = sent.is_ok();
+        state.keeps_connection = keeps && sent.is_ok();
+        if let Err(error) = sent {
+            debug!(%error, code = reply.code, "the error response could not be sent to the client");
+        }
+    }
+    reply.code
+}
 
 impl ClusterProxy {
     /// What clients do wrong, and what the proxy refuses by itself, are no errors of this process. Of the others a line

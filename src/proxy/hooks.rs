@@ -10,15 +10,15 @@ use ::pingora::upstreams::peer::HttpPeer;
 use ::pingora::{Error, Result};
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{EXPECT, TRANSFER_ENCODING};
-use http::{HeaderMap, StatusCode, Version};
+use http::header::TRANSFER_ENCODING;
+use http::{HeaderMap, StatusCode};
 use tracing::debug;
 
 use super::access_entry::{call_status, entry, has_failed};
 use super::client::peer_of;
 use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
-use super::failed_try::is_unanswered;
+use super::failed::answer_failure;
 use super::grpc::Call;
 use super::header_policy::tell_backend;
 use super::headers::{change_fields, forget_case, join_cookies, set_leader_epoch};
@@ -26,8 +26,8 @@ use super::hop_by_hop::{ends_with_connection, has_no_body};
 use super::http_1_0::{keep_from_old_clients, name_host};
 use super::kept::keep_connection;
 use super::outcome::final_status;
-use super::reply::{refused, reply_to, respond, timed_out, unavailable, unavailable_reply};
-use super::requests::{ends_before_body, is_ending, keep_effective_upgrade};
+use super::reply::{refused, respond, unavailable, unavailable_reply};
+use super::requests::{answer_expectation, ends_before_body, is_ending, keep_effective_upgrade};
 use super::rest::{check_presence, read_rest, take_body_at_hand};
 use super::route::Decided;
 use super::trace::{set_traceparent, traceparent};
@@ -186,15 +186,7 @@ impl ProxyHttp for ClusterProxy {
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
         let (routing, state) = (&context.routing, &mut context.state);
-        if state.is_expecting && request.version == Version::HTTP_2 {
-            // No interim response comes from there.
-            request.remove_header(&EXPECT);
-            session.req_header_mut().remove_header(&EXPECT);
-            ends_before_body(session, false);
-            let written = session.as_mut().write_continue_response().await;
-            written.map_err(Error::into_down)?;
-            state.is_expecting = false;
-        }
+        answer_expectation(session, request, state).await?;
         state.awaits_answer();
         change_fields(request, |headers| {
             name_host(session, headers, state.addr());
@@ -365,28 +357,8 @@ impl ProxyHttp for ClusterProxy {
         error: &Error,
         context: &mut Box<RequestContext>,
     ) -> FailToProxy {
-        let state = &context.state;
-        let reply =
-            timed_out(state, error).or_else(|| reply_to(error, state.failed_epoch.is_some()));
-        if is_unanswered(session)
-            && let Some(reply) = &reply
-        {
-            let route = context.route.as_deref();
-            // A request that is refused for what it is may be a trap for whoever reads the next one.
-            let is_of_backend = matches!(reply.code, 500 | 502..=504);
-            let keeps = is_of_backend && state.can_keep_connection() && !is_ending(session);
-            let sent = match keeps {
-                true => reply.answer(session, route).await,
-                false => reply.send(session, route).await,
-            };
-            context.state.is_refused = sent.is_ok();
-            context.state.keeps_connection = keeps && sent.is_ok();
-            if let Err(error) = sent {
-                debug!(%error, code = reply.code, "the error response could not be sent to the client");
-            }
-        }
         FailToProxy {
-            error_code: reply.map_or(0, |reply| reply.code),
+            error_code: answer_failure(session, error, context).await,
             can_reuse_downstream: false,
         }
     }

@@ -99,6 +99,23 @@ pub(super) fn ends_before_body(session: &mut Session, is_final: bool) {
     session.set_close_on_response_before_downstream_finish(is_final);
 }
 
+/// Answers `Expect` for a backend of HTTP/2, from which no interim response comes.
+pub(super) async fn answer_expectation(
+    session: &mut Session,
+    request: &mut RequestHeader,
+    state: &mut RequestState,
+) -> Result<()> {
+    if state.is_expecting && request.version == Version::HTTP_2 {
+        request.remove_header(&EXPECT);
+        session.req_header_mut().remove_header(&EXPECT);
+        ends_before_body(session, false);
+        let written = session.as_mut().write_continue_response().await;
+        written.map_err(Error::into_down)?;
+        state.is_expecting = false;
+    }
+    Ok(())
+}
+
 /// A request of less than this finds room in the buffer of a socket at once.
 const SHORT: usize = 4_096;
 

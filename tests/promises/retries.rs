@@ -541,7 +541,7 @@ async fn a_request_that_ends_connections_ends_few_of_them() {
         let mut client = Raw::to(&balancer).await;
         let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n");
         client.send(request.as_bytes()).await;
-        let response = client.rest().await;
+        let response = client.response().await;
         assert_eq!(status(&response), "502", "{response}");
         assert!((1..=most).contains(&tries()), "{path}: {}", tries());
     }

@@ -98,10 +98,6 @@ impl ClientStream {
         }
     }
 
-    pub(super) fn connection(&self) -> Arc<Connection> {
-        self.connection.clone()
-    }
-
     /// The phase now. Where the proxy has changed it, its time has not begun.
     fn phase(&mut self) -> Phase {
         let phase = self.connection.phase();

@@ -9,7 +9,14 @@ use ::pingora::protocols::{
     UniqueID, UniqueIDType,
 };
 
+use super::super::connection::Connection;
 use super::ClientStream;
+
+impl ClientStream {
+    pub(in crate::proxy::front) fn connection(&self) -> Arc<Connection> {
+        self.connection.clone()
+    }
+}
 
 impl UniqueID for ClientStream {
     fn id(&self) -> UniqueIDType {
