@@ -2,12 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::common::etcd::Etcd;
 use super::common::group;
-use super::raw::{Raw, RawBackend, http_2_backend, in_front_of, ok, register, status};
-use super::world::{Balancer, Setup, entry, put, scratch, until};
+use super::raw::{
+    Raw, RawBackend, http_2_backend, in_front_of, in_front_of_http_2, ok, register, status,
+};
+use super::world::{Balancer, Setup, scratch, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -152,20 +154,11 @@ async fn what_a_backend_sends_is_not_in_the_log() {
     );
 }
 
-async fn http_2(name: &str, port: u16, more: &str) -> Balancer {
-    let (etcd, group) = (Etcd::shared(), group(name));
-    let entry = entry("a", Some(port), json!({}));
-    put(&mut etcd.raw_client().await, &group, &entry, None).await;
-    let fields = format!("backends: {{ protocol: h2c }}\n{more}");
-    let balancer = Setup::shared(&group).with(&fields).start();
-    until("it serves", async || balancer.get().await == "a").await;
-    balancer
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_does_not_read_holds_up_nobody_on_its_backends_connection() {
     let (port, _serving) = http_2_backend(Duration::ZERO).await;
-    let balancer = http_2("h2-slow-reader", port, "timeouts: { response_ms: 10000 }").await;
+    let balancer =
+        in_front_of_http_2(port, "h2-slow-reader", "timeouts: { response_ms: 10000 }").await;
     // Each would fill the window of a whole connection.
     let mut slow = Vec::new();
     for _ in 0..3 {
@@ -192,7 +185,7 @@ async fn a_client_that_does_not_read_holds_up_nobody_on_its_backends_connection(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_head_of_http_2_with_too_many_fields_is_its_backends_failure() {
     let (port, _serving) = http_2_backend(Duration::ZERO).await;
-    let balancer = http_2("h2-fields", port, "retries: 0").await;
+    let balancer = in_front_of_http_2(port, "h2-fields", "retries: 0").await;
     for _ in 0..3 {
         assert_eq!(status(&get(&balancer, "/fields").await), "502");
         assert_eq!(status(&get(&balancer, "/").await), "200");

@@ -333,6 +333,17 @@ pub async fn in_front_of_after(
     balancer
 }
 
+/// A balancer with these fields in front of a backend of HTTP/2 at this port.
+pub async fn in_front_of_http_2(port: u16, name: &str, fields: &str) -> Balancer {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let entry = entry("a", Some(port), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let fields = format!("backends: {{ protocol: h2c }}\n{fields}");
+    let balancer = Setup::shared(&group).with(&fields).start();
+    until("it serves", async || balancer.get().await == "a").await;
+    balancer
+}
+
 /// Whether the other side closes the connection within this time.
 pub async fn is_closed_within(stream: &mut TcpStream, time: Duration) -> bool {
     let mut byte = [0];

@@ -6,23 +6,14 @@ use super::common::etcd::Etcd;
 use super::common::load::client;
 use super::common::{free_port, group};
 use super::echo::{EchoClient, EchoServer};
-use super::raw::{Raw, RawBackend, http_2_backend, in_front_of, ok, read_head, status};
+use super::raw::{
+    Raw, RawBackend, http_2_backend, in_front_of, in_front_of_http_2, ok, read_head, status,
+};
 use super::world::{Balancer, Setup, entry, put, scratch, until};
 use serde_json::{Value, json};
 
 const SECOND: Duration = Duration::from_secs(1);
 const PART: Duration = Duration::from_millis(100);
-
-/// A balancer in front of a backend of HTTP/2 at this port.
-async fn before(port: u16, name: &str, fields: &str) -> Balancer {
-    let (etcd, group) = (Etcd::shared(), group(name));
-    let entry = entry("a", Some(port), json!({}));
-    put(&mut etcd.raw_client().await, &group, &entry, None).await;
-    let fields = format!("backends: {{ protocol: h2c }}\n{fields}");
-    let balancer = Setup::shared(&group).with(&fields).start();
-    until("it serves", async || balancer.get().await == "a").await;
-    balancer
-}
 
 /// A connection of HTTP/2 to the balancer.
 async fn http_2(balancer: &Balancer) -> h2::client::SendRequest<bytes::Bytes> {
@@ -63,7 +54,7 @@ async fn uploads_over_2(balancer: &Balancer, path: &str, parts: usize) -> (u16, 
 async fn an_upload_to_a_backend_of_http_2_may_take_longer_than_a_response() {
     let (port, _serving) = http_2_backend(Duration::ZERO).await;
     let fields = "timeouts: { response_ms: 1000 }\nretries: 0";
-    let balancer = before(port, "h2-uploads", fields).await;
+    let balancer = in_front_of_http_2(port, "h2-uploads", fields).await;
     // Both for three times as long.
     let (over_1, over_2) = tokio::join!(
         uploads(&balancer, "/", 30),
@@ -103,7 +94,7 @@ async fn an_upload_to_a_backend_of_http_2_may_take_longer_than_a_response() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bodies_arrive_whole_at_backends_of_http_2() {
     let server = EchoServer::start("s").await;
-    let balancer = before(server.address.port(), "h2-bodies", "").await;
+    let balancer = in_front_of_http_2(server.address.port(), "h2-bodies", "").await;
     let mut echo = EchoClient::to(&balancer.url).await;
     for length in [
         0, 1, 1_000, 16_000, 16_384, 40_000, 49_152, 65_536, 70_000, 1_000_000,
@@ -120,7 +111,7 @@ async fn bodies_arrive_whole_at_backends_of_http_2() {
 async fn a_stream_of_grpc_may_be_silent_for_longer_than_a_response() {
     let server = EchoServer::start("s").await;
     let fields = "timeouts: { response_ms: 500 }";
-    let balancer = before(server.address.port(), "h2-streams", fields).await;
+    let balancer = in_front_of_http_2(server.address.port(), "h2-streams", fields).await;
     let mut echo = EchoClient::to(&balancer.url).await;
     let (sender, receiver) = tokio::sync::mpsc::channel(1);
     let messages = tokio_stream::wrappers::ReceiverStream::new(receiver);
@@ -141,7 +132,7 @@ async fn a_stream_of_grpc_may_be_silent_for_longer_than_a_response() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expectation_for_a_backend_of_http_2_is_answered_here() {
     let (port, _serving) = http_2_backend(Duration::ZERO).await;
-    let balancer = before(port, "h2-expect", "timeouts: { response_ms: 2000 }").await;
+    let balancer = in_front_of_http_2(port, "h2-expect", "timeouts: { response_ms: 2000 }").await;
     let mut client = Raw::to(&balancer).await;
     let head = b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n";
     // The connection goes on.
@@ -188,7 +179,7 @@ async fn clients_that_wait_for_milliseconds_cost_nobody_the_connection() {
     let (port, _serving) = http_2_backend(Duration::ZERO).await;
     let admin = format!("127.0.0.1:{}", free_port());
     let fields = format!("admin: {{ listen: '{admin}' }}\nretries: 0");
-    let balancer = before(port, "h2-impatient", &fields).await;
+    let balancer = in_front_of_http_2(port, "h2-impatient", &fields).await;
     let connected = async || {
         let text = client().get(format!("http://{admin}/metrics")).send().await;
         let text = text.unwrap().text().await.unwrap();
