@@ -89,6 +89,8 @@ pub struct Scenario {
     pub name: &'static str,
     pub servers: usize,
     pub proxies: usize,
+    /// Half of all requests come to the first proxy.
+    pub is_uneven: bool,
     /// As a part of the capacity that neighbours leave.
     pub load: f64,
     pub work: Work,
@@ -115,6 +117,7 @@ impl Default for Scenario {
             name: "",
             servers: 10,
             proxies: 4,
+            is_uneven: false,
             load: 0.75,
             work: Work::Lognormal(1.0),
             discipline: Discipline::ProcessorSharing,

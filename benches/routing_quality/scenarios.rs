@@ -145,9 +145,9 @@ pub fn all() -> Vec<Row> {
             many_proxies("64 proxies, 90 %, in flight reported", 0.9, true),
         ),
         Row {
-            // The one large scenario that is part of the shortened run.
+            // Two large scenarios are part of the shortened run.
             quick: true,
-            ..row(1.15, {
+            ..row(1.10, {
                 let mut it =
                     many_proxies("64 proxies, 100 servers, in flight reported", 0.75, true);
                 it.servers = 100;
@@ -159,20 +159,35 @@ pub fn all() -> Vec<Row> {
             None,
             large("16 proxies, 1,000 servers", 16, 1_000, 0.75, false),
         ),
+        Row {
+            quick: true,
+            ..row(
+                1.20,
+                large("64 proxies, 100 servers, 75 %", 64, 100, 0.75, false),
+            )
+        },
         row(
-            None,
-            large("64 proxies, 100 servers, 75 %", 64, 100, 0.75, false),
-        ),
-        row(
-            None,
+            1.40,
             large("64 proxies, 100 servers, 90 %", 64, 100, 0.9, false),
         ),
+        row(None, {
+            let name = "64 proxies, 100 servers, one with half of the traffic";
+            let mut it = large(name, 64, 100, 0.75, false);
+            it.is_uneven = true;
+            it
+        }),
+        row(None, {
+            let name = "64 proxies, 100 servers, a third fails";
+            let mut it = failing(name, Trouble::ThirdFails(Fault::Fast));
+            (it.proxies, it.servers) = (64, 100);
+            it
+        }),
         row(
             None,
             large("64 proxies, 1,000 servers", 64, 1_000, 0.75, false),
         ),
         row(
-            1.35,
+            1.25,
             large(
                 "64 proxies, 100 servers, 90 %, in flight reported",
                 64,

@@ -324,7 +324,10 @@ impl World {
         let rate = self.rate * if self.burst { 2.0 } else { 1.0 };
         let pause = -(1.0 - self.nature.f64()).ln() / rate;
         let work = self.scenario.work.draw(&mut self.nature);
-        let proxy = self.nature.u32(..self.proxies.len() as u32);
+        let proxy = match self.scenario.is_uneven && self.nature.bool() {
+            true => 0,
+            false => self.nature.u32(..self.proxies.len() as u32),
+        };
         self.at(self.now + pause, Event::Arrival);
         let Some(ticket) = self.pick(proxy as usize) else {
             self.measured.failed += u64::from(self.measuring());

@@ -422,10 +422,14 @@ impl Balancer {
             node: endpoint.node(),
             addr: endpoint.addr(),
             weight: endpoint.weight().get(),
-            share: endpoint.share().get(),
+            share: match endpoint.is_outside() {
+                true => 0.0,
+                false => endpoint.share().get(),
+            },
             success: f64::from(endpoint.success()).max(0.0),
             in_flight: endpoint.in_flight(),
             is_ejected: endpoint.is_ejected(),
+            is_outside: endpoint.is_outside(),
         };
         self.published
             .load()
@@ -503,4 +507,7 @@ pub struct BackendStatus {
     pub in_flight: u32,
     /// It fails, and gets nothing but a few probes until it works again.
     pub is_ejected: bool,
+    /// This process is one of many, and uses others ([`Adaptive::subset_in_flight`](super::Adaptive::subset_in_flight)):
+    /// it gets what has to go to it, and what the others cannot take.
+    pub is_outside: bool,
 }

@@ -77,6 +77,8 @@ pub(super) struct EndpointState {
     calm: AtomicF32,
     /// It failed, and gets nothing but probes.
     is_ejected: AtomicBool,
+    /// This process uses other backends, which are part of its subset.
+    is_outside: AtomicBool,
     /// A request is to try it: the first one, or a probe.
     is_due: AtomicBool,
     /// A probe is under way.
@@ -253,6 +255,7 @@ impl Endpoint {
                 success: AtomicF32::new(1.0),
                 faultless: AtomicF32::new(1.0),
                 is_ejected: AtomicBool::new(false),
+                is_outside: AtomicBool::new(false),
                 is_due: AtomicBool::new(false),
                 is_probed: AtomicBool::new(false),
                 #[cfg(feature = "pingora")]
@@ -328,6 +331,16 @@ impl Endpoint {
 
     pub(super) fn set_base(&self, base: f64) {
         self.state.base.set(base as f32);
+    }
+
+    /// Whether this process uses other backends, which are part of its subset.
+    pub(super) fn is_outside(&self) -> bool {
+        self.state.is_outside.load(Ordering::Relaxed)
+    }
+
+    /// Says that this process uses other backends, or this one as well.
+    pub(super) fn set_outside(&self, is_outside: bool) {
+        self.state.is_outside.store(is_outside, Ordering::Relaxed);
     }
 
     /// Sets how much it can take, where all can take this `mean`; the part of that which counts because of its zone;

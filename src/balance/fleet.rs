@@ -67,6 +67,8 @@ pub(super) struct Fleet {
     in_flight_bound: AtomicF32,
     /// What the time stamps of reports count from: the time of the first report.
     epoch: OnceLock<Instant>,
+    /// Where the turns of this process begin, so that several processes do not begin at the same backend.
+    first_turn: OnceLock<u64>,
     /// How many values in reports, and whole reports, were refused.
     refused: AtomicU64,
     heard: Heard,
@@ -142,6 +144,7 @@ impl Fleet {
             in_flight_fade: AtomicF32::new(settings.in_flight_fade_ms as f32 / 1e3),
             in_flight_bound: AtomicF32::new(settings.in_flight_bound as f32),
             epoch: OnceLock::new(),
+            first_turn: OnceLock::new(),
             refused: AtomicU64::new(0),
             heard: Heard::new(),
             tunnels: AtomicU32::new(0),
@@ -149,6 +152,16 @@ impl Fleet {
             working_part: AtomicF32::new(1.0),
             lingering: Lingering::new(),
         }
+    }
+
+    /// Where the turns of this process begin: a number that chance gives to each process.
+    pub(super) fn first_turn(&self, random: &mut fastrand::Rng) -> u64 {
+        *self.first_turn.get_or_init(|| random.u64(..) >> 1)
+    }
+
+    /// The same, once there has been a turn.
+    pub(super) fn seed(&self) -> Option<u64> {
+        self.first_turn.get().copied()
     }
 
     /// Uses other constants from now on.

@@ -39,6 +39,7 @@ mod scale;
 mod settings;
 mod sharing;
 mod spread;
+mod subset;
 mod successors;
 mod table;
 #[cfg(test)]

@@ -78,6 +78,11 @@ impl Scale {
         self.zone = None;
     }
 
+    /// The balancer's own zone.
+    pub(super) fn zone(&self) -> Option<&str> {
+        self.zone.as_deref()
+    }
+
     /// How calm half of the backends that report were at least, when all were weighed.
     pub(super) fn calm_of_half(&self) -> f64 {
         self.common.calm_of_half

@@ -59,7 +59,10 @@ pub(super) struct Table {
     pub(super) ring: Ring,
     /// `None` where all shares are equal.
     pub(super) spread: Option<Spread>,
-    /// How many of the backends can be drawn: those before the ones that are ejected.
+    /// How many of the backends can be drawn: those before the ones that are not in the subset, and the ones that are
+    /// ejected.
+    pub(super) drawn: usize,
+    /// How many are not ejected; all, if all are.
     pub(super) live: usize,
     /// Where the backends are that are ejected, and those that are to get their first request.
     pub(super) ejected: Box<[u32]>,
@@ -80,10 +83,16 @@ impl Table {
     /// A table without any index.
     pub(super) fn new(mut endpoints: Vec<Arc<Endpoint>>) -> Self {
         let is_live = |endpoint: &Arc<Endpoint>| endpoint.acceptance() > 0.0;
-        let live = endpoints.iter().filter(|it| is_live(it)).count();
-        if live < endpoints.len() {
-            endpoints.sort_by_key(|endpoint| !is_live(endpoint));
+        let is_drawn = |endpoint: &Arc<Endpoint>| is_live(endpoint) && !endpoint.is_outside();
+        let count = |is_wanted: &dyn Fn(&Arc<Endpoint>) -> bool| {
+            endpoints.iter().filter(|it| is_wanted(it)).count()
+        };
+        let (live, drawn) = (count(&is_live), count(&is_drawn));
+        if drawn < endpoints.len() {
+            endpoints.sort_by_key(|endpoint| (!is_drawn(endpoint), !is_live(endpoint)));
         }
+        // Where all are ejected, none is.
+        let live = if live == 0 { endpoints.len() } else { live };
         let weights = endpoints.iter().map(|endpoint| endpoint.weight().get());
         let mean = weights.sum::<f64>() / endpoints.len().max(1) as f64;
         let slot = |endpoint: Arc<Endpoint>| Slot {
@@ -96,8 +105,9 @@ impl Table {
         };
         let bases = |pair: &[Arc<Endpoint>]| pair[0].base() != pair[1].base();
         Self {
-            // Where all are ejected, none is.
-            live: if live == 0 { endpoints.len() } else { live },
+            live,
+            // Where all of the subset are ejected since it was chosen, there is none.
+            drawn: if drawn == 0 { live } else { drawn },
             mean_weight: mean,
             has_static_weights: endpoints.windows(2).any(bases),
             slots: endpoints.into_iter().map(slot).collect(),

@@ -1,5 +1,6 @@
 //! From the nodes of a group, and the outcomes of requests, to the weights of backends.
 
+mod outside;
 mod refusing;
 mod trials;
 
@@ -19,6 +20,7 @@ use super::policy::ActivePolicy;
 use super::roster::Roster;
 use super::scale::{Scale, WeigherSettings};
 use super::sharing::Sharing;
+use super::subset::Subset;
 use crate::node::Node;
 use crate::view::NodeOverride;
 
@@ -45,6 +47,9 @@ pub(super) struct Weigher {
     roster: Roster,
     trust: Trust,
     sharing: Sharing,
+    subset: Subset,
+    /// Some backends are outside the subset.
+    leaves_some_out: bool,
     scale: Scale,
     /// The version of the roster that weights follow.
     settled_version: Option<u64>,
@@ -82,6 +87,8 @@ struct TickSummary {
     /// Mean latencies of this tick, in seconds.
     latencies: Vec<f64>,
     in_flight: Mean,
+    all_in_flight: f64,
+    backends: usize,
     has_tunnels: bool,
 }
 
@@ -94,6 +101,8 @@ impl Weigher {
             settings,
             trust: Trust::default(),
             sharing: Sharing::default(),
+            subset: Subset::default(),
+            leaves_some_out: false,
             scale: Scale::default(),
             settled_version: None,
             rests_until: None,
@@ -220,6 +229,7 @@ impl Weigher {
         let is_few = reporting.len() * FEW_OF < self.roster.registrations().len();
         if self.take_changed() {
             self.limit_ejected_by_predecessor();
+            self.choose_subset(policy);
             self.measure_working();
         } else if is_few && self.roster.registrations().len() >= WEIGHED_ALONE_FROM {
             let (settings, roster) = (&self.settings, &self.roster);
@@ -259,6 +269,7 @@ impl Weigher {
         self.learn_from_reports(now);
         self.learn_from_requests(now, passed);
         self.decide_trials(policy, now);
+        self.choose_subset(policy);
         self.scale.measure_zones(&self.settings, &self.roster);
         if self.take_changed() {
             self.limit_ejected_by_predecessor();
@@ -320,7 +331,8 @@ impl Weigher {
             };
             let is_new = std::mem::take(&mut registration.has_new_load);
             // With a single report there is nothing to compare it with, and without traffic a low load says nothing.
-            if !is_new || mean.count() < 2 || !is_used(registration) {
+            let is_outside = registration.endpoint.is_outside();
+            if !is_new || mean.count() < 2 || is_outside || !is_used(registration) {
                 continue;
             }
             let was_used = std::mem::take(&mut registration.was_used);
@@ -377,13 +389,15 @@ impl Weigher {
         // Without those that have just become stale.
         self.roster.replace_controlled_load(summary.loads);
         for registration in self.roster.registrations_mut() {
-            if registration.takes_traffic() {
+            if registration.takes_traffic() && !registration.endpoint.is_outside() {
                 let controller = &mut registration.controller;
                 controller.center(summary.metrics.value());
                 controller.correct_by_latency(adaptive, shared, &summary.excess_latency);
             }
         }
         self.sharing.tick(&summary.in_flight);
+        let calm = self.scale.calm_of_half();
+        (self.subset).tick(adaptive, summary.all_in_flight, calm, summary.backends);
         self.fleet.set_tunnels(summary.has_tunnels);
         if let Some(usual) = lower_median(&mut summary.latencies) {
             self.fleet.lingering().set_usual_latency(usual);
@@ -424,14 +438,24 @@ impl TickSummary {
         self.reports_in_flight |= is_reporting;
         self.active += usize::from(is_active);
         self.active_reporting += usize::from(is_active && is_reporting);
+        let is_outside = endpoint.is_outside();
         if let Some(load) = controller.load() {
-            self.metrics.add(controller.metrics(), 1.0);
             self.loads.add(load, 1.0);
+            if !is_outside {
+                self.metrics.add(controller.metrics(), 1.0);
+            }
         }
-        self.in_flight.add(endpoint.busy().into(), 1.0);
+        let busy = f64::from(endpoint.busy());
+        self.backends += 1;
+        self.all_in_flight += busy;
+        if !is_outside {
+            self.in_flight.add(busy, 1.0);
+        }
         self.has_tunnels |= endpoint.state().tunnels() > 0;
         self.latencies.extend(controller.new_mean_latency());
-        if let Some(excess) = controller.excess_latency() {
+        if let Some(excess) = controller.excess_latency()
+            && !is_outside
+        {
             self.excess_latency.add(excess, endpoint.share().get());
         }
     }

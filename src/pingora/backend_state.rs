@@ -172,6 +172,10 @@ fn state(
             let reason = format!("it says of itself: {own_reason}");
             return (BackendState::Degraded, reason);
         }
+        _ if backend.is_some_and(|backend| backend.is_outside) => (
+            BackendState::Serving,
+            "all is well; this process is one of many and uses others (adaptive.subset_in_flight)",
+        ),
         _ => (BackendState::Serving, "all is well"),
     };
     (state, reason.to_owned())

@@ -123,6 +123,10 @@ impl RoutingPolicy for ActivePolicy {
         dispatch!(self, policy => policy.follows_zones())
     }
 
+    fn uses_subset(&self) -> bool {
+        dispatch!(self, policy => policy.uses_subset())
+    }
+
     fn reduces_failing_shares(&self) -> bool {
         dispatch!(self, policy => policy.reduces_failing_shares())
     }

@@ -66,6 +66,10 @@ impl RoutingPolicy for AdaptivePolicy {
         true
     }
 
+    fn uses_subset(&self) -> bool {
+        true
+    }
+
     fn reduces_failing_shares(&self) -> bool {
         true
     }

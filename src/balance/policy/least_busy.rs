@@ -2,7 +2,6 @@
 //! requests in flight for its weight.
 
 use std::net::SocketAddr;
-use std::sync::OnceLock;
 use std::time::Instant;
 
 use super::routing::{Picked, random_unit, unit};
@@ -41,8 +40,6 @@ pub(super) struct LeastBusy {
     /// Chance decides between backends without requests in flight whose weights differ by less than this
     /// part.
     alike: f32,
-    /// Where the turns of this process begin, so that several processes do not begin at the same backend.
-    first_turn: OnceLock<u64>,
 }
 
 /// The best candidate so far.
@@ -70,16 +67,15 @@ impl LeastBusy {
             candidates,
             own_request,
             alike,
-            first_turn: OnceLock::new(),
         }
     }
 
     pub(super) fn index(&self, table: &mut Table, shares: &[Share]) {
-        let live = &shares[..table.live];
-        table.alias = AliasTable::new(live);
-        let all_equal = live.windows(2).all(|pair| pair[0] == pair[1]);
-        table.spread = (!all_equal).then(|| Spread::new(live));
-        table.draws = draws_for(table.live, self.candidates);
+        let drawn = &shares[..table.drawn];
+        table.alias = AliasTable::new(drawn);
+        let all_equal = drawn.windows(2).all(|pair| pair[0] == pair[1]);
+        table.spread = (!all_equal).then(|| Spread::new(drawn));
+        table.draws = draws_for(table.drawn, self.candidates);
         for (slot, place) in table.slots.iter().zip(0..) {
             slot.endpoint.set_place(place);
         }
@@ -89,7 +85,7 @@ impl LeastBusy {
             wanted.map(|(_, index)| index).collect()
         };
         table.ejected = places(Endpoint::is_ejected);
-        table.new = places(|endpoint| !endpoint.is_ejected() && endpoint.is_due());
+        table.new = places(|it| !it.is_ejected() && !it.is_outside() && it.is_due());
     }
 
     #[inline]
@@ -110,7 +106,7 @@ impl LeastBusy {
             return Some(picked);
         }
         if fleet.is_quiet() && options.exclude.is_empty() {
-            return Some(self.pick_quickly(table, random).into());
+            return Some(self.pick_quickly(table, fleet, random).into());
         }
         let conditions = Conditions {
             table,
@@ -127,14 +123,13 @@ impl LeastBusy {
 
     /// The first candidate: backends take turns by their shares, so that their parts are right even of a
     /// few requests; with very many requests it is drawn by chance.
-    fn first(&self, table: &Table, random: &mut fastrand::Rng) -> usize {
+    fn first(table: &Table, fleet: &Fleet, random: &mut fastrand::Rng) -> usize {
         let Some(turn) = table.take_turn() else {
             return table.alias.draw(random.u64(..));
         };
-        let first = *self.first_turn.get_or_init(|| random.u64(..) >> 1);
-        let turn = first.wrapping_add(turn);
+        let turn = fleet.first_turn(random).wrapping_add(turn);
         match &table.spread {
-            None => (turn % table.live as u64) as usize,
+            None => (turn % table.drawn as u64) as usize,
             Some(spread) => spread.turn(turn),
         }
     }
@@ -158,14 +153,14 @@ impl LeastBusy {
     /// The pick while all backends work, none is excluded, none reports its requests in flight, and there is no tunnel:
     /// almost every pick. It draws a few more times instead of checking for repetitions, and compares
     /// without branches, which could not be predicted.
-    fn pick_quickly(&self, table: &Table, random: &mut fastrand::Rng) -> usize {
+    fn pick_quickly(&self, table: &Table, fleet: &Fleet, random: &mut fastrand::Rng) -> usize {
         let key = |index: usize, chance: f32| {
             // The bits of floats above 0 have the order of the floats.
             let in_flight = table.slots[index].in_flight.get();
             let score = self.score(table, index, in_flight, chance).to_bits();
             u64::from(score) << 32 | index as u64
         };
-        let first = self.first(table, random);
+        let first = Self::first(table, fleet, random);
         let mut bits = random.u64(..);
         let chance = unit(bits);
         let is_only = self.candidates == 1 || bits & EXPLORE_MASK == 0;
@@ -183,7 +178,7 @@ impl LeastBusy {
         }
         if table.draws == 0 {
             // All are candidates.
-            for index in 0..table.live {
+            for index in 0..table.drawn {
                 bits = bits.rotate_left(13);
                 best = best.min(key(index, unit(bits)));
             }
@@ -247,12 +242,12 @@ impl LeastBusy {
         random: &mut fastrand::Rng,
     ) -> Option<usize> {
         let table = conditions.table;
-        let first = self.first(table, random);
+        let first = Self::first(table, fleet, random);
         let bits = random.u64(..);
         let chance = unit(bits);
         let wanted = match bits & EXPLORE_MASK {
             0 => 1,
-            _ => self.candidates.min(table.live),
+            _ => self.candidates.min(table.drawn),
         };
         let mut next = Some((first, chance));
         let mut drawn = [usize::MAX; MAX_CANDIDATES + HEARD];
@@ -283,7 +278,7 @@ impl LeastBusy {
         if let Some(now) = conditions.now
             && wanted > 1
         {
-            for index in fleet.heard(now).filter(|index| *index < table.live) {
+            for index in fleet.heard(now).filter(|index| *index < table.drawn) {
                 let is_new = !drawn[..count].contains(&index) && conditions.is_allowed(index);
                 if is_new && conditions.accepts_undrawn(index, random) {
                     let in_flight = table.slots[index].busy(conditions.for_tunnel);

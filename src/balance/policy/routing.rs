@@ -83,6 +83,11 @@ pub(in crate::balance) trait RoutingPolicy {
         false
     }
 
+    /// Whether a process that is one of many uses a part of the backends.
+    fn uses_subset(&self) -> bool {
+        false
+    }
+
     /// Whether the share of a backend that fails is reduced.
     fn reduces_failing_shares(&self) -> bool {
         false

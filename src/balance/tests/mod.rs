@@ -12,6 +12,7 @@ mod quiet;
 mod registrations;
 mod reports;
 mod settings;
+mod subset;
 mod zones;
 
 use std::collections::BTreeMap;

@@ -17,7 +17,7 @@ fn every_constant_out_of_its_range_is_named() {
         "success_limit": 2, "trust_memory": 0, "trust_floor": 2, "stale_after_ms": 0,
         "stale_half_life_ms": 0, "latency_gain": 2, "idle_latency_ms": -1, "latency_keep": 2, "latency_range": 0,
         "latency_samples": 0, "latency_window_ms": 0, "idle_keep": 2, "success_gain": 0,
-        "gate_below": 2, "eject_below": 2, "probe_part": 0, "probe_most_ms": 0, "own_request": 0, "alike": 2, "calm_load": 2, "weight_min": 0,
+        "gate_below": 2, "eject_below": 2, "probe_part": 0, "probe_most_ms": 0, "own_request": 0, "alike": 2, "calm_load": 2, "subset_in_flight": 101, "subset_least": 1, "weight_min": 0,
         "weight_max": 0, "slow_start_ms": 9_999_999_999_u64, "slow_start_floor": 0,
         "slow_start_strain": 0, "in_flight_fade_ms": 0, "in_flight_bound": 0,
     });

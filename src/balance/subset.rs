@@ -1,0 +1,190 @@
+//! Which of the backends a process uses, where it is one of many. Pure.
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::settings::Adaptive;
+
+/// The part of a difference that a tick takes over.
+const KEPT_UP: f64 = 0.1;
+/// With so much in flight at once, the mean follows at once: traffic has grown, and chance does not explain it.
+const CERTAIN_PART: f64 = 0.5;
+/// For how many ticks with requests nothing is left out.
+const FIRST_TICKS: u32 = 10;
+/// Backends are left out if at most this part of them is wanted, and none is any more with more than that.
+const LEAVES_OUT_BELOW: f64 = 0.5;
+const USES_ALL_FROM: f64 = 0.75;
+/// The number changes if another one is wanted that is smaller or greater by these factors.
+const SHRINKS_BELOW: f64 = 0.8;
+const GROWS_FROM: f64 = 1.2;
+
+/// How many backends this process uses.
+///
+/// Of many processes before many backends each sends a few requests a second to each backend. That is too few to learn
+/// anything from, and what is in flight there tells next to nothing. If each uses a part of the backends, it knows
+/// these well, and chance spreads the processes over all backends. (Subsets as in B. Beyer and others, "Site
+/// reliability engineering", 2016, chapter 20.)
+#[derive(Debug, Default)]
+pub(super) struct Subset {
+    /// Requests of this process in flight at all backends together: a moving mean.
+    in_flight: f64,
+    ticks: u32,
+    /// `None` for all.
+    size: Option<usize>,
+}
+
+impl Subset {
+    /// How many backends are used; `None` for all.
+    pub(super) fn size(&self) -> Option<usize> {
+        self.size
+    }
+
+    /// Takes over how many requests of this process are in flight, and decides how many of the `backends` are used.
+    /// `calm` says how little the backends report to have to do: 1 if they are calm, or do not report.
+    pub(super) fn tick(&mut self, settings: &Adaptive, in_flight: f64, calm: f64, backends: usize) {
+        if in_flight > 0.0 || self.ticks > 0 {
+            self.ticks = self.ticks.saturating_add(1);
+            let part = KEPT_UP.max(1.0 / f64::from(self.ticks));
+            self.in_flight += part * (in_flight - self.in_flight);
+            self.in_flight = self.in_flight.max(CERTAIN_PART * in_flight);
+        }
+        let all = backends as f64;
+        let wanted = (self.in_flight / settings.subset_in_flight).max(settings.subset_least.into());
+        let is_known = self.ticks >= FIRST_TICKS && settings.subset_in_flight > 0.0;
+        self.size = match self.size {
+            _ if !is_known => None,
+            None if calm > 0.0 || wanted > LEAVES_OUT_BELOW * all => None,
+            Some(_) if calm > 0.5 || wanted > USES_ALL_FROM * all => None,
+            Some(size) if is_close(wanted, size) => Some(size),
+            _ => Some(wanted.ceil() as usize),
+        };
+    }
+}
+
+/// Whether a number of backends is so close to the one that is wanted that it is kept.
+fn is_close(wanted: f64, size: usize) -> bool {
+    (SHRINKS_BELOW..GROWS_FROM).contains(&(wanted / size as f64))
+}
+
+/// The lot of a backend: those with the lowest ones are used. Each process has other lots, by its `seed`, but keeps
+/// them, so that a backend that comes or goes changes one place.
+pub(super) fn lot(seed: u64, addr: SocketAddr) -> u64 {
+    let ip = match addr.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    let (ip, port) = (ip.to_bits(), u64::from(addr.port()));
+    let words = [(ip >> 64) as u64, ip as u64, port];
+    words.into_iter().fold(seed, |lot, word| mix(lot ^ word))
+}
+
+/// Mixes all bits (the finaliser of SplitMix64: G. Steele, D. Lea and C. Flood, "Fast splittable pseudorandom number
+/// generators", 2014).
+fn mix(word: u64) -> u64 {
+    let word = word.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let word = (word ^ (word >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let word = (word ^ (word >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    word ^ (word >> 31)
+}
+
+/// The greatest of the `size` lowest lots; `u64::MAX` if there are no more than these.
+pub(super) fn last_lot(lots: &mut [u64], size: usize) -> u64 {
+    match lots.len() > size && size > 0 {
+        true => *lots.select_nth_unstable(size - 1).1,
+        false => u64::MAX,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    const BUSY: f64 = 0.0;
+    const CALM: f64 = 1.0;
+
+    fn after(seconds: u32, in_flight: f64, calm: f64, backends: usize) -> Subset {
+        let mut subset = Subset::default();
+        goes_on(&mut subset, seconds, in_flight, calm, backends);
+        subset
+    }
+
+    fn goes_on(subset: &mut Subset, seconds: u32, in_flight: f64, calm: f64, backends: usize) {
+        for _ in 0..seconds {
+            subset.tick(&Adaptive::default(), in_flight, calm, backends);
+        }
+    }
+
+    #[test]
+    fn one_of_many_uses_a_part() {
+        assert_eq!(after(20, 8.0, BUSY, 100).size(), Some(20));
+        assert_eq!(after(20, 1.0, BUSY, 100).size(), Some(12), "the least");
+        assert_eq!(after(20, 80.0, BUSY, 1_000).size(), Some(200));
+    }
+
+    #[test]
+    fn all_are_used_otherwise() {
+        assert_eq!(after(20, 8.0, CALM, 100).size(), None, "little to do");
+        assert_eq!(after(20, 60.0, BUSY, 100).size(), None, "enough for all");
+        assert_eq!(after(20, 1.0, BUSY, 20).size(), None, "few backends");
+        assert_eq!(after(9, 8.0, BUSY, 100).size(), None, "not known yet");
+        assert_eq!(after(60, 0.0, BUSY, 100).size(), None, "no requests");
+        let off = Adaptive {
+            subset_in_flight: 0.0,
+            ..Adaptive::default()
+        };
+        let mut subset = after(20, 8.0, BUSY, 100);
+        subset.tick(&off, 8.0, BUSY, 100);
+        assert_eq!(subset.size(), None, "switched off");
+    }
+
+    #[test]
+    fn more_are_used_at_once_and_fewer_in_time() {
+        let mut subset = after(20, 8.0, BUSY, 1_000);
+        goes_on(&mut subset, 1, 80.0, BUSY, 1_000);
+        assert_eq!(subset.size(), Some(100));
+        goes_on(&mut subset, 3, 8.0, BUSY, 1_000);
+        assert!(subset.size().is_some_and(|size| size > 60));
+        goes_on(&mut subset, 60, 8.0, BUSY, 1_000);
+        assert!(subset.size().is_some_and(|size| size <= 25));
+        goes_on(&mut subset, 1, 8.0, CALM, 1_000);
+        assert_eq!(subset.size(), None);
+    }
+
+    #[test]
+    fn chance_does_not_change_the_number() {
+        let mut subset = after(60, 8.0, BUSY, 100);
+        let before = subset.size();
+        for in_flight in [4.0, 12.0, 9.0, 7.0, 3.0, 13.0] {
+            goes_on(&mut subset, 1, in_flight, BUSY, 100);
+            assert_eq!(subset.size(), before);
+        }
+    }
+
+    #[test]
+    fn each_process_uses_others_and_a_backend_that_goes_changes_one_place() {
+        let addr = |at: u16| SocketAddr::from(([10, 0, (at >> 8) as u8, at as u8], 80));
+        let chosen = |seed: u64, backends: &[u16]| -> HashSet<u16> {
+            let mut lots: Vec<_> = backends.iter().map(|at| lot(seed, addr(*at))).collect();
+            let last = last_lot(&mut lots, 12);
+            let all = backends.iter().copied();
+            all.filter(|at| lot(seed, addr(*at)) <= last).collect()
+        };
+        let all: Vec<u16> = (0..100).collect();
+        let mut uses = [0; 100];
+        for seed in 0..1_000 {
+            let before = chosen(seed, &all);
+            assert_eq!(before.len(), 12);
+            for at in &before {
+                uses[usize::from(*at)] += 1;
+            }
+            let gone = *before.iter().next().unwrap();
+            let rest: Vec<u16> = all.iter().copied().filter(|at| *at != gone).collect();
+            let after = chosen(seed, &rest);
+            assert_eq!(after.len(), 12);
+            assert_eq!(before.difference(&after).count(), 1);
+        }
+        // 120 expected, and a standard deviation of 10.
+        assert!(uses.iter().all(|uses| (75..165).contains(uses)), "{uses:?}");
+    }
+}

@@ -1,0 +1,177 @@
+//! One of many processes before many backends uses a part of them.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::{Rig, TICK};
+use crate::balance::{Adaptive, Balancer, BalancerBuilder, PickOptions, Policy};
+
+const MANY: u16 = 100;
+/// What a process that is one of many has in flight at all backends together.
+const FEW: usize = 4;
+
+/// A balancer before many backends that are busy with what others send.
+fn busy(builder: BalancerBuilder) -> Rig {
+    let mut rig = Rig::new(builder);
+    for index in 0..MANY {
+        rig.report(index, 70.0, 1);
+    }
+    rig
+}
+
+impl Rig {
+    /// Has a few requests in flight for some seconds. Returns where requests went in the last ten of them.
+    fn few(&mut self, seconds: u32, fails: impl Fn(u16) -> bool) -> BTreeSet<u16> {
+        let mut used = BTreeSet::new();
+        for second in 0..seconds {
+            for _ in 0..10 {
+                let held: Vec<_> = (0..FEW).map(|_| self.pick()).collect();
+                for upstream in held {
+                    let index = upstream.addr().port() - 1000;
+                    if second + 10 >= seconds {
+                        used.insert(index);
+                    }
+                    match fails(index) {
+                        true => upstream.unreachable(),
+                        false => upstream.succeeded(Duration::from_millis(10)),
+                    }
+                }
+            }
+            let held: Vec<_> = (0..FEW).map(|_| self.pick()).collect();
+            self.now += TICK;
+            self.balancer.tick(self.now);
+            for upstream in held {
+                let index = upstream.addr().port() - 1000;
+                match fails(index) {
+                    true => upstream.unreachable(),
+                    false => upstream.succeeded(Duration::from_millis(10)),
+                }
+            }
+        }
+        used
+    }
+
+    fn outside(&self) -> BTreeSet<u16> {
+        let backends = self.balancer.backends();
+        let outside = backends.iter().filter(|backend| backend.is_outside);
+        outside.map(|backend| backend.addr.port() - 1000).collect()
+    }
+}
+
+#[test]
+fn it_uses_a_part_and_reaches_the_others() {
+    let mut rig = busy(Balancer::builder());
+    assert!(rig.few(5, |_| false).len() > 50, "not known yet");
+    let used = rig.few(30, |_| false);
+    assert_eq!(used.len(), 12, "{used:?}");
+    let outside = rig.outside();
+    assert_eq!(outside.len(), usize::from(MANY) - 12);
+    assert!(used.is_disjoint(&outside));
+    assert_eq!(rig.balancer.len(), usize::from(MANY));
+    assert_eq!(rig.balancer.working(), usize::from(MANY));
+    let shown = rig.balancer.backends();
+    assert!(shown.iter().all(|it| (it.share == 0.0) == it.is_outside));
+
+    // What has to go to a certain backend does.
+    let one = *outside.first().unwrap();
+    let addr = std::net::SocketAddr::from(([10, 0, 0, 1], 1000 + one));
+    assert!(rig.balancer.upstream_at(addr).is_some());
+    assert!(rig.balancer.works_at(addr));
+    // What has been tried at all of the subset goes to others.
+    let tried: Vec<_> = used
+        .iter()
+        .map(|index| std::net::SocketAddr::from(([10, 0, 0, 1], 1000 + index)))
+        .collect();
+    let options = PickOptions {
+        exclude: &tried,
+        ..PickOptions::default()
+    };
+    let further = rig.balancer.pick_with(options).unwrap();
+    assert!(outside.contains(&(further.addr().port() - 1000)));
+}
+
+#[test]
+fn others_take_the_places_of_those_that_fail() {
+    let mut rig = busy(Balancer::builder());
+    let before = rig.few(30, |_| false);
+    let dead: BTreeSet<u16> = before.iter().copied().take(9).collect();
+    let fails = |index: u16| dead.contains(&index);
+    rig.few(3, fails);
+    let mut failed = 0;
+    let mut all = 0;
+    for _ in 0..1_000 {
+        let upstream = rig.pick();
+        all += 1;
+        let index = upstream.addr().port() - 1000;
+        match fails(index) {
+            true => {
+                failed += 1;
+                upstream.unreachable();
+            }
+            false => upstream.succeeded(Duration::from_millis(10)),
+        }
+    }
+    assert!(failed * 20 < all, "{failed} of {all}");
+    let works = rig.few(20, fails).difference(&dead).count();
+    assert_eq!(works, 12);
+    // Once they work again, they have their places.
+    assert_eq!(rig.few(120, |_| false), before);
+}
+
+#[test]
+fn a_node_that_leaves_changes_one_place_and_one_that_joins_at_most_one() {
+    let mut rig = busy(Balancer::builder());
+    let before = rig.few(30, |_| false);
+    let gone = *before.first().unwrap();
+    rig.nodes.remove(&format!("n{gone}"));
+    rig.update();
+    let after = rig.few(10, |_| false);
+    assert_eq!(after.len(), 12);
+    assert_eq!(before.difference(&after).count(), 1);
+    for index in MANY..MANY + 5 {
+        rig.report(index, 70.0, 1);
+    }
+    // Those outside do not get a first request.
+    let joined = rig.few(60, |_| false);
+    assert_eq!(joined.len(), 12);
+    assert!(joined.difference(&after).count() <= 5);
+}
+
+#[test]
+fn all_are_used_where_they_are_idle_or_there_is_enough_to_do() {
+    let mut rig = busy(Balancer::builder());
+    assert_eq!(rig.few(30, |_| false).len(), 12);
+    for index in 0..MANY {
+        rig.report(index, 5.0, 2);
+    }
+    rig.seconds(2);
+    assert!(rig.outside().is_empty());
+
+    let mut rig = busy(Balancer::builder());
+    rig.few(30, |_| false);
+    let held: Vec<_> = (0..200).map(|_| rig.pick()).collect();
+    rig.seconds(1);
+    assert!(rig.outside().is_empty());
+    drop(held);
+}
+
+#[test]
+fn it_can_be_switched_off_and_other_policies_use_all() {
+    let mut off = Adaptive::default();
+    off.subset_in_flight = 0.0;
+    let policies = [Policy::Headroom, Policy::RoundRobin, Policy::Random];
+    let mut builders: Vec<_> = policies.map(|it| Balancer::builder().policy(it)).into();
+    builders.push(Balancer::builder().adaptive(off));
+    for builder in builders {
+        let mut rig = busy(builder);
+        rig.few(30, |_| false);
+        assert!(rig.outside().is_empty());
+    }
+    // A change of settings puts an end to it at once.
+    let mut rig = busy(Balancer::builder());
+    rig.few(30, |_| false);
+    assert!(!rig.outside().is_empty());
+    let builder = Balancer::builder().policy(Policy::RoundRobin);
+    rig.balancer.change_to_valid(&builder, rig.now);
+    assert!(rig.outside().is_empty());
+}
