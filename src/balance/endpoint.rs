@@ -77,8 +77,8 @@ pub(super) struct EndpointState {
     calm: AtomicF32,
     /// It failed, and gets nothing but probes.
     is_ejected: AtomicBool,
-    /// This process uses other backends, which are part of its subset.
-    is_outside: AtomicBool,
+    /// 0 for a backend outside the subset that this process uses; for the others, what its weight is multiplied by.
+    subset_part: AtomicF32,
     /// A request is to try it: the first one, or a probe.
     is_due: AtomicBool,
     /// A probe is under way.
@@ -255,7 +255,7 @@ impl Endpoint {
                 success: AtomicF32::new(1.0),
                 faultless: AtomicF32::new(1.0),
                 is_ejected: AtomicBool::new(false),
-                is_outside: AtomicBool::new(false),
+                subset_part: AtomicF32::new(1.0),
                 is_due: AtomicBool::new(false),
                 is_probed: AtomicBool::new(false),
                 #[cfg(feature = "pingora")]
@@ -335,12 +335,20 @@ impl Endpoint {
 
     /// Whether this process uses other backends, which are part of its subset.
     pub(super) fn is_outside(&self) -> bool {
-        self.state.is_outside.load(Ordering::Relaxed)
+        self.state.subset_part.get() == 0.0
     }
 
-    /// Says that this process uses other backends, or this one as well.
-    pub(super) fn set_outside(&self, is_outside: bool) {
-        self.state.is_outside.store(is_outside, Ordering::Relaxed);
+    /// What its weight is multiplied by, because of the processes that leave it out; 0 if this process does so.
+    pub(super) fn set_subset_part(&self, part: f64) {
+        self.state.subset_part.set(part as f32);
+    }
+
+    /// The same for the weight of a backend that gets requests in spite of being left out.
+    pub(super) fn subset_part(&self) -> f64 {
+        match self.is_outside() {
+            true => 1.0,
+            false => self.state.subset_part.get().into(),
+        }
     }
 
     /// Sets how much it can take, where all can take this `mean`; the part of that which counts because of its zone;

@@ -242,8 +242,10 @@ impl Scale {
         let endpoint = &registration.endpoint;
         let is_own = !policy.follows_zones() || registration.is_in_zone(self.zone.as_deref());
         let zone_part = if is_own { 1.0 } else { common.spill };
-        endpoint.set_base(registration.base().get());
-        endpoint.set_weight(weight, common.mean_weight, zone_part, acceptance);
+        let subset_part = endpoint.subset_part();
+        endpoint.set_base(registration.base().get() * subset_part);
+        let part = zone_part * subset_part;
+        endpoint.set_weight(weight, common.mean_weight, part, acceptance);
         let adaptive = &settings.adaptive;
         let load = adaptive.known_load(registration.believed_load());
         let calm = match policy.weighs_by_load() {

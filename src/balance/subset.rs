@@ -65,16 +65,17 @@ fn is_close(wanted: f64, size: usize) -> bool {
     (SHRINKS_BELOW..GROWS_FROM).contains(&(wanted / size as f64))
 }
 
-/// The lot of a backend: those with the lowest ones are used. Each process has other lots, by its `seed`, but keeps
-/// them, so that a backend that comes or goes changes one place.
-pub(super) fn lot(seed: u64, addr: SocketAddr) -> u64 {
+/// The lot of a backend, from 0 to 1. Each process has other lots, by its `seed`, but keeps them, so that a backend that
+/// comes or goes changes one place.
+pub(super) fn lot(seed: u64, addr: SocketAddr) -> f64 {
     let ip = match addr.ip() {
         IpAddr::V4(ip) => ip.to_ipv6_mapped(),
         IpAddr::V6(ip) => ip,
     };
     let (ip, port) = (ip.to_bits(), u64::from(addr.port()));
     let words = [(ip >> 64) as u64, ip as u64, port];
-    words.into_iter().fold(seed, |lot, word| mix(lot ^ word))
+    let lot = words.into_iter().fold(seed, |lot, word| mix(lot ^ word));
+    lot as f64 / 2_f64.powi(64)
 }
 
 /// Mixes all bits (the finaliser of SplitMix64: G. Steele, D. Lea and C. Flood, "Fast splittable pseudorandom number
@@ -86,17 +87,80 @@ fn mix(word: u64) -> u64 {
     word ^ (word >> 31)
 }
 
-/// The greatest of the `size` lowest lots; `u64::MAX` if there are no more than these.
-pub(super) fn last_lot(lots: &mut [u64], size: usize) -> u64 {
-    match lots.len() > size && size > 0 {
-        true => *lots.select_nth_unstable(size - 1).1,
-        false => u64::MAX,
+/// Some of several backends, by their lots and static weights: the chance of each is proportional to its weight, so
+/// that all processes together give it what is its due, if each gives it its weight divided by its chance.
+/// (E. Ohlsson, "Sequential Poisson sampling", Journal of Official Statistics 14, 1998; D. Horvitz and D. Thompson, "A
+/// generalization of sampling without replacement from a finite universe", 1952.)
+#[derive(Debug)]
+pub(super) struct Draw {
+    count: usize,
+    /// The chance of each unit of weight.
+    chance: f64,
+    /// The greatest rank of those that are chosen.
+    last: f64,
+}
+
+impl Draw {
+    /// Draws `size` of these, each given as its lot and its weight; all, if there are no more.
+    pub(super) fn new(all: &[(f64, f64)], size: usize) -> Self {
+        if all.len() <= size {
+            return Self {
+                count: all.len(),
+                chance: f64::INFINITY,
+                last: f64::INFINITY,
+            };
+        }
+        let chance = chance(all, size);
+        let ranks = all.iter().map(|(lot, weight)| rank(*lot, chance * weight));
+        let mut ranks: Vec<f64> = ranks.collect();
+        let last = size.saturating_sub(1);
+        Self {
+            count: size,
+            chance,
+            last: *ranks.select_nth_unstable_by(last, f64::total_cmp).1,
+        }
+    }
+
+    /// How many are chosen.
+    pub(super) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The chance that one of this lot and weight had, if it is chosen.
+    pub(super) fn chance(&self, lot: f64, weight: f64) -> Option<f64> {
+        let chance = self.chance * weight;
+        (rank(lot, chance) <= self.last).then_some(chance.min(1.0))
+    }
+}
+
+/// Those with the lowest ranks are chosen, and nobody can do without one whose chance is 1 or more.
+fn rank(lot: f64, chance: f64) -> f64 {
+    match chance >= 1.0 {
+        true => 0.0,
+        false => lot / chance,
+    }
+}
+
+/// The chance of each unit of weight with which `size` are chosen on average, where nobody's chance is above 1.
+fn chance(all: &[(f64, f64)], size: usize) -> f64 {
+    let mut chance = 0.0;
+    // Ends as soon as there are no more that are certain; with each turn there are more.
+    loop {
+        let is_certain = |weight: f64| chance * weight >= 1.0;
+        let certain = all.iter().filter(|(_, weight)| is_certain(*weight)).count();
+        let rest = all.iter().filter(|(_, weight)| !is_certain(*weight));
+        let rest: f64 = rest.map(|(_, weight)| weight).sum();
+        let next = size.saturating_sub(certain) as f64 / rest;
+        if next <= chance || !next.is_finite() {
+            return chance;
+        }
+        chance = next;
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
+    use std::collections::HashMap;
 
     use super::*;
 
@@ -161,30 +225,81 @@ mod tests {
         }
     }
 
+    fn addr(at: usize) -> SocketAddr {
+        SocketAddr::from(([10, 0, (at >> 8) as u8, at as u8], 80))
+    }
+
+    /// Which of the backends a process uses, with the part that each gets.
+    fn chosen(seed: u64, backends: &[(usize, f64)]) -> HashMap<usize, f64> {
+        let entry = |(at, weight): &(usize, f64)| (lot(seed, addr(*at)), *weight);
+        let draw = Draw::new(&backends.iter().map(entry).collect::<Vec<_>>(), 12);
+        let weights = backends.iter().filter_map(|backend| {
+            let (lot, weight) = entry(backend);
+            Some((backend.0, weight / draw.chance(lot, weight)?))
+        });
+        let weights: HashMap<usize, f64> = weights.collect();
+        let all: f64 = weights.values().sum();
+        let parts = weights.into_iter().map(|(at, weight)| (at, weight / all));
+        parts.collect()
+    }
+
     #[test]
     fn each_process_uses_others_and_a_backend_that_goes_changes_one_place() {
-        let addr = |at: u16| SocketAddr::from(([10, 0, (at >> 8) as u8, at as u8], 80));
-        let chosen = |seed: u64, backends: &[u16]| -> HashSet<u16> {
-            let mut lots: Vec<_> = backends.iter().map(|at| lot(seed, addr(*at))).collect();
-            let last = last_lot(&mut lots, 12);
-            let all = backends.iter().copied();
-            all.filter(|at| lot(seed, addr(*at)) <= last).collect()
-        };
-        let all: Vec<u16> = (0..100).collect();
+        let all: Vec<_> = (0..100).map(|at| (at, 1.0)).collect();
         let mut uses = [0; 100];
         for seed in 0..1_000 {
             let before = chosen(seed, &all);
             assert_eq!(before.len(), 12);
-            for at in &before {
-                uses[usize::from(*at)] += 1;
+            for at in before.keys() {
+                uses[*at] += 1;
             }
-            let gone = *before.iter().next().unwrap();
-            let rest: Vec<u16> = all.iter().copied().filter(|at| *at != gone).collect();
-            let after = chosen(seed, &rest);
+            let gone = *before.keys().next().unwrap();
+            let rest = all.iter().copied().filter(|(at, _)| *at != gone);
+            let after = chosen(seed, &rest.collect::<Vec<_>>());
             assert_eq!(after.len(), 12);
-            assert_eq!(before.difference(&after).count(), 1);
+            let changed = before.keys().filter(|at| !after.contains_key(at));
+            assert_eq!(changed.count(), 1);
         }
         // 120 expected, and a standard deviation of 10.
         assert!(uses.iter().all(|uses| (75..165).contains(uses)), "{uses:?}");
+    }
+
+    #[test]
+    fn all_processes_together_heed_static_weights() {
+        // One gets a third of all, and the others one, two or three parts each.
+        let weights = |at: usize| if at == 0 { 100.0 } else { (1 + at % 3) as f64 };
+        let all: Vec<_> = (0..101).map(|at| (at, weights(at))).collect();
+        let total: f64 = all.iter().map(|(_, weight)| weight).sum();
+        let mut got = [0.0; 4];
+        const PROCESSES: u64 = 3_000;
+        for seed in 0..PROCESSES {
+            let parts = chosen(seed, &all);
+            assert!(parts.contains_key(&0), "nobody can do without it");
+            for (at, part) in parts {
+                got[if at == 0 { 0 } else { weights(at) as usize }] += part;
+            }
+        }
+        for (kind, got) in got.into_iter().enumerate() {
+            let of_kind = all.iter().filter(|(at, weight)| match kind {
+                0 => *at == 0,
+                _ => *at > 0 && *weight == kind as f64,
+            });
+            let due: f64 = of_kind.map(|(_, weight)| weight).sum::<f64>() / total;
+            let got = got / PROCESSES as f64;
+            assert!(
+                (got / due - 1.0).abs() < 0.1,
+                "{kind}: {got} instead of {due}"
+            );
+        }
+    }
+
+    #[test]
+    fn odd_weights_do_no_harm() {
+        for weights in [[0.0; 20], [f64::MIN_POSITIVE; 20], [1e300; 20]] {
+            let backends: Vec<_> = weights.into_iter().enumerate().collect();
+            assert!(chosen(1, &backends).len() <= 20);
+        }
+        assert_eq!(chosen(1, &[]).len(), 0);
+        assert_eq!(chosen(1, &[(1, 5.0)]).len(), 1);
     }
 }

@@ -48,6 +48,7 @@ mod snapshot;
 mod sources;
 mod spans;
 mod store;
+mod subset;
 mod table;
 mod tls;
 mod uploads;

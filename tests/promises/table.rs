@@ -263,6 +263,10 @@ const PROMISES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "it uses a part of them: as many as it has requests for,",
+        &["promises::subset::one_of_many_balancers_uses_a_part_and_nobody_notices"],
+    ),
+    (
         "What changes the group (a node joins, leaves,",
         &["promises::hundreds::each_of_hundreds_of_backends_is_followed"],
     ),

@@ -52,11 +52,11 @@ use crate::error::{ClusterError, in_range};
 /// too few for requests in flight to say anything. So where most backends report to be busy, and this process would have
 /// fewer than `subset_in_flight` requests in flight at each, it uses a part of them: as many as it has that many requests
 /// for, and `subset_least` at least, unless that is more than half of all. Which ones, a hash of the process and the
-/// address decides, among those in its zone as among the others. The place of one that is ejected is taken by
-/// the next one. Once there is more to send, more are used within a second. Requests that have to go to a certain
+/// address decides, among those in its zone as among the others, with chances in proportion to static weights, which
+/// so hold for all processes together. The place of one that is ejected is taken by the next one. Once there is more to send, more are used within a second. Requests that have to go to a certain
 /// backend, such as the leader, and those that no backend of the subset can take, go to others. (Subsets, as in
-/// B. Beyer and others, "Site reliability engineering", 2016, chapter 20; chosen by the highest random weight of
-/// D. Thaler and C. Ravishankar, "Using name-based mappings to increase hit rates", 1998.)
+/// B. Beyer and others, "Site reliability engineering", 2016, chapter 20; chosen by the sequential Poisson
+/// sampling of E. Ohlsson, Journal of Official Statistics 14, 1998.)
 ///
 /// # Success
 ///
