@@ -133,7 +133,7 @@ lint: deps ## check formatting, clippy and rustdoc, without warnings
 	cargo clippy --lib --no-default-features --features balance,system-metrics,tower,tls -- -D warnings
 	cargo clippy --locked --manifest-path tests/interop/Cargo.toml --target-dir target/interop --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --no-default-features
-	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features --lib --examples
 
 bench: deps ## run the benchmarks that measure time
 	cargo bench --all-features --bench pick --bench propagation --bench scale

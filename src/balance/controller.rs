@@ -47,6 +47,8 @@ pub(super) struct ReportContext {
     pub(super) success: f32,
     /// This process has sent it nothing since its previous report.
     pub(super) is_idle: bool,
+    /// How many backends report of which this process corrects the weights.
+    pub(super) backends: usize,
 }
 
 /// The two controllers of one backend.
@@ -155,7 +157,7 @@ impl Controller {
         if context.is_idle {
             error = error.max(0.0);
         }
-        trust.observe(settings, mean.count(), error, self.error);
+        trust.observe(settings, context.backends, error, self.error);
         let gain = settings.metrics_gain * trust.level(settings);
         let step = gain * error + gain / 2.0 * (error - self.error);
         let range = settings.metrics_range.ln();

@@ -144,7 +144,8 @@ impl Scale {
             .map(|registration| policy.weight(registration, &reference, now))
             .collect();
         let zone = self.zone.as_deref();
-        let (mut working, mut mean_weight) = (Mean::default(), Mean::default());
+        let (mut working, mut accepted) = (Mean::default(), Mean::default());
+        let mut mean_weight = Mean::default();
         let gate = roster.gate();
         for (registration, weight) in registrations.iter().zip(&weights) {
             if registration.takes_traffic() {
@@ -157,7 +158,12 @@ impl Scale {
                 (Gate::Well, Checked::Unknown) => continue,
             };
             if registration.takes_traffic() && registration.is_in_zone(zone) {
-                working.add(f64::from(acceptance), weight.get());
+                let works = acceptance > 0.0;
+                working.add(f64::from(works), weight.get());
+                // How others fare, of which this process uses none, it does not know.
+                if works && !registration.endpoint.is_outside() {
+                    accepted.add(f64::from(acceptance), weight.get());
+                }
             }
         }
         let calm_of_half = calm_of_half(&settings.adaptive, roster);
@@ -170,7 +176,7 @@ impl Scale {
                 true => calm_of_half,
                 false => 1.0,
             },
-            spill: self.spill.level(&settings.zones, working.value()),
+            spill: (self.spill).level(&settings.zones, working.value() * accepted.value()),
             mean_weight: mean_weight.value(),
             total: 0.0,
         };
@@ -187,7 +193,7 @@ impl Scale {
             let share = endpoint.share().get();
             is_still &= (share - before.0).abs() <= STILL * share;
             is_still &= (endpoint.calm() - before.1).abs() <= STILL as f32;
-            if registration.takes_traffic() {
+            if registration.takes_traffic() && !endpoint.is_outside() {
                 total += endpoint.weight().get();
             }
         }
@@ -220,7 +226,7 @@ impl Scale {
                 weight,
                 endpoint.acceptance(),
             );
-            if registration.takes_traffic() {
+            if registration.takes_traffic() && !endpoint.is_outside() {
                 moved += (endpoint.weight().get() - before).abs();
             }
             weighed.push(endpoint.clone());
@@ -242,10 +248,8 @@ impl Scale {
         let endpoint = &registration.endpoint;
         let is_own = !policy.follows_zones() || registration.is_in_zone(self.zone.as_deref());
         let zone_part = if is_own { 1.0 } else { common.spill };
-        let subset_part = endpoint.subset_part();
-        endpoint.set_base(registration.base().get() * subset_part);
-        let part = zone_part * subset_part;
-        endpoint.set_weight(weight, common.mean_weight, part, acceptance);
+        endpoint.set_base(registration.base().get());
+        endpoint.set_weight(weight, common.mean_weight, zone_part, acceptance);
         let adaptive = &settings.adaptive;
         let load = adaptive.known_load(registration.believed_load());
         let calm = match policy.weighs_by_load() {

@@ -87,8 +87,9 @@ fn mix(word: u64) -> u64 {
     word ^ (word >> 31)
 }
 
-/// Some of several backends, by their lots and static weights: the chance of each is proportional to its weight, so
-/// that all processes together give it what is its due, if each gives it its weight divided by its chance.
+/// Some of several backends, by their lots and static weights: the chance of each is proportional to its weight, and that
+/// of one with less than the mean as great as with the mean, so that it is not loaded by few processes. All processes
+/// together give each what is its due, if each process gives it its weight divided by its chance.
 /// (E. Ohlsson, "Sequential Poisson sampling", Journal of Official Statistics 14, 1998; D. Horvitz and D. Thompson, "A
 /// generalization of sampling without replacement from a finite universe", 1952.)
 #[derive(Debug)]
@@ -96,6 +97,8 @@ pub(super) struct Draw {
     count: usize,
     /// The chance of each unit of weight.
     chance: f64,
+    /// Weights count as this at least.
+    least: f64,
     /// The greatest rank of those that are chosen.
     last: f64,
 }
@@ -107,16 +110,24 @@ impl Draw {
             return Self {
                 count: all.len(),
                 chance: f64::INFINITY,
+                least: f64::MIN_POSITIVE,
                 last: f64::INFINITY,
             };
         }
-        let chance = chance(all, size);
-        let ranks = all.iter().map(|(lot, weight)| rank(*lot, chance * weight));
+        let least = all
+            .iter()
+            .map(|(_, weight)| weight / all.len() as f64)
+            .sum();
+        let chance = chance(all.iter().map(|(_, weight)| weight.max(least)), size);
+        let ranks = all
+            .iter()
+            .map(|(lot, weight)| rank(*lot, chance * weight.max(least)));
         let mut ranks: Vec<f64> = ranks.collect();
         let last = size.saturating_sub(1);
         Self {
             count: size,
             chance,
+            least,
             last: *ranks.select_nth_unstable_by(last, f64::total_cmp).1,
         }
     }
@@ -128,7 +139,7 @@ impl Draw {
 
     /// The chance that one of this lot and weight had, if it is chosen.
     pub(super) fn chance(&self, lot: f64, weight: f64) -> Option<f64> {
-        let chance = self.chance * weight;
+        let chance = self.chance * weight.max(self.least);
         (rank(lot, chance) <= self.last).then_some(chance.min(1.0))
     }
 }
@@ -142,14 +153,13 @@ fn rank(lot: f64, chance: f64) -> f64 {
 }
 
 /// The chance of each unit of weight with which `size` are chosen on average, where nobody's chance is above 1.
-fn chance(all: &[(f64, f64)], size: usize) -> f64 {
+fn chance(weights: impl Iterator<Item = f64> + Clone, size: usize) -> f64 {
     let mut chance = 0.0;
     // Ends as soon as there are no more that are certain; with each turn there are more.
     loop {
         let is_certain = |weight: f64| chance * weight >= 1.0;
-        let certain = all.iter().filter(|(_, weight)| is_certain(*weight)).count();
-        let rest = all.iter().filter(|(_, weight)| !is_certain(*weight));
-        let rest: f64 = rest.map(|(_, weight)| weight).sum();
+        let certain = weights.clone().filter(|weight| is_certain(*weight)).count();
+        let rest: f64 = weights.clone().filter(|weight| !is_certain(*weight)).sum();
         let next = size.saturating_sub(certain) as f64 / rest;
         if next <= chance || !next.is_finite() {
             return chance;
@@ -181,9 +191,9 @@ mod tests {
 
     #[test]
     fn one_of_many_uses_a_part() {
-        assert_eq!(after(20, 8.0, BUSY, 100).size(), Some(20));
+        assert_eq!(after(20, 10.0, BUSY, 100).size(), Some(20));
         assert_eq!(after(20, 1.0, BUSY, 100).size(), Some(12), "the least");
-        assert_eq!(after(20, 80.0, BUSY, 1_000).size(), Some(200));
+        assert_eq!(after(20, 100.0, BUSY, 1_000).size(), Some(200));
     }
 
     #[test]
@@ -205,7 +215,7 @@ mod tests {
     #[test]
     fn more_are_used_at_once_and_fewer_in_time() {
         let mut subset = after(20, 8.0, BUSY, 1_000);
-        goes_on(&mut subset, 1, 80.0, BUSY, 1_000);
+        goes_on(&mut subset, 1, 100.0, BUSY, 1_000);
         assert_eq!(subset.size(), Some(100));
         goes_on(&mut subset, 3, 8.0, BUSY, 1_000);
         assert!(subset.size().is_some_and(|size| size > 60));

@@ -36,7 +36,17 @@ pub(super) struct Slot {
     pub(super) calm: AtomicF32,
 }
 
+/// The weight of a backend among those that are drawn.
+fn weight(endpoint: &Endpoint) -> f64 {
+    endpoint.weight().get() * endpoint.subset_part()
+}
+
 impl Slot {
+    /// Whether the part of its weight that was not learned is that of another one, but for rounding.
+    pub(super) fn has_base_of(&self, other: &Self) -> bool {
+        (self.base - other.base).abs() <= 1e-4 * other.base
+    }
+
     /// Requests in flight without tunnels, or with them, for a request that becomes one.
     pub(super) fn busy(&self, for_tunnel: bool) -> usize {
         let in_flight = self.in_flight.get();
@@ -89,28 +99,30 @@ impl Table {
         };
         let (live, drawn) = (count(&is_live), count(&is_drawn));
         if drawn < endpoints.len() {
-            endpoints.sort_by_key(|endpoint| (!is_drawn(endpoint), !is_live(endpoint)));
+            endpoints.sort_by_cached_key(|endpoint| (!is_drawn(endpoint), !is_live(endpoint)));
         }
         // Where all are ejected, none is.
         let live = if live == 0 { endpoints.len() } else { live };
-        let weights = endpoints.iter().map(|endpoint| endpoint.weight().get());
-        let mean = weights.sum::<f64>() / endpoints.len().max(1) as f64;
+        let mean =
+            endpoints.iter().map(|it| weight(it)).sum::<f64>() / endpoints.len().max(1) as f64;
         let slot = |endpoint: Arc<Endpoint>| Slot {
             in_flight: endpoint.counter(),
-            inverse_weight: AtomicF32::new((mean / endpoint.weight().get()) as f32),
-            base: endpoint.base(),
+            inverse_weight: AtomicF32::new((mean / weight(&endpoint)) as f32),
+            base: endpoint.base() * endpoint.subset_part() as f32,
             acceptance: endpoint.acceptance(),
             calm: AtomicF32::new(endpoint.calm()),
             endpoint,
         };
-        let bases = |pair: &[Arc<Endpoint>]| pair[0].base() != pair[1].base();
+        let slots: Box<[Slot]> = endpoints.into_iter().map(slot).collect();
+        // Where all of the subset are ejected since it was chosen, there is none.
+        let drawn = if drawn == 0 { live } else { drawn };
+        let drawn_slots = slots[..drawn].windows(2);
         Self {
             live,
-            // Where all of the subset are ejected since it was chosen, there is none.
-            drawn: if drawn == 0 { live } else { drawn },
+            drawn,
             mean_weight: mean,
-            has_static_weights: endpoints.windows(2).any(bases),
-            slots: endpoints.into_iter().map(slot).collect(),
+            has_static_weights: { drawn_slots }.any(|pair| !pair[0].has_base_of(&pair[1])),
+            slots,
             ..Self::default()
         }
     }
@@ -119,7 +131,7 @@ impl Table {
     pub(super) fn adjust(&self, endpoint: &Arc<Endpoint>) {
         let slot = self.slots.get(endpoint.place() as usize);
         if let Some(slot) = slot.filter(|slot| Arc::ptr_eq(&slot.endpoint, endpoint)) {
-            let inverse = self.mean_weight / endpoint.weight().get();
+            let inverse = self.mean_weight / weight(endpoint);
             slot.inverse_weight.set(inverse as f32);
             slot.calm.set(endpoint.calm());
         }
@@ -131,7 +143,7 @@ impl Table {
         let slots = self.slots.iter().map(|slot| &slot.endpoint);
         slots
             .map(|endpoint| match is_any_live {
-                true => endpoint.share(),
+                true => Share::new(endpoint.share().get() * endpoint.subset_part()),
                 false => Share::new(endpoint.weight().get()),
             })
             .collect()

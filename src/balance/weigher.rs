@@ -50,6 +50,8 @@ pub(super) struct Weigher {
     subset: Subset,
     /// Some backends are outside the subset.
     leaves_some_out: bool,
+    /// How many of the subset have reported, as of the last tick.
+    reporting: usize,
     scale: Scale,
     /// The version of the roster that weights follow.
     settled_version: Option<u64>,
@@ -103,6 +105,7 @@ impl Weigher {
             sharing: Sharing::default(),
             subset: Subset::default(),
             leaves_some_out: false,
+            reporting: 0,
             scale: Scale::default(),
             settled_version: None,
             rests_until: None,
@@ -164,12 +167,16 @@ impl Weigher {
             backends: all
                 .filter_map(|registration| registration.learned(now))
                 .collect(),
+            seed: self.fleet.seed(),
         }
     }
 
     /// Takes over what another process had learned `passed` ago; takes effect with the next
     /// [`settle`](Self::settle).
     pub(super) fn teach(&mut self, learned: &Learned, passed: Duration, now: Instant) {
+        if let Some(seed) = learned.seed {
+            self.fleet.take_over_seed(seed);
+        }
         let lessons = Lessons::new(learned, &self.settings.adaptive, passed, now);
         self.roster.teach(lessons);
     }
@@ -323,6 +330,10 @@ impl Weigher {
             }
         }
         let mean = *self.roster.controlled_load();
+        let backends = match self.leaves_some_out {
+            true => self.reporting,
+            false => mean.count(),
+        };
         let is_used = self.roster.is_used();
         let registrations = self.roster.registrations_mut();
         for at in &new {
@@ -342,6 +353,7 @@ impl Weigher {
                 is_idle: self.settings.counts_requests
                     && !was_used
                     && !endpoint.is_active_since(registration.outcomes_at_tick),
+                backends,
             };
             let trust = &mut self.trust;
             let controller = &mut registration.controller;
@@ -396,6 +408,7 @@ impl Weigher {
             }
         }
         self.sharing.tick(&summary.in_flight);
+        self.reporting = summary.metrics.count();
         let calm = self.scale.calm_of_half();
         (self.subset).tick(adaptive, summary.all_in_flight, calm, summary.backends);
         self.fleet.set_tunnels(summary.has_tunnels);

@@ -122,6 +122,8 @@ fn build(tree: &Tree, target: &Path) -> Result<PathBuf, String> {
         .args([
             "test",
             "--profile=bench",
+            // Dependencies as they are. The copy is built for a minute of simulation: optimising it all takes longer.
+            "--config=profile.bench.package.pingora-etcd.opt-level=1",
             "--all-features",
             "--test=simulation",
         ])

@@ -28,6 +28,10 @@ const FURTHER_DRAWS: usize = 16;
 /// A backend that reports more requests in flight than the others, by this factor on its score, is not
 /// calm.
 const MOST_CALM_FACTOR: f32 = 1.1;
+/// From so many requests in flight at the best candidate on, some that are not in the subset are looked at.
+const SPILLS_FROM: usize = 4;
+/// So many of them.
+const SPILL_DRAWS: usize = 2;
 /// How many of the backends on trial one pick looks at.
 const MOST_ON_TRIAL: usize = 64;
 
@@ -189,7 +193,38 @@ impl LeastBusy {
                 best = best.min(key(index, chance));
             }
         }
-        self.keep_turn(table, (first, 1.0), (best as u32 as usize, 1.0), false)
+        let chosen = self.keep_turn(table, (first, 1.0), (best as u32 as usize, 1.0), false);
+        match table.drawn < table.live {
+            true => self.or_outside(table, chosen, false, |_, _| true, random),
+            false => chosen,
+        }
+    }
+
+    /// This candidate, or one that is not in the subset, where even the best one of the subset has much to do: more
+    /// requests have come since the last tick, which will use more backends.
+    #[inline(never)]
+    fn or_outside(
+        &self,
+        table: &Table,
+        chosen: usize,
+        for_tunnel: bool,
+        is_fit: impl Fn(usize, &mut fastrand::Rng) -> bool,
+        random: &mut fastrand::Rng,
+    ) -> usize {
+        let busy = table.slots[chosen].busy(for_tunnel);
+        if busy < SPILLS_FROM {
+            return chosen;
+        }
+        let mut best = Best::NONE;
+        best.consider(chosen, self.score(table, chosen, busy, 0.0));
+        for _ in 0..SPILL_DRAWS {
+            let index = random.usize(table.drawn..table.live);
+            if is_fit(index, random) {
+                let busy = table.slots[index].busy(for_tunnel);
+                best.consider(index, self.score(table, index, busy, 0.0));
+            }
+        }
+        best.index.unwrap_or(chosen)
     }
 
     /// Who is taken when it is the turn of one backend, and another one is less busy for its weight; each with the
@@ -220,7 +255,7 @@ impl LeastBusy {
     ) -> usize {
         let slots = [turn, other].map(|(index, factor)| (&table.slots[index], factor));
         let [(its, _), (others, _)] = slots;
-        if its.busy(for_tunnel) > 0 || its.base == others.base {
+        if its.busy(for_tunnel) > 0 || its.has_base_of(others) {
             return other.0;
         }
         let [its, others] = slots.map(|(slot, factor)| {
@@ -289,8 +324,14 @@ impl LeastBusy {
                 }
             }
         }
-        (best.index)
-            .map(|index| conditions.keep_turn(self, drawn[0], index))
+        let in_subset = best.index.map(|index| {
+            let chosen = conditions.keep_turn(self, drawn[0], index);
+            match table.drawn < table.live {
+                true => conditions.or_outside(self, chosen, random),
+                false => chosen,
+            }
+        });
+        in_subset
             .or_else(|| conditions.any_accepted(random))
             .or_else(|| match conditions.only_working {
                 true => table.draw_working(conditions.exclude, random.u64(..)),
@@ -392,6 +433,14 @@ impl Conditions<'_> {
         policy.keep_turn(self.table, turn, other, self.for_tunnel)
     }
 
+    /// The same, or one that is not in the subset.
+    fn or_outside(&self, policy: &LeastBusy, chosen: usize, random: &mut fastrand::Rng) -> usize {
+        let is_fit = |index: usize, random: &mut fastrand::Rng| {
+            self.is_allowed(index) && self.accepts_undrawn(index, random)
+        };
+        policy.or_outside(self.table, chosen, self.for_tunnel, is_fit, random)
+    }
+
     /// Any backend that works, by share, when everything that was drawn is excluded or has failed since the table was
     /// built, as when a whole zone fails.
     #[cold]
@@ -399,6 +448,15 @@ impl Conditions<'_> {
         for _ in 0..FURTHER_DRAWS {
             let index = self.table.alias.draw(random.u64(..));
             if self.is_allowed(index) && self.accepts(index, random) {
+                return Some(index);
+            }
+        }
+        for _ in 0..FURTHER_DRAWS {
+            if self.table.drawn == self.table.live {
+                break;
+            }
+            let index = random.usize(self.table.drawn..self.table.live);
+            if self.is_allowed(index) && self.accepts_undrawn(index, random) {
                 return Some(index);
             }
         }

@@ -53,8 +53,10 @@ use crate::error::{ClusterError, in_range};
 /// fewer than `subset_in_flight` requests in flight at each, it uses a part of them: as many as it has that many requests
 /// for, and `subset_least` at least, unless that is more than half of all. Which ones, a hash of the process and the
 /// address decides, among those in its zone as among the others, with chances in proportion to static weights, which
-/// so hold for all processes together. The place of one that is ejected is taken by the next one. Once there is more to send, more are used within a second. Requests that have to go to a certain
-/// backend, such as the leader, and those that no backend of the subset can take, go to others. (Subsets, as in
+/// so hold for all processes together. The place of one that is ejected is taken by the next one. Once there is more to send, more are used within a second, and until then others are candidates where the best one
+/// has four requests in flight. Requests that have to go to a certain backend, such as the leader, and those that no
+/// backend of the subset can take, go to others. A balancer that is alone before backends that are busy with something
+/// else takes itself for one of many: set `subset_in_flight` to 0 there. (Subsets, as in
 /// B. Beyer and others, "Site reliability engineering", 2016, chapter 20; chosen by the sequential Poisson
 /// sampling of E. Ohlsson, Journal of Official Statistics 14, 1998.)
 ///
@@ -168,7 +170,7 @@ pub struct Adaptive {
     pub calm_load: f64,
     /// How many requests of this process should be in flight at each backend on average. Where it would have fewer,
     /// because backends are busy with what others send, it uses a part of the backends only, which it then knows
-    /// well. Default: 0.4. Range: 0 to 100; with 0 it always uses all.
+    /// well. Default: 0.5. Range: 0 to 100; with 0 it always uses all.
     pub subset_in_flight: f64,
     /// The number of backends that it uses then at least. Default: 12. Range: 2 to 1,000,000.
     pub subset_least: u32,
@@ -216,7 +218,7 @@ impl Default for Adaptive {
             own_request: 0.5,
             alike: 0.25,
             calm_load: 0.2,
-            subset_in_flight: 0.4,
+            subset_in_flight: 0.5,
             subset_least: 12,
             stale_after_ms: 180_000,
             stale_half_life_ms: 180_000,

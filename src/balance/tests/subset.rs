@@ -119,7 +119,7 @@ fn others_take_the_places_of_those_that_fail() {
 }
 
 #[test]
-fn a_node_that_leaves_changes_one_place_and_one_that_joins_at_most_one() {
+fn nodes_that_leave_and_join_change_their_places_only() {
     let mut rig = busy(Balancer::builder());
     let before = rig.few(30, |_| false);
     let gone = *before.first().unwrap();
@@ -131,10 +131,15 @@ fn a_node_that_leaves_changes_one_place_and_one_that_joins_at_most_one() {
     for index in MANY..MANY + 5 {
         rig.report(index, 70.0, 1);
     }
-    // Those outside do not get a first request.
-    let joined = rig.few(60, |_| false);
-    assert_eq!(joined.len(), 12);
-    assert!(joined.difference(&after).count() <= 5);
+    // Those that are left out do not get a first request.
+    let mut used = BTreeSet::new();
+    for _ in 0..30 {
+        used.extend(rig.few(1, |_| false));
+        assert!(used.is_disjoint(&rig.outside()) || used.len() <= 12 + 5);
+    }
+    let joined: Vec<_> = used.iter().filter(|index| **index >= MANY).collect();
+    assert!(joined.iter().all(|index| !rig.outside().contains(index)));
+    assert!(used.difference(&after).count() <= 5);
 }
 
 #[test]
@@ -174,4 +179,62 @@ fn it_can_be_switched_off_and_other_policies_use_all() {
     let builder = Balancer::builder().policy(Policy::RoundRobin);
     rig.balancer.change_to_valid(&builder, rig.now);
     assert!(rig.outside().is_empty());
+}
+
+#[test]
+fn what_all_fail_alike_ejects_nobody() {
+    let mut rig = busy(Balancer::builder());
+    rig.few(30, |_| false);
+    let ejected = |rig: &Rig| {
+        let backends = rig.balancer.backends();
+        backends.iter().filter(|it| it.is_ejected).count()
+    };
+    // One request of ten, for a minute.
+    for _ in 0..60 {
+        for _ in 0..200 {
+            let upstream = rig.pick();
+            match rig.rng.u8(..10) {
+                0 => upstream.failed(),
+                _ => upstream.succeeded(Duration::from_millis(10)),
+            }
+        }
+        rig.few(1, |_| false);
+        // As chance has it without a subset, too.
+        assert!(ejected(&rig) <= 3);
+    }
+    assert!(!rig.outside().is_empty());
+    // All requests, for some seconds.
+    for _ in 0..5 {
+        for _ in 0..200 {
+            rig.pick().failed();
+        }
+        rig.seconds(1);
+        assert_eq!(ejected(&rig), 0);
+    }
+}
+
+#[test]
+fn a_burst_does_not_wait_for_the_next_tick() {
+    let mut rig = busy(Balancer::builder());
+    assert_eq!(rig.few(30, |_| false).len(), 12);
+    let held: Vec<_> = (0..500).map(|_| rig.pick()).collect();
+    let backends = rig.balancer.backends();
+    let most = backends.iter().map(|it| it.in_flight).max();
+    assert!(most < Some(12), "{most:?} instead of 5");
+    drop(held);
+}
+
+#[test]
+fn a_successor_uses_the_same_part() {
+    let mut rig = busy(Balancer::builder());
+    let used = rig.few(30, |_| false);
+    let mut next = busy(Balancer::builder());
+    next.rng = fastrand::Rng::with_seed(8);
+    let learned = rig.balancer.learned(rig.now);
+    next.balancer
+        .teach(&learned, Duration::from_secs(1), next.now);
+    assert_eq!(next.few(30, |_| false), used);
+    let mut other = busy(Balancer::builder());
+    other.rng = fastrand::Rng::with_seed(8);
+    assert_ne!(other.few(30, |_| false), used);
 }

@@ -16,7 +16,10 @@ const FEWEST_FAILED: u32 = 3;
 impl Weigher {
     /// Takes over the success rates of the backends that are used.
     pub(super) fn compare_success_rates(&self) {
-        let used = || self.roster.used().map(|it| &it.endpoint);
+        let used = || {
+            let used = self.roster.used().map(|it| &it.endpoint);
+            used.filter(|endpoint| !endpoint.is_outside())
+        };
         // Without any backend all is well: the first one to come has not failed yet.
         let best = used().map(|it| it.success()).reduce(f32::max);
         let best = best.unwrap_or(1.0);
@@ -43,8 +46,10 @@ impl Weigher {
             let (lowest, was_ejected) = endpoint.take_failures();
             let is_poor = self.fleet.is_poor(lowest, self.forgiven_rate);
             let is_better = !endpoint.is_ejected() && !is_poor;
-            all += 1;
-            if registration.is_active {
+            // Of the others too few requests are known.
+            let is_inside = !endpoint.is_outside();
+            all += u32::from(is_inside);
+            if registration.is_active && is_inside {
                 active += 1;
                 better += u32::from(is_better);
             }
@@ -104,7 +109,10 @@ impl Weigher {
             }
             match registration.endpoint.is_ejected() {
                 true => ejected += 1,
-                false => working.add(registration.controller.factor(), 1.0),
+                false if !registration.endpoint.is_outside() => {
+                    working.add(registration.controller.factor(), 1.0);
+                }
+                false => {}
             }
         }
         self.measure_working();
