@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::EndpointState;
+use super::{Endpoint, EndpointState, Latencies};
 use crate::balance::fleet::{Failure, SuccessRates};
 
 /// The most that a success rate is when a backend is ejected.
@@ -240,5 +240,37 @@ impl EndpointState {
         if is_ejected || self.fleet.acceptance(rates.success) < 1.0 {
             self.fleet.set_some_fail();
         }
+    }
+}
+
+impl Endpoint {
+    /// Takes the latencies of the successes so far; `None`, and nothing is taken, if there are fewer
+    /// than `at_least`.
+    pub(in crate::balance) fn take_latencies(&self, at_least: u32) -> Option<Latencies> {
+        let state = &self.state;
+        if state.successes.load(Ordering::Relaxed) < at_least {
+            return None;
+        }
+        // A request that ends between these is counted in part now and in part next time.
+        let count = state.successes.swap(0, Ordering::Relaxed);
+        let sum = state.latency_sum.swap(0, Ordering::Relaxed);
+        let lowest = state.lowest_latency.swap(u64::MAX, Ordering::Relaxed);
+        let mean = sum as f64 / f64::from(count) / 1e9;
+        Some(Latencies {
+            mean,
+            lowest: (lowest as f64 / 1e9).min(mean),
+        })
+    }
+
+    /// A number that every outcome changes, until latencies are taken.
+    pub(in crate::balance) fn outcomes(&self) -> u32 {
+        let unmeasured = self.state.unmeasured.load(Ordering::Relaxed);
+        let successes = self.state.successes.load(Ordering::Relaxed);
+        successes.wrapping_add(unmeasured)
+    }
+
+    /// Whether this process has had any request there since [`outcomes`](Self::outcomes) was this.
+    pub(in crate::balance) fn is_active_since(&self, outcomes: u32) -> bool {
+        self.in_flight() > 0 || self.outcomes() != outcomes
     }
 }

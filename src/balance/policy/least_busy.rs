@@ -324,14 +324,9 @@ impl LeastBusy {
                 }
             }
         }
-        let in_subset = best.index.map(|index| {
-            let chosen = conditions.keep_turn(self, drawn[0], index);
-            match table.drawn < table.live {
-                true => conditions.or_outside(self, chosen, random),
-                false => chosen,
-            }
-        });
-        in_subset
+        (best.index)
+            .map(|index| conditions.keep_turn(self, drawn[0], index))
+            .map(|chosen| conditions.or_outside(self, chosen, random))
             .or_else(|| conditions.any_accepted(random))
             .or_else(|| match conditions.only_working {
                 true => table.draw_working(conditions.exclude, random.u64(..)),
@@ -435,6 +430,9 @@ impl Conditions<'_> {
 
     /// The same, or one that is not in the subset.
     fn or_outside(&self, policy: &LeastBusy, chosen: usize, random: &mut fastrand::Rng) -> usize {
+        if self.table.drawn == self.table.live {
+            return chosen;
+        }
         let is_fit = |index: usize, random: &mut fastrand::Rng| {
             self.is_allowed(index) && self.accepts_undrawn(index, random)
         };

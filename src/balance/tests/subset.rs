@@ -162,8 +162,10 @@ fn all_are_used_where_they_are_idle_or_there_is_enough_to_do() {
 
 #[test]
 fn it_can_be_switched_off_and_other_policies_use_all() {
-    let mut off = Adaptive::default();
-    off.subset_in_flight = 0.0;
+    let off = Adaptive {
+        subset_in_flight: 0.0,
+        ..Adaptive::default()
+    };
     let policies = [Policy::Headroom, Policy::RoundRobin, Policy::Random];
     let mut builders: Vec<_> = policies.map(|it| Balancer::builder().policy(it)).into();
     builders.push(Balancer::builder().adaptive(off));
