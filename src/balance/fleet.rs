@@ -159,11 +159,6 @@ impl Fleet {
         *self.first_turn.get_or_init(|| random.u64(..) >> 1)
     }
 
-    /// Begins where another process began, if there has been no turn yet.
-    pub(super) fn take_over_seed(&self, seed: u64) {
-        self.first_turn.get_or_init(|| seed);
-    }
-
     /// The same, once there has been a turn.
     pub(super) fn seed(&self) -> Option<u64> {
         self.first_turn.get().copied()

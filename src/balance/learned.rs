@@ -28,9 +28,6 @@ const LONGEST_LATENCY: f64 = 3_600.0;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Learned {
     pub(super) backends: Vec<LearnedBackend>,
-    /// What its subset follows from.
-    #[serde(default)]
-    pub(super) seed: Option<u64>,
 }
 
 impl Learned {
@@ -38,7 +35,6 @@ impl Learned {
     #[cfg(feature = "pingora")]
     pub(crate) fn extend(&mut self, other: Self) {
         self.backends.extend(other.backends);
-        self.seed = self.seed.or(other.seed);
     }
 
     /// Of how many backends there is something.

@@ -167,16 +167,12 @@ impl Weigher {
             backends: all
                 .filter_map(|registration| registration.learned(now))
                 .collect(),
-            seed: self.fleet.seed(),
         }
     }
 
     /// Takes over what another process had learned `passed` ago; takes effect with the next
     /// [`settle`](Self::settle).
     pub(super) fn teach(&mut self, learned: &Learned, passed: Duration, now: Instant) {
-        if let Some(seed) = learned.seed {
-            self.fleet.take_over_seed(seed);
-        }
         let lessons = Lessons::new(learned, &self.settings.adaptive, passed, now);
         self.roster.teach(lessons);
     }

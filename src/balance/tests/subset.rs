@@ -226,8 +226,9 @@ fn a_burst_does_not_wait_for_the_next_tick() {
     drop(held);
 }
 
+/// Several processes may begin with what one has learned, and must not use the same part for that.
 #[test]
-fn a_successor_uses_the_same_part() {
+fn a_successor_uses_another_part() {
     let mut rig = busy(Balancer::builder());
     let used = rig.few(30, |_| false);
     let mut next = busy(Balancer::builder());
@@ -235,8 +236,5 @@ fn a_successor_uses_the_same_part() {
     let learned = rig.balancer.learned(rig.now);
     next.balancer
         .teach(&learned, Duration::from_secs(1), next.now);
-    assert_eq!(next.few(30, |_| false), used);
-    let mut other = busy(Balancer::builder());
-    other.rng = fastrand::Rng::with_seed(8);
-    assert_ne!(other.few(30, |_| false), used);
+    assert_ne!(next.few(30, |_| false), used);
 }
