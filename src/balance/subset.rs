@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
 use super::settings::Adaptive;
 
 /// The part of a difference that a tick takes over.
@@ -72,19 +74,10 @@ pub(super) fn lot(seed: u64, addr: SocketAddr) -> f64 {
         IpAddr::V4(ip) => ip.to_ipv6_mapped(),
         IpAddr::V6(ip) => ip,
     };
-    let (ip, port) = (ip.to_bits(), u64::from(addr.port()));
-    let words = [(ip >> 64) as u64, ip as u64, port];
-    let lot = words.into_iter().fold(seed, |lot, word| mix(lot ^ word));
-    lot as f64 / 2_f64.powi(64)
-}
-
-/// Mixes all bits (the finaliser of SplitMix64: G. Steele, D. Lea and C. Flood, "Fast splittable pseudorandom number
-/// generators", 2014).
-fn mix(word: u64) -> u64 {
-    let word = word.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let word = (word ^ (word >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let word = (word ^ (word >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    word ^ (word >> 31)
+    let mut bytes = [0; 18];
+    bytes[..16].copy_from_slice(&ip.octets());
+    bytes[16..].copy_from_slice(&addr.port().to_be_bytes());
+    xxh3_64_with_seed(&bytes, seed) as f64 / 2_f64.powi(64)
 }
 
 /// Some of several backends, by their lots and static weights: the chance of each is proportional to its weight, and that

@@ -52,8 +52,9 @@ use crate::error::{ClusterError, in_range};
 /// too few for requests in flight to say anything. So where most backends report to be busy, and this process would have
 /// fewer than `subset_in_flight` requests in flight at each, it uses a part of them: as many as it has that many requests
 /// for, and `subset_least` at least, unless that is more than half of all. Which ones, a hash of the process and the
-/// address decides, among those in its zone as among the others, with chances in proportion to static weights, which
-/// so hold for all processes together. The place of one that is ejected is taken by the next one. Once there is more
+/// address decides, among those in its zone as among the others, with chances in proportion to static weights (those
+/// below the mean count as the mean), and with weights divided by these chances: so static weights hold for all
+/// processes together. The place of one that is ejected is taken by the next one. Once there is more
 /// to send, more are used within a second, and until then others are candidates where the best one has four
 /// requests in flight. Each process draws anew when it starts. Requests that have to go to a certain backend, such as the leader, and those that no
 /// backend of the subset can take, go to others. A balancer that is alone before backends that are busy with something
