@@ -30,6 +30,9 @@ const UNCHANGED_COUNTS_AFTER: Duration = Duration::from_secs(5);
 /// A sample that has been the same for longer than this no longer takes precedence over the
 /// registration.
 const UNCHANGED_VALID: Duration = Duration::from_secs(60);
+/// Who would have had so many requests by its weight, and got none, is asked for one: by chance alone, one in ten million
+/// backends would be (e^-16).
+const MOST_MISSED: f64 = 16.0;
 /// A sampling time that is behind the last one by more than this means that the sender's clock was
 /// set back, not that the report is late: responses that overtake each other are almost of the same
 /// time.
@@ -70,6 +73,8 @@ pub(super) struct Registration {
     pub(super) outcomes_at_tick: u32,
     /// There was a request between the last two ticks.
     pub(super) is_active: bool,
+    /// How many requests were its part of all since its last one.
+    missed: f64,
     /// It does its work for so much fewer requests than the others that its low load says nothing.
     pub(super) is_refusing: bool,
     trial: Trial,
@@ -122,6 +127,7 @@ impl Registration {
             last_view: 0,
             outcomes_at_tick: 0,
             is_active: false,
+            missed: 0.0,
             is_refusing: false,
             trial: Trial::default(),
             held: None,
@@ -284,13 +290,31 @@ impl Registration {
         self.has_new_load = true;
     }
 
+    /// How many requests have ended since this was last asked.
+    pub(super) fn take_outcomes(&mut self) -> u32 {
+        let outcomes = self.endpoint.outcomes();
+        outcomes.wrapping_sub(std::mem::replace(&mut self.outcomes_at_tick, outcomes))
+    }
+
+    /// Asks for a request if it gets none, though many were its part; `part` of them since the last tick.
+    pub(super) fn miss_requests(&mut self, part: f64) {
+        self.missed = match self.is_active || self.endpoint.is_ejected() {
+            true => 0.0,
+            false => self.missed + part,
+        };
+        if self.missed >= MOST_MISSED {
+            self.missed = 0.0;
+            self.endpoint.set_due(true);
+        }
+    }
+
     /// Decides whether a request is to try it.
     pub(super) fn tick_trial(&mut self, most_pause: Duration, now: Instant) {
         let endpoint = &self.endpoint;
         endpoint.readmit_if_alike();
         if !endpoint.is_ejected() {
             self.trial.reset();
-            if endpoint.is_due() && endpoint.is_active_since(0) {
+            if endpoint.is_due() && self.is_active {
                 endpoint.set_due(false);
             }
         } else if !endpoint.is_due() && !endpoint.is_probed() && self.trial.is_due(most_pause, now)

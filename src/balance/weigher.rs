@@ -92,6 +92,8 @@ struct TickSummary {
     all_in_flight: f64,
     backends: usize,
     has_tunnels: bool,
+    /// How many requests have ended since the last tick.
+    requests: u32,
 }
 
 impl Weigher {
@@ -388,7 +390,7 @@ impl Weigher {
             }
             let latencies = endpoint.take_latencies(samples);
             controller.set_latencies(latencies.filter(|_| !was_stopped));
-            registration.outcomes_at_tick = endpoint.outcomes();
+            summary.requests += registration.take_outcomes();
             if registration.takes_traffic() {
                 let controller = &registration.controller;
                 summary.add(&registration.endpoint, controller, is_active, now);
@@ -420,8 +422,7 @@ impl Weigher {
             let most_report = summary.active_reporting * 2 > summary.active;
             self.fleet.set_most_report_in_flight(most_report);
         }
-        self.forgive_if_all_failed();
-        self.compare_success_rates();
+        self.judge_outcomes(summary.requests);
     }
 
     /// One backend for each address, including those that drain or have a static weight of 0.

@@ -141,6 +141,47 @@ fn static_weights_are_followed_whatever_all_report() {
     }
 }
 
+/// All are busy with something else, and one has been slow. It is not forgotten.
+#[test]
+fn who_has_the_least_weight_gets_requests_one_after_the_other_too() {
+    for count in [2, 3, 10] {
+        for pause in [5, 50, 500] {
+            let mut rig = Rig::new(Balancer::builder());
+            let (mut last, mut most) = (vec![0_u32; count.into()], 0);
+            let mut ticked = rig.now;
+            for request in 0..3_000_u32 {
+                if request % 100 == 0 {
+                    let nodes = (0..count).map(|index| loaded(index, 90.0, request.into()));
+                    let nodes = nodes.map(|node| (node.id.clone(), node));
+                    rig.nodes = nodes.collect();
+                    rig.update();
+                }
+                let upstream = rig.pick();
+                let index = upstream.addr().port() - 1_000;
+                // The first one is slow for some time.
+                let latency = if index == 0 && request < 500 { 60 } else { 2 };
+                upstream.succeeded(Duration::from_millis(latency));
+                if request >= 1_000 {
+                    last[usize::from(index)] = request;
+                    let waits = last.iter().map(|last| request - (*last).max(1_000)).max();
+                    most = most.max(waits.unwrap_or(0));
+                }
+                rig.now += Duration::from_millis(pause);
+                while ticked + TICK <= rig.now {
+                    ticked += TICK;
+                    rig.balancer.tick(ticked);
+                }
+            }
+            let weights: Vec<_> = rig.balancer.backends().iter().map(|it| it.weight).collect();
+            let per_tick = 1_000 / pause as u32;
+            assert!(
+                most < 60 * u32::from(count) + 2 * per_tick,
+                "{count} backends, {pause} ms: one got none of {most} requests, weights {weights:?}"
+            );
+        }
+    }
+}
+
 /// A policy for which CPU does not matter treats all alike.
 #[test]
 fn headroom_follows_its_own_weights() {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::Weigher;
 use crate::balance::mean::Mean;
 use crate::balance::policy::{ActivePolicy, RoutingPolicy};
+use crate::balance::registration::Registration;
 
 /// After this number of ticks for which a probe could not be sent, any request may be one.
 const TICKS_WITHOUT_PROBE: u32 = 2;
@@ -14,8 +15,15 @@ const EJECTED_OF_KEYS: u32 = 10;
 const FEWEST_FAILED: u32 = 3;
 
 impl Weigher {
+    /// Takes over what the outcomes since the last tick, of so many requests, say of the backends.
+    pub(super) fn judge_outcomes(&mut self, requests: u32) {
+        self.forgive_if_all_failed();
+        self.compare_success_rates();
+        self.ask_for_missed_requests(requests);
+    }
+
     /// Takes over the success rates of the backends that are used.
-    pub(super) fn compare_success_rates(&self) {
+    fn compare_success_rates(&self) {
         let used = || {
             let used = self.roster.used().map(|it| &it.endpoint);
             used.filter(|endpoint| !endpoint.is_outside())
@@ -38,7 +46,7 @@ impl Weigher {
     /// Forgives what has failed since the last tick if hardly any other has done better in between: then it was
     /// something that they share, such as a database, and not they. Who has failed more often than another one says as
     /// little as who was ejected. How well they have done is judged by what was usual at the last tick.
-    pub(super) fn forgive_if_all_failed(&mut self) {
+    fn forgive_if_all_failed(&mut self) {
         let (mut all, mut active, mut better) = (0_u32, 0_u32, 0_u32);
         let mut failed = Vec::new();
         for registration in self.roster.used() {
@@ -69,6 +77,25 @@ impl Weigher {
                 endpoint.forgive(mean);
             }
             self.forgiven_rate = Some(mean);
+        }
+    }
+
+    /// Sees to it that backends which work get a request from time to time, when this many of all have ended since the
+    /// last tick. Where all are busy with something else, and requests come one after the other, those with the greatest
+    /// weights win each comparison; of the others nothing new would be learned.
+    fn ask_for_missed_requests(&mut self, requests: u32) {
+        if !self.settings.counts_requests {
+            return;
+        }
+        let is_used = self.roster.is_used();
+        let is_drawn = |it: &Registration| is_used(it) && !it.endpoint.is_outside();
+        let drawn = self.roster.registrations().iter().filter(|it| is_drawn(it));
+        let all: f64 = drawn.map(|it| it.endpoint.share().get()).sum();
+        for registration in self.roster.registrations_mut() {
+            if all > 0.0 && is_drawn(registration) {
+                let part = registration.endpoint.share().get() / all;
+                registration.miss_requests(f64::from(requests) * part);
+            }
         }
     }
 
