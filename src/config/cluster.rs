@@ -1,7 +1,6 @@
 //! The `cluster` section.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -13,6 +12,7 @@ use super::clients::Clients;
 use super::group::Group;
 use super::health_check::HealthCheck;
 use super::leader::Leader;
+use super::listener::Listener;
 use super::opentelemetry::OpenTelemetry;
 use super::overload::Overload;
 use super::retry::Retry;
@@ -107,6 +107,10 @@ pub struct ClusterConfig {
     /// `address:port` to listen on. Default: `127.0.0.1:6188`.
     #[serde(default = "default_listen")]
     pub listen: String,
+    /// Further addresses that clients connect to, each with or without TLS of its own, as for port 443 beside port 80.
+    /// What `clients` and `timeouts` say holds for all of them together. Default: none.
+    #[serde(default)]
+    pub further_listeners: Vec<Listener>,
     /// How a backend is chosen. Default: `adaptive`.
     #[serde(default)]
     pub policy: Policy,
@@ -197,7 +201,7 @@ pub struct ClusterConfig {
     /// Default: none.
     #[serde(default)]
     pub sticky_cookie: Option<String>,
-    /// TLS to clients. Default: none, plain text.
+    /// TLS to the clients that connect to `listen`. Default: none, plain text.
     #[serde(default)]
     pub tls: Option<ListenerTls>,
     /// How backends are spoken to.
@@ -276,7 +280,7 @@ impl ClusterConfig {
         self.etcd.validate().map_err(etcd)?;
         let section = |error| as_in_file(error, "cluster.", "");
         self.balancer().map_err(section)?;
-        self.check_listen()?;
+        self.check_listeners()?;
         if self.zone.is_some() && self.zone_of.is_some() {
             return Err(ClusterError::config(
                 "cluster.zone_of",
@@ -297,7 +301,6 @@ impl ClusterConfig {
                 return Err(ClusterError::config("cluster.admin", reason));
             }
             admin.validate("cluster.admin")?;
-            self.check_admin(admin.listen)?;
         }
         self.overload.validate("cluster.overload")?;
         if let Some(check) = &self.health_check {
@@ -318,9 +321,6 @@ impl ClusterConfig {
             return Err(ClusterError::config("cluster.sticky_cookie", reason));
         }
         self.spoken_to().validate("cluster.backends")?;
-        if let Some(tls) = &self.tls {
-            tls.validate("cluster.tls")?;
-        }
         self.clients.validate("cluster.clients")?;
         millis("ready_timeout_ms", self.ready_timeout_ms, 0..=600_000)?;
         millis("drain_delay_ms", self.drain_delay_ms, 0..=600_000)?;
@@ -360,35 +360,6 @@ impl ClusterConfig {
             )),
             None => Ok(()),
         }
-    }
-
-    /// Two listeners cannot have one port, unless each has an address of its own.
-    fn check_admin(&self, admin: SocketAddr) -> Result<(), ClusterError> {
-        let Ok(listen) = self.listen.parse::<SocketAddr>() else {
-            return Ok(());
-        };
-        // That of IPv6 is for both.
-        let is_in = |one: SocketAddr, other: SocketAddr| {
-            other.ip().is_unspecified() && (other.is_ipv6() || one.is_ipv4())
-        };
-        let is_same_ip = admin.ip() == listen.ip() || is_in(admin, listen) || is_in(listen, admin);
-        match admin.port() == listen.port() && is_same_ip {
-            true => Err(ClusterError::config(
-                "cluster.admin.listen",
-                format!("{admin} is also taken by cluster.listen, which is {listen}"),
-            )),
-            false => Ok(()),
-        }
-    }
-
-    fn check_listen(&self) -> Result<(), ClusterError> {
-        let reason = match self.listen.parse::<SocketAddr>() {
-            Ok(address) if address.port() > 0 => return Ok(()),
-            Ok(_) => "has port 0, so nobody would know which one it is",
-            Err(_) => "is not an address and a port",
-        };
-        let reason = format!("{:?} {reason}", self.listen);
-        Err(ClusterError::config("cluster.listen", reason))
     }
 
     /// How backends are spoken to: in other registries, entries say it.

@@ -15,6 +15,7 @@ mod groups;
 mod health_check;
 mod leader;
 mod lines;
+mod listener;
 mod made;
 mod opentelemetry;
 mod overload;
@@ -43,10 +44,13 @@ pub use group::{DEFAULT_GROUP, Group};
 pub use health_check::{CheckKind, HealthCheck, StatusRange};
 pub use leader::Leader;
 pub use lines::{Given, given};
+pub use listener::Listener;
+#[cfg(feature = "pingora")]
+pub(crate) use listener::ListenerAt;
 pub use opentelemetry::OpenTelemetry;
 pub use overload::Overload;
 pub use retry::Retry;
-pub use route::{Answer, HeaderChanges, Mirror, Pattern, Redirect, Rewrite, Route};
+pub use route::{Answer, HeaderChanges, Mirror, Pattern, Redirect, Rewrite, Route, Scheme};
 #[cfg(feature = "pingora")]
 pub(crate) use route::{is_below, without_last_dot};
 #[cfg(feature = "schema")]

@@ -31,6 +31,9 @@ pub struct Route {
     /// A regular expression that a part of the path matches; with `^` and `$` all of it. Cannot be given
     /// together with `path`.
     pub path_regex: Option<Pattern>,
+    /// Whether the client came over TLS (`https`) or not (`http`). Of a request from one of
+    /// `clients.trusted_proxies`, its `X-Forwarded-Proto` says it.
+    pub scheme: Option<Scheme>,
     /// Methods, such as `GET`, as they are sent.
     pub methods: Vec<String>,
     /// Fields of the request that have exactly this value, or, with `*`, any value.
@@ -62,6 +65,18 @@ pub struct Route {
     pub response_headers: HeaderChanges,
     /// Sends a copy elsewhere, whose answer nobody gets.
     pub mirror: Option<Mirror>,
+}
+
+/// How a client came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Scheme {
+    /// Without TLS.
+    Http,
+    /// Over TLS.
+    Https,
 }
 
 /// A regular expression, as of the crate `regex`: it takes time in proportion to the text.
@@ -436,7 +451,8 @@ impl Route {
             let found = other.headers.iter().find(same);
             found.is_some_and(|(_, other)| value == "*" || value == other)
         });
-        includes_hosts && includes_path && includes_methods && includes_headers
+        let includes_scheme = self.scheme.is_none() || self.scheme == other.scheme;
+        includes_hosts && includes_path && includes_scheme && includes_methods && includes_headers
     }
 }
 
@@ -622,6 +638,10 @@ mod tests {
             ),
             ("{ hosts: ['*.a.b'] }", "{ hosts: [a.b] }", false),
             ("{ hosts: [a.b] }", "{ hosts: ['*.a.b'] }", false),
+            ("{}", "{ scheme: http }", true),
+            ("{ scheme: http }", "{}", false),
+            ("{ scheme: http }", "{ scheme: https }", false),
+            ("{ scheme: http }", "{ scheme: http, path: /x }", true),
             ("{ methods: [GET, HEAD] }", "{ methods: [GET] }", true),
             ("{ methods: [GET] }", "{ methods: [GET, PUT] }", false),
             (

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::error::ClusterError;
 
-/// TLS to the clients of the bundled proxy, on the address of `listen`. TLS 1.2 and 1.3.
+/// TLS to the clients of the bundled proxy, on one of its addresses. TLS 1.2 and 1.3.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]

@@ -52,13 +52,14 @@ impl TrustedProxies {
         self.0.iter().any(|network| network.contains(address))
     }
 
-    /// Whether the client's request came over TLS, here or at a trusted proxy.
+    /// Whether the client's request came over TLS: here, unless a trusted proxy says how it came to that.
     pub(super) fn is_over_tls(&self, session: &Session) -> bool {
-        let said = || {
-            let proto = session.req_header().headers.get(PROTO);
-            proto.is_some_and(|proto| proto.as_bytes().eq_ignore_ascii_case(b"https"))
-        };
-        is_tls(session) || said() && peer_of(session).is_none_or(|peer| self.contains(peer))
+        let proto = session.req_header().headers.get(PROTO);
+        let is_trusted = || peer_of(session).is_none_or(|peer| self.contains(peer));
+        match proto.filter(|_| is_trusted()) {
+            Some(proto) => is_https(proto),
+            None => is_tls(session),
+        }
     }
 
     /// The client's address: that of the peer, or, where the peer is trusted, the rightmost one in
@@ -83,6 +84,12 @@ impl TrustedProxies {
         }
         client
     }
+}
+
+/// Whether this `X-Forwarded-Proto` says so; where there are several, the first one is of the client.
+fn is_https(proto: &HeaderValue) -> bool {
+    let first = proto.as_bytes().split(|byte| *byte == b',').next();
+    first.is_some_and(|first| first.trim_ascii().eq_ignore_ascii_case(b"https"))
 }
 
 /// An address, possibly with a port or in brackets.
@@ -339,6 +346,18 @@ mod tests {
                 ip(client),
                 "{values:?}"
             );
+        }
+    }
+
+    #[test]
+    fn the_first_protocol_is_that_of_the_client() {
+        for (text, expected) in [
+            ("https", true),
+            ("HTTPS , http", true),
+            ("http, https", false),
+            ("", false),
+        ] {
+            assert_eq!(is_https(&HeaderValue::from_static(text)), expected);
         }
     }
 

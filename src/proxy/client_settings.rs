@@ -6,8 +6,7 @@ use std::time::Duration;
 use ::pingora::apps::HttpServerOptions;
 
 use super::client::TrustedProxies;
-use super::front::{ClientTimeouts, FrontLimits, FrontSettings, ProxyHeaderRule};
-use super::tls::ClientTls;
+use super::front::{ClientTimeouts, FrontLimits, FrontListener, FrontSettings, ProxyHeaderRule};
 use crate::config::ClusterConfig;
 
 pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
@@ -22,7 +21,10 @@ pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
     options
 }
 
-pub(super) fn front_settings(config: &ClusterConfig, tls: Option<ClientTls>) -> FrontSettings {
+pub(super) fn front_settings(
+    config: &ClusterConfig,
+    listeners: Vec<FrontListener>,
+) -> FrontSettings {
     let (timeouts, clients) = (&config.timeouts, &config.clients);
     let milliseconds = Duration::from_millis;
     FrontSettings {
@@ -45,6 +47,6 @@ pub(super) fn front_settings(config: &ClusterConfig, tls: Option<ClientTls>) -> 
             from: clients.proxy_protocol.clone(),
             within: milliseconds(clients.proxy_protocol_timeout_ms),
         }),
-        tls,
+        listeners,
     }
 }

@@ -13,6 +13,7 @@ use crate::config::{self, is_below, without_last_dot};
 pub(super) struct Conditions {
     hosts: Vec<Host>,
     path: Path,
+    scheme: Option<config::Scheme>,
     methods: Vec<Method>,
     /// `None` for any value.
     headers: Vec<(HeaderName, Option<HeaderValue>)>,
@@ -58,13 +59,18 @@ impl Conditions {
                 (None, Some(pattern)) => Path::Matches(pattern.regex().clone()),
                 (None, None) => Path::Any,
             },
+            scheme: route.scheme,
             methods: methods.filter_map(|method| method.parse().ok()).collect(),
             headers: route.headers.iter().filter_map(header).collect(),
         }
     }
 
-    /// Whether they are met.
-    pub(super) fn are_met_by(&self, request: &RequestHeader) -> bool {
+    /// Whether they are met, by a request that came over TLS or not.
+    pub(super) fn are_met_by(
+        &self,
+        request: &RequestHeader,
+        is_over_tls: impl FnOnce() -> bool,
+    ) -> bool {
         let path = request.uri.path();
         let is_path = match &self.path {
             Path::Any => true,
@@ -72,6 +78,9 @@ impl Conditions {
             Path::Matches(pattern) => pattern.is_match(path),
         };
         is_path
+            && self
+                .scheme
+                .is_none_or(|scheme| (scheme == config::Scheme::Https) == is_over_tls())
             && (self.methods.is_empty() || self.methods.contains(&request.method))
             && (self.hosts.is_empty() || self.is_host(request))
             && self.headers.iter().all(|(name, value)| {
@@ -201,8 +210,19 @@ mod tests {
             ("{ headers: { X: y } }", get("/", &[("x", "yy")]), false),
             ("{ path: /a, methods: [PUT] }", get("/a", &[]), false),
         ] {
-            let met = conditions(yaml).are_met_by(&request);
-            assert_eq!(met, expected, "{yaml} {:?}", request.uri);
+            for is_over_tls in [false, true] {
+                let met = conditions(yaml).are_met_by(&request, || is_over_tls);
+                assert_eq!(met, expected, "{yaml} {:?}", request.uri);
+            }
+        }
+        for (yaml, of_plain, of_tls) in [
+            ("{ scheme: http }", true, false),
+            ("{ scheme: https }", false, true),
+            ("{ scheme: https, path: /x }", false, false),
+        ] {
+            let met =
+                |is_over_tls: bool| conditions(yaml).are_met_by(&get("/", &[]), || is_over_tls);
+            assert_eq!((met(false), met(true)), (of_plain, of_tls), "{yaml}");
         }
     }
 

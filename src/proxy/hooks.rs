@@ -85,7 +85,7 @@ impl ProxyHttp for ClusterProxy {
             state.span = spans.begin(session.req_header(), is_trusted);
         }
         // Also for errors.
-        context.route = routing.route_of(session.req_header()).cloned();
+        context.route = routing.route_of(session).cloned();
         if self.via.is_on(&session.req_header().headers) {
             return Err(refused(508, "the request has come back to where it was"));
         }

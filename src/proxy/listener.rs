@@ -1,4 +1,4 @@
-//! A service whose listener the process cannot do without.
+//! A service whose listeners the process cannot do without.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,19 +15,20 @@ use crate::supervise::{caught, say};
 /// The runtimes of a server that was asked to end at once have ended within this time.
 const RUNTIMES_END_WITHIN: Duration = Duration::from_millis(500);
 
-/// A service that listens. If its listener ends, it ends the process, which would be useless.
+/// A service that listens. If it ends, it ends the process, which would be useless.
 ///
 /// Pingora tries to listen for half a minute, and then panics in a task that nothing watches: the
 /// process would continue without a listener, even when the address is free again.
 pub(super) struct RequiredListener<S> {
     service: S,
-    address: String,
-    /// Where another process, which has the address, hands its socket over.
+    /// At least one.
+    addresses: Vec<String>,
+    /// Where another process, which has the addresses, hands its sockets over.
     takes_over_at: Option<String>,
     balancers: Vec<Arc<BalancerService>>,
 }
 
-/// How often to look whether the address is listened on.
+/// How often to look whether the addresses are listened on.
 const STEP: Duration = Duration::from_millis(5);
 /// A socket that was taken over is accepted from within this time.
 const ACCEPTED_WITHIN: Duration = Duration::from_millis(100);
@@ -39,35 +40,49 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 impl<S: ServiceWithDependents> RequiredListener<S> {
     pub(super) fn new(
         service: S,
-        address: &str,
+        addresses: Vec<String>,
         takes_over_at: Option<String>,
         balancers: Vec<Arc<BalancerService>>,
     ) -> Self {
         Self {
             service,
             balancers,
-            address: address.to_owned(),
+            addresses,
             takes_over_at,
         }
     }
 
-    /// Makes sure that the address can be listened on: because nobody does, or because the process
-    /// that does hands its socket over. Whoever has taken sockets over has to confirm that.
+    /// Makes sure that the addresses can be listened on: because nobody does, or because the process
+    /// that does hands its sockets over. Whoever has taken sockets over has to confirm that.
     async fn prepare(&self, sockets: &ListenFds) -> Result<Option<Successor>, String> {
-        let is_inherited = sockets.lock().get(&self.address).is_some();
-        if is_inherited {
+        let is_open = |address: &String| sockets.lock().get(address).is_some();
+        if self.addresses.iter().all(is_open) {
             return Ok(None);
         }
+        let mut successor = None;
         if let Some(path) = &self.takes_over_at {
             self.wait_for_view().await;
             let listeners = Shutdown::of_process().listeners();
-            listeners.until_prepared(&self.address).await;
-            let successor = take_over(sockets, path, &self.address).await?;
-            if sockets.lock().get(&self.address).is_some() {
-                return Ok(successor);
+            listeners.until_prepared(&self.addresses).await;
+            for address in &self.addresses {
+                // Whoever hands over the first one hands over all.
+                if successor.is_none() {
+                    successor = take_over(sockets, path, address).await?;
+                }
             }
         }
-        check_address(&self.address).map(|()| None)
+        for address in &self.addresses {
+            if !is_open(address) {
+                check_address(address)?;
+            }
+        }
+        Ok(successor)
+    }
+
+    /// Whether another process listens on one of the addresses.
+    fn is_any_taken(&self) -> bool {
+        let mut addresses = self.addresses.iter();
+        addresses.any(|address| check_address(address).is_err())
     }
 
     /// The predecessor serves better than this process without a view of the group, or without knowing whose health checks
@@ -75,7 +90,7 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
     async fn wait_for_view(&self) {
         for balancer in &self.balancers {
             let discovery = balancer.discovery();
-            while !discovery.is_ready() && check_address(&self.address).is_err() {
+            while !discovery.is_ready() && self.is_any_taken() {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
             balancer.hear_operators().await;
@@ -83,10 +98,7 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
         }
         let start = Instant::now();
         let are_checked = || self.balancers.iter().all(|it| it.has_checked_all());
-        while !are_checked()
-            && start.elapsed() < MOST_WAIT_FOR_CHECKS
-            && check_address(&self.address).is_err()
-        {
+        while !are_checked() && start.elapsed() < MOST_WAIT_FOR_CHECKS && self.is_any_taken() {
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }
@@ -101,8 +113,8 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
     ) -> Result<(), String> {
         Shutdown::of_process().listeners().are_in(&sockets);
         let successor = self.prepare(&sockets).await?;
-        let address = self.address.clone();
-        tokio::spawn(tell_when_open(sockets.clone(), address, successor));
+        let addresses = self.addresses.clone();
+        tokio::spawn(tell_when_open(sockets.clone(), addresses, successor));
         let serving =
             self.service
                 .start_service(Some(sockets), shutdown.clone(), listeners_per_fd, ready);
@@ -120,16 +132,19 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
     }
 }
 
-/// Tells everybody who wants to know when the address is listened on.
-async fn tell_when_open(sockets: ListenFds, address: String, successor: Option<Successor>) {
-    while sockets.lock().get(&address).is_none() {
+/// Tells everybody who wants to know when the addresses are listened on.
+async fn tell_when_open(sockets: ListenFds, addresses: Vec<String>, successor: Option<Successor>) {
+    let is_open = |address: &String| sockets.lock().get(address).is_some();
+    while !addresses.iter().all(is_open) {
         tokio::time::sleep(STEP).await;
     }
     if successor.is_some() {
-        // The socket was there before it is accepted from.
+        // The sockets were there before they are accepted from.
         tokio::time::sleep(ACCEPTED_WITHIN).await;
     }
-    Shutdown::of_process().listeners().is_open(&address);
+    for address in &addresses {
+        Shutdown::of_process().listeners().is_open(address);
+    }
     if let Some(successor) = successor {
         successor.confirm().await;
     }
@@ -159,8 +174,8 @@ impl<S: ServiceWithDependents> ServiceWithDependents for RequiredListener<S> {
             None => Err("the server has no table of sockets".to_owned()),
         };
         if let Err(reason) = listened {
-            let address = self.address.as_str();
-            say(|| error!(address, reason, "there is no listener, the process ends"));
+            let addresses = self.addresses.join(", ");
+            say(|| error!(addresses, reason, "there is no listener, the process ends"));
             std::process::exit(1);
         }
     }

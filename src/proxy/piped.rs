@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::client_settings::{front_settings, server_options};
 use super::cluster_proxy::ClusterProxy;
-use super::front::{Front, FrontCounts, FrontStatistics};
+use super::front::{Front, FrontCounts, FrontListener, FrontStatistics};
 use super::server::made;
 use crate::config::ClusterConfig;
 use crate::error::ClusterError;
@@ -36,7 +36,11 @@ impl PipedProxy {
         let mut app = made(&Arc::new(ServerConf::default()), proxy)?;
         app.server_options = Some(server_options(config));
         let statistics = Arc::<FrontStatistics>::default();
-        let front = Front::new(app, front_settings(config, None), statistics.clone());
+        let front = Front::new(
+            app,
+            front_settings(config, FrontListener::all(config)?),
+            statistics.clone(),
+        );
         Ok(Self {
             front: Arc::new(front),
             statistics,

@@ -148,9 +148,13 @@ impl Route {
         self.requests.load(Ordering::Relaxed)
     }
 
-    /// Whether it is for this request.
-    pub(super) fn is_for(&self, request: &RequestHeader) -> bool {
-        self.conditions.are_met_by(request)
+    /// Whether it is for this request, which came over TLS or not.
+    pub(super) fn is_for(
+        &self,
+        request: &RequestHeader,
+        is_over_tls: impl FnOnce() -> bool,
+    ) -> bool {
+        self.conditions.are_met_by(request, is_over_tls)
     }
 
     /// What becomes of this request, which the route is for.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ::pingora::http::RequestHeader;
+use ::pingora::proxy::Session;
 
 use super::client::TrustedProxies;
 use super::group::GroupProxy;
@@ -97,9 +97,11 @@ impl Routing {
         self.traceparent_sampled >= 1.0 || fastrand::f64() < self.traceparent_sampled
     }
 
-    /// The first route that is for this request. Costs time in proportion to the number of routes.
-    pub(super) fn route_of(&self, request: &RequestHeader) -> Option<&Arc<Route>> {
-        self.routes.iter().find(|route| route.is_for(request))
+    /// The first route that is for the request of this session. Costs time in proportion to the number of routes.
+    pub(super) fn route_of(&self, session: &Session) -> Option<&Arc<Route>> {
+        let is_over_tls = || self.trusted.is_over_tls(session);
+        let mut routes = self.routes.iter();
+        routes.find(|route| route.is_for(session.req_header(), is_over_tls))
     }
 
     /// Whether the view of every group is there, and some group has a backend.

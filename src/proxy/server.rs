@@ -15,14 +15,14 @@ use ::pingora::services::listening::Service;
 use super::access_log::{AccessLog, AccessLogStatistics};
 use super::client_settings::{front_settings, server_options};
 use super::cluster_proxy::ClusterProxy;
-use super::front::{Front, FrontStatistics};
+use super::front::{Front, FrontListener, FrontStatistics};
 use super::listener::RequiredListener;
 use super::reload::Reloader;
 use super::shutdown::{Shutdown, check_address};
 use super::spans::Spans;
 use super::statistics::RequestStatistics;
-use super::tls::{ClientTls, Reload};
-use crate::config::ClusterConfig;
+use super::tls::Reload;
+use crate::config::{ClusterConfig, ListenerAt};
 use crate::error::ClusterError;
 use crate::opaque::opaque_debug;
 use crate::pingora::{BalancerService, with_system_cas};
@@ -62,19 +62,19 @@ pub struct ProxyParts {
 impl ClusterProxy {
     /// Adds a balancer, and a proxy that waits for it, to a Pingora server; `writes_to_leader` as
     /// [`leader_route`](Self::leader_route). Connects to nothing and listens on nothing before the
-    /// server runs, but checks whether the address can be listened on, unless the server is to take
+    /// server runs, but checks whether its addresses can be listened on, unless the server is to take
     /// over sockets or only to be tested. Run it with [`run`](super::run), which handles signals.
     ///
     /// A server that is to take over sockets listens as soon as it has a view of the group and the
     /// process that has the sockets hands them over, however long both take.
     ///
-    /// Without its listener the process is useless: if the address is taken when the server runs, or
-    /// the listener ends without a shutdown request, the process ends with status 1 and an error in
+    /// Without its listeners the process is useless: if an address is taken when the server runs, or
+    /// a listener ends without a shutdown request, the process ends with status 1 and an error in
     /// the log, so that its supervisor sees it. The parts of the balancer are started again instead.
     ///
     /// # Errors
     ///
-    /// When `config` is invalid, or its address cannot be listened on.
+    /// When `config` is invalid, or one of its addresses cannot be listened on.
     pub fn add_to(
         server: &mut Server,
         config: &ClusterConfig,
@@ -87,11 +87,7 @@ impl ClusterProxy {
         let options = server.options.as_ref();
         let takes_over = options.is_some_and(|options| options.upgrade);
         let is_test = options.is_some_and(|options| options.test);
-        if !takes_over && !is_test {
-            let checked = check_address(&config.listen);
-            checked.map_err(|reason| ClusterError::config("cluster.listen", reason))?;
-        }
-        check_user(&server.configuration, &config.listen)?;
+        check_addresses(server, config, !takes_over && !is_test)?;
         let certificates = Reload::default();
         // Health checks and mirrors connect by themselves.
         let reloader = connecting(|| Reloader::new(config, certificates.clone()))??;
@@ -104,8 +100,8 @@ impl ClusterProxy {
         let proxy = proxy
             .access_log(log)
             .spans(config.opentelemetry.as_ref().and_then(Spans::new));
-        let client_tls = config.tls.as_ref().map(ClientTls::new).transpose()?;
-        if let Some(tls) = &client_tls {
+        let listeners = FrontListener::all(config)?;
+        for tls in listeners.iter().filter_map(|it| it.tls.as_ref()) {
             certificates.add(&tls.files());
         }
         let routing = task.routing().load_full();
@@ -124,20 +120,22 @@ impl ClusterProxy {
         proxy.h2_options = Some(h2_options);
         let front = Front::new(
             proxy,
-            front_settings(config, client_tls),
+            front_settings(config, listeners),
             parts.clients.clone(),
         );
         task.set_front(front.settings());
         let mut proxy = Service::new("proxy".to_owned(), front);
-        proxy.add_listener(listener_at(&config.listen));
         let shutdown = Shutdown::of_process();
-        shutdown.listeners().add(&config.listen);
+        let addresses: Vec<_> = config.listeners().map(|it| it.listen.to_owned()).collect();
+        for address in &addresses {
+            proxy.add_listener(listener_at(address));
+            shutdown.listeners().add(address);
+        }
         shutdown.accepts_for(Duration::from_millis(config.drain_delay_ms));
         let takes_over_at = takes_over.then(|| server.configuration.upgrade_sock.clone());
         server.add_service(background_service("certificates", certificates));
         let balancers = server.add_service(reloader);
-        let listen = &config.listen;
-        let proxy = RequiredListener::new(proxy, listen, takes_over_at, routing.balancers());
+        let proxy = RequiredListener::new(proxy, addresses, takes_over_at, routing.balancers());
         server.add_service(proxy).add_dependency(balancers);
         Ok(parts)
     }
@@ -164,8 +162,24 @@ fn connecting<T>(make: impl FnOnce() -> T) -> Result<T, ClusterError> {
     with_system_cas("cluster.backends", make)
 }
 
+/// Checks whether the process may listen on all of its addresses, and, if it `listens_at_once`, whether it can.
+fn check_addresses(
+    server: &Server,
+    config: &ClusterConfig,
+    listens_at_once: bool,
+) -> Result<(), ClusterError> {
+    for listener in config.listeners() {
+        if listens_at_once {
+            let checked = check_address(listener.listen);
+            checked.map_err(|reason| ClusterError::config(listener.field("listen"), reason))?;
+        }
+        check_user(&server.configuration, &listener)?;
+    }
+    Ok(())
+}
+
 /// Pingora changes the user before it listens, and goes on without a listener if that user may not.
-fn check_user(server: &ServerConf, address: &str) -> Result<(), ClusterError> {
+fn check_user(server: &ServerConf, listener: &ListenerAt<'_>) -> Result<(), ClusterError> {
     const SETTING: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
     let Some(user) = server.user.as_deref().filter(|_| server.daemon) else {
         return Ok(());
@@ -176,13 +190,14 @@ fn check_user(server: &ServerConf, address: &str) -> Result<(), ClusterError> {
     let first = std::fs::read_to_string(SETTING).ok();
     let first = first.and_then(|text| text.trim().parse().ok());
     let first: u16 = first.unwrap_or(1024);
+    let address = listener.listen;
     let port = address.rsplit_once(':').map(|(_, port)| port.parse());
     let Some(Ok(port)) = port else {
         return Ok(());
     };
     if (1..first).contains(&port) {
         return Err(ClusterError::config(
-            "cluster.listen",
+            listener.field("listen"),
             format!(
                 "{address}: the user {user:?} may not listen on ports below {first}; choose another port, or start as that user with the capability CAP_NET_BIND_SERVICE and without the field user"
             ),

@@ -30,6 +30,7 @@ mod hundreds;
 mod languages;
 mod leader;
 mod learned;
+mod listeners;
 mod load_reports;
 mod logs;
 mod members;

@@ -235,13 +235,13 @@ async fn a_program_that_waits_for_etcd_survives_sighup_and_ends_at_sigterm() {
 
 /// A client that sends a request every 10 ms, each on a connection of its own, and one that keeps
 /// its connection, as long as the guard exists.
-struct Clients {
+pub(super) struct Clients {
     tasks: JoinSet<(usize, Vec<String>)>,
     stop: tokio::sync::watch::Sender<bool>,
 }
 
 impl Clients {
-    fn start(address: &str) -> Self {
+    pub(super) fn start(address: &str) -> Self {
         let mut tasks = JoinSet::new();
         let (stop, stopped) = tokio::sync::watch::channel(false);
         for keeps in [false, true] {
@@ -267,7 +267,7 @@ impl Clients {
         Self { tasks, stop }
     }
 
-    async fn end(mut self) {
+    pub(super) async fn end(mut self) {
         self.stop.send_replace(true);
         while let Some(ended) = self.tasks.join_next().await {
             let (served, failures) = ended.unwrap();

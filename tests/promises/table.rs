@@ -426,6 +426,13 @@ const FIELDS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "further_listeners",
+        &[
+            "promises::listeners::one_process_redirects_from_its_plain_port_to_the_one_with_tls",
+            "promises::listeners::all_listeners_are_handed_over_without_a_refused_connection",
+        ],
+    ),
+    (
         "filter",
         &[
             "promises::fields::entries_that_are_bad_too_large_or_not_allowed_are_skipped_and_told_once",

@@ -4,6 +4,7 @@
 mod connection;
 mod deadline;
 mod limits;
+mod listener;
 mod proxy_header;
 mod refusal;
 mod slots;
@@ -28,9 +29,9 @@ use stream::ClientStream;
 
 use super::client::TrustedProxies;
 use super::shutdown::Shutdown;
-use super::tls::ClientTls;
 pub(crate) use connection::{Connection, Ended, OpenStream, Phase};
 pub(crate) use limits::{ClientTimeouts, FrontLimits};
+pub(crate) use listener::FrontListener;
 pub(crate) use proxy_header::ProxyHeaderRule;
 #[cfg(any(test, feature = "test-util"))]
 #[doc(hidden)]
@@ -48,8 +49,8 @@ pub(crate) struct FrontSettings {
     pub(crate) trusted: TrustedProxies,
     /// Who sends PROXY headers, if anybody does.
     pub(crate) proxy_header: Option<ProxyHeaderRule>,
-    /// TLS to clients.
-    pub(crate) tls: Option<ClientTls>,
+    /// Where clients connect.
+    pub(crate) listeners: Vec<FrontListener>,
 }
 
 /// A Pingora application behind the front.
@@ -114,13 +115,26 @@ impl FrontSettings {
         Ok((digest, ahead))
     }
 
-    /// Does the TLS handshake, if there is TLS; otherwise nothing.
+    /// The listener that a connection has come to.
+    fn listener_of(&self, stream: &Stream) -> Option<&FrontListener> {
+        match &self.listeners[..] {
+            [only] => Some(only),
+            several => {
+                let digest = stream.get_socket_digest()?;
+                FrontListener::of(several, *digest.local_addr()?.as_inet()?)
+            }
+        }
+    }
+
+    /// Does the TLS handshake, if there is TLS where the connection has come to; otherwise nothing.
     async fn handshake(
         &self,
         stream: Stream,
         ahead: BytesMut,
     ) -> Result<(Stream, BytesMut, Option<HeaderValue>), String> {
-        let Some(tls) = &self.tls else {
+        let listener = self.listener_of(&stream);
+        let listener = listener.ok_or_else(|| "it came to none of the listeners".to_owned())?;
+        let Some(tls) = &listener.tls else {
             return Ok((stream, ahead, None));
         };
         let within = self.limits.timeouts.client_header;
@@ -205,7 +219,8 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
     /// waits for the rest of a head.
     async fn cleanup(&self) {
         let process = Shutdown::of_process();
-        process.listeners().closes();
+        let listeners = self.settings.load().listeners.len();
+        process.listeners().close(listeners);
         process.settle().await;
         self.app.cleanup().await;
     }

@@ -29,6 +29,15 @@ pub(super) fn usable(
         clients.h2c,
         clients.requests_per_connection
     );
+    let addresses = |config: &ClusterConfig| {
+        let listeners = config.further_listeners.iter();
+        let addresses = listeners.map(|listener| listener.listen.clone());
+        addresses.collect::<Vec<_>>()
+    };
+    if addresses(new) != addresses(old) {
+        usable.further_listeners.clone_from(&old.further_listeners);
+        kept.push("cluster.further_listeners".to_owned());
+    }
     if usable.timeouts.client_idle_ms != idle_at_start {
         // Over HTTP/1 it is taken over; Pingora keeps that of HTTP/2.
         kept.push("cluster.timeouts.client_idle_ms (over HTTP/2)".to_owned());
@@ -71,6 +80,31 @@ mod tests {
         assert_eq!((&usable.listen, usable.clients.h2c), (&old.listen, true));
         assert_eq!((usable.retries, usable.clients.headers), (1, 9));
         assert_eq!(super::usable(&old, &old, idle), (old.clone(), Vec::new()));
+    }
+
+    #[test]
+    fn addresses_need_a_restart_and_their_certificates_do_not() {
+        let further = |listen: &str, tls: &str| {
+            config(&format!(
+                "  further_listeners: [{{ listen: '{listen}', tls: {tls} }}]\n"
+            ))
+        };
+        let tls =
+            |file: &str| format!("{{ certificates: [{{ cert_file: {file}, key_file: k }}] }}");
+        let old = further("127.0.0.1:7", "null");
+        let idle = old.timeouts.client_idle_ms;
+        let moved = further("127.0.0.1:8", "null");
+        for new in [&moved, &config("")] {
+            let (usable, kept) = usable(&old, new, idle);
+            assert_eq!(kept, ["cluster.further_listeners"]);
+            assert_eq!(usable.further_listeners, old.further_listeners);
+        }
+        if cfg!(feature = "proxy-tls") {
+            let new = further("127.0.0.1:7", &tls("a.pem"));
+            let (usable, kept) = usable(&old, &new, idle);
+            assert!(kept.is_empty(), "{kept:?}");
+            assert_eq!(usable, new);
+        }
     }
 
     #[test]

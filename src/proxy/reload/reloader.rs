@@ -23,12 +23,12 @@ use crate::operator::Operator;
 use crate::pingora::BalancerService;
 use crate::proxy::CertificateFile;
 use crate::proxy::client_settings::front_settings;
-use crate::proxy::front::FrontSettings;
+use crate::proxy::front::{FrontListener, FrontSettings};
 use crate::proxy::group::GroupProxy;
 use crate::proxy::route::Route;
 use crate::proxy::routing::Routing;
 use crate::proxy::statistics::RequestStatistics;
-use crate::proxy::tls::{ClientTls, Reload};
+use crate::proxy::tls::Reload;
 use crate::supervise::{in_span, new_span, say};
 use crate::sync::lock;
 
@@ -311,7 +311,7 @@ impl Reloader {
         }
         let runtime = Handle::current();
         let routing = self.routing.load_full();
-        let client_tls = self.client_tls(&config, &running.config)?;
+        let listeners = self.listeners(&config, &running.config)?;
         let mut prepared = Vec::new();
         for (name, new) in groups(&config) {
             let old = running.config.of_group(name);
@@ -341,7 +341,7 @@ impl Reloader {
         }
         self.routing.store(Arc::new(new_routing));
         if let Some(front) = self.front.get() {
-            front.store(Arc::new(front_settings(&config, client_tls)));
+            front.store(Arc::new(front_settings(&config, listeners)));
         }
         running.config = config;
         Ok(Reloaded {
@@ -350,22 +350,26 @@ impl Reloader {
         })
     }
 
-    /// TLS to clients: the same as before, if nothing of it has changed.
-    fn client_tls(
+    /// Where clients connect, with the same TLS as before where nothing of it has changed.
+    fn listeners(
         &self,
         new: &ClusterConfig,
         old: &ClusterConfig,
-    ) -> Result<Option<ClientTls>, ClusterError> {
+    ) -> Result<Vec<FrontListener>, ClusterError> {
         let former = self.front.get().map(|front| front.load_full());
-        match (&new.tls, former) {
-            (Some(tls), Some(former)) if Some(tls) == old.tls.as_ref() => Ok(former.tls.clone()),
-            (Some(tls), _) => {
-                let tls = ClientTls::new(tls)?;
-                self.certificates.add(&tls.files());
-                Ok(Some(tls))
-            }
-            (None, _) => Ok(None),
+        let is_same = || {
+            new.listeners()
+                .map(|it| it.tls)
+                .eq(old.listeners().map(|it| it.tls))
+        };
+        if let Some(former) = former.filter(|_| is_same()) {
+            return Ok(former.listeners.clone());
         }
+        let listeners = FrontListener::all(new)?;
+        for tls in listeners.iter().filter_map(|it| it.tls.as_ref()) {
+            self.certificates.add(&tls.files());
+        }
+        Ok(listeners)
     }
 
     /// Runs the groups of the start.

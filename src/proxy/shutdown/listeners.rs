@@ -54,9 +54,9 @@ impl Listeners {
         lock(&self.0).sockets = Some(sockets.clone());
     }
 
-    /// What is listened on at this address could be served. Waits until that is true of all.
-    pub(in crate::proxy) async fn until_prepared(&self, address: &str) {
-        lock(&self.0).prepared.insert(address.to_owned());
+    /// What is listened on at these addresses could be served. Waits until that is true of all.
+    pub(in crate::proxy) async fn until_prepared(&self, addresses: &[String]) {
+        lock(&self.0).prepared.extend(addresses.iter().cloned());
         loop {
             {
                 let state = lock(&self.0);
@@ -107,9 +107,9 @@ impl Listeners {
         are_all_open
     }
 
-    /// At one more address nothing is accepted any more.
-    pub(in crate::proxy) fn closes(&self) {
-        lock(&self.0).closed += 1;
+    /// At this many more addresses nothing is accepted any more.
+    pub(in crate::proxy) fn close(&self, count: usize) {
+        lock(&self.0).closed += count;
     }
 
     pub(super) fn are_closed(&self) -> bool {

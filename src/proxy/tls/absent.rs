@@ -27,8 +27,8 @@ fn absent(field: &str) -> ClusterError {
 }
 
 impl ClientTls {
-    pub(in crate::proxy) fn new(_: &ListenerTls) -> Result<Self, ClusterError> {
-        Err(absent("cluster.tls"))
+    pub(in crate::proxy) fn new(_: &ListenerTls, field: &str) -> Result<Self, ClusterError> {
+        Err(absent(field))
     }
 
     pub(in crate::proxy) fn files(&self) -> Vec<Files> {

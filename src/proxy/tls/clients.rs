@@ -27,8 +27,6 @@ use crate::config::{ClientCertificate, ListenerTls};
 use crate::error::ClusterError;
 use crate::pem::{certificates, invalid_file, private_key, provider, trusted_roots};
 
-const FIELD: &str = "cluster.tls";
-
 /// A certificate with its key.
 type Pair = Reloaded<CertifiedKey>;
 
@@ -42,10 +40,11 @@ pub(in crate::proxy) struct ClientTls {
 }
 
 impl ClientTls {
-    pub(in crate::proxy) fn new(config: &ListenerTls) -> Result<Self, ClusterError> {
+    /// What this section of the file says; `field` is its name.
+    pub(in crate::proxy) fn new(config: &ListenerTls, field: &str) -> Result<Self, ClusterError> {
         let mut pairs = Vec::new();
         for (index, pair) in config.certificates.iter().enumerate() {
-            let field = format!("{FIELD}.certificates[{index}]");
+            let field = format!("{field}.certificates[{index}]");
             let cert = Named::new(&format!("{field}.cert_file"), &pair.cert_file);
             let key = Named::new(&format!("{field}.key_file"), &pair.key_file);
             let files = vec![cert.clone(), key.clone()];
@@ -56,12 +55,12 @@ impl ClientTls {
             pairs.push(Arc::new(Reloaded::new(files, make)?));
         }
         let ca = config.client_ca_file.as_ref();
-        let ca = ca.map(|path| Named::new(&format!("{FIELD}.client_ca_file"), path));
+        let ca = ca.map(|path| Named::new(&format!("{field}.client_ca_file"), path));
         let files = ca.iter().cloned().collect();
-        let (config, served) = (config.clone(), pairs.clone());
+        let (config, served, field) = (config.clone(), pairs.clone(), field.to_owned());
         let make = move |contents: &[Vec<u8>]| {
             let ca = ca.as_ref().zip(contents.first());
-            let server = server_config(&config, ca, ByName(served.clone()))?;
+            let server = server_config(&config, &field, ca, ByName(served.clone()))?;
             Ok(Acceptor::from_server_config(Arc::new(server)))
         };
         Ok(Self {
@@ -106,10 +105,11 @@ fn as_field(certificate: &[u8]) -> Option<HeaderValue> {
 
 fn server_config(
     config: &ListenerTls,
+    field: &str,
     ca: Option<(&Named, &Vec<u8>)>,
     certificates: ByName,
 ) -> Result<ServerConfig, ClusterError> {
-    let invalid = |error: rustls::Error| ClusterError::config(FIELD, error.to_string());
+    let invalid = |error: rustls::Error| ClusterError::config(field, error.to_string());
     let verifier = match ca {
         Some((file, pem)) => verifier(config, &file.field, &file.path, pem)?,
         None => Arc::new(NoClientAuth),

@@ -1,0 +1,85 @@
+//! Where clients connect.
+
+use std::net::SocketAddr;
+
+use crate::config::ClusterConfig;
+use crate::error::ClusterError;
+use crate::proxy::tls::ClientTls;
+
+/// An address that clients connect to.
+#[derive(Clone)]
+pub(crate) struct FrontListener {
+    pub(crate) address: SocketAddr,
+    /// TLS to them.
+    pub(crate) tls: Option<ClientTls>,
+}
+
+impl FrontListener {
+    /// Those that the file names, which has been checked, in its order.
+    ///
+    /// # Errors
+    ///
+    /// When a file for TLS cannot be used.
+    pub(crate) fn all(config: &ClusterConfig) -> Result<Vec<Self>, ClusterError> {
+        let listeners = config.listeners().map(|listener| {
+            let field = listener.field("listen");
+            let address = listener.listen.parse();
+            let tls = listener
+                .tls
+                .map(|tls| ClientTls::new(tls, &listener.field("tls")));
+            Ok(Self {
+                address: address.map_err(|_| ClusterError::config(field, "is not an address"))?,
+                tls: tls.transpose()?,
+            })
+        });
+        listeners.collect()
+    }
+
+    /// The one that a connection to this address came to: one that is for this address alone comes before one for all
+    /// addresses of the machine.
+    pub(super) fn of(listeners: &[Self], local: SocketAddr) -> Option<&Self> {
+        let with_port = || {
+            listeners
+                .iter()
+                .filter(|it| it.address.port() == local.port())
+        };
+        let is_own = |it: &&Self| it.address.ip().to_canonical() == local.ip().to_canonical();
+        let is_any = |it: &&Self| it.address.ip().is_unspecified();
+        with_port()
+            .find(is_own)
+            .or_else(|| with_port().find(is_any))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_belongs_to_the_listener_of_its_address() {
+        let addresses = [
+            "0.0.0.0:80",
+            "[::1]:80",
+            "[::]:443",
+            "127.0.0.1:81",
+            "127.0.0.2:81",
+        ];
+        let listeners = addresses.map(|address| FrontListener {
+            address: address.parse().unwrap(),
+            tls: None,
+        });
+        for (local, expected) in [
+            ("127.0.0.1:80", Some("0.0.0.0:80")),
+            ("[::1]:80", Some("[::1]:80")),
+            ("[::ffff:127.0.0.1]:443", Some("[::]:443")),
+            ("127.0.0.1:443", Some("[::]:443")),
+            ("127.0.0.2:81", Some("127.0.0.2:81")),
+            ("127.0.0.3:81", None),
+            ("127.0.0.1:82", None),
+        ] {
+            let found = FrontListener::of(&listeners, local.parse().unwrap());
+            let found = found.map(|listener| listener.address.to_string());
+            assert_eq!(found.as_deref(), expected, "{local}");
+        }
+    }
+}
