@@ -43,6 +43,7 @@ mod registries;
 mod reload;
 mod retries;
 mod rfc;
+mod rfc_http_2;
 mod routes;
 mod shutdown;
 mod snapshot;
