@@ -290,10 +290,10 @@ impl Registration {
         self.has_new_load = true;
     }
 
-    /// How many requests have ended since this was last asked.
-    pub(super) fn take_outcomes(&mut self) -> u32 {
+    /// How many requests have ended since the last tick; to be asked before latencies are taken.
+    pub(super) fn outcomes_since_tick(&self) -> f64 {
         let outcomes = self.endpoint.outcomes();
-        outcomes.wrapping_sub(std::mem::replace(&mut self.outcomes_at_tick, outcomes))
+        outcomes.saturating_sub(self.outcomes_at_tick).into()
     }
 
     /// Asks for a request if it gets none, though many were its part; `part` of them since the last tick.

@@ -93,7 +93,7 @@ struct TickSummary {
     backends: usize,
     has_tunnels: bool,
     /// How many requests have ended since the last tick.
-    requests: u32,
+    requests: f64,
 }
 
 impl Weigher {
@@ -374,6 +374,7 @@ impl Weigher {
             let outcomes = registration.outcomes_at_tick;
             let is_active = registration.endpoint.is_active_since(outcomes);
             registration.is_active = is_active;
+            summary.requests += registration.outcomes_since_tick();
             if is_active {
                 registration.set_used(now);
             }
@@ -390,7 +391,7 @@ impl Weigher {
             }
             let latencies = endpoint.take_latencies(samples);
             controller.set_latencies(latencies.filter(|_| !was_stopped));
-            summary.requests += registration.take_outcomes();
+            registration.outcomes_at_tick = endpoint.outcomes();
             if registration.takes_traffic() {
                 let controller = &registration.controller;
                 summary.add(&registration.endpoint, controller, is_active, now);

@@ -16,7 +16,7 @@ const FEWEST_FAILED: u32 = 3;
 
 impl Weigher {
     /// Takes over what the outcomes since the last tick, of so many requests, say of the backends.
-    pub(super) fn judge_outcomes(&mut self, requests: u32) {
+    pub(super) fn judge_outcomes(&mut self, requests: f64) {
         self.forgive_if_all_failed();
         self.compare_success_rates();
         self.ask_for_missed_requests(requests);
@@ -83,7 +83,7 @@ impl Weigher {
     /// Sees to it that backends which work get a request from time to time, when this many of all have ended since the
     /// last tick. Where all are busy with something else, and requests come one after the other, those with the greatest
     /// weights win each comparison; of the others nothing new would be learned.
-    fn ask_for_missed_requests(&mut self, requests: u32) {
+    fn ask_for_missed_requests(&mut self, requests: f64) {
         if !self.settings.counts_requests {
             return;
         }
@@ -94,7 +94,7 @@ impl Weigher {
         for registration in self.roster.registrations_mut() {
             if all > 0.0 && is_drawn(registration) {
                 let part = registration.endpoint.share().get() / all;
-                registration.miss_requests(f64::from(requests) * part);
+                registration.miss_requests(requests * part);
             }
         }
     }

@@ -459,7 +459,7 @@ fn errors_are_for_those_who_write_files() {
 fn the_shipped_routes_are_read_and_an_error_in_them_names_its_line() {
     let text = include_str!("../../../config/routes.yaml");
     let config = ClusterConfig::from_yaml(text, "routes.yaml").unwrap();
-    assert_eq!(config.routes.len(), 5);
+    assert_eq!(config.routes.len(), 6);
     let canary = config.of_group("canary").unwrap();
     assert_eq!((&*canary.group, canary.retries), ("api", 1));
     let api = config.of_group("api").unwrap();
