@@ -475,13 +475,13 @@ fn the_shipped_routes_are_read_and_an_error_in_them_names_its_line() {
         (
             "group: canary\n      rew",
             "group: canry\n      rew",
-            "cluster.routes[2].group",
+            "cluster.routes[3].group",
             route + 4,
         ),
         (
             "x-canary: \"*\"",
             "'x canary': y",
-            "cluster.routes[2].headers",
+            "cluster.routes[3].headers",
             route + 2,
         ),
         (
@@ -493,13 +493,13 @@ fn the_shipped_routes_are_read_and_an_error_in_them_names_its_line() {
         (
             "path: /healthz\n      answer",
             "path: /\n      answer",
-            "cluster.routes[2]",
+            "cluster.routes[3]",
             route,
         ),
         (
             "retries: 0",
             "retries: 9",
-            "cluster.routes[4].retries",
+            "cluster.routes[5].retries",
             line("retries: 0"),
         ),
         (
