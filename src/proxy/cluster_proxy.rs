@@ -31,7 +31,7 @@ pub struct ClusterProxy {
     /// What a reload replaces.
     pub(super) routing: Arc<ArcSwap<Routing>>,
     pub(super) via: ViaMark,
-    pub(super) access_log: Option<AccessLog>,
+    pub(super) access_log: Option<Arc<AccessLog>>,
     pub(super) spans: Option<Spans>,
     /// Of requests that no group served.
     pub(super) unserved: Arc<RequestStatistics>,
@@ -80,7 +80,7 @@ impl ClusterProxy {
     /// Writes this access log.
     #[must_use]
     pub fn access_log(mut self, log: Option<AccessLog>) -> Self {
-        self.access_log = log;
+        self.access_log = log.map(Arc::new);
         self
     }
 

@@ -40,6 +40,7 @@ impl PipedProxy {
             app,
             front_settings(config, FrontListener::all(config)?),
             statistics.clone(),
+            None,
         );
         Ok(Self {
             front: Arc::new(front),

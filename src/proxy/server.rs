@@ -15,7 +15,7 @@ use ::pingora::services::listening::Service;
 use super::access_log::{AccessLog, AccessLogStatistics};
 use super::client_settings::{front_settings, server_options};
 use super::cluster_proxy::ClusterProxy;
-use super::front::{Front, FrontListener, FrontStatistics};
+use super::front::{Front, FrontListener, FrontStatistics, TellRefused};
 use super::listener::RequiredListener;
 use super::reload::Reloader;
 use super::shutdown::{Shutdown, check_address};
@@ -113,6 +113,7 @@ impl ClusterProxy {
             access_log,
             reloader: task.clone(),
         };
+        let refused = proxy.access_log.clone().map(tell_refused);
         let mut proxy = made(&server.configuration, proxy)?;
         proxy.server_options = Some(server_options(config));
         let mut h2_options = default_h2_options();
@@ -122,6 +123,7 @@ impl ClusterProxy {
             proxy,
             front_settings(config, listeners),
             parts.clients.clone(),
+            refused,
         );
         task.set_front(front.settings());
         let mut proxy = Service::new("proxy".to_owned(), front);
@@ -139,6 +141,11 @@ impl ClusterProxy {
         server.add_service(proxy).add_dependency(balancers);
         Ok(parts)
     }
+}
+
+/// Gives requests that the proxy never sees a line of the log.
+fn tell_refused(log: Arc<AccessLog>) -> TellRefused {
+    Arc::new(move |refused| log.write(refused.into()))
 }
 
 fn listener_at(address: &str) -> ListenerConfig {

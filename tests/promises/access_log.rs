@@ -107,6 +107,48 @@ async fn each_request_has_a_line_that_says_what_happened() {
     let _ = (std::fs::remove_file(file), std::fs::remove_file(moved));
 }
 
+/// They reach no hook of the proxy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_is_none_has_a_line_too() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "timeouts: { client_header_ms: 500 }\nclients: { head_bytes: 4096 }";
+    let ports = [backend.address.port()];
+    let (balancer, file) = before(&ports, "log-refused", "file: FILE", fields).await;
+    let large = format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}", "x".repeat(200_000));
+    for (bytes, expected, reason) in [
+        (&b"GET / HTTP/1.1\r\nHo"[..], 408, "did not arrive in time"),
+        (large.as_bytes(), 431, "too large"),
+        (b"no request\r\n\r\n", 400, "cannot be served"),
+        (
+            b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n",
+            405,
+            "cannot be served",
+        ),
+    ] {
+        let before = lines(&file).len();
+        let mut client = Raw::to(&balancer).await;
+        client.send(bytes).await;
+        client.rest().await;
+        let written = until_lines(&file, before + 1).await;
+        assert_eq!(written.len(), before + 1, "{written:?}");
+        let line: Value = serde_json::from_str(&written[before]).unwrap();
+        assert_eq!(line["status"], expected, "{line}");
+        assert_eq!(line["client"], "127.0.0.1", "{line}");
+        assert_eq!((&line["method"], &line["tls"]), (&json!(""), &json!(false)));
+        let error = line["error"].as_str().unwrap();
+        assert!(error.contains(reason), "{line}");
+        // The first one has waited for half a second.
+        let waited = line["duration_ms"].as_f64().unwrap();
+        assert!(expected != 408 || waited >= 500.0, "{line}");
+    }
+    // Who connects and asks for nothing has none.
+    let before = lines(&file).len();
+    drop(Raw::to(&balancer).await);
+    get(&balancer, "").await;
+    assert_eq!(until_lines(&file, before + 1).await.len(), before + 1);
+    let _ = std::fs::remove_file(file);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lines_are_combined_sampled_and_written_before_the_end() {
     let backend = RawBackend::start(|request| match request.contains("/bad") {

@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde::ser::Serializer;
 
 use crate::proxy::client::peer_of;
+use crate::proxy::front::RefusedRequest;
 use crate::proxy::outcome::{Outcome, final_status};
 use crate::proxy::trace::traceparent;
 
@@ -25,9 +26,9 @@ pub struct AccessLogEntry {
     pub time: SystemTime,
     /// The client, behind trusted proxies; none for one at a Unix socket.
     pub client: Option<IpAddr>,
-    /// The method.
+    /// The method; empty if the request was refused before it was read.
     pub method: String,
-    /// The target, as it was sent.
+    /// The target, as it was sent; empty if the request was refused before it was read.
     pub target: String,
     /// The host that was asked for.
     pub host: Option<String>,
@@ -116,6 +117,42 @@ impl AccessLogEntry {
     }
 }
 
+impl From<RefusedRequest> for AccessLogEntry {
+    /// Of a request that was not whole, or none at all, neither method nor target is known.
+    fn from(refused: RefusedRequest) -> Self {
+        let reason = match refused.status {
+            408 => "the request did not arrive in time",
+            431 => "the head of the request is too large",
+            _ => "the request cannot be served",
+        };
+        Self {
+            time: SystemTime::now() - refused.lasted,
+            client: refused.client,
+            method: String::new(),
+            target: String::new(),
+            host: None,
+            protocol: "HTTP/1.1",
+            tls: refused.is_over_tls,
+            status: Some(refused.status),
+            bytes_received: 0,
+            bytes_sent: 0,
+            group: None,
+            route: None,
+            node: None,
+            upstream: None,
+            tries: 0,
+            outcome: Outcome::Unknown,
+            duration: refused.lasted,
+            latency: None,
+            grpc_status: None,
+            traceparent: None,
+            referer: None,
+            user_agent: None,
+            error: Some(reason.to_owned()),
+        }
+    }
+}
+
 fn as_time<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
     let time = DateTime::<Utc>::from(*time);
     serializer.serialize_str(&time.to_rfc3339_opts(SecondsFormat::Millis, true))
@@ -161,8 +198,16 @@ impl AccessLogEntry {
             .map_or("-".to_owned(), |time| format!("{:.3}", time.as_secs_f64()));
         let line = format!(
             "{client} - - [{time}] \"{} {} {}\" {status} {} \"{}\" \"{}\" {} {} {:.3} {latency}\n",
-            quoted(Some(&self.method)),
-            quoted(Some(&self.target)),
+            quoted(
+                Some(&self.method)
+                    .filter(|it| !it.is_empty())
+                    .map(|it| &**it)
+            ),
+            quoted(
+                Some(&self.target)
+                    .filter(|it| !it.is_empty())
+                    .map(|it| &**it)
+            ),
             self.protocol,
             self.bytes_sent,
             quoted(self.referer.as_deref()),
@@ -222,6 +267,22 @@ mod tests {
             user_agent: Some("curl \\".to_owned()),
             error: None,
         }
+    }
+
+    #[test]
+    fn what_was_refused_has_a_line_without_a_target() {
+        let mut entry = AccessLogEntry::from(RefusedRequest {
+            client: "192.0.2.7".parse().ok(),
+            is_over_tls: false,
+            status: 408,
+            lasted: Duration::from_secs(30),
+        });
+        entry.time = SystemTime::UNIX_EPOCH;
+        let combined = String::from_utf8(entry.combined()).unwrap();
+        assert_eq!(
+            combined,
+            "192.0.2.7 - - [01/Jan/1970:00:00:00 +0000] \"- - HTTP/1.1\" 408 0 \"-\" \"-\" - 0 30.000 -\n"
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod limits;
 mod listener;
 mod proxy_header;
 mod refusal;
+mod refused;
 mod slots;
 mod statistics;
 mod stream;
@@ -24,6 +25,7 @@ use bytes::BytesMut;
 use http::HeaderValue;
 use tracing::debug;
 
+use refused::Refusals;
 use slots::Slots;
 use stream::ClientStream;
 
@@ -36,6 +38,7 @@ pub(crate) use proxy_header::ProxyHeaderRule;
 #[cfg(any(test, feature = "test-util"))]
 #[doc(hidden)]
 pub use proxy_header::proxy_header_length;
+pub(crate) use refused::{RefusedRequest, TellRefused};
 pub use statistics::{FrontCounts, FrontStatistics};
 
 /// What a front is made with.
@@ -59,16 +62,22 @@ pub(crate) struct Front<A> {
     /// For connections from now on.
     settings: Arc<ArcSwap<FrontSettings>>,
     slots: Arc<Slots>,
-    statistics: Arc<FrontStatistics>,
+    refusals: Refusals,
 }
 
 impl<A> Front<A> {
-    pub(crate) fn new(app: A, settings: FrontSettings, statistics: Arc<FrontStatistics>) -> Self {
+    /// `tell` is told of requests that the app never sees.
+    pub(crate) fn new(
+        app: A,
+        settings: FrontSettings,
+        statistics: Arc<FrontStatistics>,
+        tell: Option<TellRefused>,
+    ) -> Self {
         Self {
             app: Arc::new(app),
             settings: Arc::new(ArcSwap::from_pointee(settings)),
             slots: Arc::default(),
-            statistics,
+            refusals: Refusals { statistics, tell },
         }
     }
 
@@ -155,11 +164,11 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         mut stream: Stream,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
-        self.statistics.count_accepted();
+        self.refusals.statistics.count_accepted();
         let _open = Shutdown::of_process().connection();
         let settings = self.settings.load_full();
         let Some(mut slot) = self.slots.take(settings.connections) else {
-            self.statistics.count_refused();
+            self.refusals.statistics.count_refused();
             return None;
         };
         let peer = stream.get_socket_digest().as_deref().and_then(peer_of);
@@ -167,7 +176,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         let (socket, ahead) = match settings.read_proxy_header(&mut stream, peer).await {
             Ok(read) => read,
             Err(error) => {
-                self.statistics.count_bad_proxy_header();
+                self.refusals.statistics.count_bad_proxy_header();
                 debug!(?peer, %error, "a connection without its PROXY header is closed");
                 return None;
             }
@@ -176,13 +185,13 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         if let Some(client) = settings.counted(client.map(|client| client.ip()), peer)
             && !slot.is_within(client, settings.connections_per_client)
         {
-            self.statistics.count_refused();
+            self.refusals.statistics.count_refused();
             return None;
         }
         let (stream, ahead, certificate) = match settings.handshake(stream, ahead).await {
             Ok(ready) => ready,
             Err(error) => {
-                self.statistics.count_failed_handshake();
+                self.refusals.statistics.count_failed_handshake();
                 debug!(?peer, error, "a TLS handshake with a client failed");
                 return None;
             }
@@ -193,7 +202,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             certificate,
             socket,
             settings.limits.clone(),
-            self.statistics.clone(),
+            self.refusals.clone(),
         );
         // A connection may be open for long.
         drop(settings);

@@ -10,6 +10,13 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
+    pub(super) fn status(self) -> u16 {
+        match self {
+            Self::Timeout => 408,
+            Self::HeadTooLarge => 431,
+        }
+    }
+
     /// The whole response.
     pub(super) fn response(self) -> &'static [u8] {
         match self {
@@ -35,6 +42,7 @@ mod tests {
     fn each_response_has_the_length_that_it_says() {
         for refusal in [Refusal::Timeout, Refusal::HeadTooLarge] {
             let text = std::str::from_utf8(refusal.response()).unwrap();
+            assert!(text.starts_with(&format!("HTTP/1.1 {} ", refusal.status())));
             let (head, body) = text.split_once("\r\n\r\n").unwrap();
             let length = format!("Content-Length: {}", body.len());
             assert!(head.lines().any(|line| line == length), "{head}");

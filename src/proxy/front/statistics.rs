@@ -104,12 +104,9 @@ impl FrontStatistics {
         });
     }
 
-    /// Counts a response that Pingora gives by itself, by its first bytes. A client error before any
-    /// hook of the proxy is one.
-    pub(super) fn count_status(&self, written: &[u8]) {
-        if written.starts_with(b"HTTP/1.1 4") || written.starts_with(b"HTTP/1.0 4") {
-            add(&self.bad_requests);
-        }
+    /// Counts a response that Pingora gives by itself.
+    pub(super) fn count_bad_request(&self) {
+        add(&self.bad_requests);
     }
 
     /// Counts a request that the proxy refused because of the size of its head.

@@ -5,6 +5,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use ::pingora::protocols::raw_connect::ProxyDigest;
 use ::pingora::protocols::{ALPN, Shutdown, SocketDigest, Stream};
@@ -18,7 +19,7 @@ use super::connection::{Connection, Ended, Phase};
 use super::deadline::{Deadline, timed_out};
 use super::limits::{FrontLimits, WriteClock};
 use super::refusal::Refusal;
-use super::statistics::FrontStatistics;
+use super::refused::{Refusals, RefusedRequest};
 use crate::proxy::shutdown::{self, Hold};
 
 /// With which an HTTP/2 connection begins (RFC 9113, section 3.4).
@@ -40,7 +41,7 @@ pub(super) struct ClientStream {
     ahead: BytesMut,
     connection: Arc<Connection>,
     limits: Arc<FrontLimits>,
-    statistics: Arc<FrontStatistics>,
+    refusals: Refusals,
     digest: Option<Arc<ProxyDigest>>,
     socket: Option<Arc<SocketDigest>>,
     is_http2: bool,
@@ -70,9 +71,9 @@ impl ClientStream {
         certificate: Option<HeaderValue>,
         socket: Option<Arc<SocketDigest>>,
         limits: Arc<FrontLimits>,
-        statistics: Arc<FrontStatistics>,
+        refusals: Refusals,
     ) -> Self {
-        let connection = Arc::new(Connection::new(certificate, statistics.clone()));
+        let connection = Arc::new(Connection::new(certificate, refusals.statistics.clone()));
         let digest = connection.digest();
         let is_http2 = matches!(inner.selected_alpn_proto(), Some(ALPN::H2));
         let socket = socket.or_else(|| inner.get_socket_digest());
@@ -81,7 +82,7 @@ impl ClientStream {
             ahead,
             connection,
             limits,
-            statistics,
+            refusals,
             digest,
             socket,
             is_http2,
@@ -194,7 +195,8 @@ impl ClientStream {
                     Ended::Left => None,
                 };
                 if let Some(refusal) = refusal {
-                    self.statistics.count(refusal);
+                    self.refusals.statistics.count(refusal);
+                    self.tell_refused(refusal.status());
                     // What does not fit into the socket at once is lost: this client does not read.
                     let _ = Pin::new(&mut self.inner).poll_write(context, refusal.response());
                     let _ = Pin::new(&mut self.inner).poll_flush(context);
@@ -204,16 +206,16 @@ impl ClientStream {
             }
             // Nothing has been requested: the connection ends as if the client had ended it.
             Phase::Accepted => {
-                self.statistics.count_idle();
+                self.refusals.statistics.count_idle();
                 Ok(())
             }
             Phase::Idle => {
-                self.statistics.count_idle();
+                self.refusals.statistics.count_idle();
                 self.end_between(buffer);
                 Ok(())
             }
             _ => {
-                self.statistics.count_read_timeout();
+                self.refusals.statistics.count_read_timeout();
                 Err(timed_out("the client sent nothing for too long"))
             }
         }
@@ -254,11 +256,29 @@ impl ClientStream {
         !self.is_http2 && self.connection.ended().is_some() && is_between
     }
 
-    /// Counts what Pingora answers before the proxy sees a request.
+    /// Counts what Pingora answers before the proxy sees a request: an error of the client.
     fn look_at(&mut self, written: &[u8]) {
-        if !self.is_http2 && matches!(self.phase(), Phase::Accepted | Phase::Head) {
-            self.statistics.count_status(written);
+        if self.is_http2 || !matches!(self.phase(), Phase::Accepted | Phase::Head) {
+            return;
         }
+        if let Some(status) = status_of(written).filter(|status| (400..500).contains(status)) {
+            self.refusals.statistics.count_bad_request();
+            self.tell_refused(status);
+        }
+    }
+
+    /// The proxy never sees this request.
+    fn tell_refused(&self, status: u16) {
+        let Some(tell) = &self.refusals.tell else {
+            return;
+        };
+        let peer = self.socket.as_deref().and_then(|socket| socket.peer_addr());
+        tell(RefusedRequest {
+            client: peer.and_then(|peer| Some(peer.as_inet()?.ip().to_canonical())),
+            is_over_tls: self.inner.get_ssl_digest().is_some(),
+            status,
+            lasted: self.since.map_or(Duration::ZERO, |since| since.elapsed()),
+        });
     }
 
     /// Ends a write that waits for too long.
@@ -273,7 +293,7 @@ impl ClientStream {
         };
         ready!(self.write_deadline.poll(deadline, context));
         self.connection.end(Ended::WriteTimeout);
-        self.statistics.count_write_timeout();
+        self.refusals.statistics.count_write_timeout();
         Poll::Ready(Err(timed_out("the client did not read in time")))
     }
 
@@ -437,6 +457,12 @@ impl AsyncWrite for ClientStream {
             Poll::Pending => this.blocked(context),
         }
     }
+}
+
+/// The status of a response of HTTP/1 that begins with these bytes.
+fn status_of(written: &[u8]) -> Option<u16> {
+    let digits = written.strip_prefix(b"HTTP/1.")?.get(2..5)?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 impl Drop for ClientStream {

@@ -30,9 +30,12 @@ fn pair_with(pipe: usize) -> (DuplexStream, ClientStream) {
         head_bytes: 100,
         least_rate: 0,
     };
-    let (limits, statistics) = (Arc::new(limits), Arc::default());
-    let ahead = BytesMut::new();
-    let stream = ClientStream::new(Box::new(server), ahead, None, None, limits, statistics);
+    let refusals = Refusals {
+        statistics: Arc::default(),
+        tell: None,
+    };
+    let (limits, ahead) = (Arc::new(limits), BytesMut::new());
+    let stream = ClientStream::new(Box::new(server), ahead, None, None, limits, refusals);
     (client, stream)
 }
 
