@@ -220,6 +220,11 @@ impl Balancer {
         self.tick_weights(now, true);
     }
 
+    #[cfg(test)]
+    pub(in crate::balance) fn is_any_on_trial(&self) -> bool {
+        self.fleet.some_on_trial()
+    }
+
     fn publish_table(&self, weighing: &Weighing) {
         let Weighing { weigher, policy } = weighing;
         let active = weigher.active_endpoints();

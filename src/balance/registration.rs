@@ -73,6 +73,8 @@ pub(super) struct Registration {
     pub(super) outcomes_at_tick: u32,
     /// There was a request between the last two ticks.
     pub(super) is_active: bool,
+    /// How many requests have ended between them.
+    ended: u32,
     /// How many requests were its part of all since its last one.
     missed: f64,
     /// It does its work for so much fewer requests than the others that its low load says nothing.
@@ -127,6 +129,7 @@ impl Registration {
             last_view: 0,
             outcomes_at_tick: 0,
             is_active: false,
+            ended: 0,
             missed: 0.0,
             is_refusing: false,
             trial: Trial::default(),
@@ -290,15 +293,21 @@ impl Registration {
         self.has_new_load = true;
     }
 
-    /// How many requests have ended since the last tick; to be asked before latencies are taken.
-    pub(super) fn outcomes_since_tick(&self) -> f64 {
+    /// Counts the requests that have ended since the last tick; before latencies are taken.
+    pub(super) fn count_ended(&mut self) -> u32 {
         let outcomes = self.endpoint.outcomes();
-        outcomes.saturating_sub(self.outcomes_at_tick).into()
+        self.ended = outcomes.saturating_sub(self.outcomes_at_tick);
+        self.ended
+    }
+
+    /// Whether it has had any since the last tick, or has one now. A tunnel is none.
+    fn has_requests(&self) -> bool {
+        self.ended > 0 || self.endpoint.busy() > 0
     }
 
     /// Asks for a request if it gets none, though many were its part; `part` of them since the last tick.
     pub(super) fn miss_requests(&mut self, part: f64) {
-        self.missed = match self.is_active || self.endpoint.is_ejected() {
+        self.missed = match self.has_requests() || self.endpoint.is_ejected() {
             true => 0.0,
             false => self.missed + part,
         };
@@ -314,7 +323,7 @@ impl Registration {
         endpoint.readmit_if_alike();
         if !endpoint.is_ejected() {
             self.trial.reset();
-            if endpoint.is_due() && self.is_active {
+            if endpoint.is_due() && self.has_requests() {
                 endpoint.set_due(false);
             }
         } else if !endpoint.is_due() && !endpoint.is_probed() && self.trial.is_due(most_pause, now)

@@ -374,7 +374,7 @@ impl Weigher {
             let outcomes = registration.outcomes_at_tick;
             let is_active = registration.endpoint.is_active_since(outcomes);
             registration.is_active = is_active;
-            summary.requests += registration.outcomes_since_tick();
+            summary.requests += f64::from(registration.count_ended());
             if is_active {
                 registration.set_used(now);
             }

@@ -108,7 +108,7 @@ pub struct ClusterConfig {
     #[serde(default = "default_listen")]
     pub listen: String,
     /// Further addresses that clients connect to, each with or without TLS of its own, as for port 443 beside port 80.
-    /// What `clients` and `timeouts` say holds for all of them together. Default: none.
+    /// What `clients` and `timeouts` say holds for all of them together. Default: none. At most 30.
     #[serde(default)]
     pub further_listeners: Vec<Listener>,
     /// How a backend is chosen. Default: `adaptive`.
@@ -344,7 +344,10 @@ impl ClusterConfig {
     fn check_variables(&self) -> Result<(), ClusterError> {
         let endpoints = self.etcd.endpoints.iter();
         let endpoints = endpoints.map(|endpoint| ("etcd.endpoints", endpoint.as_str()));
+        let further = self.further_listeners.iter();
+        let further = further.map(|it| ("further_listeners", it.listen.as_str()));
         let all = endpoints.chain([("group", &*self.group), ("listen", &*self.listen)]);
+        let all = all.chain(further);
         let password = match self.etcd.credentials.as_ref().map(|it| &it.password) {
             // A password may have any characters in it.
             Some(Password::Text(text)) if text.starts_with("${") && text.ends_with('}') => {

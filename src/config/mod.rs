@@ -16,6 +16,7 @@ mod health_check;
 mod leader;
 mod lines;
 mod listener;
+mod listeners;
 mod made;
 mod opentelemetry;
 mod overload;
@@ -46,11 +47,11 @@ pub use leader::Leader;
 pub use lines::{Given, given};
 pub use listener::Listener;
 #[cfg(feature = "pingora")]
-pub(crate) use listener::ListenerAt;
+pub(crate) use listeners::ListenerAt;
 pub use opentelemetry::OpenTelemetry;
 pub use overload::Overload;
 pub use retry::Retry;
-pub use route::{Answer, HeaderChanges, Mirror, Pattern, Redirect, Rewrite, Route, Scheme};
+pub use route::{Answer, HeaderChanges, Mirror, Pattern, Redirect, Rewrite, Route};
 #[cfg(feature = "pingora")]
 pub(crate) use route::{is_below, without_last_dot};
 #[cfg(feature = "schema")]
@@ -59,4 +60,4 @@ pub use schema::schema;
 pub use server::{load, read, server_conf};
 pub use timeouts::{BackendTimeouts, Timeouts};
 pub use tls::{CertificateFiles, ClientCertificate, ListenerTls};
-pub use values::{HashOn, Port, Upgrade};
+pub use values::{HashOn, Port, Scheme, Upgrade};

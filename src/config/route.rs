@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::references::without_references;
 use super::timeouts::BackendTimeouts;
+use super::values::Scheme;
 use crate::error::{ClusterError, in_range};
 
 /// One of `routes`. The first route that is for a request decides what becomes of it; a request that none is
@@ -65,18 +66,6 @@ pub struct Route {
     pub response_headers: HeaderChanges,
     /// Sends a copy elsewhere, whose answer nobody gets.
     pub mirror: Option<Mirror>,
-}
-
-/// How a client came.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Scheme {
-    /// Without TLS.
-    Http,
-    /// Over TLS.
-    Https,
 }
 
 /// A regular expression, as of the crate `regex`: it takes time in proportion to the text.

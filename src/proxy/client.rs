@@ -56,10 +56,8 @@ impl TrustedProxies {
     pub(super) fn is_over_tls(&self, session: &Session) -> bool {
         let proto = session.req_header().headers.get(PROTO);
         let is_trusted = || peer_of(session).is_none_or(|peer| self.contains(peer));
-        match proto.filter(|_| is_trusted()) {
-            Some(proto) => is_https(proto),
-            None => is_tls(session),
-        }
+        let said = proto.filter(|_| is_trusted()).and_then(says_tls);
+        said.unwrap_or_else(|| is_tls(session))
     }
 
     /// The client's address: that of the peer, or, where the peer is trusted, the rightmost one in
@@ -86,10 +84,21 @@ impl TrustedProxies {
     }
 }
 
-/// Whether this `X-Forwarded-Proto` says so; where there are several, the first one is of the client.
-fn is_https(proto: &HeaderValue) -> bool {
-    let first = proto.as_bytes().split(|byte| *byte == b',').next();
-    first.is_some_and(|first| first.trim_ascii().eq_ignore_ascii_case(b"https"))
+/// What this `X-Forwarded-Proto` says of that; of several values, the first one is of the client. Traefik has `ws` and
+/// `wss` for a WebSocket.
+fn says_tls(proto: &HeaderValue) -> Option<bool> {
+    let first = proto.as_bytes().split(|byte| *byte == b',').next()?;
+    let is_one_of = |names: [&str; 2]| {
+        let first = first.trim_ascii();
+        names
+            .iter()
+            .any(|name| first.eq_ignore_ascii_case(name.as_bytes()))
+    };
+    match (is_one_of(["https", "wss"]), is_one_of(["http", "ws"])) {
+        (true, _) => Some(true),
+        (_, true) => Some(false),
+        _ => None,
+    }
 }
 
 /// An address, possibly with a port or in brackets.
@@ -352,12 +361,15 @@ mod tests {
     #[test]
     fn the_first_protocol_is_that_of_the_client() {
         for (text, expected) in [
-            ("https", true),
-            ("HTTPS , http", true),
-            ("http, https", false),
-            ("", false),
+            ("https", Some(true)),
+            ("HTTPS , http", Some(true)),
+            ("wss", Some(true)),
+            ("http, https", Some(false)),
+            ("ws", Some(false)),
+            ("", None),
+            ("h2", None),
         ] {
-            assert_eq!(is_https(&HeaderValue::from_static(text)), expected);
+            assert_eq!(says_tls(&HeaderValue::from_static(text)), expected);
         }
     }
 

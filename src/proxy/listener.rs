@@ -64,12 +64,7 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
             self.wait_for_view().await;
             let listeners = Shutdown::of_process().listeners();
             listeners.until_prepared(&self.addresses).await;
-            for address in &self.addresses {
-                // Whoever hands over the first one hands over all.
-                if successor.is_none() {
-                    successor = take_over(sockets, path, address).await?;
-                }
-            }
+            successor = take_over(sockets, path, &self.addresses).await?;
         }
         for address in &self.addresses {
             if !is_open(address) {

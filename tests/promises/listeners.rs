@@ -11,7 +11,7 @@ use super::common::{free_port, group, local};
 use super::raw::{Raw, RawBackend, ok, register, status};
 use super::shutdown::Clients;
 use super::tls::{certificates, connect, get};
-use super::world::{Balancer, Setup, until};
+use super::world::{Balancer, Setup, scratch, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -107,7 +107,6 @@ async fn one_process_redirects_from_its_plain_port_to_the_one_with_tls() {
         assert_eq!(status(&response), expected, "{peer} {said}");
     }
 
-    // Nothing is in flight on either, so it ends at once.
     two.balancer.program.signal("TERM");
     let (status, took) = two.balancer.program.ended().await;
     assert!(status.success() && took < 3 * SECOND, "{status} {took:?}");
@@ -230,6 +229,47 @@ async fn all_listeners_are_handed_over_without_a_refused_connection() {
     let mut client = Raw(TcpStream::connect(&fourth).await.unwrap());
     assert_eq!(status(&client.get("").await), "200");
     assert!(TcpStream::connect(&third).await.is_err());
+}
+
+/// The successor's first address belongs to somebody else, so it cannot serve, and its predecessor has to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_successor_that_cannot_listen_everywhere_takes_nothing_away() {
+    let backend = RawBackend::start(ok).await;
+    let group = group("listeners-in-part");
+    register(&Etcd::shared(), &group, &[&backend]).await;
+    let address = || format!("{}:{}", local(), free_port());
+    let [first, second] = [address(), address()];
+    let held = std::net::TcpListener::bind((local(), 0)).unwrap();
+    let taken = held.local_addr().unwrap().to_string();
+    let further = |address: &str| format!("further_listeners: [{{ listen: '{address}' }}]");
+    let setup = Setup::shared(&group).server("grace_period_seconds: 20");
+    let old = setup.clone().listen(&first).with(&further(&second));
+    let mut old = old.serving().await;
+    let clients = [&first, &second].map(|address| Clients::start(address));
+    // The same upgrade socket, which a file names by the first address.
+    let new = setup.listen(&taken).with(&further(&second));
+    let socket = |address: &str| scratch(&format!("{}.sock", address.replace(':', "-")));
+    let _ = std::fs::remove_file(socket(&taken));
+    std::os::unix::fs::symlink(socket(&first), socket(&taken)).unwrap();
+    let mut new = new.argument("--upgrade").start();
+    until("the successor waits", async || {
+        new.log_text().contains("ready to take")
+    })
+    .await;
+    old.program.signal("QUIT");
+    let (ended, _) = new.program.ended().await;
+    assert!(!ended.success(), "{}", new.log_text());
+    let log = new.log_text();
+    assert!(log.contains(&format!("cannot listen on {taken}")), "{log}");
+    until("the former process goes on", async || {
+        old.log_text().contains("this process goes on")
+    })
+    .await;
+    for clients in clients {
+        clients.end().await;
+    }
+    assert!(old.program.lives());
+    let _ = std::fs::remove_file(socket(&taken));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -182,6 +182,61 @@ fn who_has_the_least_weight_gets_requests_one_after_the_other_too() {
     }
 }
 
+/// One gets nothing, because all requests are for the other: it is asked for one when sixteen would have been its part,
+/// and not before.
+#[test]
+fn who_misses_sixteen_requests_is_asked_for_one() {
+    // Fewer than make a mean latency, just as many, and more.
+    for per_tick in [1, 3, 4, 5, 40] {
+        for has_tunnel in [false, true] {
+            let mut rig = Rig::of(2);
+            // After the first requests of both, neither is new.
+            rig.burst();
+            let mut tunnel = rig.balancer.upstream_at(bare(1).addr(0));
+            match has_tunnel {
+                true => tunnel.as_mut().unwrap().becomes_tunnel(),
+                false => tunnel = None,
+            }
+            rig.seconds(2);
+            let mut sent = 0;
+            while !rig.balancer.is_any_on_trial() && sent < 1_000 {
+                for _ in 0..per_tick {
+                    let upstream = rig.balancer.upstream_at(bare(0).addr(0)).unwrap();
+                    upstream.succeeded(Duration::from_millis(10));
+                }
+                sent += per_tick;
+                rig.seconds(1);
+            }
+            assert!(
+                (28..=36 + per_tick).contains(&sent),
+                "{sent}, {per_tick} in each tick, tunnel {has_tunnel}"
+            );
+            // It gets the next one, and is not asked for again.
+            let upstream = rig.pick();
+            assert_eq!(upstream.addr(), bare(1).addr(0));
+            upstream.succeeded(Duration::from_millis(10));
+            rig.seconds(1);
+            assert!(!rig.balancer.is_any_on_trial());
+            drop(tunnel);
+        }
+    }
+}
+
+/// Whoever works on a request for long, as one that hangs, is not asked for more.
+#[test]
+fn who_has_a_request_misses_none() {
+    let mut rig = Rig::of(2);
+    rig.burst();
+    let held = rig.balancer.upstream_at(bare(1).addr(0)).unwrap();
+    for _ in 0..100 {
+        let upstream = rig.balancer.upstream_at(bare(0).addr(0)).unwrap();
+        upstream.succeeded(Duration::from_millis(10));
+        rig.seconds(1);
+        assert!(!rig.balancer.is_any_on_trial());
+    }
+    drop(held);
+}
+
 /// A policy for which CPU does not matter treats all alike.
 #[test]
 fn headroom_follows_its_own_weights() {

@@ -90,10 +90,11 @@ impl Weigher {
         let is_used = self.roster.is_used();
         let is_drawn = |it: &Registration| is_used(it) && !it.endpoint.is_outside();
         let drawn = self.roster.registrations().iter().filter(|it| is_drawn(it));
-        let all: f64 = drawn.map(|it| it.endpoint.share().get()).sum();
+        let share = |it: &Registration| it.endpoint.share().get() * it.endpoint.subset_part();
+        let all: f64 = drawn.map(share).sum();
         for registration in self.roster.registrations_mut() {
             if all > 0.0 && is_drawn(registration) {
-                let part = registration.endpoint.share().get() / all;
+                let part = share(registration) / all;
                 registration.miss_requests(requests * part);
             }
         }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::config::ClusterConfig;
+use crate::config::{ClusterConfig, ListenerAt};
 use crate::error::ClusterError;
 use crate::proxy::tls::ClientTls;
 
@@ -21,18 +21,22 @@ impl FrontListener {
     ///
     /// When a file for TLS cannot be used.
     pub(crate) fn all(config: &ClusterConfig) -> Result<Vec<Self>, ClusterError> {
-        let listeners = config.listeners().map(|listener| {
-            let field = listener.field("listen");
-            let address = listener.listen.parse();
-            let tls = listener
-                .tls
-                .map(|tls| ClientTls::new(tls, &listener.field("tls")));
-            Ok(Self {
-                address: address.map_err(|_| ClusterError::config(field, "is not an address"))?,
-                tls: tls.transpose()?,
-            })
-        });
-        listeners.collect()
+        let listeners = config.listeners();
+        listeners.map(|listener| Self::new(&listener)).collect()
+    }
+
+    /// The same of one.
+    ///
+    /// # Errors
+    ///
+    /// As for all.
+    pub(crate) fn new(listener: &ListenerAt<'_>) -> Result<Self, ClusterError> {
+        let tls = listener.tls;
+        let tls = tls.map(|tls| ClientTls::new(tls, &listener.field("tls")));
+        Ok(Self {
+            address: listener.address()?,
+            tls: tls.transpose()?,
+        })
     }
 
     /// The one that a connection to this address came to: one that is for this address alone comes before one for all
@@ -43,7 +47,7 @@ impl FrontListener {
                 .iter()
                 .filter(|it| it.address.port() == local.port())
         };
-        let is_own = |it: &&Self| it.address.ip().to_canonical() == local.ip().to_canonical();
+        let is_own = |it: &&Self| it.address.ip() == local.ip().to_canonical();
         let is_any = |it: &&Self| it.address.ip().is_unspecified();
         with_port()
             .find(is_own)

@@ -26,11 +26,12 @@ use http::HeaderValue;
 use tracing::debug;
 
 use refused::Refusals;
-use slots::Slots;
+use slots::{Slot, Slots};
 use stream::ClientStream;
 
 use super::client::TrustedProxies;
 use super::shutdown::Shutdown;
+use super::tls::ClientTls;
 pub(crate) use connection::{Connection, Ended, OpenStream, Phase};
 pub(crate) use limits::{ClientTimeouts, FrontLimits};
 pub(crate) use listener::FrontListener;
@@ -135,15 +136,14 @@ impl FrontSettings {
         }
     }
 
-    /// Does the TLS handshake, if there is TLS where the connection has come to; otherwise nothing.
+    /// Does the TLS handshake, if there is TLS; otherwise nothing.
     async fn handshake(
         &self,
+        tls: Option<&ClientTls>,
         stream: Stream,
         ahead: BytesMut,
     ) -> Result<(Stream, BytesMut, Option<HeaderValue>), String> {
-        let listener = self.listener_of(&stream);
-        let listener = listener.ok_or_else(|| "it came to none of the listeners".to_owned())?;
-        let Some(tls) = &listener.tls else {
+        let Some(tls) = tls else {
             return Ok((stream, ahead, None));
         };
         let within = self.limits.timeouts.client_header;
@@ -157,15 +157,9 @@ fn peer_of(digest: &SocketDigest) -> Option<SocketAddr> {
     digest.peer_addr()?.as_inet().copied()
 }
 
-#[async_trait]
-impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
-    async fn process_new(
-        self: &Arc<Self>,
-        mut stream: Stream,
-        shutdown: &ShutdownWatch,
-    ) -> Option<Stream> {
-        self.refusals.statistics.count_accepted();
-        let _open = Shutdown::of_process().connection();
+impl<A> Front<A> {
+    /// What becomes of a connection that has been accepted, with its place among all; `None` if it is not served.
+    async fn open(&self, mut stream: Stream) -> Option<(ClientStream, Slot)> {
         let settings = self.settings.load_full();
         let Some(mut slot) = self.slots.take(settings.connections) else {
             self.refusals.statistics.count_refused();
@@ -173,6 +167,11 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         };
         let peer = stream.get_socket_digest().as_deref().and_then(peer_of);
         let peer = peer.map(|peer| peer.ip());
+        let Some(listener) = settings.listener_of(&stream) else {
+            self.refusals.statistics.count_refused();
+            debug!(?peer, "a connection came to none of the listeners");
+            return None;
+        };
         let (socket, ahead) = match settings.read_proxy_header(&mut stream, peer).await {
             Ok(read) => read,
             Err(error) => {
@@ -188,7 +187,8 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             self.refusals.statistics.count_refused();
             return None;
         }
-        let (stream, ahead, certificate) = match settings.handshake(stream, ahead).await {
+        let tls = listener.tls.as_ref();
+        let (stream, ahead, certificate) = match settings.handshake(tls, stream, ahead).await {
             Ok(ready) => ready,
             Err(error) => {
                 self.refusals.statistics.count_failed_handshake();
@@ -196,7 +196,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
                 return None;
             }
         };
-        let mut stream = ClientStream::new(
+        let stream = ClientStream::new(
             stream,
             ahead,
             certificate,
@@ -204,10 +204,22 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             settings.limits.clone(),
             self.refusals.clone(),
         );
-        // A connection may be open for long.
-        drop(settings);
+        Some((stream, slot))
+    }
+}
+
+#[async_trait]
+impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
+    async fn process_new(
+        self: &Arc<Self>,
+        stream: Stream,
+        shutdown: &ShutdownWatch,
+    ) -> Option<Stream> {
+        self.refusals.statistics.count_accepted();
+        let _open = Shutdown::of_process().connection();
+        let (mut stream, _slot) = self.open(stream).await?;
         if !stream.keeps_its_word().await {
-            debug!(?peer, "a connection for HTTP/2 begins with something else");
+            debug!("a connection for HTTP/2 begins with something else");
             return None;
         }
         let connection = stream.connection();

@@ -1,6 +1,8 @@
 //! What of a new configuration can be taken over, and what needs a restart. Pure.
 
-use crate::config::ClusterConfig;
+use std::collections::BTreeMap;
+
+use crate::config::{ClusterConfig, ListenerTls};
 
 /// The new configuration, with the values of the old one in the fields that need a restart, and the names of
 /// those of them that differ. `idle_at_start` is the value of `timeouts.client_idle_ms` at the start.
@@ -21,7 +23,6 @@ pub(super) fn usable(
     }
     keep!(
         etcd,
-        listen,
         access_log,
         opentelemetry,
         admin,
@@ -29,20 +30,48 @@ pub(super) fn usable(
         clients.h2c,
         clients.requests_per_connection
     );
-    let addresses = |config: &ClusterConfig| {
-        let listeners = config.further_listeners.iter();
-        let addresses = listeners.map(|listener| listener.listen.clone());
-        addresses.collect::<Vec<_>>()
-    };
-    if addresses(new) != addresses(old) {
-        usable.further_listeners.clone_from(&old.further_listeners);
-        kept.push("cluster.further_listeners".to_owned());
-    }
+    keep_addresses(&mut usable, old, &mut kept);
     if usable.timeouts.client_idle_ms != idle_at_start {
         // Over HTTP/1 it is taken over; Pingora keeps that of HTTP/2.
         kept.push("cluster.timeouts.client_idle_ms (over HTTP/2)".to_owned());
     }
     (usable, kept)
+}
+
+/// Goes on listening where the old configuration says, with the TLS that the new one has for each of these addresses;
+/// the old one, where it has none.
+fn keep_addresses(usable: &mut ClusterConfig, old: &ClusterConfig, kept: &mut Vec<String>) {
+    let new: BTreeMap<String, Option<ListenerTls>> = usable
+        .listeners()
+        .map(|listener| (listener.listen.to_owned(), listener.tls.cloned()))
+        .collect();
+    let had = |listen: &str| old.listeners().any(|listener| listener.listen == listen);
+    let has = |listen: &str| new.contains_key(listen);
+    let is_first_other = !had(&usable.listen) || !has(&old.listen);
+    let further = |config: &ClusterConfig| {
+        let further = config.further_listeners.iter();
+        further
+            .map(|listener| listener.listen.clone())
+            .collect::<Vec<_>>()
+    };
+    let is_any_other = further(usable).iter().any(|listen| !had(listen))
+        || further(old).iter().any(|listen| !has(listen));
+    let others = [
+        ("listen", is_first_other),
+        ("further_listeners", is_any_other),
+    ];
+    let others = others.iter().filter(|(_, is_other)| *is_other);
+    kept.extend(others.map(|(field, _)| format!("cluster.{field}")));
+    let tls_at = |listen: &str, before: &Option<ListenerTls>| {
+        let now = new.get(listen);
+        now.unwrap_or(before).clone()
+    };
+    usable.listen.clone_from(&old.listen);
+    usable.tls = tls_at(&old.listen, &old.tls);
+    usable.further_listeners.clone_from(&old.further_listeners);
+    for listener in &mut usable.further_listeners {
+        listener.tls = tls_at(&listener.listen, &listener.tls);
+    }
 }
 
 /// Whether both follow the same nodes in the same way, so that one discovery serves for both.
@@ -63,6 +92,7 @@ pub(super) fn have_one_discovery(old: &ClusterConfig, new: &ClusterConfig) -> bo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Listener;
 
     fn config(more: &str) -> ClusterConfig {
         let yaml = format!("cluster:\n  etcd: {{ endpoints: ['http://a:1'] }}\n  group: g\n{more}");
@@ -76,34 +106,84 @@ mod tests {
             config("  listen: 127.0.0.1:7\n  retries: 1\n  clients: { h2c: false, headers: 9 }\n");
         let idle = old.timeouts.client_idle_ms;
         let (usable, kept) = usable(&old, &new, idle);
-        assert_eq!(kept, ["cluster.listen", "cluster.clients.h2c"]);
+        assert_eq!(kept, ["cluster.clients.h2c", "cluster.listen"]);
         assert_eq!((&usable.listen, usable.clients.h2c), (&old.listen, true));
         assert_eq!((usable.retries, usable.clients.headers), (1, 9));
         assert_eq!(super::usable(&old, &old, idle), (old.clone(), Vec::new()));
     }
 
+    /// Addresses, each with the file of its certificate, or without TLS.
+    fn at(listeners: &[(&str, Option<&str>)]) -> ClusterConfig {
+        let mut config = config("");
+        let mut all = listeners.iter().map(|(listen, file)| {
+            let tls = file.map_or("null".to_owned(), |file| {
+                format!("{{ certificates: [{{ cert_file: {file}, key_file: k }}] }}")
+            });
+            let yaml = format!("{{ listen: '{listen}', tls: {tls} }}");
+            serde_saphyr::from_str::<Listener>(&yaml).unwrap()
+        });
+        let first = all.next().unwrap();
+        (config.listen, config.tls) = (first.listen, first.tls);
+        config.further_listeners = all.collect();
+        config
+    }
+
     #[test]
     fn addresses_need_a_restart_and_their_certificates_do_not() {
-        let further = |listen: &str, tls: &str| {
-            config(&format!(
-                "  further_listeners: [{{ listen: '{listen}', tls: {tls} }}]\n"
-            ))
-        };
-        let tls =
-            |file: &str| format!("{{ certificates: [{{ cert_file: {file}, key_file: k }}] }}");
-        let old = further("127.0.0.1:7", "null");
-        let idle = old.timeouts.client_idle_ms;
-        let moved = further("127.0.0.1:8", "null");
-        for new in [&moved, &config("")] {
-            let (usable, kept) = usable(&old, new, idle);
-            assert_eq!(kept, ["cluster.further_listeners"]);
-            assert_eq!(usable.further_listeners, old.further_listeners);
-        }
-        if cfg!(feature = "proxy-tls") {
-            let new = further("127.0.0.1:7", &tls("a.pem"));
-            let (usable, kept) = usable(&old, &new, idle);
-            assert!(kept.is_empty(), "{kept:?}");
-            assert_eq!(usable, new);
+        let (a, b, none) = (Some("a"), Some("b"), None);
+        let (plain, tls, other) = ("127.0.0.1:80", "127.0.0.1:443", "127.0.0.1:8");
+        let [first, further] = ["cluster.listen", "cluster.further_listeners"];
+        for (old, new, expected, named) in [
+            (
+                &[(plain, none), (tls, a)][..],
+                &[(plain, none), (tls, b)][..],
+                &[(plain, none), (tls, b)][..],
+                &[][..],
+            ),
+            // The other way round is the same.
+            (
+                &[(plain, none), (tls, a)],
+                &[(tls, b), (plain, none)],
+                &[(plain, none), (tls, b)],
+                &[],
+            ),
+            // From one to two, and back: each address does what it did.
+            (
+                &[(tls, a)],
+                &[(plain, none), (tls, b)],
+                &[(tls, b)],
+                &[first],
+            ),
+            (
+                &[(plain, none), (tls, a)],
+                &[(tls, b)],
+                &[(plain, none), (tls, b)],
+                &[first],
+            ),
+            // One more, one less, and another one beside one that changes.
+            (
+                &[(plain, none), (tls, a)],
+                &[(plain, none), (tls, b), (other, none)],
+                &[(plain, none), (tls, b)],
+                &[further],
+            ),
+            (
+                &[(plain, none), (tls, a), (other, a)],
+                &[(plain, none), (tls, b)],
+                &[(plain, none), (tls, b), (other, a)],
+                &[further],
+            ),
+            (
+                &[(plain, none), (tls, a)],
+                &[(other, none)],
+                &[(plain, none), (tls, a)],
+                &[first, further],
+            ),
+        ] {
+            let (old, new) = (at(old), at(new));
+            let (usable, kept) = usable(&old, &new, old.timeouts.client_idle_ms);
+            assert_eq!(kept, named, "{new:?}");
+            assert_eq!(usable, at(expected));
         }
     }
 

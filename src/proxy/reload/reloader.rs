@@ -16,7 +16,7 @@ use super::difference::usable;
 use super::group::{Former, Prepared, Tasks, prepare};
 use super::status::{ReloadStatus, Reloaded};
 use crate::cluster::Cluster;
-use crate::config::{ClusterConfig, DEFAULT_GROUP};
+use crate::config::{ClusterConfig, DEFAULT_GROUP, ListenerAt};
 use crate::error::ClusterError;
 use crate::opaque::opaque_debug;
 use crate::operator::Operator;
@@ -357,19 +357,24 @@ impl Reloader {
         old: &ClusterConfig,
     ) -> Result<Vec<FrontListener>, ClusterError> {
         let former = self.front.get().map(|front| front.load_full());
-        let is_same = || {
-            new.listeners()
-                .map(|it| it.tls)
-                .eq(old.listeners().map(|it| it.tls))
+        let former = former.as_ref().map_or(&[][..], |it| &it.listeners);
+        let same = |listener: &ListenerAt<'_>| {
+            let mut before = old.listeners().zip(former);
+            let is_same =
+                |it: &ListenerAt<'_>| (it.listen, it.tls) == (listener.listen, listener.tls);
+            Some(before.find(|(old, _)| is_same(old))?.1.clone())
         };
-        if let Some(former) = former.filter(|_| is_same()) {
-            return Ok(former.listeners.clone());
-        }
-        let listeners = FrontListener::all(new)?;
-        for tls in listeners.iter().filter_map(|it| it.tls.as_ref()) {
-            self.certificates.add(&tls.files());
-        }
-        Ok(listeners)
+        let listeners = new.listeners().map(|listener| match same(&listener) {
+            Some(same) => Ok(same),
+            None => {
+                let made = FrontListener::new(&listener)?;
+                if let Some(tls) = &made.tls {
+                    self.certificates.add(&tls.files());
+                }
+                Ok(made)
+            }
+        });
+        listeners.collect()
     }
 
     /// Runs the groups of the start.

@@ -138,34 +138,28 @@ impl Drop for Successor {
     }
 }
 
-/// The successor's part: waits until the sockets are handed over, or until nobody listens on the
-/// address any more; then there is nothing to take over. Whoever has taken them gets the socket on
-/// which to confirm that they are accepted.
+/// The successor's part: waits until the sockets are handed over, or until nobody listens on any of these
+/// addresses any more; then there is nothing to take over. Whoever has taken them gets the socket on
+/// which to confirm that they are accepted. Not all of the addresses need to be among those that are handed over.
 pub(in crate::proxy) async fn take_over(
     sockets: &ListenFds,
     path: &str,
-    address: &str,
+    addresses: &[String],
 ) -> Result<Option<Successor>, String> {
-    // One listener takes the sockets of all.
+    // One service takes the sockets of all.
     static TAKING: Mutex<()> = Mutex::const_new(());
     let _taking = TAKING.lock().await;
-    let is_taken = || sockets.lock().get(address).is_some();
+    let listeners = Shutdown::of_process().listeners();
     let mut successor = None;
-    while !is_taken() {
-        match listen_error(address) {
-            None => {
-                say(|| {
-                    info!(
-                        address,
-                        "nobody listens there, so there is nothing to take over"
-                    );
-                });
-                return Ok(None);
-            }
-            Some(error) if !is_in_use(&error) => {
-                return Err(format!("cannot listen on {address}: {error}"));
-            }
-            Some(_) => {}
+    while !listeners.are_taken_over() {
+        if !is_any_in_use(addresses)? {
+            say(|| {
+                info!(
+                    ?addresses,
+                    "nobody listens there, so there is nothing to take over"
+                );
+            });
+            return Ok(None);
         }
         let successor = match &mut successor {
             Some(successor) => successor,
@@ -175,7 +169,7 @@ pub(in crate::proxy) async fn take_over(
                 })?;
                 say(|| {
                     info!(
-                        address,
+                        ?addresses,
                         path,
                         "ready to take the sockets over, at SIGQUIT to the process that has them"
                     );
@@ -189,6 +183,19 @@ pub(in crate::proxy) async fn take_over(
         }
     }
     Ok(successor)
+}
+
+/// Whether somebody listens on one of these addresses. An error if one cannot be listened on for another reason.
+fn is_any_in_use(addresses: &[String]) -> Result<bool, String> {
+    let mut is_any = false;
+    for address in addresses {
+        match listen_error(address) {
+            None => {}
+            Some(error) if is_in_use(&error) => is_any = true,
+            Some(error) => return Err(format!("cannot listen on {address}: {error}")),
+        }
+    }
+    Ok(is_any)
 }
 
 /// Puts the sockets on our addresses into the table, and closes the others: clients would wait there
@@ -296,7 +303,11 @@ async fn receive_from(stream: &UnixStream) -> io::Result<Vec<(String, OwnedFd)>>
         .collect();
     match addresses.len() == sockets.len() {
         true => Ok(addresses.into_iter().zip(sockets).collect()),
-        false => Err(ErrorKind::InvalidData.into()),
+        false => {
+            let (addresses, sockets) = (addresses.len(), sockets.len());
+            say(|| warn!(addresses, sockets, "there is not a socket for each address"));
+            Err(ErrorKind::InvalidData.into())
+        }
     }
 }
 

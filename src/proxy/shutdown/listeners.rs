@@ -92,6 +92,11 @@ impl Listeners {
         lock(&self.0).are_taken_over = true;
     }
 
+    /// Whether they have come.
+    pub(super) fn are_taken_over(&self) -> bool {
+        lock(&self.0).are_taken_over
+    }
+
     /// This address is listened on now. Returns whether all of them are then, which is what a service
     /// manager is told.
     pub(in crate::proxy) fn is_open(&self, address: &str) -> bool {
@@ -142,5 +147,25 @@ impl fmt::Debug for Listeners {
             .field("wanted", &state.wanted)
             .field("open", &state.open)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_are_closed_when_as_many_are_as_were_open() {
+        let listeners = Listeners::new();
+        for address in ["a", "b", "c"] {
+            listeners.add(address);
+        }
+        assert!(!listeners.is_open("a") && !listeners.is_open("b"));
+        assert!(listeners.is_open("c"));
+        // One service has two of them.
+        listeners.close(1);
+        assert!(!listeners.are_closed());
+        listeners.close(2);
+        assert!(listeners.are_closed());
     }
 }
