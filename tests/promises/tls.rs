@@ -319,6 +319,24 @@ async fn clients_show_certificates_and_backends_get_them() {
             assert!(requests.iter().all(|request| !request.contains("AA==")));
         }
     }
+    // The CA of clients is replaced in a running process.
+    let changing = files.write("changing.pem", strangers.pem());
+    let fields = format!(
+        "tls: {{ certificates: {listed}, client_certificate: required, client_ca_file: {} }}",
+        changing.display()
+    );
+    let balancer = before(backend.address.port(), "mtls-ca", &fields).await;
+    let is_served = async |shows: &Pair| {
+        let stream = connect(&balancer.listen, "one.test", &authority, Some(shows), &[]).await;
+        match stream {
+            Ok(mut stream) => status(&get(&mut stream).await) == "200",
+            Err(_) => false,
+        }
+    };
+    assert!(is_served(&stranger).await && !is_served(&client).await);
+    std::fs::write(&changing, known.pem()).unwrap();
+    until("the new CA is in use", async || is_served(&client).await).await;
+    assert!(!is_served(&stranger).await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -480,6 +498,17 @@ async fn backends_are_verified_by_name() {
     assert_ne!(balancer.get().await, "a");
     std::fs::write(&changing, authority.pem()).unwrap();
     until("the new CA is in use", async || balancer.get().await == "a").await;
+    // So is the certificate that backends are shown.
+    let (cert, key) = files.write_pair("shown", &others.client("proxy"));
+    let shows = format!("cert_file: {}, key_file: {}", cert.display(), key.display());
+    let section = format!("backends: {{ {}, {shows} }}", field("b.test", &ca));
+    let balancer = before(careful, "https-shown", &section).await;
+    assert_ne!(balancer.get().await, "a");
+    files.write_pair("shown", &clients.client("proxy"));
+    until("the new certificate is shown", async || {
+        balancer.get().await == "a"
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
