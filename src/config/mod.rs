@@ -9,6 +9,7 @@ mod admin;
 mod backends;
 mod clients;
 mod cluster;
+mod covers;
 mod file;
 mod group;
 mod groups;
@@ -41,6 +42,8 @@ pub use clients::{Clients, Network};
 pub use cluster::ClusterConfig;
 #[cfg(feature = "pingora")]
 pub(crate) use cluster::READY_TIMEOUT;
+#[cfg(feature = "pingora")]
+pub(crate) use covers::{is_below, without_last_dot};
 pub use group::{DEFAULT_GROUP, Group};
 pub use health_check::{CheckKind, HealthCheck, StatusRange};
 pub use leader::Leader;
@@ -52,8 +55,6 @@ pub use opentelemetry::OpenTelemetry;
 pub use overload::Overload;
 pub use retry::Retry;
 pub use route::{Answer, HeaderChanges, Mirror, Pattern, Redirect, Rewrite, Route};
-#[cfg(feature = "pingora")]
-pub(crate) use route::{is_below, without_last_dot};
 #[cfg(feature = "schema")]
 pub use schema::schema;
 #[cfg(feature = "pingora")]

@@ -246,11 +246,11 @@ async fn a_successor_that_cannot_listen_everywhere_takes_nothing_away() {
     let old = setup.clone().listen(&first).with(&further(&second));
     let mut old = old.serving().await;
     let clients = [&first, &second].map(|address| Clients::start(address));
-    // The same upgrade socket, which a file names by the first address.
+    // Each has an upgrade socket of its own in these tests: that of the former process leads to that of the new one.
     let new = setup.listen(&taken).with(&further(&second));
     let socket = |address: &str| scratch(&format!("{}.sock", address.replace(':', "-")));
-    let _ = std::fs::remove_file(socket(&taken));
-    std::os::unix::fs::symlink(socket(&first), socket(&taken)).unwrap();
+    let _ = std::fs::remove_file(socket(&first));
+    std::os::unix::fs::symlink(socket(&taken), socket(&first)).unwrap();
     let mut new = new.argument("--upgrade").start();
     until("the successor waits", async || {
         new.log_text().contains("ready to take")
@@ -269,7 +269,7 @@ async fn a_successor_that_cannot_listen_everywhere_takes_nothing_away() {
         clients.end().await;
     }
     assert!(old.program.lives());
-    let _ = std::fs::remove_file(socket(&taken));
+    let _ = std::fs::remove_file(socket(&first));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,7 +5,6 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
-use std::time::Duration;
 
 use ::pingora::protocols::raw_connect::ProxyDigest;
 use ::pingora::protocols::{ALPN, Shutdown, SocketDigest, Stream};
@@ -19,7 +18,7 @@ use super::connection::{Connection, Ended, Phase};
 use super::deadline::{Deadline, timed_out};
 use super::limits::{FrontLimits, WriteClock};
 use super::refusal::Refusal;
-use super::refused::{Refusals, RefusedRequest};
+use super::refused::Refusals;
 use crate::proxy::shutdown::{self, Hold};
 
 /// With which an HTTP/2 connection begins (RFC 9113, section 3.4).
@@ -256,31 +255,6 @@ impl ClientStream {
         !self.is_http2 && self.connection.ended().is_some() && is_between
     }
 
-    /// Counts what Pingora answers before the proxy sees a request: an error of the client.
-    fn look_at(&mut self, written: &[u8]) {
-        if self.is_http2 || !matches!(self.phase(), Phase::Accepted | Phase::Head) {
-            return;
-        }
-        if let Some(status) = status_of(written).filter(|status| (400..500).contains(status)) {
-            self.refusals.statistics.count_bad_request();
-            self.tell_refused(status);
-        }
-    }
-
-    /// The proxy never sees this request.
-    fn tell_refused(&self, status: u16) {
-        let Some(tell) = &self.refusals.tell else {
-            return;
-        };
-        let peer = self.socket.as_deref().and_then(|socket| socket.peer_addr());
-        tell(RefusedRequest {
-            client: peer.and_then(|peer| Some(peer.as_inet()?.ip().to_canonical())),
-            is_over_tls: self.inner.get_ssl_digest().is_some(),
-            status,
-            lasted: self.since.map_or(Duration::ZERO, |since| since.elapsed()),
-        });
-    }
-
     /// Ends a write that waits for too long.
     fn blocked<T>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<T>> {
         if self.is_http2 {
@@ -459,12 +433,6 @@ impl AsyncWrite for ClientStream {
     }
 }
 
-/// The status of a response of HTTP/1 that begins with these bytes.
-fn status_of(written: &[u8]) -> Option<u16> {
-    let digits = written.strip_prefix(b"HTTP/1.")?.get(2..5)?;
-    std::str::from_utf8(digits).ok()?.parse().ok()
-}
-
 impl Drop for ClientStream {
     /// Where a response breaks off, the client gets what there is of it, as far as the socket takes it.
     fn drop(&mut self) {
@@ -496,5 +464,6 @@ impl fmt::Debug for ClientStream {
 
 mod identity;
 mod preface;
+mod refused;
 #[cfg(test)]
 mod tests;
