@@ -200,8 +200,10 @@ const PROMISES: &[(&str, &[&str])] = &[
         &["promises::shutdown::a_service_manager_is_told"],
     ),
     (
-        "The process ends with an error if its port is taken",
+        "The process ends with an error if one of its addresses is taken",
         &[
+            "promises::listeners::a_further_address_that_is_taken_is_an_error_that_names_its_field",
+            "promises::listeners::a_successor_that_cannot_listen_everywhere_takes_nothing_away",
             "promises::shutdown::a_daemon_listens_or_its_start_is_an_error",
             "promises::deaths::a_port_that_is_taken_is_an_error_and_an_exit",
             "promises::deaths::a_port_that_is_taken_later_is_an_error_and_an_exit_too",
