@@ -88,6 +88,8 @@ pub const TROUBLE_AFTER: Seconds = 20.0;
 pub struct Scenario {
     pub name: &'static str,
     pub servers: usize,
+    /// The cores of servers, in turn.
+    pub cores: &'static [f64],
     pub proxies: usize,
     /// Half of all requests come to the first proxy.
     pub is_uneven: bool,
@@ -116,6 +118,7 @@ impl Default for Scenario {
         Self {
             name: "",
             servers: 10,
+            cores: &[2.0, 3.0, 4.0, 6.0, 8.0],
             proxies: 4,
             is_uneven: false,
             load: 0.75,

@@ -182,6 +182,12 @@ pub fn all() -> Vec<Row> {
             (it.proxies, it.servers) = (64, 100);
             it
         }),
+        row(None, {
+            let name = "8 proxies, 100 servers of one core, 45 %";
+            let mut it = large(name, 8, 100, 0.45, false);
+            it.cores = &[1.0];
+            it
+        }),
         row(
             None,
             large("64 proxies, 1,000 servers", 64, 1_000, 0.75, false),

@@ -51,7 +51,7 @@ impl World {
     pub fn new(scenario: &Scenario, kind: RouterKind, seed: u64) -> Self {
         let scenario = scenario.clone();
         let mut nature = fastrand::Rng::with_seed(seed);
-        let sizes = [2.0, 3.0, 4.0, 6.0, 8.0];
+        let sizes = scenario.cores;
         let mut cores: Vec<f64> = (0..scenario.servers)
             .map(|index| sizes[index % sizes.len()])
             .collect();

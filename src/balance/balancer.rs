@@ -429,7 +429,7 @@ impl Balancer {
             weight: endpoint.weight().get(),
             share: match endpoint.is_outside() {
                 true => 0.0,
-                false => endpoint.share().get() * endpoint.subset_part(),
+                false => endpoint.subset_share(),
             },
             success: f64::from(endpoint.success()).max(0.0),
             in_flight: endpoint.in_flight(),

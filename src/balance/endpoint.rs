@@ -79,6 +79,7 @@ pub(super) struct EndpointState {
     is_ejected: AtomicBool,
     /// 0 for a backend outside the subset that this process uses; for the others, what its weight is multiplied by.
     subset_part: AtomicF32,
+    subset_share: AtomicF32,
     /// A request is to try it: the first one, or a probe.
     is_due: AtomicBool,
     /// A probe is under way.
@@ -256,6 +257,7 @@ impl Endpoint {
                 faultless: AtomicF32::new(1.0),
                 is_ejected: AtomicBool::new(false),
                 subset_part: AtomicF32::new(1.0),
+                subset_share: AtomicF32::new(1.0),
                 is_due: AtomicBool::new(false),
                 is_probed: AtomicBool::new(false),
                 #[cfg(feature = "pingora")]
@@ -338,9 +340,11 @@ impl Endpoint {
         self.state.subset_part.get() == 0.0
     }
 
-    /// What its weight is multiplied by, because of the processes that leave it out; 0 if this process does so.
-    pub(super) fn set_subset_part(&self, part: f64) {
+    /// What its weight is multiplied by where it is compared with others, because of the processes that leave it out, and
+    /// what its share is multiplied by; 0 and anything if this process does so.
+    pub(super) fn set_subset_part(&self, part: f64, of_share: f64) {
         self.state.subset_part.set(part as f32);
+        self.state.subset_share.set(of_share as f32);
     }
 
     /// The same for the weight of a backend that gets requests in spite of being left out.
@@ -349,6 +353,11 @@ impl Endpoint {
             true => 1.0,
             false => self.state.subset_part.get().into(),
         }
+    }
+
+    /// Its share of what this process sends to all that are used alike.
+    pub(super) fn subset_share(&self) -> f64 {
+        self.share().get() * f64::from(self.state.subset_share.get())
     }
 
     /// Sets how much it can take, where all can take this `mean`; the part of that which counts because of its zone;

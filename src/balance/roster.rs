@@ -284,6 +284,8 @@ impl Roster {
             Some(mut registration) => {
                 self.refused += u64::from(registration.update(node, now));
                 registration.is_shadowed = false;
+                // Whether it is in the subset is decided anew.
+                registration.endpoint.set_subset_part(1.0, 1.0);
                 registration.has_new_load = true;
                 registration
             }

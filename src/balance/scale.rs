@@ -263,8 +263,9 @@ impl Scale {
 
 /// How calm half of the backends that report are at least; entirely, where none reports.
 fn calm_of_half(adaptive: &Adaptive, roster: &Roster) -> f64 {
-    let active = roster.used();
-    let loads = active.filter_map(|it| adaptive.known_load(it.believed_load()));
+    // What was reported long ago says nothing of now.
+    let reporting = roster.used().filter(|it| it.controller.load().is_some());
+    let loads = reporting.filter_map(|it| adaptive.known_load(it.believed_load()));
     let mut loads: Vec<f64> = loads.collect();
     if loads.is_empty() {
         return 1.0;

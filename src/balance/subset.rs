@@ -18,6 +18,25 @@ const USES_ALL_FROM: f64 = 0.75;
 /// The number changes if another one is wanted that is smaller or greater by these factors.
 const SHRINKS_BELOW: f64 = 0.8;
 const GROWS_FROM: f64 = 1.2;
+/// If more than this part of those that are left out have little to do, there are too few processes for chance to reach
+/// all.
+const MOST_IDLE: f64 = 0.1;
+/// By how much the number grows with each tick then, and how slowly it returns: in ten minutes by half.
+const WIDENS: f64 = 1.03;
+const NARROWS: f64 = 0.999;
+
+/// What a tick has seen.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Seen {
+    /// Requests of this process in flight at all backends together.
+    pub(super) in_flight: f64,
+    /// How little the backends report to have to do: 1 if they are calm, or do not report.
+    pub(super) calm: f64,
+    /// How many work.
+    pub(super) backends: usize,
+    /// The part of those that are left out that have little to do.
+    pub(super) idle_outside: f64,
+}
 
 /// How many backends this process uses.
 ///
@@ -30,6 +49,8 @@ pub(super) struct Subset {
     /// Requests of this process in flight at all backends together: a moving mean.
     in_flight: f64,
     ticks: u32,
+    /// How many times as many are used, because there are few processes; from 1 on, but for 0 at the start.
+    wider: f64,
     /// `None` for all.
     size: Option<usize>,
 }
@@ -40,17 +61,25 @@ impl Subset {
         self.size
     }
 
-    /// Takes over how many requests of this process are in flight, and decides how many of the `backends` are used.
-    /// `calm` says how little the backends report to have to do: 1 if they are calm, or do not report.
-    pub(super) fn tick(&mut self, settings: &Adaptive, in_flight: f64, calm: f64, backends: usize) {
+    /// Decides how many of the backends are used.
+    pub(super) fn tick(&mut self, settings: &Adaptive, seen: Seen) {
+        let Seen {
+            in_flight, calm, ..
+        } = seen;
         if in_flight > 0.0 || self.ticks > 0 {
             self.ticks = self.ticks.saturating_add(1);
             let part = KEPT_UP.max(1.0 / f64::from(self.ticks));
             self.in_flight += part * (in_flight - self.in_flight);
             self.in_flight = self.in_flight.max(CERTAIN_PART * in_flight);
         }
-        let all = backends as f64;
+        let all = seen.backends as f64;
+        let factor = match seen.idle_outside > MOST_IDLE {
+            true => WIDENS,
+            false => NARROWS,
+        };
+        self.wider = (self.wider * factor).clamp(1.0, all.max(1.0));
         let wanted = (self.in_flight / settings.subset_in_flight).max(settings.subset_least.into());
+        let wanted = wanted * self.wider;
         let is_known = self.ticks >= FIRST_TICKS && settings.subset_in_flight > 0.0;
         self.size = match self.size {
             _ if !is_known => None,
@@ -178,7 +207,13 @@ mod tests {
 
     fn goes_on(subset: &mut Subset, seconds: u32, in_flight: f64, calm: f64, backends: usize) {
         for _ in 0..seconds {
-            subset.tick(&Adaptive::default(), in_flight, calm, backends);
+            let seen = Seen {
+                in_flight,
+                calm,
+                backends,
+                idle_outside: 0.0,
+            };
+            subset.tick(&Adaptive::default(), seen);
         }
     }
 

@@ -66,6 +66,8 @@ pub(super) struct Table {
     /// Whether some backends differ in the part of their weight that was not learned.
     pub(super) has_static_weights: bool,
     pub(super) alias: AliasTable,
+    /// The same for those that are not in the subset, from `drawn` on.
+    pub(super) outside: AliasTable,
     pub(super) ring: Ring,
     /// `None` where all shares are equal.
     pub(super) spread: Option<Spread>,
@@ -143,7 +145,7 @@ impl Table {
         let slots = self.slots.iter().map(|slot| &slot.endpoint);
         slots
             .map(|endpoint| match is_any_live {
-                true => Share::new(endpoint.share().get() * endpoint.subset_part()),
+                true => Share::new(endpoint.subset_share()),
                 false => Share::new(endpoint.weight().get()),
             })
             .collect()
@@ -193,6 +195,11 @@ impl Table {
 
     pub(super) fn is_excluded(&self, index: usize, exclude: &[SocketAddr]) -> bool {
         !exclude.is_empty() && exclude.contains(&self.slots[index].endpoint.addr())
+    }
+
+    /// Draws one that is not in the subset, by share; there has to be one.
+    pub(super) fn draw_outside(&self, random: u64) -> usize {
+        self.drawn + self.outside.draw(random)
     }
 
     /// Draws one backend by share.

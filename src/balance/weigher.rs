@@ -90,7 +90,6 @@ struct TickSummary {
     latencies: Vec<f64>,
     in_flight: Mean,
     all_in_flight: f64,
-    backends: usize,
     has_tunnels: bool,
     /// How many requests have ended since the last tick.
     requests: f64,
@@ -408,8 +407,7 @@ impl Weigher {
         }
         self.sharing.tick(&summary.in_flight);
         self.reporting = summary.metrics.count();
-        let calm = self.scale.calm_of_half();
-        (self.subset).tick(adaptive, summary.all_in_flight, calm, summary.backends);
+        self.settle_subset(summary.all_in_flight);
         self.fleet.set_tunnels(summary.has_tunnels);
         if let Some(usual) = lower_median(&mut summary.latencies) {
             self.fleet.lingering().set_usual_latency(usual);
@@ -457,7 +455,6 @@ impl TickSummary {
             }
         }
         let busy = f64::from(endpoint.busy());
-        self.backends += 1;
         self.all_in_flight += busy;
         if !is_outside {
             self.in_flight.add(busy, 1.0);

@@ -45,6 +45,9 @@ pub(super) struct Spill {
     ticks: u32,
 }
 
+/// A mean latency counts as at most so many times what is no pressure yet.
+const MOST_BEYOND: f64 = 2.0;
+
 impl Default for Spill {
     fn default() -> Self {
         Self {
@@ -84,15 +87,21 @@ impl Spill {
         }
         if own.latency.count() > 0 {
             // Smoothed, because the lowest of many noisy means would be far below the usual one.
-            let new = own.latency.value();
+            // One request that takes minutes, of a few, is no pressure of the zone.
+            let lowest = self.lowest[0].min(self.lowest[1]);
+            let limit = |lowest: f64| {
+                (settings.stretch_limit * lowest)
+                    .max(lowest + idle_latency)
+                    .max(1e-9)
+            };
+            let new = own.latency.value().min(MOST_BEYOND * limit(lowest));
             let latency = self
                 .latency
                 .map_or(new, |old| old + SMOOTHING * (new - old));
             self.latency = Some(latency);
             self.lowest[0] = self.lowest[0].min(latency);
             let lowest = self.lowest[0].min(self.lowest[1]);
-            let limit = (settings.stretch_limit * lowest).max(lowest + idle_latency);
-            let limit = limit.max(1e-9);
+            let limit = limit(lowest);
             pressure = pressure.max((latency - limit) / limit);
         }
         if pressure.is_finite() {

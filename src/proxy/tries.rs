@@ -28,8 +28,8 @@ use crate::balance::Upstream;
 use crate::node::Node;
 use crate::pingora::shorten_error;
 
-/// A request for a tunnel passes by so many backends that cannot pass it on. They are looked for once; more have joined.
-const MOST_SKIPPED: usize = 16;
+/// Of so many backends that can pass a tunnel on, the one with the fewest requests in flight for its weight gets it.
+const TUNNEL_CANDIDATES: usize = 5;
 
 /// A status that there is none of counts as one from 500 on (RFC 9110, section 15).
 fn is_failure(status: StatusCode) -> bool {
@@ -65,7 +65,6 @@ impl GroupProxy {
         state.body_bytes = 0;
         state.has_body_begun = false;
         state.is_blameless = false;
-        let mut skipped = 0;
         loop {
             if !std::mem::take(&mut state.is_found) {
                 let found = self.find_backend(session, state).await;
@@ -82,12 +81,9 @@ impl GroupProxy {
                 return Err(unavailable(Unserved::NoBackend.as_str()));
             };
             if state.is_upgrade && !self.peers.passes_upgrades(&node) {
-                // Others may speak HTTP/1.
-                skipped += 1;
                 let is_leader = state.upstream.take().is_none();
                 self.picker.overload.freed();
-                self.exclude_http_2(state);
-                if is_leader || self.is_last_try(state) || skipped == MOST_SKIPPED {
+                if is_leader || !self.pick_for_tunnel(state)? {
                     return Err(match state.tries {
                         0 => refused(501, "no tunnel goes through a backend of HTTP/2"),
                         _ => bad_gateway("no other backend can pass on a tunnel"),
@@ -339,14 +335,39 @@ impl GroupProxy {
         !self.balancer.has_other_than(&state.tried)
     }
 
-    /// Looks at the backends of HTTP/2 no more.
-    fn exclude_http_2(&self, state: &mut RequestState) {
+    /// Picks one of the backends that can pass a tunnel on, where others cannot; `false` if there is none. They are
+    /// looked for among all nodes, once: draws could go on for long.
+    fn pick_for_tunnel(&self, state: &mut RequestState) -> Result<bool> {
         let nodes = self.balancer.discovery().nodes();
-        let of_http_2 = nodes
-            .iter()
-            .filter(|node| !self.peers.passes_upgrades(node));
-        let addrs = of_http_2.map(|node| self.balancer.address_of(node));
-        state.tried.extend(addrs);
+        let able = nodes.iter().filter(|node| self.peers.passes_upgrades(node));
+        let addrs = able.map(|node| self.balancer.address_of(node));
+        let untried = addrs.filter(|addr| !state.tried.contains(addr));
+        let mut addrs: Vec<_> = untried
+            .filter(|addr| self.balancer.works_at(*addr))
+            .collect();
+        fastrand::shuffle(&mut addrs);
+        let is_any = !addrs.is_empty();
+        let upstreams = addrs
+            .into_iter()
+            .filter_map(|addr| self.balancer.upstream_at(addr));
+        let has_room = |it: &Upstream| self.picker.overload.allows(it.in_flight());
+        let score = |it: &Upstream| f64::from(it.in_flight()) / it.weight();
+        let candidates = upstreams.filter(has_room).take(TUNNEL_CANDIDATES);
+        let best = candidates.min_by(|one, other| score(one).total_cmp(&score(other)));
+        match best {
+            Some(upstream) => {
+                state.begins_try(Instant::now());
+                state.tried.push(upstream.addr());
+                state.upstream = Some(upstream);
+                state.is_found = true;
+                Ok(true)
+            }
+            None if is_any => {
+                self.statistics.unserved(Unserved::BackendsFull);
+                Err(unavailable(Unserved::BackendsFull.as_str()))
+            }
+            None => Ok(false),
+        }
     }
 
     /// Whether the current backend is to blame though the time of the request is over. Where a client has set that time, only

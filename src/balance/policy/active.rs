@@ -52,8 +52,8 @@ pub(in crate::balance) enum ActivePolicy {
 
 impl ActivePolicy {
     pub(in crate::balance) fn new(settings: &PolicySettings) -> Self {
-        let alike = settings.adaptive.alike as f32;
-        let least_busy = |own_request| LeastBusy::new(settings.candidates, own_request, alike);
+        let least_busy =
+            |own_request| LeastBusy::new(settings.candidates, own_request, &settings.adaptive);
         match settings.policy {
             Policy::RoundRobin => Self::RoundRobin(RoundRobinPolicy::new()),
             Policy::Random => Self::Random(RandomPolicy),

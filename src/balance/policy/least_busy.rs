@@ -10,6 +10,7 @@ use crate::balance::endpoint::{Endpoint, EndpointState};
 use crate::balance::fleet::Fleet;
 use crate::balance::heard::HEARD;
 use crate::balance::pick::PickOptions;
+use crate::balance::settings::Adaptive;
 use crate::balance::spread::Spread;
 use crate::balance::table::{MAX_REDRAWS, Table};
 use crate::balance::weight::Share;
@@ -28,8 +29,11 @@ const FURTHER_DRAWS: usize = 16;
 /// A backend that reports more requests in flight than the others, by this factor on its score, is not
 /// calm.
 const MOST_CALM_FACTOR: f32 = 1.1;
-/// From so many requests in flight at the best candidate on, some that are not in the subset are looked at.
-const SPILLS_FROM: usize = 4;
+/// From so many requests in flight at the best candidate on, some that are not in the subset are looked at; and from so
+/// many times what is in flight at each on average.
+const SPILLS_FROM: f64 = 4.0;
+/// Who has tried so many looks at them in any case: those of the subset may have no room.
+const SPILLS_AFTER: usize = 4;
 /// So many of them.
 const SPILL_DRAWS: usize = 2;
 /// How many of the backends on trial one pick looks at.
@@ -44,6 +48,7 @@ pub(super) struct LeastBusy {
     /// Chance decides between backends without requests in flight whose weights differ by less than this
     /// part.
     alike: f32,
+    spills_from: usize,
 }
 
 /// The best candidate so far.
@@ -66,17 +71,19 @@ impl Best {
 }
 
 impl LeastBusy {
-    pub(super) fn new(candidates: usize, own_request: f32, alike: f32) -> Self {
+    pub(super) fn new(candidates: usize, own_request: f32, adaptive: &Adaptive) -> Self {
         Self {
             candidates,
             own_request,
-            alike,
+            alike: adaptive.alike as f32,
+            spills_from: (SPILLS_FROM * adaptive.subset_in_flight.max(1.0)).ceil() as usize,
         }
     }
 
     pub(super) fn index(&self, table: &mut Table, shares: &[Share]) {
         let drawn = &shares[..table.drawn];
         table.alias = AliasTable::new(drawn);
+        table.outside = AliasTable::new(&shares[table.drawn..table.live]);
         let all_equal = drawn.windows(2).all(|pair| pair[0] == pair[1]);
         table.spread = (!all_equal).then(|| Spread::new(drawn));
         table.draws = draws_for(table.drawn, self.candidates);
@@ -195,7 +202,13 @@ impl LeastBusy {
         }
         let chosen = self.keep_turn(table, (first, 1.0), (best as u32 as usize, 1.0), false);
         match table.drawn < table.live {
-            true => self.or_outside(table, chosen, false, |_, _| true, random),
+            true => self.or_outside(
+                table,
+                chosen,
+                (false, self.spills_from),
+                |_, _| true,
+                random,
+            ),
             false => chosen,
         }
     }
@@ -207,18 +220,18 @@ impl LeastBusy {
         &self,
         table: &Table,
         chosen: usize,
-        for_tunnel: bool,
+        (for_tunnel, spills_from): (bool, usize),
         is_fit: impl Fn(usize, &mut fastrand::Rng) -> bool,
         random: &mut fastrand::Rng,
     ) -> usize {
         let busy = table.slots[chosen].busy(for_tunnel);
-        if busy < SPILLS_FROM {
+        if busy < spills_from {
             return chosen;
         }
         let mut best = Best::NONE;
         best.consider(chosen, self.score(table, chosen, busy, 0.0));
         for _ in 0..SPILL_DRAWS {
-            let index = random.usize(table.drawn..table.live);
+            let index = table.draw_outside(random.u64(..));
             if is_fit(index, random) {
                 let busy = table.slots[index].busy(for_tunnel);
                 best.consider(index, self.score(table, index, busy, 0.0));
@@ -436,7 +449,12 @@ impl Conditions<'_> {
         let is_fit = |index: usize, random: &mut fastrand::Rng| {
             self.is_allowed(index) && self.accepts_undrawn(index, random)
         };
-        policy.or_outside(self.table, chosen, self.for_tunnel, is_fit, random)
+        let spills_from = match self.exclude.len() < SPILLS_AFTER {
+            true => policy.spills_from,
+            false => 0,
+        };
+        let spill = (self.for_tunnel, spills_from);
+        policy.or_outside(self.table, chosen, spill, is_fit, random)
     }
 
     /// Any backend that works, by share, when everything that was drawn is excluded or has failed since the table was
@@ -453,7 +471,7 @@ impl Conditions<'_> {
             if self.table.drawn == self.table.live {
                 break;
             }
-            let index = random.usize(self.table.drawn..self.table.live);
+            let index = self.table.draw_outside(random.u64(..));
             if self.is_allowed(index) && self.accepts_undrawn(index, random) {
                 return Some(index);
             }

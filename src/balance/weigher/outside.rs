@@ -1,11 +1,27 @@
 //! Which backends are outside the subset that this process uses.
 
-use super::Weigher;
+use super::{Weigher, lower_median};
+use crate::balance::mean::Mean;
 use crate::balance::policy::{ActivePolicy, RoutingPolicy};
 use crate::balance::registration::Registration;
-use crate::balance::subset::{Draw, lot};
+use crate::balance::subset::{Draw, Seen, lot};
+
+/// A backend with less than this part of the usual load has little to do.
+const LEAST_OF_USUAL: f64 = 0.5;
 
 impl Weigher {
+    /// Decides how many backends are used, with so many requests of this process in flight.
+    pub(super) fn settle_subset(&mut self, in_flight: f64) {
+        let working = self.roster.used().filter(|it| !it.endpoint.is_ejected());
+        let seen = Seen {
+            in_flight,
+            calm: self.scale.calm_of_half(),
+            backends: working.count(),
+            idle_outside: self.idle_outside(),
+        };
+        self.subset.tick(&self.settings.adaptive, seen);
+    }
+
     /// Chooses anew, of the backends that work: so many of those in the own zone, and as many of the others.
     pub(super) fn choose_subset(&mut self, policy: &ActivePolicy) {
         let is_wanted = self.settings.counts_requests && policy.uses_subset();
@@ -13,7 +29,7 @@ impl Weigher {
         let Some((size, seed)) = size.zip(self.fleet.seed()) else {
             if std::mem::take(&mut self.leaves_some_out) {
                 for registration in self.roster.registrations() {
-                    registration.endpoint.set_subset_part(1.0);
+                    registration.endpoint.set_subset_part(1.0, 1.0);
                 }
             }
             return;
@@ -28,19 +44,43 @@ impl Weigher {
             groups[group].push(entry(registration));
         }
         let all: usize = groups.iter().map(Vec::len).sum();
+        let counts = groups.each_ref().map(Vec::len);
         let draws = groups.map(|entries| Draw::new(&entries, size));
         let chosen: usize = draws.iter().map(Draw::count).sum();
         let usual = chosen as f64 / all.max(1) as f64;
         for registration in self.roster.registrations() {
-            let draw = &draws[usize::from(registration.is_in_zone(zone))];
+            let group = usize::from(registration.is_in_zone(zone));
+            let usual_there = draws[group].count() as f64 / counts[group].max(1) as f64;
             let (lot, weight) = entry(registration);
-            let part = match draw.chance(lot, weight) {
-                _ if is_ejected(registration) => 1.0,
+            let (part, of_share) = match draws[group].chance(lot, weight) {
+                _ if is_ejected(registration) => (1.0, 1.0),
                 // As if those that leave it out had given it what is its due.
-                Some(chance) => usual / chance,
-                None => 0.0,
+                Some(chance) => (usual_there / chance, usual / chance),
+                None => (0.0, 1.0),
             };
-            registration.endpoint.set_subset_part(part);
+            registration.endpoint.set_subset_part(part, of_share);
         }
+    }
+
+    /// The part of the backends outside of the subset that report to have little to do beside those in it, or of whose
+    /// load nothing is known. Chance gives each process other backends; where there are few processes, some backends are
+    /// used by none.
+    fn idle_outside(&self) -> f64 {
+        if !self.leaves_some_out {
+            return 0.0;
+        }
+        let is_outside = |it: &&Registration| it.endpoint.is_outside();
+        let load = |it: &Registration| it.controller.load();
+        let inside = self.roster.used().filter(|it| !is_outside(it));
+        let mut loads: Vec<f64> = inside.filter_map(load).collect();
+        let Some(usual) = lower_median(&mut loads) else {
+            return 1.0;
+        };
+        let mut idle = Mean::default();
+        for registration in self.roster.used().filter(is_outside) {
+            let is_busy = load(registration).is_some_and(|load| load >= LEAST_OF_USUAL * usual);
+            idle.add(f64::from(u8::from(!is_busy)), 1.0);
+        }
+        idle.value()
     }
 }

@@ -14,7 +14,9 @@ const EXCESS_DEVIATIONS: f32 = 4.0;
 impl Weigher {
     /// Finds those whose reports of a low load are not to be believed. To be called before sums of loads are formed.
     pub(super) fn find_refusing(&mut self) {
-        let tried = self.roster.used().filter(|it| it.was_ever_used());
+        // How others fare now, of which this process uses none, it does not know.
+        let known = || self.roster.used().filter(|it| !it.endpoint.is_outside());
+        let tried = known().filter(|it| it.was_ever_used());
         let mut parts: Vec<f32> = tried.map(|it| it.endpoint.refusing()).collect();
         let is_any = parts.iter().any(|part| *part > 0.0);
         // Not the lowest one of many, which is low by chance.
@@ -31,15 +33,15 @@ impl Weigher {
         let adaptive = &self.settings.adaptive;
         let mut load_of_others = Mean::default();
         if is_any {
-            let used = self.roster.used();
-            let others = used.filter(|it| !refuses(it.endpoint.refusing()));
+            let others = known().filter(|it| !refuses(it.endpoint.refusing()));
             for load in others.filter_map(|it| adaptive.known_load(it.load())) {
                 load_of_others.add(load, 1.0);
             }
         }
         for registration in self.roster.registrations_mut() {
             let known = adaptive.known_load(registration.load());
-            let is_refusing = refuses(registration.endpoint.refusing())
+            let is_refusing = !registration.endpoint.is_outside()
+                && refuses(registration.endpoint.refusing())
                 && known.is_some_and(|load| load < load_of_others.value());
             // What it has reported counts from now on.
             registration.has_new_load |= registration.is_refusing && !is_refusing;

@@ -90,7 +90,7 @@ impl Weigher {
         let is_used = self.roster.is_used();
         let is_drawn = |it: &Registration| is_used(it) && !it.endpoint.is_outside();
         let drawn = self.roster.registrations().iter().filter(|it| is_drawn(it));
-        let share = |it: &Registration| it.endpoint.share().get() * it.endpoint.subset_part();
+        let share = |it: &Registration| it.endpoint.subset_share();
         let all: f64 = drawn.map(share).sum();
         for registration in self.roster.registrations_mut() {
             if all > 0.0 && is_drawn(registration) {
