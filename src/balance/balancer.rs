@@ -225,6 +225,11 @@ impl Balancer {
         self.fleet.some_on_trial()
     }
 
+    #[cfg(test)]
+    pub(in crate::balance) fn usual_refusing(&self) -> f32 {
+        self.fleet.usual_refusing()
+    }
+
     fn publish_table(&self, weighing: &Weighing) {
         let Weighing { weigher, policy } = weighing;
         let active = weigher.active_endpoints();

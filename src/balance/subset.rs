@@ -77,8 +77,8 @@ impl Subset {
             true => WIDENS,
             false => NARROWS,
         };
-        self.wider = (self.wider * factor).clamp(1.0, all.max(1.0));
         let wanted = (self.in_flight / settings.subset_in_flight).max(settings.subset_least.into());
+        self.wider = (self.wider * factor).clamp(1.0, (all / wanted).max(1.0));
         let wanted = wanted * self.wider;
         let is_known = self.ticks >= FIRST_TICKS && settings.subset_in_flight > 0.0;
         self.size = match self.size {
@@ -205,16 +205,44 @@ mod tests {
         subset
     }
 
+    fn seen(in_flight: f64, calm: f64, backends: usize) -> Seen {
+        Seen {
+            in_flight,
+            calm,
+            backends,
+            idle_outside: 0.0,
+        }
+    }
+
     fn goes_on(subset: &mut Subset, seconds: u32, in_flight: f64, calm: f64, backends: usize) {
         for _ in 0..seconds {
-            let seen = Seen {
-                in_flight,
-                calm,
-                backends,
-                idle_outside: 0.0,
-            };
-            subset.tick(&Adaptive::default(), seen);
+            subset.tick(&Adaptive::default(), seen(in_flight, calm, backends));
         }
+    }
+
+    #[test]
+    fn more_are_used_while_many_of_the_others_are_idle() {
+        let mut subset = after(20, 10.0, BUSY, 100);
+        let mut goes_on = |seconds: u32, idle_outside: f64| {
+            for _ in 0..seconds {
+                let seen = Seen {
+                    idle_outside,
+                    ..seen(10.0, BUSY, 100)
+                };
+                subset.tick(&Adaptive::default(), seen);
+            }
+            subset.size()
+        };
+        assert_eq!(goes_on(60, 0.1), Some(20), "as chance has it");
+        let grown = goes_on(20, 0.3);
+        assert!(
+            grown.is_some_and(|size| (30..=40).contains(&size)),
+            "{grown:?}"
+        );
+        assert_eq!(goes_on(60, 0.05), grown);
+        assert_eq!(goes_on(60, 0.3), None, "nobody else uses them");
+        // In time it is tried again.
+        assert!(goes_on(1_200, 0.0).is_some_and(|size| size <= 50));
     }
 
     #[test]
@@ -236,7 +264,7 @@ mod tests {
             ..Adaptive::default()
         };
         let mut subset = after(20, 8.0, BUSY, 100);
-        subset.tick(&off, 8.0, BUSY, 100);
+        subset.tick(&off, seen(8.0, BUSY, 100));
         assert_eq!(subset.size(), None, "switched off");
     }
 

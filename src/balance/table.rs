@@ -68,6 +68,8 @@ pub(super) struct Table {
     pub(super) alias: AliasTable,
     /// The same for those that are not in the subset, from `drawn` on.
     pub(super) outside: AliasTable,
+    /// The part of the shares of all that those of the subset would have without it.
+    pub(super) inside_part: f32,
     pub(super) ring: Ring,
     /// `None` where all shares are equal.
     pub(super) spread: Option<Spread>,
@@ -149,6 +151,17 @@ impl Table {
                 false => Share::new(endpoint.weight().get()),
             })
             .collect()
+    }
+
+    /// The part of all shares that the first so many have, as if nobody was left out.
+    pub(super) fn part_of(&self, count: usize) -> f32 {
+        let share = |slots: &[Slot]| -> f64 {
+            let shares = slots.iter().map(|slot| slot.endpoint.share().get());
+            shares.sum()
+        };
+        let (some, others) = self.slots[..self.live].split_at(count);
+        let (some, others) = (share(some), share(others));
+        (some / (some + others).max(f64::MIN_POSITIVE)) as f32
     }
 
     /// All turns that have been taken so far.

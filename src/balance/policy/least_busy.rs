@@ -84,6 +84,7 @@ impl LeastBusy {
         let drawn = &shares[..table.drawn];
         table.alias = AliasTable::new(drawn);
         table.outside = AliasTable::new(&shares[table.drawn..table.live]);
+        table.inside_part = table.part_of(table.drawn);
         let all_equal = drawn.windows(2).all(|pair| pair[0] == pair[1]);
         table.spread = (!all_equal).then(|| Spread::new(drawn));
         table.draws = draws_for(table.drawn, self.candidates);
@@ -461,18 +462,22 @@ impl Conditions<'_> {
     /// built, as when a whole zone fails.
     #[cold]
     fn any_accepted(&self, random: &mut fastrand::Rng) -> Option<usize> {
+        let table = self.table;
         for _ in 0..FURTHER_DRAWS {
-            let index = self.table.alias.draw(random.u64(..));
-            if self.is_allowed(index) && self.accepts(index, random) {
-                return Some(index);
-            }
-        }
-        for _ in 0..FURTHER_DRAWS {
-            if self.table.drawn == self.table.live {
-                break;
-            }
-            let index = self.table.draw_outside(random.u64(..));
-            if self.is_allowed(index) && self.accepts_undrawn(index, random) {
+            let is_inside = table.drawn == table.live || random_unit(random) < table.inside_part;
+            let bits = random.u64(..);
+            let (index, is_accepted) = match is_inside {
+                true => {
+                    let index = table.alias.draw(bits);
+                    (index, self.is_allowed(index) && self.accepts(index, random))
+                }
+                false => {
+                    let index = table.draw_outside(bits);
+                    let is_allowed = self.is_allowed(index);
+                    (index, is_allowed && self.accepts_undrawn(index, random))
+                }
+            };
+            if is_accepted {
                 return Some(index);
             }
         }

@@ -1,10 +1,13 @@
 //! One of many processes before many backends uses a part of them.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Rig, TICK};
+use super::{Rig, TICK, bare};
 use crate::balance::{Adaptive, Balancer, BalancerBuilder, PickOptions, Policy};
+use crate::load_report::LoadReport;
+use crate::node::Node;
 
 const MANY: u16 = 100;
 /// What a process that is one of many has in flight at all backends together.
@@ -237,4 +240,198 @@ fn a_successor_uses_another_part() {
     next.balancer
         .teach(&learned, Duration::from_secs(1), next.now);
     assert_ne!(next.few(30, |_| false), used);
+}
+
+/// A node that has lost its lease is away for a moment; meanwhile the subset ends.
+#[test]
+fn who_returns_after_the_subset_has_ended_is_used() {
+    for other in [Policy::Adaptive, Policy::Headroom] {
+        let mut rig = busy(Balancer::builder());
+        for index in 0..MANY {
+            let node = &rig.nodes[&format!("n{index}")];
+            let node = Node::clone(node).with_run(index.into());
+            rig.nodes.insert(node.id.clone(), Arc::new(node));
+        }
+        rig.update();
+        rig.few(30, |_| false);
+        let one = *rig.outside().first().unwrap();
+        let node = rig.nodes.remove(&format!("n{one}")).unwrap();
+        rig.update();
+        match other {
+            Policy::Headroom => {
+                let builder = Balancer::builder().policy(other);
+                rig.balancer.change_to_valid(&builder, rig.now);
+            }
+            _ => {
+                let left: Vec<u16> = (0..MANY).filter(|index| *index != one).collect();
+                for index in left {
+                    rig.report(index, 5.0, 2);
+                }
+                rig.seconds(2);
+            }
+        }
+        assert!(rig.outside().is_empty());
+        rig.nodes.insert(node.id.clone(), node);
+        rig.update();
+        assert!(rig.outside().is_empty(), "{other:?}");
+    }
+}
+
+/// Nobody else uses them: with few processes, chance leaves some backends to none.
+#[test]
+fn who_is_left_out_and_idle_is_used() {
+    let mut rig = busy(Balancer::builder());
+    rig.few(30, |_| false);
+    let outside = rig.outside();
+    assert_eq!(outside.len(), 88);
+    // Every third of them has nothing to do.
+    for round in 2..40 {
+        for index in 0..MANY {
+            let is_idle = rig.outside().contains(&index) && index % 3 == 0;
+            rig.report(index, if is_idle { 1.0 } else { 70.0 }, round);
+        }
+        rig.few(5, |_| false);
+    }
+    assert!(rig.outside().len() <= 50, "{}", rig.outside().len());
+}
+
+/// As of model servers, which take one request each.
+#[test]
+fn where_those_that_are_used_are_full_others_are_found_at_once() {
+    let mut rig = busy(Balancer::builder());
+    let mut held = Vec::new();
+    for _ in 0..30 {
+        held.clear();
+        for _ in 0..20 {
+            held.push(pick_with_room(&mut rig));
+        }
+        rig.seconds(1);
+    }
+    assert!(rig.outside().len() >= 50);
+    // All of the subset get one, and then the others do.
+    for _ in 20..90 {
+        held.push(pick_with_room(&mut rig));
+    }
+}
+
+/// As the proxy does where each backend may have one request.
+fn pick_with_room(rig: &mut Rig) -> crate::balance::Upstream {
+    let mut full = Vec::new();
+    for _ in 0..33 {
+        let options = PickOptions {
+            exclude: &full,
+            random: Some(rig.rng.u64(..)),
+            now: Some(rig.now),
+            ..PickOptions::default()
+        };
+        let upstream = rig.balancer.pick_with(options).unwrap();
+        if upstream.in_flight() == 1 {
+            return upstream;
+        }
+        full.push(upstream.addr());
+    }
+    panic!("none was found that has room");
+}
+
+#[test]
+fn where_those_that_are_used_are_excluded_others_are_drawn_by_share() {
+    let mut rig = Rig::new(Balancer::builder().zone("a"));
+    for index in 0..300 {
+        let zone = if index < 100 { "a" } else { "b" };
+        rig.report(index, 70.0, 1);
+        let node = &rig.nodes[&format!("n{index}")];
+        let node = Node::clone(node).with_zone(zone);
+        rig.nodes.insert(node.id.clone(), Arc::new(node));
+    }
+    rig.update();
+    rig.few(30, |_| false);
+    let outside = rig.outside();
+    assert_eq!(outside.len(), 300 - 24);
+    let near: Vec<u16> = (0..100).filter(|index| !outside.contains(index)).collect();
+    let excluded: Vec<_> = near.iter().map(|index| bare(*index).addr(0)).collect();
+    let mut stayed = 0;
+    for _ in 0..2_000 {
+        let options = PickOptions {
+            exclude: &excluded,
+            random: Some(rig.rng.u64(..)),
+            now: Some(rig.now),
+            ..PickOptions::default()
+        };
+        let upstream = rig.balancer.pick_with(options).unwrap();
+        stayed += u32::from(upstream.addr().port() < 1_100);
+        upstream.succeeded(Duration::from_millis(10));
+    }
+    assert!(stayed > 1_500, "{stayed}");
+}
+
+/// A small zone is not left for some requests that it has.
+#[test]
+fn a_small_zone_keeps_its_requests() {
+    let mut rig = Rig::new(Balancer::builder().zone("a"));
+    for index in 0..210 {
+        let zone = if index < 10 { "a" } else { "b" };
+        rig.report(index, 70.0, 1);
+        let node = &rig.nodes[&format!("n{index}")];
+        let node = Node::clone(node).with_zone(zone);
+        rig.nodes.insert(node.id.clone(), Arc::new(node));
+    }
+    rig.update();
+    rig.few(30, |_| false);
+    assert!(!rig.outside().is_empty());
+    let held: Vec<_> = (0..10)
+        .flat_map(|index| (0..3).map(move |_| index))
+        .map(|index| rig.balancer.upstream_at(bare(index).addr(0)).unwrap())
+        .collect();
+    let mut far = 0;
+    for _ in 0..1_000 {
+        let upstream = rig.pick();
+        far += u32::from(upstream.addr().port() >= 1_010);
+    }
+    assert!(far < 50, "{far}");
+    drop(held);
+}
+
+/// Loads come with responses only, so nothing is known of those that are left out.
+#[test]
+fn all_are_used_again_where_only_responses_tell_loads() {
+    let mut rig = Rig::of(MANY);
+    let answer = |rig: &mut Rig, cpu: f64, seconds: u32| {
+        for _ in 0..seconds {
+            for _ in 0..60 {
+                let upstream = rig.pick();
+                let mut report = LoadReport::new();
+                report.cpu = Some(cpu);
+                upstream.report(&report, rig.now);
+                upstream.succeeded(Duration::from_millis(10));
+            }
+            let held: Vec<_> = (0..FEW).map(|_| rig.pick()).collect();
+            rig.now += TICK;
+            rig.balancer.tick(rig.now);
+            drop(held);
+        }
+    };
+    answer(&mut rig, 0.7, 60);
+    assert!(!rig.outside().is_empty());
+    answer(&mut rig, 0.05, 300);
+    assert!(rig.outside().is_empty(), "{}", rig.outside().len());
+}
+
+/// A scanner gets 404 everywhere: what those that are left out answered before is not usual now.
+#[test]
+fn what_others_refused_before_is_not_usual() {
+    let mut rig = busy(Balancer::builder());
+    rig.few(30, |_| false);
+    for _ in 0..30 {
+        for _ in 0..100 {
+            let upstream = rig.pick();
+            match rig.rng.u8(..10) {
+                0..6 => upstream.answered(Duration::from_millis(2), rig.now),
+                _ => upstream.succeeded(Duration::from_millis(10)),
+            }
+        }
+        rig.few(1, |_| false);
+    }
+    assert!(!rig.outside().is_empty());
+    let usual = rig.balancer.usual_refusing();
+    assert!(usual > 0.3, "{usual}");
 }

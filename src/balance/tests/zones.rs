@@ -127,3 +127,33 @@ fn a_process_that_was_stopped_does_not_blame_its_zone() {
         }
     }
 }
+
+/// A request that takes minutes, of a few, is one slow request.
+#[test]
+fn one_slow_request_does_not_open_the_zone() {
+    let mut rig = Rig::new(Balancer::builder().zone("a"));
+    for index in 0..24 {
+        rig.nodes
+            .extend([zoned(index, if index < 12 { "a" } else { "b" })]);
+    }
+    rig.update();
+    let near = |rig: &mut Rig, slow: Option<Duration>| {
+        let mut slow = slow;
+        let mut near = 0;
+        for _ in 0..50 {
+            let upstream = rig.pick();
+            near += u32::from(upstream.addr().port() < 1_012);
+            upstream.succeeded(slow.take().unwrap_or(Duration::from_millis(10)));
+        }
+        rig.seconds(1);
+        near
+    };
+    for _ in 0..60 {
+        near(&mut rig, None);
+    }
+    near(&mut rig, Some(Duration::from_secs(20)));
+    for _ in 0..30 {
+        let near = near(&mut rig, None);
+        assert!(near >= 45, "{near} of 50");
+    }
+}
