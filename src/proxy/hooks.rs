@@ -431,8 +431,7 @@ impl ProxyHttp for ClusterProxy {
         }
         // The end of a response that breaks off is not to look like its end.
         if code.is_some() && (error.is_none() || state.is_refused) {
-            let rest = read_rest(session, state);
-            let _ = tokio::time::timeout(context.routing.limits.client_drain(), rest).await;
+            read_rest(session, state, context.routing.limits.client_drain()).await;
         }
         if state.keeps_connection {
             keep_connection(session, state).await;

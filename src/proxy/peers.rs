@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ::pingora::protocols::TcpKeepalive;
-use ::pingora::upstreams::peer::{H1UpgradePolicy, HttpPeer, Scheme};
+use ::pingora::upstreams::peer::{H1UpgradePolicy, HttpPeer, HttpUpstreamRequestPolicy, Scheme};
 use arc_swap::ArcSwap;
 
 use super::tls::BackendTls;
@@ -29,7 +29,7 @@ pub(super) struct Peers {
     response: Duration,
     tunnel: Duration,
     pool_idle: Duration,
-    user_timeout: Duration,
+    keepalive: TcpKeepalive,
     handshake: Duration,
     backends: Backends,
     upgrade: H1UpgradePolicy,
@@ -45,6 +45,8 @@ pub(super) struct Asked {
     pub(super) is_upgrade: bool,
     /// It finds room in the buffer of a socket.
     pub(super) is_short: bool,
+    /// None of its fields is of the client's connection.
+    pub(super) is_plain: bool,
     /// The rest of the request may take any time, and the backend speaks HTTP/2: until the response begins, Pingora has
     /// one time there, from the head of the request on.
     pub(super) is_open: bool,
@@ -79,7 +81,7 @@ impl Peers {
             response: milliseconds(timeouts.response_ms),
             tunnel: milliseconds(timeouts.tunnel_ms),
             pool_idle: milliseconds(timeouts.pool_idle_ms),
-            user_timeout: milliseconds(timeouts.tcp_user_timeout_ms),
+            keepalive: keepalive(milliseconds(timeouts.tcp_user_timeout_ms)),
             hints: ArcSwap::default(),
         }
     }
@@ -150,7 +152,11 @@ impl Peers {
             peer.options.h2_ping_interval = None;
         }
         let options = &mut peer.options;
-        options.http_upstream_request_policy.h1_upgrade = self.upgrade;
+        match asked.is_plain && !protocol.is_http2() {
+            // It would take ten fields out that are not there.
+            true => options.http_upstream_request_policy = HttpUpstreamRequestPolicy::preserve(),
+            false => options.http_upstream_request_policy.h1_upgrade = self.upgrade,
+        }
         let within = |time: Duration| Some(left.map_or(time, |left| time.min(left)));
         // Pingora takes the first one for the TLS handshake, too.
         let (connect, total) = match protocol.is_tls() {
@@ -180,20 +186,8 @@ impl Peers {
         };
         let hint = self.hints.load().get(&addr).copied();
         options.idle_timeout = Some(hint.unwrap_or(self.pool_idle));
-        options.tcp_keepalive = Some(self.keepalive());
+        options.tcp_keepalive = Some(self.keepalive.clone());
         Ok(Box::new(peer))
-    }
-
-    /// A quiet connection is probed from half of the time on, so that it is over after all of it.
-    fn keepalive(&self) -> TcpKeepalive {
-        let second = Duration::from_secs(1);
-        TcpKeepalive {
-            idle: (self.user_timeout / 2).max(second),
-            interval: (self.user_timeout / 2 / PROBES).max(second),
-            count: PROBES as usize,
-            #[cfg(target_os = "linux")]
-            user_timeout: self.user_timeout,
-        }
     }
 
     /// A backend closes idle connections after this number of seconds. The pool has to let go of them
@@ -219,6 +213,18 @@ impl Peers {
             };
             hints
         });
+    }
+}
+
+/// A quiet connection is probed from half of the time on, so that it is over after all of it.
+fn keepalive(user_timeout: Duration) -> TcpKeepalive {
+    let second = Duration::from_secs(1);
+    TcpKeepalive {
+        idle: (user_timeout / 2).max(second),
+        interval: (user_timeout / 2 / PROBES).max(second),
+        count: PROBES as usize,
+        #[cfg(target_os = "linux")]
+        user_timeout,
     }
 }
 

@@ -78,6 +78,8 @@ pub(super) struct RequestState {
     pub(super) is_complete: bool,
     /// Whether it is so short that a backend cannot be late in reading it.
     pub(super) is_short: bool,
+    /// None of its fields is of the client's connection.
+    pub(super) is_plain: bool,
     /// Whether the connection has become a tunnel.
     pub(super) is_tunnel: bool,
     /// Why no backend was found for it before the first try.
@@ -142,6 +144,7 @@ impl RequestState {
             is_expecting: false,
             is_complete: true,
             is_short: false,
+            is_plain: false,
             is_tunnel: false,
             unserved: None,
             is_refused: false,
@@ -338,9 +341,12 @@ impl RequestState {
     /// How long a backend may be silent for the sake of the request; `None` for any time. A client that allows next to
     /// nothing ends the request itself: Pingora uses no connection of HTTP/2 any more on which this time was over.
     pub(super) fn silence_left(&self) -> Option<Duration> {
+        let of_client = self.call.and_then(Call::timeout);
+        if self.timeout.is_none() && of_client.is_none() {
+            return None;
+        }
         let elapsed = self.started.elapsed();
         let ours = self.timeout.map(|timeout| timeout.saturating_sub(elapsed));
-        let of_client = self.call.and_then(Call::timeout);
         let of_client =
             of_client.map(|timeout| timeout.saturating_sub(elapsed).max(LEAST_OF_CLIENTS));
         ours.into_iter().chain(of_client).min()

@@ -47,6 +47,23 @@ pub(super) fn keep_effective_upgrade(request: &mut RequestHeader) -> Result<()> 
     Ok(())
 }
 
+/// Whether a field is of this connection only, or may ask for a tunnel: those that Pingora takes out by itself.
+fn is_of_connection(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "http2-settings"
+            | "keep-alive"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "proxy-connection"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+    )
+}
+
 /// How many fields `Connection` may name: as many as Pingora takes.
 const MOST_NAMED: usize = 9;
 
@@ -200,10 +217,12 @@ impl RequestLimits {
         let count = headers.len();
         // The separators and the end of a line are four bytes.
         let bytes = |name: &str, value: &[u8]| name.len() + value.len() + 4;
-        let fields: usize = headers
-            .iter()
-            .map(|(name, value)| bytes(name.as_str(), value.as_bytes()))
-            .sum();
+        let (mut fields, mut is_plain) = (0, true);
+        for (name, value) in headers {
+            fields += bytes(name.as_str(), value.as_bytes());
+            is_plain &= !is_of_connection(name);
+        }
+        context.is_plain = is_plain;
         let target = session.req_header().raw_path().len();
         if count > self.headers || fields + target > self.head_bytes {
             if let Some(connection) = Connection::of(session) {
@@ -211,11 +230,13 @@ impl RequestLimits {
             }
             return Err(refused(431, "the head of the request is too large"));
         }
-        check_connection(headers)?;
-        // Pingora takes chunks off, and the coding within would have no name any more (RFC 9112, section 6.1).
-        let mut codings = headers.get_all(TRANSFER_ENCODING).into_iter();
-        if codings.any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
-            return Err(refused(501, "this transfer coding is not known"));
+        if !is_plain {
+            check_connection(headers)?;
+            // Pingora takes chunks off, and the coding within would have no name any more (RFC 9112, section 6.1).
+            let mut codings = headers.get_all(TRANSFER_ENCODING).into_iter();
+            if codings.any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+                return Err(refused(501, "this transfer coding is not known"));
+            }
         }
         // RFC 9112, section 3.2. Over HTTP/2 the authority stands for it.
         if session.req_header().version == Version::HTTP_11 && !headers.contains_key(HOST) {

@@ -93,12 +93,17 @@ pub(super) async fn take_body_at_hand(session: &mut Session, state: &mut Request
 
 /// Reads what the client still sends of its request, after a response after which the connection ends. To close it
 /// before would reset it, and take the response away from a client that has not read it yet.
-pub(super) async fn read_rest(session: &mut Session, state: &RequestState) {
+/// Not for longer than this time.
+pub(super) async fn read_rest(session: &mut Session, state: &RequestState, within: Duration) {
     let is_over = state.is_complete || state.is_tunnel || session.get_keepalive().is_some();
     let Some(connection) = state.connection.as_ref().filter(|_| !is_over) else {
         return;
     };
     connection.end_writing();
-    while connection.ended().is_none() && matches!(session.read_request_body().await, Ok(Some(_))) {
-    }
+    let reading = async {
+        while connection.ended().is_none()
+            && matches!(session.read_request_body().await, Ok(Some(_)))
+        {}
+    };
+    let _ = timeout(within, reading).await;
 }

@@ -245,9 +245,13 @@ impl RequestStatistics {
     /// A backend has answered after this time, or has failed.
     pub(super) fn backend_ends(&self, addr: SocketAddr, answered: Option<Duration>) {
         let backends = self.backends.part_of(addr).load();
+        let new;
         let counters = match backends.get(&addr) {
-            Some(counters) => counters.clone(),
-            None => self.insert(addr),
+            Some(counters) => counters,
+            None => {
+                new = self.insert(addr);
+                &new
+            }
         };
         match answered {
             Some(after) => counters.answered.count(after),

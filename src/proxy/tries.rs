@@ -128,6 +128,7 @@ impl GroupProxy {
         Asked {
             is_upgrade: state.is_upgrade,
             is_short: state.is_short,
+            is_plain: state.is_plain,
             is_open,
             left,
             left_to_answer: state.silence_left(),
@@ -453,7 +454,8 @@ impl GroupProxy {
         outcome: Outcome,
         state: &mut RequestState,
     ) {
-        let duration = state.started.elapsed();
+        let now = Instant::now();
+        let duration = now.saturating_duration_since(state.started);
         self.statistics.ends(status, state.tries, duration);
         if let Some(of_call) = of_call {
             self.statistics.call_ends(of_call);
@@ -462,7 +464,8 @@ impl GroupProxy {
             self.count_backend(addr, outcome, state);
         }
         if let Some(upstream) = state.upstream.take() {
-            outcome.tell_both(upstream, state.latency(), state.sent.elapsed());
+            let since_sent = now.saturating_duration_since(state.sent);
+            outcome.tell_both(upstream, state.latency(), since_sent);
         }
         state.leader = None;
         // Now there is room at the backend.

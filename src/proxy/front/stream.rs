@@ -141,7 +141,8 @@ impl ClientStream {
                 // The first head has its time from the accepting on.
                 let since = self.since.filter(|_| phase == Phase::Accepted);
                 self.enter(Phase::Head);
-                self.since = since.or_else(|| Some(Instant::now()));
+                // That of a later one begins when the rest of it is waited for.
+                self.since = since;
                 self.writes = WriteClock::default();
             }
             Phase::Expect => self.enter(Phase::Body),

@@ -39,8 +39,9 @@ impl Ssl for ClientStream {
 }
 
 impl GetTimingDigest for ClientStream {
+    /// Nobody asks for it, and it would be made anew for each request.
     fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
-        self.inner.get_timing_digest()
+        Vec::new()
     }
 }
 
