@@ -199,6 +199,14 @@ mod tests {
     const BUSY: f64 = 0.0;
     const CALM: f64 = 1.0;
 
+    /// Half a request in flight at each.
+    fn half() -> Adaptive {
+        Adaptive {
+            subset_in_flight: 0.5,
+            ..Adaptive::default()
+        }
+    }
+
     fn after(seconds: u32, in_flight: f64, calm: f64, backends: usize) -> Subset {
         let mut subset = Subset::default();
         goes_on(&mut subset, seconds, in_flight, calm, backends);
@@ -216,7 +224,7 @@ mod tests {
 
     fn goes_on(subset: &mut Subset, seconds: u32, in_flight: f64, calm: f64, backends: usize) {
         for _ in 0..seconds {
-            subset.tick(&Adaptive::default(), seen(in_flight, calm, backends));
+            subset.tick(&half(), seen(in_flight, calm, backends));
         }
     }
 
@@ -229,7 +237,7 @@ mod tests {
                     idle_outside,
                     ..seen(10.0, BUSY, 100)
                 };
-                subset.tick(&Adaptive::default(), seen);
+                subset.tick(&half(), seen);
             }
             subset.size()
         };

@@ -54,7 +54,9 @@ use crate::error::{ClusterError, in_range};
 /// for, and `subset_least` at least, unless that is more than half of all. Which ones, a hash of the process and the
 /// address decides, among those in its zone as among the others, with chances in proportion to static weights (those
 /// below the mean count as the mean), and with weights divided by these chances: so static weights hold for all
-/// processes together. The place of one that is ejected is taken by the next one. Once there is more
+/// processes together. Where there are few processes, chance would leave some backends to none: while more than a tenth of
+/// those that are left out report less than half of the usual load, or have not reported for `stale_after_ms`, more are
+/// used. The place of one that is ejected is taken by the next one. Once there is more
 /// to send, more are used within a second, and until then others are candidates where the best one has four
 /// requests in flight. Each process draws anew when it starts. Requests that have to go to a certain backend, such as the leader, and those that no
 /// backend of the subset can take, go to others. A balancer that is alone before backends that are busy with something
@@ -172,7 +174,7 @@ pub struct Adaptive {
     pub calm_load: f64,
     /// How many requests of this process should be in flight at each backend on average. Where it would have fewer,
     /// because backends are busy with what others send, it uses a part of the backends only, which it then knows
-    /// well. Default: 0.5. Range: 0 to 100; with 0 it always uses all.
+    /// well. Default: 0.65. Range: 0 to 100; with 0 it always uses all.
     pub subset_in_flight: f64,
     /// The number of backends that it uses then at least. Default: 12. Range: 2 to 1,000,000.
     pub subset_least: u32,
@@ -220,7 +222,7 @@ impl Default for Adaptive {
             own_request: 0.5,
             alike: 0.25,
             calm_load: 0.2,
-            subset_in_flight: 0.5,
+            subset_in_flight: 0.65,
             subset_least: 12,
             stale_after_ms: 180_000,
             stale_half_life_ms: 180_000,
