@@ -11,6 +11,7 @@ mod context;
 mod ends_with_head;
 mod failed;
 mod failed_try;
+mod for_tunnel;
 mod front;
 mod group;
 mod grpc;

@@ -5,6 +5,7 @@ mod adaptive;
 mod consistent;
 mod headroom;
 mod least_busy;
+mod on_trial;
 mod random;
 mod round_robin;
 mod routing;
