@@ -356,8 +356,8 @@ impl Balancer {
     #[cfg_attr(not(feature = "pingora"), allow(dead_code))]
     pub(crate) fn has_other_than(&self, tried: &[SocketAddr]) -> bool {
         let published = self.published.load();
-        let mut slots = published.table.slots.iter();
-        slots.any(|slot| !tried.contains(&slot.endpoint.addr()))
+        let is_tried = published.table.exclusion(tried);
+        (0..published.table.slots.len()).any(|index| !is_tried(index))
     }
 
     /// How many of them are not ejected; all, if all are.

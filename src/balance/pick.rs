@@ -18,6 +18,9 @@ pub struct PickOptions<'a> {
     /// Whether the request asks to become a tunnel, such as a WebSocket: the tunnels that a backend has count as its
     /// requests in flight do. Default: `false`, tunnels do not count.
     pub for_tunnel: bool,
+    /// Whether some of the excluded ones can take no more requests. Then a process that uses a part of the backends
+    /// ([`Adaptive::subset_in_flight`](super::Adaptive::subset_in_flight)) looks at others at once. Default: `false`.
+    pub some_full: bool,
     /// The time, where the caller has read the clock already, or has a clock of its own. Default:
     /// the pick reads the clock if it needs the time, which is only where backends report their
     /// requests in flight.

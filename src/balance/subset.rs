@@ -21,9 +21,13 @@ const GROWS_FROM: f64 = 1.2;
 /// If more than this part of those that are left out have little to do, there are too few processes for chance to reach
 /// all.
 const MOST_IDLE: f64 = 0.1;
-/// By how much the number grows with each tick then, and how slowly it returns: in ten minutes by half.
+/// By how much the number grows with each tick then, for each tenth of them, and how slowly it returns: in ten minutes by
+/// half.
 const WIDENS: f64 = 1.03;
 const NARROWS: f64 = 0.999;
+/// For how many ticks nothing is left out if that was to no avail; each time for twice as long, so many times.
+const FIRST_REST: u32 = 600;
+const MOST_RESTS: u32 = 6;
 
 /// What a tick has seen.
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +55,9 @@ pub(super) struct Subset {
     ticks: u32,
     /// How many times as many are used, because there are few processes; from 1 on, but for 0 at the start.
     wider: f64,
+    /// How often so many were needed that nobody could be left out, and for how many more ticks nobody is.
+    failed: u32,
+    rest: u32,
     /// `None` for all.
     size: Option<usize>,
 }
@@ -74,15 +81,20 @@ impl Subset {
         }
         let all = seen.backends as f64;
         let factor = match seen.idle_outside > MOST_IDLE {
-            true => WIDENS,
+            true => WIDENS.powf(seen.idle_outside / MOST_IDLE),
             false => NARROWS,
         };
         let wanted = (self.in_flight / settings.subset_in_flight).max(settings.subset_least.into());
         self.wider = (self.wider * factor).clamp(1.0, (all / wanted).max(1.0));
         let wanted = wanted * self.wider;
         let is_known = self.ticks >= FIRST_TICKS && settings.subset_in_flight > 0.0;
+        self.rest = self.rest.saturating_sub(1);
+        if self.size.is_some() && self.wider > 1.0 && wanted > USES_ALL_FROM * all {
+            self.rest = FIRST_REST << self.failed.min(MOST_RESTS);
+            self.failed = self.failed.saturating_add(1);
+        }
         self.size = match self.size {
-            _ if !is_known => None,
+            _ if !is_known || self.rest > 0 => None,
             None if calm > 0.0 || wanted > LEAVES_OUT_BELOW * all => None,
             Some(_) if calm > 0.5 || wanted > USES_ALL_FROM * all => None,
             Some(size) if is_close(wanted, size) => Some(size),
@@ -242,15 +254,23 @@ mod tests {
             subset.size()
         };
         assert_eq!(goes_on(60, 0.1), Some(20), "as chance has it");
-        let grown = goes_on(20, 0.3);
+        let grown = goes_on(20, 0.11);
         assert!(
             grown.is_some_and(|size| (30..=40).contains(&size)),
             "{grown:?}"
         );
         assert_eq!(goes_on(60, 0.05), grown);
         assert_eq!(goes_on(60, 0.3), None, "nobody else uses them");
-        // In time it is tried again.
-        assert!(goes_on(1_200, 0.0).is_some_and(|size| size <= 50));
+        // In time it is tried again, and more rarely.
+        let rests: Vec<u32> = (0..4)
+            .map(|_| {
+                let rest = (1..).find(|_| goes_on(1, 0.0).is_some()).unwrap();
+                while goes_on(1, 0.4).is_some() {}
+                rest
+            })
+            .collect();
+        assert!(rests[0] >= 600 && rests[0] < 1_200, "{rests:?}");
+        assert!(rests[3] >= 4_800 && rests[3] < 6_000, "{rests:?}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The table that picks read: immutable, and replaced as a whole.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -16,6 +16,9 @@ use super::weight::Share;
 /// that the whole table is searched instead (excluded), or fewer candidates have to do (drawn
 /// already).
 pub(super) const MAX_REDRAWS: usize = 4;
+
+/// So many excluded backends are looked through one by one.
+const FEW_EXCLUDED: usize = 32;
 
 /// How many picks from one table are spread evenly. Beyond that they are so many that chance spreads
 /// them as well, and threads do not have to share a counter.
@@ -215,6 +218,19 @@ impl Table {
         self.drawn + self.outside.draw(random)
     }
 
+    /// Whether a backend is excluded, for those who ask of all: where many are, each would be compared with each.
+    pub(super) fn exclusion<'a>(
+        &'a self,
+        exclude: &'a [SocketAddr],
+    ) -> impl Fn(usize) -> bool + use<'a> {
+        let is_many = exclude.len() > FEW_EXCLUDED;
+        let many: Option<HashSet<_>> = is_many.then(|| exclude.iter().collect());
+        move |index| match &many {
+            Some(many) => many.contains(&self.slots[index].endpoint.addr()),
+            None => self.is_excluded(index, exclude),
+        }
+    }
+
     /// Draws one backend by share.
     pub(super) fn draw(&self, exclude: &[SocketAddr], random: &mut fastrand::Rng) -> Option<usize> {
         for _ in 0..MAX_REDRAWS {
@@ -229,16 +245,15 @@ impl Table {
     /// Draws one of the backends that are not excluded, by share, in one pass over all of them: for
     /// when draws keep giving excluded ones.
     pub(super) fn draw_other_than(&self, exclude: &[SocketAddr], random: u64) -> Option<usize> {
-        self.draw_where(|index| !self.is_excluded(index, exclude), random)
+        let is_excluded = self.exclusion(exclude);
+        self.draw_where(|index| !is_excluded(index), random)
     }
 
     /// The same, of those that are not ejected.
     pub(super) fn draw_working(&self, exclude: &[SocketAddr], random: u64) -> Option<usize> {
         let works = |index: usize| !self.slots[index].endpoint.is_ejected();
-        self.draw_where(
-            |index| works(index) && !self.is_excluded(index, exclude),
-            random,
-        )
+        let is_excluded = self.exclusion(exclude);
+        self.draw_where(|index| works(index) && !is_excluded(index), random)
     }
 
     pub(super) fn draw_where(&self, is_fit: impl Fn(usize) -> bool, random: u64) -> Option<usize> {

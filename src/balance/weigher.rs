@@ -407,7 +407,7 @@ impl Weigher {
         }
         self.sharing.tick(&summary.in_flight);
         self.reporting = summary.metrics.count();
-        self.settle_subset(summary.all_in_flight);
+        self.settle_subset(summary.all_in_flight, now);
         self.fleet.set_tunnels(summary.has_tunnels);
         if let Some(usual) = lower_median(&mut summary.latencies) {
             self.fleet.lingering().set_usual_latency(usual);

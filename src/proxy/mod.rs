@@ -11,7 +11,6 @@ mod context;
 mod ends_with_head;
 mod failed;
 mod failed_try;
-mod for_tunnel;
 mod front;
 mod group;
 mod grpc;

@@ -1,6 +1,7 @@
 //! Picking a backend for a request.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +22,8 @@ use crate::pingora::BalancerService;
 
 /// How often another backend is looked for, because one has as many requests as it may have.
 const MOST_FULL: usize = 32;
+/// After so many, a process that uses a part of the backends looks at others, too.
+const FEW_FULL: usize = 3;
 
 /// How backends are picked, beyond the policy.
 #[derive(Debug)]
@@ -138,11 +141,13 @@ impl Picker {
             (true, _) => Probes::IfNoOther,
             (false, _) => Probes::No,
         };
+        let some_full = Cell::new(false);
         let pick = |exclude: &[SocketAddr], only_working: bool| {
             balancer.pick_with(PickOptions {
                 key: &key,
                 exclude,
                 only_working,
+                some_full: some_full.get(),
                 probes,
                 for_tunnel: context.is_upgrade,
                 now: Some(now),
@@ -160,7 +165,8 @@ impl Picker {
             return Ok(upstream);
         }
         let mut exclude = [&context.tried[..], &paused].concat();
-        for _ in 0..MOST_FULL {
+        for full in 0..MOST_FULL {
+            some_full.set(full >= FEW_FULL);
             exclude.push(upstream.addr());
             upstream = pick(&exclude, true).ok_or(Nothing::Full)?;
             if self.overload.allows(upstream.in_flight()) {

@@ -28,6 +28,9 @@ use crate::balance::Upstream;
 use crate::node::Node;
 use crate::pingora::shorten_error;
 
+/// A request for a tunnel passes by so many backends that cannot pass it on. They are looked for once; more have joined.
+const MOST_SKIPPED: usize = 16;
+
 /// A status that there is none of counts as one from 500 on (RFC 9110, section 15).
 fn is_failure(status: StatusCode) -> bool {
     status.as_u16() >= 500 || status == StatusCode::TOO_MANY_REQUESTS
@@ -62,6 +65,7 @@ impl GroupProxy {
         state.body_bytes = 0;
         state.has_body_begun = false;
         state.is_blameless = false;
+        let mut skipped = 0;
         loop {
             if !std::mem::take(&mut state.is_found) {
                 let found = self.find_backend(session, state).await;
@@ -78,9 +82,13 @@ impl GroupProxy {
                 return Err(unavailable(Unserved::NoBackend.as_str()));
             };
             if state.is_upgrade && !self.peers.passes_upgrades(&node) {
+                // Others may speak HTTP/1.
+                skipped += 1;
                 let is_leader = state.upstream.take().is_none();
                 self.picker.overload.freed();
-                if is_leader || !self.pick_for_tunnel(state)? {
+                let is_any_able = self.exclude_http_2(state);
+                let is_last = !is_any_able || self.is_last_try(state);
+                if is_leader || is_last || skipped == MOST_SKIPPED {
                     return Err(match state.tries {
                         0 => refused(501, "no tunnel goes through a backend of HTTP/2"),
                         _ => bad_gateway("no other backend can pass on a tunnel"),
@@ -331,6 +339,20 @@ impl GroupProxy {
     /// Whether there is no other backend to try.
     fn is_last_try(&self, state: &RequestState) -> bool {
         !self.balancer.has_other_than(&state.tried)
+    }
+
+    /// Looks at the backends of HTTP/2 no more; `false` if there are no others.
+    fn exclude_http_2(&self, state: &mut RequestState) -> bool {
+        let nodes = self.balancer.discovery().nodes();
+        let passes = |node: &Node| self.peers.passes_upgrades(node);
+        // Most groups have backends of one kind.
+        if !nodes.iter().any(|node| passes(node)) {
+            return false;
+        }
+        let of_http_2 = nodes.iter().filter(|node| !passes(node));
+        let addrs = of_http_2.map(|node| self.balancer.address_of(node));
+        state.tried.extend(addrs);
+        true
     }
 
     /// Whether the current backend is to blame though the time of the request is over. Where a client has set that time, only

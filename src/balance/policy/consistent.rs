@@ -63,7 +63,8 @@ impl ConsistentPolicy {
         let lot = random_unit(random);
         let all_work = !fleet.some_fail() && !fleet.some_ejected();
         let works = |index: usize| all_work || table.slots[index].endpoint.acceptance_now() > lot;
-        let is_allowed = |index: usize| !table.is_excluded(index, options.exclude);
+        let is_excluded = table.exclusion(options.exclude);
+        let is_allowed = |index: usize| !is_excluded(index);
         let (ring, key) = (&table.ring, options.key);
         let mut full = None;
         for index in ring.owners(key).take(MAX_CELLS_SEARCHED) {

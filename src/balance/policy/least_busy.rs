@@ -33,8 +33,6 @@ const MOST_CALM_FACTOR: f32 = 1.1;
 /// From so many requests in flight at the best candidate on, some that are not in the subset are looked at; and from so
 /// many times what is in flight at each on average.
 const SPILLS_FROM: f64 = 4.0;
-/// Who has tried so many looks at them in any case: those of the subset may have no room.
-const SPILLS_AFTER: usize = 4;
 /// So many of them.
 const SPILL_DRAWS: usize = 2;
 
@@ -124,6 +122,7 @@ impl LeastBusy {
             exclude: options.exclude,
             only_working: options.only_working,
             for_tunnel: options.for_tunnel,
+            some_full: options.some_full,
             now: fleet
                 .some_report_in_flight()
                 .then(|| options.now.unwrap_or_else(Instant::now)),
@@ -354,6 +353,7 @@ struct Conditions<'a> {
     exclude: &'a [SocketAddr],
     only_working: bool,
     for_tunnel: bool,
+    some_full: bool,
     /// The time, if some backend reports its requests in flight.
     now: Option<Instant>,
 }
@@ -408,11 +408,11 @@ impl Conditions<'_> {
             return chosen;
         }
         let is_fit = |index: usize, random: &mut fastrand::Rng| {
-            self.is_allowed(index) && self.accepts_undrawn(index, random)
+            self.is_allowed(index) && self.accepts(index, random)
         };
-        let spills_from = match self.exclude.len() < SPILLS_AFTER {
-            true => policy.spills_from,
-            false => 0,
+        let spills_from = match self.some_full {
+            false => policy.spills_from,
+            true => 0,
         };
         let spill = (self.for_tunnel, spills_from);
         policy.or_outside(self.table, chosen, spill, is_fit, random)
@@ -434,7 +434,7 @@ impl Conditions<'_> {
                 false => {
                     let index = table.draw_outside(bits);
                     let is_allowed = self.is_allowed(index);
-                    (index, is_allowed && self.accepts_undrawn(index, random))
+                    (index, is_allowed && self.accepts(index, random))
                 }
             };
             if is_accepted {
@@ -443,8 +443,9 @@ impl Conditions<'_> {
         }
         // One number for all, because each is asked twice.
         let lot = random_unit(random);
-        let is_fit = |index: usize| self.is_allowed(index) && self.chance(index) > lot;
-        self.table.draw_where(is_fit, random.u64(..))
+        let is_excluded = table.exclusion(self.exclude);
+        let is_fit = |index: usize| !is_excluded(index) && self.chance(index) > lot;
+        table.draw_where(is_fit, random.u64(..))
     }
 }
 

@@ -55,8 +55,8 @@ use crate::error::{ClusterError, in_range};
 /// address decides, among those in its zone as among the others, with chances in proportion to static weights (those
 /// below the mean count as the mean), and with weights divided by these chances: so static weights hold for all
 /// processes together. Where there are few processes, chance would leave some backends to none: while more than a tenth of
-/// those that are left out report less than half of the usual load, or have not reported for `stale_after_ms`, more are
-/// used. The place of one that is ejected is taken by the next one. Once there is more
+/// those that are left out report less than half of the usual load, more are used, up to all; then it is tried again
+/// after ten minutes, and more rarely each time. The place of one that is ejected is taken by the next one. Once there is more
 /// to send, more are used within a second, and until then others are candidates where the best one has four
 /// requests in flight. Each process draws anew when it starts. Requests that have to go to a certain backend, such as the leader, and those that no
 /// backend of the subset can take, go to others. A balancer that is alone before backends that are busy with something

@@ -320,6 +320,7 @@ fn pick_with_room(rig: &mut Rig) -> crate::balance::Upstream {
     for _ in 0..33 {
         let options = PickOptions {
             exclude: &full,
+            some_full: full.len() > 3,
             random: Some(rig.rng.u64(..)),
             now: Some(rig.now),
             ..PickOptions::default()

@@ -1,5 +1,7 @@
 //! Which backends are outside the subset that this process uses.
 
+use std::time::Instant;
+
 use super::{Weigher, lower_median};
 use crate::balance::mean::Mean;
 use crate::balance::policy::{ActivePolicy, RoutingPolicy};
@@ -8,16 +10,18 @@ use crate::balance::subset::{Draw, Seen, lot};
 
 /// A backend with less than this part of the usual load has little to do.
 const LEAST_OF_USUAL: f64 = 0.5;
+/// Of so many that are left out, the load of one has to be known at least.
+const KNOWN_OF: usize = 4;
 
 impl Weigher {
     /// Decides how many backends are used, with so many requests of this process in flight.
-    pub(super) fn settle_subset(&mut self, in_flight: f64) {
+    pub(super) fn settle_subset(&mut self, in_flight: f64, now: Instant) {
         let working = self.roster.used().filter(|it| !it.endpoint.is_ejected());
         let seen = Seen {
             in_flight,
             calm: self.scale.calm_of_half(),
             backends: working.count(),
-            idle_outside: self.idle_outside(),
+            idle_outside: self.idle_outside(now),
         };
         self.subset.tick(&self.settings.adaptive, seen);
     }
@@ -62,10 +66,10 @@ impl Weigher {
         }
     }
 
-    /// The part of the backends outside of the subset that report to have little to do beside those in it, or of whose
-    /// load nothing is known. Chance gives each process other backends; where there are few processes, some backends are
-    /// used by none.
-    fn idle_outside(&self) -> f64 {
+    /// The part of the backends outside of the subset that report to have little to do beside those in it, of those whose
+    /// load is known and that do not start slowly; 0 if these are few. Chance gives each process other backends; where
+    /// there are few processes, some backends are used by none.
+    fn idle_outside(&self, now: Instant) -> f64 {
         if !self.leaves_some_out {
             return 0.0;
         }
@@ -74,13 +78,20 @@ impl Weigher {
         let inside = self.roster.used().filter(|it| !is_outside(it));
         let mut loads: Vec<f64> = inside.filter_map(load).collect();
         let Some(usual) = lower_median(&mut loads) else {
-            return 1.0;
+            return 0.0;
         };
-        let mut idle = Mean::default();
+        let adaptive = &self.settings.adaptive;
+        let (mut outside, mut idle) = (0, Mean::default());
         for registration in self.roster.used().filter(is_outside) {
-            let is_busy = load(registration).is_some_and(|load| load >= LEAST_OF_USUAL * usual);
-            idle.add(f64::from(u8::from(!is_busy)), 1.0);
+            outside += 1;
+            let has_started = registration.controller.slow_start(adaptive, now) >= 1.0;
+            if let Some(load) = load(registration).filter(|_| has_started) {
+                idle.add(f64::from(u8::from(load < LEAST_OF_USUAL * usual)), 1.0);
+            }
         }
-        idle.value()
+        match idle.count() * KNOWN_OF >= outside {
+            true => idle.value(),
+            false => 0.0,
+        }
     }
 }

@@ -47,7 +47,15 @@ impl FrontListener {
                 .iter()
                 .filter(|it| it.address.port() == local.port())
         };
-        let is_own = |it: &&Self| it.address.ip() == local.ip().to_canonical();
+        let local = match local {
+            // Two addresses of one link only may differ by their scope.
+            SocketAddr::V6(mut own) if own.ip().to_ipv4_mapped().is_none() => {
+                own.set_flowinfo(0);
+                own.into()
+            }
+            other => SocketAddr::new(other.ip().to_canonical(), other.port()),
+        };
+        let is_own = |it: &&Self| it.address == local;
         let is_any = |it: &&Self| it.address.ip().is_unspecified();
         with_port()
             .find(is_own)
@@ -67,6 +75,8 @@ mod tests {
             "[::]:443",
             "127.0.0.1:81",
             "127.0.0.2:81",
+            "[fe80::1%1]:84",
+            "[fe80::1%2]:84",
         ];
         let listeners = addresses.map(|address| FrontListener {
             address: address.parse().unwrap(),
@@ -80,6 +90,7 @@ mod tests {
             ("127.0.0.2:81", Some("127.0.0.2:81")),
             ("127.0.0.3:81", None),
             ("127.0.0.1:82", None),
+            ("[fe80::1%2]:84", Some("[fe80::1%2]:84")),
         ] {
             let found = FrontListener::of(&listeners, local.parse().unwrap());
             let found = found.map(|listener| listener.address.to_string());

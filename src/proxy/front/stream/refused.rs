@@ -9,7 +9,9 @@ use crate::proxy::front::refused::RefusedRequest;
 impl ClientStream {
     /// Counts what Pingora answers before the proxy sees a request: an error of the client.
     pub(super) fn look_at(&mut self, written: &[u8]) {
-        if self.is_http2 || !matches!(self.phase(), Phase::Accepted | Phase::Head) {
+        // One that came with the request before it is found without a read.
+        let is_between = matches!(self.phase(), Phase::Accepted | Phase::Head | Phase::Idle);
+        if self.is_http2 || !is_between {
             return;
         }
         if let Some(status) = status_of(written).filter(|status| (400..500).contains(status)) {
