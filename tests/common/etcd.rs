@@ -400,6 +400,28 @@ pub fn send_signal(pid: u32, signal: &str) {
         .status()
         .expect("kill runs");
     assert!(status.success(), "kill -{signal} {pid}");
+    if signal == "STOP" {
+        until_stopped(pid);
+    }
+}
+
+/// A thread that runs at that moment stops a little later, and may still answer.
+fn until_stopped(pid: u32) {
+    let start = Instant::now();
+    let is_stopped = || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
+        threads.into_iter().flatten().flatten().all(|thread| {
+            let stat = std::fs::read_to_string(thread.path().join("stat"));
+            let stat = stat.unwrap_or_default();
+            // The state follows the name of the program, which may contain anything.
+            let state = stat.rsplit(") ").next().unwrap_or_default();
+            state.is_empty() || state.starts_with(['T', 't', 'X', 'Z'])
+        })
+    };
+    while !is_stopped() {
+        assert!(start.elapsed() < DEADLINE, "process {pid} does not stop");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 impl Process {

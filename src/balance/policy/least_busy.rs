@@ -426,18 +426,11 @@ impl Conditions<'_> {
         for _ in 0..FURTHER_DRAWS {
             let is_inside = table.drawn == table.live || random_unit(random) < table.inside_part;
             let bits = random.u64(..);
-            let (index, is_accepted) = match is_inside {
-                true => {
-                    let index = table.alias.draw(bits);
-                    (index, self.is_allowed(index) && self.accepts(index, random))
-                }
-                false => {
-                    let index = table.draw_outside(bits);
-                    let is_allowed = self.is_allowed(index);
-                    (index, is_allowed && self.accepts(index, random))
-                }
+            let index = match is_inside {
+                true => table.alias.draw(bits),
+                false => table.draw_outside(bits),
             };
-            if is_accepted {
+            if self.is_allowed(index) && self.accepts(index, random) {
                 return Some(index);
             }
         }
