@@ -419,7 +419,10 @@ fn until_stopped(pid: u32) {
         })
     };
     while !is_stopped() {
-        assert!(start.elapsed() < DEADLINE, "process {pid} does not stop");
+        assert!(
+            start.elapsed() < super::DEADLINE,
+            "process {pid} does not stop"
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
 }
