@@ -53,7 +53,7 @@ pub(super) struct Subset {
     /// Requests of this process in flight at all backends together: a moving mean.
     in_flight: f64,
     ticks: u32,
-    /// How many times as many are used, because there are few processes; from 1 on, but for 0 at the start.
+    /// How many times as many are used, because there are few processes: at least 1 after the first tick.
     wider: f64,
     /// How often so many were needed that nobody could be left out, and for how many more ticks nobody is.
     failed: u32,

@@ -334,17 +334,57 @@ fn pick_with_room(rig: &mut Rig) -> crate::balance::Upstream {
     panic!("none was found that has room");
 }
 
-#[test]
-fn where_those_that_are_used_are_excluded_others_are_drawn_by_share() {
+/// So many busy backends, of which the first ones are near.
+fn busy_in_zones(near: u16, all: u16) -> Rig {
     let mut rig = Rig::new(Balancer::builder().zone("a"));
-    for index in 0..300 {
-        let zone = if index < 100 { "a" } else { "b" };
+    for index in 0..all {
         rig.report(index, 70.0, 1);
         let node = &rig.nodes[&format!("n{index}")];
-        let node = Node::clone(node).with_zone(zone);
+        let node = Node::clone(node).with_zone(if index < near { "a" } else { "b" });
         rig.nodes.insert(node.id.clone(), Arc::new(node));
     }
     rig.update();
+    rig
+}
+
+/// A setting of eight requests in flight at each is kept, though four are much for fewer.
+#[test]
+fn as_many_are_in_flight_at_each_as_is_set() {
+    let mut rig = busy(Balancer::builder().adaptive(Adaptive {
+        subset_in_flight: 8.0,
+        ..Adaptive::default()
+    }));
+    let mut held = std::collections::VecDeque::new();
+    let (mut inside, mut all) = (0, 0);
+    for second in 0..60 {
+        for _ in 0..200 {
+            let upstream = rig.pick();
+            if second >= 40 {
+                let outside = rig.balancer.backends();
+                let is_there = |it: &&crate::balance::BackendStatus| it.addr == upstream.addr();
+                inside += u32::from(!outside.iter().find(is_there).unwrap().is_outside);
+                all += 1;
+            }
+            held.push_back(upstream);
+            if held.len() > 200 {
+                held.pop_front()
+                    .unwrap()
+                    .succeeded(Duration::from_millis(900));
+            }
+        }
+        rig.seconds(1);
+    }
+    assert!(
+        (50..=80).contains(&rig.outside().len()),
+        "{}",
+        rig.outside().len()
+    );
+    assert!(inside * 10 > all * 9, "{inside} of {all}");
+}
+
+#[test]
+fn where_those_that_are_used_are_excluded_others_are_drawn_by_share() {
+    let mut rig = busy_in_zones(100, 300);
     rig.few(30, |_| false);
     let outside = rig.outside();
     assert_eq!(outside.len(), 300 - 24);
@@ -368,15 +408,7 @@ fn where_those_that_are_used_are_excluded_others_are_drawn_by_share() {
 /// A small zone is not left for some requests that it has.
 #[test]
 fn a_small_zone_keeps_its_requests() {
-    let mut rig = Rig::new(Balancer::builder().zone("a"));
-    for index in 0..210 {
-        let zone = if index < 10 { "a" } else { "b" };
-        rig.report(index, 70.0, 1);
-        let node = &rig.nodes[&format!("n{index}")];
-        let node = Node::clone(node).with_zone(zone);
-        rig.nodes.insert(node.id.clone(), Arc::new(node));
-    }
-    rig.update();
+    let mut rig = busy_in_zones(10, 210);
     rig.few(30, |_| false);
     assert!(!rig.outside().is_empty());
     let held: Vec<_> = (0..10)
