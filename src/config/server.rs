@@ -73,6 +73,9 @@ const WITHOUT_EFFECT: &[(&str, &str)] = &[
 const POOL: &str = "upstream_keepalive_pool_size";
 const POOL_SIZE: usize = 4_096;
 
+/// Whether the threads of a service share their work. One thread has nobody to share with, and each task has its cost.
+const STEALING: &str = "work_stealing";
+
 /// Reads Pingora's part of the text of a file, and checks it for fields that do not exist; `name` is
 /// used in errors.
 ///
@@ -108,8 +111,12 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
     }
     // Not by Pingora's own parser, whose errors repeat the whole file.
     let mut conf: ServerConf = parse(text, name)?;
-    if !given.keys().any(|field| field.value == POOL) {
+    let says = |name| given.keys().any(|field| field.value == name);
+    if !says(POOL) {
         conf.upstream_keepalive_pool_size = POOL_SIZE;
+    }
+    if !says(STEALING) && conf.threads == 1 {
+        conf.work_stealing = false;
     }
     // The reasons begin with the field.
     let at_line = |reason: String| {

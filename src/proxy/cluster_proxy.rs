@@ -5,6 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 
 use super::access_log::AccessLog;
+use super::connections::Connections;
 use super::group::{GroupProxy, backend_tls};
 use super::log_limit::LogLimit;
 use super::routing::Routing;
@@ -30,6 +31,8 @@ use crate::pingora::{BalancerService, LeaderRoute};
 pub struct ClusterProxy {
     /// What a reload replaces.
     pub(super) routing: Arc<ArcSwap<Routing>>,
+    /// Those to backends; without them, connections are Pingora's.
+    pub(super) connections: Option<Connections>,
     pub(super) via: ViaMark,
     pub(super) access_log: Option<Arc<AccessLog>>,
     pub(super) spans: Option<Spans>,
@@ -64,6 +67,7 @@ impl ClusterProxy {
     pub(super) fn of(routing: Arc<ArcSwap<Routing>>) -> Self {
         Self {
             routing,
+            connections: None,
             via: ViaMark::new(),
             access_log: None,
             spans: None,

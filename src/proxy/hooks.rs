@@ -154,10 +154,15 @@ impl ProxyHttp for ClusterProxy {
         session: &mut Session,
         context: &mut Box<RequestContext>,
     ) -> Result<Box<HttpPeer>> {
-        match &context.group {
-            Some(group) => group.next_peer(session, &mut context.state).await,
-            None => Err(unavailable("no group serves this request")),
-        }
+        let Some(group) = &context.group else {
+            return Err(unavailable("no group serves this request"));
+        };
+        let state = &mut context.state;
+        let mut peer = group.next_peer(session, state).await?;
+        let connections = self.connections.as_ref();
+        let has_body = !session.is_body_empty();
+        state.exchange = connections.and_then(|it| it.carry(&mut peer, has_body));
+        Ok(peer)
     }
 
     async fn connected_to_upstream(
@@ -169,7 +174,7 @@ impl ProxyHttp for ClusterProxy {
         _: Option<&Digest>,
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
-        if !is_reused
+        if !context.state.is_reused(is_reused)
             && let Some(group) = &context.group
             && let Some(addr) = context.state.addr()
         {
@@ -346,7 +351,10 @@ impl ProxyHttp for ClusterProxy {
     ) -> Box<Error> {
         let error = of_try(error, peer, &context.state);
         match &context.group {
-            Some(group) => group.after_failure(session, error, &mut context.state, client_reused),
+            Some(group) => {
+                let is_reused = context.state.is_reused(client_reused);
+                group.after_failure(session, error, &mut context.state, is_reused)
+            }
             None => error,
         }
     }

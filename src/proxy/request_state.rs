@@ -8,6 +8,7 @@ use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use http::StatusCode;
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::connections::Exchange;
 use super::failed_try::{MAX_STALE_CONNECTIONS, Sent};
 use super::front::{Connection, OpenStream, Phase};
 use super::grpc::Call;
@@ -43,6 +44,8 @@ pub(super) struct RequestState {
     pub(super) connection: Option<Arc<Connection>>,
     /// The request on its connection, if that is one of HTTP/2 and its listener has a front.
     pub(super) stream: Option<OpenStream>,
+    /// The current try on its connection, if that is none of Pingora's.
+    pub(super) exchange: Option<Arc<Exchange>>,
     /// Whatever becomes of the request, its backend is not to blame.
     pub(super) is_blameless: bool,
     /// The process waits for the request; where there are phases, the connection keeps this.
@@ -126,6 +129,7 @@ impl RequestState {
             most_retries: 0,
             connection: None,
             stream: None,
+            exchange: None,
             is_blameless: false,
             in_flight: None,
             place: None,
@@ -196,6 +200,16 @@ impl RequestState {
             retries: self.retries,
             stale_connections: self.stale_connections,
         }
+    }
+
+    /// Whether the connection of this try has served others before, which Pingora knows of its own only.
+    pub(super) fn is_reused(&self, by_pingora: bool) -> bool {
+        by_pingora || self.exchange.as_ref().is_some_and(|it| it.is_reused())
+    }
+
+    /// Whether it is known that nothing of this try has been sent.
+    pub(super) fn is_unsent(&self) -> bool {
+        self.exchange.as_ref().is_some_and(|it| it.is_unsent())
     }
 
     /// Whether one more connection that others have used may turn out to be over; if so, that counts.
@@ -277,12 +291,20 @@ impl RequestState {
     /// Whether a backend was silent for too long, since this was last asked.
     pub(super) fn take_unanswered(&self) -> bool {
         let connection = self.timed_by_front();
+        let exchange = self.exchange.as_ref();
         connection.is_some_and(Connection::take_unanswered)
+            || exchange.is_some_and(|it| it.is_unanswered())
     }
 
     /// The response is complete. The rest of the request, if there is one, has no more use, and this much time.
     pub(super) fn answer_ends(&mut self, drain: Duration) {
-        if self.is_complete || self.is_tunnel {
+        if self.is_tunnel {
+            return;
+        }
+        if let Some(exchange) = &self.exchange {
+            exchange.completes();
+        }
+        if self.is_complete {
             return;
         }
         self.is_answered_early = true;

@@ -15,6 +15,7 @@ use ::pingora::services::listening::Service;
 use super::access_log::{AccessLog, AccessLogStatistics};
 use super::client_settings::{front_settings, server_options};
 use super::cluster_proxy::ClusterProxy;
+use super::connections::Connections;
 use super::front::{Front, FrontListener, FrontStatistics, TellRefused};
 use super::listener::RequiredListener;
 use super::reload::Reloader;
@@ -160,8 +161,9 @@ fn listener_at(address: &str) -> ListenerConfig {
 
 pub(super) fn made(
     server: &Arc<ServerConf>,
-    proxy: ClusterProxy,
+    mut proxy: ClusterProxy,
 ) -> Result<HttpProxy<ClusterProxy>, ClusterError> {
+    proxy.connections = Connections::new(server);
     connecting(|| http_proxy(server, proxy))
 }
 

@@ -40,7 +40,7 @@ fn is_failure(status: StatusCode) -> bool {
 pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestState) -> Box<Error> {
     shorten_error(&mut error);
     if state.take_unanswered() {
-        // A read of the client ended because the front keeps the time.
+        // A read ended because the connection to the backend, or the front, keeps the time.
         let reason = format!("while waiting for the response; Peer: {peer}");
         let mut error = Error::explain(ErrorType::ReadTimedout, reason);
         error.as_up();
@@ -395,6 +395,8 @@ impl GroupProxy {
             || state.time_left().is_err() && !(state.is_complete && self.is_at_fault(state));
         let mut failed = FailedTry::of(session, &error, client_reused, &state.sent_so_far());
         failed.is_from_backend &= !had_little_time(state, &error);
+        failed.is_unread |=
+            client_reused && state.is_unsent() && failed.is_from_backend && !failed.is_timeout;
         // That a probe is late is no surprise.
         let on_timeout = self.retries.on_timeout || state.is_probe();
         let rules = RetryRules::new(state.most_retries).on_timeout(on_timeout);

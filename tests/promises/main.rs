@@ -27,6 +27,7 @@ mod foreign;
 mod grpc;
 mod headers;
 mod hundreds;
+mod kept;
 mod languages;
 mod leader;
 mod learned;

@@ -2,7 +2,6 @@
 //! for whole heads, limits on connections, and the PROXY protocol.
 
 mod connection;
-mod deadline;
 mod limits;
 mod listener;
 mod proxy_header;

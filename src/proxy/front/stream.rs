@@ -15,10 +15,10 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Instant;
 
 use super::connection::{Connection, Ended, Phase};
-use super::deadline::{Deadline, timed_out};
 use super::limits::{FrontLimits, WriteClock};
 use super::refusal::Refusal;
 use super::refused::Refusals;
+use crate::proxy::deadline::{Deadline, timed_out};
 use crate::proxy::shutdown::{self, Hold};
 
 /// With which an HTTP/2 connection begins (RFC 9113, section 3.4).
