@@ -126,7 +126,8 @@ fn nominated(status: StatusCode, headers: &HeaderMap) -> Vec<HeaderName> {
 /// Whether a response to this method consists of a head only.
 pub(super) fn has_no_body(method: &Method, response: &ResponseHeader) -> bool {
     let length = response.headers.get(CONTENT_LENGTH);
-    let is_empty = length.is_some_and(|length| length.as_bytes() == b"0");
+    let length = length.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    let is_empty = length == Some(0);
     let status = response.status;
     is_empty
         || method == Method::HEAD

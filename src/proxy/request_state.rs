@@ -291,9 +291,7 @@ impl RequestState {
     /// Whether a backend was silent for too long, since this was last asked.
     pub(super) fn take_unanswered(&self) -> bool {
         let connection = self.timed_by_front();
-        let exchange = self.exchange.as_ref();
         connection.is_some_and(Connection::take_unanswered)
-            || exchange.is_some_and(|it| it.is_unanswered())
     }
 
     /// The response is complete. The rest of the request, if there is one, has no more use, and this much time.

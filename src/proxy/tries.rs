@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use ::pingora::upstreams::peer::HttpPeer;
-use ::pingora::{Error, ErrorType, Result};
+use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use http::header::CONNECTION;
 use http::{HeaderMap, StatusCode, Version};
 use tracing::{debug, warn};
@@ -36,11 +36,19 @@ fn is_failure(status: StatusCode) -> bool {
     status.as_u16() >= 500 || status == StatusCode::TOO_MANY_REQUESTS
 }
 
+/// Whether it is a read of the backend that its connection has ended, because the backend was silent for too long.
+fn is_late(error: &Error, state: &RequestState) -> bool {
+    let is_unanswered = state.exchange.as_ref().is_some_and(|it| it.is_unanswered());
+    is_unanswered
+        && error.etype() == &ErrorType::ReadError
+        && error.esource() == &ErrorSource::Upstream
+}
+
 /// The error of a try, with what it was tried with. The client gets the reason of what is refused here, and nothing else.
 pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestState) -> Box<Error> {
     shorten_error(&mut error);
-    if state.take_unanswered() {
-        // A read ended because the connection to the backend, or the front, keeps the time.
+    if state.take_unanswered() || is_late(&error, state) {
+        // A read ended because the front, or the connection to the backend, keeps the time.
         let reason = format!("while waiting for the response; Peer: {peer}");
         let mut error = Error::explain(ErrorType::ReadTimedout, reason);
         error.as_up();

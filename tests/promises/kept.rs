@@ -191,3 +191,50 @@ async fn idle_connections_that_the_backend_has_closed_are_not_left_half_open() {
     backend.shutdown().await.unwrap();
     assert!(is_closed_within(&mut backend, Duration::from_secs(5)).await);
 }
+
+/// The time of a silent backend begins with the last part of a request that it has got.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_may_take_longer_than_a_backend_may_be_silent() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "timeouts: { response_ms: 1000, client_body_ms: 5000 }";
+    let balancer = in_front_of(&backend, "slow-upload", fields).await;
+    for framing in ["Content-Length: 12", "Transfer-Encoding: chunked"] {
+        let is_chunked = framing.contains("chunked");
+        let mut client = Raw::to(&balancer).await;
+        let head = format!("POST / HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n");
+        client.send(head.as_bytes()).await;
+        for _ in 0..12 {
+            tokio::time::sleep(Duration::from_millis(250)).await;
+            client
+                .send(if is_chunked { b"1\r\nx\r\n" } else { b"x" })
+                .await;
+        }
+        if is_chunked {
+            client.send(b"0\r\n\r\n").await;
+        }
+        assert_eq!(status(&client.response().await), "200", "{framing}");
+    }
+}
+
+/// A tunnel ends after a time without a byte in either direction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tunnel_lives_while_one_side_writes() {
+    let backend = RawBackend::start(|request| match request.contains("Upgrade: websocket") {
+        true => {
+            let fields = "Connection: Upgrade\r\nUpgrade: websocket";
+            format!("HTTP/1.1 101 Switching Protocols\r\n{fields}\r\n\r\n").into_bytes()
+        }
+        false => ok(request),
+    })
+    .await;
+    let balancer = in_front_of(&backend, "one-way", "timeouts: { tunnel_ms: 1000 }").await;
+    let mut client = Raw::to(&balancer).await;
+    let fields = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+                  Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n";
+    assert_eq!(status(&client.get(fields).await), "101");
+    for _ in 0..12 {
+        client.send(b"a frame").await;
+        assert!(!is_closed_within(&mut client.0, Duration::from_millis(250)).await);
+    }
+    assert!(is_closed_within(&mut client.0, DEADLINE).await);
+}

@@ -577,6 +577,7 @@ const FIELDS: &[(&str, &[&str])] = &[
         "timeouts.tunnel_ms",
         &[
             "promises::clients::a_tunnel_may_be_silent_for_longer_than_a_response",
+            "promises::kept::a_tunnel_lives_while_one_side_writes",
             "promises::uploads::a_stream_of_grpc_may_be_silent_for_longer_than_a_response",
         ],
     ),
@@ -589,11 +590,18 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     (
         "timeouts.response_ms",
-        &["promises::fields::tries_time_outs_and_the_default_port"],
+        &[
+            "promises::fields::tries_time_outs_and_the_default_port",
+            "promises::kept::an_upload_may_take_longer_than_a_backend_may_be_silent",
+        ],
     ),
     (
         "timeouts.pool_idle_ms",
-        &["promises::clients::idle_connections_to_backends_end_before_the_backend_ends_them"],
+        &[
+            "promises::clients::idle_connections_to_backends_end_before_the_backend_ends_them",
+            "promises::kept::idle_connections_that_the_backend_has_closed_are_not_left_half_open",
+            "promises::kept::a_connection_is_used_again_exactly_if_both_messages_are_complete_and_nobody_ends_it",
+        ],
     ),
     (
         "timeouts.tcp_user_timeout_ms",

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::pool::Pool;
+use super::pool::{Pool, Target};
 use super::stream::BackendStream;
 
 /// How long things may take; `None` for any time.
@@ -33,11 +33,14 @@ pub(super) struct Times {
 /// both messages are complete, neither end has said that it closes, nothing came that nobody asked for. If so, it reads
 /// once more from it, for its own pool, to see whether it is quiet. Only if the proxy has said before that the response
 /// is complete, that read tells that the connection is free: Pingora learns that it is over, drops it, and it goes to
-/// the list. Should Pingora decide in another way one day, connections are closed, and none is used that is not free.
+/// the list. Should Pingora decide in another way one day, connections are closed: none is used that is not free, and none
+/// stays in Pingora's pool, where they would have no names of their own.
 #[derive(Debug)]
 pub(in crate::proxy) struct Exchange {
     itself: Weak<Self>,
     pool: Arc<Pool>,
+    /// What keeps connections to one address apart.
+    group_key: u64,
     times: Times,
     has_body: bool,
     is_unanswered: AtomicBool,
@@ -47,10 +50,11 @@ pub(in crate::proxy) struct Exchange {
 }
 
 impl Exchange {
-    pub(super) fn new(pool: Arc<Pool>, times: Times, has_body: bool) -> Arc<Self> {
+    pub(super) fn new(pool: Arc<Pool>, group_key: u64, times: Times, has_body: bool) -> Arc<Self> {
         Arc::new_cyclic(|itself| Self {
             itself: itself.clone(),
             pool,
+            group_key,
             times,
             has_body,
             is_unanswered: AtomicBool::new(false),
@@ -132,13 +136,17 @@ impl L4Connect for Exchange {
         let other = || Error::explain(ErrorType::InternalError, reason);
         let exchange = self.itself.upgrade().ok_or_else(other)?;
         let addr = *addr.as_inet().ok_or_else(other)?;
-        let kept = self.pool.take(addr);
+        let target = Target {
+            addr,
+            group_key: self.group_key,
+        };
+        let kept = self.pool.take(target);
         self.is_reused.store(kept.is_some(), Ordering::Relaxed);
         let connection = match kept {
             Some(connection) => connection,
             None => self.connect_to(addr).await?.into(),
         };
-        let stream = BackendStream::new(connection, addr, exchange);
+        let stream = BackendStream::new(connection, target, exchange);
         Ok(VirtualSocketStream::new(Box::new(stream)).into())
     }
 }

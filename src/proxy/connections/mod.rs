@@ -12,6 +12,7 @@ mod stream;
 mod tests;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::pingora::server::configuration::ServerConf;
 use ::pingora::upstreams::peer::{HttpPeer, Peer};
@@ -34,7 +35,8 @@ impl Connections {
         }
         let threads = server.threads.max(1);
         let most = server.upstream_keepalive_pool_size.saturating_mul(threads);
-        Some(Self(Arc::new(Pool::new(most))))
+        let has_one_timer = server.work_stealing || threads == 1;
+        Some(Self(Arc::new(Pool::new(most, has_one_timer))))
     }
 
     /// Lets a request use these connections, if its peer speaks HTTP/1 without TLS. `has_body` means that a body follows
@@ -48,7 +50,9 @@ impl Connections {
             silence: peer.options.read_timeout.take(),
             idle,
         };
-        let exchange = Exchange::new(self.0.clone(), times, has_body);
+        // Pingora keeps none of them.
+        peer.options.idle_timeout = Some(Duration::ZERO);
+        let exchange = Exchange::new(self.0.clone(), peer.group_key, times, has_body);
         peer.options.custom_l4 = Some(exchange.clone());
         Some(exchange)
     }

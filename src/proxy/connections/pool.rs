@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 
+use crate::opaque::opaque_debug;
 use crate::proxy::deadline::Deadline;
 use crate::sync::lock;
 
@@ -18,18 +19,27 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Backends share their locks with few others.
 const SHARDS: usize = 16;
 
-/// Idle connections, by the address of the backend: the one that was used last comes first, so that those of a busy
-/// moment are let go of afterwards.
-#[derive(Debug)]
+/// Where a connection leads: one to a former process at the same address is not used for a new one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Target {
+    pub(super) addr: SocketAddr,
+    /// Pingora's name for what keeps connections apart.
+    pub(super) group_key: u64,
+}
+
+/// Idle connections, by where they lead: the one that was used last comes first, so that those of a busy moment are let
+/// go of afterwards.
 pub(super) struct Pool {
     shards: [Mutex<Shard>; SHARDS],
     count: AtomicUsize,
     most: usize,
+    /// All threads have one timer, so that a deadline that was made by one of them serves the others.
+    keeps_deadlines: bool,
     /// A task looks for those that are over.
     is_looked_after: AtomicBool,
 }
 
-type Shard = HashMap<SocketAddr, Vec<Idle>>;
+type Shard = HashMap<Target, Vec<Idle>>;
 
 /// A connection, and what is used again with it.
 #[derive(Debug)]
@@ -61,6 +71,14 @@ impl Idle {
     }
 }
 
+/// The one that has been idle for the longest time.
+fn take_oldest(shard: &mut Shard) -> Option<Idle> {
+    let lists = shard.values_mut();
+    let lists = lists.filter_map(|kept| Some((kept.first()?.until, kept)));
+    let (_, kept) = lists.min_by_key(|(until, _)| *until)?;
+    Some(kept.remove(0))
+}
+
 /// Whether there is nothing to read, and no end.
 fn is_quiet(socket: &TcpStream) -> bool {
     let read = socket.try_read(&mut [0]);
@@ -69,16 +87,18 @@ fn is_quiet(socket: &TcpStream) -> bool {
 
 impl Pool {
     /// An empty pool of at most this number of connections.
-    pub(super) fn new(most: usize) -> Self {
+    pub(super) fn new(most: usize, keeps_deadlines: bool) -> Self {
         Self {
             shards: Default::default(),
             count: AtomicUsize::new(0),
             most,
+            keeps_deadlines,
             is_looked_after: AtomicBool::new(false),
         }
     }
 
-    fn shard(&self, addr: SocketAddr) -> &Mutex<Shard> {
+    fn shard(&self, target: Target) -> &Mutex<Shard> {
+        let addr = target.addr;
         let last = match addr.ip() {
             IpAddr::V4(ip) => ip.octets()[3],
             IpAddr::V6(ip) => ip.octets()[15],
@@ -86,13 +106,13 @@ impl Pool {
         &self.shards[(usize::from(last) ^ usize::from(addr.port())) % SHARDS]
     }
 
-    /// A connection to this address.
-    pub(super) fn take(&self, addr: SocketAddr) -> Option<Connection> {
+    /// A connection that leads there.
+    pub(super) fn take(&self, target: Target) -> Option<Connection> {
         let now = Instant::now();
         // They are closed after the lock is free.
         let mut over = Vec::new();
-        let mut shard = lock(self.shard(addr));
-        let kept = shard.get_mut(&addr)?;
+        let mut shard = lock(self.shard(target));
+        let kept = shard.get_mut(&target)?;
         while let Some(last) = kept.pop() {
             self.count.fetch_sub(1, Ordering::Relaxed);
             if last.is_open(now) {
@@ -104,21 +124,33 @@ impl Pool {
         None
     }
 
-    /// Keeps a connection for this time, if there is room for it.
-    pub(super) fn put(self: &Arc<Self>, addr: SocketAddr, connection: Connection, idle: Duration) {
+    /// Keeps a connection for this time, if need be instead of another one.
+    pub(super) fn put(
+        self: &Arc<Self>,
+        target: Target,
+        mut connection: Connection,
+        idle: Duration,
+    ) {
         if idle.is_zero() {
             return;
         }
-        if self.count.fetch_add(1, Ordering::Relaxed) >= self.most {
-            self.count.fetch_sub(1, Ordering::Relaxed);
-            return;
+        if !self.keeps_deadlines {
+            connection.deadline = Deadline::default();
         }
         let until = Instant::now() + idle;
-        let mut shard = lock(self.shard(addr));
-        shard
-            .entry(addr)
-            .or_default()
-            .push(Idle { connection, until });
+        let mut shard = lock(self.shard(target));
+        // Dropped after the lock is free.
+        let mut _oldest = None;
+        if self.count.load(Ordering::Relaxed) < self.most {
+            self.count.fetch_add(1, Ordering::Relaxed);
+        } else {
+            _oldest = take_oldest(&mut shard);
+            if _oldest.is_none() {
+                return;
+            }
+        }
+        let kept = shard.entry(target).or_default();
+        kept.push(Idle { connection, until });
         drop(shard);
         if !self.is_looked_after.load(Ordering::Relaxed) {
             self.look_after();
@@ -164,3 +196,5 @@ impl Pool {
         self.count.load(Ordering::Relaxed)
     }
 }
+
+opaque_debug!(Pool);

@@ -1,7 +1,7 @@
 //! A connection while a request uses it.
 
+use std::fmt;
 use std::io::{self, IoSlice};
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -12,16 +12,16 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 use super::exchange::Exchange;
-use super::pool::Connection;
+use super::pool::{Connection, Target};
 use crate::proxy::deadline::timed_out;
 
-/// A head up to this size waits for the body that follows it.
+/// Parts of a request up to this size are gathered: to copy them costs less than a system call for each.
 const MOST_HELD: usize = 16_384;
 
 /// What is held back of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hold {
-    /// Nothing is, from now on.
+    /// Nothing is.
     No,
     /// The head, when it comes.
     Head,
@@ -30,16 +30,17 @@ enum Hold {
     UntilBody,
     /// The response is waited for. If the body does not come by the next look at it, the head leaves alone.
     UntilNextPoll,
+    /// Parts of the body, as those of a chunk, until Pingora has given all of them, or waits for the response.
+    Parts,
 }
 
 /// A connection while a request uses it.
-#[derive(Debug)]
 pub(super) struct BackendStream {
     /// Taken when it goes back to the pool.
     connection: Option<Connection>,
-    addr: SocketAddr,
+    target: Target,
     exchange: Arc<Exchange>,
-    /// While it is waited for.
+    /// While it is waited for, since something was read or written last.
     silent_since: Option<Instant>,
     hold: Hold,
     held: Vec<u8>,
@@ -48,7 +49,7 @@ pub(super) struct BackendStream {
 }
 
 impl BackendStream {
-    pub(super) fn new(connection: Connection, addr: SocketAddr, exchange: Arc<Exchange>) -> Self {
+    pub(super) fn new(connection: Connection, target: Target, exchange: Arc<Exchange>) -> Self {
         let hold = match exchange.has_body() {
             true => Hold::Head,
             false => Hold::No,
@@ -56,7 +57,7 @@ impl BackendStream {
         Self {
             connection: Some(connection),
             silent_since: None,
-            addr,
+            target,
             exchange,
             hold,
             held: Vec::new(),
@@ -74,7 +75,6 @@ impl BackendStream {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         };
         let mut socket = Pin::new(&mut connection.socket);
-        self.hold = Hold::No;
         while !self.held.is_empty() {
             let both = [IoSlice::new(&self.held), IoSlice::new(next)];
             let count = match next.is_empty() {
@@ -85,6 +85,7 @@ impl BackendStream {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.exchange.writes();
+            self.silent_since = None;
             let of_held = count.min(self.held.len());
             self.held.drain(..of_held);
             if count > of_held {
@@ -96,7 +97,41 @@ impl BackendStream {
         }
         let count = ready!(socket.poll_write(context, next))?;
         self.exchange.writes();
+        self.silent_since = None;
         Poll::Ready(Ok(count))
+    }
+
+    /// Writes what is held before the response is waited for. Ready once that is done; an error is given back only if no
+    /// response can have come before it.
+    fn poll_write_first(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Error>> {
+        match self.hold {
+            Hold::UntilBody => {
+                self.hold = Hold::UntilNextPoll;
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Hold::UntilNextPoll => self.hold = Hold::Parts,
+            Hold::No | Hold::Head | Hold::Parts => {}
+        }
+        if self.held.is_empty() {
+            return Poll::Ready(None);
+        }
+        let written = ready!(self.poll_write_held(context, &[]));
+        Poll::Ready(written.err().inspect(|_| self.held.clear()))
+    }
+
+    /// What comes of a read that finds nothing.
+    fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(silence) = self.exchange.times().silence else {
+            return Poll::Pending;
+        };
+        let Some(connection) = &mut self.connection else {
+            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+        };
+        let since = *self.silent_since.get_or_insert_with(Instant::now);
+        ready!(connection.deadline.poll(since + silence, context));
+        self.exchange.is_late();
+        Poll::Ready(Err(timed_out("the backend did not answer in time")))
     }
 }
 
@@ -107,36 +142,33 @@ impl AsyncRead for BackendStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        match this.hold {
-            Hold::UntilBody => {
-                this.hold = Hold::UntilNextPoll;
-                context.waker().wake_by_ref();
-                return Poll::Pending;
-            }
-            _ if this.held.is_empty() => {}
-            _ => {
-                ready!(this.poll_write_held(context, &[]))?;
-            }
+        let failed = match this.poll_write_first(context) {
+            Poll::Ready(failed) => failed,
+            Poll::Pending => return this.poll_silence(context),
+        };
+        if failed.is_some() && this.exchange.is_unsent() {
+            return Poll::Ready(failed.map_or(Ok(()), Err));
         }
         let Some(connection) = &mut this.connection else {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         };
-        if let Poll::Ready(read) = Pin::new(&mut connection.socket).poll_read(context, buffer) {
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut connection.socket).poll_read(context, buffer);
+        if let Some(failed) = failed
+            && buffer.filled().len() == before
+        {
+            return Poll::Ready(Err(failed));
+        }
+        if read.is_ready() {
             this.silent_since = None;
-            return Poll::Ready(read);
+            return read;
         }
         if this.exchange.is_complete() {
             // Nothing more is expected, so it was only looked at: see `Exchange`.
             this.is_free = true;
             return Poll::Ready(Ok(()));
         }
-        let Some(silence) = this.exchange.times().silence else {
-            return Poll::Pending;
-        };
-        let since = *this.silent_since.get_or_insert_with(Instant::now);
-        ready!(connection.deadline.poll(since + silence, context));
-        this.exchange.is_late();
-        Poll::Ready(Err(timed_out("the backend did not answer in time")))
+        this.poll_silence(context)
     }
 }
 
@@ -147,7 +179,11 @@ impl AsyncWrite for BackendStream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if this.hold == Hold::Head && this.held.len() + bytes.len() <= MOST_HELD {
+        match this.hold {
+            Hold::UntilBody | Hold::UntilNextPoll => this.hold = Hold::Parts,
+            Hold::No | Hold::Head | Hold::Parts => {}
+        }
+        if this.hold != Hold::No && this.held.len() + bytes.len() <= MOST_HELD {
             this.held.extend_from_slice(bytes);
             return Poll::Ready(Ok(bytes.len()));
         }
@@ -157,7 +193,11 @@ impl AsyncWrite for BackendStream {
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.hold == Hold::Head {
-            this.hold = Hold::UntilBody;
+            this.hold = match this.held.is_empty() {
+                // It was too large.
+                true => Hold::Parts,
+                false => Hold::UntilBody,
+            };
             return Poll::Ready(Ok(()));
         }
         // The socket itself holds nothing.
@@ -201,7 +241,16 @@ impl Drop for BackendStream {
         }
         if let Some(connection) = self.connection.take() {
             let idle = self.exchange.times().idle;
-            self.exchange.pool().put(self.addr, connection, idle);
+            self.exchange.pool().put(self.target, connection, idle);
         }
+    }
+}
+
+/// Pingora writes it to its log, where neither requests nor other connections belong.
+impl fmt::Debug for BackendStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BackendStream")
+            .field("addr", &self.target.addr)
+            .finish_non_exhaustive()
     }
 }

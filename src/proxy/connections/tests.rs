@@ -6,6 +6,7 @@ use ::pingora::protocols::l4::stream::Stream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+use super::pool::Target;
 use super::*;
 
 const HEAD: &[u8] = b"POST / HTTP/1.1\r\n\r\n";
@@ -21,12 +22,12 @@ impl World {
     async fn new(most: usize) -> Self {
         Self {
             listener: TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap(),
-            pool: Arc::new(Pool::new(most)),
+            pool: Arc::new(Pool::new(most, true)),
         }
     }
 
     async fn connect(&self, times: Times, has_body: bool) -> (Stream, Arc<Exchange>) {
-        let exchange = Exchange::new(self.pool.clone(), times, has_body);
+        let exchange = Exchange::new(self.pool.clone(), 7, times, has_body);
         let addr = self.listener.local_addr().unwrap().into();
         (exchange.connect(&addr).await.unwrap(), exchange)
     }
@@ -49,6 +50,18 @@ impl World {
             }
         }
         exchange
+    }
+
+    fn target(&self) -> Target {
+        Target {
+            addr: self.listener.local_addr().unwrap(),
+            group_key: 7,
+        }
+    }
+
+    /// A connection, to be kept.
+    async fn new_connection(&self) -> pool::Connection {
+        TcpStream::connect(self.target().addr).await.unwrap().into()
     }
 
     async fn accept(&self) -> TcpStream {
@@ -112,18 +125,15 @@ async fn what_the_backend_has_closed_or_written_to_is_not_used() {
 }
 
 #[tokio::test]
-async fn a_connection_is_kept_for_its_time_and_as_long_as_there_is_room() {
-    let world = World::new(2).await;
-    let addr = world.listener.local_addr().unwrap();
-    let put = async |idle| {
-        let socket = TcpStream::connect(addr).await.unwrap();
-        world.pool.put(addr, socket.into(), idle);
-        world.pool.count()
-    };
-    assert_eq!(put(Duration::ZERO).await, 0);
-    assert_eq!(put(Duration::from_millis(20)).await, 1);
-    assert_eq!(put(Duration::from_secs(60)).await, 2);
-    assert_eq!(put(Duration::from_secs(60)).await, 2);
+async fn a_connection_is_kept_for_its_time() {
+    let world = World::new(10).await;
+    let target = world.target();
+    for (milliseconds, kept) in [(0, 0), (20, 1), (60_000, 2)] {
+        let connection = world.new_connection().await;
+        let idle = Duration::from_millis(milliseconds);
+        world.pool.put(target, connection, idle);
+        assert_eq!(world.pool.count(), kept);
+    }
     tokio::time::timeout(Duration::from_secs(5), async {
         while world.pool.count() > 1 {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -131,23 +141,44 @@ async fn a_connection_is_kept_for_its_time_and_as_long_as_there_is_room() {
     })
     .await
     .unwrap();
-    assert!(world.pool.take(addr).is_some() && world.pool.take(addr).is_none());
+    assert!(world.pool.take(target).is_some() && world.pool.take(target).is_none());
     assert_eq!(world.pool.count(), 0);
 }
 
 #[tokio::test]
-async fn the_one_that_was_used_last_comes_first() {
-    let world = World::new(10).await;
-    let addr = world.listener.local_addr().unwrap();
+async fn the_one_that_was_used_last_comes_first_and_the_oldest_makes_room() {
+    let minute = Duration::from_secs(60);
+    let world = World::new(3).await;
+    let target = world.target();
     let mut ports = Vec::new();
-    for _ in 0..3 {
-        let socket = TcpStream::connect(addr).await.unwrap();
-        ports.push(socket.local_addr().unwrap());
-        world.pool.put(addr, socket.into(), Duration::from_secs(60));
+    for number in 0..5 {
+        let connection = world.new_connection().await;
+        ports.push(connection.socket.local_addr().unwrap());
+        world.pool.put(target, connection, minute);
+        assert_eq!(world.pool.count(), (number + 1).min(3));
     }
-    let taken = std::iter::from_fn(|| world.pool.take(addr));
+    let taken = std::iter::from_fn(|| world.pool.take(target));
     let taken: Vec<_> = taken.map(|it| it.socket.local_addr().unwrap()).collect();
-    assert_eq!(taken, [ports[2], ports[1], ports[0]]);
+    assert_eq!(taken, [ports[4], ports[3], ports[2]]);
+    let none = World::new(0).await;
+    let connection = none.new_connection().await;
+    none.pool.put(target, connection, minute);
+    assert_eq!(none.pool.count(), 0);
+}
+
+/// Another process may have taken over the address.
+#[tokio::test]
+async fn a_connection_to_a_former_process_is_not_used() {
+    let world = World::new(10).await;
+    let target = world.target();
+    let connection = world.new_connection().await;
+    world.pool.put(target, connection, Duration::from_secs(60));
+    let of_another = Target {
+        group_key: 8,
+        ..target
+    };
+    assert!(world.pool.take(of_another).is_none());
+    assert!(world.pool.take(target).is_some());
 }
 
 /// A head and the body that is at hand are one packet.
@@ -189,6 +220,43 @@ async fn a_head_without_a_body_at_hand_leaves_alone() {
     }
 }
 
+/// What Pingora writes in parts, as a chunk, is gathered until it flushes or waits.
+#[tokio::test]
+async fn parts_of_a_body_leave_together() {
+    let world = World::new(10).await;
+    let large = vec![b'x'; 40_000];
+    for (data, reads) in [(&b"data"[..], 1), (&large, 2)] {
+        let (mut stream, _) = world.connect(times(), true).await;
+        let mut backend = world.accept().await;
+        let mut whole = Vec::new();
+        for part in [HEAD, b"9C40\r\n", data, b"\r\n"] {
+            stream.write_all(part).await.unwrap();
+            whole.extend_from_slice(part);
+            if part == HEAD {
+                stream.flush().await.unwrap();
+            }
+        }
+        stream.flush().await.unwrap();
+        let (mut read, mut count) = (vec![0; 100_000], 0);
+        for _ in 0..reads {
+            // The rest is there, but the buffer of the system may give it in two parts.
+            count += backend.read(&mut read[count..]).await.unwrap();
+        }
+        assert_eq!(read[..count], whole[..count]);
+        assert!(count == whole.len() || data.len() > 20_000, "{count}");
+        // A part that is not the last one is not flushed: it leaves when the response is waited for.
+        stream.write_all(BODY).await.unwrap();
+        let mut answer = [0; 2];
+        let (answered, heard) = tokio::join!(stream.read_exact(&mut answer), async {
+            let mut rest = vec![0; whole.len() - count + BODY.len()];
+            backend.read_exact(&mut rest).await.unwrap();
+            assert!(rest.ends_with(BODY));
+            backend.write_all(b"ok").await
+        });
+        assert!(answered.is_ok() && heard.is_ok());
+    }
+}
+
 #[tokio::test]
 async fn a_silence_ends_after_its_time_and_each_byte_begins_it_anew() {
     let world = World::new(10).await;
@@ -205,6 +273,12 @@ async fn a_silence_ends_after_its_time_and_each_byte_begins_it_anew() {
         });
         assert_eq!(read.unwrap(), 7);
     }
+    // So does what is written.
+    for _ in 0..5 {
+        let read = tokio::time::timeout(Duration::from_millis(80), stream.read_u8());
+        assert!(read.await.is_err());
+        stream.write_all(b"a part").await.unwrap();
+    }
     let start = std::time::Instant::now();
     let error = stream.read_u8().await.unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
@@ -216,7 +290,7 @@ async fn a_connection_that_cannot_be_made_is_an_error_of_pingora() {
     let world = World::new(10).await;
     let addr = world.listener.local_addr().unwrap();
     drop(world.listener);
-    let exchange = Exchange::new(world.pool, times(), false);
+    let exchange = Exchange::new(world.pool, 7, times(), false);
     let error = exchange.connect(&addr.into()).await.unwrap_err();
     assert_eq!(error.etype(), &::pingora::ErrorType::ConnectRefused);
 }
