@@ -219,7 +219,7 @@ async fn an_upload_may_take_longer_than_a_backend_may_be_silent() {
 /// A tunnel ends after a time without a byte in either direction.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tunnel_lives_while_one_side_writes() {
-    let backend = RawBackend::start(|request| match request.contains("Upgrade: websocket") {
+    let backend = RawBackend::start(|request| match request.contains("upgrade: websocket") {
         true => {
             let fields = "Connection: Upgrade\r\nUpgrade: websocket";
             format!("HTTP/1.1 101 Switching Protocols\r\n{fields}\r\n\r\n").into_bytes()

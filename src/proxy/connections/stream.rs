@@ -101,8 +101,7 @@ impl BackendStream {
         Poll::Ready(Ok(count))
     }
 
-    /// Writes what is held before the response is waited for. Ready once that is done; an error is given back only if no
-    /// response can have come before it.
+    /// Writes what is held before the response is waited for. Ready once that is done, or has failed.
     fn poll_write_first(&mut self, context: &mut Context<'_>) -> Poll<Option<io::Error>> {
         match self.hold {
             Hold::UntilBody => {
@@ -142,15 +141,18 @@ impl AsyncRead for BackendStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        this.is_free = false;
         let failed = match this.poll_write_first(context) {
             Poll::Ready(failed) => failed,
             Poll::Pending => return this.poll_silence(context),
         };
-        if failed.is_some() && this.exchange.is_unsent() {
-            return Poll::Ready(failed.map_or(Ok(()), Err));
-        }
         let Some(connection) = &mut this.connection else {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+        };
+        let failed = match failed {
+            // What there is to read is no response to it.
+            Some(error) if this.exchange.is_unsent() => return Poll::Ready(Err(error)),
+            failed => failed,
         };
         let before = buffer.filled().len();
         let read = Pin::new(&mut connection.socket).poll_read(context, buffer);
@@ -179,6 +181,7 @@ impl AsyncWrite for BackendStream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        this.is_free = false;
         match this.hold {
             Hold::UntilBody | Hold::UntilNextPoll => this.hold = Hold::Parts,
             Hold::No | Hold::Head | Hold::Parts => {}
