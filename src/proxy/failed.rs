@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use ::pingora::proxy::Session;
+use ::pingora::upstreams::peer::HttpPeer;
 use ::pingora::{Error, ErrorSource, ErrorType};
 use tracing::{debug, error};
 
@@ -10,7 +11,33 @@ use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
 use super::failed_try::is_unanswered;
 use super::reply::{is_slow_upload, reply_to, timed_out};
+use super::request_state::RequestState;
 use super::requests::is_ending;
+use crate::pingora::shorten_error;
+
+/// Whether it is a read of the backend that its connection has ended, because the backend was silent for too long.
+fn is_late(error: &Error, state: &RequestState) -> bool {
+    let is_unanswered = state.exchange.as_ref().is_some_and(|it| it.is_unanswered());
+    is_unanswered
+        && error.etype() == &ErrorType::ReadError
+        && error.esource() == &ErrorSource::Upstream
+}
+
+/// The error of a try, with what it was tried with. The client gets the reason of what is refused here, and nothing else.
+pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestState) -> Box<Error> {
+    shorten_error(&mut error);
+    if state.take_unanswered() || is_late(&error, state) {
+        // A read ended because the front, or the connection to the backend, keeps the time.
+        let reason = format!("while waiting for the response; Peer: {peer}");
+        let mut error = Error::explain(ErrorType::ReadTimedout, reason);
+        error.as_up();
+        return error;
+    }
+    match error.etype() {
+        ErrorType::HTTPStatus(_) => error,
+        _ => error.more_context(format!("Peer: {peer}")),
+    }
+}
 
 /// Sends the error response to a request that failed, if it has none: its status, and 0 if nobody is there to get one.
 pub(super) async fn answer_failure(

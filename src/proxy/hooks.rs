@@ -18,7 +18,7 @@ use super::access_entry::{call_status, entry, has_failed};
 use super::client::peer_of;
 use super::cluster_proxy::ClusterProxy;
 use super::context::RequestContext;
-use super::failed::answer_failure;
+use super::failed::{answer_failure, of_try};
 use super::grpc::Call;
 use super::header_policy::tell_backend;
 use super::headers::{change_fields, forget_case, join_cookies, set_leader_epoch};
@@ -31,7 +31,6 @@ use super::requests::{answer_expectation, ends_before_body, is_ending, keep_effe
 use super::rest::{check_presence, read_rest, take_body_at_hand};
 use super::route::Decided;
 use super::trace::{set_traceparent, traceparent};
-use super::tries::of_try;
 
 /// A request for which no backend is needed has got its response.
 fn answered(sent: Result<()>) -> Result<bool> {
@@ -159,8 +158,8 @@ impl ProxyHttp for ClusterProxy {
         };
         let state = &mut context.state;
         let mut peer = group.next_peer(session, state).await?;
-        let connections = self.connections.as_ref();
         let has_body = !session.is_body_empty();
+        let connections = self.connections.as_ref();
         state.exchange = connections.and_then(|it| it.carry(&mut peer, has_body));
         Ok(peer)
     }
@@ -351,10 +350,7 @@ impl ProxyHttp for ClusterProxy {
     ) -> Box<Error> {
         let error = of_try(error, peer, &context.state);
         match &context.group {
-            Some(group) => {
-                let is_reused = context.state.is_reused(client_reused);
-                group.after_failure(session, error, &mut context.state, is_reused)
-            }
+            Some(group) => group.after_failure(session, error, &mut context.state, client_reused),
             None => error,
         }
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use ::pingora::upstreams::peer::HttpPeer;
-use ::pingora::{Error, ErrorSource, ErrorType, Result};
+use ::pingora::{Error, ErrorType, Result};
 use http::header::CONNECTION;
 use http::{HeaderMap, StatusCode, Version};
 use tracing::{debug, warn};
@@ -34,30 +34,6 @@ const MOST_SKIPPED: usize = 16;
 /// A status that there is none of counts as one from 500 on (RFC 9110, section 15).
 fn is_failure(status: StatusCode) -> bool {
     status.as_u16() >= 500 || status == StatusCode::TOO_MANY_REQUESTS
-}
-
-/// Whether it is a read of the backend that its connection has ended, because the backend was silent for too long.
-fn is_late(error: &Error, state: &RequestState) -> bool {
-    let is_unanswered = state.exchange.as_ref().is_some_and(|it| it.is_unanswered());
-    is_unanswered
-        && error.etype() == &ErrorType::ReadError
-        && error.esource() == &ErrorSource::Upstream
-}
-
-/// The error of a try, with what it was tried with. The client gets the reason of what is refused here, and nothing else.
-pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestState) -> Box<Error> {
-    shorten_error(&mut error);
-    if state.take_unanswered() || is_late(&error, state) {
-        // A read ended because the front, or the connection to the backend, keeps the time.
-        let reason = format!("while waiting for the response; Peer: {peer}");
-        let mut error = Error::explain(ErrorType::ReadTimedout, reason);
-        error.as_up();
-        return error;
-    }
-    match error.etype() {
-        ErrorType::HTTPStatus(_) => error,
-        _ => error.more_context(format!("Peer: {peer}")),
-    }
 }
 
 impl GroupProxy {
@@ -401,10 +377,11 @@ impl GroupProxy {
         // The backend waited for the client, or others have used the time of the request.
         state.is_blameless |= had_little_time(state, &error)
             || state.time_left().is_err() && !(state.is_complete && self.is_at_fault(state));
-        let mut failed = FailedTry::of(session, &error, client_reused, &state.sent_so_far());
+        let is_reused = state.is_reused(client_reused);
+        let mut failed = FailedTry::of(session, &error, is_reused, &state.sent_so_far());
         failed.is_from_backend &= !had_little_time(state, &error);
         failed.is_unread |=
-            client_reused && state.is_unsent() && failed.is_from_backend && !failed.is_timeout;
+            is_reused && state.is_unsent() && failed.is_from_backend && !failed.is_timeout;
         // That a probe is late is no surprise.
         let on_timeout = self.retries.on_timeout || state.is_probe();
         let rules = RetryRules::new(state.most_retries).on_timeout(on_timeout);

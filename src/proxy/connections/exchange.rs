@@ -1,21 +1,11 @@
 //! One try of a request on a connection.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use ::pingora::connectors::L4Connect;
-use ::pingora::protocols::l4::ext::connect;
-use ::pingora::protocols::l4::socket::SocketAddr;
-use ::pingora::protocols::l4::stream::Stream;
-use ::pingora::protocols::l4::virt::VirtualSocketStream;
-use ::pingora::{Error, ErrorType, Result};
-use async_trait::async_trait;
-use tokio::net::TcpStream;
-use tokio::time::timeout;
-
 use super::pool::{Pool, Target};
-use super::stream::BackendStream;
 
 /// How long things may take; `None` for any time.
 #[derive(Debug)]
@@ -64,6 +54,16 @@ impl Exchange {
         })
     }
 
+    /// Itself, to be shared with its stream.
+    pub(super) fn itself(&self) -> Option<Arc<Self>> {
+        self.itself.upgrade()
+    }
+
+    /// Its connection is there.
+    pub(super) fn begins(&self, is_reused: bool) {
+        self.is_reused.store(is_reused, Ordering::Relaxed);
+    }
+
     /// Whether its connection has served other requests before.
     pub(in crate::proxy) fn is_reused(&self) -> bool {
         self.is_reused.load(Ordering::Relaxed)
@@ -108,45 +108,10 @@ impl Exchange {
         self.is_unanswered.load(Ordering::Relaxed)
     }
 
-    /// A new connection.
-    async fn connect_to(&self, addr: std::net::SocketAddr) -> Result<TcpStream> {
-        let connecting = connect(&addr, None);
-        let connected = match self.times.connect {
-            Some(within) => timeout(within, connecting).await.unwrap_or_else(|_| {
-                let reason = format!("timeout {within:?} connecting to server {addr}");
-                Error::e_explain(ErrorType::ConnectTimedout, reason)
-            }),
-            None => connecting.await,
-        };
-        connected.map_err(|error| match error.etype() {
-            ErrorType::SocketError | ErrorType::BindError => Error::because(
-                ErrorType::InternalError,
-                format!("Fail to connect to {addr}"),
-                error,
-            ),
-            _ => error.more_context(format!("Fail to connect to {addr}")),
-        })
-    }
-}
-
-#[async_trait]
-impl L4Connect for Exchange {
-    async fn connect(&self, addr: &SocketAddr) -> Result<Stream> {
-        let reason = "only TCP is connected to here";
-        let other = || Error::explain(ErrorType::InternalError, reason);
-        let exchange = self.itself.upgrade().ok_or_else(other)?;
-        let addr = *addr.as_inet().ok_or_else(other)?;
-        let target = Target {
+    pub(super) fn target(&self, addr: SocketAddr) -> Target {
+        Target {
             addr,
             group_key: self.group_key,
-        };
-        let kept = self.pool.take(target);
-        self.is_reused.store(kept.is_some(), Ordering::Relaxed);
-        let connection = match kept {
-            Some(connection) => connection,
-            None => self.connect_to(addr).await?.into(),
-        };
-        let stream = BackendStream::new(connection, target, exchange);
-        Ok(VirtualSocketStream::new(Box::new(stream)).into())
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! request costs. Here a connection lies in a list. What Pingora decides stays as it is, above all whether a connection
 //! may be used again; see [`Exchange`].
 
+mod connect;
 mod exchange;
 mod pool;
 mod stream;
