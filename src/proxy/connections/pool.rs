@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 
@@ -85,6 +87,12 @@ fn is_quiet(socket: &TcpStream) -> bool {
     matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
 }
 
+/// The same, as the system knows it. Costs a system call.
+fn is_alive(socket: &TcpStream) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    recv(socket, &mut [0; 1], flags).is_err_and(|error| error == Errno::WOULDBLOCK)
+}
+
 impl Pool {
     /// An empty pool of at most this number of connections.
     pub(super) fn new(most: usize, keeps_deadlines: bool) -> Self {
@@ -106,8 +114,9 @@ impl Pool {
         &self.shards[(usize::from(last) ^ usize::from(addr.port())) % SHARDS]
     }
 
-    /// A connection that leads there.
-    pub(super) fn take(&self, target: Target) -> Option<Connection> {
+    /// A connection that leads there. Who `looks_closely` asks the system, too, which may know of an end of which this
+    /// process has not been told yet.
+    pub(super) fn take(&self, target: Target, looks_closely: bool) -> Option<Connection> {
         let now = Instant::now();
         // They are closed after the lock is free.
         let mut over = Vec::new();
@@ -115,7 +124,7 @@ impl Pool {
         let kept = shard.get_mut(&target)?;
         while let Some(last) = kept.pop() {
             self.count.fetch_sub(1, Ordering::Relaxed);
-            if last.is_open(now) {
+            if last.is_open(now) && (!looks_closely || is_alive(&last.connection.socket)) {
                 return Some(last.connection);
             }
             over.push(last);
