@@ -15,6 +15,15 @@ use super::request_state::RequestState;
 use super::requests::is_ending;
 use crate::pingora::shorten_error;
 
+/// Whether it is known that the backend has read nothing: its connection was over before anything could be sent.
+pub(super) fn is_unread(state: &RequestState, error: &Error) -> bool {
+    let is_over = matches!(
+        error.etype(),
+        ErrorType::WriteError | ErrorType::ReadError | ErrorType::ConnectionClosed
+    );
+    state.is_unsent() && is_over && error.esource() == &ErrorSource::Upstream
+}
+
 /// Whether it is a read of the backend that its connection has ended, because the backend was silent for too long.
 fn is_late(error: &Error, state: &RequestState) -> bool {
     let is_unanswered = state.exchange.as_ref().is_some_and(|it| it.is_unanswered());

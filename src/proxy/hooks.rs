@@ -160,7 +160,8 @@ impl ProxyHttp for ClusterProxy {
         let mut peer = group.next_peer(session, state).await?;
         let has_body = !session.is_body_empty();
         let connections = self.connections.as_ref();
-        state.exchange = connections.and_then(|it| it.carry(&mut peer, has_body));
+        state.exchange =
+            connections.and_then(|it| it.carry(&mut peer, session.req_header(), has_body));
         Ok(peer)
     }
 

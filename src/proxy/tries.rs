@@ -11,6 +11,7 @@ use http::{HeaderMap, StatusCode, Version};
 use tracing::{debug, warn};
 
 use super::client::TrustedProxies;
+use super::failed::is_unread;
 use super::failed_try::{is_ended_by_backend, is_local, may_be_of_address, retried_status};
 use super::group::GroupProxy;
 use super::grpc::Call;
@@ -380,8 +381,7 @@ impl GroupProxy {
         let is_reused = state.is_reused(client_reused);
         let mut failed = FailedTry::of(session, &error, is_reused, &state.sent_so_far());
         failed.is_from_backend &= !had_little_time(state, &error);
-        failed.is_unread |=
-            is_reused && state.is_unsent() && failed.is_from_backend && !failed.is_timeout;
+        failed.is_unread |= is_reused && is_unread(state, &error);
         // That a probe is late is no surprise.
         let on_timeout = self.retries.on_timeout || state.is_probe();
         let rules = RetryRules::new(state.most_retries).on_timeout(on_timeout);

@@ -166,28 +166,29 @@ async fn idle_connections_that_the_backend_has_closed_are_not_left_half_open() {
     let listener = TcpListener::bind((local(), 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let fields = "timeouts: { pool_idle_ms: 60000 }";
-    let accepted = tokio::spawn(async move {
-        // Those that the balancer is waited for with, and the one that is meant.
-        loop {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            let mut read = [0; 4_096];
-            while let Ok(count @ 1..) = stream.read(&mut read).await {
-                let text = String::from_utf8_lossy(&read[..count]).into_owned();
-                stream.write_all(&ok(&text)).await.unwrap();
-                if text.contains("/last") {
-                    return stream;
+    let (last, mut of_last) = tokio::sync::mpsc::channel(1);
+    let _serving = tokio::spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let last = last.clone();
+            connections.spawn(async move {
+                let mut read = [0; 4_096];
+                while let Ok(count @ 1..) = stream.read(&mut read).await {
+                    let text = String::from_utf8_lossy(&read[..count]).into_owned();
+                    stream.write_all(&ok(&text)).await.unwrap();
+                    if text.contains("/last") {
+                        last.send(stream).await.unwrap();
+                        return;
+                    }
                 }
-            }
+            });
         }
     });
     let balancer = in_front_of_port(port, "half-open", fields).await;
     let mut client = Raw::to(&balancer).await;
     client.send(b"GET /last HTTP/1.1\r\nHost: a\r\n\r\n").await;
     assert_eq!(status(&client.response().await), "200");
-    let mut backend = tokio::time::timeout(DEADLINE, accepted)
-        .await
-        .unwrap()
-        .unwrap();
+    let mut backend = of_last.recv().await.unwrap();
     backend.shutdown().await.unwrap();
     assert!(is_closed_within(&mut backend, Duration::from_secs(5)).await);
 }
@@ -196,14 +197,14 @@ async fn idle_connections_that_the_backend_has_closed_are_not_left_half_open() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_upload_may_take_longer_than_a_backend_may_be_silent() {
     let backend = RawBackend::start(ok).await;
-    let fields = "timeouts: { response_ms: 1000, client_body_ms: 5000 }";
+    let fields = "timeouts: { response_ms: 2000, client_body_ms: 5000 }";
     let balancer = in_front_of(&backend, "slow-upload", fields).await;
-    for framing in ["Content-Length: 12", "Transfer-Encoding: chunked"] {
+    for framing in ["Content-Length: 20", "Transfer-Encoding: chunked"] {
         let is_chunked = framing.contains("chunked");
         let mut client = Raw::to(&balancer).await;
         let head = format!("POST / HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n");
         client.send(head.as_bytes()).await;
-        for _ in 0..12 {
+        for _ in 0..20 {
             tokio::time::sleep(Duration::from_millis(250)).await;
             client
                 .send(if is_chunked { b"1\r\nx\r\n" } else { b"x" })
@@ -227,12 +228,12 @@ async fn a_tunnel_lives_while_one_side_writes() {
         false => ok(request),
     })
     .await;
-    let balancer = in_front_of(&backend, "one-way", "timeouts: { tunnel_ms: 1000 }").await;
+    let balancer = in_front_of(&backend, "one-way", "timeouts: { tunnel_ms: 2000 }").await;
     let mut client = Raw::to(&balancer).await;
     let fields = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
                   Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n";
     assert_eq!(status(&client.get(fields).await), "101");
-    for _ in 0..12 {
+    for _ in 0..20 {
         client.send(b"a frame").await;
         assert!(!is_closed_within(&mut client.0, Duration::from_millis(250)).await);
     }

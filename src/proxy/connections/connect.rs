@@ -20,8 +20,7 @@ impl L4Connect for Exchange {
         let other = || Error::explain(ErrorType::InternalError, reason);
         let exchange = self.itself().ok_or_else(other)?;
         let target = self.target(*addr.as_inet().ok_or_else(other)?);
-        // What has a body mostly cannot be sent again.
-        let kept = self.pool().take(target, self.has_body());
+        let kept = self.pool().take(target, !self.sent().is_idempotent);
         self.begins(kept.is_some());
         let connection = match kept {
             Some(connection) => connection,

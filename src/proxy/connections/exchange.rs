@@ -11,10 +11,29 @@ use super::pool::{Pool, Target};
 #[derive(Debug)]
 pub(super) struct Times {
     pub(super) connect: Option<Duration>,
-    /// A silence of the backend while a response is waited for.
+    /// A silence of the backend: since the last part of the request that it has taken, or of the response.
     pub(super) silence: Option<Duration>,
     /// How long the connection may be idle afterwards.
     pub(super) idle: Duration,
+}
+
+/// What follows the head of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Body {
+    /// Nothing.
+    None,
+    /// A body as long as the head says.
+    Sized,
+    /// Chunks. Pingora writes each of them in three parts, and flushes after it.
+    Chunked,
+}
+
+/// What matters of a request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sent {
+    pub(super) body: Body,
+    /// It may be sent again, whatever has become of it.
+    pub(super) is_idempotent: bool,
 }
 
 /// One try of a request on a connection, as the proxy, Pingora and the connection know it.
@@ -23,8 +42,8 @@ pub(super) struct Times {
 /// both messages are complete, neither end has said that it closes, nothing came that nobody asked for. If so, it reads
 /// once more from it, for its own pool, to see whether it is quiet. Only if the proxy has said before that the response
 /// is complete, that read tells that the connection is free: Pingora learns that it is over, drops it, and it goes to
-/// the list. Should Pingora decide in another way one day, connections are closed: none is used that is not free, and none
-/// stays in Pingora's pool, where they would have no names of their own.
+/// the list. Should Pingora decide in another way one day, connections are closed: none is used that is not free. Nor does
+/// Pingora use one that comes into its own pool: it asks the system where a connection leads, and these have no descriptor.
 #[derive(Debug)]
 pub(in crate::proxy) struct Exchange {
     itself: Weak<Self>,
@@ -32,7 +51,7 @@ pub(in crate::proxy) struct Exchange {
     /// What keeps connections to one address apart.
     group_key: u64,
     times: Times,
-    has_body: bool,
+    sent: Sent,
     is_unanswered: AtomicBool,
     is_reused: AtomicBool,
     has_written: AtomicBool,
@@ -40,13 +59,13 @@ pub(in crate::proxy) struct Exchange {
 }
 
 impl Exchange {
-    pub(super) fn new(pool: Arc<Pool>, group_key: u64, times: Times, has_body: bool) -> Arc<Self> {
+    pub(super) fn new(pool: Arc<Pool>, group_key: u64, times: Times, sent: Sent) -> Arc<Self> {
         Arc::new_cyclic(|itself| Self {
             itself: itself.clone(),
             pool,
             group_key,
             times,
-            has_body,
+            sent,
             is_unanswered: AtomicBool::new(false),
             is_reused: AtomicBool::new(false),
             has_written: AtomicBool::new(false),
@@ -87,8 +106,8 @@ impl Exchange {
         self.is_complete.load(Ordering::Relaxed)
     }
 
-    pub(super) fn has_body(&self) -> bool {
-        self.has_body
+    pub(super) fn sent(&self) -> Sent {
+        self.sent
     }
 
     pub(super) fn pool(&self) -> &Arc<Pool> {
@@ -99,7 +118,7 @@ impl Exchange {
         &self.times
     }
 
-    pub(super) fn is_late(&self) {
+    pub(super) fn times_out(&self) {
         self.is_unanswered.store(true, Ordering::Relaxed);
     }
 

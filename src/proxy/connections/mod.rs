@@ -15,11 +15,13 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::pingora::http::RequestHeader;
 use ::pingora::server::configuration::ServerConf;
 use ::pingora::upstreams::peer::{HttpPeer, Peer};
 
 pub(super) use exchange::Exchange;
-use exchange::Times;
+use exchange::{Body, Sent, Times};
+use http::header::CONTENT_LENGTH;
 use pool::Pool;
 
 /// The connections of a proxy.
@@ -42,7 +44,12 @@ impl Connections {
 
     /// Lets a request use these connections, if its peer speaks HTTP/1 without TLS. `has_body` means that a body follows
     /// its head.
-    pub(super) fn carry(&self, peer: &mut HttpPeer, has_body: bool) -> Option<Arc<Exchange>> {
+    pub(super) fn carry(
+        &self,
+        peer: &mut HttpPeer,
+        request: &RequestHeader,
+        has_body: bool,
+    ) -> Option<Arc<Exchange>> {
         let is_plain = !peer.tls() && peer.options.alpn.get_max_http_version() == 1;
         let idle = peer.options.idle_timeout.filter(|_| is_plain)?;
         // Pingora would move what it begins, and set a timer for each of these.
@@ -53,7 +60,15 @@ impl Connections {
         };
         // Pingora keeps none of them.
         peer.options.idle_timeout = Some(Duration::ZERO);
-        let exchange = Exchange::new(self.0.clone(), peer.group_key, times, has_body);
+        let sent = Sent {
+            body: match request.headers.contains_key(CONTENT_LENGTH) {
+                _ if !has_body => Body::None,
+                true => Body::Sized,
+                false => Body::Chunked,
+            },
+            is_idempotent: request.method.is_idempotent(),
+        };
+        let exchange = Exchange::new(self.0.clone(), peer.group_key, times, sent);
         peer.options.custom_l4 = Some(exchange.clone());
         Some(exchange)
     }

@@ -73,8 +73,8 @@ impl Idle {
     }
 }
 
-/// The one that has been idle for the longest time.
-fn take_oldest(shard: &mut Shard) -> Option<Idle> {
+/// The one that ends first.
+fn take_first(shard: &mut Shard) -> Option<Idle> {
     let lists = shard.values_mut();
     let lists = lists.filter_map(|kept| Some((kept.first()?.until, kept)));
     let (_, kept) = lists.min_by_key(|(until, _)| *until)?;
@@ -118,19 +118,25 @@ impl Pool {
     /// process has not been told yet.
     pub(super) fn take(&self, target: Target, looks_closely: bool) -> Option<Connection> {
         let now = Instant::now();
-        // They are closed after the lock is free.
-        let mut over = Vec::new();
-        let mut shard = lock(self.shard(target));
-        let kept = shard.get_mut(&target)?;
-        while let Some(last) = kept.pop() {
+        loop {
+            let last = lock(self.shard(target)).get_mut(&target)?.pop()?;
             self.count.fetch_sub(1, Ordering::Relaxed);
             if last.is_open(now) && (!looks_closely || is_alive(&last.connection.socket)) {
                 return Some(last.connection);
             }
-            over.push(last);
         }
-        drop(shard);
-        None
+    }
+
+    /// Makes room for one more, which counts already. `false` if there is none.
+    fn make_room(&self) -> bool {
+        let more = |count| (count < self.most).then_some(count + 1);
+        let counted = self
+            .count
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        // Those of the next moment are taken from another shard.
+        let first = fastrand::usize(..SHARDS);
+        let mut shards = self.shards.iter().cycle().skip(first).take(SHARDS);
+        counted.is_ok() || shards.any(|shard| take_first(&mut lock(shard)).is_some())
     }
 
     /// Keeps a connection for this time, if need be instead of another one.
@@ -147,17 +153,10 @@ impl Pool {
             connection.deadline = Deadline::default();
         }
         let until = Instant::now() + idle;
-        let mut shard = lock(self.shard(target));
-        // Dropped after the lock is free.
-        let mut _oldest = None;
-        if self.count.load(Ordering::Relaxed) < self.most {
-            self.count.fetch_add(1, Ordering::Relaxed);
-        } else {
-            _oldest = take_oldest(&mut shard);
-            if _oldest.is_none() {
-                return;
-            }
+        if !self.make_room() {
+            return;
         }
+        let mut shard = lock(self.shard(target));
         let kept = shard.entry(target).or_default();
         kept.push(Idle { connection, until });
         drop(shard);

@@ -11,7 +11,7 @@ use ::pingora::protocols::l4::virt::{VirtualSockOpt, VirtualSocket};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
-use super::exchange::Exchange;
+use super::exchange::{Body, Exchange};
 use super::pool::{Connection, Target};
 use crate::proxy::deadline::timed_out;
 
@@ -26,12 +26,12 @@ enum Hold {
     /// The head, when it comes.
     Head,
     /// Pingora takes the head for sent. The first part of the body mostly is at hand, and leaves with it, in one system
-    /// call and one packet.
+    /// call.
     UntilBody,
     /// The response is waited for. If the body does not come by the next look at it, the head leaves alone.
     UntilNextPoll,
-    /// Parts of the body, as those of a chunk, until Pingora has given all of them, or waits for the response.
-    Parts,
+    /// The parts of a chunk, until Pingora flushes.
+    Chunk,
 }
 
 /// A connection while a request uses it.
@@ -50,9 +50,9 @@ pub(super) struct BackendStream {
 
 impl BackendStream {
     pub(super) fn new(connection: Connection, target: Target, exchange: Arc<Exchange>) -> Self {
-        let hold = match exchange.has_body() {
-            true => Hold::Head,
-            false => Hold::No,
+        let hold = match exchange.sent().body {
+            Body::None => Hold::No,
+            Body::Sized | Body::Chunked => Hold::Head,
         };
         Self {
             connection: Some(connection),
@@ -62,6 +62,14 @@ impl BackendStream {
             hold,
             held: Vec::new(),
             is_free: false,
+        }
+    }
+
+    /// What is held when the head has left, or leaves with what follows.
+    fn after_head(&self) -> Hold {
+        match self.exchange.sent().body {
+            Body::None | Body::Sized => Hold::No,
+            Body::Chunked => Hold::Chunk,
         }
     }
 
@@ -109,8 +117,8 @@ impl BackendStream {
                 context.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            Hold::UntilNextPoll => self.hold = Hold::Parts,
-            Hold::No | Hold::Head | Hold::Parts => {}
+            Hold::UntilNextPoll => self.hold = self.after_head(),
+            Hold::No | Hold::Head | Hold::Chunk => {}
         }
         if self.held.is_empty() {
             return Poll::Ready(None);
@@ -129,7 +137,7 @@ impl BackendStream {
         };
         let since = *self.silent_since.get_or_insert_with(Instant::now);
         ready!(connection.deadline.poll(since + silence, context));
-        self.exchange.is_late();
+        self.exchange.times_out();
         Poll::Ready(Err(timed_out("the backend did not answer in time")))
     }
 }
@@ -142,17 +150,19 @@ impl AsyncRead for BackendStream {
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         this.is_free = false;
-        let failed = match this.poll_write_first(context) {
+        let written = this.poll_write_first(context);
+        let failed = match written {
+            // What there is to read is no response to it.
+            Poll::Ready(Some(error)) if this.exchange.is_unsent() => {
+                return Poll::Ready(Err(error));
+            }
+            Poll::Pending if this.exchange.is_unsent() => return this.poll_silence(context),
+            // A backend may answer before it has read all, or instead of that.
             Poll::Ready(failed) => failed,
-            Poll::Pending => return this.poll_silence(context),
+            Poll::Pending => None,
         };
         let Some(connection) = &mut this.connection else {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
-        };
-        let failed = match failed {
-            // What there is to read is no response to it.
-            Some(error) if this.exchange.is_unsent() => return Poll::Ready(Err(error)),
-            failed => failed,
         };
         let before = buffer.filled().len();
         let read = Pin::new(&mut connection.socket).poll_read(context, buffer);
@@ -183,8 +193,8 @@ impl AsyncWrite for BackendStream {
         let this = self.get_mut();
         this.is_free = false;
         match this.hold {
-            Hold::UntilBody | Hold::UntilNextPoll => this.hold = Hold::Parts,
-            Hold::No | Hold::Head | Hold::Parts => {}
+            Hold::UntilBody | Hold::UntilNextPoll => this.hold = this.after_head(),
+            Hold::No | Hold::Head | Hold::Chunk => {}
         }
         if this.hold != Hold::No && this.held.len() + bytes.len() <= MOST_HELD {
             this.held.extend_from_slice(bytes);
@@ -198,10 +208,13 @@ impl AsyncWrite for BackendStream {
         if this.hold == Hold::Head {
             this.hold = match this.held.is_empty() {
                 // It was too large.
-                true => Hold::Parts,
+                true => this.after_head(),
                 false => Hold::UntilBody,
             };
             return Poll::Ready(Ok(()));
+        }
+        if matches!(this.hold, Hold::UntilBody | Hold::UntilNextPoll) {
+            this.hold = this.after_head();
         }
         // The socket itself holds nothing.
         this.poll_write_held(context, &[]).map_ok(|_| ())

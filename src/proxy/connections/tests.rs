@@ -26,15 +26,15 @@ impl World {
         }
     }
 
-    async fn connect(&self, times: Times, has_body: bool) -> (Stream, Arc<Exchange>) {
-        let exchange = Exchange::new(self.pool.clone(), 7, times, has_body);
+    async fn connect(&self, times: Times, body: Body) -> (Stream, Arc<Exchange>) {
+        let exchange = Exchange::new(self.pool.clone(), 7, times, sent(body));
         let addr = self.listener.local_addr().unwrap().into();
         (exchange.connect(&addr).await.unwrap(), exchange)
     }
 
     /// A request without a body on a connection, which is then dropped.
     async fn exchange(&self, end: End) -> Arc<Exchange> {
-        let (mut stream, exchange) = self.connect(times(), false).await;
+        let (mut stream, exchange) = self.connect(times(), Body::None).await;
         stream.write_all(HEAD).await.unwrap();
         if end != End::BeforeResponse {
             exchange.completes();
@@ -77,6 +77,13 @@ enum End {
     Shutdown,
 }
 
+fn sent(body: Body) -> Sent {
+    Sent {
+        body,
+        is_idempotent: true,
+    }
+}
+
 fn times() -> Times {
     Times {
         connect: Some(Duration::from_secs(5)),
@@ -112,7 +119,7 @@ async fn what_the_backend_has_closed_or_written_to_is_not_used() {
             Some(says) => backend.write_all(says).await.unwrap(),
             None => drop(backend),
         }
-        // Until it has arrived. Nobody but the task that looks after the pool takes it out.
+        // Until it has arrived: the task that looks after the pool takes it out.
         tokio::time::timeout(Duration::from_secs(5), async {
             while world.pool.count() > 0 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
@@ -122,6 +129,23 @@ async fn what_the_backend_has_closed_or_written_to_is_not_used() {
         .unwrap();
         assert!(!world.exchange(End::Untouched).await.is_reused());
     }
+}
+
+/// Also before the task has looked.
+#[tokio::test]
+async fn what_is_over_is_not_taken() {
+    let world = World::new(10).await;
+    let minute = Duration::from_secs(60);
+    let connection = world.new_connection().await;
+    drop(world.accept().await);
+    connection.socket.readable().await.unwrap();
+    world.pool.put(world.target(), connection, minute);
+    assert!(world.pool.take(world.target(), false).is_none());
+    let connection = world.new_connection().await;
+    let moment = Duration::from_nanos(1);
+    world.pool.put(world.target(), connection, moment);
+    assert!(world.pool.take(world.target(), false).is_none());
+    assert_eq!(world.pool.count(), 0);
 }
 
 /// Tokio learns of an end when it looks for events: here it has no time for that.
@@ -147,8 +171,13 @@ async fn a_request_that_cannot_be_repeated_does_not_meet_an_end_that_the_system_
 async fn a_connection_is_kept_for_its_time() {
     let world = World::new(10).await;
     let target = world.target();
-    for (milliseconds, kept) in [(0, 0), (20, 1), (60_000, 2)] {
-        let connection = world.new_connection().await;
+    let mut connections = Vec::new();
+    for _ in 0..3 {
+        connections.push(world.new_connection().await);
+    }
+    // Nobody looks in between.
+    let times = [(0, 0), (20, 1), (60_000, 2)];
+    for (connection, (milliseconds, kept)) in connections.into_iter().zip(times) {
         let idle = Duration::from_millis(milliseconds);
         world.pool.put(target, connection, idle);
         assert_eq!(world.pool.count(), kept);
@@ -165,7 +194,7 @@ async fn a_connection_is_kept_for_its_time() {
 }
 
 #[tokio::test]
-async fn the_one_that_was_used_last_comes_first_and_the_oldest_makes_room() {
+async fn the_one_that_was_used_last_comes_first_and_the_one_that_ends_first_makes_room() {
     let minute = Duration::from_secs(60);
     let world = World::new(3).await;
     let target = world.target();
@@ -179,6 +208,13 @@ async fn the_one_that_was_used_last_comes_first_and_the_oldest_makes_room() {
     let taken = std::iter::from_fn(|| world.pool.take(target, false));
     let taken: Vec<_> = taken.map(|it| it.socket.local_addr().unwrap()).collect();
     assert_eq!(taken, [ports[4], ports[3], ports[2]]);
+    // Whatever backend it is of.
+    let other = World::new(3).await;
+    for _ in 0..5 {
+        let connection = other.new_connection().await;
+        world.pool.put(other.target(), connection, minute);
+    }
+    assert_eq!(world.pool.count(), 3);
     let none = World::new(0).await;
     let connection = none.new_connection().await;
     none.pool.put(target, connection, minute);
@@ -204,7 +240,7 @@ async fn a_connection_to_a_former_process_is_not_used() {
 #[tokio::test]
 async fn a_head_leaves_with_its_body() {
     let world = World::new(10).await;
-    let (mut stream, exchange) = world.connect(times(), true).await;
+    let (mut stream, exchange) = world.connect(times(), Body::Sized).await;
     let mut backend = world.accept().await;
     stream.write_all(HEAD).await.unwrap();
     stream.flush().await.unwrap();
@@ -223,7 +259,7 @@ async fn a_head_without_a_body_at_hand_leaves_alone() {
     let world = World::new(10).await;
     let long = vec![b'x'; 20_000];
     for head in [HEAD, &long] {
-        let (mut stream, exchange) = world.connect(times(), true).await;
+        let (mut stream, exchange) = world.connect(times(), Body::Sized).await;
         let mut backend = world.accept().await;
         stream.write_all(head).await.unwrap();
         stream.flush().await.unwrap();
@@ -239,69 +275,105 @@ async fn a_head_without_a_body_at_hand_leaves_alone() {
     }
 }
 
-/// What Pingora writes in parts, as a chunk, is gathered until it flushes or waits.
+/// What Pingora writes in three parts is one write, up to a size.
 #[tokio::test]
-async fn parts_of_a_body_leave_together() {
+async fn the_parts_of_a_chunk_leave_together() {
     let world = World::new(10).await;
     let large = vec![b'x'; 40_000];
-    for (data, reads) in [(&b"data"[..], 1), (&large, 2)] {
-        let (mut stream, _) = world.connect(times(), true).await;
+    for data in [&b"data"[..], &large] {
+        let (mut stream, _) = world.connect(times(), Body::Chunked).await;
         let mut backend = world.accept().await;
-        let mut whole = Vec::new();
-        for part in [HEAD, b"9C40\r\n", data, b"\r\n"] {
-            stream.write_all(part).await.unwrap();
-            whole.extend_from_slice(part);
-            if part == HEAD {
-                stream.flush().await.unwrap();
-            }
-        }
+        let (mut read, mut whole) = (vec![0; 100_000], Vec::new());
+        // The first chunk leaves with the head.
+        stream.write_all(HEAD).await.unwrap();
         stream.flush().await.unwrap();
-        let (mut read, mut count) = (vec![0; 100_000], 0);
-        for _ in 0..reads {
-            // The rest is there, but the buffer of the system may give it in two parts.
-            count += backend.read(&mut read[count..]).await.unwrap();
+        whole.extend_from_slice(HEAD);
+        for _ in 0..2 {
+            for part in [b"9C40\r\n", data, b"\r\n"] {
+                stream.write_all(part).await.unwrap();
+                whole.extend_from_slice(part);
+            }
+            stream.flush().await.unwrap();
+            let (mut count, mut reads) = (0, 0);
+            while count < whole.len() {
+                let more = backend.read(&mut read[count..]);
+                let more = tokio::time::timeout(Duration::from_secs(5), more).await;
+                count += more.unwrap().unwrap();
+                reads += 1;
+            }
+            assert_eq!(read[..count], whole);
+            assert!(reads == 1 || data.len() > 20_000, "{reads}");
+            whole.clear();
         }
-        assert_eq!(read[..count], whole[..count]);
-        assert!(count == whole.len() || data.len() > 20_000, "{count}");
-        // A part that is not the last one is not flushed: it leaves when the response is waited for.
-        stream.write_all(BODY).await.unwrap();
-        let mut answer = [0; 2];
-        let (answered, heard) = tokio::join!(stream.read_exact(&mut answer), async {
-            let mut rest = vec![0; whole.len() - count + BODY.len()];
-            backend.read_exact(&mut rest).await.unwrap();
-            assert!(rest.ends_with(BODY));
-            backend.write_all(b"ok").await
-        });
-        assert!(answered.is_ok() && heard.is_ok());
     }
 }
 
+/// What is shorter than a body that has a length is written at once, so that a backend sees an upload as it comes.
 #[tokio::test]
-async fn a_silence_ends_after_its_time_and_each_byte_begins_it_anew() {
+async fn parts_of_a_body_with_a_length_do_not_wait() {
     let world = World::new(10).await;
-    let within = |silence| Times {
-        silence: Some(Duration::from_millis(silence)),
+    let (mut stream, _) = world.connect(times(), Body::Sized).await;
+    let mut backend = world.accept().await;
+    let mut read = [0; 100];
+    for part in [HEAD, BODY, b"more"] {
+        stream.write_all(part).await.unwrap();
+        if part == HEAD {
+            stream.flush().await.unwrap();
+            continue;
+        }
+        let count = tokio::time::timeout(Duration::from_secs(5), backend.read(&mut read));
+        let count = count.await.unwrap().unwrap();
+        assert!(read[..count].ends_with(part));
+    }
+}
+
+/// A backend may answer instead of reading all: that is not lost while a write waits in vain.
+#[tokio::test]
+async fn a_response_is_read_while_the_request_cannot_be_written() {
+    let world = World::new(10).await;
+    let (mut stream, exchange) = world.connect(times(), Body::Chunked).await;
+    let mut backend = world.accept().await;
+    stream.write_all(HEAD).await.unwrap();
+    stream.flush().await.unwrap();
+    let large = vec![b'x'; 20_000_000];
+    let written = tokio::time::timeout(Duration::from_millis(200), stream.write_all(&large));
+    assert!(written.await.is_err(), "nobody reads");
+    // What is short waits until the response is asked for.
+    stream.write_all(BODY).await.unwrap();
+    backend.write_all(b"ok").await.unwrap();
+    let mut answer = [0; 2];
+    let read = tokio::time::timeout(Duration::from_secs(3), stream.read_exact(&mut answer));
+    assert_eq!(read.await.unwrap().unwrap(), 2);
+    assert!(!exchange.is_unsent() && !exchange.is_unanswered());
+}
+
+#[tokio::test]
+async fn a_silence_ends_after_its_time_and_what_is_read_or_written_begins_it_anew() {
+    let world = World::new(10).await;
+    let silence = Duration::from_secs(1);
+    let times = Times {
+        silence: Some(silence),
         ..times()
     };
-    let (mut stream, exchange) = world.connect(within(200), false).await;
+    let (mut stream, exchange) = world.connect(times, Body::None).await;
     let mut backend = world.accept().await;
-    for _ in 0..5 {
+    let start = std::time::Instant::now();
+    while start.elapsed() < 2 * silence {
         let (read, ()) = tokio::join!(stream.read_u8(), async {
-            tokio::time::sleep(Duration::from_millis(80)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
             backend.write_u8(7).await.unwrap();
         });
         assert_eq!(read.unwrap(), 7);
     }
-    // So does what is written.
-    for _ in 0..5 {
-        let read = tokio::time::timeout(Duration::from_millis(80), stream.read_u8());
+    while start.elapsed() < 4 * silence {
+        let read = tokio::time::timeout(Duration::from_millis(50), stream.read_u8());
         assert!(read.await.is_err());
         stream.write_all(b"a part").await.unwrap();
     }
     let start = std::time::Instant::now();
     let error = stream.read_u8().await.unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
-    assert!(exchange.is_unanswered() && start.elapsed() >= Duration::from_millis(190));
+    assert!(exchange.is_unanswered() && start.elapsed() >= silence);
 }
 
 #[tokio::test]
@@ -309,7 +381,7 @@ async fn a_connection_that_cannot_be_made_is_an_error_of_pingora() {
     let world = World::new(10).await;
     let addr = world.listener.local_addr().unwrap();
     drop(world.listener);
-    let exchange = Exchange::new(world.pool, 7, times(), false);
+    let exchange = Exchange::new(world.pool, 7, times(), sent(Body::None));
     let error = exchange.connect(&addr.into()).await.unwrap_err();
     assert_eq!(error.etype(), &::pingora::ErrorType::ConnectRefused);
 }
@@ -346,13 +418,27 @@ fn only_plain_http_1_is_carried() {
         peer.options.read_timeout = Some(Duration::from_secs(1));
         peer
     };
+    let post = RequestHeader::build("POST", b"/", None).unwrap();
+    let mut sized = RequestHeader::build("PUT", b"/", None).unwrap();
+    sized.insert_header(CONTENT_LENGTH, "4").unwrap();
     let mut plain = peer(false);
-    assert!(connections.carry(&mut plain, false).is_some());
+    for (request, has_body, body, is_idempotent) in [
+        (&post, false, Body::None, false),
+        (&post, true, Body::Chunked, false),
+        (&sized, true, Body::Sized, true),
+    ] {
+        plain = peer(false);
+        let sent = connections
+            .carry(&mut plain, request, has_body)
+            .unwrap()
+            .sent();
+        assert_eq!((sent.body, sent.is_idempotent), (body, is_idempotent));
+    }
     assert!(plain.options.custom_l4.is_some() && plain.options.read_timeout.is_none());
     let (mut tls, mut h2) = (peer(true), peer(false));
     h2.options.set_http_version(2, 2);
     for peer in [&mut tls, &mut h2] {
-        assert!(connections.carry(peer, false).is_none());
+        assert!(connections.carry(peer, &post, false).is_none());
         assert!(peer.options.custom_l4.is_none() && peer.options.read_timeout.is_some());
     }
 }
