@@ -81,6 +81,7 @@ fn cluster(server: &mut Server, text: &str, has_front: bool) {
     let balancer = BalancerService::new(config.discovery().unwrap(), config.balancer().unwrap());
     let balancer = background_service("balancer", balancer);
     let proxy = ClusterProxy::try_new(balancer.task(), &config).unwrap();
+    let proxy = proxy.keep_connections(&server.configuration);
     let mut proxy = http_proxy_service(&server.configuration, proxy);
     proxy.add_tcp(&argument("--listen").expect("an address"));
     let balancer = server.add_service(balancer);

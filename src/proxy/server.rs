@@ -15,7 +15,6 @@ use ::pingora::services::listening::Service;
 use super::access_log::{AccessLog, AccessLogStatistics};
 use super::client_settings::{front_settings, server_options};
 use super::cluster_proxy::ClusterProxy;
-use super::connections::Connections;
 use super::front::{Front, FrontListener, FrontStatistics, TellRefused};
 use super::listener::RequiredListener;
 use super::reload::Reloader;
@@ -161,10 +160,9 @@ fn listener_at(address: &str) -> ListenerConfig {
 
 pub(super) fn made(
     server: &Arc<ServerConf>,
-    mut proxy: ClusterProxy,
+    proxy: ClusterProxy,
 ) -> Result<HttpProxy<ClusterProxy>, ClusterError> {
-    proxy.connections = Connections::new(server);
-    connecting(|| http_proxy(server, proxy))
+    connecting(|| http_proxy(server, proxy.keep_connections(server)))
 }
 
 fn connecting<T>(make: impl FnOnce() -> T) -> Result<T, ClusterError> {
