@@ -360,6 +360,18 @@ fn the_part_of_pingora_is_strict_too() {
     let own = format!("upstream_keepalive_pool_size: 7\n{MINIMAL}");
     let conf = server_conf(&own, "file.yaml").unwrap();
     assert_eq!(conf.upstream_keepalive_pool_size, 7);
+    // One thread has nobody to share its work with; what the file says holds.
+    for (threads, says, shares) in [
+        ("2", "", true),
+        ("1", "", false),
+        ("1", "work_stealing: true\n", true),
+        ("2", "work_stealing: false\n", false),
+    ] {
+        let text = MINIMAL.replace("threads: 2", &format!("threads: {threads}"));
+        let conf = server_conf(&format!("{says}{text}"), "file.yaml").unwrap();
+        assert_eq!(conf.threads.to_string(), threads);
+        assert_eq!(conf.work_stealing, shares, "{threads} {says}");
+    }
     let error = server_conf(
         &format!("runtime_enable_alt_timer: true\n{MINIMAL}"),
         "file.yaml",

@@ -16,7 +16,7 @@ use crate::opaque::opaque_debug;
 use crate::proxy::deadline::Deadline;
 use crate::sync::lock;
 
-/// After which time connections that are over are looked for. Nobody gets one of them in between.
+/// How often connections that are over are looked for. Nobody gets one of them in between.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Backends share their locks with few others.
 const SHARDS: usize = 16;
@@ -133,10 +133,17 @@ impl Pool {
         let counted = self
             .count
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        // Those of the next moment are taken from another shard.
+        if counted.is_ok() {
+            return true;
+        }
+        // The next one comes from another shard.
         let first = fastrand::usize(..SHARDS);
         let mut shards = self.shards.iter().cycle().skip(first).take(SHARDS);
-        counted.is_ok() || shards.any(|shard| take_first(&mut lock(shard)).is_some())
+        // It is closed after the lock is free.
+        shards.any(|shard| {
+            let given_up = take_first(&mut lock(shard));
+            given_up.is_some()
+        })
     }
 
     /// Keeps a connection for this time, if need be instead of another one.
