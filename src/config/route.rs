@@ -56,8 +56,8 @@ pub struct Route {
     pub leader: bool,
     /// How often a request is tried on another backend. Default: as the group. Range: 0 to 2.
     pub retries: Option<usize>,
-    /// Only [`request_ms`](BackendTimeouts::request_ms), [`response_ms`](BackendTimeouts::response_ms) and
-    /// [`tunnel_ms`](BackendTimeouts::tunnel_ms). Default: as the group.
+    /// Only [`request_ms`](BackendTimeouts::request_ms), [`response_ms`](BackendTimeouts::response_ms),
+    /// [`read_ms`](BackendTimeouts::read_ms) and [`tunnel_ms`](BackendTimeouts::tunnel_ms). Default: as the group.
     pub timeouts: BackendTimeouts,
     /// What the backend gets instead of the request's path and host.
     pub rewrite: Rewrite,

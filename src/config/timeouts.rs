@@ -37,9 +37,13 @@ pub struct Timeouts {
     pub connect_ms: u64,
     /// For the TLS handshake with a backend, once it is connected. Default: 1,000. Range: 1 to 60,000.
     pub handshake_ms: u64,
-    /// From one part of a response to the next, and until a backend has read a part of a request; also
-    /// until a response begins, with a WebSocket too. Then 504. Default: 60,000. Range: 1 to 3,600,000.
+    /// Until a response begins, with a WebSocket too, and until a backend has read a part of a request. Then 504.
+    /// Default: 60,000. Range: 1 to 3,600,000.
     pub response_ms: u64,
+    /// From one part of a response to the next; then it breaks off. Where the client speaks HTTP/2, and the backend HTTP/2
+    /// or TLS, the longer one of this and `response_ms` holds for both, because Pingora has one time for them. Default: as
+    /// `response_ms`. Range: 1 to 3,600,000.
+    pub read_ms: Option<u64>,
     /// How long a connection to a backend may be unused, unless the backend says in `Keep-Alive:
     /// timeout=N` that it closes it earlier. Shorter than the 5 s after which many servers close it,
     /// because a request that meets the closing may be lost. Default: 4,000. Range: 1,000 to
@@ -68,6 +72,7 @@ impl Default for Timeouts {
             connect_ms: 1_500,
             handshake_ms: 1_000,
             response_ms: 60_000,
+            read_ms: None,
             pool_idle_ms: 4_000,
             tcp_user_timeout_ms: 30_000,
             request_ms: 0,
@@ -94,6 +99,9 @@ impl Timeouts {
         check("connect_ms", self.connect_ms, 1..=60_000)?;
         check("handshake_ms", self.handshake_ms, 1..=60_000)?;
         check("response_ms", self.response_ms, 1..=3_600_000)?;
+        if let Some(read) = self.read_ms {
+            check("read_ms", read, 1..=3_600_000)?;
+        }
         check("pool_idle_ms", self.pool_idle_ms, 1_000..=3_600_000)?;
         check(
             "tcp_user_timeout_ms",
@@ -116,6 +124,7 @@ pub struct BackendTimeouts {
     pub connect_ms: Option<u64>,
     pub handshake_ms: Option<u64>,
     pub response_ms: Option<u64>,
+    pub read_ms: Option<u64>,
     pub pool_idle_ms: Option<u64>,
     pub tcp_user_timeout_ms: Option<u64>,
     pub request_ms: Option<u64>,
@@ -137,5 +146,6 @@ impl BackendTimeouts {
             tcp_user_timeout_ms,
             request_ms
         );
+        timeouts.read_ms = self.read_ms.or(timeouts.read_ms);
     }
 }

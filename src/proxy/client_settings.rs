@@ -12,6 +12,8 @@ use crate::config::ClusterConfig;
 pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
     let mut options = HttpServerOptions::default();
     options.h2c = config.clients.h2c;
+    // Otherwise Pingora refuses it without a hook, and there is no line for it. `RequestLimits` refuses it.
+    options.allow_connect_method_proxying = true;
     options.h2_idle_timeout = Some(Duration::from_millis(config.timeouts.client_idle_ms));
     options.keepalive_request_limit = match config.clients.requests_per_connection {
         0 => None,

@@ -113,7 +113,7 @@ impl ProxyHttp for ClusterProxy {
         if let Some(route) = &context.route {
             route.apply_to(state);
         }
-        state.limit_body();
+        state.limit_time();
         let found = group.enter(session, state).await?;
         let Err(reason) = found else {
             state.is_found = true;
@@ -158,10 +158,11 @@ impl ProxyHttp for ClusterProxy {
         };
         let state = &mut context.state;
         let mut peer = group.next_peer(session, state).await?;
+        let waits = state.waits(context.routing.limits.client_body(state));
         let has_body = !session.is_body_empty();
         let connections = self.connections.as_ref();
         state.exchange =
-            connections.and_then(|it| it.carry(&mut peer, session.req_header(), has_body));
+            connections.and_then(|it| it.carry(&mut peer, session.req_header(), has_body, waits));
         Ok(peer)
     }
 

@@ -27,6 +27,8 @@ const MOST_HINTS: usize = 10_000;
 pub(super) struct Peers {
     connect: Duration,
     response: Duration,
+    /// As `response` if it is not given.
+    read: Option<Duration>,
     tunnel: Duration,
     pool_idle: Duration,
     keepalive: TcpKeepalive,
@@ -54,10 +56,40 @@ pub(super) struct Asked {
     pub(super) left: Option<Duration>,
     /// The same for a silence of the backend.
     pub(super) left_to_answer: Option<Duration>,
-    /// Instead of the group's time.
+    /// Instead of the group's times.
+    pub(super) times: BackendTimes,
+}
+
+/// How long a backend may be silent, where a route has its own times.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct BackendTimes {
     pub(super) response: Option<Duration>,
-    /// Instead of the group's time.
+    pub(super) read: Option<Duration>,
     pub(super) tunnel: Option<Duration>,
+}
+
+/// How long the backend of a try may be silent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Silence {
+    /// Until its response begins.
+    pub(super) response: Duration,
+    /// From one part of it to the next.
+    pub(super) read: Duration,
+}
+
+impl Silence {
+    /// The same at any time.
+    pub(super) const fn of(time: Duration) -> Self {
+        Self {
+            response: time,
+            read: time,
+        }
+    }
+
+    /// Where there is one time only.
+    pub(super) fn longest(&self) -> Duration {
+        self.response.max(self.read)
+    }
 }
 
 impl Peers {
@@ -79,6 +111,7 @@ impl Peers {
             tls,
             connect: milliseconds(timeouts.connect_ms),
             response: milliseconds(timeouts.response_ms),
+            read: timeouts.read_ms.map(milliseconds),
             tunnel: milliseconds(timeouts.tunnel_ms),
             pool_idle: milliseconds(timeouts.pool_idle_ms),
             keepalive: keepalive(milliseconds(timeouts.tcp_user_timeout_ms)),
@@ -106,12 +139,15 @@ impl Peers {
         !self.protocol_of(node).0.is_http2()
     }
 
-    /// How long a backend may take to answer.
-    pub(super) fn response(&self, asked: &Asked) -> Duration {
-        let response = asked.response.unwrap_or(self.response);
-        asked
-            .left_to_answer
-            .map_or(response, |left| response.min(left))
+    /// How long a backend may be silent, unless that is a tunnel.
+    pub(super) fn silence(&self, asked: &Asked) -> Silence {
+        let within = |time: Duration| asked.left_to_answer.map_or(time, |left| time.min(left));
+        let response = asked.times.response.unwrap_or(self.response);
+        let read = asked.times.read.or(self.read).unwrap_or(response);
+        Silence {
+            response: within(response),
+            read: within(read),
+        }
     }
 
     /// A peer at this address. The error is why the node cannot be spoken to.
@@ -168,21 +204,19 @@ impl Peers {
         };
         options.connection_timeout = within(connect);
         options.total_connection_timeout = within(total);
+        let silence = self.silence(&asked);
+        let tunnel = asked.times.tunnel.unwrap_or(self.tunnel);
         // The same time-outs hold for the tunnel that such a request becomes.
         let response = Some(match (is_upgrade, asked.is_open) {
-            (true, _) => asked.tunnel.unwrap_or(self.tunnel),
-            (false, true) => {
-                let tunnel = asked.tunnel.unwrap_or(self.tunnel);
-                asked.left_to_answer.map_or(tunnel, |left| tunnel.min(left))
-            }
-            (false, false) => self.response(&asked),
+            (true, _) => tunnel,
+            (false, true) => asked.left_to_answer.map_or(tunnel, |left| tunnel.min(left)),
+            (false, false) => silence.longest(),
         });
         options.read_timeout = response;
         // A short request finds room in the socket's buffer: a timer would cost more than it is worth.
-        options.write_timeout = match asked.is_open {
-            // A part of the request that it does not take has no other time.
-            true => Some(self.response(&asked)),
-            false => response.filter(|_| !is_short || is_upgrade),
+        options.write_timeout = match is_upgrade {
+            true => Some(tunnel),
+            false => (!is_short).then_some(silence.response),
         };
         let hint = self.hints.load().get(&addr).copied();
         options.idle_timeout = Some(hint.unwrap_or(self.pool_idle));

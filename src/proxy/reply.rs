@@ -36,6 +36,13 @@ pub(super) fn refused(code: u16, reason: &'static str) -> Box<Error> {
 
 /// The response to a client that did not send its request in time; `None` if that is not the reason.
 pub(super) fn timed_out(context: &RequestState, error: &Error) -> Option<Reply<'static>> {
+    if context.take_unanswered() {
+        // Before there was a backend to wait for.
+        return Some(Reply {
+            code: 504,
+            reason: "the request took too long",
+        });
+    }
     let connection = context.connection.as_ref();
     let by_front =
         connection.is_some_and(|connection| connection.ended() == Some(Ended::ReadTimeout));
@@ -61,7 +68,7 @@ pub(super) fn is_slow_upload(context: &RequestState, error: &Error) -> bool {
 /// Whether a backend had less than its time after the last byte of a request. Over HTTP/2 Pingora counts the time from
 /// the head of the request on, so that little of it may be left after a long upload.
 pub(super) fn had_little_time(context: &RequestState, error: &Error) -> bool {
-    let is_early = || context.sent.elapsed() < context.response_within * 9 / 10;
+    let is_early = || context.sent.elapsed() < context.silence_now() * 9 / 10;
     is_late(error) && (!context.is_complete || is_early())
 }
 
@@ -193,6 +200,7 @@ impl Reply<'_> {
 mod tests {
     use std::time::{Duration, Instant};
 
+    use super::super::peers::Silence;
     use super::*;
 
     #[test]
@@ -219,7 +227,7 @@ mod tests {
     #[test]
     fn a_backend_has_its_time_after_the_last_byte_of_a_request() {
         let mut state = RequestState::new();
-        state.response_within = Duration::from_secs(10);
+        state.silence = Silence::of(Duration::from_secs(10));
         let late = Error::new_up(ErrorType::ReadTimedout);
         let ago = |seconds| {
             Instant::now()

@@ -8,11 +8,12 @@ use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use http::StatusCode;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::connections::Exchange;
+use super::connections::{Exchange, Waits};
 use super::failed_try::{MAX_STALE_CONNECTIONS, Sent};
 use super::front::{Connection, OpenStream, Phase};
 use super::grpc::Call;
 use super::outcome::{Outcome, outcome};
+use super::peers::{BackendTimes, Silence};
 use super::shutdown::Hold;
 use super::spans::Span;
 use super::unserved::Unserved;
@@ -33,10 +34,9 @@ pub(super) struct RequestState {
     /// How long the request may take in all; `None` for any time.
     pub(super) timeout: Option<Duration>,
     /// Instead of the group's times.
-    pub(super) response_timeout: Option<Duration>,
-    pub(super) tunnel_timeout: Option<Duration>,
+    pub(super) times: BackendTimes,
     /// How long the current backend may be silent.
-    pub(super) response_within: Duration,
+    pub(super) silence: Silence,
     /// How often it may be tried on another backend.
     pub(super) most_retries: usize,
     /// The client's connection, if its listener has a front and it has one request at a time: over
@@ -123,9 +123,8 @@ impl RequestState {
         Self {
             started: now,
             timeout: None,
-            response_timeout: None,
-            tunnel_timeout: None,
-            response_within: Duration::ZERO,
+            times: BackendTimes::default(),
+            silence: Silence::default(),
             most_retries: 0,
             connection: None,
             stream: None,
@@ -245,20 +244,23 @@ impl RequestState {
     pub(super) fn completes(&mut self) {
         self.is_complete = true;
         self.awaits_answer();
+        if let Some(exchange) = &self.exchange {
+            exchange.request_completes();
+        }
         if let Some(connection) = &self.connection {
             connection.enter(Phase::Answer);
         }
     }
 
-    /// The request has as much time as it may take in all. From the head on, the front keeps the time for its body.
-    pub(super) fn limit_body(&self) {
-        if let Some(connection) = self.connection.as_ref().filter(|_| !self.is_complete) {
+    /// The request has as much time as it may take in all, which the front keeps where a client has one request at a time.
+    pub(super) fn limit_time(&self) {
+        if let Some(connection) = &self.connection {
             let left = |timeout: Duration| timeout.saturating_sub(self.started.elapsed());
-            connection.expect_body(self.timeout.map(left));
+            connection.expect_end(self.timeout.map(left));
         }
     }
 
-    /// The connection, if the front keeps the time of a silent backend. Pingora has the same one for a silent tunnel, and
+    /// The connection, if the front keeps the time of a silent backend. Pingora has one time, also for a silent tunnel, and
     /// over HTTP/2 counts it from the head of the request on.
     fn timed_by_front(&self) -> Option<&Connection> {
         self.connection
@@ -277,7 +279,18 @@ impl RequestState {
     /// From now on the backend is waited for.
     pub(super) fn awaits_answer(&self) {
         if let Some(connection) = self.timed_by_front() {
-            connection.expect_answer(Some(self.response_within));
+            connection.expect_answer(Some(self.silence_now()));
+        }
+    }
+
+    /// The head of the final response is there.
+    pub(super) fn answer_begins(&mut self, now: Instant) {
+        self.answered = Some(now.saturating_duration_since(self.sent));
+        if let Some(exchange) = &self.exchange {
+            exchange.answer_begins();
+        }
+        if let Some(connection) = self.timed_by_front() {
+            connection.expect_answer(Some(self.silence.read));
         }
     }
 
@@ -290,7 +303,7 @@ impl RequestState {
 
     /// Whether a backend was silent for too long, since this was last asked.
     pub(super) fn take_unanswered(&self) -> bool {
-        let connection = self.timed_by_front();
+        let connection = self.connection.as_deref();
         connection.is_some_and(Connection::take_unanswered)
     }
 
@@ -358,6 +371,19 @@ impl RequestState {
         Ok(Some(left))
     }
 
+    /// How long this try may wait; for the rest of its body as long as this, if it is given.
+    pub(super) fn waits(&self, client_body: Option<Duration>) -> Waits {
+        let end = self.timeout.and_then(|it| self.started.checked_add(it));
+        Waits {
+            // A tunnel may be silent for longer.
+            silence: (!self.is_upgrade).then_some(self.silence),
+            client_body,
+            end_by: end
+                .filter(|_| !self.is_upgrade)
+                .map(tokio::time::Instant::from_std),
+        }
+    }
+
     /// How long a backend may be silent for the sake of the request; `None` for any time. A client that allows next to
     /// nothing ends the request itself: Pingora uses no connection of HTTP/2 any more on which this time was over.
     pub(super) fn silence_left(&self) -> Option<Duration> {
@@ -389,6 +415,14 @@ impl RequestState {
     pub(super) fn has_time_of_client(&self) -> bool {
         let (ours, of_client) = self.times();
         of_client < ours
+    }
+
+    /// How long its backend may be silent now.
+    pub(super) fn silence_now(&self) -> Duration {
+        match self.answered {
+            None => self.silence.response,
+            Some(_) => self.silence.read,
+        }
     }
 
     /// The time that the request may take by the configuration, and by its client.

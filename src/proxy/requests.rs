@@ -7,7 +7,7 @@ use ::pingora::proxy::Session;
 use ::pingora::{Error, ErrorType, Result};
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TRANSFER_ENCODING, UPGRADE};
-use http::{HeaderMap, HeaderName, HeaderValue, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
 
 use super::ends_with_head;
 use super::front::{Connection, Phase};
@@ -142,6 +142,7 @@ pub(super) struct RequestLimits {
     head_bytes: usize,
     headers: usize,
     body_bytes: u64,
+    client_body: Duration,
     client_write: Duration,
     client_drain: Duration,
     upgrade: Upgrade,
@@ -157,9 +158,15 @@ impl RequestLimits {
             body_bytes: clients.body_bytes,
             upgrade: clients.upgrade,
             half_closed: clients.half_closed,
+            client_body: Duration::from_millis(config.timeouts.client_body_ms),
             client_write: Duration::from_millis(config.timeouts.client_write_ms),
             client_drain: Duration::from_millis(config.timeouts.client_drain_ms),
         }
+    }
+
+    /// How long the client may send nothing of a request over HTTP/2. Over HTTP/1 the front keeps that time.
+    pub(super) fn client_body(&self, state: &RequestState) -> Option<Duration> {
+        (state.connection.is_none() && !state.is_complete).then_some(self.client_body)
     }
 
     /// For how long the rest of a request is read that nobody wants.
@@ -201,7 +208,7 @@ impl RequestLimits {
         }
         // The front keeps the time.
         session.set_read_timeout(None);
-        connection.expect_body(None);
+        connection.expect_end(None);
         connection.expect_answer(None);
         connection.enter(match context.is_complete {
             true => Phase::Answer,
@@ -211,9 +218,15 @@ impl RequestLimits {
         context.connection = Some(connection);
     }
 
-    /// Refuses a head that is too large, and a body that says it is.
+    /// Refuses a request for a tunnel to anywhere, a head that is too large, and a body that says it is.
     pub(super) fn check_head(&self, session: &Session, context: &mut RequestState) -> Result<()> {
         let headers = &session.req_header().headers;
+        if session.req_header().method == Method::CONNECT {
+            if let Some(connection) = Connection::of(session) {
+                connection.statistics().count_bad_request();
+            }
+            return Err(refused(405, "this proxy makes no tunnels"));
+        }
         let count = headers.len();
         // The separators and the end of a line are four bytes.
         let bytes = |name: &str, value: &[u8]| name.len() + value.len() + 4;

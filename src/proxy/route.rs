@@ -19,6 +19,7 @@ use super::conditions::{Conditions, host_of};
 use super::group::{GroupProxy, some_time};
 use super::header_changes::HeaderChanges;
 use super::mirror::Mirror;
+use super::peers::BackendTimes;
 use super::request_state::RequestState;
 use crate::config;
 
@@ -32,8 +33,7 @@ pub(super) struct Route {
     retries: Option<usize>,
     /// `Some(None)` is any time.
     request_timeout: Option<Option<Duration>>,
-    response_timeout: Option<Duration>,
-    tunnel_timeout: Option<Duration>,
+    times: BackendTimes,
     rewrite: config::Rewrite,
     request_headers: HeaderChanges,
     response_headers: HeaderChanges,
@@ -120,8 +120,11 @@ impl Route {
             is_for_leader: config.leader,
             retries: config.retries,
             request_timeout: config.timeouts.request_ms.map(some_time),
-            response_timeout: config.timeouts.response_ms.and_then(some_time),
-            tunnel_timeout: config.timeouts.tunnel_ms.and_then(some_time),
+            times: BackendTimes {
+                response: config.timeouts.response_ms.and_then(some_time),
+                read: config.timeouts.read_ms.and_then(some_time),
+                tunnel: config.timeouts.tunnel_ms.and_then(some_time),
+            },
             rewrite: config.rewrite.clone(),
             request_headers: HeaderChanges::new(&config.request_headers),
             response_headers: HeaderChanges::new(&config.response_headers),
@@ -185,8 +188,7 @@ impl Route {
         state.is_for_leader |= self.is_for_leader;
         state.most_retries = self.retries.unwrap_or(state.most_retries);
         state.timeout = self.request_timeout.unwrap_or(state.timeout);
-        state.response_timeout = self.response_timeout;
-        state.tunnel_timeout = self.tunnel_timeout;
+        state.times = self.times;
     }
 
     /// Changes what the backend gets.

@@ -89,7 +89,7 @@ impl GroupProxy {
             let asked = self.asked_of(&node, session, state, left).await;
             let reason = match self.peers.peer(addr, &node, asked) {
                 Ok(peer) => {
-                    state.response_within = self.peers.response(&asked);
+                    state.silence = self.peers.silence(&asked);
                     return Ok(peer);
                 }
                 Err(reason) => reason,
@@ -114,17 +114,19 @@ impl GroupProxy {
         let is_open = !state.is_complete
             && !self.peers.passes_upgrades(node)
             && !is_at_hand(session, state).await;
-        state.front_keeps_time(state.is_upgrade || is_open);
-        Asked {
+        let asked = Asked {
             is_upgrade: state.is_upgrade,
             is_short: state.is_short,
             is_plain: state.is_plain,
             is_open,
             left,
             left_to_answer: state.silence_left(),
-            response: state.response_timeout,
-            tunnel: state.tunnel_timeout,
-        }
+            times: state.times,
+        };
+        let silence = self.peers.silence(&asked);
+        let has_one_time = silence.response == silence.read;
+        state.front_keeps_time(state.is_upgrade || is_open || !has_one_time);
+        asked
     }
 
     /// Takes notice of a response. An error means that it is not passed on.
@@ -173,7 +175,7 @@ impl GroupProxy {
             upstream.begins_to_answer();
         }
         let now = Instant::now();
-        state.answered = Some(now.saturating_duration_since(state.sent));
+        state.answer_begins(now);
         let closes_after = change_response_fields(response, |headers| {
             if let Some(reports) = &self.load_reports {
                 for name in reports.take(headers, state.upstream.as_ref(), now) {

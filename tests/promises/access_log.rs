@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::common::etcd::Etcd;
 use super::common::load::client;
 use super::common::{free_port, group};
-use super::raw::{Raw, RawBackend, in_front_of, ok, status};
+use super::raw::{Raw, RawBackend, http_2, in_front_of, ok, status};
 use super::world::{Balancer, Setup, entry, put, scratch, until};
 
 /// A balancer with this access log in front of backends at these ports.
@@ -122,7 +122,7 @@ async fn a_request_that_is_none_has_a_line_too() {
         (
             b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n",
             405,
-            "cannot be served",
+            "no tunnels",
         ),
     ] {
         let before = lines(&file).len();
@@ -134,13 +134,29 @@ async fn a_request_that_is_none_has_a_line_too() {
         let line: Value = serde_json::from_str(&written[before]).unwrap();
         assert_eq!(line["status"], expected, "{line}");
         assert_eq!(line["client"], "127.0.0.1", "{line}");
-        assert_eq!((&line["method"], &line["tls"]), (&json!(""), &json!(false)));
+        let method = if expected == 405 { "CONNECT" } else { "" };
+        assert_eq!(
+            (&line["method"], &line["tls"]),
+            (&json!(method), &json!(false))
+        );
         let error = line["error"].as_str().unwrap();
         assert!(error.contains(reason), "{line}");
         // The first one has waited for half a second.
         let waited = line["duration_ms"].as_f64().unwrap();
         assert!(expected != 408 || waited >= 500.0, "{line}");
     }
+    // Over HTTP/2 such a request has no path.
+    let before = lines(&file).len();
+    let connect = http::Request::builder().method("CONNECT").uri("a.test:443");
+    let connect = connect.body(()).unwrap();
+    let (response, _) = http_2(&balancer).await.send_request(connect, true).unwrap();
+    assert_eq!(response.await.unwrap().status(), 405);
+    let written = until_lines(&file, before + 1).await;
+    let line: Value = serde_json::from_str(&written[before]).unwrap();
+    assert_eq!(
+        (&line["method"], &line["status"]),
+        (&json!("CONNECT"), &json!(405))
+    );
     // Who connects and asks for nothing has none.
     let before = lines(&file).len();
     drop(Raw::to(&balancer).await);
@@ -210,23 +226,14 @@ async fn what_has_failed_has_a_line_whatever_its_status_is() {
 
     // A call that the proxy cannot pass on.
     let (balancer, file) = before(&[], "unserved", log, "").await;
-    let stream = tokio::net::TcpStream::connect(&balancer.listen)
-        .await
-        .unwrap();
-    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
-    tokio::spawn(connection);
+    let mut sender = http_2(&balancer).await;
     let given = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let request = http::Request::post("http://a/echo.Echo/One")
         .header("content-type", "application/grpc")
         .header("traceparent", given)
         .body(())
         .unwrap();
-    let (response, _) = sender
-        .ready()
-        .await
-        .unwrap()
-        .send_request(request, true)
-        .unwrap();
+    let (response, _) = sender.send_request(request, true).unwrap();
     assert_eq!(response.await.unwrap().headers()["grpc-status"], "14");
     let read = until_lines(&file, 1).await;
     let line: Value = serde_json::from_str(&read[0]).unwrap();

@@ -55,4 +55,5 @@ mod subset;
 mod table;
 mod tls;
 mod uploads;
+mod waits;
 mod world;

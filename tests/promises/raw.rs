@@ -289,6 +289,14 @@ pub async fn http_2_backend(after: Duration) -> (u16, JoinSet<()>) {
     (port, serving)
 }
 
+/// A connection of HTTP/2 to the balancer.
+pub async fn http_2(balancer: &Balancer) -> h2::client::SendRequest<bytes::Bytes> {
+    let stream = TcpStream::connect(&balancer.listen).await;
+    let (sender, connection) = h2::client::handshake(stream.unwrap()).await.unwrap();
+    tokio::spawn(connection);
+    sender.ready().await.unwrap()
+}
+
 pub fn ok(_: &str) -> Vec<u8> {
     b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n".to_vec()
 }

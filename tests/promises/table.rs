@@ -596,6 +596,10 @@ const FIELDS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "timeouts.read_ms",
+        &["promises::waits::a_response_has_a_time_to_begin_and_another_one_to_go_on"],
+    ),
+    (
         "timeouts.pool_idle_ms",
         &[
             "promises::clients::idle_connections_to_backends_end_before_the_backend_ends_them",
@@ -609,7 +613,10 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     (
         "timeouts.request_ms",
-        &["promises::clients::a_request_has_a_time_for_all_of_it"],
+        &[
+            "promises::clients::a_request_has_a_time_for_all_of_it",
+            "promises::waits::a_request_ends_with_its_time_though_its_backend_has_just_sent_something",
+        ],
     ),
     (
         "timeouts.handshake_ms",

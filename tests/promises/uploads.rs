@@ -7,21 +7,13 @@ use super::common::load::client;
 use super::common::{free_port, group};
 use super::echo::{EchoClient, EchoServer};
 use super::raw::{
-    Raw, RawBackend, http_2_backend, in_front_of, in_front_of_http_2, ok, read_head, status,
+    Raw, RawBackend, http_2, http_2_backend, in_front_of, in_front_of_http_2, ok, read_head, status,
 };
 use super::world::{Balancer, Setup, entry, put, scratch, until};
 use serde_json::{Value, json};
 
 const SECOND: Duration = Duration::from_secs(1);
 const PART: Duration = Duration::from_millis(100);
-
-/// A connection of HTTP/2 to the balancer.
-async fn http_2(balancer: &Balancer) -> h2::client::SendRequest<bytes::Bytes> {
-    let stream = tokio::net::TcpStream::connect(&balancer.listen).await;
-    let (sender, connection) = h2::client::handshake(stream.unwrap()).await.unwrap();
-    tokio::spawn(connection);
-    sender.ready().await.unwrap()
-}
 
 /// Sends a body of so many parts, one after the other, in a request of HTTP/1: its response, and how long it took after
 /// the last part.

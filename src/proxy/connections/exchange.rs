@@ -5,16 +5,31 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::pool::{Pool, Target};
+use crate::proxy::peers::Silence;
 
 /// How long things may take; `None` for any time.
 #[derive(Debug)]
 pub(super) struct Times {
     pub(super) connect: Option<Duration>,
-    /// A silence of the backend: since the last part of the request that it has taken, or of the response.
-    pub(super) silence: Option<Duration>,
+    pub(super) silence: Silence,
+    pub(super) waits: Waits,
     /// How long the connection may be idle afterwards.
     pub(super) idle: Duration,
+}
+
+/// How long a request waits.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in crate::proxy) struct Waits {
+    /// For its backend: since the last part of the request that it has taken, or of the response. `None` for what the peer
+    /// says.
+    pub(in crate::proxy) silence: Option<Silence>,
+    /// The same while the rest of the request is waited for, if nobody else keeps that time.
+    pub(in crate::proxy) client_body: Option<Duration>,
+    /// In all, with all of its tries.
+    pub(in crate::proxy) end_by: Option<Instant>,
 }
 
 /// What follows the head of a request.
@@ -55,6 +70,8 @@ pub(in crate::proxy) struct Exchange {
     is_unanswered: AtomicBool,
     is_reused: AtomicBool,
     has_written: AtomicBool,
+    is_request_complete: AtomicBool,
+    is_answering: AtomicBool,
     is_complete: AtomicBool,
 }
 
@@ -69,6 +86,8 @@ impl Exchange {
             is_unanswered: AtomicBool::new(false),
             is_reused: AtomicBool::new(false),
             has_written: AtomicBool::new(false),
+            is_request_complete: AtomicBool::new(false),
+            is_answering: AtomicBool::new(false),
             is_complete: AtomicBool::new(false),
         })
     }
@@ -97,6 +116,30 @@ impl Exchange {
         self.has_written.store(true, Ordering::Relaxed);
     }
 
+    /// All of the request has been received.
+    pub(in crate::proxy) fn request_completes(&self) {
+        self.is_request_complete.store(true, Ordering::Relaxed);
+    }
+
+    /// The head of the final response has been read.
+    pub(in crate::proxy) fn answer_begins(&self) {
+        self.is_answering.store(true, Ordering::Relaxed);
+    }
+
+    /// Until when to wait, if nothing has been read or written since then.
+    pub(super) fn wait_until(&self, since: Instant) -> Instant {
+        let times = &self.times;
+        let silence = match self.is_answering.load(Ordering::Relaxed) {
+            false => times.silence.response,
+            true => times.silence.read,
+        };
+        let is_request_complete = self.is_request_complete.load(Ordering::Relaxed);
+        let client_body = times.waits.client_body.filter(|_| !is_request_complete);
+        let within = client_body.map_or(silence, |client_body| client_body.min(silence));
+        let until = since + within;
+        times.waits.end_by.map_or(until, |end_by| end_by.min(until))
+    }
+
     /// The final response has been read from its head to its end, and the connection is no tunnel.
     pub(in crate::proxy) fn completes(&self) {
         self.is_complete.store(true, Ordering::Relaxed);
@@ -118,11 +161,12 @@ impl Exchange {
         &self.times
     }
 
+    /// The time for what was waited for is over.
     pub(super) fn times_out(&self) {
         self.is_unanswered.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the backend was silent for too long.
+    /// Whether that has happened.
     pub(in crate::proxy) fn is_unanswered(&self) -> bool {
         self.is_unanswered.load(Ordering::Relaxed)
     }

@@ -19,10 +19,12 @@ use ::pingora::http::RequestHeader;
 use ::pingora::server::configuration::ServerConf;
 use ::pingora::upstreams::peer::{HttpPeer, Peer};
 
-pub(super) use exchange::Exchange;
 use exchange::{Body, Sent, Times};
+pub(super) use exchange::{Exchange, Waits};
 use http::header::CONTENT_LENGTH;
 use pool::Pool;
+
+use super::peers::Silence;
 
 /// The connections of a proxy.
 pub(super) struct Connections(Arc<Pool>);
@@ -49,13 +51,16 @@ impl Connections {
         peer: &mut HttpPeer,
         request: &RequestHeader,
         has_body: bool,
+        waits: Waits,
     ) -> Option<Arc<Exchange>> {
         let is_plain = !peer.tls() && peer.options.alpn.get_max_http_version() == 1;
         let idle = peer.options.idle_timeout.filter(|_| is_plain)?;
+        let silence = peer.options.read_timeout.take()?;
         // Pingora would move what it begins, and set a timer for each of these.
         let times = Times {
             connect: peer.options.total_connection_timeout.take(),
-            silence: peer.options.read_timeout.take(),
+            silence: waits.silence.unwrap_or(Silence::of(silence)),
+            waits,
             idle,
         };
         // Pingora keeps none of them.

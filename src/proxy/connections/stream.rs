@@ -129,14 +129,12 @@ impl BackendStream {
 
     /// What comes of a read that finds nothing.
     fn poll_silence(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Some(silence) = self.exchange.times().silence else {
-            return Poll::Pending;
-        };
         let Some(connection) = &mut self.connection else {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         };
         let since = *self.silent_since.get_or_insert_with(Instant::now);
-        ready!(connection.deadline.poll(since + silence, context));
+        let until = self.exchange.wait_until(since);
+        ready!(connection.deadline.poll(until, context));
         self.exchange.times_out();
         Poll::Ready(Err(timed_out("the backend did not answer in time")))
     }

@@ -87,7 +87,8 @@ fn sent(body: Body) -> Sent {
 fn times() -> Times {
     Times {
         connect: Some(Duration::from_secs(5)),
-        silence: Some(Duration::from_secs(5)),
+        silence: Silence::of(Duration::from_secs(5)),
+        waits: Waits::default(),
         idle: Duration::from_secs(60),
     }
 }
@@ -352,7 +353,7 @@ async fn a_silence_ends_after_its_time_and_what_is_read_or_written_begins_it_ane
     let world = World::new(10).await;
     let silence = Duration::from_secs(1);
     let times = Times {
-        silence: Some(silence),
+        silence: Silence::of(silence),
         ..times()
     };
     let (mut stream, exchange) = world.connect(times, Body::None).await;
@@ -429,7 +430,7 @@ fn only_plain_http_1_is_carried() {
     ] {
         plain = peer(false);
         let sent = connections
-            .carry(&mut plain, request, has_body)
+            .carry(&mut plain, request, has_body, Waits::default())
             .unwrap()
             .sent();
         assert_eq!((sent.body, sent.is_idempotent), (body, is_idempotent));
@@ -438,7 +439,41 @@ fn only_plain_http_1_is_carried() {
     let (mut tls, mut h2) = (peer(true), peer(false));
     h2.options.set_http_version(2, 2);
     for peer in [&mut tls, &mut h2] {
-        assert!(connections.carry(peer, &post, false).is_none());
+        assert!(
+            connections
+                .carry(peer, &post, false, Waits::default())
+                .is_none()
+        );
         assert!(peer.options.custom_l4.is_none() && peer.options.read_timeout.is_some());
     }
+}
+
+#[test]
+fn each_wait_has_its_time() {
+    let pool = || Arc::new(Pool::new(10, true));
+    let start = tokio::time::Instant::now();
+    let seconds = |seconds| Duration::from_secs(seconds);
+    let waits = Waits {
+        client_body: Some(seconds(10)),
+        end_by: Some(start + seconds(100)),
+        ..Waits::default()
+    };
+    let times = || Times {
+        silence: Silence {
+            response: seconds(20),
+            read: seconds(40),
+        },
+        waits,
+        ..times()
+    };
+    let exchange = Exchange::new(pool(), 7, times(), sent(Body::Chunked));
+    let until = || exchange.wait_until(start) - start;
+    assert_eq!(until(), seconds(10));
+    exchange.request_completes();
+    assert_eq!(until(), seconds(20));
+    exchange.answer_begins();
+    assert_eq!(until(), seconds(40));
+    // None of them is longer than the request.
+    let later = start + seconds(90);
+    assert_eq!(exchange.wait_until(later) - start, seconds(100));
 }

@@ -87,9 +87,9 @@ pub(crate) struct Connection {
     port: OnceLock<HeaderValue>,
     statistics: Arc<FrontStatistics>,
     accepted: Instant,
-    /// Until when the body of the request is to be there, whatever its parts take: in microseconds after the connection
-    /// was accepted, 0 for any time.
-    body_by: AtomicU64,
+    /// Until when the request is to be over, whatever its parts take: in microseconds after the connection was accepted,
+    /// 0 for any time.
+    end_by: AtomicU64,
     /// How long a backend may be silent, where Pingora cannot keep that time, and since when it is; in microseconds,
     /// as above.
     answer_within: AtomicU64,
@@ -180,7 +180,7 @@ impl Connection {
             ended: AtomicU8::new(0),
             ends_writing: AtomicBool::new(false),
             accepted: Instant::now(),
-            body_by: AtomicU64::new(0),
+            end_by: AtomicU64::new(0),
             answer_within: AtomicU64::new(0),
             answer_since: AtomicU64::new(0),
             is_unanswered: AtomicBool::new(false),
@@ -288,14 +288,14 @@ impl Connection {
         self.accepted.elapsed()
     }
 
-    /// The body of the request has to be there within this time from now on, if it is given.
-    pub(crate) fn expect_body(&self, within: Option<Duration>) {
+    /// The request has to be over within this time from now on, if it is given.
+    pub(crate) fn expect_end(&self, within: Option<Duration>) {
         let by = within.map(|within| self.elapsed().saturating_add(within));
-        self.body_by.store(by.map_or(0, micros), Ordering::Relaxed);
+        self.end_by.store(by.map_or(0, micros), Ordering::Relaxed);
     }
 
-    pub(super) fn body_by(&self) -> Option<Instant> {
-        match self.body_by.load(Ordering::Relaxed) {
+    pub(super) fn end_by(&self) -> Option<Instant> {
+        match self.end_by.load(Ordering::Relaxed) {
             0 => None,
             by => self.accepted.checked_add(Duration::from_micros(by)),
         }

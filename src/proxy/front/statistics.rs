@@ -104,8 +104,8 @@ impl FrontStatistics {
         });
     }
 
-    /// Counts a response that Pingora gives by itself.
-    pub(super) fn count_bad_request(&self) {
+    /// Counts a request that is none, or must not be proxied.
+    pub(crate) fn count_bad_request(&self) {
         add(&self.bad_requests);
     }
 

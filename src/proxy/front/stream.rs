@@ -165,12 +165,15 @@ impl ClientStream {
             Phase::Drain => timeouts.client_drain,
             // Over HTTP/2 all the time, without any: Pingora ends a connection that has no requests.
             Phase::Answer if self.is_http2 => return self.connection.drain_by(),
-            Phase::Answer | Phase::Expect => return self.connection.answer_by(),
+            Phase::Answer | Phase::Expect => {
+                let (answer, end) = (self.connection.answer_by(), self.connection.end_by());
+                return answer.into_iter().chain(end).min();
+            }
         };
         let since = *self.since.get_or_insert_with(Instant::now);
         let is_body = phase == Phase::Body;
-        let body_by = is_body.then(|| self.connection.body_by()).flatten();
-        since.checked_add(within).into_iter().chain(body_by).min()
+        let end_by = is_body.then(|| self.connection.end_by()).flatten();
+        since.checked_add(within).into_iter().chain(end_by).min()
     }
 
     /// Gives up reading, with an answer to an HTTP/1 client that has begun a request.

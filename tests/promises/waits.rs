@@ -1,0 +1,202 @@
+//! Tests of how long a backend, and a request in all, may take: each time by itself, whoever speaks which version of HTTP.
+
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::http::Uri;
+use axum::response::Response;
+use reqwest::StatusCode;
+use serde_json::json;
+use tokio::task::JoinSet;
+
+use super::common::etcd::Etcd;
+use super::common::{group, local};
+use super::raw::{Raw, RawBackend, http_2, in_front_of, ok, status};
+use super::world::{Balancer, Setup, entry, put, until};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Sends a first part, and the second one after this time.
+fn in_parts(pause: Duration) -> Response {
+    let (sender, parts) = tokio::sync::mpsc::channel::<Result<Bytes, std::io::Error>>(2);
+    tokio::spawn(async move {
+        let _ = sender.send(Ok("one".into())).await;
+        tokio::time::sleep(pause).await;
+        let _ = sender.send(Ok("two".into())).await;
+        if pause > SECOND {
+            // Then it hangs.
+            std::future::pending::<()>().await;
+        }
+    });
+    let parts = tokio_stream::wrappers::ReceiverStream::new(parts);
+    Response::new(Body::from_stream(parts))
+}
+
+/// A backend that speaks HTTP/1 and HTTP/2: its response to `/late` begins after a second, that to `/parts` goes on after a
+/// second, and that to `/more` after 1.6 seconds, and has no end.
+async fn backend() -> (u16, JoinSet<()>) {
+    let answer = async |uri: Uri| match uri.path() {
+        "/late" => {
+            tokio::time::sleep(SECOND).await;
+            Response::new(Body::from("late"))
+        }
+        "/parts" => in_parts(SECOND),
+        "/more" => in_parts(SECOND * 8 / 5),
+        _ => Response::new(Body::from("ok")),
+    };
+    let listener = tokio::net::TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut serving = JoinSet::new();
+    let app = axum::Router::new().fallback(answer);
+    serving.spawn(async move { axum::serve(listener, app).await.unwrap() });
+    (port, serving)
+}
+
+async fn before(port: u16, name: &str, fields: &str) -> Balancer {
+    let (etcd, group) = (Etcd::shared(), group(name));
+    let entry = entry("a", Some(port), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let balancer = Setup::shared(&group).with(fields).start();
+    until("it serves", async || balancer.get().await == "a").await;
+    balancer
+}
+
+/// A client of HTTP/1, and one of HTTP/2.
+fn clients() -> [reqwest::Client; 2] {
+    let builder = || reqwest::Client::builder().no_proxy();
+    let over_2 = builder().http2_prior_knowledge();
+    [builder().build().unwrap(), over_2.build().unwrap()]
+}
+
+/// The status, what comes of the body, whether all of it came, and how long that took.
+async fn get(
+    client: &reqwest::Client,
+    balancer: &Balancer,
+    path: &str,
+) -> (StatusCode, String, bool, Duration) {
+    let start = Instant::now();
+    let request = client.get(format!("{}{path}", balancer.url)).send();
+    let mut response = request.await.unwrap();
+    let mut body = Vec::new();
+    let is_whole = loop {
+        match response.chunk().await {
+            Ok(Some(part)) => body.extend_from_slice(&part),
+            Ok(None) => break true,
+            Err(_) => break false,
+        }
+    };
+    let text = String::from_utf8(body).unwrap();
+    (response.status(), text, is_whole, start.elapsed())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_response_has_a_time_to_begin_and_another_one_to_go_on() {
+    let (port, _serving) = backend().await;
+    for protocol in ["http1", "h2c"] {
+        let before = async |name: &str, times: &str| {
+            let fields = format!(
+                "backends: {{ protocol: {protocol} }}\nretries: 0\ntimeouts: {{ {times} }}\n\
+                 routes:\n- {{ path: /own, rewrite: {{ path: / }}, timeouts: {{ read_ms: 20000 }} }}"
+            );
+            before(port, &format!("waits-{name}-{protocol}"), &fields).await
+        };
+        let goes_on = before("on", "response_ms: 300, read_ms: 20000").await;
+        let begins = before("begins", "response_ms: 20000, read_ms: 300").await;
+        let both = before("both", "response_ms: 300").await;
+        for (client, version) in clients().iter().zip([1, 2]) {
+            let is = format!("{protocol}, HTTP/{version}");
+            // A client of HTTP/2 before a backend of HTTP/2 has the longer one.
+            let is_apart = protocol == "http1" || version == 1;
+            let (status, text, is_whole, took) = get(client, &goes_on, "/late").await;
+            match is_apart {
+                true => assert!(status == 504 && took < SECOND, "{is}: {status} {took:?}"),
+                false => assert!(status == 200 && text == "late", "{is}: {status}"),
+            }
+            assert!(is_whole, "{is}");
+            let (status, text, is_whole, _) = get(client, &goes_on, "/parts").await;
+            assert_eq!(
+                (status.as_u16(), &*text, is_whole),
+                (200, "onetwo", true),
+                "{is}"
+            );
+            let (status, text, _, _) = get(client, &begins, "/late").await;
+            assert_eq!((status.as_u16(), &*text), (200, "late"), "{is}");
+            let (status, text, is_whole, took) = get(client, &begins, "/parts").await;
+            match is_apart {
+                true => {
+                    assert_eq!(
+                        (status.as_u16(), &*text, is_whole),
+                        (200, "one", false),
+                        "{is}"
+                    );
+                    assert!(took < SECOND, "{is}: {took:?}");
+                }
+                false => assert!(is_whole && text == "onetwo", "{is}: {text}"),
+            }
+            // A route has its own.
+            let (_, text, is_whole, _) = get(client, &begins, "/own/parts").await;
+            assert!(is_whole && text == "onetwo", "{is}: {text}");
+            // By default they are the same.
+            let (status, ..) = get(client, &both, "/late").await;
+            assert_eq!(status, 504, "{is}");
+            let (_, text, is_whole, _) = get(client, &both, "/parts").await;
+            assert_eq!((&*text, is_whole), ("one", false), "{is}");
+        }
+    }
+}
+
+/// A part of the response just before does not give it as much time again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_ends_with_its_time_though_its_backend_has_just_sent_something() {
+    let (port, _serving) = backend().await;
+    for protocol in ["http1", "h2c"] {
+        let fields =
+            format!("backends: {{ protocol: {protocol} }}\ntimeouts: {{ request_ms: 2000 }}");
+        let balancer = before(port, &format!("waits-all-{protocol}"), &fields).await;
+        for (client, version) in clients().iter().zip([1, 2]) {
+            let (status, text, is_whole, took) = get(client, &balancer, "/more").await;
+            assert_eq!((status.as_u16(), &*text, is_whole), (200, "onetwo", false));
+            let is_exact = protocol == "http1" || version == 1;
+            // Otherwise within as much time as there was left when it began.
+            let most = if is_exact { 3 * SECOND } else { 6 * SECOND };
+            let is = format!("{protocol}, HTTP/{version}: {took:?}");
+            assert!(took >= 2 * SECOND && took < most, "{is}");
+            let (status, text, ..) = get(client, &balancer, "/late").await;
+            assert_eq!((status.as_u16(), &*text), (200, "late"));
+        }
+    }
+}
+
+/// Over HTTP/2 no front can keep that time, because other requests go on over the same connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_that_stalls_over_http_2_has_the_time_of_any_other_body() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "timeouts: { client_body_ms: 500, response_ms: 60000 }";
+    let balancer = in_front_of(&backend, "waits-body", fields).await;
+    let mut sender = http_2(&balancer).await;
+    let start = Instant::now();
+    let request = http::Request::post("http://a/").body(()).unwrap();
+    let (response, mut body) = sender.send_request(request, false).unwrap();
+    // Each part has its own time.
+    for _ in 0..6 {
+        body.send_data("part".into(), false).unwrap();
+        tokio::time::sleep(SECOND / 5).await;
+    }
+    let response = tokio::time::timeout(20 * SECOND, response).await;
+    assert_eq!(response.unwrap().unwrap().status(), 408);
+    assert!(start.elapsed() > 6 * SECOND / 5, "{:?}", start.elapsed());
+    // Others on the same connection go on, and have the time of a response once they are complete.
+    let request = http::Request::get("http://a/").body(()).unwrap();
+    let mut sender = sender.ready().await.unwrap();
+    let (response, _) = sender.send_request(request, true).unwrap();
+    assert_eq!(response.await.unwrap().status(), 200);
+    let slow = RawBackend::start_slow(2 * SECOND).await;
+    let balancer = in_front_of(&slow, "waits-after-body", fields).await;
+    let mut sender = http_2(&balancer).await;
+    let request = http::Request::post("http://a/").body(()).unwrap();
+    let (response, mut body) = sender.send_request(request, false).unwrap();
+    body.send_data("all".into(), true).unwrap();
+    assert_eq!(response.await.unwrap().status(), 200);
+    let mut client = Raw::to(&balancer).await;
+    assert_eq!(status(&client.get("").await), "200");
+}
