@@ -79,6 +79,7 @@ impl ClusterConfig {
     }
 
     pub(super) fn check_groups(&self) -> Result<(), ClusterError> {
+        let mut cookies: Vec<_> = self.sticky_cookie.iter().collect();
         let mut files: Vec<_> = self.snapshot.iter().map(|file| &file.path).collect();
         for (name, group) in &self.groups {
             let field = format!("cluster.groups.{name}");
@@ -119,6 +120,18 @@ impl ClusterConfig {
                     ));
                 }
                 files.push(&file.path);
+            }
+            if let Some(cookie) = &group.sticky_cookie {
+                if cookies.contains(&cookie) {
+                    let reason = format!(
+                        "{cookie:?} is the cookie of another group: each would replace what the other has set"
+                    );
+                    return Err(ClusterError::config(
+                        format!("{field}.sticky_cookie"),
+                        reason,
+                    ));
+                }
+                cookies.push(cookie);
             }
         }
         Ok(())

@@ -10,18 +10,20 @@ use crate::error::{ClusterError, in_range};
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Overload {
-    /// Requests in flight in all. Default: 0, any number. Range: 0 to 10,000,000.
+    /// Requests in flight in all, of all groups. Those that have become tunnels, such as WebSockets, count, here and
+    /// below, as connections do in HAProxy and nginx. Default: 0, any number. Range: 0 to 10,000,000.
     pub max_in_flight: usize,
     /// Requests in flight at one backend, of this process. Default: 0, any number. Range: 0 to
     /// 1,000,000.
     pub max_in_flight_per_node: usize,
-    /// Requests that may wait until one of those ends; more get 503 at once. Default: 100. Range: 0 to
+    /// Requests of a group that may wait until one of those ends; more get 503 at once. Default: 100. Range: 0 to
     /// 1,000,000.
     pub queue: usize,
     /// How long they wait; then 503. Default: 1,000 ms. Range: 1 to 60,000.
     pub queue_timeout_ms: u64,
     /// A backend that answers 429 or 503 with `Retry-After` is given nothing for as long as it says, but
-    /// for at most this time, and only while there are others. Default: 10,000 ms. Range: 0 (not at all)
+    /// for at most this time, only while there are others, and not while it serves other clients: then it means this one.
+    /// Default: 10,000 ms. Range: 0 (not at all)
     /// to 600,000.
     pub retry_after_most_ms: u64,
 }

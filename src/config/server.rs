@@ -73,6 +73,9 @@ const WITHOUT_EFFECT: &[(&str, &str)] = &[
 const POOL: &str = "upstream_keepalive_pool_size";
 const POOL_SIZE: usize = 4_096;
 
+/// The most threads, tasks and tries.
+const MOST: usize = 1_024;
+
 /// Whether the threads of a service share their work. One thread has nobody to share with, and each task has its cost.
 const STEALING: &str = "work_stealing";
 
@@ -131,9 +134,9 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
         ("listener_tasks_per_fd", conf.listener_tasks_per_fd),
         ("max_retries", conf.max_retries),
     ] {
-        // There is no upper limit that a range could name.
-        if value == 0 {
-            let reason = format!("{field}: 0 is out of range, at least 1");
+        // No machine has use for more.
+        if !(1..=MOST).contains(&value) {
+            let reason = format!("{field}: {value} is out of range, 1 to {MOST}");
             return Err(in_file(name, at_line(reason)));
         }
     }

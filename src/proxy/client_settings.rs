@@ -4,10 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::pingora::apps::HttpServerOptions;
+use ::pingora::protocols::http::v2::server::{H2Options, default_h2_options};
 
 use super::client::TrustedProxies;
 use super::front::{ClientTimeouts, FrontLimits, FrontListener, FrontSettings, ProxyHeaderRule};
-use crate::config::ClusterConfig;
+use crate::config::{Clients, ClusterConfig};
+
+/// What is kept, for each stream of HTTP/2, of a response that its client does not read, in bytes.
+const MOST_UNSENT: usize = 65_536;
 
 pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
     let mut options = HttpServerOptions::default();
@@ -20,6 +24,20 @@ pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
         // Pingora counts those after the first one.
         limit => Some(limit - 1),
     };
+    options
+}
+
+/// The largest head of a request over HTTP/2, as it counts there: each field has 32 bytes more (RFC 9113, section 6.5.2). Half
+/// as much again as is allowed, because what is larger gets no more than an error of its stream, and no line.
+fn most_of_http_2(clients: &Clients) -> u32 {
+    let most = clients.head_bytes + 32 * clients.headers;
+    u32::try_from(most + most / 2).unwrap_or(u32::MAX)
+}
+
+pub(super) fn h2_options(config: &ClusterConfig) -> H2Options {
+    let mut options = default_h2_options();
+    options.max_send_buffer_size(MOST_UNSENT);
+    options.max_header_list_size(most_of_http_2(&config.clients));
     options
 }
 

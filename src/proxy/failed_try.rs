@@ -1,5 +1,6 @@
 //! What Pingora's errors say about a request that failed.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use ::pingora::proxy::Session;
@@ -29,7 +30,7 @@ pub struct FailedTry {
     pub is_unanswered: bool,
     /// The backend, not the client or this process, is the cause.
     pub is_from_backend: bool,
-    /// The backend did not answer in time.
+    /// The backend did not answer, or did not take the request, in time.
     pub is_timeout: bool,
     /// The backend cannot have read anything of the request.
     pub is_unread: bool,
@@ -95,7 +96,10 @@ impl FailedTry {
             is_repeatable: is_short,
             is_unanswered: is_unanswered(session),
             is_from_backend: error.esource() == &ErrorSource::Upstream,
-            is_timeout: error.etype() == &ErrorType::ReadTimedout,
+            is_timeout: matches!(
+                error.etype(),
+                ErrorType::ReadTimedout | ErrorType::WriteTimedout
+            ),
             is_unread: client_reused && is_head_unsent(session, sent, error)
                 || is_unprocessed(error),
             retry: match error.retry {
@@ -164,14 +168,18 @@ pub fn is_local(error: &Error) -> bool {
     )
 }
 
-/// Whether a reason of this process or machine may concern one address only. Without descriptors or memory there is no
-/// connection to any.
-pub(super) fn may_be_of_address(error: &Error) -> bool {
+/// Whether a reason of this process or machine may concern one address only, which is this one. Without descriptors or
+/// memory there is no connection to any, and without a local port, which each address has its own ones of, it is not the
+/// backend that is to blame. Where there is no IPv6, that is the error for addresses of it.
+pub(super) fn may_be_of_address(error: &Error, addr: SocketAddr) -> bool {
     let root: &dyn std::error::Error = error.root_cause();
     let mut causes = std::iter::successors(Some(root), |cause| cause.source());
     let number = causes.find_map(|cause| Errno::from_io_error(cause.downcast_ref()?));
     let of_all = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
-    number.is_some_and(|number| !of_all.contains(&number))
+    number.is_some_and(|number| {
+        let has_no_port = number == Errno::ADDRNOTAVAIL && addr.is_ipv4();
+        !of_all.contains(&number) && !has_no_port
+    })
 }
 
 /// The error by which a response with this status is not passed on, but tried elsewhere.
@@ -182,4 +190,28 @@ pub(super) fn retried_status(status: StatusCode) -> Box<Error> {
     );
     error.as_up();
     error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_concerns_one_address_is_held_against_it() {
+        let v4: SocketAddr = "10.0.0.1:80".parse().unwrap();
+        let v6: SocketAddr = "[2001:db8::1]:80".parse().unwrap();
+        for (number, of_v4, of_v6) in [
+            (Errno::MFILE, false, false),
+            (Errno::NOBUFS, false, false),
+            // No local port is left for it, or there is no IPv6.
+            (Errno::ADDRNOTAVAIL, false, true),
+            (Errno::AFNOSUPPORT, true, true),
+            (Errno::ACCESS, true, true),
+        ] {
+            let cause = std::io::Error::from_raw_os_error(number.raw_os_error());
+            let error = Error::because(ErrorType::BindError, "connecting", cause);
+            let may = |addr| may_be_of_address(&error, addr);
+            assert_eq!((may(v4), may(v6)), (of_v4, of_v6), "{number}");
+        }
+    }
 }

@@ -17,7 +17,7 @@ use super::request_state::RequestState;
 use super::rest::until_left;
 use super::retry::RetryRules;
 use super::retry_budget::RetryBudget;
-use super::statistics::RequestStatistics;
+use super::statistics::{Answered, RequestStatistics};
 use super::tls::BackendTls;
 use super::unserved::Unserved;
 use crate::balance::Upstream;
@@ -130,6 +130,14 @@ impl GroupProxy {
         }
     }
 
+    /// Has the same places for requests in all as another group, with which it has the settings in common.
+    pub(super) fn share_places(&mut self, other: &Self) {
+        // What is shared with a former one has them already.
+        if let Some(overload) = Arc::get_mut(&mut self.picker.overload) {
+            overload.share_places(&other.picker.overload);
+        }
+    }
+
     /// How its nodes are checked, if the configuration says that they are. `check` is what it says.
     pub(super) fn checker(&self, check: Option<NodeCheck>) -> Option<Checker> {
         let peers = self.peers.clone();
@@ -150,11 +158,15 @@ impl GroupProxy {
     pub(super) fn begin(&self, session: &Session, state: &mut RequestState) {
         self.retry_budget.count_request();
         self.statistics.begins();
-        let takes_writes = self.takes_writes || self.given_leader.get().is_some();
         state.is_for_leader =
-            takes_writes && self.leader_requests.include(session, state.is_upgrade);
+            self.sends_to_leader() && self.leader_requests.include(session, state.is_upgrade);
         state.most_retries = self.retries.most;
         state.timeout = self.request_timeout;
+    }
+
+    /// Whether writes are for the leader.
+    pub(super) fn sends_to_leader(&self) -> bool {
+        self.takes_writes || self.given_leader.get().is_some()
     }
 
     /// Which requests are for the leader.
@@ -247,11 +259,21 @@ impl GroupProxy {
     }
 
     /// Counts what has become of a request at its last backend.
-    pub(super) fn count_backend(&self, addr: SocketAddr, outcome: Outcome, state: &RequestState) {
+    pub(super) fn count_backend(
+        &self,
+        addr: SocketAddr,
+        outcome: Outcome,
+        state: &RequestState,
+        now: Instant,
+    ) {
         match outcome {
             Outcome::Succeeded | Outcome::Answered => {
-                let latency = state.latency();
-                self.statistics.backend_ends(addr, Some(latency));
+                let answered = Answered {
+                    after: state.latency(),
+                    client: state.client,
+                    now,
+                };
+                self.statistics.backend_ends(addr, Some(answered));
             }
             Outcome::Failed | Outcome::Overloaded if !state.is_blameless => {
                 self.statistics.backend_ends(addr, None);

@@ -3,14 +3,13 @@
 use ::pingora::ErrorType::InvalidHTTPHeader;
 use ::pingora::http::ResponseHeader;
 use ::pingora::{Error, Result};
-use http::header::{
-    CONNECTION, CONTENT_LENGTH, PROXY_AUTHENTICATE, TRAILER, TRANSFER_ENCODING, UPGRADE,
-};
+use http::header::{CONNECTION, CONTENT_LENGTH, TRAILER, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-const PROXY_INFO: HeaderName = HeaderName::from_static("proxy-authentication-info");
+/// Fields for the next proxy, but for the one that tells a client what proxies have done (RFC 9209).
+const OF_PROXY: &str = "proxy-";
+const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 
 /// Removes them (RFC 9110, section 7.6.1). `Connection` and `Transfer-Encoding` are Pingora's, which
 /// sets them anew. Returns after how many seconds the backend closes the connection, if it says so.
@@ -28,14 +27,8 @@ pub(super) fn remove_hop_by_hop(status: StatusCode, headers: &mut HeaderMap) -> 
     .contains(&status);
     let is_ours = |name: &&HeaderName| {
         begins_like_ours(name)
-            && ([
-                KEEP_ALIVE,
-                TRAILER,
-                PROXY_CONNECTION,
-                PROXY_AUTHENTICATE,
-                PROXY_INFO,
-            ]
-            .contains(name)
+            && ([KEEP_ALIVE, TRAILER].contains(name)
+                || name.as_str().starts_with(OF_PROXY) && *name != PROXY_STATUS
                 || *name == UPGRADE && !is_upgrade)
     };
     let (mut may_nominate, mut may_have_ours) = (false, false);

@@ -125,16 +125,17 @@ fn now() -> u64 {
     now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// Whether a node says that it does not lead any more, and has not done what it was asked for: by 421,
-/// or by another refusal with a newer token.
-pub(super) fn is_misdirected(response: &ResponseHeader, sent: Revision) -> bool {
+/// Whether a node says that it does not lead any more, and has not done what it was asked for: by 421, or by another refusal
+/// with a newer token. What has no side effects (`is_safe`) may have failed there.
+pub(super) fn is_misdirected(response: &ResponseHeader, sent: Revision, is_safe: bool) -> bool {
     let newer = || {
         let token = response.headers.get(&LEADER_EPOCH);
         let token = token.and_then(|token| token.to_str().ok()?.parse::<i64>().ok());
         token.is_some_and(|token| token > sent)
     };
     let status = response.status;
-    status == StatusCode::MISDIRECTED_REQUEST || (status.is_client_error() && newer())
+    let is_refusal = status.is_client_error() || is_safe && status.is_server_error();
+    status == StatusCode::MISDIRECTED_REQUEST || is_refusal && newer()
 }
 
 /// Finds the leader, waiting from the start of the request for at most as long as that is allowed. The error is the
@@ -222,7 +223,10 @@ mod tests {
             if let Some(token) = token {
                 response.insert_header(LEADER_EPOCH, token).unwrap();
             }
-            assert_eq!(is_misdirected(&response, 7), expected, "{status} {token:?}");
+            let is = |is_safe| is_misdirected(&response, 7, is_safe);
+            assert_eq!(is(false), expected, "{status} {token:?}");
+            let is_failure = (status, token) == (500, Some("8"));
+            assert_eq!(is(true), expected || is_failure, "{status} {token:?}");
         }
     }
 }

@@ -23,6 +23,7 @@ mod hooks;
 mod hop_by_hop;
 mod http_1_0;
 mod kept;
+mod last_clients;
 mod last_connected;
 mod leader;
 mod learned;

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use chrono::DateTime;
 use http::header::RETRY_AFTER;
 use http::{HeaderMap, StatusCode};
 use tokio::sync::{Mutex, Notify, OwnedSemaphorePermit, Semaphore};
@@ -84,9 +83,8 @@ fn pause_of(text: &str, now: SystemTime) -> Option<Duration> {
     if let Ok(seconds) = text.parse() {
         return Some(Duration::from_secs(seconds));
     }
-    // Dates of HTTP are in UTC, which they call GMT.
-    let date = DateTime::parse_from_rfc2822(text).ok()?;
-    SystemTime::from(date).duration_since(now).ok()
+    let date = httpdate::parse_http_date(text).ok()?;
+    date.duration_since(now).ok()
 }
 
 impl Overload {
@@ -114,6 +112,11 @@ impl Overload {
             self.in_all = former.in_all.clone();
         }
         self.paused = former.paused.clone();
+    }
+
+    /// Has the same places in all as another group.
+    pub(super) fn share_places(&mut self, other: &Self) {
+        self.in_all = other.in_all.clone();
     }
 
     /// Lets a request in that may still take this long, if that is limited; what it gets has to be kept as long as the
@@ -187,8 +190,15 @@ impl Overload {
         }
     }
 
-    /// Takes notice of what a backend says in a response.
-    pub(super) fn answered(&self, addr: SocketAddr, status: StatusCode, fields: &HeaderMap) {
+    /// Takes notice of what a backend says in a response. `refuses_most` says whether most of its clients are refused now,
+    /// and is asked only if this one is.
+    pub(super) fn answered(
+        &self,
+        addr: SocketAddr,
+        status: StatusCode,
+        fields: &HeaderMap,
+        refuses_most: impl FnOnce(Instant) -> bool,
+    ) {
         let is_overload =
             status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::SERVICE_UNAVAILABLE;
         if !is_overload || self.most_pause.is_zero() {
@@ -196,18 +206,22 @@ impl Overload {
         }
         let value = fields.get(RETRY_AFTER);
         let pause = value.and_then(|value| pause_of(value.to_str().ok()?, SystemTime::now()));
-        if let Some(pause) = pause.filter(|pause| !pause.is_zero()) {
-            self.pause(addr, Instant::now() + pause.min(self.most_pause));
+        let now = Instant::now();
+        // Otherwise it is about this client, who could have every backend paused for all others.
+        if let Some(pause) = pause.filter(|pause| !pause.is_zero())
+            && refuses_most(now)
+        {
+            self.pause(addr, now, now + pause.min(self.most_pause));
         }
     }
 
-    fn pause(&self, addr: SocketAddr, until: Instant) {
-        let now = Instant::now();
+    fn pause(&self, addr: SocketAddr, now: Instant, until: Instant) {
         self.paused.rcu(|paused| {
             let mut paused = HashMap::clone(paused);
             paused.retain(|_, until| *until > now);
-            if paused.len() < MOST_PAUSED {
-                paused.insert(addr, until);
+            let longest = paused.get(&addr).map_or(until, |it| until.max(*it));
+            if paused.len() < MOST_PAUSED || paused.contains_key(&addr) {
+                paused.insert(addr, longest);
             }
             paused
         });
@@ -356,6 +370,8 @@ mod tests {
         for (text, seconds) in [
             ("3", Some(3)),
             ("Sun, 06 Nov 1994 08:49:40 GMT", Some(3)),
+            ("Sunday, 06-Nov-94 08:49:40 GMT", Some(3)),
+            ("Sun Nov  6 08:49:40 1994", Some(3)),
             ("Sun, 06 Nov 1994 08:49:30 GMT", None),
             ("-3", None),
             ("soon", None),
@@ -374,7 +390,7 @@ mod tests {
         let addr = |port| SocketAddr::from(([10, 0, 0, 1], port));
         let says = |port, status, text: &'static str| {
             let fields = HeaderMap::from_iter([(RETRY_AFTER, text.parse().unwrap())]);
-            overload.answered(addr(port), status, &fields);
+            overload.answered(addr(port), status, &fields, |_| true);
         };
         let (busy, many) = (
             StatusCode::SERVICE_UNAVAILABLE,
@@ -382,10 +398,14 @@ mod tests {
         );
         says(1, busy, "1");
         says(2, many, "3600");
+        // Not shorter than another response has asked for.
+        says(2, many, "1");
         says(3, StatusCode::OK, "5");
         says(4, busy, "soon");
         says(5, busy, "0");
-        overload.answered(addr(6), busy, &HeaderMap::new());
+        overload.answered(addr(6), busy, &HeaderMap::new(), |_| true);
+        let fields = HeaderMap::from_iter([(RETRY_AFTER, "5".parse().unwrap())]);
+        overload.answered(addr(7), many, &fields, |_| false);
         let paused = |after| {
             let now = Instant::now() + Duration::from_millis(after);
             let mut paused = overload.paused(now, || 1_000);

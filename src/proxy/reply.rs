@@ -87,9 +87,10 @@ pub(super) fn reply_to(error: &Error, leader_failed: bool) -> Option<Reply<'_>> 
             let reason = error.context.as_ref().map(pingora::ImmutStr::as_str);
             (*code, reason.unwrap_or("the request cannot be proxied"))
         }
-        (ErrorType::ConnectTimedout | ErrorType::ReadTimedout, ErrorSource::Upstream) => {
-            (504, "the backend did not answer in time")
-        }
+        (
+            ErrorType::ConnectTimedout | ErrorType::ReadTimedout | ErrorType::WriteTimedout,
+            ErrorSource::Upstream,
+        ) => (504, "the backend did not answer in time"),
         (_, ErrorSource::Upstream) => (502, "the backend failed"),
         (
             ErrorType::WriteError | ErrorType::ReadError | ErrorType::ConnectionClosed,
@@ -205,7 +206,9 @@ mod tests {
 
     #[test]
     fn each_error_has_its_response() {
-        use ErrorType::{ConnectRefused, ConnectTimedout, InternalError, ReadError, ReadTimedout};
+        use ErrorType::{
+            ConnectRefused, ConnectTimedout, InternalError, ReadError, ReadTimedout, WriteTimedout,
+        };
         let code = |error: Box<Error>, leader_failed| {
             reply_to(&error, leader_failed).map(|reply| reply.code)
         };
@@ -213,6 +216,7 @@ mod tests {
         assert_eq!(code(Error::new_up(ConnectRefused), false), Some(502));
         assert_eq!(code(Error::new_up(ConnectTimedout), false), Some(504));
         assert_eq!(code(Error::new_up(ReadTimedout), true), Some(504));
+        assert_eq!(code(Error::new_up(WriteTimedout), false), Some(504));
         assert_eq!(code(Error::new_down(ReadError), false), None);
         assert_eq!(code(Error::new_down(InternalError), false), Some(400));
         assert_eq!(code(Error::new_in(InternalError), false), Some(500));

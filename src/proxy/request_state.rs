@@ -96,6 +96,8 @@ pub(super) struct RequestState {
     /// When the current backend could begin: when it was picked, because earlier tries are not its
     /// fault, or when it had the whole request, because a slow upload is not either.
     pub(super) sent: Instant,
+    /// When the last part of the body came, while it is not complete.
+    pub(super) last_part: Option<Instant>,
     /// How long the current backend took to answer. Not until the end of the response, which depends
     /// on how fast the client reads.
     pub(super) answered: Option<Duration>,
@@ -154,6 +156,7 @@ impl RequestState {
             is_answered_early: false,
             keeps_connection: false,
             sent: now,
+            last_part: None,
             answered: None,
             upstream: None,
             tried: Vec::new(),
@@ -285,7 +288,10 @@ impl RequestState {
 
     /// The head of the final response is there.
     pub(super) fn answer_begins(&mut self, now: Instant) {
-        self.answered = Some(now.saturating_duration_since(self.sent));
+        // A backend that answers while the request goes on has waited for its client.
+        let since = self.last_part.filter(|_| !self.is_complete);
+        let since = since.unwrap_or(self.sent).max(self.sent);
+        self.answered = Some(now.saturating_duration_since(since));
         if let Some(exchange) = &self.exchange {
             exchange.answer_begins();
         }

@@ -297,10 +297,15 @@ impl RequestLimits {
         context.is_expecting = false;
         context.body_bytes += body.map_or(0, |body| body.len() as u64);
         self.check_length(context.body_bytes)?;
-        if is_end && !context.is_complete {
+        if context.is_complete {
+            return Ok(());
+        }
+        let now = Instant::now();
+        context.last_part = Some(now);
+        if is_end {
             context.completes();
             if context.answered.is_none() {
-                context.sent = Instant::now();
+                context.sent = now;
             }
         }
         Ok(())

@@ -1,11 +1,11 @@
 //! The proxy as a part of a Pingora server.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ::pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
 use ::pingora::protocols::TcpKeepalive;
-use ::pingora::protocols::http::v2::server::default_h2_options;
 use ::pingora::proxy::{HttpProxy, http_proxy};
 use ::pingora::server::Server;
 use ::pingora::server::configuration::ServerConf;
@@ -13,7 +13,7 @@ use ::pingora::services::background::background_service;
 use ::pingora::services::listening::Service;
 
 use super::access_log::{AccessLog, AccessLogStatistics};
-use super::client_settings::{front_settings, server_options};
+use super::client_settings::{front_settings, h2_options, server_options};
 use super::cluster_proxy::ClusterProxy;
 use super::front::{Front, FrontListener, FrontStatistics, TellRefused};
 use super::listener::RequiredListener;
@@ -22,7 +22,7 @@ use super::shutdown::{Shutdown, check_address};
 use super::spans::Spans;
 use super::statistics::RequestStatistics;
 use super::tls::Reload;
-use crate::config::{ClusterConfig, ListenerAt};
+use crate::config::{self, ClusterConfig, ListenerAt};
 use crate::error::ClusterError;
 use crate::opaque::opaque_debug;
 use crate::pingora::{BalancerService, with_system_cas};
@@ -36,9 +36,6 @@ const CLIENTS_ALIVE: TcpKeepalive = TcpKeepalive {
     #[cfg(target_os = "linux")]
     user_timeout: Duration::ZERO,
 };
-
-/// What is kept, for each stream of HTTP/2, of a response that its client does not read, in bytes.
-const MOST_UNSENT: usize = 65_536;
 
 /// What [`ClusterProxy::add_to`] has added to a server, for a status page or metrics.
 #[derive(Clone)]
@@ -87,7 +84,7 @@ impl ClusterProxy {
         let options = server.options.as_ref();
         let takes_over = options.is_some_and(|options| options.upgrade);
         let is_test = options.is_some_and(|options| options.test);
-        check_addresses(server, config, !takes_over && !is_test)?;
+        check_for_server(server, config, !takes_over && !is_test)?;
         let certificates = Reload::default();
         // Health checks and mirrors connect by themselves.
         let reloader = connecting(|| Reloader::new(config, certificates.clone()))??;
@@ -116,9 +113,7 @@ impl ClusterProxy {
         let refused = proxy.access_log.clone().map(tell_refused);
         let mut proxy = made(&server.configuration, proxy)?;
         proxy.server_options = Some(server_options(config));
-        let mut h2_options = default_h2_options();
-        h2_options.max_send_buffer_size(MOST_UNSENT);
-        proxy.h2_options = Some(h2_options);
+        proxy.h2_options = Some(h2_options(config));
         let front = Front::new(
             proxy,
             front_settings(config, listeners),
@@ -169,12 +164,18 @@ fn connecting<T>(make: impl FnOnce() -> T) -> Result<T, ClusterError> {
     with_system_cas("cluster.backends", make)
 }
 
-/// Checks whether the process may listen on all of its addresses, and, if it `listens_at_once`, whether it can.
-fn check_addresses(
+/// Checks what this server has to do with: whether the process may listen on all of its addresses, and, if it
+/// `listens_at_once`, whether it can; and that it can write its log.
+fn check_for_server(
     server: &Server,
     config: &ClusterConfig,
     listens_at_once: bool,
 ) -> Result<(), ClusterError> {
+    let is_standard = |log: &config::AccessLog| log.file == Path::new("-");
+    if server.configuration.daemon && config.access_log.as_ref().is_some_and(is_standard) {
+        let reason = "\"-\": a daemon has no standard output";
+        return Err(ClusterError::config("cluster.access_log.file", reason));
+    }
     for listener in config.listeners() {
         if listens_at_once {
             let checked = check_address(listener.listen);

@@ -4,10 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+use super::last_clients::LastClients;
 use super::unserved::Unserved;
 
 /// The upper limits of the buckets of a [`LatencyCounts`], in seconds. Above the last one there is one more
@@ -86,6 +87,16 @@ impl LatencyCounts {
 struct BackendCounters {
     answered: Latencies,
     failed: AtomicU64,
+    clients: LastClients,
+}
+
+/// A response of a backend.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Answered {
+    /// How long it took.
+    pub(super) after: Duration,
+    pub(super) client: Option<IpAddr>,
+    pub(super) now: Instant,
 }
 
 /// The requests to one backend since it has been known.
@@ -242,21 +253,36 @@ impl RequestStatistics {
         self.calls[at].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A backend has answered after this time, or has failed.
-    pub(super) fn backend_ends(&self, addr: SocketAddr, answered: Option<Duration>) {
+    fn with_backend<T>(&self, addr: SocketAddr, then: impl FnOnce(&BackendCounters) -> T) -> T {
         let backends = self.backends.part_of(addr).load();
-        let new;
-        let counters = match backends.get(&addr) {
-            Some(counters) => counters,
-            None => {
-                new = self.insert(addr);
-                &new
-            }
-        };
-        match answered {
-            Some(after) => counters.answered.count(after),
-            None => _ = counters.failed.fetch_add(1, Ordering::Relaxed),
+        match backends.get(&addr) {
+            Some(counters) => then(counters),
+            None => then(&self.insert(addr)),
         }
+    }
+
+    /// A backend has answered, or has failed.
+    pub(super) fn backend_ends(&self, addr: SocketAddr, answered: Option<Answered>) {
+        self.with_backend(addr, |counters| match answered {
+            Some(answered) => {
+                counters.answered.count(answered.after);
+                counters.clients.note(answered.client, false, answered.now);
+            }
+            None => _ = counters.failed.fetch_add(1, Ordering::Relaxed),
+        });
+    }
+
+    /// A backend refuses a client for a while. Whether it does that to most of its clients.
+    pub(super) fn refuses_most(
+        &self,
+        addr: SocketAddr,
+        client: Option<IpAddr>,
+        now: Instant,
+    ) -> bool {
+        self.with_backend(addr, |counters| {
+            counters.clients.note(client, true, now);
+            counters.clients.are_mostly_refused(now)
+        })
     }
 
     fn insert(&self, addr: SocketAddr) -> Arc<BackendCounters> {
@@ -352,7 +378,12 @@ mod tests {
         );
         assert_eq!(counts.by_class[0].count(), 1);
         assert_eq!(counts.by_class[5].count(), 2);
-        statistics.backend_ends(addr, Some(Duration::from_millis(1)));
+        let answered = Answered {
+            after: Duration::from_millis(1),
+            client: None,
+            now: Instant::now(),
+        };
+        statistics.backend_ends(addr, Some(answered));
         statistics.backend_ends(addr, None);
         let backend = statistics.backend(addr);
         assert_eq!((backend.answered.count(), backend.failed), (1, 1));

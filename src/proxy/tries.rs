@@ -161,7 +161,8 @@ impl GroupProxy {
         }
         if let Some(addr) = state.addr() {
             let overload = &self.picker.overload;
-            overload.answered(addr, status, &response.headers);
+            let refuses_most = |now| self.statistics.refuses_most(addr, state.client, now);
+            overload.answered(addr, status, &response.headers, refuses_most);
         }
         if self.is_sent_again(session, response, state) {
             state.is_retried_for_status = true;
@@ -216,9 +217,11 @@ impl GroupProxy {
         if session.as_ref().retry_buffer_truncated() {
             return false;
         }
+        let is_safe = session.req_header().method.is_safe();
+        let is_first = !state.is_misdirected;
         if let Some(leader) = &state.leader
-            && is_misdirected(response, leader.epoch)
-            && !state.is_misdirected
+            && is_misdirected(response, leader.epoch, is_safe)
+            && is_first
         {
             state.is_misdirected = true;
             self.statistics.backend_ends(leader.addr, None);
@@ -227,9 +230,21 @@ impl GroupProxy {
             return true;
         }
         let status = response.status;
+        if status == StatusCode::MISDIRECTED_REQUEST
+            && is_safe
+            && is_first
+            && self.sends_to_leader()
+            && state.leader.is_none()
+        {
+            // A node that does not lead, and says who is to be asked.
+            state.is_misdirected = true;
+            state.is_for_leader = true;
+            state.upstream = None;
+            return true;
+        }
         (self.retry_on_status.contains(&status.as_u16()) || state.is_probe() && is_failure(status))
             && !self.is_last_try(state)
-            && session.req_header().method.is_safe()
+            && is_safe
             && self.may_send_elsewhere(state)
     }
 
@@ -310,7 +325,7 @@ impl GroupProxy {
             warn!(node, %error, left_out, "this process cannot make a connection");
         }
         if let Some(upstream) = upstream
-            && may_be_of_address(&error)
+            && may_be_of_address(&error, upstream.addr())
             && self.connected.was_another(upstream.addr(), Instant::now())
         {
             self.blame(upstream, Upstream::unreachable);
@@ -434,7 +449,7 @@ impl GroupProxy {
             self.statistics.call_ends(of_call);
         }
         if let Some(addr) = state.addr() {
-            self.count_backend(addr, outcome, state);
+            self.count_backend(addr, outcome, state, now);
         }
         if let Some(upstream) = state.upstream.take() {
             let since_sent = now.saturating_duration_since(state.sent);

@@ -101,6 +101,8 @@ async fn each_request_has_a_line_that_says_what_happened() {
         balancer.log_text().contains("opened again")
     })
     .await;
+    // Whoever has moved it waits for the new one, whether there are requests or not.
+    until("the new file is there", async || file.exists()).await;
     get(&balancer, "").await;
     assert_eq!(until_lines(&file, 1).await.len(), 1);
     assert_eq!(lines(&moved).len(), 5);

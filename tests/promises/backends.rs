@@ -2,14 +2,20 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
-use super::common::group;
+use super::common::{group, local};
 use super::raw::{
     Raw, RawBackend, http_2_backend, in_front_of, in_front_of_http_2, ok, register, status,
 };
-use super::world::{Balancer, Setup, scratch, until};
+use super::world::{Balancer, Setup, entry, put, scratch, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -285,4 +291,91 @@ async fn a_client_keeps_its_connection_while_the_backend_fails() {
     assert!(open() >= before + 40);
     drop(clients);
     until("they have ended", async || open() < before + 10).await;
+}
+
+/// A frame of HTTP/2 with its head.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let head = [&length[1..], &[kind, flags], &stream.to_be_bytes()];
+    [&head.concat(), payload].concat()
+}
+
+/// A backend of HTTP/2 that has processed nothing of what it is asked for, and says so: by RST_STREAM with REFUSED_STREAM, or
+/// by GOAWAY without an error. And its port.
+async fn that_processes_nothing(is_going: bool) -> (u16, Arc<AtomicUsize>, JoinSet<()>) {
+    let listener = TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let requests = Arc::new(AtomicUsize::new(0));
+    let (counter, mut serving) = (requests.clone(), JoinSet::new());
+    serving.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let counter = counter.clone();
+            connections.spawn(async move {
+                let mut preface = [0; 24];
+                stream.read_exact(&mut preface).await?;
+                stream.write_all(&frame(4, 0, 0, &[])).await?;
+                loop {
+                    let mut head = [0; 9];
+                    stream.read_exact(&mut head).await?;
+                    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+                    let id = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+                    let mut payload = vec![0; length as usize];
+                    stream.read_exact(&mut payload).await?;
+                    match (head[3], head[4]) {
+                        (1, _) if is_going => {
+                            counter.fetch_add(1, Ordering::Relaxed);
+                            stream.write_all(&frame(7, 0, 0, &[0; 8])).await?;
+                        }
+                        (1, _) => {
+                            counter.fetch_add(1, Ordering::Relaxed);
+                            stream.write_all(&frame(3, 0, id, &[0, 0, 0, 7])).await?;
+                        }
+                        // The settings of the other side.
+                        (4, 0) => stream.write_all(&frame(4, 1, 0, &[])).await?,
+                        (6, 0) => stream.write_all(&frame(6, 1, 0, &payload)).await?,
+                        _ => {}
+                    }
+                }
+                #[allow(unreachable_code)]
+                std::io::Result::Ok(())
+            });
+        }
+    });
+    (port, requests, serving)
+}
+
+/// Whatever the method, because nothing was done; as in each rolling restart of servers of gRPC.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_backend_of_http_2_has_not_processed_goes_to_another_one() {
+    for (name, is_going) in [("h2-refuses", false), ("h2-goes", true)] {
+        let (port, requests, _serving) = that_processes_nothing(is_going).await;
+        let (works, _works) = http_2_backend(Duration::ZERO).await;
+        let group = group(name);
+        let mut keys = Etcd::shared().raw_client().await;
+        put(
+            &mut keys,
+            &group,
+            &entry("works", Some(works), json!({})),
+            None,
+        )
+        .await;
+        let fields = "backends: { protocol: h2c }\npolicy: round_robin";
+        let balancer = Setup::shared(&group).with(fields).serving().await;
+        put(&mut keys, &group, &entry("a", Some(port), json!({})), None).await;
+        let mut client = Raw::to(&balancer).await;
+        let request = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody";
+        until("both are known", async || {
+            client.send(request).await;
+            let response = client.response().await;
+            assert_eq!(status(&response), "200", "{name}: {response}");
+            requests.load(Ordering::Relaxed) > 3
+        })
+        .await;
+        for _ in 0..20 {
+            client.send(request).await;
+            let response = client.response().await;
+            assert_eq!(status(&response), "200", "{name}: {response}");
+        }
+    }
 }

@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 use super::common::etcd::Etcd;
 use super::common::group;
-use super::raw::{Raw, RawBackend, in_front_of, is_closed_within, ok, status};
+use super::raw::{Raw, RawBackend, http_2, in_front_of, is_closed_within, ok, status};
 use super::world::{Setup, entry, put, until};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -679,4 +679,31 @@ async fn clients_are_looked_for_and_all_descriptors_are_used() {
     let soft = files.unwrap().split_whitespace().nth(3).unwrap();
     assert_eq!(soft, "5000", "{limits}");
     assert!(!balancer.log_text().contains("few connections"));
+}
+
+/// The limits of a head are the same ones over HTTP/2, and who is beyond them is told and counted in the same way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_of_http_2_that_is_too_large_gets_431() {
+    let backend = RawBackend::start(ok).await;
+    for (name, fields, count, length, expected) in [
+        ("h2-few", "", 100, 10, 200),
+        ("h2-many", "", 200, 10, 431),
+        ("h2-long", "", 100, 800, 431),
+        (
+            "h2-allowed",
+            "clients: { head_bytes: 200000, headers: 250 }",
+            240,
+            500,
+            200,
+        ),
+    ] {
+        let balancer = in_front_of(&backend, name, fields).await;
+        let mut request = http::Request::get("http://a/");
+        for number in 0..count {
+            request = request.header(format!("x-{number}"), "x".repeat(length));
+        }
+        let request = request.body(()).unwrap();
+        let (response, _) = http_2(&balancer).await.send_request(request, true).unwrap();
+        assert_eq!(response.await.unwrap().status(), expected, "{name}");
+    }
 }

@@ -118,7 +118,8 @@ async fn a_node_at_the_balancers_own_address_gets_508_at_once() {
 async fn fields_of_the_connection_to_the_backend_do_not_reach_the_client() {
     let answer = |_: &str| {
         b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: X-Secret\r\nX-Secret: 1\r\n\
-          Keep-Alive: timeout=5\r\nProxy-Authenticate: Basic\r\nTrailer: x\r\nUpgrade: h2c\r\n\
+          Keep-Alive: timeout=5\r\nProxy-Authenticate: Basic\r\nProxy-Support: a\r\n\
+          Proxy-Status: b\r\nTrailer: x\r\nUpgrade: h2c\r\n\
           X-Kept: 1\r\n\r\n"
             .to_vec()
     };
@@ -130,12 +131,14 @@ async fn fields_of_the_connection_to_the_backend_do_not_reach_the_client() {
         "x-secret",
         "keep-alive",
         "proxy-authenticate",
+        "proxy-support",
         "trailer",
         "upgrade",
     ] {
         assert_eq!(header(&response, name), None, "{response}");
     }
     assert_eq!(header(&response, "x-kept"), Some("1"));
+    assert_eq!(header(&response, "proxy-status"), Some("b"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

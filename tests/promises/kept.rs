@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
 use super::common::{DEADLINE, group, local};
-use super::raw::{Raw, RawBackend, in_front_of, is_closed_within, ok, status};
+use super::raw::{Raw, RawBackend, in_front_of, is_closed_within, ok, read_message, status};
 use super::world::{Balancer, Setup, entry, put, until};
 
 /// A balancer with these fields in front of a backend at this port.
@@ -238,4 +238,74 @@ async fn a_tunnel_lives_while_one_side_writes() {
         assert!(!is_closed_within(&mut client.0, Duration::from_millis(250)).await);
     }
     assert!(is_closed_within(&mut client.0, DEADLINE).await);
+}
+
+/// A backend that says nothing of it, and ends a connection shortly after its response.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_post_does_not_go_over_a_connection_that_its_backend_has_ended() {
+    let listener = TcpListener::bind((local(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let posts = Arc::new(Mutex::new(Vec::new()));
+    let (recorded, mut serving) = (posts.clone(), JoinSet::new());
+    serving.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let recorded = recorded.clone();
+            connections.spawn(async move {
+                let pause = Duration::from_millis(30);
+                let mut is_first = true;
+                // The first one may be long in coming.
+                while let Some(request) = match is_first {
+                    true => read_message(&mut stream).await,
+                    false => tokio::time::timeout(pause, read_message(&mut stream))
+                        .await
+                        .unwrap_or_default(),
+                } {
+                    is_first = false;
+                    if request.starts_with("P") {
+                        recorded.lock().unwrap().push(request);
+                    }
+                    stream.write_all(&ok("")).await.unwrap();
+                }
+            });
+        }
+    });
+    let balancer = in_front_of_port(port, "ended", "retries: 0").await;
+    let mut client = Raw::to(&balancer).await;
+    for (number, method) in ["POST", "PUT", "PATCH"].repeat(10).iter().enumerate() {
+        // Long enough for the end to have arrived, and too short for an idle connection to be looked at by chance only.
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        let head =
+            format!("{method} /{number} HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody");
+        client.send(head.as_bytes()).await;
+        let response = client.response().await;
+        assert_eq!(status(&response), "200", "{number}: {response}");
+    }
+    let posts = posts.lock().unwrap();
+    assert_eq!(posts.len(), 30, "each of them once: {posts:?}");
+    let log = balancer.log_text();
+    assert!(!log.contains("a backend fails"), "{log}");
+}
+
+/// A process that takes over an address of another one has its own connections.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_run_of_a_node_gets_no_connections_of_the_former_one() {
+    let backend = RawBackend::start(ok).await;
+    let group = group("runs");
+    let mut keys = Etcd::shared().raw_client().await;
+    let entry = entry("a", Some(backend.address.port()), json!({}));
+    put(&mut keys, &group, &entry, None).await;
+    let balancer = Setup::shared(&group)
+        .with("timeouts: { pool_idle_ms: 60000 }")
+        .start();
+    until("it serves", async || balancer.get().await == "a").await;
+    assert_eq!(balancer.get().await, "a");
+    let before = backend.connections();
+    assert_eq!(balancer.get().await, "a");
+    assert_eq!(backend.connections(), before, "it is used again");
+    super::world::delete(&mut keys, &group, "a").await;
+    until("nobody is left", async || balancer.get().await == "503").await;
+    put(&mut keys, &group, &entry, None).await;
+    until("it serves again", async || balancer.get().await == "a").await;
+    assert_eq!(backend.connections(), before + 1);
 }

@@ -173,6 +173,27 @@ async fn a_node_that_does_not_lead_any_more_has_the_request_sent_once_more() {
     assert_eq!(posts, 2);
 }
 
+/// A read may go to any node, which may know that only the leader can answer it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_that_a_node_cannot_answer_goes_to_the_leader() {
+    let refuses = |request: &str| match request.starts_with("GET /fresh") {
+        true => b"HTTP/1.1 421 Misdirected Request\r\nContent-Length: 0\r\n\r\n".to_vec(),
+        false => named("o")(request),
+    };
+    let (leader, other) = (
+        RawBackend::start(named("l")).await,
+        RawBackend::start(refuses).await,
+    );
+    let (balancer, _, _) = before("reads", [&leader, &other], "").await;
+    let served = served_by(&balancer, "GET /fresh HTTP/1.1\r\nHost: a").await;
+    assert_eq!(served, ["leader"]);
+    let asked = other.requests();
+    assert!(asked.iter().any(|it| it.starts_with("GET /fresh")));
+    // Nothing is held against the other one.
+    let served = served_by(&balancer, "GET / HTTP/1.1\r\nHost: a").await;
+    assert_eq!(served, ["leader", "other"]);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_reads_its_own_writes_for_as_long_as_is_set() {
     let (leader, other) = (

@@ -404,3 +404,77 @@ async fn what_a_client_has_given_up_while_it_waited_is_not_sent() {
         assert_eq!(got.len(), 2, "{limit}: {got:?}");
     }
 }
+
+/// A client that asks for too much is refused by each backend, and nobody else is to notice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_client_that_is_refused_does_not_keep_backends_from_the_others() {
+    let limits = |request: &str| match request.starts_with("GET /limited") {
+        true => b"HTTP/1.1 429 No\r\nRetry-After: 10\r\nContent-Length: 0\r\n\r\n".to_vec(),
+        false => ok(request),
+    };
+    let mut backends = Vec::new();
+    for _ in 0..4 {
+        backends.push(RawBackend::start(limits).await);
+    }
+    let all: Vec<_> = backends.iter().collect();
+    let balancer = before(&all, "one-client", "policy: round_robin").await;
+    until("it serves", async || balancer.get().await.starts_with('n')).await;
+    let from = |last: u8| Raw::at([127, 0, 0, last].into(), &balancer);
+    let mut limited = from(9).await;
+    let mut others = Vec::new();
+    for last in 2..8 {
+        others.push(from(last).await);
+    }
+    let counts = || backends.iter().map(|it| it.requests().len());
+    for _ in 0..20 {
+        let before: Vec<_> = counts().collect();
+        for client in &mut others {
+            assert_eq!(status(&client.get("").await), "200");
+        }
+        assert!(counts().zip(before).all(|(now, before)| now > before));
+        for _ in 0..8 {
+            limited
+                .send(b"GET /limited HTTP/1.1\r\nHost: a\r\n\r\n")
+                .await;
+            assert_eq!(status(&limited.response().await), "429");
+        }
+    }
+}
+
+/// All groups of one process have the same places.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_limit_in_all_is_for_all_groups() {
+    let slow = RawBackend::start_slow(2 * SECOND).await;
+    let fast = RawBackend::start(ok).await;
+    let (etcd, first) = (Etcd::shared(), group("all-groups"));
+    let second = format!("{first}-second");
+    register(&etcd, &first, &[&slow]).await;
+    register(&etcd, &second, &[&fast]).await;
+    let fields = |limit: u32| {
+        format!(
+            "overload: {{ max_in_flight: {limit}, queue: 0 }}\ngroups:\n  second: {{ group: {second} }}\n\
+             routes:\n- {{ path: /second, group: second }}"
+        )
+    };
+    for (limit, expected) in [(1, "503"), (2, "200")] {
+        let balancer = Setup::shared(&first).with(&fields(limit)).listening().await;
+        let mut client = Raw::to(&balancer).await;
+        let request = b"GET /second HTTP/1.1\r\nHost: a\r\n\r\n";
+        until("it serves", async || {
+            let mut client = Raw::to(&balancer).await;
+            client.send(request).await;
+            status(&client.response().await) == "200"
+        })
+        .await;
+        let before = slow.requests().len();
+        client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        until("one is in flight", async || slow.requests().len() > before).await;
+        let mut other = Raw::to(&balancer).await;
+        other.send(request).await;
+        assert_eq!(status(&other.response().await), expected, "{limit}");
+        assert_eq!(status(&client.response().await), "200");
+        // Then there is room again.
+        other.send(request).await;
+        assert_eq!(status(&other.response().await), "200");
+    }
+}

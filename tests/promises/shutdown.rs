@@ -466,6 +466,14 @@ async fn a_service_manager_is_told() {
     let mut old = setup.start();
     assert_eq!(told().trim(), "READY=1");
     assert!(is_listened_on(&old.listen));
+    // A successor that is called off is no end of the service.
+    let mut called_off = successor(&setup, &old);
+    until("it waits for the sockets", async || {
+        called_off.log_text().contains("ready to take the sockets over")
+    })
+    .await;
+    called_off.program.signal("TERM");
+    called_off.program.ended().await;
     let mut new = successor(&setup, &old);
     old.program.signal("QUIT");
     let pid = new.program.child.id();
@@ -590,8 +598,13 @@ async fn a_daemon_listens_or_its_start_is_an_error() {
     for (lines, reason) in [
         ("user: nobody", "has an effect only with daemon"),
         ("daemon: true\nuser: nobody", "is needed with user"),
+        ("daemon: true", "a daemon has no standard output"),
     ] {
-        let mut refused = setup.clone().server(lines).start();
+        let setup = match lines {
+            "daemon: true" => setup.clone().with("access_log: { file: '-' }"),
+            _ => setup.clone(),
+        };
+        let mut refused = setup.server(lines).start();
         assert_eq!(refused.program.ended().await.0.code(), Some(1));
         assert!(
             refused.log_text().contains(reason),

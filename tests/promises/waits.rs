@@ -96,7 +96,7 @@ async fn a_response_has_a_time_to_begin_and_another_one_to_go_on() {
         let before = async |name: &str, times: &str| {
             let fields = format!(
                 "backends: {{ protocol: {protocol} }}\nretries: 0\ntimeouts: {{ {times} }}\n\
-                 routes:\n- {{ path: /own, rewrite: {{ path: / }}, timeouts: {{ read_ms: 20000 }} }}"
+                 routes:\n- {{ path: /own, group: default, rewrite: {{ path: / }}, timeouts: {{ read_ms: 20000 }} }}"
             );
             before(port, &format!("waits-{name}-{protocol}"), &fields).await
         };

@@ -120,6 +120,14 @@ fn wrong_values_are_named() {
         ),
         ("snapshot: {}", "invalid cluster.snapshot"),
         (
+            "sticky_cookie: node\n  groups: { a: { sticky_cookie: own }, b: { sticky_cookie: node } }",
+            "cluster.groups.b.sticky_cookie",
+        ),
+        (
+            "groups: { a: { sticky_cookie: own }, b: { sticky_cookie: own } }",
+            "cluster.groups.b.sticky_cookie",
+        ),
+        (
             "backends: { protocol: https, server_name: my_app.service.consul }",
             "cluster.backends.server_name",
         ),
@@ -387,6 +395,10 @@ fn the_part_of_pingora_is_strict_too() {
         ("threads: many", "line 3"),
         ("threads: many", "invalid threads"),
         ("threads: 0", "line 3: threads: 0 is out of range"),
+        (
+            "threads: 100000000",
+            "threads: 100000000 is out of range, 1 to 1024",
+        ),
         ("threads: 2\nuser: a", "line 4: user"),
         ("max_retries: 0", "max_retries"),
         ("listener_tasks_per_fd: 0", "listener_tasks_per_fd"),

@@ -88,7 +88,7 @@ impl Writer {
             let _hold = process.writer();
             match received {
                 Ok((entry, _)) => self.write(&entry),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => self.open_if_asked(),
                 Err(RecvTimeoutError::Disconnected) => return self.flush(),
             }
             while let Ok((entry, _)) = lines.try_recv() {
@@ -103,10 +103,8 @@ impl Writer {
         if dropped > 0 {
             say(|| warn!(dropped, "lines of the access log were dropped"));
         }
-        let generation = Shutdown::of_process().log_generation();
-        if self.output.is_none() || generation != self.generation {
-            self.flush();
-            self.generation = generation;
+        self.open_if_asked();
+        if self.output.is_none() {
             self.open();
         }
         self.unflushed += 1;
@@ -115,6 +113,17 @@ impl Writer {
             Some(Ok(())) => {}
             Some(Err(error)) => self.fails(&error),
             None => self.loses_unflushed(),
+        }
+    }
+
+    /// Opens it again if somebody has asked for that, also while there is nothing to write: the former file may have been
+    /// moved, and whoever has moved it waits for a new one.
+    fn open_if_asked(&mut self) {
+        let generation = Shutdown::of_process().log_generation();
+        if generation != self.generation {
+            self.flush();
+            self.generation = generation;
+            self.open();
         }
     }
 

@@ -66,11 +66,12 @@ enum Change {
     Nodes(Tasks),
 }
 
-/// Makes what is needed for a group, and changes nothing of it. `config` is as if it were of this group alone.
+/// Makes what is needed for a group, and changes nothing of it. `config` is as if it were of this group alone; `first` is
+/// another one of the same process.
 pub(super) fn prepare(
-    name: &str,
-    config: &ClusterConfig,
+    (name, config): (&str, &ClusterConfig),
     former: Option<&Former<'_>>,
+    first: Option<&GroupProxy>,
     cluster: &Cluster,
     certificates: &Reload,
 ) -> Result<Prepared, ClusterError> {
@@ -104,6 +105,9 @@ pub(super) fn prepare(
             peers: are_peers_same,
         };
         proxy.continue_from(former.proxy, is_same);
+    }
+    if let Some(first) = first {
+        proxy.share_places(first);
     }
     let check = config
         .health_check

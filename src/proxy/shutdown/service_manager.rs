@@ -1,5 +1,7 @@
 //! What a service manager such as systemd is told (`sd_notify(3)`), where it has asked for it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use sd_notify::NotifyState;
 use tracing::warn;
 
@@ -16,8 +18,19 @@ pub(super) enum Notice {
     Stopping,
 }
 
-/// Tells the service manager, if there is one.
+/// This process is, or was, the main one of the service.
+static HAS_SERVED: AtomicBool = AtomicBool::new(false);
+
+/// Tells the service manager, if there is one. Who has never been the service does not say that it stops: a successor that
+/// is called off before it has taken over.
 pub(super) fn notify(notice: Notice) {
+    match notice {
+        Notice::Ready | Notice::ReadyInsteadOfPredecessor => {
+            HAS_SERVED.store(true, Ordering::Relaxed);
+        }
+        Notice::Stopping if !HAS_SERVED.load(Ordering::Relaxed) => return,
+        Notice::Stopping => {}
+    }
     let own = NotifyState::MainPid(std::process::id());
     let told = match notice {
         Notice::Ready => sd_notify::notify(&[NotifyState::Ready]),
