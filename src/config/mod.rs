@@ -43,6 +43,8 @@ pub use cluster::ClusterConfig;
 #[cfg(feature = "pingora")]
 pub(crate) use cluster::READY_TIMEOUT;
 #[cfg(feature = "pingora")]
+#[cfg(feature = "pingora")]
+pub(crate) use covers::normalized;
 pub(crate) use covers::{is_below, without_last_dot};
 pub use group::{DEFAULT_GROUP, Group};
 pub use health_check::{CheckKind, HealthCheck, StatusRange};

@@ -10,7 +10,7 @@ use crate::error::{ClusterError, in_range};
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Overload {
-    /// Requests in flight in all, of all groups. Those that have become tunnels, such as WebSockets, count, here and
+    /// Requests in flight in all, of one group. Those that have become tunnels, such as WebSockets, count, here and
     /// below, as connections do in HAProxy and nginx. Default: 0, any number. Range: 0 to 10,000,000.
     pub max_in_flight: usize,
     /// Requests in flight at one backend, of this process. Default: 0, any number. Range: 0 to
@@ -22,7 +22,7 @@ pub struct Overload {
     /// How long they wait; then 503. Default: 1,000 ms. Range: 1 to 60,000.
     pub queue_timeout_ms: u64,
     /// A backend that answers 429 or 503 with `Retry-After` is given nothing for as long as it says, but
-    /// for at most this time, only while there are others, and not while it serves other clients: then it means this one.
+    /// for at most this time, only while there are others, and for 429 not while it serves most other clients: then it means this one.
     /// Default: 10,000 ms. Range: 0 (not at all)
     /// to 600,000.
     pub retry_after_most_ms: u64,

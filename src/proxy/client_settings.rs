@@ -28,7 +28,7 @@ pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
 }
 
 /// The largest head of a request over HTTP/2, as it counts there: each field has 32 bytes more (RFC 9113, section 6.5.2). Half
-/// as much again as is allowed, because what is larger gets no more than an error of its stream, and no line.
+/// as much again as is allowed: what is larger reaches no hook, so that there is no line for it.
 fn most_of_http_2(clients: &Clients) -> u32 {
     let most = clients.head_bytes + 32 * clients.headers;
     u32::try_from(most + most / 2).unwrap_or(u32::MAX)

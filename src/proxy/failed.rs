@@ -24,11 +24,11 @@ pub(super) fn is_unread(state: &RequestState, error: &Error) -> bool {
     state.is_unsent() && is_over && error.esource() == &ErrorSource::Upstream
 }
 
-/// Whether it is a read of the backend that its connection has ended, because the backend was silent for too long.
+/// Whether its connection to the backend has ended a read or a write, because the time for it was over.
 fn is_late(error: &Error, state: &RequestState) -> bool {
     let is_unanswered = state.exchange.as_ref().is_some_and(|it| it.is_unanswered());
     is_unanswered
-        && error.etype() == &ErrorType::ReadError
+        && matches!(error.etype(), ErrorType::ReadError | ErrorType::WriteError)
         && error.esource() == &ErrorSource::Upstream
 }
 
@@ -37,8 +37,13 @@ pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestStat
     shorten_error(&mut error);
     if state.take_unanswered() || is_late(&error, state) {
         // A read ended because the front, or the connection to the backend, keeps the time.
-        let reason = format!("while waiting for the response; Peer: {peer}");
-        let mut error = Error::explain(ErrorType::ReadTimedout, reason);
+        let reason = format!("while waiting for the backend; Peer: {peer}");
+        let kind = match error.etype() {
+            // It has not taken what there is of the request, so that the client may not be able to go on.
+            ErrorType::WriteError => ErrorType::WriteTimedout,
+            _ => ErrorType::ReadTimedout,
+        };
+        let mut error = Error::explain(kind, reason);
         error.as_up();
         return error;
     }

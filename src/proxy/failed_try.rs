@@ -169,8 +169,8 @@ pub fn is_local(error: &Error) -> bool {
 }
 
 /// Whether a reason of this process or machine may concern one address only, which is this one. Without descriptors or
-/// memory there is no connection to any, and without a local port, which each address has its own ones of, it is not the
-/// backend that is to blame. Where there is no IPv6, that is the error for addresses of it.
+/// memory there is no connection to any. If no local port is left, of which each address has its own, that is not the
+/// backend's fault either; but for addresses of IPv6 it is also the error where there is no IPv6.
 pub(super) fn may_be_of_address(error: &Error, addr: SocketAddr) -> bool {
     let root: &dyn std::error::Error = error.root_cause();
     let mut causes = std::iter::successors(Some(root), |cause| cause.source());

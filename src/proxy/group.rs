@@ -4,10 +4,12 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
+use http::StatusCode;
 
 use super::last_connected::LastConnected;
-use super::leader::{LeaderRequests, find_leader};
+use super::leader::{LeaderRequests, find_leader, is_misdirected};
 use super::load_reports::LoadReports;
 use super::log_limit::LogLimit;
 use super::outcome::Outcome;
@@ -130,14 +132,6 @@ impl GroupProxy {
         }
     }
 
-    /// Has the same places for requests in all as another group, with which it has the settings in common.
-    pub(super) fn share_places(&mut self, other: &Self) {
-        // What is shared with a former one has them already.
-        if let Some(overload) = Arc::get_mut(&mut self.picker.overload) {
-            overload.share_places(&other.picker.overload);
-        }
-    }
-
     /// How its nodes are checked, if the configuration says that they are. `check` is what it says.
     pub(super) fn checker(&self, check: Option<NodeCheck>) -> Option<Checker> {
         let peers = self.peers.clone();
@@ -222,6 +216,47 @@ impl GroupProxy {
         state.leader_load = None;
         let leader = find_leader(self.leader(), &self.leader_requests, state).await?;
         self.send_to_leader(leader, state).await
+    }
+
+    /// Whether this response says that the leader has to be asked, or another one that leads now; the next try does that. Once
+    /// for each request.
+    pub(super) fn is_asked_in_vain(
+        &self,
+        response: &ResponseHeader,
+        is_safe: bool,
+        state: &mut RequestState,
+    ) -> bool {
+        if state.misdirected.is_some() {
+            return false;
+        }
+        match state.leader.as_ref().map(|it| (it.addr, it.epoch)) {
+            Some((addr, epoch)) if is_misdirected(response, epoch, is_safe) => {
+                self.statistics.backend_ends(addr, None);
+                state.failed_epoch = Some(epoch);
+                state.leader = None;
+            }
+            // A node that does not lead, and has nothing to answer with; or the request is for another host.
+            None if is_safe
+                && response.status == StatusCode::MISDIRECTED_REQUEST
+                && self.is_led_by_another(state)
+                && self.may_send_again(state) =>
+            {
+                state.is_for_leader = true;
+                if let Some(upstream) = state.upstream.take() {
+                    self.statistics.backend_ends(upstream.addr(), None);
+                }
+                self.picker.overload.freed();
+            }
+            _ => return false,
+        }
+        state.misdirected = Some(Instant::now());
+        true
+    }
+
+    /// Whether writes go to a leader that is known, and is not the backend of this try.
+    fn is_led_by_another(&self, state: &RequestState) -> bool {
+        let leader = self.leader().leader().filter(|_| self.sends_to_leader());
+        leader.is_some_and(|leader| Some(leader.addr) != state.addr())
     }
 
     fn leader(&self) -> &LeaderRoute {

@@ -159,10 +159,9 @@ impl ProxyHttp for ClusterProxy {
         let state = &mut context.state;
         let mut peer = group.next_peer(session, state).await?;
         let waits = state.waits(context.routing.limits.client_body(state));
-        let has_body = !session.is_body_empty();
+        let request = (!session.is_body_empty(), session.req_header());
         let connections = self.connections.as_ref();
-        state.exchange =
-            connections.and_then(|it| it.carry(&mut peer, session.req_header(), has_body, waits));
+        state.exchange = connections.and_then(|it| it.carry(&mut peer, request, waits));
         Ok(peer)
     }
 

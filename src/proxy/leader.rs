@@ -11,7 +11,7 @@ use http::{HeaderName, Method, StatusCode};
 use super::headers::LEADER_EPOCH;
 use super::request_state::RequestState;
 use super::unserved::Unserved;
-use crate::config::{ClusterConfig, is_below};
+use crate::config::{ClusterConfig, is_below, normalized};
 use crate::ids::Revision;
 use crate::pingora::{LeaderRoute, LeaderUpstream};
 
@@ -76,7 +76,12 @@ impl LeaderRequests {
             || self.reads_own_write(session, now())
     }
 
+    /// Whatever its spelling: nothing is lost if a leader gets what is for anybody.
     fn is_named(&self, path: &str) -> bool {
+        if self.paths.is_empty() {
+            return false;
+        }
+        let path = &normalized(path);
         self.paths.iter().any(|above| is_below(path, above))
     }
 
@@ -138,8 +143,9 @@ pub(super) fn is_misdirected(response: &ResponseHeader, sent: Revision, is_safe:
     status == StatusCode::MISDIRECTED_REQUEST || is_refusal && newer()
 }
 
-/// Finds the leader, waiting from the start of the request for at most as long as that is allowed. The error is the
-/// reason why there is none.
+/// Finds the leader, waiting for at most as long as that is allowed: from the start of the request, or since a node has said
+/// that it does not lead, whose successor is not to have less time because that node was slow. The error is the reason
+/// why there is none.
 pub(super) async fn find_leader(
     route: &LeaderRoute,
     requests: &LeaderRequests,
@@ -147,7 +153,8 @@ pub(super) async fn find_leader(
 ) -> Result<LeaderUpstream, Unserved> {
     let max_wait = requests.wait;
     let remaining = || {
-        let of_wait = max_wait.saturating_sub(context.started.elapsed());
+        let since = context.misdirected.unwrap_or(context.started);
+        let of_wait = max_wait.saturating_sub(since.elapsed());
         let left = context.time_left().unwrap_or(Some(Duration::ZERO));
         left.map_or(of_wait, |left| left.min(of_wait))
     };
@@ -159,7 +166,7 @@ pub(super) async fn find_leader(
     // A leader that could not be reached may have crashed: its successor has another term. Or it
     // may be back in a moment. One that says that it does not lead will not be back.
     let patience = match context.failed_epoch {
-        Some(_) if !context.is_misdirected => remaining().min(pause(context.tries, max_wait)),
+        Some(_) if context.misdirected.is_none() => remaining().min(pause(context.tries, max_wait)),
         _ => remaining(),
     };
     let other = route

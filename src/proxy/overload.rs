@@ -114,11 +114,6 @@ impl Overload {
         self.paused = former.paused.clone();
     }
 
-    /// Has the same places in all as another group.
-    pub(super) fn share_places(&mut self, other: &Self) {
-        self.in_all = other.in_all.clone();
-    }
-
     /// Lets a request in that may still take this long, if that is limited; what it gets has to be kept as long as the
     /// request. The error is why it is not served.
     pub(super) async fn enter(
@@ -190,8 +185,8 @@ impl Overload {
         }
     }
 
-    /// Takes notice of what a backend says in a response. `refuses_most` says whether most of its clients are refused now,
-    /// and is asked only if this one is.
+    /// Takes notice of what a backend says in a response. `refuses_most` says whether most of its clients are refused now, and
+    /// is asked only if this one is by 429.
     pub(super) fn answered(
         &self,
         addr: SocketAddr,
@@ -207,9 +202,10 @@ impl Overload {
         let value = fields.get(RETRY_AFTER);
         let pause = value.and_then(|value| pause_of(value.to_str().ok()?, SystemTime::now()));
         let now = Instant::now();
-        // Otherwise it is about this client, who could have every backend paused for all others.
+        // 429 may be about this client (RFC 6585), who could have every backend paused for all others.
+        let is_about_all = || status == StatusCode::SERVICE_UNAVAILABLE || refuses_most(now);
         if let Some(pause) = pause.filter(|pause| !pause.is_zero())
-            && refuses_most(now)
+            && is_about_all()
         {
             self.pause(addr, now, now + pause.min(self.most_pause));
         }

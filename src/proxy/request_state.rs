@@ -61,8 +61,8 @@ pub(super) struct RequestState {
     pub(super) leader_load: Option<Upstream>,
     /// The front keeps the time of a silent backend, of this try.
     pub(super) is_timed_by_front: bool,
-    /// A node has said that it does not lead.
-    pub(super) is_misdirected: bool,
+    /// When a node has said that it does not lead.
+    pub(super) misdirected: Option<Instant>,
     /// The field that the backend got, for the access log.
     pub(super) traceparent: Option<String>,
     /// If the request has one.
@@ -139,7 +139,7 @@ impl RequestState {
             is_upgrade: false,
             leader_load: None,
             is_timed_by_front: false,
-            is_misdirected: false,
+            misdirected: None,
             traceparent: None,
             span: None,
             call: None,

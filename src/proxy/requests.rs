@@ -133,6 +133,40 @@ pub(super) async fn answer_expectation(
     Ok(())
 }
 
+/// Refuses what is no target (RFC 9112, section 3.2), which a backend might read in another way than this proxy. Pingora has
+/// cut fragments off, and made `%20` of spaces.
+fn check_target(request: &RequestHeader) -> Result<()> {
+    let target = request.raw_path();
+    let is_path = target.first() == Some(&b'/');
+    let is_of_server = || target == b"*" && request.method == Method::OPTIONS;
+    let has_host = || target.windows(3).any(|part| part == b"://");
+    match is_path || is_of_server() || has_host() {
+        true => Ok(()),
+        false => Err(refused(400, "the target of the request is no path")),
+    }
+}
+
+/// Refuses other transfer codings than chunks. Pingora takes these off, and the coding within would have no name any more
+/// (RFC 9112, section 6.1).
+fn check_codings(headers: &HeaderMap) -> Result<()> {
+    let codings = headers.get_all(TRANSFER_ENCODING);
+    let is_known = |coding: &HeaderValue| coding.as_bytes().eq_ignore_ascii_case(b"chunked");
+    if !codings.iter().all(is_known) {
+        return Err(refused(501, "this transfer coding is not known"));
+    }
+    match codings.iter().nth(1) {
+        None => Ok(()),
+        Some(_) => Err(refused(400, "the body has chunks of chunks")),
+    }
+}
+
+/// Whether this can be the name or address of a host, and its port (RFC 3986, section 3.2).
+fn is_host(value: &HeaderValue) -> bool {
+    let is_of_host =
+        |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(byte);
+    value.as_bytes().iter().all(is_of_host)
+}
+
 /// A request of less than this finds room in the buffer of a socket at once.
 const SHORT: usize = 4_096;
 
@@ -164,9 +198,11 @@ impl RequestLimits {
         }
     }
 
-    /// How long the client may send nothing of a request over HTTP/2. Over HTTP/1 the front keeps that time.
+    /// How long the client may send nothing of a request over HTTP/2, unless it waits to be asked for it. Over HTTP/1 the front
+    /// keeps that time.
     pub(super) fn client_body(&self, state: &RequestState) -> Option<Duration> {
-        (state.connection.is_none() && !state.is_complete).then_some(self.client_body)
+        let is_awaited = !state.is_complete && !state.is_expecting;
+        (state.connection.is_none() && is_awaited).then_some(self.client_body)
     }
 
     /// For how long the rest of a request is read that nobody wants.
@@ -209,6 +245,7 @@ impl RequestLimits {
         // The front keeps the time.
         session.set_read_timeout(None);
         connection.expect_end(None);
+        connection.take_unanswered();
         connection.expect_answer(None);
         connection.enter(match context.is_complete {
             true => Phase::Answer,
@@ -243,22 +280,27 @@ impl RequestLimits {
             }
             return Err(refused(431, "the head of the request is too large"));
         }
+        check_target(session.req_header())?;
         if !is_plain {
             check_connection(headers)?;
-            // Pingora takes chunks off, and the coding within would have no name any more (RFC 9112, section 6.1).
-            let mut codings = headers.get_all(TRANSFER_ENCODING).into_iter();
-            if codings.any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
-                return Err(refused(501, "this transfer coding is not known"));
-            }
+            check_codings(headers)?;
         }
         // RFC 9112, section 3.2. Over HTTP/2 the authority stands for it.
         if session.req_header().version == Version::HTTP_11 && !headers.contains_key(HOST) {
             return Err(refused(400, "a request of HTTP/1.1 needs a host"));
         }
+        if headers.get(HOST).is_some_and(|host| !is_host(host)) {
+            return Err(refused(400, "the host is none"));
+        }
         context.is_short = fields + target < SHORT && context.is_complete;
         let length = headers.get(CONTENT_LENGTH);
-        let length = length.and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-        self.check_length(length.unwrap_or(0))
+        let length = length.map(|value| value.to_str().ok()?.parse::<u64>().ok());
+        match length {
+            Some(Some(length)) => self.check_length(length),
+            // A list of equal ones may stand there (RFC 9112, section 6.3), but not every backend reads one.
+            Some(None) => Err(refused(400, "the length of the body is no number")),
+            None => Ok(()),
+        }
     }
 
     /// Whether a request becomes a tunnel, if the backend agrees. One that wants to go on in a protocol that

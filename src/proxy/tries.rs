@@ -17,7 +17,6 @@ use super::group::GroupProxy;
 use super::grpc::Call;
 use super::headers::{change_response_fields, set_upstream_node};
 use super::hop_by_hop::{check_head, name_length_once, remove_framing, remove_hop_by_hop};
-use super::leader::is_misdirected;
 use super::outcome::Outcome;
 use super::peers::Asked;
 use super::reply::{bad_gateway, had_little_time, refused, unavailable};
@@ -218,30 +217,10 @@ impl GroupProxy {
             return false;
         }
         let is_safe = session.req_header().method.is_safe();
-        let is_first = !state.is_misdirected;
-        if let Some(leader) = &state.leader
-            && is_misdirected(response, leader.epoch, is_safe)
-            && is_first
-        {
-            state.is_misdirected = true;
-            self.statistics.backend_ends(leader.addr, None);
-            state.failed_epoch = Some(leader.epoch);
-            state.leader = None;
+        if self.is_asked_in_vain(response, is_safe, state) {
             return true;
         }
         let status = response.status;
-        if status == StatusCode::MISDIRECTED_REQUEST
-            && is_safe
-            && is_first
-            && self.sends_to_leader()
-            && state.leader.is_none()
-        {
-            // A node that does not lead, and says who is to be asked.
-            state.is_misdirected = true;
-            state.is_for_leader = true;
-            state.upstream = None;
-            return true;
-        }
         (self.retry_on_status.contains(&status.as_u16()) || state.is_probe() && is_failure(status))
             && !self.is_last_try(state)
             && is_safe

@@ -155,7 +155,7 @@ async fn idle_connections_cost_memory_that_is_known_and_end() {
     let fields = "timeouts: { client_idle_ms: 20000, client_header_ms: 60000 }";
     let balancer = in_front_of(&backend, "idle-many", fields).await;
     let before = memory(&balancer);
-    // As many as the descriptors of this process allow, up to 10,000: each has two ends, of which one is here.
+    // As many as the descriptors of this process allow, up to 10,000. Half of them are for tests beside this one.
     let count = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let count = usize::try_from(count.unwrap_or(21_000)).unwrap();
     let count = count.min(21_000) / 2 - 500;

@@ -6,14 +6,10 @@ use serde_json::json;
 
 use super::common::etcd::Etcd;
 use super::common::group;
-use super::raw::{Raw, RawBackend, http_2_backend, in_front_of, in_front_of_after, ok, status};
+use super::raw::{
+    Raw, RawBackend, header, http_2_backend, in_front_of, in_front_of_after, ok, status,
+};
 use super::world::{Setup, entry, put};
-
-/// The value of a header in a message in lower case.
-fn header<'a>(message: &'a str, name: &str) -> Option<&'a str> {
-    let mut lines = message.lines();
-    lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn backends_learn_who_the_client_is_from_trusted_proxies_only() {

@@ -102,6 +102,10 @@ async fn everything_but_safe_methods_goes_to_the_leader_and_so_do_paths_and_tunn
         ("/admin", &both[..1]),
         ("/admin/x?y", &both[..1]),
         ("/administrator", &both),
+        // As most servers read them.
+        ("//admin", &both[..1]),
+        ("/%61dmin", &both[..1]),
+        ("/x/../admin/y", &both[..1]),
     ] {
         let nodes = served_by(&balancer, &format!("GET {path} HTTP/1.1\r\nHost: a")).await;
         assert_eq!(nodes, expected, "{path}");

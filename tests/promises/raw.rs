@@ -297,6 +297,12 @@ pub async fn http_2(balancer: &Balancer) -> h2::client::SendRequest<bytes::Bytes
     sender.ready().await.unwrap()
 }
 
+/// A field of a message whose names are in lower case.
+pub fn header<'a>(message: &'a str, name: &str) -> Option<&'a str> {
+    let mut lines = message.lines();
+    lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+}
+
 pub fn ok(_: &str) -> Vec<u8> {
     b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n".to_vec()
 }

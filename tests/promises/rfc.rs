@@ -187,6 +187,195 @@ const CASES: &[Case] = &[
         statuses: &["200"],
         forwarded: 1,
     },
+    Case {
+        name: "lines that end with LF",
+        why: "RFC 9112 2.2: may be accepted. All accept",
+        bytes: b"GET / HTTP/1.1\nHost: a\nConnection: close\n\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "a CR alone in a field",
+        why: "RFC 9112 2.2: invalid, or a space. HAProxy and nginx refuse, Envoy makes a space of it",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a list of equal lengths",
+        why: "RFC 9112 6.3: may be folded. HAProxy folds, nginx and Envoy refuse",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2, 2\r\n\r\nab",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a length beyond 64 bits",
+        why: "RFC 9112 6.3: an error. All refuse with 400",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n\r\nab",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "chunked twice",
+        why: "RFC 9112 6.1: not allowed. HAProxy and nginx refuse with 400, Envoy with 501",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a chunk beyond 64 bits",
+        why: "RFC 9112 7.1: an overflow must not go unnoticed. All refuse",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n10000000000000002\r\nab\r\n0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a chunk of less than nothing",
+        why: "RFC 9112 7.1: an error. All refuse",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n-2\r\nab\r\n0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a space before the length of a chunk",
+        why: "RFC 9112 7.1: an error. All refuse",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n 2\r\nab\r\n0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a chunk that is longer than it says",
+        why: "RFC 9112 7.1: an error. HAProxy and nginx refuse, Envoy takes it",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nabX\r\n0\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "chunks whose lines end with LF",
+        why: "RFC 9112 7.1: an error. HAProxy and nginx take them, Envoy refuses",
+        bytes: b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\nab\n0\n\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "another expectation",
+        why: "RFC 9110 10.1.1: 417, or ignored. All ignore it",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nExpect: x-other\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "HEAD whose response has chunks",
+        why: "RFC 9112 6.3: ends with its head. All do",
+        bytes: b"HEAD /chunked HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["200", "200"],
+        forwarded: 2,
+    },
+    Case {
+        name: "a body of GET",
+        why: "RFC 9110 9.3.1: no meaning, and part of the message all the same. All pass it on",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nConnection: close\r\n\r\nab",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "absolute form for another host",
+        why: "RFC 9112 3.2.2: the host of the target counts. nginx and Envoy do that, HAProxy refuses",
+        bytes: b"GET http://b/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "OPTIONS for the server",
+        why: "RFC 9112 3.2.4: for a proxy's origin. HAProxy passes it on, nginx gives 400, Envoy 404",
+        bytes: b"OPTIONS * HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "trailers of a response",
+        why: "RFC 9110 6.5.1: may be dropped. HAProxy passes them on, nginx and Envoy drop them",
+        bytes: b"GET /trailers HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "a method that is no token",
+        why: "RFC 9110 9.1: an error. All refuse",
+        bytes: b"GE(T / HTTP/1.1\r\nHost: a\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a space in the host",
+        why: "RFC 9112 3.2: 400. nginx and Envoy refuse, HAProxy passes it on",
+        bytes: b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a target without a slash",
+        why: "RFC 9112 3.2: 400. nginx and Envoy refuse, HAProxy passes it on",
+        bytes: b"GET a HTTP/1.1\r\nHost: a\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "a space in the target",
+        why: "RFC 9112 3.2: 400. All refuse; Pingora makes %20 of it, so that no backend sees it",
+        bytes: b"GET /a b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "a fragment",
+        why: "RFC 9112 3.2: no part of a target. HAProxy and Envoy refuse, nginx drops it, as Pingora does",
+        bytes: b"GET /a#b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "a field without a name",
+        why: "RFC 9110 5.1: an error. All refuse",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\n: x\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "bytes above 127 in a field",
+        why: "RFC 9110 5.5: opaque. All pass them on",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nX: \xe4\xff\r\nConnection: close\r\n\r\n",
+        statuses: &["200"],
+        forwarded: 1,
+    },
+    Case {
+        name: "HTTP/1.2",
+        why: "RFC 9110 2.5: as the highest minor version that is known. HAProxy and nginx do that, Envoy gives 426",
+        bytes: b"GET / HTTP/1.2\r\nHost: a\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "HTTP/2.0 in the form of HTTP/1",
+        why: "RFC 9110 15.6.6: 505. nginx gives 505, Envoy 426, HAProxy passes it on",
+        bytes: b"GET / HTTP/2.0\r\nHost: a\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "HTTP/0.9",
+        why: "RFC 9112 has none of it. HAProxy refuses, Envoy gives 426, nginx passes it on",
+        bytes: b"GET /\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
+    Case {
+        name: "Connection names the host",
+        why: "RFC 9110 7.6.1: not a field of one hop. HAProxy and nginx ignore that, Envoy refuses",
+        bytes: b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close, host\r\n\r\n",
+        statuses: &["400"],
+        forwarded: 0,
+    },
 ];
 
 fn statuses(text: &str) -> Vec<String> {
@@ -210,6 +399,10 @@ async fn raw_requests_are_answered_as_the_rfcs_ask() {
             "/304" => {
                 b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\nETag: \"a\"\r\n\r\n".to_vec()
             }
+            "/chunked" => b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec(),
+            "/trailers" => b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n\
+                             2\r\nok\r\n0\r\nX-Trailer: 1\r\n\r\n"
+                .to_vec(),
             _ => ok(request),
         }
     };
@@ -234,6 +427,15 @@ async fn raw_requests_are_answered_as_the_rfcs_ask() {
             .to_ascii_lowercase();
         if case.name == "204" && (head.contains("content-length") || head.contains("chunked")) {
             wrong.push(format!("a length for 204: {text:?}"));
+        }
+        let target = backend.last().lines().next().unwrap_or_default().to_owned();
+        for (name, expected) in [
+            ("a space in the target", "get /a%20b http/1.1"),
+            ("a fragment", "get /a http/1.1"),
+        ] {
+            if case.name == name && target != expected {
+                wrong.push(format!("{name}: {target}"));
+            }
         }
         if case.name == "HEAD" && !text.ends_with("\r\n\r\n") {
             wrong.push(format!("a body for HEAD: {text:?}"));

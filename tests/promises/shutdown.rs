@@ -469,7 +469,9 @@ async fn a_service_manager_is_told() {
     // A successor that is called off is no end of the service.
     let mut called_off = successor(&setup, &old);
     until("it waits for the sockets", async || {
-        called_off.log_text().contains("ready to take the sockets over")
+        called_off
+            .log_text()
+            .contains("ready to take the sockets over")
     })
     .await;
     called_off.program.signal("TERM");
@@ -547,6 +549,76 @@ async fn a_worker_ends_within_its_grace_period_whatever_its_clients_do() {
     assert!(stop.send().await.unwrap().status().is_success());
     assert!(worker.program.ended().await.0.success());
     assert!(gone(&mut keys).await);
+}
+
+/// The second one does not wait for whom the first one waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_signal_ends_a_worker_at_once() {
+    let etcd = Etcd::shared();
+    let group = group("worker-twice");
+    let mut keys = etcd.raw_client().await;
+    for signal in ["TERM", "INT"] {
+        let more = ["--grace", "60"];
+        let mut worker = Worker::start(&etcd.endpoints()[0], &group, "w1", &more, Log::File);
+        until_registered(&mut keys, &group, "w1", |_, _| true).await;
+        let mut client = TcpStream::connect((local(), worker.port)).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHo").await.unwrap();
+        worker.program.signal(signal);
+        let is_gone = async || {
+            super::world::registered(&mut keys.clone(), &group, "w1")
+                .await
+                .is_none()
+        };
+        until("it has left the group", is_gone).await;
+        let start = Instant::now();
+        worker.program.signal(signal);
+        worker.program.ended().await;
+        assert!(start.elapsed() < 5 * SECOND, "{:?}", start.elapsed());
+    }
+}
+
+/// As root it opens its files and ports, and serves as somebody else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_becomes_the_user_that_it_is_told() {
+    let own = std::fs::read_to_string("/proc/self/status").unwrap();
+    let user = |status: &str| {
+        let line = status.lines().find(|line| line.starts_with("Uid:"));
+        line.unwrap().split_whitespace().nth(2).unwrap().to_owned()
+    };
+    if user(&own) != "0" {
+        eprintln!("skipped, because only root can become somebody else");
+        return;
+    }
+    let backend = RawBackend::start(ok).await;
+    let (etcd, group) = (Etcd::shared(), group("user"));
+    let entry = entry("a", Some(backend.address.port()), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let directory = tempfile::tempdir().unwrap();
+    let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(directory.path(), everybody).unwrap();
+    let (pid_file, log) = (directory.path().join("pid"), directory.path().join("log"));
+    let daemon = format!(
+        "grace_period_seconds: 20\ndaemon: true\nuser: nobody\ngroup: nogroup\npid_file: {}\nerror_log: {}",
+        pid_file.display(),
+        log.display()
+    );
+    let setup = Setup::shared(&group)
+        .with("drain_delay_ms: 100")
+        .server(&daemon);
+    let mut started = setup.start();
+    let (status, _) = started.program.ended().await;
+    assert!(status.success(), "{}", started.log_text());
+    until("it serves", async || started.get().await == "a").await;
+    let pid = std::fs::read_to_string(&pid_file).unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.trim())).unwrap();
+    let nobody = std::process::Command::new("id")
+        .args(["-u", "nobody"])
+        .output();
+    let nobody = String::from_utf8(nobody.unwrap().stdout).unwrap();
+    assert_eq!(user(&status), nobody.trim());
+    let pid = pid.trim().parse().unwrap();
+    super::common::etcd::send_signal(pid, "TERM");
+    until("it has ended", async || !is_listened_on(&started.listen)).await;
 }
 
 /// A daemon listens, and ends like any other process; what it cannot do is an error of the caller.

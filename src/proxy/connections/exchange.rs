@@ -128,11 +128,23 @@ impl Exchange {
 
     /// Until when to wait, if nothing has been read or written since then.
     pub(super) fn wait_until(&self, since: Instant) -> Instant {
+        self.end_of(
+            since,
+            match self.is_answering.load(Ordering::Relaxed) {
+                false => self.times.silence.response,
+                true => self.times.silence.read,
+            },
+        )
+    }
+
+    /// The same, whether the response has begun by then or not.
+    pub(super) fn wait_at_least_until(&self, since: Instant) -> Instant {
+        let silence = self.times.silence;
+        self.end_of(since, silence.response.min(silence.read))
+    }
+
+    fn end_of(&self, since: Instant, silence: Duration) -> Instant {
         let times = &self.times;
-        let silence = match self.is_answering.load(Ordering::Relaxed) {
-            false => times.silence.response,
-            true => times.silence.read,
-        };
         let is_request_complete = self.is_request_complete.load(Ordering::Relaxed);
         let client_body = times.waits.client_body.filter(|_| !is_request_complete);
         let within = client_body.map_or(silence, |client_body| client_body.min(silence));

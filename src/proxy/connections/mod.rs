@@ -49,8 +49,7 @@ impl Connections {
     pub(super) fn carry(
         &self,
         peer: &mut HttpPeer,
-        request: &RequestHeader,
-        has_body: bool,
+        (has_body, request): (bool, &RequestHeader),
         waits: Waits,
     ) -> Option<Arc<Exchange>> {
         let is_plain = !peer.tls() && peer.options.alpn.get_max_http_version() == 1;

@@ -82,13 +82,14 @@ impl BackendStream {
         let Some(connection) = &mut self.connection else {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         };
-        let mut socket = Pin::new(&mut connection.socket);
         while !self.held.is_empty() {
+            let socket = Pin::new(&mut connection.socket);
             let both = [IoSlice::new(&self.held), IoSlice::new(next)];
-            let count = match next.is_empty() {
-                true => ready!(socket.as_mut().poll_write(context, &self.held))?,
-                false => ready!(socket.as_mut().poll_write_vectored(context, &both))?,
+            let written = match next.is_empty() {
+                true => socket.poll_write(context, &self.held),
+                false => socket.poll_write_vectored(context, &both),
             };
+            let count = ready!(until_end(written, connection, &self.exchange, context))?;
             if count == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -103,7 +104,8 @@ impl BackendStream {
         if next.is_empty() {
             return Poll::Ready(Ok(0));
         }
-        let count = ready!(socket.poll_write(context, next))?;
+        let written = Pin::new(&mut connection.socket).poll_write(context, next);
+        let count = ready!(until_end(written, connection, &self.exchange, context))?;
         self.exchange.writes();
         self.silent_since = None;
         Poll::Ready(Ok(count))
@@ -133,11 +135,31 @@ impl BackendStream {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         };
         let since = *self.silent_since.get_or_insert_with(Instant::now);
+        // That the response has begun wakes nobody here.
+        let first = self.exchange.wait_at_least_until(since);
+        ready!(connection.deadline.poll(first, context));
         let until = self.exchange.wait_until(since);
         ready!(connection.deadline.poll(until, context));
         self.exchange.times_out();
-        Poll::Ready(Err(timed_out("the backend did not answer in time")))
+        Poll::Ready(Err(timed_out("what was waited for did not come in time")))
     }
+}
+
+/// A write that waits ends with the request. How long else it may wait, is Pingora's.
+fn until_end(
+    written: Poll<io::Result<usize>>,
+    connection: &mut Connection,
+    exchange: &Exchange,
+    context: &mut Context<'_>,
+) -> Poll<io::Result<usize>> {
+    if let Some(end_by) = exchange.times().waits.end_by
+        && written.is_pending()
+    {
+        ready!(connection.deadline.poll(end_by, context));
+        exchange.times_out();
+        return Poll::Ready(Err(timed_out("the time of the request was over")));
+    }
+    written
 }
 
 impl AsyncRead for BackendStream {

@@ -430,7 +430,7 @@ fn only_plain_http_1_is_carried() {
     ] {
         plain = peer(false);
         let sent = connections
-            .carry(&mut plain, request, has_body, Waits::default())
+            .carry(&mut plain, (has_body, request), Waits::default())
             .unwrap()
             .sent();
         assert_eq!((sent.body, sent.is_idempotent), (body, is_idempotent));
@@ -441,7 +441,7 @@ fn only_plain_http_1_is_carried() {
     for peer in [&mut tls, &mut h2] {
         assert!(
             connections
-                .carry(peer, &post, false, Waits::default())
+                .carry(peer, (false, &post), Waits::default())
                 .is_none()
         );
         assert!(peer.options.custom_l4.is_none() && peer.options.read_timeout.is_some());

@@ -187,7 +187,7 @@ impl ClientStream {
         if matches!(phase, Phase::Answer | Phase::Expect) && !self.is_http2 {
             // The client does nothing wrong, and the request may be tried at another backend.
             self.connection.set_unanswered();
-            return Err(timed_out("the backend did not answer in time"));
+            return Err(timed_out("what was waited for did not come in time"));
         }
         self.connection.end(why);
         match phase {

@@ -66,12 +66,11 @@ enum Change {
     Nodes(Tasks),
 }
 
-/// Makes what is needed for a group, and changes nothing of it. `config` is as if it were of this group alone; `first` is
-/// another one of the same process.
+/// Makes what is needed for a group, and changes nothing of it. `config` is as if it were of this group alone.
 pub(super) fn prepare(
-    (name, config): (&str, &ClusterConfig),
+    name: &str,
+    config: &ClusterConfig,
     former: Option<&Former<'_>>,
-    first: Option<&GroupProxy>,
     cluster: &Cluster,
     certificates: &Reload,
 ) -> Result<Prepared, ClusterError> {
@@ -105,9 +104,6 @@ pub(super) fn prepare(
             peers: are_peers_same,
         };
         proxy.continue_from(former.proxy, is_same);
-    }
-    if let Some(first) = first {
-        proxy.share_places(first);
     }
     let check = config
         .health_check

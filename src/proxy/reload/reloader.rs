@@ -99,13 +99,9 @@ impl Reloader {
     ) -> Result<Self, ClusterError> {
         let cluster = Cluster::connect(config.etcd.clone())?;
         let mut proxies = BTreeMap::new();
-        let mut first = None::<Arc<GroupProxy>>;
         for (name, config) in groups(config) {
-            let shared = first.as_deref();
-            let prepared = prepare((name, &config), None, shared, &cluster, &certificates)?;
-            let proxy = prepared.first();
-            first.get_or_insert_with(|| proxy.clone());
-            proxies.insert(name.to_owned(), proxy);
+            let prepared = prepare(name, &config, None, &cluster, &certificates)?;
+            proxies.insert(name.to_owned(), prepared.first());
         }
         let routing = Routing::new(config, proxies, None)?;
         if let Some(tls) = &config.etcd.tls {
@@ -316,16 +312,15 @@ impl Reloader {
         let runtime = Handle::current();
         let routing = self.routing.load_full();
         let listeners = self.listeners(&config, &running.config)?;
-        let mut prepared = Vec::<(String, ClusterConfig, Prepared)>::new();
+        let mut prepared = Vec::new();
         for (name, new) in groups(&config) {
             let old = running.config.of_group(name);
             let former = old.as_ref().zip(routing.groups.get(name));
             let former = former.map(|(config, proxy)| Former { config, proxy });
-            let first = prepared.first();
             let group = prepare(
-                (name, &new),
+                name,
+                &new,
                 former.as_ref(),
-                first.map(|(.., group)| &*group.proxy),
                 &self.cluster,
                 &self.certificates,
             )?;
