@@ -384,6 +384,12 @@ async fn a_network_that_drops_packets_in_silence_costs_seconds() {
         "policy: round_robin\ntimeouts: { tcp_user_timeout_ms: 3000, pool_idle_ms: 60000 }";
     let balancer = Setup::shared(&group).with(fields).serving().await;
     balancer.until_served_by(&["far", "near"]).await;
+    // The same without anybody else, and with a connection that has been used.
+    let alone = group.clone() + "-alone";
+    let entry = entry("far", Some(8080), json!({ "ip": namespace.inner_ip.to_string() }));
+    put(&mut keys, &alone, &entry, None).await;
+    let without_others = Setup::shared(&alone).with(fields).serving().await;
+    without_others.until_served_by(&["far"]).await;
     namespace.cut().unwrap();
     let start = Instant::now();
     // On the connection that the pool has, and on a new one, which has 1.5 s to connect.
@@ -394,6 +400,11 @@ async fn a_network_that_drops_packets_in_silence_costs_seconds() {
         (Duration::from_secs(2)..Duration::from_secs(10)).contains(&took),
         "{took:?}"
     );
+    // Not 503, which says that there was nobody to ask.
+    let start = Instant::now();
+    let status = without_others.get().await;
+    assert!(["502", "504"].contains(&&*status), "{status}");
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
 /// Sends this many requests one after the other, for paths that differ; every fourth one is for the broken page.

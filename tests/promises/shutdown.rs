@@ -529,19 +529,21 @@ async fn a_worker_ends_within_its_grace_period_whatever_its_clients_do() {
     let etcd = Etcd::shared();
     let group = group("worker-grace");
     let more = ["--grace", "2"];
-    let mut worker = Worker::start(&etcd.endpoints()[0], &group, "w1", &more, Log::File);
     let mut keys = etcd.raw_client().await;
-    until_registered(&mut keys, &group, "w1", |_, _| true).await;
-    let mut client = TcpStream::connect((local(), worker.port)).await.unwrap();
-    client.write_all(b"GET / HTTP/1.1\r\nHo").await.unwrap();
-    for signal in ["HUP", "QUIT"] {
-        worker.program.signal(signal);
-    }
-    let (status, took) = worker.program.ended().await;
-    assert!(status.success(), "{status}: {}", worker.log_text());
-    assert!(took < 5 * SECOND, "{took:?}");
     let gone = async |keys: &mut _| super::world::registered(keys, &group, "w1").await.is_none();
-    assert!(gone(&mut keys).await);
+    for signal in ["QUIT", "TERM", "INT"] {
+        let mut worker = Worker::start(&etcd.endpoints()[0], &group, "w1", &more, Log::File);
+        until_registered(&mut keys, &group, "w1", |_, _| true).await;
+        let mut client = TcpStream::connect((local(), worker.port)).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHo").await.unwrap();
+        for signal in ["HUP", signal] {
+            worker.program.signal(signal);
+        }
+        let (status, took) = worker.program.ended().await;
+        assert!(status.success(), "{signal}, {status}: {}", worker.log_text());
+        assert!(took < 5 * SECOND, "{signal}: {took:?}");
+        assert!(gone(&mut keys).await);
+    }
     // Told to stop by a request, it leaves as well.
     let mut worker = Worker::start(&etcd.endpoints()[0], &group, "w1", &more, Log::File);
     until_registered(&mut keys, &group, "w1", |_, _| true).await;

@@ -277,6 +277,49 @@ fn every_field_is_in_every_configuration_file() {
         ));
     }
     assert!(fields.len() > 20, "{fields:?}");
+    // Of these the files show the fields in a line of their own, or where they say how the section is written.
+    let sections = [
+        "access_log",
+        "admin",
+        "backends",
+        "clients",
+        "filter",
+        "health_check",
+        "leader",
+        "limits",
+        "opentelemetry",
+        "overload",
+        "retry",
+        "self_preservation",
+        "snapshot",
+        "timeouts",
+        "tls",
+    ];
+    let mut of_sections = Vec::new();
+    for section in sections {
+        let bogus = format!("cluster: {{ {section}: {{ bogus: 1 }} }}");
+        of_sections.extend(
+            fields_of(section, &bogus)
+                .into_iter()
+                .map(|it| (section, it)),
+        );
+    }
+    for (section, bogus) in [
+        ("groups", "cluster: { groups: { a: { bogus: 1 } } }"),
+        ("routes", "cluster: { routes: [{ bogus: 1 }] }"),
+        (
+            "further_listeners",
+            "cluster: { further_listeners: [{ bogus: 1 }] }",
+        ),
+        ("registry", "cluster: { registry: { bogus: 1 } }"),
+    ] {
+        of_sections.extend(
+            fields_of(section, bogus)
+                .into_iter()
+                .map(|it| (section, it)),
+        );
+    }
+    assert!(of_sections.len() > 100, "{of_sections:?}");
     // The files must show Pingora's own fields as well, but those that are refused.
     let defaults = pingora::server::configuration::ServerConf::default().to_yaml();
     let is_refused = |field: &str| {
@@ -296,6 +339,25 @@ fn every_field_is_in_every_configuration_file() {
                 line.starts_with(&format!("{field}:"))
             });
             assert!(shown, "{file} does not show {field}");
+        }
+        for (section, field) in &of_sections {
+            let shown = text.contains(&format!("{field}:"));
+            assert!(shown, "{file} does not show {section}.{field}");
+        }
+        // And say what it is without it, and what it may be.
+        for line in text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with('#'))
+        {
+            let Some((field, comment)) = line.split_once('#') else {
+                continue;
+            };
+            let (_, value) = field.split_once(':').unwrap_or_default();
+            let said = ["Default", "Required", "always"].iter().any(|it| comment.contains(it));
+            assert!(said || value.trim().is_empty(), "{file}: {line}");
+            let is_number = value.trim().parse::<f64>().is_ok();
+            let has_range = comment.contains("Range") || comment.contains("always");
+            assert!(has_range || !is_number, "{file}: {line}");
         }
     }
 }
