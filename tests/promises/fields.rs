@@ -37,6 +37,8 @@ async fn a_small_static_weight_gets_its_part_of_requests_one_after_the_other() {
 async fn count_of_a(setup: &Setup, fields: &str, count: usize) -> usize {
     let balancer = setup.clone().with(fields).serving().await;
     let counted = balancer.gets(count).await;
+    // Shown if the test fails.
+    println!("{fields}: {counted:?}\n{}", balancer.log_text());
     let known = ["a", "b"].iter().filter_map(|id| counted.get(*id));
     assert_eq!(known.sum::<usize>(), count, "{counted:?}");
     counted.get("a").copied().unwrap_or(0)

@@ -386,14 +386,18 @@ async fn a_network_that_drops_packets_in_silence_costs_seconds() {
     balancer.until_served_by(&["far", "near"]).await;
     // The same without anybody else, and with a connection that has been used.
     let alone = group.clone() + "-alone";
-    let entry = entry("far", Some(8080), json!({ "ip": namespace.inner_ip.to_string() }));
+    let entry = entry(
+        "far",
+        Some(8080),
+        json!({ "ip": namespace.inner_ip.to_string() }),
+    );
     put(&mut keys, &alone, &entry, None).await;
     let without_others = Setup::shared(&alone).with(fields).serving().await;
     without_others.until_served_by(&["far"]).await;
     namespace.cut().unwrap();
     let start = Instant::now();
     // On the connection that the pool has, and on a new one, which has 1.5 s to connect.
-    let served = balancer.gets(4).await;
+    let (served, status) = tokio::join!(balancer.gets(4), without_others.get());
     assert_eq!(served.keys().collect::<Vec<_>>(), ["near"], "{served:?}");
     let took = start.elapsed();
     assert!(
@@ -401,10 +405,7 @@ async fn a_network_that_drops_packets_in_silence_costs_seconds() {
         "{took:?}"
     );
     // Not 503, which says that there was nobody to ask.
-    let start = Instant::now();
-    let status = without_others.get().await;
     assert!(["502", "504"].contains(&&*status), "{status}");
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
 /// Sends this many requests one after the other, for paths that differ; every fourth one is for the broken page.

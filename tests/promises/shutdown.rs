@@ -540,7 +540,11 @@ async fn a_worker_ends_within_its_grace_period_whatever_its_clients_do() {
             worker.program.signal(signal);
         }
         let (status, took) = worker.program.ended().await;
-        assert!(status.success(), "{signal}, {status}: {}", worker.log_text());
+        assert!(
+            status.success(),
+            "{signal}, {status}: {}",
+            worker.log_text()
+        );
         assert!(took < 5 * SECOND, "{signal}: {took:?}");
         assert!(gone(&mut keys).await);
     }
