@@ -351,8 +351,8 @@ async fn what_a_backend_of_http_2_has_not_processed_goes_to_another_one() {
     for (name, is_going) in [("h2-refuses", false), ("h2-goes", true)] {
         let (port, requests, _serving) = that_processes_nothing(is_going).await;
         let (works, _works) = http_2_backend(Duration::ZERO).await;
-        let group = group(name);
-        let mut keys = Etcd::shared().raw_client().await;
+        let (etcd, group) = (Etcd::shared(), group(name));
+        let mut keys = etcd.raw_client().await;
         put(
             &mut keys,
             &group,

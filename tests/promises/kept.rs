@@ -291,8 +291,8 @@ async fn a_post_does_not_go_over_a_connection_that_its_backend_has_ended() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_run_of_a_node_gets_no_connections_of_the_former_one() {
     let backend = RawBackend::start(ok).await;
-    let group = group("runs");
-    let mut keys = Etcd::shared().raw_client().await;
+    let (etcd, group) = (Etcd::shared(), group("runs"));
+    let mut keys = etcd.raw_client().await;
     let entry = entry("a", Some(backend.address.port()), json!({}));
     put(&mut keys, &group, &entry, None).await;
     let balancer = Setup::shared(&group)
