@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
@@ -300,6 +300,39 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&head.concat(), payload].concat()
 }
 
+/// One connection of such a backend, until it ends.
+async fn process_nothing(
+    mut stream: TcpStream,
+    is_going: bool,
+    counter: Arc<AtomicUsize>,
+) -> std::io::Result<()> {
+    let mut preface = [0; 24];
+    stream.read_exact(&mut preface).await?;
+    stream.write_all(&frame(4, 0, 0, &[])).await?;
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        let id = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+        let mut payload = vec![0; length as usize];
+        stream.read_exact(&mut payload).await?;
+        match (head[3], head[4]) {
+            (1, _) if is_going => {
+                counter.fetch_add(1, Ordering::Relaxed);
+                stream.write_all(&frame(7, 0, 0, &[0; 8])).await?;
+            }
+            (1, _) => {
+                counter.fetch_add(1, Ordering::Relaxed);
+                stream.write_all(&frame(3, 0, id, &[0, 0, 0, 7])).await?;
+            }
+            // The settings of the other side.
+            (4, 0) => stream.write_all(&frame(4, 1, 0, &[])).await?,
+            (6, 0) => stream.write_all(&frame(6, 1, 0, &payload)).await?,
+            _ => {}
+        }
+    }
+}
+
 /// A backend of HTTP/2 that has processed nothing of what it is asked for, and says so: by RST_STREAM with REFUSED_STREAM, or
 /// by GOAWAY without an error. And its port.
 async fn that_processes_nothing(is_going: bool) -> (u16, Arc<AtomicUsize>, JoinSet<()>) {
@@ -309,37 +342,8 @@ async fn that_processes_nothing(is_going: bool) -> (u16, Arc<AtomicUsize>, JoinS
     let (counter, mut serving) = (requests.clone(), JoinSet::new());
     serving.spawn(async move {
         let mut connections = JoinSet::new();
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let counter = counter.clone();
-            connections.spawn(async move {
-                let mut preface = [0; 24];
-                stream.read_exact(&mut preface).await?;
-                stream.write_all(&frame(4, 0, 0, &[])).await?;
-                loop {
-                    let mut head = [0; 9];
-                    stream.read_exact(&mut head).await?;
-                    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-                    let id = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
-                    let mut payload = vec![0; length as usize];
-                    stream.read_exact(&mut payload).await?;
-                    match (head[3], head[4]) {
-                        (1, _) if is_going => {
-                            counter.fetch_add(1, Ordering::Relaxed);
-                            stream.write_all(&frame(7, 0, 0, &[0; 8])).await?;
-                        }
-                        (1, _) => {
-                            counter.fetch_add(1, Ordering::Relaxed);
-                            stream.write_all(&frame(3, 0, id, &[0, 0, 0, 7])).await?;
-                        }
-                        // The settings of the other side.
-                        (4, 0) => stream.write_all(&frame(4, 1, 0, &[])).await?,
-                        (6, 0) => stream.write_all(&frame(6, 1, 0, &payload)).await?,
-                        _ => {}
-                    }
-                }
-                #[allow(unreachable_code)]
-                std::io::Result::Ok(())
-            });
+        while let Ok((stream, _)) = listener.accept().await {
+            connections.spawn(process_nothing(stream, is_going, counter.clone()));
         }
     });
     (port, requests, serving)
