@@ -40,8 +40,8 @@ pub struct Timeouts {
     /// Until a response begins, with a WebSocket too, and until a backend has read a part of a request. Then 504.
     /// Default: 60,000. Range: 1 to 3,600,000.
     pub response_ms: u64,
-    /// From one part of a response to the next; then it breaks off. Where the client speaks HTTP/2, and the backend HTTP/2
-    /// or TLS, the longer one of this and `response_ms` holds for both, because Pingora has one time for them. Default: as
+    /// From one part of a response to the next; then it breaks off. Where client and backend speak HTTP/2, the
+    /// longer one of this and `response_ms` holds for both, because Pingora has one time for them. Default: as
     /// `response_ms`. Range: 1 to 3,600,000.
     pub read_ms: Option<u64>,
     /// How long a connection to a backend may be unused, unless the backend says in `Keep-Alive:

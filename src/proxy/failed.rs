@@ -1,5 +1,6 @@
 //! What clients and the log learn of requests that were not served.
 
+use std::fmt;
 use std::time::Instant;
 
 use ::pingora::proxy::Session;
@@ -37,7 +38,7 @@ pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestStat
     shorten_error(&mut error);
     if state.take_unanswered() || is_late(&error, state) {
         // A read ended because the front, or the connection to the backend, keeps the time.
-        let reason = format!("while waiting for the backend; Peer: {peer}");
+        let reason = format!("while waiting for the backend; {}", Named(peer, state));
         let kind = match error.etype() {
             // It has not taken what there is of the request, so that the client may not be able to go on.
             ErrorType::WriteError => ErrorType::WriteTimedout,
@@ -49,7 +50,20 @@ pub(super) fn of_try(mut error: Box<Error>, peer: &HttpPeer, state: &RequestStat
     }
     match error.etype() {
         ErrorType::HTTPStatus(_) => error,
-        _ => error.more_context(format!("Peer: {peer}")),
+        _ => error.more_context(Named(peer, state).to_string()),
+    }
+}
+
+/// A peer, in an error.
+struct Named<'a>(&'a HttpPeer, &'a RequestState);
+
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(peer, state) = self;
+        // Pingora knows nothing of a connection that is secure by itself.
+        let is_secure = state.exchange.as_ref().is_some_and(|it| it.is_secure());
+        let over = if is_secure { ", over TLS" } else { "" };
+        write!(f, "Peer: {peer}{over}")
     }
 }
 

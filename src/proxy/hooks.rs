@@ -153,15 +153,15 @@ impl ProxyHttp for ClusterProxy {
         session: &mut Session,
         context: &mut Box<RequestContext>,
     ) -> Result<Box<HttpPeer>> {
-        let Some(group) = &context.group else {
-            return Err(unavailable("no group serves this request"));
-        };
+        let no_group = || unavailable("no group serves this request");
+        let group = context.group.as_ref().ok_or_else(no_group)?;
         let state = &mut context.state;
         let mut peer = group.next_peer(session, state).await?;
         let waits = state.waits(context.routing.limits.client_body(state));
         let request = (!session.is_body_empty(), session.req_header());
+        let secure = group.peers.secure(&peer);
         let connections = self.connections.as_ref();
-        state.exchange = connections.and_then(|it| it.carry(&mut peer, request, waits));
+        state.exchange = connections.and_then(|it| it.carry(&mut peer, request, waits, secure));
         Ok(peer)
     }
 

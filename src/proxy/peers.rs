@@ -5,9 +5,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ::pingora::protocols::TcpKeepalive;
-use ::pingora::upstreams::peer::{H1UpgradePolicy, HttpPeer, HttpUpstreamRequestPolicy, Scheme};
+use ::pingora::upstreams::peer::{
+    H1UpgradePolicy, HttpPeer, HttpUpstreamRequestPolicy, Peer, Scheme,
+};
 use arc_swap::ArcSwap;
 
+use super::connections::{Secure, Silence};
 use super::tls::BackendTls;
 use crate::config::{Backends, Protocol, Timeouts, Upgrade, is_name};
 use crate::metadata::metadata_keys;
@@ -66,30 +69,6 @@ pub(super) struct BackendTimes {
     pub(super) response: Option<Duration>,
     pub(super) read: Option<Duration>,
     pub(super) tunnel: Option<Duration>,
-}
-
-/// How long the backend of a try may be silent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Silence {
-    /// Until its response begins.
-    pub(super) response: Duration,
-    /// From one part of it to the next.
-    pub(super) read: Duration,
-}
-
-impl Silence {
-    /// The same at any time.
-    pub(super) const fn of(time: Duration) -> Self {
-        Self {
-            response: time,
-            read: time,
-        }
-    }
-
-    /// Where there is one time only.
-    pub(super) fn longest(&self) -> Duration {
-        self.response.max(self.read)
-    }
 }
 
 impl Peers {
@@ -194,7 +173,7 @@ impl Peers {
             false => options.http_upstream_request_policy.h1_upgrade = self.upgrade,
         }
         let within = |time: Duration| Some(left.map_or(time, |left| time.min(left)));
-        // Pingora takes the first one for the TLS handshake, too.
+        // Where Pingora connects, it takes the first one for the TLS handshake, too.
         let (connect, total) = match protocol.is_tls() {
             true => (
                 self.connect.max(self.handshake),
@@ -222,6 +201,13 @@ impl Peers {
         options.idle_timeout = Some(hint.unwrap_or(self.pool_idle));
         options.tcp_keepalive = Some(self.keepalive.clone());
         Ok(Box::new(peer))
+    }
+
+    /// TLS for a peer of HTTP/1 that has it, if this process does not leave it to Pingora.
+    pub(super) fn secure(&self, peer: &HttpPeer) -> Option<Secure> {
+        let is_http_1 = peer.options.alpn.get_max_http_version() == 1;
+        let tls = self.tls.as_ref().filter(|_| is_http_1 && peer.tls())?;
+        tls.secure(&peer.sni, self.connect, self.handshake)
     }
 
     /// A backend closes idle connections after this number of seconds. The pool has to let go of them

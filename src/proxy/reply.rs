@@ -201,7 +201,7 @@ impl Reply<'_> {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use super::super::peers::Silence;
+    use super::super::connections::Silence;
     use super::*;
 
     #[test]

@@ -8,12 +8,12 @@ use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use http::StatusCode;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::connections::{Exchange, Waits};
+use super::connections::{Exchange, Silence, Waits};
 use super::failed_try::{MAX_STALE_CONNECTIONS, Sent};
 use super::front::{Connection, OpenStream, Phase};
 use super::grpc::Call;
 use super::outcome::{Outcome, outcome};
-use super::peers::{BackendTimes, Silence};
+use super::peers::BackendTimes;
 use super::shutdown::Hold;
 use super::spans::Span;
 use super::unserved::Unserved;

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use super::common::etcd::Etcd;
 use super::common::{DEADLINE, group, local};
 use super::raw::{Raw, RawBackend, in_front_of, is_closed_within, ok, read_message, status};
+use super::tls::OverTls;
 use super::world::{Balancer, Setup, entry, put, until};
 
 /// A balancer with these fields in front of a backend at this port.
@@ -270,8 +271,21 @@ async fn a_post_does_not_go_over_a_connection_that_its_backend_has_ended() {
             });
         }
     });
-    let balancer = in_front_of_port(port, "ended", "retries: 0").await;
-    let mut client = Raw::to(&balancer).await;
+    let tls = OverTls::to(port).await;
+    let over_tls = format!(
+        "retries: 0\nbackends: {{ protocol: https, {} }}",
+        tls.fields
+    );
+    post_after_end(&in_front_of_port(port, "ended", "retries: 0").await, &posts).await;
+    post_after_end(
+        &in_front_of_port(tls.port, "ended-tls", &over_tls).await,
+        &posts,
+    )
+    .await;
+}
+
+async fn post_after_end(balancer: &Balancer, posts: &Mutex<Vec<String>>) {
+    let mut client = Raw::to(balancer).await;
     for (number, method) in ["POST", "PUT", "PATCH"].repeat(5).iter().enumerate() {
         // Long enough for the end to have arrived.
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -281,7 +295,7 @@ async fn a_post_does_not_go_over_a_connection_that_its_backend_has_ended() {
         let response = client.response().await;
         assert_eq!(status(&response), "200", "{number}: {response}");
     }
-    let posts = posts.lock().unwrap();
+    let posts = std::mem::take(&mut *posts.lock().unwrap());
     assert_eq!(posts.len(), 15, "each of them once: {posts:?}");
     let log = balancer.log_text();
     assert!(!log.contains("a backend fails"), "{log}");

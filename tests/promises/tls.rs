@@ -156,7 +156,20 @@ async fn certificates_are_chosen_by_name_and_reloaded_but_bad_ones_are_not() {
     connect(address, "one.test", &authority, None, &[])
         .await
         .unwrap();
+    // One that has ended already.
+    let over = authority.expired_server(&["one.test"]);
+    std::fs::write(&one.0, &over.cert).unwrap();
+    std::fs::write(&one.1, &over.key).unwrap();
+    until("it is refused", async || {
+        let text = balancer.log_text();
+        text.contains("changed certificate files have ended already")
+    })
+    .await;
+    connect(address, "one.test", &authority, None, &[])
+        .await
+        .unwrap();
     std::fs::write(&one.0, &new.cert).unwrap();
+    std::fs::write(&one.1, &new.key).unwrap();
     until("the new one is in use", async || {
         connect(address, "new.test", &authority, None, &[])
             .await
@@ -367,6 +380,52 @@ async fn a_proxy_header_comes_before_tls_and_a_handshake_has_its_time() {
     let start = Instant::now();
     assert_eq!(Raw(stream).rest().await, "");
     assert!(start.elapsed() > SECOND * 5 / 2 && start.elapsed() < 10 * SECOND);
+}
+
+/// TLS in front of a backend that speaks without it.
+pub(super) struct OverTls {
+    pub(super) port: u16,
+    /// What the section `backends` says of it.
+    pub(super) fields: String,
+    _files: Directory,
+    _serving: JoinSet<()>,
+}
+
+impl OverTls {
+    pub(super) async fn to(backend: u16) -> Self {
+        let (files, authority) = (Directory::new(), Authority::new("backends"));
+        let ca = files.write("ca.pem", authority.pem());
+        let (chain, key) = parsed(&authority.server(&["b.test"]));
+        let config = ServerConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, key);
+        let acceptor = TlsAcceptor::from(Arc::new(config.unwrap()));
+        let listener = TcpListener::bind((local(), 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut serving = JoinSet::new();
+        serving.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                let acceptor = acceptor.clone();
+                connections.spawn(async move {
+                    let Ok(mut stream) = acceptor.accept(stream).await else {
+                        return;
+                    };
+                    let mut to = TcpStream::connect((local(), backend)).await.unwrap();
+                    // Either end may break off.
+                    let _ = tokio::io::copy_bidirectional(&mut stream, &mut to).await;
+                });
+            }
+        });
+        Self {
+            port,
+            fields: format!("server_name: b.test, ca_file: {}", ca.display()),
+            _files: files,
+            _serving: serving,
+        }
+    }
 }
 
 /// A backend that speaks HTTP/1.1 over TLS and answers with the name of the client's certificate's

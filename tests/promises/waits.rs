@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use super::common::etcd::Etcd;
 use super::common::{group, local};
 use super::raw::{Raw, RawBackend, http_2, in_front_of, ok, read_head, status};
+use super::tls::OverTls;
 use super::world::{Balancer, Setup, entry, put, until};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -57,6 +58,18 @@ async fn backend() -> (u16, JoinSet<()>) {
     (port, serving)
 }
 
+/// What the file says of backends that speak in this way, and where they are.
+async fn spoken_to(protocol: &str, port: u16) -> (String, u16, Option<OverTls>) {
+    match protocol {
+        "https" => {
+            let tls = OverTls::to(port).await;
+            let fields = format!("backends: {{ protocol: https, {} }}", tls.fields);
+            (fields, tls.port, Some(tls))
+        }
+        _ => (format!("backends: {{ protocol: {protocol} }}"), port, None),
+    }
+}
+
 async fn before(port: u16, name: &str, fields: &str) -> Balancer {
     let (etcd, group) = (Etcd::shared(), group(name));
     let entry = entry("a", Some(port), json!({}));
@@ -97,10 +110,11 @@ async fn get(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_response_has_a_time_to_begin_and_another_one_to_go_on() {
     let (port, _serving) = backend().await;
-    for protocol in ["http1", "h2c"] {
+    for protocol in ["http1", "https", "h2c"] {
+        let (backends, port, _tls) = spoken_to(protocol, port).await;
         let before = async |name: &str, times: &str| {
             let fields = format!(
-                "backends: {{ protocol: {protocol} }}\nretries: 0\ntimeouts: {{ {times} }}\n\
+                "{backends}\nretries: 0\ntimeouts: {{ {times} }}\n\
                  routes:\n- {{ path: /own, group: default, rewrite: {{ path: / }}, timeouts: {{ read_ms: 20000 }} }}"
             );
             before(port, &format!("waits-{name}-{protocol}"), &fields).await
@@ -111,7 +125,7 @@ async fn a_response_has_a_time_to_begin_and_another_one_to_go_on() {
         for (client, version) in clients().iter().zip([1, 2]) {
             let is = format!("{protocol}, HTTP/{version}");
             // A client of HTTP/2 before a backend of HTTP/2 has the longer one.
-            let is_apart = protocol == "http1" || version == 1;
+            let is_apart = protocol != "h2c" || version == 1;
             let (status, text, is_whole, took) = get(client, &goes_on, "/late").await;
             match is_apart {
                 true => assert!(status == 504 && took < SECOND, "{is}: {status} {took:?}"),
@@ -163,14 +177,14 @@ async fn a_response_has_a_time_to_begin_and_another_one_to_go_on() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_ends_with_its_time_though_its_backend_has_just_sent_something() {
     let (port, _serving) = backend().await;
-    for protocol in ["http1", "h2c"] {
-        let fields =
-            format!("backends: {{ protocol: {protocol} }}\ntimeouts: {{ request_ms: 3000 }}");
+    for protocol in ["http1", "https", "h2c"] {
+        let (backends, port, _tls) = spoken_to(protocol, port).await;
+        let fields = format!("{backends}\ntimeouts: {{ request_ms: 3000 }}");
         let balancer = before(port, &format!("waits-all-{protocol}"), &fields).await;
         for (client, version) in clients().iter().zip([1, 2]) {
             let (status, text, is_whole, took) = get(client, &balancer, "/more").await;
             assert_eq!((status.as_u16(), &*text, is_whole), (200, "onetwo", false));
-            let is_exact = protocol == "http1" || version == 1;
+            let is_exact = protocol != "h2c" || version == 1;
             // Otherwise within as much time as there was left when it began.
             let most = if is_exact { 5 * SECOND } else { 9 * SECOND };
             let is = format!("{protocol}, HTTP/{version}: {took:?}");
@@ -206,9 +220,17 @@ async fn a_request_ends_with_its_time_though_its_backend_does_not_read_it() {
             kept.push(stream);
         }
     });
-    let balancer = before(port, "waits-write", "timeouts: { request_ms: 2000 }").await;
+    for protocol in ["http1", "https"] {
+        let (backends, port, _tls) = spoken_to(protocol, port).await;
+        let fields = format!("{backends}\ntimeouts: {{ request_ms: 2000 }}");
+        upload_without_reader(&before(port, &format!("waits-write-{protocol}"), &fields).await)
+            .await;
+    }
+}
+
+async fn upload_without_reader(balancer: &Balancer) {
     let start = Instant::now();
-    let mut client = Raw::to(&balancer).await;
+    let mut client = Raw::to(balancer).await;
     let head = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 50000000\r\n\r\n";
     client.send(head.as_bytes()).await;
     let sending = async {
@@ -229,9 +251,24 @@ async fn a_request_ends_with_its_time_though_its_backend_does_not_read_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_body_that_stalls_over_http_2_has_the_time_of_any_other_body() {
     let backend = RawBackend::start(ok).await;
-    let fields = "timeouts: { client_body_ms: 1000, response_ms: 60000 }";
-    let balancer = in_front_of(&backend, "waits-body", fields).await;
+    let times = "timeouts: { client_body_ms: 1000, response_ms: 60000 }";
+    let (backends, port, _tls) = spoken_to("https", backend.address.port()).await;
+    let over_tls = before(port, "waits-body-tls", &format!("{backends}\n{times}")).await;
+    body_stalls(&over_tls).await;
+    body_stalls(&in_front_of(&backend, "waits-body", times).await).await;
+    let slow = RawBackend::start_slow(2 * SECOND).await;
+    let balancer = in_front_of(&slow, "waits-after-body", times).await;
     let mut sender = http_2(&balancer).await;
+    let request = http::Request::post("http://a/").body(()).unwrap();
+    let (response, mut body) = sender.send_request(request, false).unwrap();
+    body.send_data("all".into(), true).unwrap();
+    assert_eq!(response.await.unwrap().status(), 200);
+    let mut client = Raw::to(&balancer).await;
+    assert_eq!(status(&client.get("").await), "200");
+}
+
+async fn body_stalls(balancer: &Balancer) {
+    let mut sender = http_2(balancer).await;
     let start = Instant::now();
     let request = http::Request::post("http://a/").body(()).unwrap();
     let (response, mut body) = sender.send_request(request, false).unwrap();
@@ -248,13 +285,4 @@ async fn a_body_that_stalls_over_http_2_has_the_time_of_any_other_body() {
     let mut sender = sender.ready().await.unwrap();
     let (response, _) = sender.send_request(request, true).unwrap();
     assert_eq!(response.await.unwrap().status(), 200);
-    let slow = RawBackend::start_slow(2 * SECOND).await;
-    let balancer = in_front_of(&slow, "waits-after-body", fields).await;
-    let mut sender = http_2(&balancer).await;
-    let request = http::Request::post("http://a/").body(()).unwrap();
-    let (response, mut body) = sender.send_request(request, false).unwrap();
-    body.send_data("all".into(), true).unwrap();
-    assert_eq!(response.await.unwrap().status(), 200);
-    let mut client = Raw::to(&balancer).await;
-    assert_eq!(status(&client.get("").await), "200");
 }

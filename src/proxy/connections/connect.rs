@@ -11,6 +11,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::exchange::Exchange;
+use super::pool::Connection;
+use super::socket::Socket;
 use super::stream::BackendStream;
 
 #[async_trait]
@@ -24,10 +26,25 @@ impl L4Connect for Exchange {
         self.begins(kept.is_some());
         let connection = match kept {
             Some(connection) => connection,
-            None => connect_to(target.addr, &exchange).await?.into(),
+            None => Connection::new(open(target.addr, &exchange).await?),
         };
         let stream = BackendStream::new(connection, target, exchange);
         Ok(VirtualSocketStream::new(Box::new(stream)).into())
+    }
+}
+
+/// A new connection, with TLS if its peer has it.
+async fn open(addr: std::net::SocketAddr, exchange: &Exchange) -> Result<Socket> {
+    let Some(secure) = exchange.secure() else {
+        return connect_to(addr, exchange).await.map(Socket::from);
+    };
+    let opening = async { secure.handshake(connect_to(addr, exchange).await?).await };
+    match exchange.times().open {
+        Some(within) => timeout(within, opening).await.unwrap_or_else(|_| {
+            let reason = format!("timeout {within:?} connecting to server {addr}");
+            Error::e_explain(ErrorType::ConnectTimedout, reason)
+        }),
+        None => opening.await,
     }
 }
 

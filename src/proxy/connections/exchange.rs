@@ -7,13 +7,39 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::Secure;
 use super::pool::{Pool, Target};
-use crate::proxy::peers::Silence;
+
+/// How long the backend of a try may be silent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(in crate::proxy) struct Silence {
+    /// Until its response begins.
+    pub(in crate::proxy) response: Duration,
+    /// From one part of it to the next.
+    pub(in crate::proxy) read: Duration,
+}
+
+impl Silence {
+    /// The same at any time.
+    pub(in crate::proxy) const fn of(time: Duration) -> Self {
+        Self {
+            response: time,
+            read: time,
+        }
+    }
+
+    /// Where there is one time only.
+    pub(in crate::proxy) fn longest(&self) -> Duration {
+        self.response.max(self.read)
+    }
+}
 
 /// How long things may take; `None` for any time.
 #[derive(Debug)]
 pub(super) struct Times {
     pub(super) connect: Option<Duration>,
+    /// To connect, with the handshake of TLS.
+    pub(super) open: Option<Duration>,
     pub(super) silence: Silence,
     pub(super) waits: Waits,
     /// How long the connection may be idle afterwards.
@@ -51,6 +77,15 @@ pub(super) struct Sent {
     pub(super) is_idempotent: bool,
 }
 
+/// How a backend is spoken to.
+#[derive(Debug)]
+pub(super) struct Spoken {
+    /// What keeps connections to one address apart.
+    pub(super) group_key: u64,
+    /// TLS, if it has that.
+    pub(super) secure: Option<Secure>,
+}
+
 /// One try of a request on a connection, as the proxy, Pingora and the connection know it.
 ///
 /// For Pingora each try has a new connection. After a response it finds out whether the connection can be used again:
@@ -63,8 +98,7 @@ pub(super) struct Sent {
 pub(in crate::proxy) struct Exchange {
     itself: Weak<Self>,
     pool: Arc<Pool>,
-    /// What keeps connections to one address apart.
-    group_key: u64,
+    spoken: Spoken,
     times: Times,
     sent: Sent,
     is_unanswered: AtomicBool,
@@ -76,11 +110,11 @@ pub(in crate::proxy) struct Exchange {
 }
 
 impl Exchange {
-    pub(super) fn new(pool: Arc<Pool>, group_key: u64, times: Times, sent: Sent) -> Arc<Self> {
+    pub(super) fn new(pool: Arc<Pool>, spoken: Spoken, times: Times, sent: Sent) -> Arc<Self> {
         Arc::new_cyclic(|itself| Self {
             itself: itself.clone(),
             pool,
-            group_key,
+            spoken,
             times,
             sent,
             is_unanswered: AtomicBool::new(false),
@@ -126,11 +160,21 @@ impl Exchange {
         self.is_answering.store(true, Ordering::Relaxed);
     }
 
+    /// Whether that has happened.
+    pub(super) fn is_answering(&self) -> bool {
+        self.is_answering.load(Ordering::Relaxed)
+    }
+
+    /// Whether its connection has TLS.
+    pub(in crate::proxy) fn is_secure(&self) -> bool {
+        self.spoken.secure.is_some()
+    }
+
     /// Until when to wait, if nothing has been read or written since then.
     pub(super) fn wait_until(&self, since: Instant) -> Instant {
         self.end_of(
             since,
-            match self.is_answering.load(Ordering::Relaxed) {
+            match self.is_answering() {
                 false => self.times.silence.response,
                 true => self.times.silence.read,
             },
@@ -161,6 +205,10 @@ impl Exchange {
         self.is_complete.load(Ordering::Relaxed)
     }
 
+    pub(super) fn secure(&self) -> Option<&Secure> {
+        self.spoken.secure.as_ref()
+    }
+
     pub(super) fn sent(&self) -> Sent {
         self.sent
     }
@@ -186,7 +234,7 @@ impl Exchange {
     pub(super) fn target(&self, addr: SocketAddr) -> Target {
         Target {
             addr,
-            group_key: self.group_key,
+            group_key: self.spoken.group_key,
         }
     }
 }

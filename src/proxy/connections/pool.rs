@@ -12,6 +12,7 @@ use rustix::net::{RecvFlags, recv};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 
+use super::socket::Socket;
 use crate::opaque::opaque_debug;
 use crate::proxy::deadline::Deadline;
 use crate::sync::lock;
@@ -46,15 +47,15 @@ type Shard = HashMap<Target, Vec<Idle>>;
 /// A connection, and what is used again with it.
 #[derive(Debug)]
 pub(super) struct Connection {
-    pub(super) socket: TcpStream,
+    pub(super) socket: Socket,
     pub(super) deadline: Deadline,
 }
 
-impl From<TcpStream> for Connection {
+impl Connection {
     /// One that is new.
-    fn from(socket: TcpStream) -> Self {
+    pub(super) fn new(socket: impl Into<Socket>) -> Self {
         Self {
-            socket,
+            socket: socket.into(),
             deadline: Deadline::default(),
         }
     }
@@ -69,7 +70,7 @@ struct Idle {
 impl Idle {
     /// Whether it may be used: its backend has neither closed it nor sent anything.
     fn is_open(&self, now: Instant) -> bool {
-        self.until > now && is_quiet(&self.connection.socket)
+        self.until > now && is_quiet(self.connection.socket.tcp())
     }
 }
 
@@ -121,7 +122,7 @@ impl Pool {
         loop {
             let last = lock(self.shard(target)).get_mut(&target)?.pop()?;
             self.count.fetch_sub(1, Ordering::Relaxed);
-            if last.is_open(now) && (!looks_closely || is_alive(&last.connection.socket)) {
+            if last.is_open(now) && (!looks_closely || is_alive(last.connection.socket.tcp())) {
                 return Some(last.connection);
             }
         }

@@ -82,6 +82,10 @@ impl BackendStream {
         let Some(connection) = &mut self.connection else {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         };
+        if self.held.len() + next.len() > MOST_HELD && connection.socket.is_tls() {
+            // More than one record: the first ones may have been sent though the write fails.
+            self.exchange.writes();
+        }
         while !self.held.is_empty() {
             let socket = Pin::new(&mut connection.socket);
             let both = [IoSlice::new(&self.held), IoSlice::new(next)];
@@ -122,11 +126,26 @@ impl BackendStream {
             Hold::UntilNextPoll => self.hold = self.after_head(),
             Hold::No | Hold::Head | Hold::Chunk => {}
         }
-        if self.held.is_empty() {
-            return Poll::Ready(None);
-        }
-        let written = ready!(self.poll_write_held(context, &[]));
+        let written = ready!(self.poll_write_all(context));
         Poll::Ready(written.err().inspect(|_| self.held.clear()))
+    }
+
+    /// Writes what is held here, or in TLS.
+    fn poll_write_all(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_write_held(context, &[]))?;
+        match &mut self.connection {
+            Some(connection) => {
+                let flushed = Pin::new(&mut connection.socket).poll_flush(context);
+                until_end(flushed, connection, &self.exchange, context)
+            }
+            None => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Whether a connection that others have used was over before a response began.
+    fn is_over_before_answer(&self, error: &io::Error) -> bool {
+        let is_end = error.kind() == io::ErrorKind::UnexpectedEof;
+        is_end && self.exchange.is_reused() && !self.exchange.is_answering()
     }
 
     /// What comes of a read that finds nothing.
@@ -146,12 +165,12 @@ impl BackendStream {
 }
 
 /// A write that waits ends with the request. How long else it may wait, is Pingora's.
-fn until_end(
-    written: Poll<io::Result<usize>>,
+fn until_end<T>(
+    written: Poll<io::Result<T>>,
     connection: &mut Connection,
     exchange: &Exchange,
     context: &mut Context<'_>,
-) -> Poll<io::Result<usize>> {
+) -> Poll<io::Result<T>> {
     if let Some(end_by) = exchange.times().waits.end_by
         && written.is_pending()
     {
@@ -191,9 +210,13 @@ impl AsyncRead for BackendStream {
         {
             return Poll::Ready(Err(failed));
         }
-        if read.is_ready() {
+        if let Poll::Ready(read) = read {
             this.silent_since = None;
-            return read;
+            return Poll::Ready(match read {
+                // Without a word of TLS; no part of a response is missing.
+                Err(error) if this.is_over_before_answer(&error) => Ok(()),
+                read => read,
+            });
         }
         if this.exchange.is_complete() {
             // Nothing more is expected, so it was only looked at: see `Exchange`.
@@ -236,8 +259,7 @@ impl AsyncWrite for BackendStream {
         if matches!(this.hold, Hold::UntilBody | Hold::UntilNextPoll) {
             this.hold = this.after_head();
         }
-        // The socket itself holds nothing.
-        this.poll_write_held(context, &[]).map_ok(|_| ())
+        this.poll_write_all(context)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -260,9 +282,9 @@ impl VirtualSocket for BackendStream {
             return Ok(());
         };
         match option {
-            VirtualSockOpt::NoDelay => socket.set_nodelay(true),
+            VirtualSockOpt::NoDelay => socket.tcp().set_nodelay(true),
             VirtualSockOpt::KeepAlive(keepalive) => {
-                set_tcp_keepalive(socket, &keepalive).map_err(io::Error::other)
+                set_tcp_keepalive(socket.tcp(), &keepalive).map_err(io::Error::other)
             }
             // One that is new to Pingora, and that nobody asks for.
             _ => Ok(()),

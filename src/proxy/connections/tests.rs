@@ -27,7 +27,7 @@ impl World {
     }
 
     async fn connect(&self, times: Times, body: Body) -> (Stream, Arc<Exchange>) {
-        let exchange = Exchange::new(self.pool.clone(), 7, times, sent(body));
+        let exchange = Exchange::new(self.pool.clone(), plain(), times, sent(body));
         let addr = self.listener.local_addr().unwrap().into();
         (exchange.connect(&addr).await.unwrap(), exchange)
     }
@@ -61,7 +61,7 @@ impl World {
 
     /// A connection, to be kept.
     async fn new_connection(&self) -> pool::Connection {
-        TcpStream::connect(self.target().addr).await.unwrap().into()
+        pool::Connection::new(TcpStream::connect(self.target().addr).await.unwrap())
     }
 
     async fn accept(&self) -> TcpStream {
@@ -84,9 +84,17 @@ fn sent(body: Body) -> Sent {
     }
 }
 
+fn plain() -> Spoken {
+    Spoken {
+        group_key: 7,
+        secure: None,
+    }
+}
+
 fn times() -> Times {
     Times {
         connect: Some(Duration::from_secs(5)),
+        open: None,
         silence: Silence::of(Duration::from_secs(5)),
         waits: Waits::default(),
         idle: Duration::from_secs(60),
@@ -139,7 +147,7 @@ async fn what_is_over_is_not_taken() {
     let minute = Duration::from_secs(60);
     let connection = world.new_connection().await;
     drop(world.accept().await);
-    connection.socket.readable().await.unwrap();
+    connection.socket.tcp().readable().await.unwrap();
     world.pool.put(world.target(), connection, minute);
     assert!(world.pool.take(world.target(), false).is_none());
     let connection = world.new_connection().await;
@@ -155,7 +163,7 @@ async fn a_request_that_cannot_be_repeated_does_not_meet_an_end_that_the_system_
     let world = World::new(10).await;
     for looks_closely in [false, true] {
         let connection = world.new_connection().await;
-        let addr = connection.socket.local_addr().unwrap();
+        let addr = connection.socket.tcp().local_addr().unwrap();
         drop(world.accept().await);
         // Until the system has passed it on.
         std::thread::sleep(Duration::from_millis(50));
@@ -163,7 +171,7 @@ async fn a_request_that_cannot_be_repeated_does_not_meet_an_end_that_the_system_
             .pool
             .put(world.target(), connection, Duration::from_secs(60));
         let taken = world.pool.take(world.target(), looks_closely);
-        let taken = taken.map(|it| it.socket.local_addr().unwrap());
+        let taken = taken.map(|it| it.socket.tcp().local_addr().unwrap());
         assert_eq!(taken, (!looks_closely).then_some(addr));
     }
 }
@@ -202,12 +210,14 @@ async fn the_one_that_was_used_last_comes_first_and_the_one_that_ends_first_make
     let mut ports = Vec::new();
     for number in 0..5 {
         let connection = world.new_connection().await;
-        ports.push(connection.socket.local_addr().unwrap());
+        ports.push(connection.socket.tcp().local_addr().unwrap());
         world.pool.put(target, connection, minute);
         assert_eq!(world.pool.count(), (number + 1).min(3));
     }
     let taken = std::iter::from_fn(|| world.pool.take(target, false));
-    let taken: Vec<_> = taken.map(|it| it.socket.local_addr().unwrap()).collect();
+    let taken: Vec<_> = taken
+        .map(|it| it.socket.tcp().local_addr().unwrap())
+        .collect();
     assert_eq!(taken, [ports[4], ports[3], ports[2]]);
     // Whatever backend it is of.
     let other = World::new(3).await;
@@ -382,7 +392,7 @@ async fn a_connection_that_cannot_be_made_is_an_error_of_pingora() {
     let world = World::new(10).await;
     let addr = world.listener.local_addr().unwrap();
     drop(world.listener);
-    let exchange = Exchange::new(world.pool, 7, times(), sent(Body::None));
+    let exchange = Exchange::new(world.pool, plain(), times(), sent(Body::None));
     let error = exchange.connect(&addr.into()).await.unwrap_err();
     assert_eq!(error.etype(), &::pingora::ErrorType::ConnectRefused);
 }
@@ -402,6 +412,7 @@ fn pingora_makes_connections_where_the_file_says_how() {
         },
         ServerConf {
             upstream_connect_offload_threadpools: Some(1),
+            upstream_connect_offload_thread_per_pool: Some(1),
             ..default()
         },
     ] {
@@ -430,7 +441,7 @@ fn only_plain_http_1_is_carried() {
     ] {
         plain = peer(false);
         let sent = connections
-            .carry(&mut plain, (has_body, request), Waits::default())
+            .carry(&mut plain, (has_body, request), Waits::default(), None)
             .unwrap()
             .sent();
         assert_eq!((sent.body, sent.is_idempotent), (body, is_idempotent));
@@ -441,7 +452,7 @@ fn only_plain_http_1_is_carried() {
     for peer in [&mut tls, &mut h2] {
         assert!(
             connections
-                .carry(peer, (false, &post), Waits::default())
+                .carry(peer, (false, &post), Waits::default(), None)
                 .is_none()
         );
         assert!(peer.options.custom_l4.is_none() && peer.options.read_timeout.is_some());
@@ -466,7 +477,7 @@ fn each_wait_has_its_time() {
         waits,
         ..times()
     };
-    let exchange = Exchange::new(pool(), 7, times(), sent(Body::Chunked));
+    let exchange = Exchange::new(pool(), plain(), times(), sent(Body::Chunked));
     let until = || exchange.wait_until(start) - start;
     assert_eq!(until(), seconds(10));
     exchange.request_completes();

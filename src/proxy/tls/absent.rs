@@ -1,6 +1,7 @@
 //! What stands for TLS where the feature `proxy-tls` is off: nothing of it can exist.
 
 use std::path::Path;
+use std::time::Duration;
 
 use ::pingora::protocols::Stream;
 use ::pingora::server::ShutdownWatch;
@@ -13,6 +14,7 @@ use http::HeaderValue;
 use crate::config::{Backends, ListenerTls};
 use crate::error::ClusterError;
 use crate::proxy::CertificateFile;
+use crate::proxy::connections::Secure;
 
 #[derive(Clone)]
 pub(in crate::proxy) enum ClientTls {}
@@ -54,6 +56,10 @@ impl BackendTls {
     }
 
     pub(in crate::proxy) fn add_to(&self, _: &mut HttpPeer) {
+        match *self {}
+    }
+
+    pub(in crate::proxy) fn secure(&self, _: &str, _: Duration, _: Duration) -> Option<Secure> {
         match *self {}
     }
 }

@@ -5,6 +5,8 @@ mod absent;
 #[cfg(feature = "proxy-tls")]
 mod backends;
 #[cfg(feature = "proxy-tls")]
+mod client;
+#[cfg(feature = "proxy-tls")]
 mod clients;
 #[cfg(feature = "proxy-tls")]
 mod files;

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ::pingora::server::ShutdownWatch;
 use ::pingora::services::background::BackgroundService;
@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use tracing::{error, info, warn};
 
 use super::files::{Check, Named, fingerprint, read};
-use super::shown::{Watched, shown};
+use super::shown::{Watched, ends, shown};
 use crate::error::ClusterError;
 use crate::proxy::CertificateFile;
 use crate::supervise::{caught, say};
@@ -31,6 +31,10 @@ pub(in crate::proxy) struct Reloaded<T> {
     shown: ArcSwap<Vec<CertificateFile>>,
     /// A hash of the contents that were tried last, so that no key stays in memory.
     tried: Mutex<u128>,
+    /// When the certificates in use end, without those that signed them; and the contents that were refused for having ended
+    /// before.
+    ends: Mutex<Vec<SystemTime>>,
+    over: Mutex<u128>,
     /// A file could not be read when it was last tried.
     is_unread: AtomicBool,
 }
@@ -45,6 +49,8 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
         Ok(Self {
             current: ArcSwap::from_pointee(make(&contents)?),
             tried: fingerprint(&contents).into(),
+            ends: ends(&files, &contents).into(),
+            over: 0.into(),
             shown: ArcSwap::from_pointee(shown(&files, &contents)),
             files,
             make: Box::new(make),
@@ -77,13 +83,28 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
         };
         self.is_unread.store(false, Ordering::Relaxed);
         let found = fingerprint(&contents);
-        if std::mem::replace(&mut *lock(&self.tried), found) == found {
+        if *lock(&self.tried) == found {
             return;
         }
+        let new_ends = ends(&self.files, &contents);
+        if self.would_end_before(&new_ends) {
+            // To be taken once the ones in use have ended, too.
+            if std::mem::replace(&mut *lock(&self.over), found) != found {
+                say(|| {
+                    error!(
+                        first = first(),
+                        "changed certificate files have ended already; the former ones, which have not, are still in use"
+                    );
+                });
+            }
+            return;
+        }
+        *lock(&self.tried) = found;
         match (self.make)(&contents) {
             Ok(made) => {
                 self.current.store(Arc::new(made));
                 self.shown.store(Arc::new(shown(&self.files, &contents)));
+                *lock(&self.ends) = new_ends;
                 say(|| info!(first = first(), "changed certificate files are in use"));
             }
             Err(error) => {
@@ -92,6 +113,13 @@ impl<T: Send + Sync + 'static> Reloaded<T> {
                 );
             }
         }
+    }
+
+    /// Whether one of these is over, and none of those in use.
+    fn would_end_before(&self, new: &[SystemTime]) -> bool {
+        let now = SystemTime::now();
+        let is_any_over = |all: &[SystemTime]| all.iter().any(|ends| *ends < now);
+        is_any_over(new) && !is_any_over(&lock(&self.ends))
     }
 }
 

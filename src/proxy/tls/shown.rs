@@ -19,6 +19,18 @@ pub(super) fn shown(files: &[Named], contents: &[Vec<u8>]) -> Vec<CertificateFil
     files.filter_map(|(file, pem)| of(file, pem)).collect()
 }
 
+/// When the certificates that this process shows end: of each file that is none of CAs, the first one.
+pub(super) fn ends(files: &[Named], contents: &[Vec<u8>]) -> Vec<SystemTime> {
+    let files = files.iter().zip(contents);
+    let own = files.filter(|(file, _)| !file.field.ends_with("ca_file"));
+    let first = |(file, pem): (&Named, &Vec<u8>)| {
+        let all = certificates(&file.field, &file.path, pem).ok()?;
+        let (_, first) = x509_parser::parse_x509_certificate(all.first()?).ok()?;
+        Some(time(first.validity().not_after.timestamp()))
+    };
+    own.filter_map(first).collect()
+}
+
 fn of(file: &Named, pem: &[u8]) -> Option<CertificateFile> {
     let all = certificates(&file.field, &file.path, pem).ok()?;
     let read = |der: &CertificateDer| {
