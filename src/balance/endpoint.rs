@@ -84,6 +84,7 @@ pub(super) struct EndpointState {
     is_due: AtomicBool,
     /// A probe is under way.
     is_probed: AtomicBool,
+    has_begun_well: AtomicBool,
     /// The turn of a probe was taken, for a request that has not begun.
     #[cfg(feature = "pingora")]
     is_offered: AtomicBool,
@@ -260,6 +261,7 @@ impl Endpoint {
                 subset_share: AtomicF32::new(1.0),
                 is_due: AtomicBool::new(false),
                 is_probed: AtomicBool::new(false),
+                has_begun_well: AtomicBool::new(false),
                 #[cfg(feature = "pingora")]
                 is_offered: AtomicBool::new(false),
                 refusing: AtomicF32::new(0.0),

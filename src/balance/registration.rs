@@ -326,9 +326,11 @@ impl Registration {
             if endpoint.is_due() && self.has_requests() {
                 endpoint.set_due(false);
             }
-        } else if !endpoint.is_due() && !endpoint.is_probed() && self.trial.is_due(most_pause, now)
-        {
-            endpoint.set_due(true);
+        } else if !endpoint.is_due() && !endpoint.is_probed() {
+            let is_next = endpoint.state().take_begun_well();
+            if is_next || self.trial.is_due(most_pause, now) {
+                endpoint.set_due(true);
+            }
         }
     }
 

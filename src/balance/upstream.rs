@@ -22,6 +22,8 @@ pub struct Upstream {
     /// Counts the request among all of the balancer, for the policy that needs their number.
     in_flight: Option<Arc<()>>,
     is_probe: bool,
+    /// It was a probe whose response has begun: whether it succeeds is open.
+    has_begun: bool,
     is_tunnel: bool,
 }
 
@@ -35,6 +37,7 @@ impl Upstream {
             state,
             in_flight,
             is_probe,
+            has_begun: false,
             is_tunnel: false,
         }
     }
@@ -62,6 +65,7 @@ impl Upstream {
     /// Reports that the backend answered, `latency` after the request was sent to it: time spent on
     /// earlier tries at other backends does not count. The policies that learn from outcomes use it.
     pub fn succeeded(mut self, latency: Duration) {
+        self.begun_well();
         match self.take_probe() {
             true => self.state.probe_succeeds(),
             false => self.state.succeeded(latency),
@@ -74,6 +78,7 @@ impl Upstream {
     /// as if it were in flight until the usual latency of successes is over. [`in_flight`](Self::in_flight) and limits
     /// do not.
     pub fn answered(mut self, took: Duration, now: Instant) {
+        self.begun_well();
         match (self.take_probe(), &self.in_flight) {
             (true, _) => self.state.probe_succeeds(),
             (false, None) => self.state.answered_after(took, now),
@@ -88,11 +93,20 @@ impl Upstream {
         self.is_probe
     }
 
-    /// If this is a probe, it has succeeded, though the request goes on: the response has begun. From
-    /// now on it is a request like any other, whose outcome is reported at its end.
+    /// If this is a probe, the backend seems to work, though the request goes on: the response has begun, and may last for
+    /// hours. The outcome is reported at its end, and if that is a failure, it is one of a probe. Until then at most one
+    /// other is tried each second.
     pub fn begins_to_answer(&mut self) {
         if self.take_probe() {
-            self.state.probe_succeeds();
+            self.has_begun = true;
+            self.state.probe_begins_to_answer();
+        }
+    }
+
+    /// What has begun has not failed.
+    fn begun_well(&mut self) {
+        if std::mem::take(&mut self.has_begun) {
+            self.state.begun_probe_succeeds();
         }
     }
 
@@ -100,6 +114,7 @@ impl Upstream {
     /// backend that other requests should make way for. It still counts in [`in_flight`](Self::in_flight), and for
     /// requests [that become tunnels](super::PickOptions::for_tunnel) themselves.
     pub fn becomes_tunnel(&mut self) {
+        self.begun_well();
         if !std::mem::replace(&mut self.is_tunnel, true) {
             self.state.begin_tunnel(self.in_flight.is_some());
         }
@@ -124,9 +139,10 @@ impl Upstream {
     }
 
     fn fails(mut self, failure: Failure) {
-        match self.take_probe() {
-            true => self.state.probe_fails(failure),
-            false => self.state.failed(failure),
+        match (self.take_probe(), std::mem::take(&mut self.has_begun)) {
+            (true, _) => self.state.probe_fails(failure),
+            (false, true) => self.state.begun_probe_fails(failure),
+            (false, false) => self.state.failed(failure),
         }
     }
 

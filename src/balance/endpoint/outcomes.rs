@@ -74,6 +74,31 @@ impl EndpointState {
 
     /// A probe has succeeded.
     pub(in crate::balance) fn probe_succeeds(&self) {
+        self.add_probed_success();
+        // One success says little: the next request tries it again.
+        self.probe_ends(true);
+    }
+
+    /// A probe seems to succeed. Until that is certain, the next one comes with a tick: few are lost to a backend whose
+    /// responses break off.
+    pub(in crate::balance) fn probe_begins_to_answer(&self) {
+        self.add_probed_success();
+        self.has_begun_well.store(true, Ordering::Relaxed);
+        self.probe_ends(false);
+    }
+
+    /// A probe that had begun well has ended well.
+    pub(in crate::balance) fn begun_probe_succeeds(&self) {
+        self.has_begun_well.store(false, Ordering::Relaxed);
+        self.probe_ends(true);
+    }
+
+    /// Whether a probe has begun well since this was asked last, and none has failed.
+    pub(in crate::balance) fn take_begun_well(&self) -> bool {
+        self.has_begun_well.swap(false, Ordering::Relaxed)
+    }
+
+    fn add_probed_success(&self) {
         self.fleet.repay_probe();
         self.unmeasured.fetch_add(1, Ordering::Relaxed);
         self.add_success();
@@ -82,14 +107,24 @@ impl EndpointState {
             let node = self.node();
             info!(node = node.id, addr = %self.addr, "a backend that failed works again");
         }
-        // One success says little: the next request tries it again.
-        self.probe_ends(true);
     }
 
     /// A probe has failed.
     pub(in crate::balance) fn probe_fails(&self, failure: Failure) {
         self.add_failure(failure);
         self.probe_ends(false);
+    }
+
+    /// A probe has failed after its response had begun.
+    pub(in crate::balance) fn begun_probe_fails(&self, failure: Failure) {
+        if !self.is_ejected() {
+            return self.failed(failure);
+        }
+        // It was lost, and the next one comes after a pause.
+        self.fleet.pay_probe();
+        self.has_begun_well.store(false, Ordering::Relaxed);
+        self.is_due.store(false, Ordering::Relaxed);
+        self.add_failure(failure);
     }
 
     fn add_success(&self) {

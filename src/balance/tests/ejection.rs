@@ -244,6 +244,58 @@ fn there_is_one_probe_at_a_time() {
     assert!(!rig.pick().is_probe(), "a failure is followed by a pause");
 }
 
+/// A response that begins may still break off.
+#[test]
+fn a_probe_that_begins_well_and_then_fails_has_failed() {
+    let mut rig = Rig::of(3);
+    let fails = |index| match index == 0 {
+        true => Answer::Refuses,
+        false => Answer::Works,
+    };
+    rig.send(2, 100, fails);
+    assert_eq!(rig.ejected(), 1);
+    let (mut probes, mut requests) = (0, 0);
+    let mut send = |rig: &mut Rig, breaks_off: bool| {
+        let mut begun = Vec::new();
+        for _ in 0..100 {
+            let mut upstream = rig.pick();
+            requests += 1;
+            match upstream.is_probe() {
+                true => {
+                    probes += 1;
+                    upstream.begins_to_answer();
+                    begun.push(upstream);
+                }
+                false => upstream.succeeded(Duration::from_millis(10)),
+            }
+        }
+        for upstream in begun {
+            match breaks_off {
+                true => upstream.failed(),
+                false => upstream.succeeded(Duration::from_millis(10)),
+            }
+        }
+        rig.seconds(1);
+        (probes, requests)
+    };
+    for _ in 0..60 {
+        send(&mut rig, true);
+    }
+    assert_eq!(rig.ejected(), 1);
+    let (probes, requests) = send(&mut rig, true);
+    assert!(
+        probes >= 10 && probes <= requests / 100 + 2,
+        "{probes} of {requests}"
+    );
+    // Once they end well, it is back, though few of them may be open at a time.
+    let mut rounds = 0;
+    while rig.ejected() == 1 {
+        rounds += 1;
+        assert!(rounds < 20, "it is not used again");
+        send(&mut rig, false);
+    }
+}
+
 #[test]
 fn what_was_in_flight_before_says_nothing_of_a_backend_that_is_ejected() {
     let mut rig = Rig::of(3);
