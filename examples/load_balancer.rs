@@ -74,9 +74,10 @@ fn build(arguments: &Arguments) -> Result<Server, Box<dyn std::error::Error>> {
         ..Opt::default()
     };
     let mut server = Server::new_with_opt_and_conf(options, server_conf);
-    let parts = ClusterProxy::add_to(&mut server, &config, false)?;
+    let located = |error| config::locate(error, &text, path);
+    let parts = ClusterProxy::add_to(&mut server, &config, false).map_err(located)?;
     #[cfg(feature = "admin")]
-    pingora_etcd::admin::add_to(&mut server, &config, &parts)?;
+    pingora_etcd::admin::add_to(&mut server, &config, &parts).map_err(located)?;
     // Changes of the file are taken over while it runs.
     let file = ConfigFile::new(path, text, parts.reloader);
     server.add_service(background_service("configuration", file));

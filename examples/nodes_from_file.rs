@@ -68,7 +68,7 @@ impl Source for FileSource {
     }
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<std::process::ExitCode, Box<dyn std::error::Error>> {
     let Arguments { file, listen } = Arguments::parse();
     sources::serve(&listen, FileSource { file, last: None })
 }

@@ -81,7 +81,7 @@ impl Source for HttpSource {
     }
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<std::process::ExitCode, Box<dyn std::error::Error>> {
     let Arguments { url, listen } = Arguments::parse();
     let source = HttpSource {
         client: reqwest::Client::builder().timeout(EVERY * 5).build()?,

@@ -37,16 +37,15 @@ mod support;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::task::Poll;
 use std::time::Duration;
 
 use clap::Parser;
+use pingora_etcd::worker::EndSignals;
 use pingora_etcd::{
     Cluster, EtcdOptions,
     store::{Credentials, Password, TlsOptions},
 };
 use support::{Ended, WorkerOptions, run_worker};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// A small HTTP server that registers in a group.
 #[derive(Parser)]
@@ -126,7 +125,7 @@ async fn main() -> ExitCode {
             .slots
             .map(|slots| (slots, Duration::from_millis(arguments.service_ms))),
     };
-    let mut signals = match Signals::new() {
+    let mut signals = match EndSignals::new() {
         Ok(signals) => signals,
         Err(error) => {
             log::print_error(format_args!("worker: signals cannot be handled: {error}"));
@@ -136,9 +135,9 @@ async fn main() -> ExitCode {
     let (told, first) = tokio::sync::oneshot::channel::<()>();
     let first = async { drop(first.await) };
     let second = async {
-        signals.end().await;
+        signals.next().await;
         let _ = told.send(());
-        signals.end().await;
+        signals.next().await;
     };
     let ended = tokio::select! {
         ended = run_worker(options, first) => ended,
@@ -179,46 +178,4 @@ fn etcd(arguments: &Arguments) -> EtcdOptions {
         options = options.credentials(Credentials::new(user, password));
     }
     options
-}
-
-/// Signals that end the worker, and others, whose default is to end a process.
-struct Signals {
-    ending: Vec<Signal>,
-    others: Vec<Signal>,
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        let ending = [
-            SignalKind::terminate(),
-            SignalKind::interrupt(),
-            SignalKind::quit(),
-        ];
-        let others = [
-            SignalKind::hangup(),
-            SignalKind::user_defined1(),
-            SignalKind::user_defined2(),
-        ];
-        Ok(Self {
-            ending: ending.into_iter().map(signal).collect::<Result<_, _>>()?,
-            others: others.into_iter().map(signal).collect::<Result<_, _>>()?,
-        })
-    }
-
-    /// Waits for a signal that ends the worker.
-    async fn end(&mut self) {
-        std::future::poll_fn(|context| {
-            for other in &mut self.others {
-                while other.poll_recv(context).is_ready() {
-                    tracing::info!("a signal without effect");
-                }
-            }
-            let mut ending = self.ending.iter_mut();
-            match ending.any(|signal| signal.poll_recv(context).is_ready()) {
-                true => Poll::Ready(()),
-                false => Poll::Pending,
-            }
-        })
-        .await;
-    }
 }

@@ -24,8 +24,9 @@
 //! let node = ClusterNodeBuilder::new(etcd, "worker-1", "10.0.1.1".parse()?, "my-service")
 //!     .port(8080)
 //!     .try_build()?;
-//! // Registers, campaigns and publishes until Ctrl-C; then leaves.
-//! node.run_until(async { _ = tokio::signal::ctrl_c().await }).await?;
+//! // Registers, campaigns and publishes until SIGTERM or Ctrl-C; then leaves.
+//! let mut signals = pingora_etcd::worker::EndSignals::new()?;
+//! node.run_until(async { signals.next().await }).await?;
 //! # Ok(()) }
 //! ```
 //!

@@ -1,6 +1,7 @@
 //! A small proxy whose backends come from a source of one's own.
 
 use std::net::SocketAddr;
+use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::{HttpPeer, Result, Server};
-use pingora::proxy::{ProxyHttp, Session, http_proxy_service};
+use pingora::proxy::{ProxyHttp, Session};
 use pingora::server::ShutdownWatch;
 use pingora::services::background::{BackgroundService, background_service};
 use pingora::{Error, ErrorType};
@@ -16,20 +17,19 @@ use pingora_etcd::balance::{Balancer, PickOptions, Upstream};
 use pingora_etcd::config::Retry;
 use pingora_etcd::pingora::{http_peer, shorten_error};
 use pingora_etcd::proxy::retry::{Decision, FailedTry, RetryBudget, RetryRules, Sent, is_local};
-use pingora_etcd::proxy::{HeaderPolicy, Outcome, TrustedProxies};
+use pingora_etcd::proxy::{self, FrontConfig, HeaderPolicy, Outcome, Shutdown, TrustedProxies};
 use pingora_etcd::{Node, Source};
 
-/// Listens here, and sends requests to the nodes of the source, for ever.
+/// Listens here, and sends requests to the nodes of the source, until a signal ends the process.
 pub fn serve(
     listen: &str,
     source: impl Source + Sync + 'static,
-) -> std::result::Result<(), Box<dyn std::error::Error>> {
+) -> std::result::Result<ExitCode, Box<dyn std::error::Error>> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .init();
     let balancer = Arc::new(Balancer::builder().try_build()?);
     let mut server = Server::new(None)?;
-    server.bootstrap();
     let fed = Fed {
         balancer: balancer.clone(),
         source: Mutex::new(Some(source)),
@@ -40,10 +40,8 @@ pub fn serve(
         headers: HeaderPolicy::new(TrustedProxies::default()),
         budget: RetryBudget::new(&Retry::default()),
     };
-    let mut proxy = http_proxy_service(&server.configuration, proxy);
-    proxy.add_tcp(listen);
-    server.add_service(proxy);
-    server.run_forever()
+    proxy::add_proxy(&mut server, &FrontConfig::new(listen), proxy)?;
+    Ok(proxy::run(server))
 }
 
 /// The nodes in a JSON list, as `config/node.schema.json` describes them: `[{"id": "a", "ip": "10.0.0.1", "port": 80}]`.
@@ -123,6 +121,8 @@ impl ProxyHttp for Proxy {
         let mut peer = http_peer(upstream.addr(), &upstream.node());
         peer.options.connection_timeout = Some(Duration::from_millis(1_500));
         peer.options.read_timeout = Some(Duration::from_secs(60));
+        // Backends mostly close what is idle after five seconds or more: the pool lets go of it before.
+        peer.options.idle_timeout = Some(Duration::from_secs(4));
         context.tried.push(upstream.addr());
         context.upstream = Some(upstream);
         context.answered = None;
@@ -163,6 +163,16 @@ impl ProxyHttp for Proxy {
     ) -> Result<()> {
         self.headers.change_response(response);
         context.answered = Some(context.sent.at.elapsed());
+        Ok(())
+    }
+
+    async fn response_filter(
+        &self,
+        session: &mut Session,
+        _: &mut ResponseHeader,
+        _: &mut Context,
+    ) -> Result<()> {
+        Shutdown::of_process().end_connection(session);
         Ok(())
     }
 

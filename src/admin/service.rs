@@ -204,6 +204,7 @@ pub fn add_to(
         })?;
     }
     server.add_service(background_service("admin", admin));
+    parts.reloader.shows();
     Ok(())
 }
 

@@ -8,18 +8,18 @@ use ::pingora::protocols::http::v2::server::{H2Options, default_h2_options};
 
 use super::client::TrustedProxies;
 use super::front::{ClientTimeouts, FrontLimits, FrontListener, FrontSettings, ProxyHeaderRule};
-use crate::config::{Clients, ClusterConfig};
+use crate::config::{Clients, Timeouts};
 
 /// What is kept, for each stream of HTTP/2, of a response that its client does not read, in bytes.
 const MOST_UNSENT: usize = 65_536;
 
-pub(super) fn server_options(config: &ClusterConfig) -> HttpServerOptions {
+pub(super) fn server_options(clients: &Clients, timeouts: &Timeouts) -> HttpServerOptions {
     let mut options = HttpServerOptions::default();
-    options.h2c = config.clients.h2c;
+    options.h2c = clients.h2c;
     // Otherwise Pingora refuses it without a hook, and there is no line for it. `RequestLimits` refuses it.
     options.allow_connect_method_proxying = true;
-    options.h2_idle_timeout = Some(Duration::from_millis(config.timeouts.client_idle_ms));
-    options.keepalive_request_limit = match config.clients.requests_per_connection {
+    options.h2_idle_timeout = Some(Duration::from_millis(timeouts.client_idle_ms));
+    options.keepalive_request_limit = match clients.requests_per_connection {
         0 => None,
         // Pingora counts those after the first one.
         limit => Some(limit - 1),
@@ -34,18 +34,18 @@ fn most_of_http_2(clients: &Clients) -> u32 {
     u32::try_from(most + most / 2).unwrap_or(u32::MAX)
 }
 
-pub(super) fn h2_options(config: &ClusterConfig) -> H2Options {
+pub(super) fn h2_options(clients: &Clients) -> H2Options {
     let mut options = default_h2_options();
     options.max_send_buffer_size(MOST_UNSENT);
-    options.max_header_list_size(most_of_http_2(&config.clients));
+    options.max_header_list_size(most_of_http_2(clients));
     options
 }
 
 pub(super) fn front_settings(
-    config: &ClusterConfig,
+    clients: &Clients,
+    timeouts: &Timeouts,
     listeners: Vec<FrontListener>,
 ) -> FrontSettings {
-    let (timeouts, clients) = (&config.timeouts, &config.clients);
     let milliseconds = Duration::from_millis;
     FrontSettings {
         limits: Arc::new(FrontLimits {

@@ -58,7 +58,8 @@ impl ClusterProxy {
         balancer: Arc<BalancerService>,
         config: &ClusterConfig,
     ) -> Result<Self, ClusterError> {
-        config.validate()?;
+        // What it has from another section may have no effect here.
+        config.check_section()?;
         let tls = backend_tls(config, DEFAULT_GROUP)?;
         let group = GroupProxy::new(DEFAULT_GROUP, config, balancer, tls, Arc::default());
         let routing = Routing::of_one(config, group);
@@ -89,8 +90,8 @@ impl ClusterProxy {
         self
     }
 
-    /// Keeps idle connections to backends that speak HTTP/1 without TLS in a list, instead of in Pingora's pool, which has a
-    /// task for each of them: a short request costs about a twentieth less CPU time. There are as many as
+    /// Makes connections to backends that speak HTTP/1, and keeps them in a list, instead of in Pingora's pool, which has a
+    /// task for each of them: a short request costs about a twentieth less CPU time, and each time-out holds by itself. There are as many as
     /// `upstream_keepalive_pool_size` of `server` says, for each of its `threads`, and each is kept for
     /// `timeouts.pool_idle_ms`. Nothing changes if `server` says how connections are made (`client_bind_to_ipv4`,
     /// `client_bind_to_ipv6`, `upstream_connect_offload_threadpools`). [`add_to`](Self::add_to) does this by itself.

@@ -49,8 +49,9 @@ impl Drop for Waits<'_> {
 
 impl LeaderRequests {
     pub(super) fn new(config: &ClusterConfig) -> Self {
+        let paths = config.leader.paths.iter();
         Self {
-            paths: config.leader.paths.clone(),
+            paths: paths.map(|path| normalized(path).into_owned()).collect(),
             read_your_writes: Duration::from_millis(config.leader.read_your_writes_ms),
             wait: Duration::from_millis(config.leader_wait_ms),
             waiting: AtomicUsize::new(0),

@@ -28,6 +28,7 @@ pub(super) struct RequiredListener<S> {
     balancers: Vec<Arc<BalancerService>>,
 }
 
+const TAKEN_BY_PINGORA: &str = "Pingora has taken the sockets over, without a word to the process that had them: do not call bootstrap before pingora_etcd::proxy::run";
 /// How often to look whether the addresses are listened on.
 const STEP: Duration = Duration::from_millis(5);
 /// A socket that was taken over is accepted from within this time.
@@ -57,7 +58,12 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
     async fn prepare(&self, sockets: &ListenFds) -> Result<Option<Successor>, String> {
         let is_open = |address: &String| sockets.lock().get(address).is_some();
         if self.addresses.iter().all(is_open) {
-            return Ok(None);
+            let are_ours = Shutdown::of_process().listeners().are_taken_over();
+            return match self.takes_over_at.is_none() || are_ours {
+                true => Ok(None),
+                // The predecessor waits for a word, and goes on without it.
+                false => Err(TAKEN_BY_PINGORA.to_owned()),
+            };
         }
         let mut successor = None;
         if let Some(path) = &self.takes_over_at {

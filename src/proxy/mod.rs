@@ -9,6 +9,7 @@ mod cluster_proxy;
 mod conditions;
 mod connections;
 mod context;
+mod daemon;
 mod deadline;
 mod ends_with_head;
 mod failed;
@@ -33,7 +34,9 @@ mod log_limit;
 mod mirror;
 mod outcome;
 mod overload;
+mod own_proxy;
 mod peers;
+mod phases;
 mod pick;
 #[cfg(any(test, feature = "test-util"))]
 mod piped;
@@ -69,6 +72,7 @@ pub use front::proxy_header_length;
 pub use front::{FrontCounts, FrontStatistics};
 pub use header_policy::HeaderPolicy;
 pub use outcome::Outcome;
+pub use own_proxy::{FrontConfig, OwnProxy, add_proxy};
 #[cfg(any(test, feature = "test-util"))]
 #[doc(hidden)]
 pub use piped::PipedProxy;

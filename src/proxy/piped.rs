@@ -34,11 +34,15 @@ impl PipedProxy {
         let balancer = BalancerService::new(config.discovery()?, config.balancer()?);
         let proxy = ClusterProxy::try_new(Arc::new(balancer), config)?;
         let mut app = made(&Arc::new(ServerConf::default()), proxy)?;
-        app.server_options = Some(server_options(config));
+        app.server_options = Some(server_options(&config.clients, &config.timeouts));
         let statistics = Arc::<FrontStatistics>::default();
         let front = Front::new(
             app,
-            front_settings(config, FrontListener::all(config)?),
+            front_settings(
+                &config.clients,
+                &config.timeouts,
+                FrontListener::all(config.listeners())?,
+            ),
             statistics.clone(),
             None,
         );

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::pingora::apps::HttpServerApp;
 use ::pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
 use ::pingora::protocols::TcpKeepalive;
 use ::pingora::proxy::{HttpProxy, http_proxy};
@@ -15,6 +16,7 @@ use ::pingora::services::listening::Service;
 use super::access_log::{AccessLog, AccessLogStatistics};
 use super::client_settings::{front_settings, h2_options, server_options};
 use super::cluster_proxy::ClusterProxy;
+use super::daemon::check_daemon;
 use super::front::{Front, FrontListener, FrontStatistics, TellRefused};
 use super::listener::RequiredListener;
 use super::reload::Reloader;
@@ -81,10 +83,11 @@ impl ClusterProxy {
         config.leader.writes |= writes_to_leader;
         let config = &config;
         config.validate()?;
+        config.check_leaders()?;
         let options = server.options.as_ref();
-        let takes_over = options.is_some_and(|options| options.upgrade);
         let is_test = options.is_some_and(|options| options.test);
-        check_for_server(server, config, !takes_over && !is_test)?;
+        check_log(server, config)?;
+        check_listeners(server, config.listeners())?;
         let certificates = Reload::default();
         // Health checks and mirrors connect by themselves.
         let reloader = connecting(|| Reloader::new(config, certificates.clone()))??;
@@ -97,7 +100,7 @@ impl ClusterProxy {
         let proxy = proxy
             .access_log(log)
             .spans(config.opentelemetry.as_ref().and_then(Spans::new));
-        let listeners = FrontListener::all(config)?;
+        let listeners = FrontListener::all(config.listeners())?;
         for tls in listeners.iter().filter_map(|it| it.tls.as_ref()) {
             certificates.add(&tls.files());
         }
@@ -112,27 +115,22 @@ impl ClusterProxy {
         };
         let refused = proxy.access_log.clone().map(tell_refused);
         let mut proxy = made(&server.configuration, proxy)?;
-        proxy.server_options = Some(server_options(config));
-        proxy.h2_options = Some(h2_options(config));
+        let (clients, timeouts) = (&config.clients, &config.timeouts);
+        proxy.server_options = Some(server_options(clients, timeouts));
+        proxy.h2_options = Some(h2_options(clients));
         let front = Front::new(
             proxy,
-            front_settings(config, listeners),
+            front_settings(clients, timeouts, listeners),
             parts.clients.clone(),
             refused,
         );
         task.set_front(front.settings());
-        let mut proxy = Service::new("proxy".to_owned(), front);
-        let shutdown = Shutdown::of_process();
-        let addresses: Vec<_> = config.listeners().map(|it| it.listen.to_owned()).collect();
-        for address in &addresses {
-            proxy.add_listener(listener_at(address));
-            shutdown.listeners().add(address);
-        }
-        shutdown.accepts_for(Duration::from_millis(config.drain_delay_ms));
-        let takes_over_at = takes_over.then(|| server.configuration.upgrade_sock.clone());
+        let drain_delay = Duration::from_millis(config.drain_delay_ms);
+        Shutdown::of_process().accepts_for(drain_delay);
         server.add_service(background_service("certificates", certificates));
         let balancers = server.add_service(reloader);
-        let proxy = RequiredListener::new(proxy, addresses, takes_over_at, routing.balancers());
+        let addresses = config.listeners().map(|it| it.listen.to_owned()).collect();
+        let proxy = listening(server, front, addresses, routing.balancers());
         server.add_service(proxy).add_dependency(balancers);
         Ok(parts)
     }
@@ -164,26 +162,60 @@ fn connecting<T>(make: impl FnOnce() -> T) -> Result<T, ClusterError> {
     with_system_cas("cluster.backends", make)
 }
 
-/// Checks what this server has to do with: whether the process may listen on all of its addresses, and, if it
-/// `listens_at_once`, whether it can; and that it can write its log.
-fn check_for_server(
+/// A service that listens at these addresses, without which the process is useless.
+pub(super) fn listening<A: HttpServerApp + Send + Sync + 'static>(
     server: &Server,
-    config: &ClusterConfig,
-    listens_at_once: bool,
-) -> Result<(), ClusterError> {
+    front: Front<A>,
+    addresses: Vec<String>,
+    balancers: Vec<Arc<BalancerService>>,
+) -> RequiredListener<Service<Front<A>>> {
+    let mut service = Service::new("proxy".to_owned(), front);
+    for address in &addresses {
+        service.add_listener(listener_at(address));
+        Shutdown::of_process().listeners().add(address);
+    }
+    let options = server.options.as_ref();
+    let takes_over = options.is_some_and(|options| options.upgrade);
+    let takes_over_at = takes_over.then(|| server.configuration.upgrade_sock.clone());
+    RequiredListener::new(service, addresses, takes_over_at, balancers)
+}
+
+fn check_log(server: &Server, config: &ClusterConfig) -> Result<(), ClusterError> {
     let is_standard = |log: &config::AccessLog| log.file == Path::new("-");
     if server.configuration.daemon && config.access_log.as_ref().is_some_and(is_standard) {
         let reason = "\"-\": a daemon has no standard output";
         return Err(ClusterError::config("cluster.access_log.file", reason));
     }
-    for listener in config.listeners() {
+    Ok(())
+}
+
+/// Checks whether this server may listen on these addresses, and, unless it is to take over sockets or only to be tested,
+/// whether it can.
+pub(super) fn check_listeners<'a>(
+    server: &Server,
+    listeners: impl Iterator<Item = ListenerAt<'a>>,
+) -> Result<(), ClusterError> {
+    let options = server.options.as_ref();
+    let listens_at_once = options.is_none_or(|options| !options.upgrade && !options.test);
+    for listener in listeners {
+        if Shutdown::of_process().listeners().wants(listener.listen) {
+            let reason = format!(
+                "{}: another proxy of this server is to listen there",
+                listener.listen
+            );
+            return Err(ClusterError::config(listener.field("listen"), reason));
+        }
         if listens_at_once {
             let checked = check_address(listener.listen);
             checked.map_err(|reason| ClusterError::config(listener.field("listen"), reason))?;
         }
         check_user(&server.configuration, &listener)?;
     }
-    Ok(())
+    // Whoever only tests the file may be another user, on another machine.
+    match options.is_some_and(|options| options.test) {
+        true => Ok(()),
+        false => check_daemon(&server.configuration),
+    }
 }
 
 /// Pingora changes the user before it listens, and goes on without a listener if that user may not.

@@ -319,12 +319,13 @@ impl ClusterNode {
     /// signal to stop and its end:
     ///
     /// ```no_run
-    /// # async fn example(node: pingora_etcd::ClusterNode) -> Result<(), pingora_etcd::ClusterError> {
+    /// # async fn example(node: pingora_etcd::ClusterNode) -> Result<(), Box<dyn std::error::Error>> {
+    /// let mut signals = pingora_etcd::worker::EndSignals::new()?;
     /// node.run_until(async {
-    ///     let _ = tokio::signal::ctrl_c().await;
+    ///     signals.next().await;
     ///     node.drain_until_idle(std::time::Duration::from_secs(30)).await;
-    /// }).await
-    /// # }
+    /// }).await?;
+    /// # Ok(()) }
     /// ```
     ///
     /// Returns whether the node is idle. If nothing counts its requests (no

@@ -2,6 +2,7 @@
 
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
@@ -16,7 +17,7 @@ use super::world::{entry, scratch, until};
 
 /// A proxy of the examples.
 struct Proxy {
-    _program: Program,
+    program: Program,
     listen: String,
     log: std::path::PathBuf,
 }
@@ -32,7 +33,7 @@ impl Proxy {
             .stderr(std::fs::File::create(&log).unwrap());
         Self {
             log,
-            _program: Program::spawn(&mut command),
+            program: Program::spawn(&mut command),
             listen,
         }
     }
@@ -208,4 +209,47 @@ async fn a_proxy_of_ones_own_is_made_of_the_parts_of_the_bundled_one() {
         assert_eq!(status(&send("GET", "/broken", "").await), "200");
     }
     assert!(broken.requests().len() > before, "it was tried");
+}
+
+/// What holds for the bundled proxy: a taken port is an error at the start, SIGHUP ends nothing, and SIGTERM waits for what is
+/// in flight, and for nothing else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_of_ones_own_listens_and_ends_as_the_bundled_one_does() {
+    let slow = RawBackend::start_slow(Duration::from_secs(3)).await;
+    let file = scratch("nodes-of-own-proxy.json");
+    std::fs::write(&file, list(&[&slow]).to_string()).unwrap();
+    let mut proxy = Proxy::start("nodes_from_file", "--file", file.to_str().unwrap());
+    until("it serves", async || proxy.answer().await == "200").await;
+    let second = Command::new(optimised("nodes_from_file"))
+        .args(["--file", file.to_str().unwrap(), "--listen", &proxy.listen])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(!second.status.success(), "{said}");
+    assert!(
+        said.contains(&format!("cannot listen on {}", proxy.listen)),
+        "{said}"
+    );
+    proxy.program.signal("HUP");
+    let stream = TcpStream::connect(&proxy.listen).await.unwrap();
+    let mut idle = Raw(TcpStream::connect(&proxy.listen).await.unwrap());
+    assert_eq!(status(&idle.get("").await), "200");
+    let in_flight = tokio::spawn(async move { Raw(stream).get("").await });
+    until("the request is there", async || slow.requests().len() >= 3).await;
+    let start = Instant::now();
+    proxy.program.signal("TERM");
+    let response = in_flight.await.unwrap();
+    assert_eq!(status(&response), "200", "{response}");
+    assert!(
+        response.to_lowercase().contains("connection: close"),
+        "{response}"
+    );
+    assert_eq!(idle.rest().await, "");
+    let (ended, _) = proxy.program.ended().await;
+    assert!(ended.success(), "{ended}");
+    assert!(
+        start.elapsed() < Duration::from_secs(12),
+        "{:?}",
+        start.elapsed()
+    );
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ::pingora::apps::ReusedHttpStream;
 use ::pingora::http::ResponseHeader;
+use ::pingora::protocols::Digest;
 use ::pingora::protocols::raw_connect::ProxyDigest;
 use ::pingora::proxy::Session;
 use http::HeaderValue;
@@ -236,7 +237,12 @@ impl Connection {
 
     /// The connection of a request; `None` if its listener has no front.
     pub(crate) fn of(session: &Session) -> Option<&Arc<Self>> {
-        let digest = session.digest()?.proxy_digest.as_ref()?;
+        Self::of_digest(session.digest()?)
+    }
+
+    /// The same by what Pingora knows of it.
+    pub(crate) fn of_digest(digest: &Digest) -> Option<&Arc<Self>> {
+        let digest = digest.proxy_digest.as_ref()?;
         digest.user_data.as_ref()?.downcast_ref()
     }
 

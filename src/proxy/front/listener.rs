@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::config::{ClusterConfig, ListenerAt};
+use crate::config::ListenerAt;
 use crate::error::ClusterError;
 use crate::proxy::tls::ClientTls;
 
@@ -15,13 +15,14 @@ pub(crate) struct FrontListener {
 }
 
 impl FrontListener {
-    /// Those that the file names, which has been checked, in its order.
+    /// These, in their order.
     ///
     /// # Errors
     ///
-    /// When a file for TLS cannot be used.
-    pub(crate) fn all(config: &ClusterConfig) -> Result<Vec<Self>, ClusterError> {
-        let listeners = config.listeners();
+    /// When an address cannot be understood, or a file for TLS cannot be used.
+    pub(crate) fn all<'a>(
+        listeners: impl Iterator<Item = ListenerAt<'a>>,
+    ) -> Result<Vec<Self>, ClusterError> {
         listeners.map(|listener| Self::new(&listener)).collect()
     }
 

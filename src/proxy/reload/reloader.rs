@@ -1,6 +1,7 @@
 //! The service that runs the groups, and takes over another configuration.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use ::pingora::server::ShutdownWatch;
@@ -52,6 +53,8 @@ pub struct Reloader {
     writes_to_leader: bool,
     /// The value of `timeouts.client_idle_ms` that Pingora has got.
     idle_at_start: u64,
+    /// The page is served, if the file describes it.
+    is_shown: AtomicBool,
 }
 
 /// A wish that the file is read and taken over, and where the answer goes.
@@ -126,7 +129,14 @@ impl Reloader {
             status: Mutex::new(ReloadStatus::new()),
             writes_to_leader: false,
             idle_at_start: config.timeouts.client_idle_ms,
+            is_shown: AtomicBool::new(config.admin.is_none()),
         })
+    }
+
+    /// The page that the file describes is served.
+    #[cfg(feature = "admin")]
+    pub(crate) fn shows(&self) {
+        self.is_shown.store(true, Ordering::Relaxed);
     }
 
     /// Writes go to the leader of the first group, whatever a new configuration says.
@@ -301,6 +311,7 @@ impl Reloader {
 
     async fn change(&self, mut config: ClusterConfig) -> Result<Reloaded, ClusterError> {
         config.leader.writes |= self.writes_to_leader;
+        config.check_leaders()?;
         let mut running = self.running.lock().await;
         let (config, needs_restart) = usable(&running.config, &config, self.idle_at_start);
         if config == running.config {
@@ -341,7 +352,8 @@ impl Reloader {
         }
         self.routing.store(Arc::new(new_routing));
         if let Some(front) = self.front.get() {
-            front.store(Arc::new(front_settings(&config, listeners)));
+            let settings = front_settings(&config.clients, &config.timeouts, listeners);
+            front.store(Arc::new(settings));
         }
         running.config = config;
         Ok(Reloaded {
@@ -422,6 +434,13 @@ async fn until_ready(
 #[async_trait]
 impl BackgroundService for Reloader {
     async fn start_with_ready_notifier(&self, _: ShutdownWatch, ready: ServiceReadyNotifier) {
+        if !self.is_shown.load(Ordering::Relaxed) {
+            say(|| {
+                warn!(
+                    "cluster.admin is given, but the program does not call pingora_etcd::admin::add_to"
+                );
+            });
+        }
         self.start_groups().await;
         self.wait_for_views().await;
         ready.notify_ready();

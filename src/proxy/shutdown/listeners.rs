@@ -45,7 +45,7 @@ impl Listeners {
         lock(&self.0).wanted.insert(address.to_owned());
     }
 
-    pub(super) fn wants(&self, address: &str) -> bool {
+    pub(in crate::proxy) fn wants(&self, address: &str) -> bool {
         lock(&self.0).wanted.contains(address)
     }
 
@@ -93,7 +93,7 @@ impl Listeners {
     }
 
     /// Whether they have come.
-    pub(super) fn are_taken_over(&self) -> bool {
+    pub(in crate::proxy) fn are_taken_over(&self) -> bool {
         lock(&self.0).are_taken_over
     }
 

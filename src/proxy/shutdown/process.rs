@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use ::pingora::proxy::Session;
 use tokio::sync::watch;
 use tracing::info;
 
@@ -28,6 +29,8 @@ use crate::supervise::say;
 pub struct Shutdown {
     is_watched: AtomicBool,
     is_draining: AtomicBool,
+    /// Pingora was asked to accept nothing any more.
+    is_closing: AtomicBool,
     /// Requests that are being received or answered.
     requests: AtomicUsize,
     /// Open connections of clients, with requests or without.
@@ -70,6 +73,7 @@ impl Shutdown {
         Self {
             is_watched: AtomicBool::new(false),
             is_draining: AtomicBool::new(false),
+            is_closing: AtomicBool::new(false),
             requests: AtomicUsize::new(0),
             connections: AtomicUsize::new(0),
             holds: AtomicUsize::new(0),
@@ -91,6 +95,14 @@ impl Shutdown {
     /// Requests are still served.
     pub fn is_draining(&self) -> bool {
         self.is_draining.load(Ordering::Relaxed)
+    }
+
+    /// Ends the connection of a client after this response, if the process is to end: for the hook `response_filter` of a proxy of
+    /// your own. Over HTTP/2 nothing is to be said; Pingora does that.
+    pub fn end_connection(&self, session: &mut Session) {
+        if self.is_draining() && !session.is_http2() {
+            session.set_keepalive(None);
+        }
     }
 
     /// Keeps the process from ending before the guard is dropped. The grace period and a second
@@ -196,6 +208,10 @@ impl Shutdown {
         self.is_draining.store(true, Ordering::Relaxed);
     }
 
+    pub(super) fn begin_closing(&self) {
+        self.is_closing.store(true, Ordering::Relaxed);
+    }
+
     pub(super) fn drain_delay(&self) -> Duration {
         Duration::from_millis(self.drain_delay_ms.load(Ordering::Relaxed))
     }
@@ -212,7 +228,7 @@ impl Shutdown {
     /// Whether the process is about to end and accepts nothing any more, because that was its signal or
     /// because a successor does.
     pub fn has_closed(&self) -> bool {
-        self.is_draining() && self.listeners.are_closed()
+        self.is_closing.load(Ordering::Relaxed) && self.listeners.are_closed()
     }
 
     /// Whether nothing is accepted any more and every connection has ended.

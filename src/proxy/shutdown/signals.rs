@@ -106,10 +106,19 @@ pub(super) async fn until_end(
     }
     let in_flight = shutdown.in_flight();
     say(|| info!(?grace, in_flight, "connections are no longer accepted"));
+    shutdown.begin_closing();
     close();
+    let second = async {
+        if drain_delay.is_none() {
+            // SIGQUIT was no order to cut anything off, so that this is the first one.
+            ending(shutdown, &mut next, false).await;
+            say(|| info!("the process ends already; another signal ends it at once"));
+        }
+        ending(shutdown, &mut next, false).await
+    };
     tokio::select! {
         biased;
-        _ = ending(shutdown, &mut next, false) => Ended::SecondSignal,
+        _ = second => Ended::SecondSignal,
         () = served(shutdown) => Ended::Served,
         () = sleep(grace) => match shutdown.in_flight() {
             0 => Ended::Served,
@@ -311,6 +320,20 @@ mod tests {
             ended,
             (Ended::Served, 66 * SECOND + STEP, Some(66 * SECOND))
         );
+        // The end is asked for, as if nobody had been there: the requests in flight have their time, until it is asked for again.
+        static HANDED: Shutdown = Shutdown::new();
+        HANDED.waits_only_for_holds();
+        let _request = HANDED.request();
+        let signals = [(SECOND, HandOver), (4 * SECOND, Terminate)];
+        let ended = ended_after(&HANDED, &signals, Some(3 * SECOND)).await;
+        assert_eq!(ended, (Ended::GraceOver, 24 * SECOND, Some(4 * SECOND)));
+        let signals = [
+            (SECOND, HandOver),
+            (4 * SECOND, Terminate),
+            (SECOND, Terminate),
+        ];
+        let ended = ended_after(&HANDED, &signals, Some(3 * SECOND)).await;
+        assert_eq!(ended, (Ended::SecondSignal, 6 * SECOND, Some(4 * SECOND)));
         // The end is asked for while a successor is waited for.
         let signals = [(SECOND, HandOver), (SECOND, Terminate)];
         let ended = ended_after(&shutdown(), &signals, Some(60 * SECOND)).await;
