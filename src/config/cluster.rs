@@ -259,8 +259,11 @@ fn yes() -> bool {
     true
 }
 
+/// All requests.
+pub(super) const ALL: f64 = 1.0;
+
 fn all() -> f64 {
-    1.0
+    ALL
 }
 
 fn default_leader_wait_ms() -> u64 {
@@ -275,9 +278,16 @@ impl ClusterConfig {
     /// [`InvalidConfig`](ClusterError::InvalidConfig) or
     /// [`InvalidEndpoint`](ClusterError::InvalidEndpoint), naming what is wrong.
     pub fn validate(&self) -> Result<(), ClusterError> {
-        let etcd = |error| as_in_file(error, "cluster.etcd.", "_ms");
+        self.check_section()?;
+        self.check_groups()?;
+        self.check_routes()?;
+        self.check_effects()
+    }
+
+    /// Checks the fields that a group may have, too.
+    pub(crate) fn check_section(&self) -> Result<(), ClusterError> {
         self.check_variables()?;
-        self.etcd.validate().map_err(etcd)?;
+        self.check_etcd()?;
         let section = |error| as_in_file(error, "cluster.", "");
         self.balancer().map_err(section)?;
         self.check_listeners()?;
@@ -326,9 +336,22 @@ impl ClusterConfig {
         millis("drain_delay_ms", self.drain_delay_ms, 0..=600_000)?;
         millis("leader_wait_ms", self.leader_wait_ms, 0..=60_000)?;
         millis("publish_interval_ms", self.publish_interval_ms, 0..=10_000)?;
-        self.discovery().map_err(section)?;
-        self.check_groups()?;
-        self.check_routes()
+        self.discovery().map_err(section).map(drop)
+    }
+
+    fn check_etcd(&self) -> Result<(), ClusterError> {
+        self.etcd.validate().map_err(|error| match error {
+            ClusterError::InvalidEndpoint { endpoint, reason } => {
+                let all = &self.etcd.endpoints;
+                let index = all.iter().position(|it| *it == endpoint);
+                let field = match index {
+                    Some(index) => format!("cluster.etcd.endpoints[{index}]"),
+                    None => "cluster.etcd.endpoints".to_owned(),
+                };
+                ClusterError::config(field, format!("{endpoint:?}: {reason}"))
+            }
+            other => as_in_file(other, "cluster.etcd.", "_ms"),
+        })
     }
 
     fn check_traces(&self) -> Result<(), ClusterError> {
@@ -347,7 +370,16 @@ impl ClusterConfig {
         let further = self.further_listeners.iter();
         let further = further.map(|it| ("further_listeners", it.listen.as_str()));
         let all = endpoints.chain([("group", &*self.group), ("listen", &*self.listen)]);
-        let all = all.chain(further);
+        let names = [
+            ("zone", &self.zone),
+            ("zone_of", &self.zone_of),
+            ("clients.ready_path", &self.clients.ready_path),
+        ];
+        let names = names.into_iter();
+        let names = names.filter_map(|(field, value)| Some((field, value.as_deref()?)));
+        let user = self.etcd.credentials.iter();
+        let user = user.map(|it| ("etcd.user", it.user.as_str()));
+        let all = all.chain(further).chain(names).chain(user);
         let password = match self.etcd.credentials.as_ref().map(|it| &it.password) {
             // A password may have any characters in it.
             Some(Password::Text(text)) if text.starts_with("${") && text.ends_with('}') => {
@@ -378,14 +410,18 @@ impl ClusterConfig {
 
     /// Where the file says that backends are spoken to over TLS, it has to be possible.
     fn check_schemes(&self) -> Result<(), ClusterError> {
-        if !self.registries().any(|registry| registry.scheme.is_tls()) {
+        let Some(index) = self.registries().position(|it| it.scheme.is_tls()) else {
             return Ok(());
-        }
+        };
+        let field = match index {
+            0 => "cluster.registry.scheme".to_owned(),
+            further => format!("cluster.further_registries[{}].scheme", further - 1),
+        };
         let error = |field: &str, reason: &str| Err(ClusterError::config(field, reason));
         if !cfg!(feature = "proxy-tls") {
             let reason =
                 "needs TLS to backends, and this program is built without the feature proxy-tls";
-            return error("cluster.registry.scheme", reason);
+            return error(&field, reason);
         }
         if self.backends.server_name.is_none() {
             let reason = "is missing: with a scheme over TLS, it is the name that certificates have to be for";

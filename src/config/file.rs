@@ -53,23 +53,37 @@ pub(super) fn parse<T: DeserializeOwned>(text: &str, name: &str) -> Result<T, Cl
     read.map_err(|error| unreadable(name, text, field.as_deref(), &error))
 }
 
+/// An error that names a field of the file, with the file's name and, if the field is given there, its line: for what is only
+/// found out when a server is built, such as an address that is taken. `text` is that of the file. Other errors stay as
+/// they are.
+///
+/// ```
+/// use pingora_etcd::{ClusterError, config};
+///
+/// let error = ClusterError::InvalidConfig { field: "cluster.listen".to_owned(), reason: "it is taken".to_owned() };
+/// let error = config::locate(error, "cluster:\n  listen: 0.0.0.0:80\n", "x.yaml");
+/// assert_eq!(error.to_string(), "x.yaml: line 2: invalid cluster.listen: it is taken");
+/// ```
+pub fn locate(error: ClusterError, text: &str, name: &str) -> ClusterError {
+    match &error {
+        ClusterError::InvalidConfig { field, .. } => match line_of(text, field) {
+            Some(line) => in_file(name, format!("line {line}: {error}")),
+            None => in_file(name, error),
+        },
+        _ => error,
+    }
+}
+
 /// An error in a field of this file, with its line.
 fn at_line(name: &str, text: &str, error: ClusterError) -> ClusterError {
     match &error {
         ClusterError::InvalidConfig { field, .. } => match line_of(text, field) {
-            Some(line) => {
-                // Its value may be secret.
-                match is_from_variable(text, field) && !error.to_string().contains("${") {
-                    true => in_file(
-                        name,
-                        format!(
-                            "line {line}: invalid {field}: the value that its variables give cannot be used"
-                        ),
-                    ),
-                    false => in_file(name, format!("line {line}: {error}")),
-                }
+            // Its value may be secret.
+            Some(line) if is_from_variable(text, field) && !error.to_string().contains("${") => {
+                let reason = "the value that its variables give cannot be used";
+                in_file(name, format!("line {line}: invalid {field}: {reason}"))
             }
-            None => in_file(name, error),
+            _ => locate(error, text, name),
         },
         _ => in_file(name, error),
     }

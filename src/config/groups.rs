@@ -101,7 +101,7 @@ impl ClusterConfig {
             let Some(config) = self.of_group(name) else {
                 continue;
             };
-            config.validate().map_err(|error| match error {
+            config.check_section().map_err(|error| match error {
                 ClusterError::InvalidConfig {
                     field: of_section,
                     reason,
@@ -160,7 +160,8 @@ impl ClusterConfig {
                     let reason = format!("there is no group {group:?} in cluster.groups");
                     return Err(ClusterError::config(format!("{field}.{name}"), reason));
                 };
-                if route.leader && !of_group.registry.is_native() {
+                let is_served = name != "mirror.group";
+                if route.leader && is_served && !of_group.registry.is_native() {
                     let reason =
                         format!("the group {group:?} is in another registry, and has no leader");
                     return Err(ClusterError::config(format!("{field}.leader"), reason));

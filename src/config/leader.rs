@@ -12,7 +12,7 @@ use crate::error::{ClusterError, in_range};
 #[non_exhaustive]
 pub struct Leader {
     /// Whether writes go to the leader: every request but `GET`, `HEAD`, `OPTIONS` and `TRACE`. Without that,
-    /// the other fields have no effect. Default: `false`.
+    /// the other fields would have no effect, and a server is not built with them. Default: `false`.
     pub writes: bool,
     /// Paths whose requests are always for the leader: each one, and what is below it. Default: none.
     pub paths: Vec<String>,

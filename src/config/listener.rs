@@ -16,3 +16,13 @@ pub struct Listener {
     #[serde(default)]
     pub tls: Option<ListenerTls>,
 }
+
+impl Listener {
+    /// This address and port, without TLS.
+    pub fn new(listen: impl Into<String>) -> Self {
+        Self {
+            listen: listen.into(),
+            tls: None,
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use super::cluster::ClusterConfig;
+use super::listener::Listener;
 use super::tls::ListenerTls;
 use crate::error::{ClusterError, in_range};
 
@@ -34,6 +35,19 @@ impl ListenerAt<'_> {
     }
 }
 
+/// Those of a list that has this name.
+pub(crate) fn listed<'a>(
+    name: &'a str,
+    listeners: &'a [Listener],
+) -> impl Iterator<Item = ListenerAt<'a>> {
+    let listeners = listeners.iter().enumerate();
+    listeners.map(move |(index, listener)| ListenerAt {
+        section: format!("{name}[{index}]"),
+        listen: &listener.listen,
+        tls: listener.tls.as_ref(),
+    })
+}
+
 impl ClusterConfig {
     /// All addresses that clients connect to; first the one of the section itself.
     pub(crate) fn listeners(&self) -> impl Iterator<Item = ListenerAt<'_>> {
@@ -42,12 +56,7 @@ impl ClusterConfig {
             listen: &self.listen,
             tls: self.tls.as_ref(),
         };
-        let further = self.further_listeners.iter().enumerate();
-        let further = further.map(|(index, listener)| ListenerAt {
-            section: format!("cluster.further_listeners[{index}]"),
-            listen: &listener.listen,
-            tls: listener.tls.as_ref(),
-        });
+        let further = listed("cluster.further_listeners", &self.further_listeners);
         std::iter::once(first).chain(further)
     }
 
@@ -55,14 +64,7 @@ impl ClusterConfig {
     pub(super) fn check_listeners(&self) -> Result<(), ClusterError> {
         let further = self.further_listeners.len();
         in_range("cluster", "further_listeners", further, 0..=MOST_FURTHER)?;
-        let mut taken: Vec<(String, SocketAddr)> = Vec::new();
-        for listener in self.listeners() {
-            let address = listener.address()?;
-            if let Some(tls) = listener.tls {
-                tls.validate(&listener.field("tls"))?;
-            }
-            take(&mut taken, listener.field("listen"), address)?;
-        }
+        let mut taken = check_all(self.listeners())?;
         match &self.admin {
             Some(admin) => {
                 let address = canonical(admin.listen);
@@ -71,6 +73,23 @@ impl ClusterConfig {
             None => Ok(()),
         }
     }
+}
+
+type Taken = Vec<(String, SocketAddr)>;
+
+/// Checks these, and returns their addresses.
+pub(crate) fn check_all<'a>(
+    listeners: impl Iterator<Item = ListenerAt<'a>>,
+) -> Result<Taken, ClusterError> {
+    let mut taken = Taken::new();
+    for listener in listeners {
+        let address = listener.address()?;
+        if let Some(tls) = listener.tls {
+            tls.validate(&listener.field("tls"))?;
+        }
+        take(&mut taken, listener.field("listen"), address)?;
+    }
+    Ok(taken)
 }
 
 fn canonical(mut address: SocketAddr) -> SocketAddr {
@@ -82,11 +101,7 @@ fn canonical(mut address: SocketAddr) -> SocketAddr {
 }
 
 /// Two listeners cannot have one port, unless each has an address of its own.
-fn take(
-    taken: &mut Vec<(String, SocketAddr)>,
-    field: String,
-    address: SocketAddr,
-) -> Result<(), ClusterError> {
+fn take(taken: &mut Taken, field: String, address: SocketAddr) -> Result<(), ClusterError> {
     // That of IPv6 is for both.
     let is_in = |one: SocketAddr, other: SocketAddr| {
         other.ip().is_unspecified() && (other.is_ipv6() || one.is_ipv4())

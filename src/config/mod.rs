@@ -10,6 +10,7 @@ mod backends;
 mod clients;
 mod cluster;
 mod covers;
+mod effects;
 mod file;
 mod group;
 mod groups;
@@ -46,13 +47,14 @@ pub(crate) use cluster::READY_TIMEOUT;
 #[cfg(feature = "pingora")]
 pub(crate) use covers::normalized;
 pub(crate) use covers::{is_below, without_last_dot};
+pub use file::locate;
 pub use group::{DEFAULT_GROUP, Group};
 pub use health_check::{CheckKind, HealthCheck, StatusRange};
 pub use leader::Leader;
 pub use lines::{Given, given};
 pub use listener::Listener;
 #[cfg(feature = "pingora")]
-pub(crate) use listeners::ListenerAt;
+pub(crate) use listeners::{ListenerAt, check_all, listed};
 pub use opentelemetry::OpenTelemetry;
 pub use overload::Overload;
 pub use retry::Retry;

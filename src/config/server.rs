@@ -75,6 +75,11 @@ const POOL_SIZE: usize = 4_096;
 
 /// The most threads, tasks and tries.
 const MOST: usize = 1_024;
+/// Pingora's bound of tries is over those of this crate, which has bounds of its own: retries, connections that turn out to be
+/// closed, and looks at who leads.
+const LEAST_TRIES: usize = 16;
+const POOLS: &str = "upstream_connect_offload_threadpools";
+const POOL_THREADS: &str = "upstream_connect_offload_thread_per_pool";
 
 /// Whether the threads of a service share their work. One thread has nobody to share with, and each task has its cost.
 const STEALING: &str = "work_stealing";
@@ -129,14 +134,14 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
             None => reason,
         }
     };
-    for (field, value) in [
-        ("threads", conf.threads),
-        ("listener_tasks_per_fd", conf.listener_tasks_per_fd),
-        ("max_retries", conf.max_retries),
+    for (field, value, least) in [
+        ("threads", conf.threads, 1),
+        ("listener_tasks_per_fd", conf.listener_tasks_per_fd, 1),
+        ("max_retries", conf.max_retries, LEAST_TRIES),
     ] {
         // No machine has use for more.
-        if !(1..=MOST).contains(&value) {
-            let reason = format!("{field}: {value} is out of range, 1 to {MOST}");
+        if !(least..=MOST).contains(&value) {
+            let reason = format!("{field}: {value} is out of range, {least} to {MOST}");
             return Err(in_file(name, at_line(reason)));
         }
     }
@@ -150,6 +155,20 @@ pub fn server_conf(text: &str, name: &str) -> Result<ServerConf, ClusterError> {
 
 /// Checks what Pingora takes silently, or panics at.
 fn check(conf: &ServerConf) -> Result<(), String> {
+    let pools = conf.upstream_connect_offload_threadpools;
+    let threads = conf.upstream_connect_offload_thread_per_pool;
+    for (field, value, needs, other) in [
+        (POOLS, pools, POOL_THREADS, threads),
+        (POOL_THREADS, threads, POOLS, pools),
+    ] {
+        match value {
+            Some(0) => return Err(format!("{field}: 0 is out of range, 1 to {MOST}, or null")),
+            Some(_) if other.is_none() => {
+                return Err(format!("{field}: has no effect without {needs}"));
+            }
+            _ => {}
+        }
+    }
     // 0 if the field is missing.
     if conf.version > 1 {
         return Err(format!("version: {} is unknown, only 1 is", conf.version));

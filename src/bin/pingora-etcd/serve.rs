@@ -42,8 +42,10 @@ pub fn run(arguments: &Arguments) -> Result {
         ..Opt::default()
     };
     let mut server = Server::new_with_opt_and_conf(options, server_conf);
-    let parts = ClusterProxy::add_to(&mut server, &config, arguments.leader_routing)?;
-    admin::add_to(&mut server, &config, &parts)?;
+    let located = |error| config::locate(error, &text, &name);
+    let parts = ClusterProxy::add_to(&mut server, &config, arguments.leader_routing);
+    let parts = parts.map_err(located)?;
+    admin::add_to(&mut server, &config, &parts).map_err(located)?;
     if arguments.check {
         output::line(effective::described(&text, &name)?)?;
         return Ok(ExitCode::SUCCESS);

@@ -351,7 +351,7 @@ fn key_prefix() {
 
 #[test]
 fn hash_on() {
-    let text = format!("{MINIMAL}  hash_on: header:X-User\n");
+    let text = format!("{MINIMAL}  policy: consistent\n  hash_on: header:X-User\n");
     let config = ClusterConfig::from_yaml(&text, "file.yaml").unwrap();
     let header = http::HeaderName::from_static("x-user");
     assert_eq!(config.hash_on, HashOn::Header(header));
@@ -400,7 +400,18 @@ fn the_part_of_pingora_is_strict_too() {
             "threads: 100000000 is out of range, 1 to 1024",
         ),
         ("threads: 2\nuser: a", "line 4: user"),
-        ("max_retries: 0", "max_retries"),
+        (
+            "max_retries: 15",
+            "max_retries: 15 is out of range, 16 to 1024",
+        ),
+        (
+            "upstream_connect_offload_threadpools: 2",
+            "upstream_connect_offload_threadpools: has no effect without upstream_connect_offload_thread_per_pool",
+        ),
+        (
+            "upstream_connect_offload_thread_per_pool: 0",
+            "upstream_connect_offload_thread_per_pool: 0 is out of range",
+        ),
         ("listener_tasks_per_fd: 0", "listener_tasks_per_fd"),
     ] {
         let text = MINIMAL.replace("threads: 2", wrong);
@@ -562,11 +573,11 @@ fn the_shipped_routes_are_read_and_an_error_in_them_names_its_line() {
 fn values_without_quotes_may_be_environment_variables() {
     // Cargo sets these for its tests.
     let text = "cluster:\n  etcd: { endpoints: [http://a:1] }\n  group: ${CARGO_PKG_NAME}\n  \
-                retries: ${CARGO_PKG_VERSION_MAJOR}\n  zone: '${CARGO_PKG_NAME}'\n  \
+                retries: ${CARGO_PKG_VERSION_MAJOR}\n  zone: ${CARGO_PKG_NAME}\n  \
                 sticky_cookie: ${PINGORA_ETCD_UNSET:-other}\n";
     let config = ClusterConfig::from_yaml(text, "file.yaml").unwrap();
     assert_eq!((&*config.group, config.retries), ("pingora-etcd", 0));
-    assert_eq!(config.zone.as_deref(), Some("${CARGO_PKG_NAME}"));
+    assert_eq!(config.zone.as_deref(), Some("pingora-etcd"));
     assert_eq!(config.sticky_cookie.as_deref(), Some("other"));
 
     let missing = error(&text.replace(
@@ -577,8 +588,13 @@ fn values_without_quotes_may_be_environment_variables() {
         missing.contains("PINGORA_ETCD_UNSET") && missing.contains("line 3"),
         "{missing}"
     );
-    let quoted = error(&text.replace("http://a:1", "'http://${CARGO_PKG_NAME}:1'"));
-    assert!(quoted.contains("without quotes"), "{quoted}");
+    for (value, quoted) in [
+        ("http://a:1", "'http://${CARGO_PKG_NAME}:1'"),
+        ("zone: ${CARGO_PKG_NAME}", "zone: '${CARGO_PKG_NAME}'"),
+    ] {
+        let quoted = error(&text.replace(value, quoted));
+        assert!(quoted.contains("without quotes"), "{quoted}");
+    }
     // What is wrong with a value is said without the value.
     let wrong = error(&text.replace("${CARGO_PKG_VERSION_MAJOR}", "${CARGO_MANIFEST_DIR}"));
     let secret = std::env::var("CARGO_MANIFEST_DIR").unwrap();
