@@ -39,6 +39,7 @@ mod memory;
 mod operate;
 mod overload;
 mod page;
+mod quiet;
 mod raw;
 mod registries;
 mod reload;

@@ -190,8 +190,16 @@ async fn is_answered(request: reqwest::RequestBuilder) -> bool {
     }
 }
 
-/// One run: requests with random arrival times, whatever becomes of those before.
-pub async fn run(client: &reqwest::Client, etcd: &str, shape: &Shape, kind: Kind) -> Figures {
+/// One run: requests with random arrival times, whatever becomes of those before. With the same seed they arrive at the same
+/// times.
+pub async fn run(
+    client: &reqwest::Client,
+    etcd: &str,
+    shape: &Shape,
+    kind: Kind,
+    seed: u64,
+) -> Figures {
+    let mut random = fastrand::Rng::with_seed(seed);
     let fleet = Fleet::start(client, etcd, shape, kind).await;
     let urls = fleet.balancers.clone();
     let rate = LOAD * shape.mean_slots / SERVICE_TIME.as_secs_f64();
@@ -201,10 +209,10 @@ pub async fn run(client: &reqwest::Client, etcd: &str, shape: &Shape, kind: Kind
     let mut requests = JoinSet::new();
     let (mut due, mut sent) = (Duration::ZERO, 0);
     while due < at(1.0) {
-        due += Duration::from_secs_f64(-(1.0 - fastrand::f64()).ln() / rate);
+        due += Duration::from_secs_f64(-(1.0 - random.f64()).ln() / rate);
         tokio::time::sleep_until((start + due).into()).await;
         let url = &urls[sent % urls.len()];
-        let request = request(client, url, fastrand::u32(..1000), shape);
+        let request = request(client, url, random.u32(..1000), shape);
         let from = start + due;
         sent += 1;
         requests.spawn(async move {

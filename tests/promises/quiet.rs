@@ -1,0 +1,85 @@
+//! Tests of quiet hours on the running program: one request at a time, which finds all backends idle.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::common::etcd::Etcd;
+use super::common::group;
+use super::raw::{Raw, RawBackend, ok, status};
+use super::world::{Setup, entry, put};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Registers a backend that reports this CPU usage.
+async fn register(etcd: &Etcd, group: &str, index: usize, backend: &RawBackend, cpu: usize) {
+    let fields = json!({ "metadata": { "cpu_usage_percent": cpu } });
+    let entry = entry(&format!("n{index}"), Some(backend.address.port()), fields);
+    put(&mut etcd.raw_client().await, group, &entry, None).await;
+}
+
+/// The first of these many backends is loaded by others, and the rest is idle, and not equally so.
+async fn shares(count: usize) {
+    let (etcd, group) = (Etcd::shared(), group(&format!("quiet-{count}")));
+    let mut backends = Vec::new();
+    for index in 0..count {
+        let backend = RawBackend::start(ok).await;
+        let cpu = if index == 0 { 90 } else { 2 + index % 5 };
+        register(&etcd, &group, index, &backend, cpu).await;
+        backends.push(backend);
+    }
+    let balancer = Setup::shared(&group).listening().await;
+    let mut client = Raw::to(&balancer).await;
+    for _ in 0..20 {
+        assert_eq!(status(&client.get("").await), "200");
+    }
+    let before: Vec<_> = backends.iter().map(|it| it.requests().len()).collect();
+    for _ in 0..300 {
+        assert_eq!(status(&client.get("").await), "200");
+        tokio::time::sleep(SECOND / 100).await;
+    }
+    let counts = backends.iter().zip(before);
+    let got: Vec<_> = counts
+        .map(|(it, before)| (it.requests().len() - before) as f64)
+        .collect();
+    let (of_loaded, idle) = got.split_first().unwrap();
+    let mean = idle.iter().sum::<f64>() / idle.len() as f64;
+    assert!(*of_loaded <= mean, "{got:?}");
+    // One or two requests more or less cannot be avoided while weights change.
+    let tolerance = (0.15 * mean).max(2.5);
+    assert!(
+        idle.iter().all(|it| (it - mean).abs() <= tolerance),
+        "{got:?}\n{}",
+        balancer.log_text()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_one_after_the_other_are_shared_by_all_that_are_idle() {
+    tokio::join!(shares(3), shares(10), shares(100));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_joins_gets_one_of_the_next_requests_however_few_there_are() {
+    let (etcd, group) = (Etcd::shared(), group("quiet-joins"));
+    let mut backends = Vec::new();
+    for index in 0..3 {
+        let backend = RawBackend::start(ok).await;
+        register(&etcd, &group, index, &backend, 3).await;
+        backends.push(backend);
+    }
+    let balancer = Setup::shared(&group).listening().await;
+    let mut client = Raw::to(&balancer).await;
+    for _ in 0..5 {
+        assert_eq!(status(&client.get("").await), "200");
+        tokio::time::sleep(SECOND).await;
+    }
+    let joining = RawBackend::start(ok).await;
+    register(&etcd, &group, 3, &joining, 3).await;
+    let start = Instant::now();
+    while joining.requests().is_empty() {
+        assert!(start.elapsed() < 3 * SECOND, "it waits for a request");
+        tokio::time::sleep(SECOND).await;
+        assert_eq!(status(&client.get("").await), "200");
+    }
+}
