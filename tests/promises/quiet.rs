@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::common::etcd::Etcd;
-use super::common::group;
+use super::common::{free_port, group};
 use super::raw::{Raw, RawBackend, ok, status};
 use super::world::{Setup, entry, put};
 
@@ -28,30 +28,60 @@ async fn shares(count: usize) {
         register(&etcd, &group, index, &backend, cpu).await;
         backends.push(backend);
     }
-    let balancer = Setup::shared(&group).listening().await;
+    let admin = format!("127.0.0.1:{}", free_port());
+    let fields = format!("admin: {{ listen: '{admin}' }}");
+    let balancer = Setup::shared(&group).with(&fields).listening().await;
     let mut client = Raw::to(&balancer).await;
     for _ in 0..20 {
         assert_eq!(status(&client.get("").await), "200");
     }
     let before: Vec<_> = backends.iter().map(|it| it.requests().len()).collect();
-    for _ in 0..300 {
-        assert_eq!(status(&client.get("").await), "200");
-        tokio::time::sleep(SECOND / 100).await;
+    // What each should get, by its weight at the time.
+    let mut expected = vec![0.0; count];
+    for _ in 0..30 {
+        for (index, share) in shares_now(&admin).await {
+            expected[index] += 10.0 * share;
+        }
+        for _ in 0..10 {
+            assert_eq!(status(&client.get("").await), "200");
+            tokio::time::sleep(SECOND / 100).await;
+        }
     }
     let counts = backends.iter().zip(before);
-    let got: Vec<_> = counts
-        .map(|(it, before)| (it.requests().len() - before) as f64)
-        .collect();
-    let (of_loaded, idle) = got.split_first().unwrap();
-    let mean = idle.iter().sum::<f64>() / idle.len() as f64;
-    assert!(*of_loaded <= mean, "{got:?}");
-    // One or two requests more or less cannot be avoided while weights change.
-    let tolerance = (0.15 * mean).max(2.5);
+    let got = counts.map(|(it, before)| (it.requests().len() - before) as f64);
+    let mut both = got.zip(expected);
+    // Whoever is loaded gets no more than its share.
+    let (of_loaded, its_share) = both.next().unwrap();
     assert!(
-        idle.iter().all(|it| (it - mean).abs() <= tolerance),
-        "{got:?}\n{}",
-        balancer.log_text()
+        of_loaded <= its_share + 2.5,
+        "{count}: {of_loaded} instead of {its_share}"
     );
+    let idle: Vec<(f64, f64)> = both.collect();
+    let (all, all_shares) = idle
+        .iter()
+        .fold((0.0, 0.0), |sum, it| (sum.0 + it.0, sum.1 + it.1));
+    for (got, share) in &idle {
+        let expected = share * all / all_shares;
+        // One or two requests more or less cannot be avoided while weights change.
+        let tolerance = (0.15 * expected).max(2.5);
+        assert!(
+            (got - expected).abs() <= tolerance,
+            "{count}: {got} instead of {expected} in {idle:?}"
+        );
+    }
+}
+
+/// The share of each backend, as the admin interface tells it.
+async fn shares_now(admin: &str) -> Vec<(usize, f64)> {
+    let answer = reqwest::get(format!("http://{admin}/api/v1/status")).await;
+    let text = answer.unwrap().text().await.unwrap();
+    let all: Value = serde_json::from_str(&text).unwrap();
+    let nodes = all["groups"][0]["nodes"].as_array().unwrap();
+    let share = |node: &Value| {
+        let index = node["id"].as_str()?.trim_start_matches('n').parse().ok()?;
+        Some((index, node["share"].as_f64()?))
+    };
+    nodes.iter().filter_map(share).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
