@@ -18,6 +18,7 @@ use super::group::Group;
 use super::listener::LimitedListener;
 use super::router::router;
 use super::shown::Shown;
+use super::status::Status;
 use crate::config::{self, ClusterConfig};
 use crate::error::ClusterError;
 use crate::opaque::opaque_debug;
@@ -37,6 +38,7 @@ pub struct Admin {
     token: Option<String>,
     groups: Vec<Group>,
     proxy: Option<ProxyParts>,
+    started: SystemTime,
 }
 
 impl Admin {
@@ -57,6 +59,7 @@ impl Admin {
             options,
             groups: Vec::new(),
             proxy: None,
+            started: SystemTime::now(),
         })
     }
 
@@ -82,8 +85,13 @@ impl Admin {
             proxy: self.proxy.clone(),
             events: Events::default(),
             pages: Arc::new(Semaphore::new(PAGES)),
-            started: SystemTime::now(),
+            started: self.started,
         })
+    }
+
+    /// What the path `/api/v1/status` tells, now.
+    pub fn status(&self) -> Status {
+        self.shown().status()
     }
 
     /// The paths as a router, for a listener of your own. It shows no events of the groups.

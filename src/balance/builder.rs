@@ -177,6 +177,12 @@ impl BalancerBuilder {
         in_range("", "candidates", candidates, 1..=MAX_CANDIDATES)
     }
 
+    /// Whether picks are by keys.
+    #[cfg(feature = "pingora")]
+    pub(crate) fn goes_by_keys(&self) -> bool {
+        self.policies.policy == Policy::Consistent
+    }
+
     fn active_policy(&self) -> ActivePolicy {
         ActivePolicy::new(&self.policies)
     }

@@ -130,11 +130,25 @@ impl LiveWeights {
     /// the number of candidates, have an effect once outcomes are given ([`BackendNode::begin`]). Where they never are,
     /// [`Adaptive::metrics_only`] is better than the default.
     ///
+    /// ```
+    /// use pingora_etcd::balance::{Balancer, Policy};
+    /// use pingora_etcd::pingora::LiveWeights;
+    ///
+    /// let settings = Balancer::builder().default_port(8080);
+    /// assert!(LiveWeights::try_new(&settings).is_ok());
+    /// assert!(LiveWeights::try_new(&settings.policy(Policy::Consistent)).is_err());
+    /// ```
+    ///
     /// # Errors
     ///
-    /// As [`BalancerBuilder::try_build`].
+    /// As [`BalancerBuilder::try_build`]; and with [`Policy::Consistent`](crate::balance::Policy::Consistent), because no selection
+    /// of a stock load balancer hands keys on to it: Pingora's own `Consistent` does that.
     pub fn try_new(settings: &BalancerBuilder) -> Result<Arc<Self>, ClusterError> {
         settings.validate()?;
+        if settings.goes_by_keys() {
+            let reason = "consistent is not possible here: use Pingora's own selection Consistent";
+            return Err(ClusterError::config("policy", reason));
+        }
         Ok(Self::from_valid(settings, settings))
     }
 

@@ -19,7 +19,7 @@ use tracing::info;
 /// # Ok(()) }
 /// ```
 ///
-/// For a program that Pingora serves, [`proxy::run`](crate::proxy::run) handles signals.
+/// For a program that Pingora serves, `proxy::run` handles signals.
 #[derive(Debug)]
 pub struct EndSignals {
     ending: Vec<Signal>,
