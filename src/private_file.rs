@@ -101,10 +101,20 @@ fn check_owner_and_mode(metadata: &std::fs::Metadata) -> Result<(), String> {
     if owner != 0 && owner != rustix::process::geteuid().as_raw() {
         return Err(format!("it belongs to another user (uid {owner})"));
     }
-    if mode & 0o022 != 0 {
+    // Kubernetes gives volumes to the group of a pod (`fsGroup`), with all rights.
+    let is_of_others = mode & 0o020 != 0 && !is_own_group(metadata.gid());
+    if mode & 0o002 != 0 || is_of_others {
         return Err(format!("others may write it (mode {mode:04o})"));
     }
     Ok(())
+}
+
+/// Whether this process is in a group.
+#[cfg(unix)]
+fn is_own_group(group: u32) -> bool {
+    let others = rustix::process::getgroups().unwrap_or_default();
+    let own = std::iter::once(rustix::process::getegid());
+    own.chain(others).any(|own| own.as_raw() == group)
 }
 
 #[cfg(not(unix))]

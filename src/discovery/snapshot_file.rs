@@ -199,6 +199,9 @@ mod tests {
             use std::os::unix::fs::PermissionsExt;
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
             assert!(read("g", 0).unwrap_err().contains("others may write"));
+            // As Kubernetes makes it for the group of a pod.
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o660)).unwrap();
+            assert!(read("g", 0).is_ok());
         }
         for (file, named) in [
             (SnapshotFile::new(directory.path()), "snapshot.file"),

@@ -25,8 +25,11 @@ pub(super) struct RequiredListener<S> {
     addresses: Vec<String>,
     /// Where another process, which has the addresses, hands its sockets over.
     takes_over_at: Option<String>,
-    balancers: Vec<Arc<BalancerService>>,
+    balancers: Balancers,
 }
+
+/// Those that are used now, which a change of the file may have replaced.
+pub(super) type Balancers = Box<dyn Fn() -> Vec<Arc<BalancerService>> + Send + Sync>;
 
 const TAKEN_BY_PINGORA: &str = "Pingora has taken the sockets over, without a word to the process that had them: do not call bootstrap before pingora_etcd::proxy::run";
 /// How often to look whether the addresses are listened on.
@@ -43,7 +46,7 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
         service: S,
         addresses: Vec<String>,
         takes_over_at: Option<String>,
-        balancers: Vec<Arc<BalancerService>>,
+        balancers: Balancers,
     ) -> Self {
         Self {
             service,
@@ -89,16 +92,20 @@ impl<S: ServiceWithDependents> RequiredListener<S> {
     /// The predecessor serves better than this process without a view of the group, or without knowing whose health checks
     /// fail, as long as it lives.
     async fn wait_for_view(&self) {
-        for balancer in &self.balancers {
-            let discovery = balancer.discovery();
-            while !discovery.is_ready() && self.is_any_taken() {
-                tokio::time::sleep(LOOK_EVERY).await;
-            }
+        let are_ready = || {
+            (self.balancers)()
+                .iter()
+                .all(|it| it.discovery().is_ready())
+        };
+        while !are_ready() && self.is_any_taken() {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        for balancer in (self.balancers)() {
             balancer.hear_operators().await;
             balancer.catch_up();
         }
         let start = Instant::now();
-        let are_checked = || self.balancers.iter().all(|it| it.has_checked_all());
+        let are_checked = || (self.balancers)().iter().all(|it| it.has_checked_all());
         while !are_checked() && start.elapsed() < MOST_WAIT_FOR_CHECKS && self.is_any_taken() {
             tokio::time::sleep(LOOK_EVERY).await;
         }

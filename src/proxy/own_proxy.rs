@@ -150,7 +150,7 @@ where
     Shutdown::of_process().accepts_for(front.drain_delay);
     server.add_service(background_service("certificates", certificates));
     let addresses = front.listeners.iter().map(|it| it.listen.clone());
-    let service = listening(server, made, addresses.collect(), Vec::new());
+    let service = listening(server, made, addresses.collect(), Box::new(Vec::new));
     Ok(OwnProxy {
         clients: statistics,
         service: server.add_service(service),

@@ -18,7 +18,7 @@ use super::client_settings::{front_settings, h2_options, server_options};
 use super::cluster_proxy::ClusterProxy;
 use super::daemon::check_daemon;
 use super::front::{Front, FrontListener, FrontStatistics, TellRefused};
-use super::listener::RequiredListener;
+use super::listener::{Balancers, RequiredListener};
 use super::reload::Reloader;
 use super::shutdown::{Shutdown, check_address};
 use super::spans::Spans;
@@ -130,7 +130,9 @@ impl ClusterProxy {
         server.add_service(background_service("certificates", certificates));
         let balancers = server.add_service(reloader);
         let addresses = config.listeners().map(|it| it.listen.to_owned()).collect();
-        let proxy = listening(server, front, addresses, routing.balancers());
+        let routing = task.routing().clone();
+        let balancers_now = Box::new(move || routing.load().balancers());
+        let proxy = listening(server, front, addresses, balancers_now);
         server.add_service(proxy).add_dependency(balancers);
         Ok(parts)
     }
@@ -167,7 +169,7 @@ pub(super) fn listening<A: HttpServerApp + Send + Sync + 'static>(
     server: &Server,
     front: Front<A>,
     addresses: Vec<String>,
-    balancers: Vec<Arc<BalancerService>>,
+    balancers: Balancers,
 ) -> RequiredListener<Service<Front<A>>> {
     let mut service = Service::new("proxy".to_owned(), front);
     for address in &addresses {

@@ -96,8 +96,13 @@ impl Connection {
             let mut all = std::iter::once(config::DEFAULT_GROUP)
                 .chain(names)
                 .filter_map(|name| file.of_group(name));
-            all.find(|of_group| of_group.group == group).map(Box::new)
+            let found = all.find(|of_group| of_group.group == group).map(Box::new);
+            // The page and the metrics call it as the file does.
+            found.or_else(|| file.of_group(&group).map(Box::new))
         });
+        if let Some(place) = &places {
+            group.clone_from(&place.group);
+        }
         let text = self.conf.as_ref().map(std::fs::read_to_string);
         Ok(Target {
             etcd,
@@ -156,14 +161,15 @@ impl Target {
     ///
     /// If the name of the group or what the file says of it is wrong.
     pub fn discovery(&self, cluster: &Cluster) -> Result<ServiceDiscovery, ClusterError> {
-        let mut builder = cluster.discovery(&self.group);
-        if let Some(file) = &self.places {
-            builder = builder
-                .registry(file.registry.clone())
-                .further_registries(file.further_registries.iter().cloned())
-                .name_servers(file.name_servers.iter().cloned());
+        match &self.places {
+            Some(file) => {
+                let mut file = ClusterConfig::clone(file);
+                // What runs now is asked for, and nothing is written.
+                file.snapshot = None;
+                file.discovery_over(cluster)
+            }
+            None => cluster.discovery(&self.group).try_build(),
         }
-        builder.try_build()
     }
 
     /// # Errors

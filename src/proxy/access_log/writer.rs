@@ -1,7 +1,7 @@
 //! The thread that writes lines.
 
 use std::fs::File;
-use std::io::{BufWriter, ErrorKind, Stdout, Write, stdout};
+use std::io::{BufWriter, ErrorKind, Read, Seek, SeekFrom, Stdout, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -132,7 +132,11 @@ impl Writer {
         match self.path == Path::new("-") {
             true => self.output = Some(Output::Standard(BufWriter::new(stdout()))),
             false => match open(&self.path) {
-                Ok(file) => self.output = Some(Output::File(BufWriter::new(file))),
+                Ok(mut file) => {
+                    // Only if that is a file.
+                    let _ = end_line(&self.path, &mut file);
+                    self.output = Some(Output::File(BufWriter::new(file)));
+                }
                 Err(error) if self.output.is_none() => self.fails(&error),
                 Err(error) => {
                     let path = self.path.display().to_string();
@@ -191,6 +195,20 @@ pub(super) fn check(file: &Path) -> std::io::Result<()> {
 
 pub(super) fn open(file: &Path) -> std::io::Result<File> {
     File::options().create(true).append(true).open(file)
+}
+
+/// Ends a line of which a disk that was full has taken a part only, so that the next one is whole.
+fn end_line(path: &Path, file: &mut File) -> std::io::Result<()> {
+    let mut written = File::open(path)?;
+    let mut last = [b'\n'];
+    // An empty file has no end to go back from.
+    if written.seek(SeekFrom::End(-1)).is_ok() {
+        written.read_exact(&mut last)?;
+    }
+    match last {
+        [b'\n'] => Ok(()),
+        _ => file.write_all(b"\n"),
+    }
 }
 
 /// How an entry looks as a line.

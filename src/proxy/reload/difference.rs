@@ -2,14 +2,33 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::{ClusterConfig, ListenerTls};
+use crate::config::{ClusterConfig, ListenerTls, Route};
+use crate::error::ClusterError;
+
+/// What Pingora got at the start, and keeps for clients of HTTP/2: over HTTP/1 these are taken over.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AtStart {
+    client_idle_ms: u64,
+    head_bytes: usize,
+    headers: usize,
+}
+
+impl AtStart {
+    pub(super) fn of(config: &ClusterConfig) -> Self {
+        Self {
+            client_idle_ms: config.timeouts.client_idle_ms,
+            head_bytes: config.clients.head_bytes,
+            headers: config.clients.headers,
+        }
+    }
+}
 
 /// The new configuration, with the values of the old one in the fields that need a restart, and the names of
-/// those of them that differ. `idle_at_start` is the value of `timeouts.client_idle_ms` at the start.
+/// those of them that differ.
 pub(super) fn usable(
     old: &ClusterConfig,
     new: &ClusterConfig,
-    idle_at_start: u64,
+    at_start: AtStart,
 ) -> (ClusterConfig, Vec<String>) {
     let mut usable = new.clone();
     let mut kept = Vec::new();
@@ -31,11 +50,45 @@ pub(super) fn usable(
         clients.requests_per_connection
     );
     keep_addresses(&mut usable, old, &mut kept);
-    if usable.timeouts.client_idle_ms != idle_at_start {
-        // Over HTTP/1 it is taken over; Pingora keeps that of HTTP/2.
-        kept.push("cluster.timeouts.client_idle_ms (over HTTP/2)".to_owned());
+    let now = AtStart::of(&usable);
+    for (field, differs) in [
+        (
+            "timeouts.client_idle_ms",
+            now.client_idle_ms != at_start.client_idle_ms,
+        ),
+        ("clients.head_bytes", now.head_bytes != at_start.head_bytes),
+        ("clients.headers", now.headers != at_start.headers),
+    ] {
+        if differs {
+            kept.push(format!("cluster.{field} (over HTTP/2)"));
+        }
     }
     (usable, kept)
+}
+
+/// Checks that no new route sends clients to where nobody listens before a restart.
+pub(super) fn check_listeners_of_routes(
+    used: &ClusterConfig,
+    old: &ClusterConfig,
+    new: &ClusterConfig,
+) -> Result<(), ClusterError> {
+    let has_tls = |config: &ClusterConfig| config.listeners().any(|it| it.tls.is_some());
+    if has_tls(used) || !has_tls(new) {
+        return Ok(());
+    }
+    let is_for_tls = |route: &&Route| {
+        let redirect = route.redirect.as_ref();
+        redirect.is_some_and(|redirect| redirect.to.starts_with("https:"))
+    };
+    let mut routes = new.routes.iter().enumerate();
+    let first = routes.find(|(_, route)| is_for_tls(route) && !old.routes.contains(route));
+    match first {
+        Some((index, _)) => Err(ClusterError::config(
+            format!("cluster.routes[{index}].redirect"),
+            "sends clients to a listener with TLS, which needs a restart: nothing is taken over before that",
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Goes on listening where the old configuration says, with the TLS that the new one has for each of these addresses;
@@ -104,9 +157,10 @@ mod tests {
         let old = config("");
         let new =
             config("  listen: 127.0.0.1:7\n  retries: 1\n  clients: { h2c: false, headers: 9 }\n");
-        let idle = old.timeouts.client_idle_ms;
+        let idle = AtStart::of(&old);
         let (usable, kept) = usable(&old, &new, idle);
-        assert_eq!(kept, ["cluster.clients.h2c", "cluster.listen"]);
+        let of_http_2 = "cluster.clients.headers (over HTTP/2)";
+        assert_eq!(kept, ["cluster.clients.h2c", "cluster.listen", of_http_2]);
         assert_eq!((&usable.listen, usable.clients.h2c), (&old.listen, true));
         assert_eq!((usable.retries, usable.clients.headers), (1, 9));
         assert_eq!(super::usable(&old, &old, idle), (old.clone(), Vec::new()));
@@ -181,7 +235,7 @@ mod tests {
             ),
         ] {
             let (old, new) = (at(old), at(new));
-            let (usable, kept) = usable(&old, &new, old.timeouts.client_idle_ms);
+            let (usable, kept) = usable(&old, &new, AtStart::of(&old));
             assert_eq!(kept, named, "{new:?}");
             assert_eq!(usable, at(expected));
         }
@@ -190,7 +244,7 @@ mod tests {
     #[test]
     fn what_is_taken_over_in_part_is_named_until_it_is_what_it_was() {
         let (first, second) = (config(""), config("  timeouts: { client_idle_ms: 5000 }\n"));
-        let idle = first.timeouts.client_idle_ms;
+        let idle = AtStart::of(&first);
         for (old, new, is_named) in [
             (&first, &second, true),
             (&second, &second, true),
@@ -216,5 +270,28 @@ mod tests {
         ] {
             assert!(!have_one_discovery(&old, &config(more)), "{more}");
         }
+    }
+
+    #[test]
+    fn no_route_sends_clients_to_a_listener_that_is_there_only_after_a_restart() {
+        let (plain, tls) = ("127.0.0.1:80", "127.0.0.1:443");
+        let old = at(&[(plain, None)]);
+        let routed = |mut config: ClusterConfig| {
+            let route = "{ redirect: { to: 'https://a.test' } }";
+            config.routes.push(serde_saphyr::from_str(route).unwrap());
+            config
+        };
+        let checked = |old: &ClusterConfig, new: &ClusterConfig| {
+            let (used, _) = usable(old, new, AtStart::of(old));
+            check_listeners_of_routes(&used, old, new)
+        };
+        let new = routed(at(&[(plain, None), (tls, Some("a"))]));
+        let error = checked(&old, &new).unwrap_err().to_string();
+        assert!(error.contains("cluster.routes[0].redirect"), "{error}");
+        // Another process may listen there.
+        checked(&old, &routed(old.clone())).unwrap();
+        // It is there, or was meant before.
+        checked(&at(&[(plain, None), (tls, Some("a"))]), &new).unwrap();
+        checked(&routed(old.clone()), &new).unwrap();
     }
 }

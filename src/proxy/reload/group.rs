@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use super::difference::have_one_discovery;
 use crate::cluster::Cluster;
 use crate::config::{ClusterConfig, READY_TIMEOUT};
+use crate::discovery::DiscoveryStatus;
 use crate::error::ClusterError;
 use crate::pingora::{BalancerService, Checker, LearnedFile, NodeCheck};
 use crate::proxy::group::{GroupProxy, SameSettings, backend_tls};
@@ -85,7 +86,9 @@ pub(super) fn prepare(
         });
     }
     let (balancer, change) = balancer(config, former, cluster)?;
-    let statistics = former.map(|former| former.proxy.statistics.clone());
+    // Under the name of another group they would be wrong.
+    let same_group = former.filter(|former| former.config.group == config.group);
+    let statistics = same_group.map(|former| former.proxy.statistics.clone());
     let tls = backend_tls(config, name)?;
     if let Some(tls) = &tls {
         certificates.add(&tls.files());
@@ -135,6 +138,15 @@ fn balancer(
             return Ok((former.proxy.balancer.clone(), Change::Settings));
         }
         Some(former) => {
+            let status = former.proxy.balancer.discovery().status();
+            if matches!(status, DiscoveryStatus::Stale { .. }) {
+                // The file of a snapshot, if there is one, has no leader, and is older than what is known.
+                let reason = "what follows its nodes has changed, and etcd is away: it is tried again until etcd is back";
+                return Err(ClusterError::config(
+                    format!("cluster.groups.{}", former.proxy.name),
+                    reason,
+                ));
+            }
             let discovery = config.discovery_over(cluster)?;
             former.proxy.balancer.over(discovery, ready_timeout)
         }

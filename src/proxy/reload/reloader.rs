@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{Span, error, info, info_span, warn};
 
-use super::difference::usable;
+use super::difference::{AtStart, check_listeners_of_routes, usable};
 use super::group::{Former, Prepared, Tasks, prepare};
 use super::status::{ReloadStatus, Reloaded};
 use crate::cluster::Cluster;
@@ -51,8 +51,7 @@ pub struct Reloader {
     status: Mutex<ReloadStatus>,
     /// As the program has asked for at the start.
     writes_to_leader: bool,
-    /// The value of `timeouts.client_idle_ms` that Pingora has got.
-    idle_at_start: u64,
+    at_start: AtStart,
     /// The page is served, if the file describes it.
     is_shown: AtomicBool,
 }
@@ -128,7 +127,7 @@ impl Reloader {
             }),
             status: Mutex::new(ReloadStatus::new()),
             writes_to_leader: false,
-            idle_at_start: config.timeouts.client_idle_ms,
+            at_start: AtStart::of(config),
             is_shown: AtomicBool::new(config.admin.is_none()),
         })
     }
@@ -313,7 +312,9 @@ impl Reloader {
         config.leader.writes |= self.writes_to_leader;
         config.check_leaders()?;
         let mut running = self.running.lock().await;
-        let (config, needs_restart) = usable(&running.config, &config, self.idle_at_start);
+        let (used, needs_restart) = usable(&running.config, &config, self.at_start);
+        check_listeners_of_routes(&used, &running.config, &config)?;
+        let config = used;
         if config == running.config {
             return Ok(Reloaded {
                 is_changed: false,
