@@ -13,6 +13,11 @@ use crate::config::{Clients, Timeouts};
 /// What is kept, for each stream of HTTP/2, of a response that its client does not read, in bytes.
 const MOST_UNSENT: usize = 65_536;
 
+/// Requests at one time on a connection of HTTP/2.
+const STREAMS: u32 = 100;
+/// How much of the body of each may be sent before it is read, in bytes.
+const STREAM_WINDOW: u32 = 65_535;
+
 pub(super) fn server_options(clients: &Clients, timeouts: &Timeouts) -> HttpServerOptions {
     let mut options = HttpServerOptions::default();
     options.h2c = clients.h2c;
@@ -37,6 +42,10 @@ fn most_of_http_2(clients: &Clients) -> u32 {
 pub(super) fn h2_options(clients: &Clients) -> H2Options {
     let mut options = default_h2_options();
     options.max_send_buffer_size(MOST_UNSENT);
+    options.max_concurrent_streams(STREAMS);
+    // Room for all streams: with less, one upload that nobody reads would hold up those beside it.
+    options.initial_window_size(STREAM_WINDOW);
+    options.initial_connection_window_size(STREAMS * STREAM_WINDOW);
     options.max_header_list_size(most_of_http_2(clients));
     options
 }

@@ -90,6 +90,11 @@ pub(super) async fn answer_failure(
         if let Err(error) = sent {
             debug!(%error, code = reply.code, "the error response could not be sent to the client");
         }
+    } else if session.is_http2() && error.esource() != &ErrorSource::Downstream && reply.code != 504
+    {
+        // Otherwise the stream would end with CANCEL, which clients take for their own word. That is right where the time is
+        // over, which may be theirs.
+        session.as_downstream_mut().shutdown().await;
     }
     reply.code
 }

@@ -26,7 +26,7 @@ use super::hop_by_hop::{ends_with_connection, has_no_body};
 use super::http_1_0::{keep_from_old_clients, name_host};
 use super::kept::keep_connection;
 use super::outcome::final_status;
-use super::reply::{refused, respond, unavailable, unavailable_reply};
+use super::reply::{no_group, refused, respond, unavailable_reply};
 use super::requests::{answer_expectation, ends_before_body, is_ending, keep_effective_upgrade};
 use super::rest::{check_presence, read_rest, take_body_at_hand};
 use super::route::Decided;
@@ -136,6 +136,8 @@ impl ProxyHttp for ClusterProxy {
         is_end: bool,
         context: &mut Box<RequestContext>,
     ) -> Result<()> {
+        // Where trailers follow, Pingora does not say that it is the end.
+        let is_end = is_end || body.is_none();
         let (routing, state) = (&context.routing, &mut context.state);
         let within = state.time_left();
         let checked = within.and_then(|_| routing.limits.check_body(body.as_ref(), is_end, state));
@@ -153,7 +155,6 @@ impl ProxyHttp for ClusterProxy {
         session: &mut Session,
         context: &mut Box<RequestContext>,
     ) -> Result<Box<HttpPeer>> {
-        let no_group = || unavailable("no group serves this request");
         let group = context.group.as_ref().ok_or_else(no_group)?;
         let state = &mut context.state;
         let mut peer = group.next_peer(session, state).await?;

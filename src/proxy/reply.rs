@@ -1,6 +1,7 @@
 //! Which error response a client gets, and sending it.
 
 use ::pingora::http::ResponseHeader;
+use ::pingora::protocols::http::HttpTask;
 use ::pingora::proxy::Session;
 use ::pingora::{Error, ErrorSource, ErrorType, Result};
 use bytes::Bytes;
@@ -124,6 +125,11 @@ pub(super) fn readiness(is_ready: bool) -> Reply<'static> {
     }
 }
 
+/// No group is there for a request that has got this far.
+pub(super) fn no_group() -> Box<Error> {
+    unavailable("no group serves this request")
+}
+
 /// 503 with this reason, as a response.
 pub(super) fn unavailable_reply(reason: &str) -> Reply<'_> {
     Reply { code: 503, reason }
@@ -142,6 +148,11 @@ pub(super) async fn respond(
 ) -> Result<()> {
     // Over HTTP/2, nobody else leaves out what is not to follow, nor says that there is nothing.
     let is_whole = body.is_empty() || session.req_header().method == Method::HEAD;
+    if is_whole && session.is_http2() {
+        // The head itself ends the stream: clients of gRPC take a status for one only there, or in trailers.
+        let head = HttpTask::Header(head, true);
+        return session.write_response_tasks(vec![head]).await.map(drop);
+    }
     session.write_response_header(head, is_whole).await?;
     let body = (!is_whole).then_some(body);
     session.write_response_body(body, true).await

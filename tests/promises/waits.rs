@@ -286,3 +286,87 @@ async fn body_stalls(balancer: &Balancer) {
     let (response, _) = sender.send_request(request, true).unwrap();
     assert_eq!(response.await.unwrap().status(), 200);
 }
+
+/// Clients of gRPC take a status for one only in a head that ends the stream, or in trailers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_answered_here_without_a_body_is_one_frame() {
+    let balancer = Setup::shared(&group("nobody")).listening().await;
+    let mut sender = http_2(&balancer).await;
+    let call =
+        http::Request::post("http://a/echo.Echo/Say").header("content-type", "application/grpc");
+    let (response, mut body) = sender.send_request(call.body(()).unwrap(), false).unwrap();
+    body.send_data("\0\0\0\0\0".into(), true).unwrap();
+    let response = response.await.unwrap();
+    assert_eq!(response.headers()["grpc-status"], "14");
+    assert!(
+        response.body().is_end_stream(),
+        "another frame follows the status"
+    );
+    let mut sender = sender.ready().await.unwrap();
+    let head = http::Request::head("http://a/").body(()).unwrap();
+    let response = sender.send_request(head, true).unwrap().0.await.unwrap();
+    assert_eq!(response.status(), 503);
+    assert!(response.body().is_end_stream());
+}
+
+/// CANCEL would be taken for the client's own word.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_its_backend_breaks_off_ends_with_an_error_of_the_server() {
+    const BROKEN: &[u8] =
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\nno chunk\r\n";
+    let backend = RawBackend::start(|_: &str| BROKEN.to_vec()).await;
+    let (etcd, group) = (Etcd::shared(), group("broken-off"));
+    let entry = entry("a", Some(backend.address.port()), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let balancer = Setup::shared(&group).listening().await;
+    let mut sender = http_2(&balancer).await;
+    let get = http::Request::get("http://a/").body(()).unwrap();
+    let response = sender.send_request(get, true).unwrap().0.await.unwrap();
+    let mut body = response.into_body();
+    let error = loop {
+        match body.data().await {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => break error,
+            None => panic!("it ends as if it was complete"),
+        }
+    };
+    assert_eq!(error.reason(), Some(h2::Reason::INTERNAL_ERROR), "{error}");
+}
+
+/// A request that waits for its place does not read what its client sends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_that_waits_holds_up_no_other_one_on_its_connection() {
+    let slow = RawBackend::start_slow(2 * SECOND).await;
+    let (etcd, group) = (Etcd::shared(), group("upload-waits"));
+    let entry = entry("a", Some(slow.address.port()), json!({}));
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
+    let fields = format!(
+        "overload: {{ max_in_flight: 1, queue_timeout_ms: 9000 }}\n\
+         groups: {{ free: {{ group: {group}, overload: {{ max_in_flight: 0 }}, registry: {{ format: native }} }} }}\n\
+         routes: [{{ path: /free, group: free }}]"
+    );
+    let balancer = Setup::shared(&group).with(&fields).listening().await;
+    let mut sender = http_2(&balancer).await;
+    let start = Instant::now();
+    let post = |path: &str| {
+        http::Request::post(format!("http://a{path}"))
+            .body(())
+            .unwrap()
+    };
+    let (first, _) = sender
+        .send_request(http::Request::get("http://a/").body(()).unwrap(), true)
+        .unwrap();
+    let mut sender = sender.ready().await.unwrap();
+    // More than a window of the protocol's default size.
+    let (waits, mut body) = sender.send_request(post("/"), false).unwrap();
+    body.send_data(vec![b'x'; 100_000].into(), true).unwrap();
+    let mut sender = sender.ready().await.unwrap();
+    tokio::time::sleep(SECOND / 2).await;
+    let (other, mut body) = sender.send_request(post("/free"), false).unwrap();
+    body.send_data("short".into(), true).unwrap();
+    assert_eq!(other.await.unwrap().status(), 200);
+    // Otherwise it would begin when the first one is over.
+    assert!(start.elapsed() < SECOND * 7 / 2, "{:?}", start.elapsed());
+    assert_eq!(first.await.unwrap().status(), 200);
+    assert_eq!(waits.await.unwrap().status(), 200);
+}
