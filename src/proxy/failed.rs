@@ -1,7 +1,7 @@
 //! What clients and the log learn of requests that were not served.
 
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::pingora::proxy::Session;
 use ::pingora::upstreams::peer::HttpPeer;
@@ -15,6 +15,9 @@ use super::reply::{is_slow_upload, reply_to, timed_out};
 use super::request_state::RequestState;
 use super::requests::is_ending;
 use crate::pingora::shorten_error;
+
+/// A reset drops what has not left yet of a response: how long that may take where its client reads.
+const HANDED_OVER_WITHIN: Duration = Duration::from_millis(10);
 
 /// Whether it is known that the backend has read nothing: its connection was over before anything could be sent.
 pub(super) fn is_unread(state: &RequestState, error: &Error) -> bool {
@@ -94,6 +97,7 @@ pub(super) async fn answer_failure(
     {
         // Otherwise the stream would end with CANCEL, which clients take for their own word. That is right where the time is
         // over, which may be theirs.
+        tokio::time::sleep(HANDED_OVER_WITHIN).await;
         session.as_downstream_mut().shutdown().await;
     }
     reply.code

@@ -300,7 +300,7 @@ const PROMISES: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "An `Expect: 100-continue` for a backend of HTTP/2 is answered here",
+        "An `Expect: 100-continue` of a client of HTTP/1 is answered here",
         &["promises::uploads::an_expectation_for_a_backend_of_http_2_is_answered_here"],
     ),
     (
