@@ -143,9 +143,13 @@ fn directory(listen: SocketAddr) -> PathBuf {
 fn ours(policy: &str, listen: SocketAddr, around: &Surroundings<'_>) -> String {
     let Surroundings { etcd, group, .. } = around;
     let protocol = if around.are_streams { "h2c" } else { "http1" };
+    let hash_on = match policy {
+        "consistent" => "  hash_on: header:x-user\n",
+        _ => "",
+    };
     format!(
         "version: 1\nthreads: 1\ncluster:\n  etcd: {{ endpoints: ['{etcd}'] }}\n  group: {group}\n  \
-         listen: '{listen}'\n  policy: {policy}\n  hash_on: header:x-user\n  load_reports: true\n  \
+         listen: '{listen}'\n  policy: {policy}\n{hash_on}  load_reports: true\n  \
          headroom: {{ queue_capacity: 20 }}\n  backends: {{ protocol: {protocol} }}\n"
     )
 }
