@@ -18,12 +18,11 @@ const STREAMS: u32 = 100;
 /// How much of the body of each may be sent before it is read, in bytes.
 const STREAM_WINDOW: u32 = 65_535;
 
-pub(super) fn server_options(clients: &Clients, timeouts: &Timeouts) -> HttpServerOptions {
+pub(super) fn server_options(clients: &Clients) -> HttpServerOptions {
     let mut options = HttpServerOptions::default();
     options.h2c = clients.h2c;
     // Otherwise Pingora refuses it without a hook, and there is no line for it. `RequestLimits` refuses it.
     options.allow_connect_method_proxying = true;
-    options.h2_idle_timeout = Some(Duration::from_millis(timeouts.client_idle_ms));
     options.keepalive_request_limit = match clients.requests_per_connection {
         0 => None,
         // Pingora counts those after the first one.

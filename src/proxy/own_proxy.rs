@@ -166,7 +166,7 @@ fn made<P: ProxyHttp>(
     proxy.downstream_modules.add_module(Box::new(Phases));
     Ok(Counted {
         proxy: Arc::new(proxy),
-        server: server_options(&front.clients, &front.timeouts),
+        server: server_options(&front.clients),
         h2: h2_options(&front.clients),
     })
 }
@@ -189,11 +189,12 @@ where
         mut session: ServerSession,
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
+        let connection = session.digest().and_then(Connection::of_digest).cloned();
         if session.is_http2() {
             let _request = Shutdown::of_process().request();
+            let _stream = connection.as_ref().map(Connection::opens);
             return self.proxy.process_new_http(session, shutdown).await;
         }
-        let connection = session.digest().and_then(Connection::of_digest).cloned();
         // The front keeps the time.
         session.set_read_timeout(None);
         let processing = self.proxy.process_new_http(session, shutdown);

@@ -34,7 +34,7 @@ impl PipedProxy {
         let balancer = BalancerService::new(config.discovery()?, config.balancer()?);
         let proxy = ClusterProxy::try_new(Arc::new(balancer), config)?;
         let mut app = made(&Arc::new(ServerConf::default()), proxy)?;
-        app.server_options = Some(server_options(&config.clients, &config.timeouts));
+        app.server_options = Some(server_options(&config.clients));
         let statistics = Arc::<FrontStatistics>::default();
         let front = Front::new(
             app,

@@ -116,7 +116,7 @@ impl ClusterProxy {
         let refused = proxy.access_log.clone().map(tell_refused);
         let mut proxy = made(&server.configuration, proxy)?;
         let (clients, timeouts) = (&config.clients, &config.timeouts);
-        proxy.server_options = Some(server_options(clients, timeouts));
+        proxy.server_options = Some(server_options(clients));
         proxy.h2_options = Some(h2_options(clients));
         let front = Front::new(
             proxy,

@@ -511,6 +511,90 @@ async fn other_certificate_files_are_taken_over_and_shown_with_their_end() {
     assert!(names(json!(["two.test"])).await);
 }
 
+/// A file that sends everybody to `https` and adds the listener for it: the listener needs a restart, and until then nobody
+/// is to be sent there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_sent_to_a_listener_that_is_not_there_yet() {
+    let backend = RawBackend::start(ok).await;
+    let (files, authority) = (Directory::new(), Authority::new("ca"));
+    let one = files.write_pair("one", &authority.server(&["one.test"]));
+    let reloaded = Reloaded::start("no-listener", &[&backend], "").await;
+    let listener = format!(
+        "  further_listeners:\n  - listen: 127.0.0.1:{}\n    tls: {{ certificates: {} }}\n",
+        free_port(),
+        certificates(&[(&one.0, &one.1)])
+    );
+    let route = "  routes:\n  - { path: /, redirect: { to: 'https://one.test' } }\n";
+    reloaded.write(|text| format!("{text}{listener}{route}"));
+    until("it is refused", async || {
+        reloaded.status().await["reload"]["refused"] == 1
+    })
+    .await;
+    let error = reloaded.status().await["reload"]["error"].clone();
+    let error = error.as_str().unwrap();
+    assert!(error.contains("cluster.routes[0].redirect"), "{error}");
+    let mut client = Raw::to(&reloaded.balancer).await;
+    assert_eq!(status(&client.get("").await), "200");
+    // The listener alone waits for a restart, and the rest of such a file is taken over.
+    reloaded.write(|text| format!("{text}{listener}  policy: random\n"));
+    reloaded.until_taken_over(1).await;
+    let reload = reloaded.status().await["reload"].clone();
+    assert_eq!(
+        reload["needs_restart"],
+        json!(["cluster.further_listeners"])
+    );
+    // Somebody else may listen there.
+    reloaded.write(|text| format!("{text}{route}"));
+    reloaded.until_taken_over(2).await;
+    assert_eq!(status(&client.get("").await), "307");
+}
+
+/// What is known of nodes, and of their leader, is worth more than another filter.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_etcd_is_away_the_nodes_that_are_known_stay() {
+    let backends = [RawBackend::start(ok).await, RawBackend::start(ok).await];
+    let all: Vec<_> = backends.iter().collect();
+    let etcd = Etcd::own();
+    let file = scratch(&format!("{}.nodes", group("away-reload")));
+    let fields = format!(
+        "ready_timeout_ms: 300\nsnapshot: {{ file: '{}' }}",
+        file.display()
+    );
+    let reloaded = Reloaded::start_with(&etcd, "away-reload", &all, &fields).await;
+    let nodes = async || {
+        let groups = reloaded.status().await["groups"].clone();
+        let nodes = groups[0]["nodes"].as_array().unwrap().len();
+        (groups[0]["view"].as_str().unwrap().to_owned(), nodes)
+    };
+    until("both are known", async || {
+        nodes().await == ("live".to_owned(), 2)
+    })
+    .await;
+    etcd.pause();
+    until("it is noticed", async || nodes().await.0 == "stale").await;
+    let fewer = format!("  allowed_ports: [{}]\n", backends[0].address.port());
+    reloaded.write(|text| format!("{text}{fewer}"));
+    until("it is refused", async || {
+        reloaded.status().await["reload"]["refused"].as_u64() >= Some(1)
+    })
+    .await;
+    assert_eq!(nodes().await, ("stale".to_owned(), 2));
+    let mut client = Raw::to(&reloaded.balancer).await;
+    for _ in 0..10 {
+        assert_eq!(status(&client.get("").await), "200");
+    }
+    // What follows the same nodes is taken over, and the other change as soon as etcd is back, without another word.
+    reloaded.write(|text| format!("{text}  policy: random\n"));
+    reloaded.until_taken_over(1).await;
+    reloaded.write(|text| format!("{text}{fewer}"));
+    etcd.resume();
+    until("it is taken over", async || {
+        nodes().await == ("live".to_owned(), 1)
+    })
+    .await;
+    let _ = std::fs::remove_file(file);
+}
+
 async fn client_text(url: &str) -> String {
     client()
         .get(url)

@@ -3,11 +3,12 @@
 //! The library below (h2) ends a connection with `PROTOCOL_ERROR` in several cases for which the RFCs name another
 //! error. That is what the table says of them, with the error that it should be.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use super::common::DEADLINE;
 use super::raw::{RawBackend, in_front_of, ok};
 use super::world::Balancer;
 
@@ -631,6 +632,86 @@ fn digits_in(bytes: &[u8]) -> u16 {
         number = number * 10 + digit;
     }
     number
+}
+
+/// A connection, with the settings of both ends said.
+async fn connected(balancer: &Balancer) -> TcpStream {
+    let mut stream = TcpStream::connect(&balancer.listen).await.unwrap();
+    let start = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
+    stream.write_all(&start).await.unwrap();
+    stream
+}
+
+/// The next frame that is none of settings and windows; `None` at the end of the connection.
+async fn next_frame(stream: &mut TcpStream) -> Option<Read> {
+    loop {
+        let read = tokio::time::timeout(DEADLINE, read_frame(stream));
+        let read = read.await.expect("a frame, or the end")?;
+        if ![SETTINGS, WINDOW].contains(&read.kind) {
+            return Some(read);
+        }
+    }
+}
+
+/// Reads the word that no more requests are taken. Those that were on their way are: a PING follows, whose answer says
+/// that there are none.
+async fn is_told(stream: &mut TcpStream) -> Read {
+    let told = next_frame(stream).await.unwrap();
+    assert_eq!(told.kind, GO_AWAY);
+    assert_eq!(told.payload, [0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
+    let ping = next_frame(stream).await.unwrap();
+    assert_eq!((ping.kind, ping.flags & ACK), (PING, 0));
+    ping
+}
+
+/// A client has to know which of its requests were not taken: it may send those anywhere, whatever they do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_no_requests_is_told_before_the_connection_ends() {
+    let backend = RawBackend::start(ok).await;
+    let fields = "timeouts: { client_idle_ms: 1200, client_drain_ms: 1000 }";
+    let balancer = in_front_of(&backend, "idle-http-2", fields).await;
+    let connections = async |answers: bool| {
+        let mut stream = connected(&balancer).await;
+        for number in [1, 3, 5] {
+            // Less than the time without a request, and more in all.
+            tokio::time::sleep(Duration::from_millis(600)).await;
+            stream.write_all(&request(number)).await.unwrap();
+            let answer = next_frame(&mut stream).await.unwrap();
+            assert_eq!((answer.kind, answer.stream), (HEADERS, number));
+            let body = next_frame(&mut stream).await.unwrap();
+            assert_eq!((body.kind, body.flags & END_STREAM), (DATA, END_STREAM));
+        }
+        let start = Instant::now();
+        let ping = is_told(&mut stream).await;
+        let told = start.elapsed();
+        assert!(told >= Duration::from_millis(1_100), "{told:?}");
+        assert!(told < Duration::from_secs(3), "{told:?}");
+        let start = Instant::now();
+        if answers {
+            // One was on its way.
+            stream.write_all(&request(7)).await.unwrap();
+            stream
+                .write_all(&frame(PING, ACK, 0, &ping.payload))
+                .await
+                .unwrap();
+            let mut kinds = Vec::new();
+            while let Some(read) = next_frame(&mut stream).await {
+                if read.kind == GO_AWAY {
+                    assert_eq!(read.payload, [0, 0, 0, 7, 0, 0, 0, 0]);
+                }
+                kinds.push(read.kind);
+            }
+            kinds.sort_unstable();
+            assert_eq!(kinds, [DATA, HEADERS, GO_AWAY]);
+            assert!(start.elapsed() < Duration::from_millis(800));
+        } else {
+            // Who says nothing is not waited for.
+            assert!(next_frame(&mut stream).await.is_none());
+            assert!(start.elapsed() < Duration::from_secs(3));
+        }
+    };
+    tokio::join!(connections(true), connections(false));
+    assert_eq!(backend.requests().len(), 7);
 }
 
 #[test]

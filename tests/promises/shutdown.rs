@@ -88,10 +88,13 @@ async fn at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_fli
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_sigterm_connections_of_http_2_are_told_and_requests_on_them_end() {
     let backend = RawBackend::start_slow(3 * SECOND).await;
-    let mut balancer = balancer(&backend, "goaway", 30, "drain_delay_ms: 500").await;
-    let stream = TcpStream::connect(&balancer.listen).await.unwrap();
-    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
-    let driving = tokio::spawn(connection);
+    let mut balancer = balancer(&backend, "goaway", 30, "drain_delay_ms: 2500").await;
+    let connected = async || {
+        let stream = TcpStream::connect(&balancer.listen).await.unwrap();
+        let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+        (sender, tokio::spawn(connection))
+    };
+    let (sender, driving) = connected().await;
     let requests = backend.requests().len();
     let mut sender = sender.ready().await.unwrap();
     let request = || http::Request::get("http://a/").body(()).unwrap();
@@ -108,13 +111,21 @@ async fn at_sigterm_connections_of_http_2_are_told_and_requests_on_them_end() {
     })
     .await;
     let told = start.elapsed();
-    assert!(told < 2 * SECOND, "{told:?}");
+    assert!(told < SECOND, "{told:?}");
+    // Who connects now is served, and not sent away: it would come back.
+    let (sender, later) = connected().await;
+    let mut sender = sender.ready().await.unwrap();
+    let (second, _) = sender.send_request(request(), true).unwrap();
+    tokio::time::sleep(SECOND).await;
+    assert!(sender.clone().ready().await.is_ok());
     assert_eq!(response.await.unwrap().status(), 200);
+    assert_eq!(second.await.unwrap().status(), 200);
+    assert!(tokio::time::timeout(5 * SECOND, later).await.is_ok());
     let ended = tokio::time::timeout(5 * SECOND, driving).await;
     assert!(ended.is_ok(), "the connection stays");
     let (status, _) = balancer.program.ended().await;
     assert_eq!(status.code(), Some(0), "{}", balancer.log_text());
-    assert!(start.elapsed() < 6 * SECOND, "{:?}", start.elapsed());
+    assert!(start.elapsed() < 7 * SECOND, "{:?}", start.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,7 @@
 //! Tests the snapshot file, from which a balancer starts without etcd.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -70,9 +72,22 @@ async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd()
     balancer.program.signal("TERM");
     balancer.program.ended().await;
     etcd.stop();
+    // As Kubernetes leaves it with `fsGroup`: the own group may write it.
+    allow(&file, 0o660);
     let balancer = setup.serving().await;
     balancer.until_served_by(&["first", "last"]).await;
     drop(balancer);
+    // A file that anybody may have written names no nodes.
+    allow(&file, 0o666);
+    let balancer = setup.clone().listening().await;
+    eventually("it says so", || {
+        let log = balancer.log_text();
+        log.contains(&file.display().to_string()) && log.contains("WARN")
+    })
+    .await;
+    assert_eq!(balancer.post().await, "503");
+    drop(balancer);
+    allow(&file, 0o600);
     // A snapshot never contains a leader.
     let routing = setup
         .clone()
@@ -82,6 +97,10 @@ async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd()
     routing.until_served_by(&["first", "last"]).await;
     assert_eq!(routing.post().await, "503");
     let _ = std::fs::remove_file(file);
+}
+
+fn allow(file: &Path, mode: u32) {
+    std::fs::set_permissions(file, Permissions::from_mode(mode)).unwrap();
 }
 
 /// Whoever is drained is out of order, whether etcd is there or not.

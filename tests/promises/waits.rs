@@ -36,14 +36,18 @@ fn in_parts(pause: Duration) -> Response {
 
 /// A backend that speaks HTTP/1 and HTTP/2: its response to `/late` begins after a second, that to `/parts` goes on after a
 /// second, and that to `/more` after 2.6 seconds, and has no end; that to
-/// `/head` is a head, and no more.
+/// `/head` is a head, and no more; that to `/whole` comes after the whole request.
 async fn backend() -> (u16, JoinSet<()>) {
-    let answer = async |uri: Uri| match uri.path() {
+    let answer = async |uri: Uri, body: Body| match uri.path() {
         "/late" => {
             tokio::time::sleep(SECOND).await;
             Response::new(Body::from("late"))
         }
         "/parts" => in_parts(SECOND),
+        "/whole" => {
+            let read = axum::body::to_bytes(body, usize::MAX).await;
+            Response::new(Body::from(format!("{} bytes", read.unwrap().len())))
+        }
         "/more" => in_parts(SECOND * 13 / 5),
         "/head" => Response::new(Body::from_stream(tokio_stream::pending::<
             Result<Bytes, std::io::Error>,
@@ -285,6 +289,30 @@ async fn body_stalls(balancer: &Balancer) {
     let mut sender = sender.ready().await.unwrap();
     let (response, _) = sender.send_request(request, true).unwrap();
     assert_eq!(response.await.unwrap().status(), 200);
+}
+
+/// A backend of HTTP/2 gets no trailers of a request, but its end: otherwise it would wait for more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_with_trailers_has_an_end() {
+    let (port, _serving) = backend().await;
+    for protocol in ["http1", "h2c"] {
+        let (backends, port, _tls) = spoken_to(protocol, port).await;
+        let fields = format!("{backends}\ntimeouts: {{ client_body_ms: 2000, tunnel_ms: 2000 }}");
+        let balancer = before(port, "waits-trailers", &fields).await;
+        let mut sender = http_2(&balancer).await;
+        let request = http::Request::post("http://a/whole").body(()).unwrap();
+        let (response, mut body) = sender.send_request(request, false).unwrap();
+        body.send_data("part".into(), false).unwrap();
+        let trailers = [("x-sum", "1")].map(|(name, value)| {
+            let name = http::HeaderName::from_static(name);
+            (name, http::HeaderValue::from_static(value))
+        });
+        body.send_trailers(trailers.into_iter().collect()).unwrap();
+        let mut response = response.await.unwrap();
+        assert_eq!(response.status(), 200, "{protocol}");
+        let read = response.body_mut().data().await.unwrap().unwrap();
+        assert_eq!(read, "4 bytes", "{protocol}");
+    }
 }
 
 /// Clients of gRPC take a status for one only in a head that ends the stream, or in trailers.

@@ -97,8 +97,9 @@ pub(crate) struct Connection {
     answer_since: AtomicU64,
     /// That time was over.
     is_unanswered: AtomicBool,
-    /// The requests of HTTP/2.
+    /// The requests of HTTP/2, and when the last one has ended, in microseconds as above.
     streams: AtomicUsize,
+    last_stream: AtomicU64,
     /// Those of them that have been answered and are not complete, and how many these are.
     drains: Mutex<Drains>,
     draining: AtomicUsize,
@@ -138,7 +139,9 @@ impl Drop for Stream {
     fn drop(&mut self) {
         // Before it is no stream any more: otherwise the others would be as many as those that are answered.
         drop(self.draining.take());
-        self.connection.streams.fetch_sub(1, Ordering::Relaxed);
+        let now = micros(self.connection.elapsed());
+        self.connection.last_stream.store(now, Ordering::Relaxed);
+        self.connection.streams.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -186,6 +189,7 @@ impl Connection {
             answer_since: AtomicU64::new(0),
             is_unanswered: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
+            last_stream: AtomicU64::new(0),
             drains: Mutex::default(),
             draining: AtomicUsize::new(0),
             kept: Mutex::default(),
@@ -208,6 +212,15 @@ impl Connection {
             connection: self.clone(),
             draining: OnceLock::new(),
         }))
+    }
+
+    /// How long there has been no request of HTTP/2; `None` while there is one.
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        if self.streams.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        let last = Duration::from_micros(self.last_stream.load(Ordering::Relaxed));
+        Some(self.elapsed().saturating_sub(last))
     }
 
     fn drains(self: &Arc<Self>, within: Duration) -> Draining {

@@ -2,6 +2,7 @@
 //! for whole heads, limits on connections, and the PROXY protocol.
 
 mod connection;
+mod http_2;
 mod limits;
 mod listener;
 mod proxy_header;
@@ -217,8 +218,14 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         self.refusals.statistics.count_accepted();
         let _open = Shutdown::of_process().connection();
         let (mut stream, _slot) = self.open(stream).await?;
-        if !stream.keeps_its_word().await {
-            debug!("a connection for HTTP/2 begins with something else");
+        let options = self.app.server_options();
+        let takes_h2c = options.is_some_and(|options| options.h2c);
+        let Some(is_http_2) = stream.begins_http_2(takes_h2c).await else {
+            debug!("a connection ended at its start, or one for HTTP/2 begins with something else");
+            return None;
+        };
+        if is_http_2 {
+            self.serve_http_2(stream, shutdown).await;
             return None;
         }
         let connection = stream.connection();

@@ -8,7 +8,6 @@ use crate::error::ClusterError;
 /// What Pingora got at the start, and keeps for clients of HTTP/2: over HTTP/1 these are taken over.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct AtStart {
-    client_idle_ms: u64,
     head_bytes: usize,
     headers: usize,
 }
@@ -16,7 +15,6 @@ pub(super) struct AtStart {
 impl AtStart {
     pub(super) fn of(config: &ClusterConfig) -> Self {
         Self {
-            client_idle_ms: config.timeouts.client_idle_ms,
             head_bytes: config.clients.head_bytes,
             headers: config.clients.headers,
         }
@@ -52,10 +50,6 @@ pub(super) fn usable(
     keep_addresses(&mut usable, old, &mut kept);
     let now = AtStart::of(&usable);
     for (field, differs) in [
-        (
-            "timeouts.client_idle_ms",
-            now.client_idle_ms != at_start.client_idle_ms,
-        ),
         ("clients.head_bytes", now.head_bytes != at_start.head_bytes),
         ("clients.headers", now.headers != at_start.headers),
     ] {
@@ -243,14 +237,14 @@ mod tests {
 
     #[test]
     fn what_is_taken_over_in_part_is_named_until_it_is_what_it_was() {
-        let (first, second) = (config(""), config("  timeouts: { client_idle_ms: 5000 }\n"));
-        let idle = AtStart::of(&first);
+        let (first, second) = (config(""), config("  clients: { headers: 50 }\n"));
+        let at_start = AtStart::of(&first);
         for (old, new, is_named) in [
             (&first, &second, true),
             (&second, &second, true),
             (&second, &first, false),
         ] {
-            let (usable, kept) = usable(old, new, idle);
+            let (usable, kept) = usable(old, new, at_start);
             assert_eq!(usable, *new);
             assert_eq!(!kept.is_empty(), is_named);
         }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ::pingora::proxy::Session;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tracing::info;
 
 use super::listeners::Listeners;
@@ -29,6 +29,7 @@ use crate::supervise::say;
 pub struct Shutdown {
     is_watched: AtomicBool,
     is_draining: AtomicBool,
+    drain_begins: Notify,
     /// Pingora was asked to accept nothing any more.
     is_closing: AtomicBool,
     /// Requests that are being received or answered.
@@ -73,6 +74,7 @@ impl Shutdown {
         Self {
             is_watched: AtomicBool::new(false),
             is_draining: AtomicBool::new(false),
+            drain_begins: Notify::const_new(),
             is_closing: AtomicBool::new(false),
             requests: AtomicUsize::new(0),
             connections: AtomicUsize::new(0),
@@ -206,6 +208,15 @@ impl Shutdown {
 
     pub(super) fn begin_draining(&self) {
         self.is_draining.store(true, Ordering::Relaxed);
+        self.drain_begins.notify_waiters();
+    }
+
+    /// Ends when the process is to end.
+    pub(in crate::proxy) async fn until_draining(&self) {
+        let begins = self.drain_begins.notified();
+        if !self.is_draining() {
+            begins.await;
+        }
     }
 
     pub(super) fn begin_closing(&self) {

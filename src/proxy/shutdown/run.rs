@@ -31,7 +31,7 @@ const LONGER_THAN_OURS: u64 = 60;
 ///
 /// | signal | effect |
 /// |---|---|
-/// | SIGTERM | readiness is off, and connections are still accepted for the drain delay, so that load balancers in front notice; responses say `Connection: close`. Then nothing is accepted any more, and idle connections are closed (HTTP/2: GOAWAY). The process ends as soon as nothing is in flight, at the latest after the grace period |
+/// | SIGTERM | readiness is off, and connections are still accepted for the drain delay, so that load balancers in front notice; responses say `Connection: close`, and connections of HTTP/2 get GOAWAY. Then nothing is accepted any more, and idle connections are closed. The process ends as soon as nothing is in flight, at the latest after the grace period |
 /// | SIGINT (Ctrl-C) | the same without the drain delay |
 /// | SIGTERM or SIGINT again | the process ends at once; after a successful SIGQUIT the first one has no effect |
 /// | SIGQUIT | hands the listening sockets over to a successor that was started with `upgrade` and is ready, and then ends as after SIGINT. If there is none within 60 s, or it does not confirm that it accepts connections, this process goes on. Linux only |

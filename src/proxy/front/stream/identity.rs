@@ -1,6 +1,7 @@
 //! What Pingora asks a stream about its connection.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::pingora::protocols::raw_connect::ProxyDigest;
 use ::pingora::protocols::tls::{SslDigest, TlsRef};
@@ -15,6 +16,12 @@ use super::ClientStream;
 impl ClientStream {
     pub(in crate::proxy::front) fn connection(&self) -> Arc<Connection> {
         self.connection.clone()
+    }
+
+    /// How long a connection of HTTP/2 may have no request, and how long its end may take.
+    pub(in crate::proxy::front) fn idle_and_drain(&self) -> (Duration, Duration) {
+        let timeouts = &self.limits.timeouts;
+        (timeouts.client_idle, timeouts.client_drain)
     }
 }
 

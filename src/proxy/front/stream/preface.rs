@@ -2,7 +2,7 @@
 
 use std::io;
 
-use ::pingora::protocols::Peek;
+use ::pingora::protocols::{Peek, Ssl};
 use async_trait::async_trait;
 use bytes::BytesMut;
 use tokio::io::AsyncReadExt;
@@ -11,13 +11,17 @@ use super::{ClientStream, PREFACE};
 use crate::proxy::front::connection::Phase;
 
 impl ClientStream {
-    /// Whether a client that has agreed on HTTP/2 begins with it.
-    pub(in crate::proxy::front) async fn keeps_its_word(&mut self) -> bool {
-        if !self.is_http2 {
-            return true;
+    /// Whether the connection is one of HTTP/2, as its client has agreed with TLS, or may begin without (`takes_h2c`). `None` if
+    /// the client has left, or does not keep its word.
+    pub(in crate::proxy::front) async fn begins_http_2(&mut self, takes_h2c: bool) -> Option<bool> {
+        let has_agreed = self.is_http2;
+        // With TLS it is one only if that was agreed.
+        if !has_agreed && (!takes_h2c || self.get_ssl_digest().is_some()) {
+            return Some(false);
         }
         let mut start = [0; PREFACE.len()];
-        self.try_peek(&mut start).await.is_ok() && self.is_http2
+        self.try_peek(&mut start).await.ok()?;
+        (self.is_http2 || !has_agreed).then_some(self.is_http2)
     }
 }
 
