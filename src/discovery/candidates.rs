@@ -54,7 +54,7 @@ impl Candidates {
     ) -> Result<(), Refusal> {
         self.remove(&entry.key);
         let id = candidate_id(keys, admission, entry)?;
-        if self.len() >= admission.limits.nodes {
+        if self.is_full(admission.limits.nodes) {
             return Err(admission.too_many());
         }
         let candidate = Candidate {
@@ -84,8 +84,9 @@ impl Candidates {
         Some((*revision, key, candidate))
     }
 
-    fn len(&self) -> usize {
-        self.revisions.len()
+    /// Whether there are as many as are allowed.
+    pub(super) fn is_full(&self, most: usize) -> bool {
+        self.revisions.len() >= most
     }
 
     /// The lengths of the queue and of the index by key.

@@ -29,6 +29,8 @@ const REPEATED_LISTINGS: usize = 3;
 const FILE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a listing waits for the host names in it.
 const NAMES_PATIENCE: Duration = Duration::from_secs(2);
+/// How long after a listing a group is listed again because there is room for more of its nodes.
+const LISTED_AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// The maximum time that a run which ends takes to write the last changes to the snapshot file.
 const FINAL_SAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -42,6 +44,7 @@ pub(super) struct Follower<'d> {
     state: State,
     outbox: Outbox,
     saver: Option<Saver>,
+    listed_at: Instant,
 }
 
 impl<'d> Follower<'d> {
@@ -72,6 +75,7 @@ impl<'d> Follower<'d> {
             state: State::start(published.is_ready(), file.is_some()),
             outbox: Outbox::new(settings.publish_interval, Instant::now()),
             saver: file.map(|file| Saver::new(file, settings.origin(name))),
+            listed_at: Instant::now(),
         }
     }
 
@@ -167,15 +171,31 @@ impl<'d> Follower<'d> {
                 () = wait_for_write(&mut self.saver) => {}
             }
             self.do_due();
+            if self.relist_due().is_some_and(|due| due <= Instant::now()) {
+                info!(
+                    "there is room for nodes that found none before; the group will be listed again"
+                );
+                return ClusterError::Compacted { oldest: None };
+            }
         }
+    }
+
+    fn relist_due(&self) -> Option<Instant> {
+        let has_room = self.group.has_room_again();
+        has_room.then(|| self.listed_at + LISTED_AGAIN_AFTER)
     }
 
     fn next_due(&self) -> Option<Instant> {
         let save = self.saver.as_ref().and_then(Saver::due);
-        [self.outbox.due(), save, self.group.next_due()]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            self.outbox.due(),
+            save,
+            self.group.next_due(),
+            self.relist_due(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     fn do_due(&mut self) {
@@ -227,7 +247,8 @@ impl<'d> Follower<'d> {
             },
         ) = self.list().await?;
         self.end_silence();
-        let mut changes = self.group.reset(staged, revision, Instant::now());
+        self.listed_at = Instant::now();
+        let mut changes = self.group.reset(staged, revision, self.listed_at);
         if self.settings.admission.resolves() {
             // A view without the nodes whose names are resolved next would be one without backends.
             let names = &self.settings.admission.names;

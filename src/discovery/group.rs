@@ -36,6 +36,8 @@ pub(super) struct Group {
     rejections: Rejections,
     /// The entries with a host name, by the id in their keys.
     named: BTreeMap<String, NamedEntry>,
+    /// A registration or a candidacy found no room. Whoever wrote it may never write it again.
+    has_turned_away: bool,
 }
 
 impl Group {
@@ -50,6 +52,7 @@ impl Group {
             last_write: None,
             rejections: Rejections::default(),
             named: BTreeMap::new(),
+            has_turned_away: false,
         }
     }
 
@@ -146,6 +149,7 @@ impl Group {
                 }
             }
         }
+        self.has_turned_away = staged.has_turned_away;
         self.candidates.clear();
         for entry in &staged.candidates {
             self.add_candidate(entry);
@@ -243,6 +247,13 @@ impl Group {
         changes
     }
 
+    /// Whether there is room for what found none before. Which that was is not kept: the group has to be listed again.
+    pub(super) fn has_room_again(&self) -> bool {
+        let most = self.admission.limits.nodes;
+        let registered = self.nodes.len() - self.nodes.suspects();
+        self.has_turned_away && registered < most && !self.candidates.is_full(most)
+    }
+
     /// When [`expire`](Self::expire) has something to do.
     pub(super) fn next_due(&self) -> Option<Instant> {
         self.suspects.next_due()
@@ -322,10 +333,15 @@ impl Group {
         self.put_admitted(id, entry, admitted, changes);
     }
 
-    fn room_for(&self, id: &str) -> Result<(), Refusal> {
+    /// Suspects make room for who is there.
+    fn room_for(&mut self, id: &str) -> Result<(), Refusal> {
         let is_new = self.nodes.get(id).is_none();
-        match is_new && self.nodes.len() >= self.admission.limits.nodes {
-            true => Err(self.admission.too_many()),
+        let registered = self.nodes.len() - self.nodes.suspects();
+        match is_new && registered >= self.admission.limits.nodes {
+            true => {
+                self.has_turned_away = true;
+                Err(self.admission.too_many())
+            }
             false => Ok(()),
         }
     }
@@ -415,6 +431,7 @@ impl Group {
     fn add_candidate(&mut self, entry: &Entry) {
         let added = self.candidates.insert(&self.keys, &self.admission, entry);
         if let Err(refusal) = added {
+            self.has_turned_away |= self.candidates.is_full(self.admission.limits.nodes);
             self.rejections.count(&refusal);
         }
     }

@@ -25,6 +25,8 @@ pub(super) struct Staged {
     pub(super) not_accepted: Vec<String>,
     pub(super) rejections: Rejections,
     pub(super) last_write: Option<LastWrite>,
+    /// Something found no room.
+    pub(super) has_turned_away: bool,
 }
 
 /// An entry with a host name, whose nodes change with what that leads to.
@@ -108,6 +110,7 @@ impl Staged {
     fn add_named(&mut self, current: &Current<'_>, id: &str, entry: &Entry) {
         let mut admitted = current.admission.admit_all(id, entry);
         if !admitted.names.is_empty() && self.named.len() >= current.admission.limits.nodes {
+            self.has_turned_away = true;
             admitted = Err(current.admission.too_many()).into();
         }
         let Admitted { nodes, names } = admitted;
@@ -161,6 +164,7 @@ impl Staged {
         if self.nodes.len() >= current.admission.limits.nodes {
             let refusal = current.admission.too_many();
             self.rejections.skip(earlier, entry, &refusal);
+            self.has_turned_away = true;
             return;
         }
         let known = current.nodes.get(id);
@@ -195,7 +199,10 @@ impl Staged {
                 Ok(_) if self.candidates.len() < current.admission.limits.nodes => {
                     self.candidates.push(entry.clone());
                 }
-                Ok(_) => self.rejections.count(&current.admission.too_many()),
+                Ok(_) => {
+                    self.has_turned_away = true;
+                    self.rejections.count(&current.admission.too_many());
+                }
                 Err(refusal) => self.rejections.count(&refusal),
             }
         }

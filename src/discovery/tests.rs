@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use super::{DiscoveryStatus, ServiceDiscovery};
+use super::{DiscoveryStatus, EntryLimits, ServiceDiscovery};
 use crate::error::ClusterError;
 use crate::store::{
     EtcdOptions, Fault, Lease, LeaseId, LeaseKeeper, Listing, MemoryStore, Page, Revision,
@@ -290,6 +290,44 @@ async fn suspects_are_removed_after_their_time_but_not_while_the_store_is_away()
         left += usize::from(matches!(event, ClusterEvent::NodeLeft(_)));
     }
     assert_eq!(left, 9);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_found_no_room_is_taken_in_as_soon_as_there_is_some() {
+    let store = MemoryStore::new();
+    for index in 0..10 {
+        put(&store, &format!("n{index}")).await;
+    }
+    let limits = EntryLimits {
+        nodes: 10,
+        ..EntryLimits::default()
+    };
+    let discovery = ServiceDiscovery::builder(EtcdOptions::memory(""), "g")
+        .store(Arc::new(store.clone()))
+        .limits(limits)
+        .try_build()
+        .unwrap();
+    let running = discovery.clone();
+    tokio::spawn(async move { running.run(None).await.unwrap() });
+    discovery.wait_ready().await;
+    let has = |id: &str| discovery.nodes().get(id).is_some();
+    // One more, which does not write its entry again.
+    put(&store, "late").await;
+    sleep(Duration::from_secs(5)).await;
+    assert!(!has("late") && discovery.nodes().len() == 10);
+    let leaves = Txn::new().delete("registry/g/n0".to_owned());
+    store.txn(leaves).await.unwrap();
+    let took = until("it has room", || has("late")).await;
+    assert!(took <= Duration::from_secs(3), "{took:?}");
+    // Those that have vanished together make room for who is there.
+    let gone = (1..10).fold(Txn::new(), |txn, index| {
+        txn.delete(format!("registry/g/n{index}"))
+    });
+    store.txn(gone).await.unwrap();
+    until("they are suspects", || discovery.nodes().suspects() == 9).await;
+    put(&store, "new").await;
+    until("it is there at once", || has("new")).await;
+    assert_eq!(discovery.nodes().len(), 10);
 }
 
 #[tokio::test(start_paused = true)]

@@ -103,7 +103,8 @@ pub(super) fn decide(reading: &Reading, own: &OwnFacts<'_>) -> Action {
             campaign: false,
         };
     }
-    decide_in_queue(candidacy, &Queue::around(candidacy, reading, own.priority))
+    let queue = Queue::around(candidacy, reading, own.priority);
+    decide_in_queue(candidacy, &queue, own.passed_over)
 }
 
 fn decide_draining(is_registered: bool, is_announced: bool, candidacy: Option<Revision>) -> Action {
@@ -121,9 +122,15 @@ fn decide_draining(is_registered: bool, is_announced: bool, candidacy: Option<Re
 }
 
 /// For a node that is registered and a candidate.
-fn decide_in_queue(candidacy: &Entry, queue: &Queue<'_>) -> Action {
+fn decide_in_queue(
+    candidacy: &Entry,
+    queue: &Queue<'_>,
+    passed_over: Option<(&str, Revision)>,
+) -> Action {
     let created = candidacy.create_revision;
-    match (queue.predecessor(), queue.successor_by_priority()) {
+    let is_able = |next: &&Entry| passed_over != Some((&next.key, next.create_revision));
+    let successor = queue.successor_by_priority().filter(is_able);
+    match (queue.predecessor(), successor) {
         (None, Some(next)) => Action::HandOver {
             epoch: created,
             to: next.clone(),

@@ -33,6 +33,9 @@ const MAX_WRITES_IN_A_ROW: u32 = 12;
 /// answered together.
 const ANNOUNCE_AFTER: Duration = Duration::from_millis(500);
 
+/// How long after an announcement that failed it is tried again.
+const ANNOUNCE_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
 /// Keeps a node registered and in the election under one lease.
 pub(super) async fn take_part(
     participant: &Participant<'_>,
@@ -64,6 +67,10 @@ pub(super) async fn take_part(
                 error
             }
         };
+        if matches!(error, ClusterError::LeaseNotFound { .. }) {
+            // Another one is needed, and not only when this one is to be renewed.
+            participant.lease.doubted.notify_one();
+        }
         let pause = if error.is_transient() {
             Duration::from_millis(fastrand::u64(200..1000))
         } else {
@@ -103,6 +110,8 @@ struct Decision {
     registered: Option<Registered>,
     /// On the store's clock: no leadership is claimed before.
     quiet_until: Duration,
+    /// How often the deadline of the lease had lapsed before the reading.
+    lapses: u64,
 }
 
 /// What a node waits with.
@@ -119,10 +128,11 @@ impl Election<'_> {
         inbox: &mut mpsc::Receiver<Command>,
     ) -> Result<Progress, ClusterError> {
         let participant = self.participant;
+        let lapses = participant.tenure.lapses();
         let mut lease_changes = participant.lease.listen();
         let revived = participant.lease.status().revived;
         let reading = self.read().await?;
-        let decision = self.decide(&reading);
+        let decision = self.decide(&reading, lapses);
         self.report(&reading, &decision);
         let leads = matches!(decision.action, Action::Lead { .. });
         if self.handover.settle(&reading, leads).await? {
@@ -170,7 +180,7 @@ impl Election<'_> {
         self.participant.read().await
     }
 
-    fn decide(&self, reading: &Reading) -> Decision {
+    fn decide(&self, reading: &Reading, lapses: u64) -> Decision {
         let participant = self.participant;
         let own = reading.candidacy(&participant.candidacy);
         let mut record = participant.state.record();
@@ -190,6 +200,7 @@ impl Election<'_> {
             registered: is_registered.then(|| action.registered(own.is_some())),
             action,
             quiet_until: record.quiet_until,
+            lapses,
         }
     }
 
@@ -243,9 +254,16 @@ impl Election<'_> {
                 sleep(Duration::from_millis(fastrand::u64(250..750))).await;
             }
             Action::HandOver { epoch, to } => {
-                info!(to = %to.key, "handing over to a candidate with a higher priority");
-                state.end_term();
-                participant.hand_over(*epoch, to).await?;
+                // A term that ends for a process that has ended would leave the group without a leader.
+                if participant.is_alive(to, reading.revision).await? {
+                    info!(to = %to.key, "handing over to a candidate with a higher priority");
+                    state.end_term();
+                    if participant.hand_over(*epoch, to).await? {
+                        return Ok(Progress::Wrote);
+                    }
+                }
+                debug!(to = %to.key, "the candidate with a higher priority is not registered");
+                state.record().pass_over(to);
             }
             Action::StandBack { by, candidacy } => {
                 participant.withdraw_if_any(*candidacy).await?;
@@ -256,7 +274,7 @@ impl Election<'_> {
             }
             Action::Lead { epoch } => {
                 if participant.tenure.is_valid() && quiet_for.is_zero() {
-                    state.begin_term(*epoch, participant.tenure);
+                    state.begin_term(*epoch, participant.tenure, decision.lapses);
                 }
                 return Ok(Progress::Waited);
             }
@@ -265,13 +283,19 @@ impl Election<'_> {
         Ok(Progress::Wrote)
     }
 
-    /// Announces a term. A failure costs it nothing, so that it is not tried again.
-    async fn announce(&self, epoch: Revision) {
-        self.participant.state.record().announced = epoch;
-        self.participant.state.record().announce_due = None;
-        if let Err(error) = self.participant.announce_term(epoch).await {
-            debug!(%error, "the term was not announced");
+    /// Announces a term. A failure costs the term nothing. Returns when to try again, if that may help.
+    async fn announce(&self, epoch: Revision) -> Option<Instant> {
+        let announced = self.participant.announce_term(epoch).await;
+        let mut record = self.participant.state.record();
+        // Not before: whoever drops this future in between has announced nothing.
+        record.announced = epoch;
+        record.announce_due = None;
+        let error = announced.err()?;
+        debug!(%error, "the term was not announced");
+        if error.is_transient() {
+            record.announce_due = Some(Instant::now() + ANNOUNCE_AGAIN_AFTER);
         }
+        record.announce_due
     }
 
     /// Opens a watch on every key that can change the decision. `None` if the state has changed
@@ -390,8 +414,7 @@ impl Election<'_> {
                 biased;
                 events = watcher.next() => events?,
                 () = announce => {
-                    announce_at = None;
-                    self.announce(leads.unwrap_or(0)).await;
+                    announce_at = self.announce(leads.unwrap_or(0)).await;
                     continue;
                 }
             };
@@ -462,7 +485,15 @@ impl Election<'_> {
             Command::Drain(reply) => {
                 state.set_draining();
                 state.end_term();
-                respond(reply, participant.announce_draining(candidacy).await);
+                let announced = match participant.announce_draining(candidacy).await {
+                    Ok(true) => Ok(()),
+                    Ok(false) => Err(state.unavailable(
+                        "drain",
+                        "the registration is gone, or that of another process; the node says that it drains as soon as it is registered again",
+                    )),
+                    Err(error) => Err(error),
+                };
+                respond(reply, announced);
             }
             Command::Transfer { target, reply } => {
                 self.handover.begin_transfer(target, reply).await;

@@ -138,7 +138,7 @@ impl Handover<'_> {
                 false => Err(refused(target, "it has just left")),
             };
         }
-        self.check_ahead(target, ahead, &reading).await?;
+        self.check_ahead(target, ahead).await?;
         let wanted = Wanted {
             to: to.key.clone(),
             created: to.create_revision,
@@ -149,18 +149,10 @@ impl Handover<'_> {
     }
 
     /// Checks that every candidate ahead of the target can make way.
-    async fn check_ahead(
-        &self,
-        target: &str,
-        ahead: &[&Entry],
-        reading: &Reading,
-    ) -> Result<(), ClusterError> {
-        for candidate in ahead {
+    async fn check_ahead(&self, target: &str, ahead: &[&Entry]) -> Result<(), ClusterError> {
+        let nodes = self.participant.nodes_of(ahead).await?;
+        for (candidate, node) in ahead.iter().zip(nodes) {
             // Nodes of photon-etcd-cluster know neither requests nor priorities.
-            let node = self
-                .participant
-                .node_of(candidate, reading.revision)
-                .await?;
             if node.is_none_or(|node| node.priority.is_none()) {
                 let id = String::from_utf8_lossy(&candidate.value);
                 let reason = format!(

@@ -34,6 +34,8 @@ pub(super) struct SharedLease {
     pub(super) pacing: tokio::sync::Mutex<Pacing>,
     /// A node has left, and its keys may have to be removed.
     pub(super) user_left: Notify,
+    /// The store has answered a node that there is no such lease: it is renewed at once, or found to be lost.
+    pub(super) doubted: Notify,
     users: Mutex<LeaseUsers>,
     status: Signal<LeaseStatus>,
 }
@@ -146,6 +148,7 @@ impl SharedLease {
                 not_before: None,
             }),
             user_left: Notify::new(),
+            doubted: Notify::new(),
             users: Mutex::default(),
             status: Signal::default(),
         }

@@ -22,6 +22,8 @@ use crate::supervise::in_span;
 const TRY_OFTEN: u32 = 10;
 /// How long to wait before a task that has ended by itself is started again.
 const RESTART_AFTER: Duration = Duration::from_millis(200);
+/// A lease that has lasted so long, or for its whole TTL, was not lost because the store does not work.
+const LASTED: Duration = Duration::from_secs(30);
 /// How long to wait for the answer when a lease is revoked that was given up.
 const REVOKE_BUDGET: Duration = Duration::from_millis(1500);
 
@@ -108,7 +110,7 @@ async fn keep_leases(lease: &SharedLease, store: &dyn Store, pacing: &mut Pacing
         };
         // A lease that lasted proves that the store works: request another one without backoff, but
         // not at the same instant as all the nodes that lost a lease together with this one.
-        let delay = if started.elapsed() > tenure.lease.ttl {
+        let delay = if started.elapsed() > tenure.lease.ttl.min(LASTED) {
             pacing.backoff.reset();
             Duration::from_millis(fastrand::u64(0..250))
         } else {
@@ -158,6 +160,7 @@ async fn renew_until_lost(
             biased;
             () = until_replaced(&mut changes, tenure) => return None,
             late = keeper.late(), if missed > 0 => Some(late),
+            () = lease.doubted.notified() => None,
             () = tenure.wait(pause) => None,
         };
         let renewal = match late {
@@ -169,8 +172,7 @@ async fn renew_until_lost(
         };
         match renewal {
             Ok(ttl) => {
-                let revived = !tenure.is_valid();
-                tenure.renewed(sent, ttl);
+                let revived = tenure.renewed(sent, ttl);
                 if missed >= UNHEALTHY_AFTER {
                     debug!(lease = %id, missed, "lease renewed again");
                 }

@@ -16,6 +16,9 @@ use crate::error::ClusterError;
 use crate::node::Node;
 use crate::store::{Condition, Entry, LeaseId, Listing, Revision, Selector, Store, Txn};
 
+/// As many keys are read in one request.
+const READ_TOGETHER: usize = 100;
+
 /// A node with one of its leases, and its keys under that lease.
 pub(super) struct Participant<'a> {
     pub(super) state: &'a WorkerState,
@@ -83,6 +86,7 @@ impl<'a> Participant<'a> {
             own_leases: &record.leases,
             was_registered: record.was_registered,
             abandoned: record.abandoned,
+            passed_over: record.passed_over(),
             is_draining: self.state.is_draining(),
             is_entry_current: registration
                 .is_some_and(|entry| self.state.is_entry_current(&entry.value)),
@@ -199,9 +203,53 @@ impl Participant<'_> {
             return Ok(None);
         };
         let entry = self.registration_of(id, at).await?;
-        let entry = entry.filter(|entry| is_same_process(entry, candidate));
-        Ok(entry.and_then(|entry| serde_json::from_slice(&entry.value).ok()))
+        Ok(node_in(entry, candidate))
     }
+
+    /// The same for many: a request for each of them would keep a leader busy for long.
+    pub(super) async fn nodes_of(
+        &self,
+        candidates: &[&Entry],
+    ) -> Result<Vec<Option<Node>>, ClusterError> {
+        let mut nodes = Vec::with_capacity(candidates.len());
+        for some in candidates.chunks(READ_TOGETHER) {
+            let keys = some.iter().map(|candidate| {
+                // What is no id names no registration.
+                let id = String::from_utf8_lossy(&candidate.value);
+                Selector::Key(self.state.keys.registration(&id))
+            });
+            let listings = self.store.list_all(&keys.collect::<Vec<_>>()).await?;
+            let entries = listings.into_iter().map(|it| it.entries.into_iter().next());
+            let found = entries
+                .zip(some)
+                .map(|(entry, candidate)| node_in(entry, candidate));
+            nodes.extend(found);
+        }
+        self.state.access.set_granted(Right::ReadNodes);
+        Ok(nodes)
+    }
+
+    /// Whether the candidate's process is registered. Whoever may not read that takes it for registered.
+    pub(super) async fn is_alive(
+        &self,
+        candidate: &Entry,
+        at: Revision,
+    ) -> Result<bool, ClusterError> {
+        let Ok(id) = std::str::from_utf8(&candidate.value) else {
+            return Ok(false);
+        };
+        match self.registration_of(id, at).await {
+            Ok(entry) => Ok(entry.is_some_and(|entry| is_same_process(&entry, candidate))),
+            Err(error) if error.is_missing_permission() => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The node that this entry registers, if it is that of the candidate's process.
+fn node_in(entry: Option<Entry>, candidate: &Entry) -> Option<Node> {
+    let entry = entry.filter(|entry| is_same_process(entry, candidate))?;
+    serde_json::from_slice(&entry.value).ok()
 }
 
 /// What it writes. Each write is conditional, and the next reading shows whether it took effect.
@@ -275,17 +323,18 @@ impl Participant<'_> {
     }
 
     /// Writes the entry, which says that the node drains, and deletes the candidacy, if there is
-    /// one.
+    /// one. Returns whether the entry was written: it is not while the registration is not this process's.
     pub(super) async fn announce_draining(
         &self,
         candidacy: Option<Revision>,
-    ) -> Result<(), ClusterError> {
+    ) -> Result<bool, ClusterError> {
         let (registration, lease) = (self.registration.clone(), self.lease_id());
         let announce = Txn::new()
             .when(Condition::HeldBy(registration.clone(), lease))
             .put(registration, self.state.entry_json(), Some(lease));
-        self.store.txn(announce).await?;
-        self.withdraw_if_any(candidacy).await
+        let written = self.store.txn(announce).await?;
+        self.withdraw_if_any(candidacy).await?;
+        Ok(written.is_some())
     }
 
     /// Asks the other candidates to make way for this candidacy.

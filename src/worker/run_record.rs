@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::store::{LeaseId, Revision};
+use crate::store::{Entry, LeaseId, Revision};
 
 /// How many of its latest leases a run remembers as its own. Older ones have expired.
 const OWN_LEASES: usize = 16;
+
+/// How long nothing is handed over to a candidate that is not registered.
+const PASSED_OVER_FOR: Duration = Duration::from_secs(5);
 
 /// What one run remembers; the next run starts with an empty record.
 #[derive(Debug, Default)]
@@ -20,6 +23,9 @@ pub(super) struct RunRecord {
     /// The create revision of a candidacy that was given up, 0 for none. It never leads again,
     /// whatever became of the request to delete it.
     pub(super) abandoned: Revision,
+    /// A candidacy that could not be handed over to, because its process is not registered, and until when it is passed
+    /// over: its request may last as long as its lease.
+    passed_over: Option<(String, Revision, Instant)>,
     /// The epoch that was announced last, 0 for none.
     pub(super) announced: Revision,
     /// When the term is to be announced again.
@@ -52,6 +58,18 @@ impl RunRecord {
         before.is_some_and(|(former_cluster, former_revision)| {
             former_cluster != cluster_id || former_revision > revision
         })
+    }
+
+    /// Nothing is handed over to this candidacy for a while.
+    pub(super) fn pass_over(&mut self, candidate: &Entry) {
+        let until = Instant::now() + PASSED_OVER_FOR;
+        self.passed_over = Some((candidate.key.clone(), candidate.create_revision, until));
+    }
+
+    /// The candidacy to which nothing is handed over now: its key, and when it was created.
+    pub(super) fn passed_over(&self) -> Option<(&str, Revision)> {
+        let (key, created, until) = self.passed_over.as_ref()?;
+        (Instant::now() < *until).then_some((key, *created))
     }
 
     /// Whether this candidate without a lease is another one than was logged last.

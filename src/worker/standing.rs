@@ -19,6 +19,8 @@ pub(super) struct OwnFacts<'a> {
     pub(super) was_registered: bool,
     /// The create revision of the candidacy that it has given up, 0 for none.
     pub(super) abandoned: Revision,
+    /// The candidacy that nothing is handed over to, because its process is not registered: its key, and when it was created.
+    pub(super) passed_over: Option<(&'a str, Revision)>,
     pub(super) is_draining: bool,
     /// The registered entry says of this run what it should say. Otherwise a node wrote it that has
     /// ended, under the same lease.

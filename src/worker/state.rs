@@ -57,6 +57,8 @@ pub(super) struct Term {
     /// The key of the candidacy.
     pub(super) key: Arc<str>,
     pub(super) tenure: Arc<Tenure>,
+    /// How often the deadline had lapsed before the candidacy was read.
+    lapses: u64,
 }
 
 impl WorkerState {
@@ -237,14 +239,17 @@ impl WorkerState {
     pub(super) fn term(&self) -> Option<Arc<Term>> {
         let term = self.term.load();
         let term = term.as_ref()?;
-        term.tenure.is_valid().then(|| term.clone())
+        // In this order: a deadline that is extended late counts before it moves.
+        let is_valid = term.tenure.is_valid() && term.tenure.lapses() == term.lapses;
+        is_valid.then(|| term.clone())
     }
 
-    pub(super) fn begin_term(&self, epoch: Revision, tenure: &Arc<Tenure>) {
+    /// `lapses` is how often the deadline had lapsed when the candidacy was read: a term never goes on by itself after that.
+    pub(super) fn begin_term(&self, epoch: Revision, tenure: &Arc<Tenure>, lapses: u64) {
         let current = self.term.load();
-        let is_same = current
-            .as_ref()
-            .is_some_and(|term| term.epoch == epoch && Arc::ptr_eq(&term.tenure, tenure));
+        let is_same = current.as_ref().is_some_and(|term| {
+            term.epoch == epoch && term.lapses == lapses && Arc::ptr_eq(&term.tenure, tenure)
+        });
         if is_same {
             return;
         }
@@ -252,6 +257,7 @@ impl WorkerState {
             epoch,
             key: self.keys.candidacy(tenure.lease.id).into(),
             tenure: tenure.clone(),
+            lapses,
         })));
         self.term_changed.send_replace(());
         info!(epoch, "node leads");

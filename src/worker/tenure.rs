@@ -19,7 +19,12 @@ pub(super) struct Tenure {
     clock: Arc<dyn Clock>,
     /// On the clock, in nanoseconds.
     deadline: AtomicU64,
+    /// How often it was extended after it had passed: what was relied on before has to be read again.
+    lapses: AtomicU64,
 }
+
+/// A deadline that is as near as this counts as passed: it may pass while it is extended.
+const NEARLY_OVER: Duration = Duration::from_millis(1);
 
 impl fmt::Debug for Tenure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -33,21 +38,39 @@ impl Tenure {
         let tenure = Self {
             lease,
             clock,
-            deadline: AtomicU64::new(0),
+            deadline: AtomicU64::new(nanos(Duration::MAX)),
+            lapses: AtomicU64::new(0),
         };
-        tenure.renewed(sent, lease.ttl);
+        let deadline = tenure.deadline_after(sent, lease.ttl);
+        tenure.deadline.store(deadline, Ordering::Release);
         tenure
     }
 
     /// Extends the deadline after a renewal that was sent at `sent` and answered with `ttl`. The
     /// store counts from when it received the request, which is later: so this process stops
-    /// relying on the lease before the store ends it.
-    pub(super) fn renewed(&self, sent: Duration, ttl: Duration) {
+    /// relying on the lease before the store ends it. Returns whether the deadline had passed.
+    pub(super) fn renewed(&self, sent: Duration, ttl: Duration) -> bool {
+        let has_lapsed = self.remaining() <= NEARLY_OVER;
+        if has_lapsed {
+            // Before the deadline moves: whoever sees the new one sees this, too.
+            self.lapses.fetch_add(1, Ordering::AcqRel);
+        }
+        // The deadline never moves back: a shorter answer does not withdraw an earlier one.
+        let deadline = self.deadline_after(sent, ttl);
+        self.deadline.fetch_max(deadline, Ordering::AcqRel);
+        has_lapsed
+    }
+
+    fn deadline_after(&self, sent: Duration, ttl: Duration) -> u64 {
         // The answer may contain only the rest of the TTL; the margin is that of the whole lease.
         let margin = margin(ttl.max(self.lease.ttl));
         let deadline = sent + ttl.saturating_sub(margin);
-        // The deadline never moves back: a shorter answer does not withdraw an earlier one.
-        self.deadline.fetch_max(nanos(deadline), Ordering::AcqRel);
+        nanos(deadline)
+    }
+
+    /// How often the deadline was extended after it had passed.
+    pub(super) fn lapses(&self) -> u64 {
+        self.lapses.load(Ordering::Acquire)
     }
 
     pub(super) fn now(&self) -> Duration {
@@ -167,6 +190,18 @@ mod tests {
         tenure.0.renewed(T0 + ms(3000), Duration::from_secs(5));
         tenure.0.renewed(T0 + ms(1000), Duration::from_secs(5));
         assert!(is_valid_at(&tenure, ms(7400)));
+    }
+
+    #[test]
+    fn an_answer_after_the_deadline_is_a_lapse() {
+        let tenure = tenure(5);
+        assert!(is_valid_at(&tenure, ms(4_400)));
+        assert!(!tenure.0.renewed(T0 + ms(4_400), Duration::from_secs(5)));
+        assert_eq!(tenure.0.lapses(), 0);
+        assert!(!is_valid_at(&tenure, ms(8_950)));
+        assert!(tenure.0.renewed(T0 + ms(8_900), Duration::from_secs(5)));
+        assert!(tenure.0.is_valid());
+        assert_eq!(tenure.0.lapses(), 1);
     }
 
     #[test]

@@ -865,6 +865,60 @@ async fn a_term_is_announced_again_although_the_watch_of_the_leader_breaks_meanw
     until("the term is announced again", || written() > before).await;
 }
 
+/// It was killed while it asked for leadership, and is back under another lease: the request lasts as long as the former
+/// one.
+#[tokio::test(start_paused = true)]
+async fn no_term_ends_for_a_candidate_whose_process_has_ended() {
+    let store = MemoryStore::new();
+    let leader = start(&store, "n1");
+    until("n1 leads", || leader.node.is_leader()).await;
+    let epoch = leader.node.leadership().unwrap().epoch;
+    let keys = GroupKeys::new("", "g");
+    let [former, now] = [40, 600].map(|seconds| store.grant(Duration::from_secs(seconds)));
+    let (former, now) = (former.await.unwrap().id, now.await.unwrap().id);
+    let candidacy = keys.candidacy(former);
+    let node = r#"{"id":"p","ip":"10.0.0.1","priority":10}"#;
+    let left = Txn::new()
+        .put(keys.registration("p"), node.into(), Some(now))
+        .put(candidacy.clone(), "p".into(), Some(former));
+    store.txn(left).await.unwrap();
+    let created = store.entry(&candidacy).unwrap().create_revision;
+    let asks = format!(r#"{{"to":"{candidacy}","created":{created},"priority":10}}"#);
+    let ask = Txn::new().put(keys.handover(former), asks.into(), Some(former));
+    store.txn(ask).await.unwrap();
+    let before = store.revision();
+    for _ in 0..300 {
+        sleep(SECOND / 10).await;
+        assert_eq!(leader.node.leadership().map(|term| term.epoch), Some(epoch));
+    }
+    let written = store.revision() - before;
+    assert!(written < 3, "{written} writes");
+    // Once the former lease is over, nobody is ahead of the process itself.
+    let priority = run(builder(&store, "p").priority(10));
+    until("p leads", || priority.node.is_leader()).await;
+}
+
+/// Whoever revokes a lease by hand puts its node back in the queue, and does not take it out for as long as its TTL.
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_was_revoked_is_replaced_at_once() {
+    let store = MemoryStore::new();
+    let running = run(builder(&store, "n1").ttl(3_600));
+    running.node.until_registered().await.unwrap();
+    until("it leads", || running.node.is_leader()).await;
+    let registration = GroupKeys::new("", "g").registration("n1");
+    for _ in 0..3 {
+        let lease = store.entry(&registration).unwrap().lease.unwrap();
+        sleep(SECOND * 60).await;
+        store.expire_lease(lease);
+        let back = until("it is registered again", || {
+            let entry = store.entry(&registration);
+            entry.is_some_and(|entry| entry.lease != Some(lease))
+        });
+        assert!(back.await < SECOND * 5);
+        until("it leads again", || running.node.is_leader()).await;
+    }
+}
+
 /// Collects what is logged on this thread.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);

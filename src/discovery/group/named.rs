@@ -21,6 +21,7 @@ impl Group {
         let mut admitted = self.admission.admit_all(id, entry);
         let has_room = self.named.len() < self.admission.limits.nodes;
         if !admitted.names.is_empty() && !has_room && !self.named.contains_key(id) {
+            self.has_turned_away = true;
             admitted = Err(self.admission.too_many()).into();
         }
         let Admitted { nodes, names } = admitted;

@@ -17,6 +17,8 @@ use crate::store::types::Lease;
 pub(super) struct EtcdKeeper {
     connector: ConnectorHandle,
     lease: Lease,
+    /// When it ends if it is not renewed, on the clock of leases.
+    ends: Duration,
     /// The cluster that granted it, once that is known.
     granted_by: Option<u64>,
     stream: Option<KeepAliveStream>,
@@ -38,6 +40,7 @@ impl EtcdKeeper {
         Self {
             connector,
             lease,
+            ends: BootClock.now() + lease.ttl,
             granted_by,
             stream: None,
             late: None,
@@ -95,15 +98,18 @@ impl EtcdKeeper {
         }
     }
 
-    /// How long to wait for an answer: longer if answers were measured to take longer.
+    /// How long to wait for an answer: longer if answers were measured to take longer. But a few slow answers do not
+    /// take all of the time that the lease has left: another member may have to be asked.
     fn patience(&self, within: Duration) -> Duration {
         let link = self.connector.link();
         let current = link.connection.as_ref();
         let late = self.late.as_ref().map(|late| &late.round_trips);
-        match current.map(|current| &current.round_trips).or(late) {
-            Some(measured) => measured.patience(within),
-            None => within,
-        }
+        let Some(measured) = current.map(|current| &current.round_trips).or(late) else {
+            return within;
+        };
+        let left = self.ends.saturating_sub(BootClock.now());
+        let most = within.max(left * 2 / 3).max(measured.mean() * 2);
+        measured.patience(within).min(most)
     }
 
     /// The remaining time to live from `start` on. An answer of another cluster does not count.
@@ -112,7 +118,9 @@ impl EtcdKeeper {
             let lease = self.lease.id;
             return Err(ClusterError::LeaseNotFound { lease });
         }
-        Ok(renewed.ttl_from(start))
+        let ttl = renewed.ttl_from(start);
+        self.ends = self.ends.max(start + ttl);
+        Ok(ttl)
     }
 
     fn explain(&self, error: &CallError) -> ClusterError {

@@ -35,6 +35,7 @@ fn own() -> OwnFacts<'static> {
         own_leases: &NO_LEASES,
         was_registered: false,
         abandoned: 0,
+        passed_over: None,
         is_draining: false,
         is_entry_current: true,
     }
