@@ -21,14 +21,22 @@
 //!
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let etcd = vec!["http://10.0.0.1:2379".to_string()];
-//! let node = ClusterNodeBuilder::new(etcd, "worker-1", "10.0.1.1".parse()?, "my-service")
+//! let node = ClusterNodeBuilder::new(etcd, "worker-1", "10.0.1.1".parse()?, "workers")
 //!     .port(8080)
 //!     .try_build()?;
-//! // Registers, campaigns and publishes until SIGTERM or Ctrl-C; then leaves.
+//! // Registers and campaigns until SIGTERM or Ctrl-C; then leaves.
 //! let mut signals = pingora_etcd::worker::EndSignals::new()?;
-//! node.run_until(async { signals.next().await }).await?;
+//! node.run_until(async {
+//!     signals.next().await;
+//!     // No new requests from here on: those in flight have 5 s, or until load_reporter() counts none.
+//!     node.drain_until_idle(std::time::Duration::from_secs(5)).await;
+//! })
+//! .await?;
 //! # Ok(()) }
 //! ```
+//!
+//! With [`metrics_collector`](ClusterNodeBuilder::metrics_collector) and
+//! [`metrics_update_interval`](ClusterNodeBuilder::metrics_update_interval) it publishes its load, too.
 //!
 //! # The guide
 //!
