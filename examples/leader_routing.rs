@@ -3,8 +3,8 @@
 //! ```text
 //! cargo run --example leader_routing -- --conf config/leader_routing.yaml
 //!
-//! curl -i -X POST 127.0.0.1:6189/   # always the leader, with its token in x-leader-epoch
-//! curl -i 127.0.0.1:6189/           # any node
+//! curl -i -X POST 127.0.0.1:6190/   # always the leader, with its token in x-leader-epoch
+//! curl -i 127.0.0.1:6190/           # any node
 //! ```
 //!
 //! While there is no leader, a write waits up to 2 s and then gets 503 with `retry-after`.

@@ -29,7 +29,7 @@ pub struct Status {
     pub started_ms: u64,
     /// The time of this answer: Unix time in milliseconds.
     pub now_ms: u64,
-    /// Whether every group has a view with nodes, and the process does not drain.
+    /// Whether every group has a view, at least one of them has nodes, and the process does not drain.
     pub ready: bool,
     /// Whether the process is about to end.
     pub draining: bool,
@@ -245,7 +245,7 @@ fn unix_millis(time: SystemTime) -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Whether every group has nodes, and the process does not drain.
+/// Whether every group has a view, at least one of them has nodes, and the process does not drain.
 pub(super) fn is_ready(groups: &[Group]) -> bool {
     let has_view = |group: &Group| group.balancer.discovery().is_ready();
     let has_nodes = |group: &Group| !group.balancer.is_empty();

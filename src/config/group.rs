@@ -18,9 +18,9 @@ pub const DEFAULT_GROUP: &str = "default";
 
 /// One of `groups`: another group that [routes](super::Route) can name. Each field is as the one of the
 /// same name in [`ClusterConfig`](super::ClusterConfig), and what a group does not say is as there, section by section: one that
-/// says `retry: { budget: 0.1 }` has the defaults in the rest of `retry`. But [`snapshot`](Self::snapshot),
-/// [`sticky_cookie`](Self::sticky_cookie) and [`leader`](Self::leader) are not taken over: a file and a cookie are for
-/// one group.
+/// says `retry: { budget: 0.1 }` has the defaults in the rest of `retry`. Five things are not taken over, because they
+/// would mix groups up: [`leader`](Self::leader), [`snapshot`](Self::snapshot), [`sticky_cookie`](Self::sticky_cookie),
+/// [`further_registries`](Self::further_registries) and the `prefix` of [`registry`](Self::registry).
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]

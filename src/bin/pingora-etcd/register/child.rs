@@ -105,7 +105,8 @@ impl Child {
 }
 
 impl Drop for Child {
-    /// Nothing is left behind, whatever has ended this program.
+    /// Nothing is left behind when this program ends by itself, or by a panic. Only after SIGKILL nobody is there to do this:
+    /// the command runs on, and its registration ends with the lease.
     fn drop(&mut self) {
         self.signal(Signal::KILL.as_raw());
     }
