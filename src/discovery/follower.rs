@@ -1,7 +1,8 @@
 //! One run of following a group: lists it, watches it from the next revision, and continues where it
 //! stopped, or lists again. The decisions are those of [`State`]; here is the I/O.
 
-use std::convert::Infallible;
+mod fallback;
+
 use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
@@ -19,7 +20,7 @@ use super::staged::Staged;
 use super::state::{Input, News, Position, State};
 use super::status::DiscoveryStatus;
 use crate::error::ClusterError;
-use crate::store::{Selector, Store, WatchRange, Watcher};
+use crate::store::{Store, WatchRange, Watcher};
 use crate::supervise::{in_span, new_span};
 use crate::view::{Change, ClusterEvent};
 
@@ -93,7 +94,10 @@ impl<'d> Follower<'d> {
         let mut retry = Retry::new();
         loop {
             let error = match self.try_follow().await {
-                Ok(never) => match never {},
+                Ok(()) => {
+                    self.publish_pending();
+                    continue;
+                }
                 Err(error) => error,
             };
             self.publish_pending();
@@ -121,7 +125,8 @@ impl<'d> Follower<'d> {
         }
     }
 
-    async fn try_follow(&mut self) -> Result<Infallible, ClusterError> {
+    /// Follows until that fails, or the group is to be listed again.
+    async fn try_follow(&mut self) -> Result<(), ClusterError> {
         let position = match self.state.watch_from() {
             Some(position) => position.clone(),
             None => {
@@ -143,13 +148,18 @@ impl<'d> Follower<'d> {
         self.went_live(news);
         let from = watcher.position().first().map(|range| range.from);
         let span = new_span(|| info_span!("watch", from));
-        let error = in_span(&span, self.watch(&mut *watcher)).await;
+        let ended = in_span(&span, self.watch(&mut *watcher)).await;
         self.state.advance(watcher.position());
-        Err(error)
+        if ended.is_ok() {
+            info!("there is room for nodes that found none before; the group is listed again");
+            // As after a compaction: from where it is, nothing leads to those nodes.
+            self.transition(Input::Failed(&ClusterError::Compacted { oldest: None }));
+        }
+        ended
     }
 
-    /// Applies the events of a watch until it fails.
-    async fn watch(&mut self, watcher: &mut dyn Watcher) -> ClusterError {
+    /// Applies the events of a watch until it fails, or the group is to be listed again.
+    async fn watch(&mut self, watcher: &mut dyn Watcher) -> Result<(), ClusterError> {
         let names = &self.settings.admission.names;
         loop {
             let due = self.next_due();
@@ -161,7 +171,7 @@ impl<'d> Follower<'d> {
                         let changes = self.group.apply(&events, Instant::now());
                         self.outbox.add(changes);
                     }
-                    Err(error) => return error,
+                    Err(error) => return Err(error),
                 },
                 () = names.changed.notified() => {
                     let changes = self.group.readdress(names);
@@ -172,10 +182,7 @@ impl<'d> Follower<'d> {
             }
             self.do_due();
             if self.relist_due().is_some_and(|due| due <= Instant::now()) {
-                info!(
-                    "there is room for nodes that found none before; the group will be listed again"
-                );
-                return ClusterError::Compacted { oldest: None };
+                return Ok(());
             }
         }
     }
@@ -300,82 +307,6 @@ impl<'d> Follower<'d> {
                 error => return Err(error),
             }
         }
-    }
-
-    /// Serves the nodes of the snapshot file, if it can be used.
-    async fn read_file(&mut self) {
-        let Some(file) = self.settings.snapshot.clone() else {
-            return;
-        };
-        let origin = self.settings.origin(self.name);
-        let read = move || file.read(&origin, SystemTime::now());
-        let snapshot = match tokio::task::spawn_blocking(read).await {
-            Ok(Ok(snapshot)) => Some(snapshot),
-            Ok(Err(error)) => {
-                warn!(%error, "the store cannot be reached, and the snapshot file cannot be used");
-                None
-            }
-            // The runtime is shutting down.
-            Err(_) => None,
-        };
-        let Some(snapshot) = snapshot else {
-            self.transition(Input::FileRefused);
-            return;
-        };
-        let (written, origin) = (snapshot.written, snapshot.origin);
-        let changes = self.group.restore(snapshot.nodes, origin.revision);
-        let nodes = self.group.nodes().len();
-        let age = SystemTime::now().duration_since(written);
-        let age = age.unwrap_or_default();
-        warn!(
-            nodes,
-            ?age,
-            "the store cannot be reached: serving the nodes of the snapshot file"
-        );
-        let cluster_id = origin.cluster_id;
-        self.transition(Input::FileLoaded { cluster_id });
-        self.publish_reset(changes);
-        self.published
-            .set_status(DiscoveryStatus::FromDisk { written });
-        self.published.set_ready();
-    }
-
-    /// Serves the registrations that a single member has, while readers have no view of the store: a
-    /// view from before the quorum was lost is better. There is no leader.
-    async fn list_one_member(&mut self) {
-        if !self.state.lacks_a_view_of_the_store() {
-            return;
-        }
-        let mut staged = Staged::default();
-        let mut revision = 0;
-        for prefix in self.settings.keys.registry_prefixes() {
-            let registrations = Selector::Prefix(prefix.to_owned());
-            let listing = match self.store.list_stale(&registrations).await {
-                Ok(listing) => listing,
-                Err(error) => {
-                    debug!(%error, "no member returns what it has");
-                    return;
-                }
-            };
-            self.group.stage(&mut staged, &listing.entries);
-            revision = listing.revision;
-        }
-        let changes = self.group.reset(staged, revision, Instant::now());
-        let is_first = !matches!(self.state, State::FromMember { .. });
-        if is_first {
-            let nodes = self.group.nodes().len();
-            warn!(
-                revision,
-                nodes, "there is no quorum: serving what one member has, which may be out of date"
-            );
-        }
-        self.transition(Input::MemberListed);
-        self.publish_reset(changes);
-        if is_first {
-            let since = SystemTime::now();
-            self.published.set_status(DiscoveryStatus::Stale { since });
-        }
-        self.published.set_ready();
     }
 
     fn transition(&mut self, input: Input<'_>) -> Option<News> {

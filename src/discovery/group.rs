@@ -2,6 +2,7 @@
 //! I/O.
 
 mod named;
+mod room;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -247,13 +248,6 @@ impl Group {
         changes
     }
 
-    /// Whether there is room for what found none before. Which that was is not kept: the group has to be listed again.
-    pub(super) fn has_room_again(&self) -> bool {
-        let most = self.admission.limits.nodes;
-        let registered = self.nodes.len() - self.nodes.suspects();
-        self.has_turned_away && registered < most && !self.candidates.is_full(most)
-    }
-
     /// When [`expire`](Self::expire) has something to do.
     pub(super) fn next_due(&self) -> Option<Instant> {
         self.suspects.next_due()
@@ -333,19 +327,6 @@ impl Group {
         self.put_admitted(id, entry, admitted, changes);
     }
 
-    /// Suspects make room for who is there.
-    fn room_for(&mut self, id: &str) -> Result<(), Refusal> {
-        let is_new = self.nodes.get(id).is_none();
-        let registered = self.nodes.len() - self.nodes.suspects();
-        match is_new && registered >= self.admission.limits.nodes {
-            true => {
-                self.has_turned_away = true;
-                Err(self.admission.too_many())
-            }
-            false => Ok(()),
-        }
-    }
-
     fn put_admitted(
         &mut self,
         id: &str,
@@ -414,17 +395,6 @@ impl Group {
         if let Some(old) = self.nodes.get(id).cloned() {
             self.nodes.remove(id);
             changes.push(Change::Left(old));
-        }
-    }
-
-    /// Removes suspects while there are more nodes than allowed, beginning with those whose time ends
-    /// first.
-    fn make_room(&mut self, changes: &mut Vec<Change>) {
-        while self.nodes.len() > self.admission.limits.nodes {
-            let Some(id) = self.suspects.first() else {
-                return;
-            };
-            self.remove(&id, changes);
         }
     }
 

@@ -6,6 +6,8 @@
 //! least create revision leads; each other one watches the candidate just ahead of it, so that the
 //! end of a leader wakes one node and not all.
 
+mod announce;
+
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -32,9 +34,6 @@ const MAX_WRITES_IN_A_ROW: u32 = 12;
 /// How long after a candidate that waits has gone the leader announces its term again: those that go together are
 /// answered together.
 const ANNOUNCE_AFTER: Duration = Duration::from_millis(500);
-
-/// How long after an announcement that failed it is tried again.
-const ANNOUNCE_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// Keeps a node registered and in the election under one lease.
 pub(super) async fn take_part(
@@ -128,9 +127,10 @@ impl Election<'_> {
         inbox: &mut mpsc::Receiver<Command>,
     ) -> Result<Progress, ClusterError> {
         let participant = self.participant;
-        let lapses = participant.tenure.lapses();
         let mut lease_changes = participant.lease.listen();
         let revived = participant.lease.status().revived;
+        // After it: what has lapsed in between is noticed by the wait below.
+        let lapses = participant.tenure.lapses();
         let reading = self.read().await?;
         let decision = self.decide(&reading, lapses);
         self.report(&reading, &decision);
@@ -281,21 +281,6 @@ impl Election<'_> {
             Action::Follow { .. } | Action::StayDrained => return Ok(Progress::Waited),
         }
         Ok(Progress::Wrote)
-    }
-
-    /// Announces a term. A failure costs the term nothing. Returns when to try again, if that may help.
-    async fn announce(&self, epoch: Revision) -> Option<Instant> {
-        let announced = self.participant.announce_term(epoch).await;
-        let mut record = self.participant.state.record();
-        // Not before: whoever drops this future in between has announced nothing.
-        record.announced = epoch;
-        record.announce_due = None;
-        let error = announced.err()?;
-        debug!(%error, "the term was not announced");
-        if error.is_transient() {
-            record.announce_due = Some(Instant::now() + ANNOUNCE_AGAIN_AFTER);
-        }
-        record.announce_due
     }
 
     /// Opens a watch on every key that can change the decision. `None` if the state has changed
@@ -450,16 +435,6 @@ impl Election<'_> {
                 return Ok(());
             }
         }
-    }
-
-    /// Whether the event is what [`announce`](Self::announce) writes.
-    fn is_announcement(&self, event: &WatchEvent, epoch: Revision) -> bool {
-        let participant = self.participant;
-        matches!(event, WatchEvent::Put(entry)
-            if entry.key == participant.candidacy
-                && entry.create_revision == epoch
-                && entry.lease == Some(participant.lease_id())
-                && entry.value == participant.state.id().as_bytes())
     }
 
     /// Whether the event is an update of the registration by its holder.

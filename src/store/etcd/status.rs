@@ -218,6 +218,19 @@ impl Subject<'_> {
             _ => self.keys.join(", "),
         }
     }
+
+    /// The reason of an error, with the keys that the request is about, as far as they are few.
+    fn with_keys(&self, reason: String) -> String {
+        const MOST: usize = 3;
+        match self.keys {
+            [] => reason,
+            keys if keys.len() <= MOST => format!("{reason} ({})", keys.join(", ")),
+            keys => {
+                let (some, more) = (keys[..MOST].join(", "), keys.len() - MOST);
+                format!("{reason} ({some} and {more} more)")
+            }
+        }
+    }
 }
 
 impl CallError {
@@ -272,12 +285,12 @@ impl CallError {
             Failure::Exhausted(reason) => ClusterError::Exhausted {
                 endpoint,
                 operation,
-                reason,
+                reason: context.subject.with_keys(reason),
             },
             Failure::TooLarge(reason) => ClusterError::TooLarge {
                 endpoint,
                 operation,
-                reason,
+                reason: context.subject.with_keys(reason),
             },
             Failure::Compacted(oldest) => ClusterError::Compacted { oldest },
             refusal => refusal.explain(context, options),
@@ -319,7 +332,7 @@ impl Failure {
             (rejected, _) => ClusterError::Rejected {
                 endpoint,
                 operation,
-                reason: rejected.to_string(),
+                reason: context.subject.with_keys(rejected.to_string()),
             },
         }
     }

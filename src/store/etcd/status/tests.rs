@@ -94,6 +94,12 @@ fn a_status_is_classified_by_its_code() {
         of(Code::InvalidArgument, "etcdserver: duplicate key given"),
         ClusterError::Rejected { .. }
     ));
+    // Whoever has to mend it needs the key.
+    let large = of(Code::InvalidArgument, "etcdserver: request is too large").to_string();
+    assert!(
+        large.ends_with("request is too large (registry/app/)"),
+        "{large}"
+    );
     assert!(matches!(
         of(Code::OutOfRange, "Error, decoded message length too large"),
         ClusterError::TooLarge { .. }
