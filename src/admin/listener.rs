@@ -16,7 +16,9 @@ use tokio::time::{Instant, Sleep, sleep};
 
 /// Connections at one time. One more waits until there is room.
 const CONNECTIONS: usize = 256;
-/// How long nothing may happen on a connection. An open page gets something each second.
+/// How long nothing may happen on a connection, and how long a request may take from its first byte to the first one of its
+/// answer: whoever sends it byte by byte has no more time than one who sends nothing. An open page gets something each
+/// second.
 const IDLE: Duration = Duration::from_secs(60);
 
 pub(super) struct LimitedListener {
@@ -51,6 +53,7 @@ impl Listener for LimitedListener {
             stream,
             idle: self.idle,
             ends: Box::pin(sleep(self.idle)),
+            is_answered: false,
             _place: place,
         };
         (stream, address)
@@ -65,21 +68,33 @@ pub(super) struct LimitedStream {
     stream: TcpStream,
     idle: Duration,
     ends: Pin<Box<Sleep>>,
+    /// Something was written after the last request.
+    is_answered: bool,
     _place: Option<OwnedSemaphorePermit>,
 }
 
 impl LimitedStream {
-    /// Something has happened, or the time is over.
+    /// Something has been written, or the time is over.
     fn after<T>(
         &mut self,
-        done: Poll<io::Result<T>>,
+        written: Poll<io::Result<T>>,
         context: &mut Context<'_>,
     ) -> Poll<io::Result<T>> {
-        if done.is_ready() {
-            let ends = Instant::now() + self.idle;
-            self.ends.as_mut().reset(ends);
-            return done;
+        if written.is_ready() {
+            self.is_answered = true;
+            self.begin();
+            return written;
         }
+        self.over(context)
+    }
+
+    /// The time begins anew.
+    fn begin(&mut self) {
+        let ends = Instant::now() + self.idle;
+        self.ends.as_mut().reset(ends);
+    }
+
+    fn over<T>(&mut self, context: &mut Context<'_>) -> Poll<io::Result<T>> {
         ready!(self.ends.as_mut().poll(context));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
@@ -91,8 +106,18 @@ impl AsyncRead for LimitedStream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if Instant::now() >= self.ends.deadline() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        self.after(read, context)
+        if read.is_pending() {
+            return self.over(context);
+        }
+        if std::mem::take(&mut self.is_answered) {
+            // The first byte of the next request.
+            self.begin();
+        }
+        read
     }
 }
 
@@ -158,5 +183,15 @@ mod tests {
         assert!(answer.ends_with("ok"), "{answer}");
         let mut rest = Vec::new();
         silent.read_to_end(&mut rest).await.unwrap();
+        // Nor does a byte now and then keep a place.
+        let mut slow = TcpStream::connect(address).await.unwrap();
+        let dripping = async {
+            while slow.write_all(b"x").await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), dripping)
+            .await
+            .expect("it is let go");
     }
 }

@@ -35,6 +35,47 @@ pub(crate) fn normalized(path: &str) -> Cow<'_, str> {
     }
 }
 
+/// Whether a path is this one or below it for some server: as it is written, or [`normalized`], or on the way from one to
+/// the other, with or without parameters (`;...`) in its segments and with or without empty segments.
+#[cfg(feature = "pingora")]
+pub(crate) fn may_be_below(path: &str, above: &str) -> bool {
+    if is_below(path, above) {
+        return true;
+    }
+    let is_usual = !path.contains(['%', ';']) && !path.contains("//") && !path.contains("/.");
+    if is_usual {
+        return false;
+    }
+    let decoded = percent_encoding::percent_decode_str(path).decode_utf8_lossy();
+    let ways = [(false, false), (false, true), (true, false), (true, true)];
+    ways.into_iter().any(|(keeps_empty, keeps_parameters)| {
+        passes_below(&decoded, above, keeps_empty, keeps_parameters)
+    })
+}
+
+/// Whether a path is below another one when some of its segments have been followed.
+#[cfg(feature = "pingora")]
+fn passes_below(path: &str, above: &str, keeps_empty: bool, keeps_parameters: bool) -> bool {
+    let mut so_far = String::new();
+    let mut segments = path.strip_prefix('/').unwrap_or(path).split('/');
+    segments.any(|segment| {
+        let name = match keeps_parameters {
+            true => segment,
+            false => segment.split(';').next().unwrap_or_default(),
+        };
+        match name {
+            "" if !keeps_empty => {}
+            "." => {}
+            ".." => so_far.truncate(so_far.rfind('/').unwrap_or(0)),
+            name => {
+                so_far.push('/');
+                so_far.push_str(name);
+            }
+        }
+        is_below(&so_far, above) || above.strip_suffix('/') == Some(&so_far)
+    })
+}
+
 /// A name without the dot at the end that a full name may have.
 pub(crate) fn without_last_dot(name: &str) -> &str {
     name.strip_suffix('.').unwrap_or(name)
@@ -73,6 +114,38 @@ mod tests {
             ("*", "*"),
         ] {
             assert_eq!(normalized(path), expected, "{path}");
+        }
+    }
+
+    #[cfg(feature = "pingora")]
+    #[test]
+    fn a_path_may_be_below_another_one_for_some_server() {
+        for (path, expected) in [
+            ("/admin", true),
+            ("/admin/../y", true),
+            ("/admin/x/..%2f..%2fy", true),
+            ("/%61dmin/../y", true),
+            ("/x/..//admin/y", true),
+            ("/admin;v=1", true),
+            ("/a;b/../admin;v=1/x", true),
+            ("/files", false),
+            ("/files;x/", true),
+            ("/files%2Fx", true),
+            ("/administrator", false),
+            ("/%61dministrator", false),
+            ("/x;/admin", false),
+            ("/a/;x/../deep", true),
+            ("/a/..;b/../deep", true),
+            ("/a//../deep", true),
+            ("/a/b/../%64eep/x", true),
+            ("/a/deeper", false),
+            ("/", false),
+            ("*", false),
+        ] {
+            let found = ["/admin", "/files/", "/a/deep"]
+                .iter()
+                .any(|above| may_be_below(path, above));
+            assert_eq!(found, expected, "{path}");
         }
     }
 

@@ -28,7 +28,35 @@ impl ClusterConfig {
                 return Err(error(&format!("cluster.groups.{name}"), lacks));
             }
         }
+        self.check_cookies()?;
         self.check_routes_have_effect()
+    }
+
+    /// Whether requests can come over TLS: here, or to a proxy in front that says so.
+    fn may_have_tls(&self) -> bool {
+        let has_tls = self.listeners().any(|listener| listener.tls.is_some());
+        has_tls || !self.clients.trusted_proxies.is_empty()
+    }
+
+    /// Browsers take a cookie whose name begins so only with `Secure`, which it has only over TLS.
+    fn check_cookies(&self) -> Result<(), ClusterError> {
+        if self.may_have_tls() {
+            return Ok(());
+        }
+        let groups = self.groups.iter();
+        let groups = groups.map(|(name, it)| (format!("cluster.groups.{name}"), &it.sticky_cookie));
+        let first = std::iter::once(("cluster".to_owned(), &self.sticky_cookie));
+        for (section, cookie) in first.chain(groups) {
+            let name = cookie.as_deref().unwrap_or_default().to_ascii_lowercase();
+            if name.starts_with("__secure-") || name.starts_with("__host-") {
+                let reason = "browsers take a cookie with this name over TLS only: there is no listener with tls, and nobody in clients.trusted_proxies who says how requests came";
+                return Err(ClusterError::config(
+                    format!("{section}.sticky_cookie"),
+                    reason,
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Looks at the leader of each group, once it is known whether writes go to that of the first one.
@@ -119,14 +147,12 @@ impl ClusterConfig {
     }
 
     fn check_routes_have_effect(&self) -> Result<(), ClusterError> {
-        let has_tls = self.listeners().any(|listener| listener.tls.is_some());
-        let is_told = !self.clients.trusted_proxies.is_empty();
         for (index, route) in self.routes.iter().enumerate() {
             let error = |field, reason| {
                 let field = format!("cluster.routes[{index}].{field}");
                 Err(ClusterError::config(field, reason))
             };
-            if route.scheme == Some(Scheme::Https) && !has_tls && !is_told {
+            if route.scheme == Some(Scheme::Https) && !self.may_have_tls() {
                 let reason = "no request can reach it: there is no listener with tls, and nobody in clients.trusted_proxies who says how requests came";
                 return error("scheme", reason);
             }
@@ -180,6 +206,23 @@ mod tests {
                 "  routes: [{ scheme: https, group: default }]\n  clients: { trusted_proxies: [10.0.0.0/8] }\n".to_owned(),
                 "none",
             ),
+            (
+                "  sticky_cookie: __Host-node\n".to_owned(),
+                "cluster.sticky_cookie: browsers take a cookie with this name over TLS only",
+            ),
+            (
+                "  sticky_cookie: __Host-node\n  clients: { trusted_proxies: [10.0.0.0/8] }\n".to_owned(),
+                "none",
+            ),
+            (
+                "  routes: [{ headers: { Host: a.b }, group: default }]\n".to_owned(),
+                "cluster.routes[0].headers: \"host\" is no field over HTTP/2: use hosts instead",
+            ),
+            (
+                "  routes: [{ redirect: { to: 'example.com/x' } }]\n".to_owned(),
+                "cluster.routes[0].redirect.to: \"example.com/x\" is not an address; it begins with https://",
+            ),
+            ("  routes: [{ path: /a, redirect: { to: '{path}/b' } }]\n".to_owned(), "none"),
             ("  routes: [{ methods: [CONNECT], group: default }]\n".to_owned(), "CONNECT is never served"),
         ] {
             let found = error(&fields);

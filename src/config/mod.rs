@@ -43,10 +43,10 @@ pub use clients::{Clients, Network};
 pub use cluster::ClusterConfig;
 #[cfg(feature = "pingora")]
 pub(crate) use cluster::READY_TIMEOUT;
-#[cfg(feature = "pingora")]
-#[cfg(feature = "pingora")]
-pub(crate) use covers::normalized;
 pub(crate) use covers::{is_below, without_last_dot};
+#[cfg(feature = "pingora")]
+#[cfg(feature = "pingora")]
+pub(crate) use covers::{may_be_below, normalized};
 pub use file::locate;
 pub use group::{DEFAULT_GROUP, Group};
 pub use health_check::{CheckKind, HealthCheck, StatusRange};

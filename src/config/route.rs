@@ -319,6 +319,10 @@ impl Route {
         }
         for (name, value) in &self.headers {
             check_header(&format!("{field}.headers"), name, value)?;
+            if name.eq_ignore_ascii_case("host") {
+                let reason = "\"host\" is no field over HTTP/2: use hosts instead";
+                return error("headers", reason.to_owned());
+            }
         }
         Ok(())
     }
@@ -376,12 +380,13 @@ impl Route {
             let rest = ["{host}", "{path}", "{query}"]
                 .iter()
                 .fold(redirect.to.clone(), |text, name| text.replace(name, ""));
-            if redirect.to.is_empty()
+            let begins = ["/", "http://", "https://", "{path}"];
+            if !begins.iter().any(|begin| redirect.to.starts_with(begin))
                 || !rest.bytes().all(|byte| byte.is_ascii_graphic())
                 || rest.contains(['{', '}'])
             {
                 let reason = format!(
-                    "{:?} is not an address; it may contain {{host}}, {{path}} and {{query}}",
+                    "{:?} is not an address; it begins with https://, http:// or /, and may contain {{host}}, {{path}} and {{query}}",
                     redirect.to
                 );
                 return Err(ClusterError::config(format!("{field}.to"), reason));

@@ -162,7 +162,10 @@ fn check(conf: &ServerConf) -> Result<(), String> {
         (POOL_THREADS, threads, POOLS, pools),
     ] {
         match value {
-            Some(0) => return Err(format!("{field}: 0 is out of range, 1 to {MOST}, or null")),
+            Some(value) if !(1..=MOST).contains(&value) => {
+                let range = format!("1 to {MOST}, or null");
+                return Err(format!("{field}: {value} is out of range, {range}"));
+            }
             Some(_) if other.is_none() => {
                 return Err(format!("{field}: has no effect without {needs}"));
             }

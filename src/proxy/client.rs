@@ -70,9 +70,11 @@ impl TrustedProxies {
             return client;
         }
         let values = headers.get_all(FOR).into_iter().rev();
-        let texts = values.map(|value| value.to_str().unwrap_or_default());
-        for part in texts.flat_map(|text| text.rsplit(',')) {
-            let Some(address) = address(part.trim()) else {
+        // Each part by itself: a byte in what the client has written says nothing of what proxies have added.
+        let parts = values.flat_map(|value| value.as_bytes().rsplit(|byte| *byte == b','));
+        for part in parts {
+            let text = std::str::from_utf8(part.trim_ascii()).ok();
+            let Some(address) = text.and_then(address) else {
                 break;
             };
             client = address;
@@ -138,12 +140,15 @@ pub(super) fn set_forwarded(
     let connection = Connection::of(session);
     if !is_trusted {
         headers.remove(FORWARDED);
+        while let Some(name) = headers.keys().find(is_hearsay).cloned() {
+            headers.remove(&name);
+        }
     }
     set_client_cert(session, headers, is_trusted);
     let list = match is_trusted {
         true => {
             let list = joined(headers.get_all(FOR), &peer.to_string());
-            HeaderValue::from_str(&list).or_err(InternalError, "the list of clients")?
+            HeaderValue::from_bytes(&list).or_err(InternalError, "the list of clients")?
         }
         // The same for each request of the connection.
         false => match connection {
@@ -169,7 +174,7 @@ pub(super) fn set_forwarded(
         let host = host.as_ref().and_then(|value| value.to_str().ok());
         let element = forwarded(peer, host, proto);
         let list = joined(headers.get_all(FORWARDED), &element);
-        let list = HeaderValue::from_str(&list).or_err(InternalError, "the list of hops")?;
+        let list = HeaderValue::from_bytes(&list).or_err(InternalError, "the list of hops")?;
         headers.insert(FORWARDED, list);
     }
     if is_missing(headers, PORT) {
@@ -231,20 +236,56 @@ fn host(request: &RequestHeader) -> Option<HeaderValue> {
     from_header.or_else(|| HeaderValue::from_str(request.uri.authority()?.as_str()).ok())
 }
 
-fn joined<'a>(values: impl IntoIterator<Item = &'a HeaderValue>, last: &str) -> String {
-    let mut list = String::new();
+/// The bytes as they came: what one part of a list is, does not matter to the others.
+fn joined<'a>(values: impl IntoIterator<Item = &'a HeaderValue>, last: &str) -> Vec<u8> {
+    let mut list = Vec::new();
     for value in values {
-        if let Ok(text) = value.to_str() {
-            list.push_str(text);
-            list.push_str(", ");
-        }
+        list.extend_from_slice(value.as_bytes());
+        list.extend_from_slice(b", ");
     }
-    list.push_str(last);
+    list.extend_from_slice(last.as_bytes());
     list
 }
 
-/// The headers that backends believe, because this proxy sets them.
-const SET_HERE: [&str; 9] = [
+/// Whether a field says of a client what only this proxy may say, or one that it trusts.
+pub(super) fn is_claim(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    name != "via" && SET_HERE.contains(&&*name) || name.starts_with(FORWARDED_PREFIX)
+}
+
+/// Takes out of a request what its client has no right to say, before something is decided by that, and says what is known
+/// here: the certificate that the client has shown.
+pub(super) fn replace_claims(trusted: &TrustedProxies, session: &mut Session) -> Result<()> {
+    let is_trusted = peer_of(session).is_none_or(|peer| trusted.contains(peer));
+    let shown = Connection::of(session).and_then(|connection| connection.certificate());
+    let shown = shown.cloned();
+    let request = session.req_header_mut();
+    for name in SET_HERE.iter().filter(|name| is_claim(name)) {
+        if !is_trusted || *name == "x-leader-epoch" {
+            request.remove_header(*name);
+        }
+    }
+    while !is_trusted && let Some(name) = request.headers.keys().find(is_hearsay).cloned() {
+        request.remove_header(&name);
+    }
+    if let Some(certificate) = shown {
+        request.remove_header(&CLIENT_CERT_CHAIN);
+        request.insert_header(CLIENT_CERT, certificate)?;
+    }
+    Ok(())
+}
+
+/// Whether a field is one of those by which proxies speak of their clients, and this proxy does not set it.
+fn is_hearsay(name: &&HeaderName) -> bool {
+    let name = name.as_str();
+    name == "x-real-ip" || name.starts_with(FORWARDED_PREFIX) && !SET_HERE.contains(&name)
+}
+
+const FORWARDED_PREFIX: &str = "x-forwarded-";
+
+/// The headers that backends believe, because this proxy sets them, or takes them away from clients that it does not trust.
+const SET_HERE: [&str; 10] = [
+    "x-real-ip",
     "client-cert",
     "client-cert-chain",
     "x-leader-epoch",
@@ -355,6 +396,39 @@ mod tests {
                 ip(client),
                 "{values:?}"
             );
+        }
+    }
+
+    /// Such a byte is allowed in a field, and whoever is trusted adds its part in the same one.
+    #[test]
+    fn what_a_client_has_written_hides_nothing_that_a_proxy_has_added() {
+        let trusted = TrustedProxies::new(["10.0.0.0/8".parse().unwrap()]);
+        let value = HeaderValue::from_bytes(b"\xff, 203.0.113.9").unwrap();
+        let headers = HeaderMap::from_iter([(FOR, value.clone())]);
+        assert_eq!(
+            trusted.client_of(ip("10.0.0.2"), &headers),
+            ip("203.0.113.9")
+        );
+        let list = joined(headers.get_all(FOR), "10.0.0.2");
+        assert_eq!(list, b"\xff, 203.0.113.9, 10.0.0.2");
+        let headers =
+            HeaderMap::from_iter([(FOR, HeaderValue::from_bytes(b"1.1.1.1, \xff").unwrap())]);
+        assert_eq!(trusted.client_of(ip("10.0.0.2"), &headers), ip("10.0.0.2"));
+    }
+
+    #[test]
+    fn what_only_a_proxy_may_say_is_a_claim() {
+        for name in [
+            "Client-Cert",
+            "x-real-ip",
+            "X-Forwarded-Ssl",
+            "forwarded",
+            "x-leader-epoch",
+        ] {
+            assert!(is_claim(name), "{name}");
+        }
+        for name in ["via", "x-tenant", "x-forwarded", "cookie"] {
+            assert!(!is_claim(name), "{name}");
         }
     }
 

@@ -31,21 +31,23 @@ pub(super) fn server_options(clients: &Clients) -> HttpServerOptions {
     options
 }
 
-/// The largest head of a request over HTTP/2, as it counts there: each field has 32 bytes more (RFC 9113, section 6.5.2). Half
-/// as much again as is allowed: what is larger reaches no hook, so that there is no line for it.
-fn most_of_http_2(clients: &Clients) -> u32 {
+/// The largest head of a request over HTTP/2, as it counts there: each field has 32 bytes more (RFC 9113, section 6.5.2).
+/// Where a hook has the exact limit, half as much again: what is larger reaches no hook, so that there is no line for it.
+fn most_of_http_2(clients: &Clients, is_checked: bool) -> u32 {
     let most = clients.head_bytes + 32 * clients.headers;
-    u32::try_from(most + most / 2).unwrap_or(u32::MAX)
+    let more = if is_checked { most / 2 } else { 0 };
+    u32::try_from(most + more).unwrap_or(u32::MAX)
 }
 
-pub(super) fn h2_options(clients: &Clients) -> H2Options {
+/// `is_checked`: a hook checks the size of heads.
+pub(super) fn h2_options(clients: &Clients, is_checked: bool) -> H2Options {
     let mut options = default_h2_options();
     options.max_send_buffer_size(MOST_UNSENT);
     options.max_concurrent_streams(STREAMS);
     // Room for all streams: with less, one upload that nobody reads would hold up those beside it.
     options.initial_window_size(STREAM_WINDOW);
     options.initial_connection_window_size(STREAMS * STREAM_WINDOW);
-    options.max_header_list_size(most_of_http_2(clients));
+    options.max_header_list_size(most_of_http_2(clients, is_checked));
     options
 }
 

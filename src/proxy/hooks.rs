@@ -64,11 +64,7 @@ impl ProxyHttp for ClusterProxy {
         }
         keep_effective_upgrade(session.req_header_mut())?;
         let (routing, state) = (&context.routing, &mut context.state);
-        // Also for the log line of a request that is refused.
-        let headers = &session.req_header().headers;
-        state.client = peer_of(session).map(|peer| routing.trusted.client_of(peer, headers));
-        routing.limits.begin(session, state);
-        Ok(())
+        routing.begin(session, state)
     }
 
     async fn request_filter(
@@ -290,11 +286,12 @@ impl ProxyHttp for ClusterProxy {
         if is_ending(session) {
             session.set_keepalive(None);
         }
-        if let Some(group) = &context.group {
-            group.tell_client(session, response, state, &context.routing.trusted)?;
+        if let Some(route) = &context.route {
+            route.change_response(response)?;
         }
-        match &context.route {
-            Some(route) => route.change_response(response),
+        // After it: what a route sets does not take the place of the cookie that names the node, and of what is said of the leader.
+        match &context.group {
+            Some(group) => group.tell_client(session, response, state, &context.routing.trusted),
             None => Ok(()),
         }
     }

@@ -11,7 +11,7 @@ use http::{HeaderName, Method, StatusCode};
 use super::headers::LEADER_EPOCH;
 use super::request_state::RequestState;
 use super::unserved::Unserved;
-use crate::config::{ClusterConfig, is_below, normalized};
+use crate::config::{ClusterConfig, may_be_below, normalized};
 use crate::ids::Revision;
 use crate::pingora::{LeaderRoute, LeaderUpstream};
 
@@ -82,8 +82,7 @@ impl LeaderRequests {
         if self.paths.is_empty() {
             return false;
         }
-        let path = &normalized(path);
-        self.paths.iter().any(|above| is_below(path, above))
+        self.paths.iter().any(|above| may_be_below(path, above))
     }
 
     /// Whether the client has written a short while ago. The time is the client's word, so it is

@@ -186,7 +186,7 @@ impl Overload {
     }
 
     /// Takes notice of what a backend says in a response. `refuses_most` says whether most of its clients are refused now, and
-    /// is asked only if this one is by 429.
+    /// is asked only if it asks for a pause.
     pub(super) fn answered(
         &self,
         addr: SocketAddr,
@@ -202,10 +202,9 @@ impl Overload {
         let value = fields.get(RETRY_AFTER);
         let pause = value.and_then(|value| pause_of(value.to_str().ok()?, SystemTime::now()));
         let now = Instant::now();
-        // 429 may be about this client (RFC 6585), who could have every backend paused for all others.
-        let is_about_all = || status == StatusCode::SERVICE_UNAVAILABLE || refuses_most(now);
+        // It may be about this client (RFC 6585), or what it asks for: then it could have every backend paused for all others.
         if let Some(pause) = pause.filter(|pause| !pause.is_zero())
-            && is_about_all()
+            && refuses_most(now)
         {
             self.pause(addr, now, now + pause.min(self.most_pause));
         }
@@ -402,6 +401,7 @@ mod tests {
         overload.answered(addr(6), busy, &HeaderMap::new(), |_| true);
         let fields = HeaderMap::from_iter([(RETRY_AFTER, "5".parse().unwrap())]);
         overload.answered(addr(7), many, &fields, |_| false);
+        overload.answered(addr(8), busy, &fields, |_| false);
         let paused = |after| {
             let now = Instant::now() + Duration::from_millis(after);
             let mut paused = overload.paused(now, || 1_000);

@@ -13,10 +13,11 @@ use ::pingora::services::ServiceHandle;
 use ::pingora::services::background::background_service;
 use async_trait::async_trait;
 
+use super::access_log::AccessLog;
 use super::client_settings::{front_settings, h2_options, server_options};
 use super::front::{Connection, Front, FrontListener, FrontStatistics, Phase};
 use super::phases::{Phases, follow_phases};
-use super::server::{check_listeners, listening};
+use super::server::{check_listeners, listening, tell_refused};
 use super::shutdown::Shutdown;
 use super::tls::Reload;
 use crate::config::{Clients, ClusterConfig, Listener, Timeouts, check_all, listed};
@@ -34,8 +35,12 @@ pub struct FrontConfig {
     pub clients: Clients,
     /// How long clients may take: the fields that begin with `client_`, and `tunnel_ms`.
     pub timeouts: Timeouts,
-    /// For how long connections are accepted after SIGTERM: see [`Shutdown::accepts_for`]. Default: 5 s.
+    /// For how long connections are accepted after SIGTERM: the longest one of the process holds, see
+    /// [`Shutdown::accepts_for`]. Default: 5 s. Range: 0 to 600 s.
     pub drain_delay: Duration,
+    /// Gets a line for each request that your proxy never sees, because it is late, too large or cannot be parsed; the lines
+    /// of the others are up to the proxy. Default: none.
+    pub access_log: Option<Arc<AccessLog>>,
 }
 
 impl Default for FrontConfig {
@@ -45,6 +50,7 @@ impl Default for FrontConfig {
             clients: Clients::default(),
             timeouts: Timeouts::default(),
             drain_delay: Duration::from_secs(5),
+            access_log: None,
         }
     }
 }
@@ -61,6 +67,8 @@ impl FrontConfig {
     fn validate(&self) -> Result<(), ClusterError> {
         in_range("front", "listeners", self.listeners.len(), 1..=30)?;
         check_all(listed(LISTENERS, &self.listeners))?;
+        let drain_delay = self.drain_delay.as_secs_f64();
+        in_range("front", "drain_delay", drain_delay, 0.0..=600.0)?;
         self.clients.validate("front.clients")?;
         self.timeouts.validate("front.timeouts")
     }
@@ -81,6 +89,7 @@ impl From<&ClusterConfig> for FrontConfig {
             clients: config.clients.clone(),
             timeouts: config.timeouts,
             drain_delay: Duration::from_millis(config.drain_delay_ms),
+            access_log: None,
         }
     }
 }
@@ -146,7 +155,8 @@ where
     let statistics = Arc::<FrontStatistics>::default();
     let made = made(&server.configuration, front, proxy)?;
     let settings = front_settings(&front.clients, &front.timeouts, listeners);
-    let made = Front::new(made, settings, statistics.clone(), None);
+    let refused = front.access_log.clone().map(tell_refused);
+    let made = Front::new(made, settings, statistics.clone(), refused);
     Shutdown::of_process().accepts_for(front.drain_delay);
     server.add_service(background_service("certificates", certificates));
     let addresses = front.listeners.iter().map(|it| it.listen.clone());
@@ -167,7 +177,8 @@ fn made<P: ProxyHttp>(
     Ok(Counted {
         proxy: Arc::new(proxy),
         server: server_options(&front.clients),
-        h2: h2_options(&front.clients),
+        h2: h2_options(&front.clients, false),
+        client_write: Duration::from_millis(front.timeouts.client_write_ms),
     })
 }
 
@@ -176,6 +187,7 @@ struct Counted<P> {
     proxy: Arc<HttpProxy<P>>,
     server: HttpServerOptions,
     h2: H2Options,
+    client_write: Duration,
 }
 
 #[async_trait]
@@ -193,6 +205,8 @@ where
         if session.is_http2() {
             let _request = Shutdown::of_process().request();
             let _stream = connection.as_ref().map(Connection::opens);
+            // A client that gives no room on its stream blocks nothing of the connection, so the front does not notice.
+            session.set_write_timeout(Some(self.client_write));
             return self.proxy.process_new_http(session, shutdown).await;
         }
         // The front keeps the time.

@@ -11,7 +11,7 @@ use ::pingora::http::ResponseHeader;
 use ::pingora::proxy::Session;
 use http::HeaderValue;
 
-use super::client::TrustedProxies;
+use super::client::{TrustedProxies, is_claim};
 use super::overload::Overload;
 use super::request_state::RequestState;
 use super::sticky;
@@ -174,6 +174,11 @@ impl Picker {
             }
         }
         Err(Nothing::Full)
+    }
+
+    /// Whether the keys are values of a field that a client may have no right to.
+    pub(super) fn hashes_claim(&self) -> bool {
+        matches!(&self.hash_on, Some(HashOn::Header(name)) if is_claim(name.as_str()))
     }
 
     /// The backend that the client's cookie names, while it takes requests and works.

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ::pingora::Result;
 use ::pingora::proxy::Session;
 
-use super::client::TrustedProxies;
+use super::client::{TrustedProxies, is_claim, peer_of, replace_claims};
 use super::group::GroupProxy;
 use super::readiness::Readiness;
+use super::request_state::RequestState;
 use super::requests::RequestLimits;
 use super::route::Route;
 use crate::config::{ClusterConfig, DEFAULT_GROUP};
@@ -29,6 +31,8 @@ pub(super) struct Routing {
     /// Whether a missing `traceparent` is made, and which part of those says that it is sampled.
     pub(super) traceparent: bool,
     traceparent_sampled: f64,
+    /// Something is decided by a field that a client may have no right to.
+    reads_claims: bool,
 }
 
 impl Routing {
@@ -73,7 +77,11 @@ impl Routing {
         routes: Vec<Arc<Route>>,
     ) -> Self {
         let clients = &config.clients;
+        let mut named = config.routes.iter().flat_map(|route| route.headers.keys());
+        let reads_claims = named.any(|name| is_claim(name))
+            || groups.values().any(|group| group.picker.hashes_claim());
         Self {
+            reads_claims,
             groups,
             default,
             routes,
@@ -84,6 +92,18 @@ impl Routing {
             traceparent: config.traceparent,
             traceparent_sampled: config.traceparent_sampled,
         }
+    }
+
+    /// A request begins.
+    pub(super) fn begin(&self, session: &mut Session, state: &mut RequestState) -> Result<()> {
+        // Also for the log line of a request that is refused.
+        let headers = &session.req_header().headers;
+        state.client = peer_of(session).map(|peer| self.trusted.client_of(peer, headers));
+        if self.reads_claims {
+            replace_claims(&self.trusted, session)?;
+        }
+        self.limits.begin(session, state);
+        Ok(())
     }
 
     /// The balancers of all groups.

@@ -117,7 +117,7 @@ impl ClusterProxy {
         let mut proxy = made(&server.configuration, proxy)?;
         let (clients, timeouts) = (&config.clients, &config.timeouts);
         proxy.server_options = Some(server_options(clients));
-        proxy.h2_options = Some(h2_options(clients));
+        proxy.h2_options = Some(h2_options(clients, true));
         let front = Front::new(
             proxy,
             front_settings(clients, timeouts, listeners),
@@ -139,7 +139,7 @@ impl ClusterProxy {
 }
 
 /// Gives requests that the proxy never sees a line of the log.
-fn tell_refused(log: Arc<AccessLog>) -> TellRefused {
+pub(super) fn tell_refused(log: Arc<AccessLog>) -> TellRefused {
     Arc::new(move |refused| log.write(refused.into()))
 }
 

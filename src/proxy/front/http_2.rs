@@ -12,27 +12,30 @@ use super::connection::Connection;
 use super::stream::ClientStream;
 use crate::proxy::shutdown::Shutdown;
 
+/// A client that is there has read GOAWAY, and answered the PING that follows it, within this time.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(2);
+
 impl<A: HttpServerApp + Send + Sync + 'static> Front<A> {
     /// Serves a connection until it ends. Once it has had no request for long enough, and when the process is to end, its
     /// client is asked to use another one.
     pub(super) async fn serve_http_2(&self, stream: ClientStream, shutdown: &ShutdownWatch) {
         let connection = stream.connection();
-        let (idle, drain) = stream.idle_and_drain();
+        let idle = stream.client_idle();
         let (end, ends) = watch::channel(false);
         let serving = self.app.process_new(Box::new(stream), &ends);
         tokio::pin!(serving);
-        tokio::select! {
+        let is_idle = tokio::select! {
             biased;
             _ = &mut serving => return,
-            () = until_closing(shutdown.clone()) => {}
-            () = until_idle(&connection, idle) => {}
-        }
+            () = until_closing(shutdown.clone()) => false,
+            () = until_idle(&connection, idle) => true,
+        };
         end.send_replace(true);
-        // The client says when it has read that. One that says nothing is not waited for.
+        // The client says when it has read that. One that has had no request for so long, and says nothing, is not waited for.
         tokio::select! {
             biased;
             _ = &mut serving => {}
-            () = until_empty(&connection, drain) => {}
+            () = until_silent(&connection, idle), if is_idle => {}
         }
     }
 }
@@ -66,10 +69,12 @@ async fn until_idle(connection: &Arc<Connection>, within: Duration) {
     }
 }
 
-/// Ends when there is no request, after this time at the earliest.
-async fn until_empty(connection: &Arc<Connection>, within: Duration) {
-    tokio::time::sleep(within).await;
-    while connection.idle_for().is_none() {
-        tokio::time::sleep(within).await;
+/// Ends when the client has not answered, and has sent no request meanwhile. Otherwise, when it has had none for this time
+/// again: what it has asked for may still be on its way.
+async fn until_silent(connection: &Arc<Connection>, idle: Duration) {
+    tokio::time::sleep(ANSWERED_WITHIN).await;
+    until_idle(connection, idle.min(ANSWERED_WITHIN)).await;
+    if connection.idle_for().is_none_or(|it| it < idle) {
+        until_idle(connection, idle).await;
     }
 }

@@ -23,6 +23,7 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::BytesMut;
 use http::HeaderValue;
+use tokio::time::Instant;
 use tracing::debug;
 
 use refused::Refusals;
@@ -142,12 +143,14 @@ impl FrontSettings {
         tls: Option<&ClientTls>,
         stream: Stream,
         ahead: BytesMut,
+        start: Instant,
     ) -> Result<(Stream, BytesMut, Option<HeaderValue>), String> {
         let Some(tls) = tls else {
             return Ok((stream, ahead, None));
         };
-        let within = self.limits.timeouts.client_header;
-        let done = tokio::time::timeout(within, tls.handshake(stream, &ahead)).await;
+        // With the PROXY header before it, and the first head after it.
+        let until = start + self.limits.timeouts.client_header;
+        let done = tokio::time::timeout_at(until, tls.handshake(stream, &ahead)).await;
         let (stream, certificate) = done.map_err(|_| "it took too long".to_owned())??;
         Ok((stream, BytesMut::new(), certificate))
     }
@@ -160,6 +163,7 @@ fn peer_of(digest: &SocketDigest) -> Option<SocketAddr> {
 impl<A> Front<A> {
     /// What becomes of a connection that has been accepted, with its place among all; `None` if it is not served.
     async fn open(&self, mut stream: Stream) -> Option<(ClientStream, Slot)> {
+        let start = Instant::now();
         let settings = self.settings.load_full();
         let Some(mut slot) = self.slots.take(settings.connections) else {
             self.refusals.statistics.count_refused();
@@ -188,7 +192,8 @@ impl<A> Front<A> {
             return None;
         }
         let tls = listener.tls.as_ref();
-        let (stream, ahead, certificate) = match settings.handshake(tls, stream, ahead).await {
+        let (stream, ahead, certificate) = match settings.handshake(tls, stream, ahead, start).await
+        {
             Ok(ready) => ready,
             Err(error) => {
                 self.refusals.statistics.count_failed_handshake();
@@ -204,7 +209,7 @@ impl<A> Front<A> {
             settings.limits.clone(),
             self.refusals.clone(),
         );
-        Some((stream, slot))
+        Some((stream.accepted_at(start), slot))
     }
 }
 

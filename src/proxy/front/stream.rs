@@ -163,7 +163,7 @@ impl ClientStream {
             Phase::Body => timeouts.client_body,
             Phase::Tunnel => timeouts.tunnel,
             Phase::Drain => timeouts.client_drain,
-            // Over HTTP/2 all the time, without any: Pingora ends a connection that has no requests.
+            // Over HTTP/2 all the time, without any: `serve_http_2` ends a connection that has no requests.
             Phase::Answer if self.is_http2 => return self.connection.drain_by(),
             Phase::Answer | Phase::Expect => {
                 let (answer, end) = (self.connection.answer_by(), self.connection.end_by());

@@ -100,7 +100,7 @@ impl Shutdown {
     }
 
     /// Ends the connection of a client after this response, if the process is to end: for the hook `response_filter` of a proxy of
-    /// your own. Over HTTP/2 nothing is to be said; Pingora does that.
+    /// your own. Over HTTP/2 nothing is to be said; the front does that.
     pub fn end_connection(&self, session: &mut Session) {
         if self.is_draining() && !session.is_http2() {
             session.set_keepalive(None);

@@ -10,6 +10,8 @@ use ::pingora::protocols::{
     UniqueID, UniqueIDType,
 };
 
+use tokio::time::Instant;
+
 use super::super::connection::Connection;
 use super::ClientStream;
 
@@ -18,10 +20,15 @@ impl ClientStream {
         self.connection.clone()
     }
 
-    /// How long a connection of HTTP/2 may have no request, and how long its end may take.
-    pub(in crate::proxy::front) fn idle_and_drain(&self) -> (Duration, Duration) {
-        let timeouts = &self.limits.timeouts;
-        (timeouts.client_idle, timeouts.client_drain)
+    /// The time of the first head begins then.
+    pub(in crate::proxy::front) fn accepted_at(mut self, start: Instant) -> Self {
+        self.since = Some(start);
+        self
+    }
+
+    /// How long a connection may have no request.
+    pub(in crate::proxy::front) fn client_idle(&self) -> Duration {
+        self.limits.timeouts.client_idle
     }
 }
 
