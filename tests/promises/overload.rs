@@ -408,9 +408,14 @@ async fn what_a_client_has_given_up_while_it_waited_is_not_sent() {
 /// A client that asks for too much is refused by each backend, and nobody else is to notice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_client_that_is_refused_does_not_keep_backends_from_the_others() {
-    let limits = |request: &str| match request.starts_with("GET /limited") {
-        true => b"HTTP/1.1 429 No\r\nRetry-After: 10\r\nContent-Length: 0\r\n\r\n".to_vec(),
-        false => ok(request),
+    let limits = |request: &str| {
+        let status = match request {
+            _ if request.starts_with("GET /limited") => "429 No",
+            _ if request.starts_with("GET /closed") => "503 No",
+            _ => return ok(request),
+        };
+        let answer = format!("HTTP/1.1 {status}\r\nRetry-After: 10\r\nContent-Length: 0\r\n\r\n");
+        answer.into_bytes()
     };
     let mut backends = Vec::new();
     for _ in 0..4 {
@@ -432,11 +437,12 @@ async fn one_client_that_is_refused_does_not_keep_backends_from_the_others() {
             assert_eq!(status(&client.get("").await), "200");
         }
         assert!(counts().zip(before).all(|(now, before)| now > before));
-        for _ in 0..8 {
-            limited
-                .send(b"GET /limited HTTP/1.1\r\nHost: a\r\n\r\n")
-                .await;
-            assert_eq!(status(&limited.response().await), "429");
+        for _ in 0..4 {
+            for (path, code) in [("limited", "429"), ("closed", "503")] {
+                let request = format!("GET /{path} HTTP/1.1\r\nHost: a\r\n\r\n");
+                limited.send(request.as_bytes()).await;
+                assert_eq!(status(&limited.response().await), code);
+            }
         }
     }
 }

@@ -546,7 +546,7 @@ async fn nobody_is_sent_to_a_listener_that_is_not_there_yet() {
     // Somebody else may listen there.
     reloaded.write(|text| format!("{text}{route}"));
     reloaded.until_taken_over(2).await;
-    assert_eq!(status(&client.get("").await), "307");
+    assert_eq!(status(&client.get("").await), "308");
 }
 
 /// What is known of nodes, and of their leader, is worth more than another filter.

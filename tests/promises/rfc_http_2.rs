@@ -668,24 +668,25 @@ async fn is_told(stream: &mut TcpStream) -> Read {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_has_no_requests_is_told_before_the_connection_ends() {
     let backend = RawBackend::start(ok).await;
-    let fields = "timeouts: { client_idle_ms: 1200, client_drain_ms: 1000 }";
+    let fields = "timeouts: { client_idle_ms: 1200 }";
     let balancer = in_front_of(&backend, "idle-http-2", fields).await;
     let connections = async |answers: bool| {
         let mut stream = connected(&balancer).await;
+        let mut start = Instant::now();
         for number in [1, 3, 5] {
             // Less than the time without a request, and more in all.
             tokio::time::sleep(Duration::from_millis(600)).await;
+            start = Instant::now();
             stream.write_all(&request(number)).await.unwrap();
             let answer = next_frame(&mut stream).await.unwrap();
             assert_eq!((answer.kind, answer.stream), (HEADERS, number));
             let body = next_frame(&mut stream).await.unwrap();
             assert_eq!((body.kind, body.flags & END_STREAM), (DATA, END_STREAM));
         }
-        let start = Instant::now();
         let ping = is_told(&mut stream).await;
         let told = start.elapsed();
-        assert!(told >= Duration::from_millis(1_100), "{told:?}");
-        assert!(told < Duration::from_secs(3), "{told:?}");
+        assert!(told >= Duration::from_millis(1_200), "{told:?}");
+        assert!(told < Duration::from_secs(5), "{told:?}");
         let start = Instant::now();
         if answers {
             // One was on its way.
@@ -703,11 +704,11 @@ async fn who_has_no_requests_is_told_before_the_connection_ends() {
             }
             kinds.sort_unstable();
             assert_eq!(kinds, [DATA, HEADERS, GO_AWAY]);
-            assert!(start.elapsed() < Duration::from_millis(800));
+            assert!(start.elapsed() < Duration::from_millis(1_800));
         } else {
             // Who says nothing is not waited for.
             assert!(next_frame(&mut stream).await.is_none());
-            assert!(start.elapsed() < Duration::from_secs(3));
+            assert!(start.elapsed() < Duration::from_secs(5));
         }
     };
     tokio::join!(connections(true), connections(false));

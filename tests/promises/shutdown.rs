@@ -88,7 +88,7 @@ async fn at_sigterm_it_says_so_goes_on_accepting_and_ends_when_nothing_is_in_fli
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_sigterm_connections_of_http_2_are_told_and_requests_on_them_end() {
     let backend = RawBackend::start_slow(3 * SECOND).await;
-    let mut balancer = balancer(&backend, "goaway", 30, "drain_delay_ms: 2500").await;
+    let mut balancer = balancer(&backend, "goaway", 30, "drain_delay_ms: 4000").await;
     let connected = async || {
         let stream = TcpStream::connect(&balancer.listen).await.unwrap();
         let (sender, connection) = h2::client::handshake(stream).await.unwrap();
@@ -111,7 +111,7 @@ async fn at_sigterm_connections_of_http_2_are_told_and_requests_on_them_end() {
     })
     .await;
     let told = start.elapsed();
-    assert!(told < SECOND, "{told:?}");
+    assert!(told < 2 * SECOND, "{told:?}");
     // Who connects now is served, and not sent away: it would come back.
     let (sender, later) = connected().await;
     let mut sender = sender.ready().await.unwrap();
@@ -125,7 +125,7 @@ async fn at_sigterm_connections_of_http_2_are_told_and_requests_on_them_end() {
     assert!(ended.is_ok(), "the connection stays");
     let (status, _) = balancer.program.ended().await;
     assert_eq!(status.code(), Some(0), "{}", balancer.log_text());
-    assert!(start.elapsed() < 7 * SECOND, "{:?}", start.elapsed());
+    assert!(start.elapsed() < 9 * SECOND, "{:?}", start.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

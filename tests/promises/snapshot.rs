@@ -82,7 +82,11 @@ async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd()
     let balancer = setup.clone().listening().await;
     eventually("it says so", || {
         let log = balancer.log_text();
-        log.contains(&file.display().to_string()) && log.contains("WARN")
+        let mut lines = log.lines();
+        lines.any(|line| {
+            line.contains("the snapshot file cannot be used")
+                && line.contains(&file.display().to_string())
+        })
     })
     .await;
     assert_eq!(balancer.post().await, "503");

@@ -231,13 +231,43 @@ async fn a_proxy_of_ones_own_listens_and_ends_as_the_bundled_one_does() {
         "{said}"
     );
     proxy.program.signal("HUP");
+    // The limits of the front hold, over HTTP/2 too.
+    let mut large = Raw(TcpStream::connect(&proxy.listen).await.unwrap());
+    let field = format!("x-large: {}\r\n", "x".repeat(70_000));
+    assert_eq!(status(&large.get(&field).await), "431");
+    let over_2 = TcpStream::connect(&proxy.listen).await.unwrap();
+    let (sender, driving) = h2::client::handshake(over_2).await.unwrap();
+    let driving = tokio::spawn(driving);
+    let request = |size: usize| {
+        let request = http::Request::get("http://a/").header("x-large", "x".repeat(size));
+        request.body(()).unwrap()
+    };
+    let mut sender = sender.ready().await.unwrap();
+    let (response, _) = sender.send_request(request(80_000), true).unwrap();
+    assert_eq!(response.await.unwrap().status(), 431);
+    let mut sender = sender.ready().await.unwrap();
+    let (response, _) = sender.send_request(request(30_000), true).unwrap();
+    assert_eq!(response.await.unwrap().status(), 200);
+    let requests = slow.requests().len();
     let stream = TcpStream::connect(&proxy.listen).await.unwrap();
     let mut idle = Raw(TcpStream::connect(&proxy.listen).await.unwrap());
     assert_eq!(status(&idle.get("").await), "200");
     let in_flight = tokio::spawn(async move { Raw(stream).get("").await });
-    until("the request is there", async || slow.requests().len() >= 3).await;
+    until("the request is there", async || {
+        slow.requests().len() >= requests + 2
+    })
+    .await;
     let start = Instant::now();
     proxy.program.signal("TERM");
+    until("HTTP/2 is told", async || {
+        sender.clone().ready().await.is_err()
+    })
+    .await;
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "before the end of the delay"
+    );
+    assert!(driving.await.is_ok());
     let response = in_flight.await.unwrap();
     assert_eq!(status(&response), "200", "{response}");
     assert!(

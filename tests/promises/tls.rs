@@ -1,6 +1,7 @@
 //! Tests of TLS, to clients and to backends, on the release programs.
 
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -332,6 +333,23 @@ async fn clients_show_certificates_and_backends_get_them() {
             assert!(requests.iter().all(|request| !request.contains("AA==")));
         }
     }
+    // A route by the certificate is for those who have shown one, whatever others write.
+    let fields = format!(
+        "tls: {{ certificates: {listed}, client_certificate: optional, client_ca_file: {} }}\n\
+         routes:\n- {{ headers: {{ client-cert: '*' }}, answer: {{ status: 202 }} }}",
+        ca.display()
+    );
+    let balancer = before(backend.address.port(), "mtls-route", &fields).await;
+    let asks = async |shows: Option<&Pair>| {
+        let stream = connect(&balancer.listen, "one.test", &authority, shows, &[]).await;
+        let mut stream = stream.unwrap();
+        let request =
+            b"GET / HTTP/1.1\r\nHost: a\r\nClient-Cert: :AA==:\r\nConnection: close\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        status(&get(&mut stream).await).to_owned()
+    };
+    assert_eq!(asks(Some(&client)).await, "202");
+    assert_eq!(asks(None).await, "200");
     // The CA of clients is replaced in a running process.
     let changing = files.write("changing.pem", strangers.pem());
     let fields = format!(
@@ -395,30 +413,15 @@ impl OverTls {
     pub(super) async fn to(backend: u16) -> Self {
         let (files, authority) = (Directory::new(), Authority::new("backends"));
         let ca = files.write("ca.pem", authority.pem());
-        let (chain, key) = parsed(&authority.server(&["b.test"]));
-        let config = ServerConfig::builder_with_provider(provider())
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(chain, key);
-        let acceptor = TlsAcceptor::from(Arc::new(config.unwrap()));
-        let listener = TcpListener::bind((local(), 0)).await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let mut serving = JoinSet::new();
-        serving.spawn(async move {
-            let mut connections = JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
-                let acceptor = acceptor.clone();
-                connections.spawn(async move {
-                    let Ok(mut stream) = acceptor.accept(stream).await else {
-                        return;
-                    };
-                    let mut to = TcpStream::connect((local(), backend)).await.unwrap();
-                    // Either end may break off.
-                    let _ = tokio::io::copy_bidirectional(&mut stream, &mut to).await;
-                });
-            }
-        });
+        let pair = authority.server(&["b.test"]);
+        let serve = move |mut stream: Accepted| -> Served {
+            Box::pin(async move {
+                let mut to = TcpStream::connect((local(), backend)).await.unwrap();
+                // Either end may break off.
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut to).await;
+            })
+        };
+        let (port, serving) = serve_over_tls(&pair, None, serve).await;
         Self {
             port,
             fields: format!("server_name: b.test, ca_file: {}", ca.display()),
@@ -428,20 +431,15 @@ impl OverTls {
     }
 }
 
-/// A backend that speaks HTTP/1.1 over TLS and answers with the name of the client's certificate's
-/// existence.
-async fn tls_backend(pair: &Pair, clients: Option<&Authority>) -> (u16, JoinSet<()>) {
-    let (port, serving, _) = tls_backend_that_tells(pair, clients).await;
-    (port, serving)
-}
+type Accepted = tokio_rustls::server::TlsStream<TcpStream>;
+type Served = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The same, and the requests that it has got.
-async fn tls_backend_that_tells(
+/// Serves connections over TLS, of clients that show a certificate if an authority for them is given: at which port.
+async fn serve_over_tls(
     pair: &Pair,
     clients: Option<&Authority>,
-) -> (u16, JoinSet<()>, Arc<Mutex<Vec<String>>>) {
-    let requests = Arc::<Mutex<Vec<String>>>::default();
-    let told = requests.clone();
+    serve: impl Fn(Accepted) -> Served + Clone + Send + 'static,
+) -> (u16, JoinSet<()>) {
     let builder = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .unwrap();
@@ -462,20 +460,43 @@ async fn tls_backend_that_tells(
     serving.spawn(async move {
         let mut connections = JoinSet::new();
         while let Ok((stream, _)) = listener.accept().await {
-            let (acceptor, told) = (acceptor.clone(), told.clone());
+            let (acceptor, serve) = (acceptor.clone(), serve.clone());
             connections.spawn(async move {
-                let Ok(mut stream) = acceptor.accept(stream).await else {
-                    return;
-                };
-                let mut request = [0; 4_096];
-                while let Ok(length @ 1..) = stream.read(&mut request).await {
-                    let text = String::from_utf8_lossy(&request[..length]).into_owned();
-                    told.lock().unwrap().push(text);
-                    let _ = stream.write_all(&ok("")).await;
+                if let Ok(stream) = acceptor.accept(stream).await {
+                    serve(stream).await;
                 }
             });
         }
     });
+    (port, serving)
+}
+
+/// A backend that speaks HTTP/1.1 over TLS and answers with the name of the client's certificate's
+/// existence.
+async fn tls_backend(pair: &Pair, clients: Option<&Authority>) -> (u16, JoinSet<()>) {
+    let (port, serving, _) = tls_backend_that_tells(pair, clients).await;
+    (port, serving)
+}
+
+/// The same, and the requests that it has got.
+async fn tls_backend_that_tells(
+    pair: &Pair,
+    clients: Option<&Authority>,
+) -> (u16, JoinSet<()>, Arc<Mutex<Vec<String>>>) {
+    let requests = Arc::<Mutex<Vec<String>>>::default();
+    let told = requests.clone();
+    let serve = move |mut stream: Accepted| -> Served {
+        let told = told.clone();
+        Box::pin(async move {
+            let mut request = [0; 4_096];
+            while let Ok(length @ 1..) = stream.read(&mut request).await {
+                let text = String::from_utf8_lossy(&request[..length]).into_owned();
+                told.lock().unwrap().push(text);
+                let _ = stream.write_all(&ok("")).await;
+            }
+        })
+    };
+    let (port, serving) = serve_over_tls(pair, clients, serve).await;
     (port, serving, requests)
 }
 
