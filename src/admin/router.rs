@@ -95,8 +95,7 @@ async fn events(
     let ticks = IntervalStream::new(ticks);
     let status = ticks.filter_map(move |_| {
         let _place = &place;
-        let status = sse::Event::default().event("status");
-        status.json_data(shown.status()).ok()
+        Some(sse::Event::default().event("status").data(shown.told()))
     });
     let stream = happened.merge(status).map(Ok);
     Ok(Sse::new(stream).keep_alive(KeepAlive::default()))

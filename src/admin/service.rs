@@ -86,6 +86,7 @@ impl Admin {
             events: Events::default(),
             pages: Arc::new(Semaphore::new(PAGES)),
             started: self.started,
+            told: std::sync::Mutex::default(),
         })
     }
 

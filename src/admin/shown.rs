@@ -1,8 +1,8 @@
 //! What is shown, and under which names it may be asked for.
 
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::http::Uri;
 use tokio::sync::Semaphore;
@@ -12,6 +12,10 @@ use super::group::Group;
 use super::status::Status;
 use crate::config;
 use crate::proxy::ProxyParts;
+use crate::sync::lock;
+
+/// Open pages get the status once a second, not all at the same instant.
+const TOLD_AGAIN_AFTER: Duration = Duration::from_millis(900);
 
 /// What is shown to those who ask.
 pub(super) struct Shown {
@@ -26,9 +30,26 @@ pub(super) struct Shown {
     /// One for each page that may be open.
     pub(super) pages: Arc<Semaphore>,
     pub(super) started: SystemTime,
+    /// The status that open pages got last, and when.
+    pub(super) told: Mutex<Option<(Instant, Arc<str>)>>,
 }
 
 impl Shown {
+    /// The status as JSON, for open pages: made once a second for all of them, because it costs more with each node.
+    pub(super) fn told(&self) -> Arc<str> {
+        let mut told = lock(&self.told);
+        if let Some((at, text)) = &*told
+            && at.elapsed() < TOLD_AGAIN_AFTER
+        {
+            return text.clone();
+        }
+        // Strings and numbers cannot fail.
+        let text = serde_json::to_string(&self.status()).unwrap_or_default();
+        let text = Arc::<str>::from(text);
+        *told = Some((Instant::now(), text.clone()));
+        text
+    }
+
     /// All groups, as of now.
     pub(super) fn groups(&self) -> Vec<Group> {
         let served = self.proxy.iter().flat_map(|parts| {

@@ -251,7 +251,9 @@ impl Scale {
         endpoint.set_base(registration.base().get());
         endpoint.set_weight(weight, common.mean_weight, zone_part, acceptance);
         let adaptive = &settings.adaptive;
-        let load = adaptive.known_load(registration.believed_load());
+        // As for the half below: what was reported long ago says nothing of now.
+        let reported = registration.controller.load();
+        let load = reported.and_then(|_| adaptive.known_load(registration.believed_load()));
         let calm = match policy.weighs_by_load() {
             true => common.calm_by_load_weights,
             false => load.map_or(common.calm_of_half, |load| adaptive.calm(load)),

@@ -92,6 +92,11 @@ impl Mirror {
         let Some(upstream) = picked else {
             return;
         };
+        let overload = &self.group.picker.overload;
+        if !overload.allows(upstream.in_flight()) {
+            // Requests of clients are worth more.
+            return;
+        }
         let asked = Asked::default();
         let peer = self
             .group
@@ -108,6 +113,8 @@ impl Mirror {
             }
             Err(reason) => Err((*reason).to_owned()),
         };
+        drop(upstream);
+        overload.freed();
         // Nothing is learned from it: it is not the same load as requests of clients are.
         if let Err(error) = sent {
             debug!(

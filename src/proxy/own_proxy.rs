@@ -30,8 +30,8 @@ use crate::pingora::with_system_cas;
 pub struct FrontConfig {
     /// 1 to 30 addresses, each with TLS or without. Default: none.
     pub listeners: Vec<Listener>,
-    /// What clients may do. Of its fields those count that are about connections and the size of heads, and `headers` over
-    /// HTTP/2; what is about bodies, upgrades, half-closed clients and `ready_path` is up to the proxy.
+    /// What clients may do. Of its fields those count that are about connections and the size of heads (over HTTP/1 one may
+    /// be longer by what is read at once), and `headers` over HTTP/2; what is about bodies, upgrades, half-closed clients and `ready_path` is up to the proxy.
     pub clients: Clients,
     /// How long clients may take: the fields that begin with `client_`, and `tunnel_ms`.
     pub timeouts: Timeouts,

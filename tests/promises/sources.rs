@@ -233,7 +233,7 @@ async fn a_proxy_of_ones_own_listens_and_ends_as_the_bundled_one_does() {
     proxy.program.signal("HUP");
     // The limits of the front hold, over HTTP/2 too.
     let mut large = Raw(TcpStream::connect(&proxy.listen).await.unwrap());
-    let field = format!("x-large: {}\r\n", "x".repeat(70_000));
+    let field = format!("x-large: {}\r\n", "x".repeat(200_000));
     assert_eq!(status(&large.get(&field).await), "431");
     let over_2 = TcpStream::connect(&proxy.listen).await.unwrap();
     let (sender, driving) = h2::client::handshake(over_2).await.unwrap();

@@ -225,7 +225,8 @@ impl EndpointState {
     /// Ejects a backend that gets no requests any more because too many have failed: without probes, it could never
     /// show that it works again.
     pub(in crate::balance) fn eject_if_avoided(&self) {
-        if self.fleet.is_ejecting() && self.fleet.has_failed(self.success.get()) {
+        let has_failed = self.fleet.is_ejecting() && self.fleet.has_failed(self.success.get());
+        if has_failed && !self.is_ejected() && self.fleet.take_ejection() {
             self.eject();
         }
     }

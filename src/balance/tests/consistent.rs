@@ -257,3 +257,39 @@ fn a_key_that_always_fails_takes_out_one_backend_at_most() {
     assert!(most <= 1, "{most} were left out");
     assert!(busiest < 350, "{busiest} of 1,000 at one backend");
 }
+
+/// With few other requests, most backends get none in a second: they are ejected because they get nothing any more, and that counts
+/// as well.
+#[test]
+fn a_key_that_always_fails_takes_out_one_backend_of_a_quiet_group() {
+    let mut rig = Rig::new(Balancer::builder().policy(Policy::Consistent));
+    for index in 0..10 {
+        rig.nodes.insert(format!("n{index}"), super::bare(index));
+    }
+    rig.update();
+    let mut most = 0;
+    for _ in 0..180 {
+        for request in 0..11 {
+            let is_broken = request < 10;
+            let key = match is_broken {
+                true => "broken".to_owned(),
+                false => format!("key {}", rig.rng.u32(..)),
+            };
+            let options = PickOptions {
+                key: key.as_bytes(),
+                now: Some(rig.now),
+                random: Some(rig.rng.u64(..)),
+                ..PickOptions::default()
+            };
+            let upstream = rig.balancer.pick_with(options).unwrap();
+            match is_broken {
+                true => upstream.failed(),
+                false => upstream.succeeded(Duration::from_millis(5)),
+            }
+        }
+        rig.seconds(1);
+        let backends = rig.balancer.backends();
+        most = most.max(backends.iter().filter(|it| it.is_ejected).count());
+    }
+    assert!(most <= 1, "{most} were left out");
+}

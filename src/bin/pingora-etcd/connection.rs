@@ -77,7 +77,8 @@ impl Connection {
             etcd = etcd.key_prefix(prefix);
         }
         if self.ca.is_some() || self.cert.is_some() {
-            etcd = etcd.tls(self.tls());
+            let of_file = etcd.tls.take().unwrap_or_default();
+            etcd = etcd.tls(self.tls(of_file));
         }
         if let Some(user) = &self.user {
             // Never as an argument, because those are visible to everybody on the machine.
@@ -115,8 +116,8 @@ impl Connection {
         })
     }
 
-    fn tls(&self) -> TlsOptions {
-        let mut tls = TlsOptions::new();
+    /// What is given, in place of what the file says of the same.
+    fn tls(&self, mut tls: TlsOptions) -> TlsOptions {
         if let Some(file) = &self.ca {
             tls = tls.ca_file(file);
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use clap::Args;
+use pingora_etcd::discovery::DiscoveryStatus;
 use pingora_etcd::{
     Change, ClusterError, Leadership, Node, NodeOverride, Nodes, Operator, ServiceDiscovery,
 };
@@ -241,7 +242,7 @@ pub fn watch(arguments: &Arguments) -> Result {
             let happened = tokio::select! {
                 change = changes.next() => happened(&change),
                 Ok(()) = status.changed() => {
-                    vec![Happened::plain(&status.borrow_and_update().to_string())]
+                    vec![Happened::of_view(*status.borrow_and_update())]
                 }
                 _ = &mut interrupt => return Ok(ExitCode::SUCCESS),
             };
@@ -257,23 +258,43 @@ pub fn watch(arguments: &Arguments) -> Result {
 
 /// A line of `watch`.
 struct Happened {
-    what: String,
+    /// One of a few words, for programs: see the guide.
+    what: &'static str,
+    nodes: Option<usize>,
+    view: Option<&'static str>,
     node: Option<Value>,
     text: String,
     epoch: Option<i64>,
 }
 
 impl Happened {
-    fn plain(what: &str) -> Self {
+    fn of_view(status: DiscoveryStatus) -> Self {
+        let view = match status {
+            DiscoveryStatus::Live => "live",
+            DiscoveryStatus::Stale { .. } => "stale",
+            DiscoveryStatus::FromDisk { .. } => "from_disk",
+            DiscoveryStatus::Ended { .. } => "ended",
+            _ => "connecting",
+        };
         Self {
-            what: what.to_owned(),
+            view: Some(view),
+            text: status.to_string(),
+            ..Self::plain("view")
+        }
+    }
+
+    fn plain(what: &'static str) -> Self {
+        Self {
+            what,
+            nodes: None,
+            view: None,
             node: None,
             text: String::new(),
             epoch: None,
         }
     }
 
-    fn to(what: &str, node: &Node) -> Self {
+    fn to(what: &'static str, node: &Node) -> Self {
         let mut text = format!("{} at {}", node.id, node.addr(0));
         if !node.is_serving() {
             text.push_str(", draining");
@@ -289,7 +310,14 @@ impl Happened {
     }
 
     fn as_json(&self) -> Value {
-        json!({ "time": now(), "event": self.what, "node": self.node, "epoch": self.epoch })
+        json!({
+            "time": now(),
+            "event": self.what,
+            "nodes": self.nodes,
+            "view": self.view,
+            "node": self.node,
+            "epoch": self.epoch,
+        })
     }
 
     fn as_text(&self) -> String {
@@ -308,7 +336,11 @@ fn now() -> String {
 fn happened(change: &Change) -> Vec<Happened> {
     match change {
         Change::Reset(nodes) => {
-            let mut all = vec![Happened::plain(&format!("view of {} nodes", nodes.len()))];
+            let mut all = vec![Happened {
+                nodes: Some(nodes.len()),
+                text: format!("{} nodes", nodes.len()),
+                ..Happened::plain("reset")
+            }];
             all.extend(
                 sorted(nodes)
                     .into_iter()
@@ -324,7 +356,7 @@ fn happened(change: &Change) -> Vec<Happened> {
             text: leadership.node.id.clone(),
             ..Happened::to("leader", &leadership.node)
         }],
-        Change::Leader(None) => vec![Happened::plain("no leader")],
+        Change::Leader(None) => vec![Happened::plain("no_leader")],
         _ => Vec::new(),
     }
 }

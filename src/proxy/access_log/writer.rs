@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::fs::{Access, access};
 use tracing::warn;
 
 use super::entry::AccessLogEntry;
@@ -37,6 +38,8 @@ pub(super) struct Writer {
     /// Lines that may not be in the file yet, and those that were lost since that was said.
     unflushed: u64,
     lost: u64,
+    /// The last write has failed, perhaps in the middle of a line.
+    is_torn: bool,
 }
 
 enum Output {
@@ -72,11 +75,16 @@ impl Writer {
             format,
             dropped,
             statistics,
-            output: opened.map(|file| Output::File(BufWriter::new(file))),
+            output: opened.map(|mut file| {
+                // A process before this one may have left a part of a line.
+                let _ = end_line(path, &mut file);
+                Output::File(BufWriter::new(file))
+            }),
             generation: 0,
             is_reported: false,
             unflushed: 0,
             lost: 0,
+            is_torn: false,
         }
     }
 
@@ -91,8 +99,13 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => self.open_if_asked(),
                 Err(RecvTimeoutError::Disconnected) => return self.flush(),
             }
+            let mut flushed = Instant::now();
             while let Ok((entry, _)) = lines.try_recv() {
                 self.write(&entry);
+                if flushed.elapsed() >= FLUSH_AFTER {
+                    self.flush();
+                    flushed = Instant::now();
+                }
             }
             self.flush();
         }
@@ -107,8 +120,15 @@ impl Writer {
         if self.output.is_none() {
             self.open();
         }
+        let is_torn = std::mem::take(&mut self.is_torn);
+        if is_torn {
+            self.replace_torn();
+        }
         self.unflushed += 1;
-        let text = line(self.format, entry);
+        let mut text = line(self.format, entry);
+        if std::mem::take(&mut self.is_torn) {
+            text.insert(0, b'\n');
+        }
         match self.output.as_mut().map(|output| output.write_all(&text)) {
             Some(Ok(())) => {}
             Some(Err(error)) => self.fails(&error),
@@ -148,6 +168,18 @@ impl Writer {
         }
     }
 
+    /// Opens the file again after a write that failed. Where that is not allowed, what is open stays in use, and the next
+    /// line has to end the one before.
+    fn replace_torn(&mut self) {
+        match open(&self.path) {
+            Ok(mut file) => {
+                self.is_torn = end_line(&self.path, &mut file).is_err();
+                self.output = Some(Output::File(BufWriter::new(file)));
+            }
+            Err(_) => self.is_torn = true,
+        }
+    }
+
     fn flush(&mut self) {
         match self.output.as_mut().map(Write::flush) {
             Some(Err(error)) => self.fails(&error),
@@ -171,9 +203,11 @@ impl Writer {
     /// Lines that cannot be written are lost. The next one tries again.
     fn fails(&mut self, error: &std::io::Error) {
         self.loses_unflushed();
-        // What is in the buffer would be written when it is dropped, in vain.
         if let Some(Output::File(file)) = self.output.take() {
-            drop(file.into_parts());
+            // Without what is in the buffer, which counts as lost. The file itself may be one that a daemon may not open again.
+            let (file, _) = file.into_parts();
+            self.output = Some(Output::File(BufWriter::new(file)));
+            self.is_torn = true;
         }
         if !std::mem::replace(&mut self.is_reported, true) {
             let path = self.path.display().to_string();
@@ -187,7 +221,9 @@ pub(super) fn check(file: &Path) -> std::io::Result<()> {
     match File::options().append(true).open(file) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let directory = file.parent().filter(|it| !it.as_os_str().is_empty());
-            directory.unwrap_or(Path::new(".")).read_dir().map(drop)
+            let directory = directory.unwrap_or(Path::new("."));
+            access(directory, Access::WRITE_OK | Access::EXEC_OK)?;
+            Ok(())
         }
         opened => opened.map(drop),
     }

@@ -253,7 +253,7 @@ fn prometheus(text: &str, name: &str) -> Option<f64> {
     let samples = text.lines().filter_map(|line| {
         let rest = line.trim().strip_prefix(name)?;
         let values = match rest.strip_prefix('{') {
-            Some(labels) => &labels[labels.rfind('}')? + 1..],
+            Some(labels) => after_labels(labels)?,
             None if rest.starts_with([' ', '\t']) => rest,
             None => return None,
         };
@@ -261,6 +261,23 @@ fn prometheus(text: &str, name: &str) -> Option<f64> {
         value.is_finite().then_some(value)
     });
     samples.fold(None, |sum, value| Some(sum.unwrap_or(0.0) + value))
+}
+
+/// What follows the brace that ends the labels. One in a value is none, and after the number there may be an example with
+/// labels of its own (OpenMetrics).
+fn after_labels(labels: &str) -> Option<&str> {
+    let (mut is_quoted, mut is_escaped) = (false, false);
+    let end = labels.find(|sign| {
+        match sign {
+            _ if is_escaped => is_escaped = false,
+            '\\' if is_quoted => is_escaped = true,
+            '"' => is_quoted = !is_quoted,
+            '}' => return !is_quoted,
+            _ => {}
+        }
+        false
+    })?;
+    Some(&labels[end + 1..])
 }
 
 struct Collector(Arc<State>);
@@ -401,7 +418,7 @@ mod tests {
             json!({ "queue_depth": 4 })
         );
         let text = "# HELP waiting requests\n# TYPE waiting gauge\nwaiting{a=\"}\",b=\"x y\"} 2\n\
-                    waiting{a=\"2\"} 3 1700000000\nwaiting_more 7\nbad NaN\nplain 1.5e1\n";
+                    waiting{a=\"2\"} 3 # {trace_id=\"x\"} 0.5 1700000000\nwaiting_more 7\nbad NaN\nplain 1.5e1\n";
         let metrics = [("queue_depth", "waiting"), ("b", "bad"), ("p", "plain")];
         assert_eq!(
             parsed(text, &metrics),
