@@ -87,6 +87,19 @@ async fn it_shows_nodes_and_leader_and_what_happens() {
 
     delete(&mut keys, &group, "a").await;
     until("it is gone", async || has("left", Some("a"))).await;
+    // Programs know each of these words.
+    let known = [
+        "connecting",
+        "live",
+        "reset",
+        "joined",
+        "updated",
+        "left",
+        "no_leader",
+    ];
+    for line in events() {
+        assert!(known.iter().any(|known| line["event"] == *known), "{line}");
+    }
     watching.signal("INT");
     assert!(watching.ended().await.0.success());
     std::fs::remove_file(&file).unwrap();

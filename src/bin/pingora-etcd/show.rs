@@ -261,7 +261,6 @@ struct Happened {
     /// One of a few words, for programs: see the guide.
     what: &'static str,
     nodes: Option<usize>,
-    view: Option<&'static str>,
     node: Option<Value>,
     text: String,
     epoch: Option<i64>,
@@ -269,7 +268,7 @@ struct Happened {
 
 impl Happened {
     fn of_view(status: DiscoveryStatus) -> Self {
-        let view = match status {
+        let what = match status {
             DiscoveryStatus::Live => "live",
             DiscoveryStatus::Stale { .. } => "stale",
             DiscoveryStatus::FromDisk { .. } => "from_disk",
@@ -277,9 +276,12 @@ impl Happened {
             _ => "connecting",
         };
         Self {
-            view: Some(view),
-            text: status.to_string(),
-            ..Self::plain("view")
+            text: match what {
+                // How long ago that was.
+                "stale" | "from_disk" | "ended" => status.to_string(),
+                _ => String::new(),
+            },
+            ..Self::plain(what)
         }
     }
 
@@ -287,7 +289,6 @@ impl Happened {
         Self {
             what,
             nodes: None,
-            view: None,
             node: None,
             text: String::new(),
             epoch: None,
@@ -314,7 +315,6 @@ impl Happened {
             "time": now(),
             "event": self.what,
             "nodes": self.nodes,
-            "view": self.view,
             "node": self.node,
             "epoch": self.epoch,
         })
