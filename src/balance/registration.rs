@@ -53,7 +53,7 @@ pub(super) struct Registration {
     /// The load of its entry is newer than what responses have said, and was not used yet.
     pub(super) has_unread_entry: bool,
     /// What an operator says of it.
-    said: Option<NodeOverride>,
+    said: Option<Box<NodeOverride>>,
     /// What health checks have said of it.
     pub(super) checked: Checked,
     /// It says that it cannot serve.
@@ -66,7 +66,7 @@ pub(super) struct Registration {
     pub(super) was_used: bool,
     /// When this process last had a request there.
     used_at: Option<Instant>,
-    taught: Option<Taught>,
+    taught: Option<Box<Taught>>,
     /// The number of the last complete view that contained it.
     pub(super) last_view: u32,
     /// Its outcomes as of the last tick.
@@ -210,18 +210,18 @@ impl Registration {
     /// Takes over what an operator says of it, if it is meant for this process.
     pub(super) fn set_override(&mut self, said: Option<&NodeOverride>) {
         let said = said.filter(|said| said.is_for(&self.node) && !said.is_empty());
-        self.said = said.copied();
+        self.said = said.map(|said| Box::new(*said));
         self.weigh();
     }
 
     /// What an operator says of it.
     pub(super) fn said(&self) -> Option<NodeOverride> {
-        self.said
+        self.said.as_deref().copied()
     }
 
     /// As it registered it, or as an operator has said.
     pub(super) fn static_weight(&self) -> BaseWeight {
-        let said = self.said.and_then(|said| said.weight);
+        let said = self.said.as_ref().and_then(|said| said.weight);
         BaseWeight::new(said.or(self.node.weight))
     }
 
@@ -344,7 +344,7 @@ impl Registration {
         if self.is_unused() {
             self.controller.learn(lesson);
             self.endpoint.learn(lesson);
-            self.taught = Some(taught);
+            self.taught = Some(Box::new(taught));
         }
     }
 
@@ -426,7 +426,7 @@ impl Registration {
 
     /// Whether it gets traffic: it holds its address, serves, and its static weight is not 0.
     pub(super) fn takes_traffic(&self) -> bool {
-        let is_drained = self.said.is_some_and(|said| said.is_draining());
+        let is_drained = self.said.as_ref().is_some_and(|said| said.is_draining());
         !self.is_shadowed && self.node.is_serving() && !is_drained && self.base.allows_traffic()
     }
 }
