@@ -32,7 +32,7 @@ const UNCHANGED_COUNTS_AFTER: Duration = Duration::from_secs(5);
 const UNCHANGED_VALID: Duration = Duration::from_secs(60);
 /// Who would have had so many requests by its weight, and got none, is asked for one: by chance alone, one in ten million
 /// backends would be (e^-16).
-const MOST_MISSED: f64 = 16.0;
+const MOST_MISSED: f32 = 16.0;
 /// A sampling time that is behind the last one by more than this means that the sender's clock was
 /// set back, not that the report is late: responses that overtake each other are almost of the same
 /// time.
@@ -76,7 +76,7 @@ pub(super) struct Registration {
     /// How many requests have ended between them.
     ended: u32,
     /// How many requests were its part of all since its last one.
-    missed: f64,
+    missed: f32,
     /// It does its work for so much fewer requests than the others that its low load says nothing.
     pub(super) is_refusing: bool,
     trial: Trial,
@@ -309,7 +309,7 @@ impl Registration {
     pub(super) fn miss_requests(&mut self, part: f64) {
         self.missed = match self.has_requests() || self.endpoint.is_ejected() {
             true => 0.0,
-            false => self.missed + part,
+            false => self.missed + part as f32,
         };
         if self.missed >= MOST_MISSED {
             self.missed = 0.0;
