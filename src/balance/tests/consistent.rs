@@ -219,20 +219,19 @@ fn overflow_of_consistent_hashing_goes_to_those_that_work() {
     assert!(failed < 100, "{failed} of 600");
 }
 
-/// One key whose requests all fail, such as a broken page, is no fault of the backend that has it.
-#[test]
-fn a_key_that_always_fails_takes_out_one_backend_at_most() {
+/// What becomes of ten backends while one key, such as that of a broken page, always fails; `is_broken` says which requests of a
+/// second have it. The most that were ejected at one time, and the most requests of a second at one backend.
+fn with_a_broken_key(seconds: u32, requests: u32, is_broken: impl Fn(u32) -> bool) -> (usize, u32) {
     let mut rig = Rig::new(Balancer::builder().policy(Policy::Consistent));
     for index in 0..10 {
         rig.nodes.insert(format!("n{index}"), super::bare(index));
     }
     rig.update();
     let (mut most, mut busiest) = (0, 0);
-    for _ in 0..60 {
+    for _ in 0..seconds {
         let mut counts = BTreeMap::<u16, u32>::new();
-        for request in 0..1_000 {
-            let is_broken = request % 20 == 0;
-            let key = match is_broken {
+        for request in 0..requests {
+            let key = match is_broken(request) {
                 true => "broken".to_owned(),
                 false => format!("key {}", rig.rng.u32(..)),
             };
@@ -244,7 +243,7 @@ fn a_key_that_always_fails_takes_out_one_backend_at_most() {
             };
             let upstream = rig.balancer.pick_with(options).unwrap();
             *counts.entry(upstream.addr().port()).or_default() += 1;
-            match is_broken {
+            match is_broken(request) {
                 true => upstream.failed(),
                 false => upstream.succeeded(Duration::from_millis(5)),
             }
@@ -254,6 +253,13 @@ fn a_key_that_always_fails_takes_out_one_backend_at_most() {
         most = most.max(backends.iter().filter(|it| it.is_ejected).count());
         busiest = busiest.max(*counts.values().max().unwrap());
     }
+    (most, busiest)
+}
+
+/// It is no fault of the backend that has the key.
+#[test]
+fn a_key_that_always_fails_takes_out_one_backend_at_most() {
+    let (most, busiest) = with_a_broken_key(60, 1_000, |request| request % 20 == 0);
     assert!(most <= 1, "{most} were left out");
     assert!(busiest < 350, "{busiest} of 1,000 at one backend");
 }
@@ -262,34 +268,6 @@ fn a_key_that_always_fails_takes_out_one_backend_at_most() {
 /// as well.
 #[test]
 fn a_key_that_always_fails_takes_out_one_backend_of_a_quiet_group() {
-    let mut rig = Rig::new(Balancer::builder().policy(Policy::Consistent));
-    for index in 0..10 {
-        rig.nodes.insert(format!("n{index}"), super::bare(index));
-    }
-    rig.update();
-    let mut most = 0;
-    for _ in 0..180 {
-        for request in 0..11 {
-            let is_broken = request < 10;
-            let key = match is_broken {
-                true => "broken".to_owned(),
-                false => format!("key {}", rig.rng.u32(..)),
-            };
-            let options = PickOptions {
-                key: key.as_bytes(),
-                now: Some(rig.now),
-                random: Some(rig.rng.u64(..)),
-                ..PickOptions::default()
-            };
-            let upstream = rig.balancer.pick_with(options).unwrap();
-            match is_broken {
-                true => upstream.failed(),
-                false => upstream.succeeded(Duration::from_millis(5)),
-            }
-        }
-        rig.seconds(1);
-        let backends = rig.balancer.backends();
-        most = most.max(backends.iter().filter(|it| it.is_ejected).count());
-    }
+    let (most, _) = with_a_broken_key(180, 11, |request| request < 10);
     assert!(most <= 1, "{most} were left out");
 }
