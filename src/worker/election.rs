@@ -7,25 +7,24 @@
 //! end of a leader wakes one node and not all.
 
 mod announce;
+mod carry_out;
 
 use std::convert::Infallible;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{debug, info, warn};
 
-use super::command::{Command, respond};
 use super::decision::{Action, decide};
 use super::handover::Handover;
-use super::inbox::refuse_while;
+use super::inbox::Inbox;
 use super::participant::Participant;
 use super::reading::{Reading, says_draining};
 use super::session::{Input, Registered};
 use crate::backoff::Backoff;
 use crate::error::ClusterError;
 use crate::node::HealthStatus;
-use crate::store::{LeaseId, Revision, Selector, WatchEvent, WatchRange, Watcher};
+use crate::store::{LeaseId, Selector, WatchEvent, WatchRange, Watcher};
 
 /// After this many steps in a row that wrote something, the next one has to wait: whatever the
 /// reason, the store must not be kept busy.
@@ -36,10 +35,7 @@ const MAX_WRITES_IN_A_ROW: u32 = 12;
 const ANNOUNCE_AFTER: Duration = Duration::from_millis(500);
 
 /// Keeps a node registered and in the election under one lease.
-pub(super) async fn take_part(
-    participant: &Participant<'_>,
-    inbox: &mut mpsc::Receiver<Command>,
-) -> Infallible {
+pub(super) async fn take_part(participant: &Participant<'_>, inbox: &mut Inbox) -> Infallible {
     let state = participant.state;
     let mut backoff = Backoff::new();
     let mut writes_in_a_row = 0;
@@ -54,7 +50,10 @@ pub(super) async fn take_part(
                 backoff.reset();
                 writes_in_a_row = match progress {
                     Progress::Waited => 0,
-                    Progress::Wrote => writes_in_a_row + 1,
+                    Progress::Wrote => {
+                        inbox.forget_candidacy();
+                        writes_in_a_row + 1
+                    }
                 };
                 if writes_in_a_row < MAX_WRITES_IN_A_ROW {
                     continue;
@@ -81,7 +80,7 @@ pub(super) async fn take_part(
             state.set_health(HealthStatus::Unhealthy);
             warn!(%error, ?pause, "cannot register");
         }
-        refuse_while(sleep(pause), state, inbox, &error).await;
+        inbox.wait(sleep(pause), state, &error).await;
     }
 }
 
@@ -122,10 +121,7 @@ struct Watch {
 
 impl Election<'_> {
     /// Reads, and does the one thing that is missing, or waits for a change that matters.
-    async fn step(
-        &mut self,
-        inbox: &mut mpsc::Receiver<Command>,
-    ) -> Result<Progress, ClusterError> {
+    async fn step(&mut self, inbox: &mut Inbox) -> Result<Progress, ClusterError> {
         let participant = self.participant;
         let mut lease_changes = participant.lease.listen();
         let revived = participant.lease.status().revived;
@@ -134,6 +130,8 @@ impl Election<'_> {
         let reading = self.read().await?;
         let decision = self.decide(&reading, lapses);
         self.report(&reading, &decision);
+        let own = reading.candidacy(&participant.candidacy);
+        inbox.settle(participant.state, &decision.action, own);
         let leads = matches!(decision.action, Action::Lead { .. });
         if self.handover.settle(&reading, leads).await? {
             return Ok(Progress::Wrote);
@@ -153,6 +151,7 @@ impl Election<'_> {
             action: decision.action,
             reading,
         };
+        inbox.store_works();
         let revived_again = lease_changes.wait_for(|status| status.revived != revived);
         let waited = self.wait(&mut watch, revived_again, quiet_for, inbox).await;
         if waited.is_err() && matches!(watch.action, Action::Follow { .. }) {
@@ -338,7 +337,7 @@ impl Election<'_> {
         watch: &mut Watch,
         revived_again: impl Future<Output = ()>,
         quiet_for: Duration,
-        inbox: &mut mpsc::Receiver<Command>,
+        inbox: &mut Inbox,
     ) -> Result<(), ClusterError> {
         let (participant, state) = (self.participant, self.participant.state);
         let own = watch.reading.candidacy(&participant.candidacy);
@@ -362,7 +361,7 @@ impl Election<'_> {
             () = revived_again => state.end_term(),
             // The same, if the deadline was noticed when it passed.
             () = state.reread.notified() => {}
-            Some(command) = inbox.recv() => self.carry_out(command, own).await,
+            Some(command) = inbox.recv() => self.carry_out(command, own, inbox).await?,
             changed = self.until_it_matters(watch) => changed?,
             () = quiet => {}
             () = handover_due => {}
@@ -443,36 +442,5 @@ impl Election<'_> {
             if entry.key == self.participant.registration
                 && entry.lease == holder
                 && (!self.participant.state.is_draining() || says_draining(entry)))
-    }
-
-    /// Carries out a command of the application. In each case the term ends here before anything is
-    /// written, so that it never overlaps with the successor's; and if the answer is lost, the
-    /// candidacy stays given up.
-    async fn carry_out(&mut self, command: Command, candidacy: Option<Revision>) {
-        let (participant, state) = (self.participant, self.participant.state);
-        match command {
-            // Nobody waits any more.
-            Command::Resign(reply) | Command::Transfer { reply, .. } if reply.is_closed() => {}
-            Command::Resign(reply) => {
-                state.end_term();
-                respond(reply, participant.withdraw_if_any(candidacy).await);
-            }
-            Command::Drain(reply) => {
-                state.set_draining();
-                state.end_term();
-                let announced = match participant.announce_draining(candidacy).await {
-                    Ok(true) => Ok(()),
-                    Ok(false) => Err(state.unavailable(
-                        "drain",
-                        "the registration is gone, or that of another process; the node says that it drains as soon as it is registered again",
-                    )),
-                    Err(error) => Err(error),
-                };
-                respond(reply, announced);
-            }
-            Command::Transfer { target, reply } => {
-                self.handover.begin_transfer(target, reply).await;
-            }
-        }
     }
 }

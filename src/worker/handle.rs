@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{broadcast, oneshot, watch};
+use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep};
 
 use super::command::{Command, Reply};
@@ -266,7 +266,8 @@ impl ClusterNode {
     ///
     /// # Errors
     ///
-    /// [`NotRunning`](ClusterError::NotRunning), or an error of the store.
+    /// [`NotRunning`](ClusterError::NotRunning), or an error of the store, for which the call waits as
+    /// [`drain`](Self::drain) does. A leader has given up its term all the same.
     pub async fn resign(&self) -> Result<(), ClusterError> {
         self.send(Command::Resign).await
     }
@@ -291,10 +292,18 @@ impl ClusterNode {
     /// transfer needs, which the error names. The term goes on.
     ///
     /// [`NotRunning`](ClusterError::NotRunning), or an error of the store. After an error of the
-    /// store it is unknown whether leadership was handed over, and this node has given it up.
+    /// store it is unknown whether leadership was handed over; this node has given it up if that has begun. While the
+    /// store fails, the call waits for it, as [`drain`](Self::drain) does, and hands over in the same term only:
+    /// otherwise it is `NotLeader`.
     pub async fn transfer_to(&self, target: impl Into<String>) -> Result<(), ClusterError> {
         let target = target.into();
-        self.send(|reply| Command::Transfer { target, reply }).await
+        let term = self.state.term().map(|term| term.epoch);
+        let command = |reply| Command::Transfer {
+            target,
+            term,
+            reply,
+        };
+        self.send(command).await
     }
 }
 
@@ -308,8 +317,9 @@ impl ClusterNode {
     ///
     /// # Errors
     ///
-    /// [`NotRunning`](ClusterError::NotRunning), and then nothing has happened; or an error of the
-    /// store, and then the node drains as soon as the store can be written.
+    /// [`NotRunning`](ClusterError::NotRunning), and then nothing was written; or an error of the
+    /// store, and then the node drains as soon as the store can be written. While the store fails,
+    /// the call waits for it: for two seconds, and as long as the request that is under way takes.
     pub async fn drain(&self) -> Result<(), ClusterError> {
         self.send(Command::Drain).await
     }
@@ -331,7 +341,8 @@ impl ClusterNode {
     /// Returns whether the node is idle. If nothing counts its requests (no
     /// [`enter`](LoadReporter::enter), no layer), that is unknown: then it waits for all of `grace`
     /// and returns false. While the store is away balancers cannot learn that the node drains, but
-    /// the wait ends all the same.
+    /// the wait ends all the same; whether it is idle is looked at when [`drain`](Self::drain) has returned, which takes
+    /// two seconds then.
     pub async fn drain_until_idle(&self, grace: Duration) -> bool {
         let reporter = &self.state.reporter;
         let idle = async {
@@ -355,7 +366,7 @@ impl ClusterNode {
         let state = &self.state;
         let not_running = || ClusterError::NotRunning { what: state.name() };
         let commands = state.commands().clone().ok_or_else(not_running)?;
-        let (reply, outcome) = oneshot::channel();
+        let (reply, outcome) = Reply::new();
         // The run may end at any time, and drops the commands that it has not carried out.
         let sent = commands.send(command(reply)).await;
         drop(commands);

@@ -12,14 +12,15 @@ use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::access::Right;
-use super::command::{Reply, respond};
+use super::command::{Command, Reply, respond};
+use super::inbox::may_pass;
 use super::participant::{Participant, is_same_process};
 use super::reading::Reading;
 use super::request::Wanted;
 use super::takeover::{self, Takeover};
 use super::transfer::{self, MAKE_WAY_WITHIN, Transfer, refused};
 use crate::error::ClusterError;
-use crate::store::{Entry, Selector};
+use crate::store::{Entry, Revision, Selector};
 
 /// What one node does to change the order of leaders, under one lease.
 pub(super) struct Handover<'a> {
@@ -72,13 +73,20 @@ impl<'a> Handover<'a> {
 
 /// Transfers that the application requests.
 impl Handover<'_> {
-    /// Begins a transfer, and reports its outcome when it is known.
-    pub(super) async fn begin_transfer(&mut self, target: String, reply: Reply) {
+    /// Begins a transfer, and reports its outcome when it is known. After an error that may pass it can be tried again,
+    /// if nothing was handed over.
+    pub(super) async fn begin_transfer(
+        &mut self,
+        target: String,
+        term: Option<Revision>,
+        reply: Reply,
+    ) -> Result<(), (Command, ClusterError)> {
         if self.transfer.is_some() {
             let error = refused(&target, "another transfer is under way");
-            return respond(reply, Err(error));
+            respond(reply, Err(error));
+            return Ok(());
         }
-        match self.try_transfer(&target).await {
+        match self.try_transfer(&target, term).await {
             Ok(None) => respond(reply, Ok(())),
             Ok(Some(wanted)) => {
                 debug!(
@@ -94,15 +102,29 @@ impl Handover<'_> {
                     reply,
                 });
             }
+            Err(error) if may_pass(&error) && self.participant.state.term().is_some() => {
+                let again = Command::Transfer {
+                    target,
+                    term,
+                    reply,
+                };
+                return Err((again, error));
+            }
             Err(error) => respond(reply, Err(error)),
         }
+        Ok(())
     }
 
     /// Hands over at once if the target is next in the queue. Otherwise it asks those ahead of the
     /// target to make way, and returns that request.
-    async fn try_transfer(&self, target: &str) -> Result<Option<Wanted>, ClusterError> {
+    async fn try_transfer(
+        &self,
+        target: &str,
+        asked: Option<Revision>,
+    ) -> Result<Option<Wanted>, ClusterError> {
         let (participant, state) = (self.participant, self.participant.state);
-        let Some(term) = state.term() else {
+        // Another term may have begun while the store was away.
+        let Some(term) = state.term().filter(|term| Some(term.epoch) == asked) else {
             return Err(state.not_leader());
         };
         if target == state.id() {

@@ -9,9 +9,8 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::{Span, info, info_span, warn};
 
-use super::command::Command;
 use super::election::take_part;
-use super::inbox::refuse_while;
+use super::inbox::Inbox;
 use super::lease::{Cleanup, LeaseStatus, SharedLease, UNHEALTHY_AFTER, until_replaced};
 use super::lease_driver::keep_alive;
 use super::orphans::delete_held;
@@ -55,6 +54,7 @@ pub(super) async fn run(
         never = in_span(&span, keep_alive(&running.lease, &store, &lease_span)) => match never {},
         never = in_span(&span, live(state, &*store, &running.lease, &mut inbox)) => match never {},
     }
+    inbox.end(state);
     in_span(&span, running.leave(&*store)).await;
     Ok(())
 }
@@ -67,11 +67,11 @@ struct Running<'a> {
 }
 
 impl<'a> Running<'a> {
-    fn start(state: &'a WorkerState) -> Result<(Self, mpsc::Receiver<Command>), ClusterError> {
+    fn start(state: &'a WorkerState) -> Result<(Self, Inbox), ClusterError> {
         if !state.lifecycle.begin() {
             return Err(ClusterError::AlreadyRunning { what: state.name() });
         }
-        let (commands, inbox) = mpsc::channel(INBOX_SIZE);
+        let (commands, received) = mpsc::channel(INBOX_SIZE);
         *state.commands() = Some(commands);
         let config = &state.config;
         let lease = match &config.pool {
@@ -92,7 +92,7 @@ impl<'a> Running<'a> {
         state.entry().set_run(run);
         state.feed(Input::Start);
         info!("node starts");
-        Ok((running, inbox))
+        Ok((running, Inbox::new(received)))
     }
 
     /// Announces that the node leaves, and removes its keys. A node with a lease of its own revokes
@@ -186,7 +186,7 @@ async fn live(
     state: &WorkerState,
     store: &dyn Store,
     lease: &SharedLease,
-    inbox: &mut mpsc::Receiver<Command>,
+    inbox: &mut Inbox,
 ) -> Infallible {
     // One sampler for all leases: it never calls a collector that has not returned yet.
     let mut sampler = Sampler::new(state.config.collector.clone());
@@ -201,7 +201,7 @@ async fn live(
             }
             let error =
                 error.unwrap_or_else(|| state.unavailable("register", "there is no lease yet"));
-            refuse_while(changes.changed(), state, inbox, &error).await;
+            inbox.wait(changes.changed(), state, &error).await;
             continue;
         };
         state.feed(Input::Granted);
@@ -219,6 +219,7 @@ async fn live(
             }
         };
         in_span(&span, session).await;
+        inbox.forget_candidacy();
         state.feed(Input::LeaseGone);
     }
 }

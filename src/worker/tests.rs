@@ -296,6 +296,117 @@ async fn a_node_drains_after_an_outage_if_it_was_asked_to_during_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn no_command_is_refused_because_a_connection_was_replaced() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    store.end_watches();
+    sleep(Duration::from_millis(10)).await;
+    let (first, second) = tokio::join!(running.node.resign(), running.node.resign());
+    first.unwrap();
+    second.unwrap();
+    until("it leads again", || running.node.is_leader()).await;
+    // The members of etcd are stopped one after the other.
+    for _ in 0..3 {
+        store.end_watches();
+        sleep(Duration::from_secs(10)).await;
+        assert!(running.node.is_leader());
+    }
+    store.end_watches();
+    sleep(Duration::from_millis(10)).await;
+    running.node.drain().await.unwrap();
+    let entries = store.entries();
+    assert!(String::from_utf8_lossy(&entries[0].value).contains("draining"));
+    assert!(!running.node.is_leader());
+}
+
+/// What is asked while the store fails for a moment takes effect in this process at once, and is answered when the store
+/// has it.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_fails_for_a_moment_refuses_no_command() {
+    for fault in [Fault::Refuse, Fault::Silence, Fault::LoseAnswers] {
+        for command in ["drain", "resign", "transfer"] {
+            let store = MemoryStore::new();
+            let running = start(&store, "n1");
+            until("it leads", || running.node.is_leader()).await;
+            let epoch = running.node.leadership().unwrap().epoch;
+            let other = start(&store, "n2");
+            other.node.until_registered().await.unwrap();
+            until("n2 waits", || store.entries().len() == 4).await;
+            store.set_fault(Some(fault));
+            sleep(Duration::from_millis(100)).await;
+            let node = running.node.clone();
+            let asked = tokio::spawn(async move {
+                match command {
+                    "drain" => node.drain().await,
+                    "resign" => node.resign().await,
+                    _ => node.transfer_to("n2").await,
+                }
+            });
+            sleep(Duration::from_millis(900)).await;
+            if fault == Fault::Refuse && command != "transfer" {
+                assert!(!running.node.is_leader(), "{command}");
+            }
+            store.set_fault(None);
+            let outcome = asked.await.unwrap();
+            if command != "transfer" || fault == Fault::Refuse {
+                outcome.unwrap_or_else(|error| panic!("{command}, {fault:?}: {error}"));
+            }
+            until("n2 leads", || other.node.is_leader()).await;
+            assert!(other.node.leadership().unwrap().epoch > epoch);
+        }
+    }
+}
+
+/// Who has no valid term any more may still be first in the queue, and lead again when the store works.
+#[tokio::test(start_paused = true)]
+async fn a_leader_whose_term_has_lapsed_resigns_all_the_same() {
+    let store = MemoryStore::new();
+    let running = run(builder(&store, "n1").ttl(2));
+    until("it leads", || running.node.is_leader()).await;
+    let epoch = running.node.leadership().unwrap().epoch;
+    store.extend_leases();
+    store.set_fault(Some(Fault::Refuse));
+    until("its term has lapsed", || !running.node.is_leader()).await;
+    let node = running.node.clone();
+    let asked = tokio::spawn(async move { node.resign().await });
+    sleep(Duration::from_millis(10)).await;
+    store.set_fault(None);
+    until("it leads again", || running.node.is_leader()).await;
+    assert!(running.node.leadership().unwrap().epoch > epoch);
+    let _ = asked.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_begun_when_the_node_is_stopped_is_not_said_to_be_refused() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    store.set_fault(Some(Fault::Refuse));
+    sleep(Duration::from_millis(100)).await;
+    let node = running.node.clone();
+    let asked = tokio::spawn(async move { node.drain().await });
+    sleep(Duration::from_millis(10)).await;
+    running.stop.send(()).unwrap();
+    let error = asked.await.unwrap().unwrap_err();
+    assert!(matches!(error, ClusterError::Unavailable { .. }), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_goes_on_under_the_next_lease() {
+    let store = MemoryStore::new();
+    let running = start(&store, "n1");
+    until("it leads", || running.node.is_leader()).await;
+    let lease = store.leases()[0];
+    store.expire_lease(lease);
+    running.node.drain().await.unwrap();
+    let entries = store.entries();
+    assert_eq!(entries.len(), 1);
+    assert!(String::from_utf8_lossy(&entries[0].value).contains("draining"));
+    assert_ne!(entries[0].lease, Some(lease));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_command_during_shutdown_is_answered() {
     let store = MemoryStore::new();
     let running = start(&store, "n1");

@@ -115,7 +115,7 @@ mod tests {
             candidacy: "e/target".to_owned(),
             created: 8,
             until: Instant::now() + MAKE_WAY_WITHIN,
-            reply: tokio::sync::oneshot::channel().0,
+            reply: Reply::new().0,
         };
         let (own, between) = (candidate("own", 2), candidate("between", 4));
         let target = candidate("target", 8);

@@ -1,5 +1,5 @@
-//! Calls on the current connection: bounded in time, repeated once with a fresh token, and counted for
-//! and against the connection.
+//! Calls on the current connection: bounded in time, repeated once with a fresh token, those that only read also on
+//! another connection, and counted for and against the connection.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -11,6 +11,13 @@ use super::connector::Connector;
 use super::link::Connection;
 use super::status::{CallError, Subject, bounded};
 use crate::error::ClusterError;
+
+/// Whether a call is made again after its connection has ended, when it is unknown whether it was carried out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Repeat {
+    Never,
+    OnAnotherConnection,
+}
 
 impl Connector {
     /// Makes one call, bounded in time, and discards the connection if it turns out to be dead. If the
@@ -24,15 +31,55 @@ impl Connector {
     where
         F: Future<Output = Result<T, EtcdError>>,
     {
+        self.repeated(operation, subject, request, Repeat::Never)
+            .await
+    }
+
+    /// The same for a call that changes nothing. If its connection ends meanwhile, as when a member of etcd stops, it is
+    /// made once more on another one.
+    pub(super) async fn read<T, F>(
+        self: &Arc<Self>,
+        operation: &'static str,
+        subject: Subject<'_>,
+        request: impl Fn(Client) -> F,
+    ) -> Result<T, ClusterError>
+    where
+        F: Future<Output = Result<T, EtcdError>>,
+    {
+        let repeat = Repeat::OnAnotherConnection;
+        self.repeated(operation, subject, request, repeat).await
+    }
+
+    async fn repeated<T, F>(
+        self: &Arc<Self>,
+        operation: &'static str,
+        subject: Subject<'_>,
+        request: impl Fn(Client) -> F,
+        repeat: Repeat,
+    ) -> Result<T, ClusterError>
+    where
+        F: Future<Output = Result<T, EtcdError>>,
+    {
         let mut connection = self.connection(operation).await?;
-        let version = connection.token.version();
-        let mut answer = self.attempt(operation, &connection, &request).await;
-        if let Err(error) = &answer
-            && self.may_refresh_for(error, &connection.token)
-        {
-            connection = self.refresh_token(connection.generation, version).await?;
-            answer = self.attempt(operation, &connection, &request).await;
-        }
+        let (mut may_refresh, mut may_repeat) = (true, repeat == Repeat::OnAnotherConnection);
+        let answer = loop {
+            let version = connection.token.version();
+            let answer = self.attempt(operation, &connection, &request).await;
+            let Err(error) = &answer else { break answer };
+            if may_refresh && self.may_refresh_for(error, &connection.token) {
+                may_refresh = false;
+                connection = self.refresh_token(connection.generation, version).await?;
+            } else if may_repeat && error.has_lost_connection() {
+                may_repeat = false;
+                // Why there is no other one says less than why the first one has ended.
+                let Ok(another) = self.connection(operation).await else {
+                    break answer;
+                };
+                connection = another;
+            } else {
+                break answer;
+            }
+        };
         answer.map_err(|error| self.explain(operation, &connection.endpoint, subject, &error))
     }
 

@@ -99,7 +99,7 @@ impl Store for EtcdStore {
     async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
         let answer = self
             .connector
-            .call("lease", about_lease(lease), |mut client| async move {
+            .read("lease", about_lease(lease), |mut client| async move {
                 let options = LeaseTimeToLiveOptions::new().with_keys();
                 client.lease_time_to_live(lease.0, Some(options)).await
             })

@@ -43,7 +43,7 @@ impl Lister {
                 lease: None,
             };
             let page = connector
-                .call("list", subject, |client| {
+                .read("list", subject, |client| {
                     let (from, options) = (start.clone(), options.clone());
                     async move { large_kv(&client).get(from, Some(options)).await }
                 })
@@ -96,7 +96,7 @@ impl Lister {
             lease: None,
         };
         let response = connector
-            .call("list", subject, |client| {
+            .read("list", subject, |client| {
                 let request = request.clone();
                 async move { large_kv(&client).txn(request).await }
             })

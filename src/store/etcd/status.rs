@@ -252,6 +252,16 @@ impl CallError {
         }
     }
 
+    /// Whether the connection has ended during the call, and not the member has answered that it cannot serve.
+    pub(super) fn has_lost_connection(&self) -> bool {
+        let is_of_transport = match self.source.as_deref() {
+            Some(EtcdError::GRpcStatus(status)) => status.source().is_some(),
+            Some(EtcdError::TransportError(_)) => true,
+            _ => false,
+        };
+        is_of_transport && matches!(self.failure, Failure::Unavailable(_))
+    }
+
     /// Whether etcd refused the token, not the user.
     pub(super) fn is_token_refused(&self) -> bool {
         matches!(self.failure, Failure::TokenRefused(_) | Failure::NoUser)
