@@ -144,6 +144,12 @@ impl Table {
         }
     }
 
+    /// Whether the weight of one backend is at least that of another one, but for rounding.
+    pub(super) fn weighs_at_least(&self, index: usize, other: usize) -> bool {
+        let [inverse, others] = [index, other].map(|it| self.slots[it].inverse_weight.get());
+        inverse <= others * (1.0 + 1e-4)
+    }
+
     /// The chance of each backend to be drawn.
     pub(super) fn shares(&self) -> Vec<Share> {
         let is_any_live = self.slots.first().is_some_and(|slot| slot.acceptance > 0.0);

@@ -62,8 +62,8 @@ async fn shares(count: usize) {
         .fold((0.0, 0.0), |sum, it| (sum.0 + it.0, sum.1 + it.1));
     for (got, share) in &idle {
         let expected = share * all / all_shares;
-        // One or two requests more or less cannot be avoided while weights change.
-        let tolerance = (0.15 * expected).max(2.5);
+        // Of few requests, turns cannot be shared out to the part of one.
+        let tolerance = (0.15 * expected).max(3.0);
         assert!(
             (got - expected).abs() <= tolerance,
             "{count}: {got} instead of {expected} in {idle:?}"

@@ -131,17 +131,34 @@ impl LeastBusy {
             .map(Picked::from)
     }
 
-    /// The first candidate: backends take turns by their shares, so that their parts are right even of a
+    /// The first candidate, and whose turn it is: backends take turns by their shares, so that their parts are right even of a
     /// few requests; with very many requests it is drawn by chance.
-    fn first(table: &Table, fleet: &Fleet, random: &mut fastrand::Rng) -> usize {
+    fn first(table: &Table, fleet: &Fleet, random: &mut fastrand::Rng) -> (usize, Option<u64>) {
         let Some(turn) = table.take_turn() else {
-            return table.alias.draw(random.u64(..));
+            return (table.alias.draw(random.u64(..)), None);
         };
         let turn = fleet.first_turn(random).wrapping_add(turn);
-        match &table.spread {
+        let index = match &table.spread {
             None => (turn % table.drawn as u64) as usize,
             Some(spread) => spread.turn(turn),
-        }
+        };
+        (index, Some(turn))
+    }
+
+    /// The second candidate, and a number by chance. It is drawn, unless it is a turn that is passed on: where a backend
+    /// has nothing to do here, but is loaded by others, the others take turns at what it does not get, because by chance
+    /// the parts of a few requests would not be right.
+    #[inline]
+    fn second(table: &Table, passed_on: Option<u64>, random: &mut fastrand::Rng) -> (usize, f32) {
+        let drawn = table.drawn as u64;
+        let Some(turn) = passed_on.filter(|_| drawn > 1) else {
+            return table.alias.draw_with_rest(random.u64(..));
+        };
+        let index = match &table.spread {
+            None => ((turn % drawn + 1 + turn / drawn % (drawn - 1)) % drawn) as usize,
+            Some(spread) => spread.passed_on(turn),
+        };
+        (index, random_unit(random))
     }
 
     /// Whether a candidate that comes by its turn, or next after one that is loaded, is taken without
@@ -170,7 +187,7 @@ impl LeastBusy {
             let score = self.score(table, index, in_flight, chance).to_bits();
             u64::from(score) << 32 | index as u64
         };
-        let first = Self::first(table, fleet, random);
+        let (first, turn) = Self::first(table, fleet, random);
         let mut bits = random.u64(..);
         let chance = unit(bits);
         let is_only = self.candidates == 1 || bits & EXPLORE_MASK == 0;
@@ -182,8 +199,12 @@ impl LeastBusy {
         }
         // If the first one is loaded, calm ones share its turn by their weights.
         let mut best = key(first, chance);
-        let (second, chance) = table.alias.draw_with_rest(random.u64(..));
-        if key(second, chance) < best && is_calm(second, chance) {
+        let passed_on = turn.filter(|_| table.slots[first].in_flight.get() == 0);
+        let (second, chance) = Self::second(table, passed_on, random);
+        let is_better = key(second, chance) < best;
+        // Without chance, where it has its turn.
+        let is_next = passed_on.map_or(is_better, |_| table.weighs_at_least(second, first));
+        if is_next && is_calm(second, chance) {
             return self.keep_turn(table, (first, 1.0), (second, 1.0), false);
         }
         if table.draws == 0 {
@@ -289,29 +310,33 @@ impl LeastBusy {
         random: &mut fastrand::Rng,
     ) -> Option<usize> {
         let table = conditions.table;
-        let first = Self::first(table, fleet, random);
+        let (first, turn) = Self::first(table, fleet, random);
         let bits = random.u64(..);
         let chance = unit(bits);
         let wanted = match bits & EXPLORE_MASK {
             0 => 1,
             _ => self.candidates.min(table.drawn),
         };
-        let mut next = Some((first, chance));
+        let (mut next, mut passed_on) = (Some((first, chance)), None);
         let mut drawn = [usize::MAX; MAX_CANDIDATES + HEARD];
         let mut count = 0;
         let mut best = Best::NONE;
         let mut redraws = MAX_REDRAWS;
         while count < wanted {
-            let draw = || table.alias.draw_with_rest(random.u64(..));
+            let by_turn = passed_on.take();
+            let draw = || Self::second(table, by_turn, random);
             let (index, chance) = next.take().unwrap_or_else(draw);
             let is_new = !drawn[..count].contains(&index) && conditions.is_allowed(index);
             if is_new && conditions.accepts(index, random) {
                 let factor = conditions.factor(index);
                 let in_flight = table.slots[index].busy(conditions.for_tunnel);
                 let score = self.score(table, index, in_flight, chance) * factor;
-                let is_early = count < 2 && score < best.score && factor <= MOST_CALM_FACTOR;
+                let is_better = score < best.score;
+                let is_next = by_turn.map_or(is_better, |_| table.weighs_at_least(index, first));
+                let is_early = count < 2 && is_next && factor <= MOST_CALM_FACTOR;
                 drawn[count] = index;
                 count += 1;
+                passed_on = turn.filter(|_| count == 1 && index == first && in_flight == 0);
                 if is_early && Self::is_calm(table, index, in_flight, chance) {
                     return Some(conditions.keep_turn(self, drawn[0], index));
                 }
