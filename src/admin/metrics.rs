@@ -15,13 +15,13 @@ use super::status::{GroupStatus, NodeStatus, Status};
 use crate::pingora::BackendState;
 use crate::proxy::{LATENCY_BUCKETS, LatencyCounts};
 
-/// The classes of a status; the first one is for requests that ended without one.
 /// The statuses of gRPC, and what stands for all that are none.
 const CALL_STATUSES: [&str; 18] = [
     "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16",
     "other",
 ];
 
+/// The classes of a status; the first one is for requests that ended without one.
 const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
 /// The text of `/metrics`.
@@ -217,6 +217,9 @@ impl State {
         });
         let help = "How long etcd takes to answer: a mean of the last answers";
         writer.gauges("etcd_round_trip_seconds", help, round_trips)?;
+        let failing = self.by_group(|group| flag(group.snapshot_failing));
+        let help = "1 while the snapshot file cannot be written";
+        writer.gauges("snapshot_failing", help, failing)?;
         let panicking = self.by_group(|group| flag(group.panicking));
         let help = "1 while health checks find so few nodes well that all are used";
         writer.gauges("panicking", help, panicking)?;

@@ -8,7 +8,7 @@
 //! | `/api/v1/events` | server-sent events: `status` each second, and `event` when something happens |
 //! | `/metrics` | metrics for Prometheus |
 //! | `/healthz` | 200 as long as the process answers |
-//! | `POST /api/v1/reload` | reads the file again |
+//! | `POST /api/v1/reload` | reads the file again; 202 if it waits for a group for more than 45 s, and then the status has the outcome |
 //! | `POST /api/v1/groups/GROUP/nodes/ID/ACTION` | `drain`, `undrain`, `transfer`, `evict`, or `weight` with the body `{"weight": 0.5}` (`null` for the node's own): see [`Operator`](crate::Operator) |
 //! | `/readyz` | 200 while every group has a view, one of them has nodes, and the process does not drain, otherwise 503 |
 //!

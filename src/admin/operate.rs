@@ -14,6 +14,7 @@ use axum::routing::post;
 use serde::Deserialize;
 use serde_json::json;
 use subtle::ConstantTimeEq;
+use tokio::time::timeout;
 use tracing::info;
 
 use super::events::Event;
@@ -26,6 +27,8 @@ use crate::supervise::say;
 const TRANSFER_WITHIN: Duration = Duration::from_secs(5);
 /// What else is asked of etcd takes at most this long.
 const WITHIN: Duration = Duration::from_secs(10);
+/// A reload is answered after this long, before the connection would be taken for one on which nothing happens.
+const RELOAD_ANSWERED_WITHIN: Duration = Duration::from_secs(45);
 
 /// The paths that change something; each needs the token.
 pub(super) fn routes(shown: &Arc<Shown>) -> Router<Arc<Shown>> {
@@ -80,10 +83,22 @@ async fn reload(State(shown): State<Arc<Shown>>) -> Response {
     let Some(parts) = &shown.proxy else {
         return refused(StatusCode::NOT_FOUND, "this process has no file");
     };
-    let reloaded = parts.reloader.reload_file().await;
-    answer(reloaded.map(|reloaded| {
-        json!({ "changed": reloaded.is_changed, "needs_restart": reloaded.needs_restart })
-    }))
+    let reloader = parts.reloader.clone();
+    // In a task of its own, which goes on when nobody waits for it any more.
+    let reload = tokio::spawn(async move { reloader.reload_file().await });
+    match timeout(RELOAD_ANSWERED_WITHIN, reload).await {
+        Ok(Ok(reloaded)) => answer(reloaded.map(|reloaded| {
+            json!({ "changed": reloaded.is_changed, "needs_restart": reloaded.needs_restart })
+        })),
+        Ok(Err(_)) => refused(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "the reload has ended without an outcome",
+        ),
+        Err(_) => {
+            let waits = "the reload goes on: it waits for a view of a group, or for another reload; the status has its outcome";
+            (StatusCode::ACCEPTED, Json(json!({ "pending": waits }))).into_response()
+        }
+    }
 }
 
 /// `null` for the node's own; a body without it is a mistake.
@@ -116,7 +131,7 @@ async fn operate(
         _ => None,
     };
     let acting = act(&operator, &node, &action, weight);
-    let Ok(done) = tokio::time::timeout(WITHIN, acting).await else {
+    let Ok(done) = timeout(WITHIN, acting).await else {
         return refused(StatusCode::GATEWAY_TIMEOUT, "etcd has not answered in time");
     };
     let Some(done) = done else {

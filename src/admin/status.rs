@@ -149,6 +149,8 @@ pub struct GroupStatus {
     pub etcd_round_trip_ms: Option<f64>,
     /// How many calls to etcd have failed in a row, if that is why none are sent.
     pub breaker_open_after: Option<u32>,
+    /// Whether the snapshot file cannot be written.
+    pub snapshot_failing: bool,
     /// Whether health checks find so few nodes well that all are used.
     pub panicking: bool,
     /// Who leads.
@@ -341,6 +343,7 @@ impl GroupStatus {
                 Circuit::Closed => None,
                 Circuit::Open { failures } | Circuit::HalfOpen { failures } => Some(failures),
             },
+            snapshot_failing: discovery.is_snapshot_failing(),
             panicking: group.balancer.is_panicking(),
             leader: leadership.as_ref().map(|leadership| LeaderStatus {
                 id: leadership.node.id.clone(),

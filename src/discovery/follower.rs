@@ -75,7 +75,10 @@ impl<'d> Follower<'d> {
             group,
             state: State::start(published.is_ready(), file.is_some()),
             outbox: Outbox::new(settings.publish_interval, Instant::now()),
-            saver: file.map(|file| Saver::new(file, settings.origin(name))),
+            saver: file.map(|file| {
+                let failing = published.snapshot_failing.clone();
+                Saver::new(file, settings.origin(name), failing)
+            }),
             listed_at: Instant::now(),
         }
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::sync::{broadcast, watch};
 use tracing::error_span;
@@ -177,6 +178,12 @@ impl ServiceDiscovery {
     /// Follows [`status`](Self::status).
     pub fn watch_status(&self) -> watch::Receiver<DiscoveryStatus> {
         self.published.status.subscribe()
+    }
+
+    /// Whether the last write of the snapshot file has failed; false without such a file. The view does not depend on
+    /// it, but the next start does if etcd is away then. The write is repeated, and the log says why it fails.
+    pub fn is_snapshot_failing(&self) -> bool {
+        self.published.snapshot_failing.load(Ordering::Relaxed)
     }
 
     /// How many entries were rejected since the start, by reason. Each such key is logged once for

@@ -1,5 +1,6 @@
 //! What the readers of a group see: one writer, any number of readers.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
@@ -26,6 +27,8 @@ pub(super) struct Published {
     pub(super) status: watch::Sender<DiscoveryStatus>,
     /// Whether there has been a complete view.
     pub(super) ready: watch::Sender<bool>,
+    /// Whether the last write of the snapshot file has failed.
+    pub(super) snapshot_failing: Arc<AtomicBool>,
     pub(super) events: broadcast::Sender<ClusterEvent>,
     changes: broadcast::Sender<Change>,
     rejected: Mutex<RejectedEntries>,
@@ -55,6 +58,7 @@ impl Published {
             leader_watch: watch::Sender::new(None),
             status: watch::Sender::new(DiscoveryStatus::Connecting),
             ready: watch::Sender::new(false),
+            snapshot_failing: Arc::default(),
             events: broadcast::Sender::new(EVENT_BUFFER),
             changes: broadcast::Sender::new(CHANGE_BUFFER),
             rejected: Mutex::default(),

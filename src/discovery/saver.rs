@@ -1,5 +1,7 @@
 //! When the snapshot file is written, and the task that writes it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use tokio::task::JoinHandle;
@@ -24,12 +26,14 @@ pub(super) struct Saver {
     last_start: Option<Instant>,
     /// There are changes that are not in the file, or the last write has failed.
     is_dirty: bool,
-    has_failed: bool,
+    /// Whether the last write has failed, for readers.
+    has_failed: Arc<AtomicBool>,
 }
 
 impl Saver {
-    /// Writes what belongs to this origin.
-    pub(super) fn new(file: SnapshotFile, origin: Origin) -> Self {
+    /// Writes what belongs to this origin, and says in `has_failed` whether the last write has failed.
+    pub(super) fn new(file: SnapshotFile, origin: Origin, has_failed: Arc<AtomicBool>) -> Self {
+        has_failed.store(false, Ordering::Relaxed);
         Self {
             file,
             origin,
@@ -37,7 +41,7 @@ impl Saver {
             created: Instant::now(),
             last_start: None,
             is_dirty: false,
-            has_failed: false,
+            has_failed,
         }
     }
 
@@ -87,7 +91,7 @@ impl Saver {
         self.job = None;
         let path = self.file.path.display();
         match result {
-            Ok(Ok(())) if std::mem::take(&mut self.has_failed) => {
+            Ok(Ok(())) if self.has_failed.swap(false, Ordering::Relaxed) => {
                 info!(%path, "the snapshot file can be written again");
             }
             Ok(Ok(())) => debug!(%path, "snapshot file written"),
@@ -102,7 +106,7 @@ impl Saver {
 
     fn failed(&mut self, error: &ClusterError) {
         self.is_dirty = true;
-        if std::mem::replace(&mut self.has_failed, true) {
+        if self.has_failed.swap(true, Ordering::Relaxed) {
             debug!(%error, "the snapshot file still cannot be written");
         } else {
             warn!(%error, "the snapshot file cannot be written; the write will be repeated");
@@ -127,7 +131,7 @@ mod tests {
     use std::path::Path;
 
     fn saver(path: &Path) -> Saver {
-        Saver::new(SnapshotFile::new(path), Origin::default())
+        Saver::new(SnapshotFile::new(path), Origin::default(), Arc::default())
     }
 
     /// With the real clock, whose readings always differ.
@@ -154,15 +158,14 @@ mod tests {
         let soon = || Instant::now() + Duration::from_secs(11);
         saver.start(&Nodes::default(), 1, SystemTime::now());
         saver.done().await;
-        assert!(saver.has_failed && saver.due().unwrap() < soon());
-        saver.has_failed = false;
+        assert!(saver.has_failed.swap(false, Ordering::Relaxed) && saver.due().unwrap() < soon());
         saver.is_dirty = false;
         saver.job = Some(tokio::task::spawn_blocking(|| panic!("on purpose")));
         saver.done().await;
-        assert!(saver.has_failed && saver.due().unwrap() < soon());
+        assert!(saver.has_failed.load(Ordering::Relaxed) && saver.due().unwrap() < soon());
         std::fs::create_dir(path.parent().unwrap()).unwrap();
         saver.start(&Nodes::default(), 1, SystemTime::now());
         saver.done().await;
-        assert!(!saver.has_failed && path.exists());
+        assert!(!saver.has_failed.load(Ordering::Relaxed) && path.exists());
     }
 }

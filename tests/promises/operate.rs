@@ -409,6 +409,45 @@ async fn the_admin_interface_changes_nothing_without_its_token() {
     );
 }
 
+/// Before a connection on which nothing happens would end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reload_that_waits_for_a_group_is_answered_meanwhile() {
+    let (etcd, group) = (Etcd::own(), group("waits"));
+    let admin = format!("127.0.0.1:{}", free_port());
+    let file = scratch(&format!("{group}.token"));
+    std::fs::write(&file, format!("{TOKEN}\n")).unwrap();
+    let file = file.display();
+    let fields =
+        format!("ready_timeout_ms: 120000\nadmin: {{ listen: '{admin}', token_file: {file} }}");
+    let setup = Setup::new(etcd.endpoints(), &group).program(COMMAND);
+    let balancer = setup.with(&fields).listening().await;
+    let page = format!("http://{admin}/api/v1");
+    until("the page is there", async || {
+        reqwest::get(format!("{page}/status")).await.is_ok()
+    })
+    .await;
+    // Without etcd, nobody knows the nodes of a new group.
+    etcd.pause();
+    let text = std::fs::read_to_string(&balancer.conf).unwrap();
+    let more = format!("  groups:\n    more: {{ group: {group}-more }}\n");
+    std::fs::write(&balancer.conf, text + &more).unwrap();
+    let client = reqwest::Client::new();
+    let request = client.post(format!("{page}/reload"));
+    let answer = request.bearer_auth(TOKEN).send();
+    let answer = tokio::time::timeout(Duration::from_secs(90), answer).await;
+    let answer = answer.expect("an answer").unwrap();
+    assert_eq!(answer.status(), StatusCode::ACCEPTED);
+    let text = answer.text().await.unwrap();
+    assert!(text.contains("the reload goes on"), "{text}");
+    etcd.resume();
+    until("it is taken over", async || {
+        let status = reqwest::get(format!("{page}/status")).await.unwrap();
+        let status: Value = serde_json::from_str(&status.text().await.unwrap()).unwrap();
+        status["groups"].as_array().unwrap().len() == 2
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_token_file_that_is_none_is_refused() {
     let file = scratch(&format!("{}.token", group("short")));

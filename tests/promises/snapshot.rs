@@ -4,15 +4,16 @@ use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 
 use super::common::etcd::Etcd;
 use super::common::programs::{COMMAND, optimised};
-use super::common::{eventually, group};
+use super::common::stalls::Stalls;
+use super::common::{eventually, free_port, group};
 use super::raw::{RawBackend, ok};
-use super::world::{Backend, Setup, delete, entry, put, scratch};
+use super::world::{Backend, Setup, delete, entry, put, scratch, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd() {
@@ -28,8 +29,10 @@ async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd()
     );
     let setup = Setup::new(etcd.endpoints(), &group).with(&snapshot);
     let mut balancer = setup.serving().await;
+    let stalls = Stalls::watch();
     let took = eventually("a snapshot is written", || file.exists()).await;
-    assert!(took < Duration::from_secs(1), "{took:?} after the start");
+    let most = Duration::from_secs(1) + stalls.so_far();
+    assert!(took < most, "{took:?} of {most:?} after the start");
 
     // Frequent changes must not keep the snapshot from being written.
     let start = Instant::now();
@@ -53,19 +56,29 @@ async fn the_snapshot_is_there_within_a_second_and_serves_a_start_without_etcd()
         let text = std::fs::read_to_string(&file).unwrap();
         text.contains(&format!("\"id\":\"{id}\""))
     };
+    let stalls = Stalls::watch();
     let took = eventually("the last change in the file", || {
         holds("last") && !holds("n0")
     })
     .await;
-    assert!(took < Duration::from_secs(1), "{took:?} after the change");
+    let most = Duration::from_secs(1) + stalls.so_far();
+    assert!(took < most, "{took:?} of {most:?} after the change");
 
-    // An idle balancer must not spend CPU time on waiting.
+    // An idle balancer must not spend CPU time on waiting. Where others take the CPU away, that may look like time that it
+    // has used, so one of three tries is enough.
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let (before, start) = (balancer.cpu(), Instant::now());
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    let used = (balancer.cpu() - before).div_f64(start.elapsed().as_secs_f64());
+    let mut used = Vec::new();
+    while used.len() < 3 {
+        let (before, start) = (balancer.cpu(), Instant::now());
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let more = balancer.cpu().saturating_sub(before);
+        used.push(more.div_f64(start.elapsed().as_secs_f64()));
+        if used.last() < Some(&Duration::from_millis(10)) {
+            break;
+        }
+    }
     assert!(
-        used < Duration::from_millis(10),
+        used.last() < Some(&Duration::from_millis(10)),
         "{used:?} of CPU time per second while idle"
     );
 
@@ -159,4 +172,58 @@ async fn who_was_drained_stays_so_in_a_start_without_etcd() {
     for file in [file, of_operators] {
         let _ = std::fs::remove_file(file);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_cannot_be_written_is_a_metric_and_one_line() {
+    let (etcd, group) = (Etcd::shared(), group("unwritten"));
+    let backend = Backend::start("b").await;
+    let mut keys = etcd.raw_client().await;
+    put(&mut keys, &group, &backend.entry(json!({})), None).await;
+    let directory = scratch(&format!("{group}.d"));
+    std::fs::create_dir(&directory).unwrap();
+    let file = directory.join("nodes");
+    let admin = format!("127.0.0.1:{}", free_port());
+    let fields = format!(
+        "snapshot: {{ file: '{}', interval_ms: 100 }}\nadmin: {{ listen: '{admin}' }}",
+        file.display()
+    );
+    let balancer = Setup::shared(&group).with(&fields).serving().await;
+    eventually("a snapshot is written", || file.exists()).await;
+    let is_failing = async || {
+        let answer = reqwest::get(format!("http://{admin}/metrics")).await;
+        let text = answer.unwrap().text().await.unwrap();
+        let name = format!("pingora_etcd_snapshot_failing{{group=\"{group}\"}} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(&name));
+        value.expect("the metric is there") == "1"
+    };
+    assert!(!is_failing().await);
+    std::fs::remove_dir_all(&directory).unwrap();
+    // The view has to change before it is to be written.
+    until("it is told", async || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        let tag = json!({ "tags": [now.as_millis().to_string()] });
+        put(&mut keys, &group, &backend.entry(tag), None).await;
+        is_failing().await
+    })
+    .await;
+    std::fs::create_dir(&directory).unwrap();
+    until("it is written again", async || !is_failing().await).await;
+    assert!(file.exists());
+    // The metric changes a moment before the line is there.
+    eventually("that is logged", || {
+        balancer
+            .log_text()
+            .contains("snapshot file can be written again")
+    })
+    .await;
+    let log = balancer.log_text();
+    assert_eq!(
+        log.matches("the snapshot file cannot be written").count(),
+        1
+    );
+    assert_eq!(log.matches("snapshot file can be written again").count(), 1);
+    // It writes files there as long as it runs.
+    drop(balancer);
+    let _ = std::fs::remove_dir_all(&directory);
 }
