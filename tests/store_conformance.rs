@@ -18,6 +18,9 @@ use pingora_etcd::store::{
 use common::etcd::Etcd;
 use common::{DEADLINE, group, within};
 
+/// How long leases last that a test waits for: a busy machine has the time to use them before.
+const EXPIRING: Duration = Duration::from_secs(6);
+
 /// A store with keys that no other test uses.
 struct Subject {
     store: Arc<dyn Store>,
@@ -147,8 +150,8 @@ async fn create_and_modification_revisions(subject: Subject) {
 }
 
 async fn leases_expire_and_take_their_keys_along(subject: Subject) {
-    let lease = subject.store.grant(Duration::from_secs(2)).await.unwrap();
-    assert!(lease.ttl >= Duration::from_secs(2));
+    let lease = subject.store.grant(EXPIRING).await.unwrap();
+    assert!(lease.ttl >= EXPIRING);
     let last = subject.put("a", "", Some(lease.id)).await;
     subject.put("b", "", Some(lease.id)).await;
     subject.put("stays", "", None).await;
@@ -172,7 +175,7 @@ async fn leases_expire_and_take_their_keys_along(subject: Subject) {
 }
 
 async fn a_renewed_lease_lives(subject: Subject) {
-    let lease = subject.store.grant(Duration::from_secs(2)).await.unwrap();
+    let lease = subject.store.grant(EXPIRING).await.unwrap();
     subject.put("a", "", Some(lease.id)).await;
     let mut keeper = subject.store.keeper(lease);
     let start = tokio::time::Instant::now();

@@ -6,13 +6,13 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use etcd_client::{Client, ConnectOptions, GetOptions, KeyValue};
+use etcd_client::{Client, CompactionOptions, ConnectOptions, GetOptions, KeyValue};
 
 use super::common::etcd::Process;
-use super::common::{free_port, local};
+use super::common::{DEADLINE, free_port, local};
 
 /// How long to wait for one response of a member that is able to respond.
-const RESPONSE_LIMIT: Duration = Duration::from_secs(1);
+pub const RESPONSE_LIMIT: Duration = Duration::from_secs(1);
 /// How long to wait until a member serves, or until the cluster has a leader.
 const START: Duration = Duration::from_secs(30);
 
@@ -220,6 +220,40 @@ impl Cluster {
         }
         Err(last)
     }
+
+    /// The same, as soon as a member responds.
+    pub async fn until_listed(&self, prefix: &str) -> Result<Vec<KeyValue>, String> {
+        let start = Instant::now();
+        loop {
+            match self.list(prefix).await {
+                Err(error) if start.elapsed() > DEADLINE => return Err(error),
+                Err(_) => {}
+                listed => return listed,
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Removes the history before a revision. `physical`: from the file, too, before it returns.
+    pub async fn compact(&self, revision: i64, physical: bool) -> Result<(), String> {
+        let mut client = self.client(0);
+        repeated("compaction", RESPONSE_LIMIT, async || {
+            let options = physical.then(|| CompactionOptions::new().with_physical());
+            match client.compact(revision, options).await {
+                // A former attempt was carried out, although its response did not come in time.
+                Err(error) if error.to_string().contains("has been compacted") => Ok(()),
+                compacted => compacted.map(drop),
+            }
+        })
+        .await
+    }
+
+    /// Makes the file of a member smaller, which may take long on a busy disk.
+    pub async fn defragment(&self, index: usize) -> Result<(), String> {
+        let mut client = self.client(index);
+        let request = async || client.defragment().await.map(drop);
+        repeated("defragmentation", DEADLINE, request).await
+    }
 }
 
 /// Waits for the response to a request, for at most `RESPONSE_LIMIT`.
@@ -227,9 +261,35 @@ pub async fn answered<T>(
     what: &str,
     request: impl Future<Output = Result<T, etcd_client::Error>>,
 ) -> Result<T, String> {
-    match tokio::time::timeout(RESPONSE_LIMIT, request).await {
+    answered_within(RESPONSE_LIMIT, what, request).await
+}
+
+async fn answered_within<T>(
+    limit: Duration,
+    what: &str,
+    request: impl Future<Output = Result<T, etcd_client::Error>>,
+) -> Result<T, String> {
+    match tokio::time::timeout(limit, request).await {
         Ok(result) => result.map_err(|error| format!("{what}: {error}")),
-        Err(_) => Err(format!("{what}: no response within {RESPONSE_LIMIT:?}")),
+        Err(_) => Err(format!("{what}: no response within {limit:?}")),
+    }
+}
+
+/// Repeats a request by which the test itself prepares something, until it succeeds. One attempt may take as long as
+/// `limit`.
+pub async fn repeated<T>(
+    what: &str,
+    limit: Duration,
+    mut request: impl AsyncFnMut() -> Result<T, etcd_client::Error>,
+) -> Result<T, String> {
+    let start = Instant::now();
+    loop {
+        match answered_within(limit, what, request()).await {
+            Err(error) if start.elapsed() > DEADLINE => return Err(error),
+            Err(_) => {}
+            answer => return answer,
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 

@@ -369,7 +369,7 @@ impl Fleet {
     /// The leases of the healthy workers, by id, as stored in etcd.
     pub async fn renewed_leases(&self, cluster: &Cluster) -> Result<BTreeMap<String, i64>, String> {
         let registry = format!("registry/{}/", self.group);
-        let entries = cluster.list(&registry).await?;
+        let entries = cluster.until_listed(&registry).await?;
         let healthy: BTreeSet<_> = self
             .workers
             .iter()

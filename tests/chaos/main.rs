@@ -33,6 +33,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::stalls::Stalls;
 use faults::{Fault, Found, ON_ONE, ON_THREE};
 use measure::Monitor;
 use report::{Report, Row};
@@ -188,7 +189,7 @@ async fn inject(
 /// Injects one fault and waits until all is well; returns whether it is.
 async fn inject_one(world: &mut World, fault: Fault, report: &Report) -> bool {
     let mut found = Found::default();
-    let start = Instant::now();
+    let (stalls, start) = (Stalls::watch(), Instant::now());
     fault.inject(world, &mut found).await;
     let lasted = start.elapsed();
     if let Some(reason) = found.skipped {
@@ -205,6 +206,7 @@ async fn inject_one(world: &mut World, fault: Fault, report: &Report) -> bool {
     report.row(Row {
         fault,
         lasted,
+        stalled: stalls.so_far(),
         found,
         stats: world.monitor.take(),
         requests: world.traffic.take(),

@@ -16,7 +16,7 @@ use super::world::Healed;
 /// A recovery that takes longer is explained in the output.
 const SLOW: Duration = Duration::from_secs(2);
 
-/// How long a worker may take to learn from etcd that its lease was revoked too early.
+/// How long a worker may take to learn from etcd that its lease was revoked too early, while the machine runs.
 const REVOCATION_NOTICE: Duration = Duration::from_millis(500);
 /// The balancer's error when every lease of a group was revoked.
 const NO_BACKEND: &str = "no backend is registered";
@@ -24,6 +24,8 @@ const NO_BACKEND: &str = "no backend is registered";
 pub struct Row {
     pub fault: Fault,
     pub lasted: Duration,
+    /// For how long this machine stood still.
+    pub stalled: Duration,
     pub found: Found,
     pub stats: Stats,
     pub requests: Requests,
@@ -251,7 +253,7 @@ fn failures_of(row: &Row) -> (Vec<String>, Vec<String>) {
             stats.two_leaders_names.as_deref().unwrap_or("?"),
         );
         let failure = format!("two leaders for {time:.1?}: {who}");
-        if revoked > 0 && time < REVOCATION_NOTICE {
+        if revoked > 0 && time < REVOCATION_NOTICE + row.stalled {
             caused_by_etcd.push(failure);
         } else {
             failures.push(failure);

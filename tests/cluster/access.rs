@@ -21,7 +21,10 @@ use super::auth::{
 use super::common::certificates::Directory;
 use super::common::etcd::{Etcd, Setup, newest};
 use super::common::{eventually, group, local, throughout, within};
-use super::{Running, builder, leader_id, ready, watch_group};
+use super::{
+    LONGER_THAN_WATCHED, Running, WATCHED_TTL, builder, leader_id, ready, until_candidate,
+    watch_group,
+};
 
 /// A TTL longer than any test: a key that disappears was removed and has not expired.
 const LONG: i64 = 300;
@@ -682,6 +685,7 @@ async fn a_right_that_is_missing_is_named_once_and_one_that_is_granted_later_tak
     assert_eq!(first.node.leadership(), Some(leadership));
     grant(read_prefix(format!("registry/{group}/"))).await;
     within("n3 takes over", third.node.wait_for_leadership()).await;
+    until_candidate(&mut guarded.root.clone(), &group, "n1").await;
     third.node.transfer_to("n1").await.unwrap();
     within(
         "n3 transfers leadership to n1",
@@ -705,7 +709,8 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
     }
     let etcd = guarded.etcd.options();
     let discovery = ready(&as_user(etcd.clone(), "balancer"), &group).await;
-    let node = Running::start(&as_user(etcd.clone(), "n1"), &group, "n1").await;
+    let own = as_user(etcd.clone(), "n1");
+    let node = Running::start_with_ttl(&own, &group, "n1", WATCHED_TTL).await;
     let leadership = within("the node leads", node.node.wait_for_leadership()).await;
     within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     let without = "authentication is not enabled there: going on without the user";
@@ -752,7 +757,7 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
     store.list(&all().keys, None).await.unwrap();
     throughout(
         "authentication enabled: no node is lost",
-        Duration::from_secs(5),
+        LONGER_THAN_WATCHED,
         holds,
     )
     .await;
@@ -773,7 +778,7 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
     within("the refused discovery becomes ready", nobody.wait_ready()).await;
     throughout(
         "authentication disabled: no node is lost",
-        Duration::from_secs(5),
+        LONGER_THAN_WATCHED,
         holds,
     )
     .await;
@@ -785,7 +790,7 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
     // Longer than two TTLs.
     throughout(
         "etcd restarted: no node is lost",
-        Duration::from_secs(5),
+        2 * LONGER_THAN_WATCHED,
         is_here,
     )
     .await;
@@ -800,12 +805,7 @@ async fn authentication_is_switched_on_and_off_under_those_who_run() {
 
     guarded.root = guarded.etcd.raw_client().await;
     guarded.enable().await;
-    throughout(
-        "authentication enabled again",
-        Duration::from_secs(5),
-        is_well,
-    )
-    .await;
+    throughout("authentication enabled again", LONGER_THAN_WATCHED, is_well).await;
     joins_and_leaves().await;
     node.node.resign().await.unwrap();
     within("the node can write again", node.node.wait_for_leadership()).await;

@@ -19,7 +19,7 @@ use super::common::certificates::Directory;
 use super::common::etcd::{Etcd, Setup};
 use super::common::link::Link;
 use super::common::{eventually, group, subscribe, throughout, within};
-use super::{Running, builder, ready, watch_group};
+use super::{LONGER_THAN_WATCHED, Running, WATCHED_TTL, builder, ready, watch_group};
 
 pub(super) const ROOT: (&str, &str) = ("root", "of-the-root");
 /// The password of every user but root; tests search for it where it must not appear.
@@ -249,7 +249,8 @@ async fn a_wrong_password_heals_when_its_file_is_corrected() {
         guarded.etcd.options().credentials(credentials)
     };
     let discovery = watch_group(&from_file("balancer"), &group);
-    let node = Running::new(builder(&from_file("w1"), &group, "n1").try_build().unwrap());
+    let node = builder(&from_file("w1"), &group, "n1").ttl(WATCHED_TTL);
+    let node = Running::new(node.try_build().unwrap());
     throughout(
         "neither is accepted with the wrong password",
         Duration::from_secs(1),
@@ -265,7 +266,7 @@ async fn a_wrong_password_heals_when_its_file_is_corrected() {
     let mut root = guarded.root.clone();
     root.user_change_password("w1", "another").await.unwrap();
     files.write("password", "another");
-    throughout("the node stays registered", Duration::from_secs(5), || {
+    throughout("the node stays registered", LONGER_THAN_WATCHED, || {
         discovery.nodes().len() == 1 && node.node.current_health() == HealthStatus::Healthy
     })
     .await;
@@ -287,7 +288,8 @@ async fn works_despite_refused_tokens(
     let link = Link::to(guarded.etcd.address()).await;
     let options = as_user(EtcdOptions::new([link.address().to_string()]), "balancer");
     let discovery = ready(&options, &group).await;
-    let node = Running::start(&guarded.options("w1"), &group, "n1").await;
+    let own = guarded.options("w1");
+    let node = Running::start_with_ttl(&own, &group, "n1", WATCHED_TTL).await;
     within("the node leads", node.node.wait_for_leadership()).await;
     within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     let epoch = node.node.leadership().unwrap().epoch;
@@ -339,6 +341,12 @@ async fn works_despite_refused_tokens(
         }
         assert!(holds());
     }
+    throughout(
+        "the node and the discovery keep working after the last refusal, too",
+        LONGER_THAN_WATCHED,
+        holds,
+    )
+    .await;
     assert_eq!(
         node.node.leadership().unwrap().epoch,
         epoch,

@@ -6,14 +6,15 @@ use pingora_etcd::{ClusterEvent, HealthStatus};
 
 use super::common::etcd::Etcd;
 use super::common::link::Link;
+use super::common::stalls::Stalls;
 use super::common::{eventually, group, throughout, within};
-use super::{Running, builder, leader_id, ready};
+use super::{EXPIRING_TTL, Running, builder, leader_id, ready};
 
 #[tokio::test]
 async fn nodes_come_back_after_etcd_restarts() {
     let etcd = Etcd::own();
     let group = group("restart");
-    let first = Running::start(&etcd.options(), &group, "n1").await;
+    let first = Running::start_with_ttl(&etcd.options(), &group, "n1", EXPIRING_TTL).await;
     let before = within("the node leads", first.node.wait_for_leadership()).await;
     let second = Running::start(&etcd.options(), &group, "n2").await;
     let discovery = ready(&etcd.options(), &group).await;
@@ -42,6 +43,7 @@ async fn nodes_come_back_after_etcd_restarts() {
         leaders.iter().filter(|leads| **leads).count() == 1
             && discovery.nodes().len() == 2
             && discovery.leadership().is_some_and(|term| {
+                assert!(term.epoch >= before.epoch);
                 let leading = if leaders[0] { &first } else { &second };
                 leading.node.leadership().map(|own| own.epoch) == Some(term.epoch)
             })
@@ -49,7 +51,6 @@ async fn nodes_come_back_after_etcd_restarts() {
     .await;
     first.wait_until_healthy().await;
     second.wait_until_healthy().await;
-    assert!(discovery.leadership().unwrap().epoch >= before.epoch);
     first.stop().await;
     second.stop().await;
     eventually("both nodes can leave", || discovery.nodes().is_empty()).await;
@@ -117,18 +118,21 @@ async fn a_replaced_process_comes_back_when_its_successor_leaves() {
 async fn shutdown_within_two_seconds_while_etcd_is_stopped() {
     let etcd = Etcd::own();
     let group = group("silent");
-    let first = Running::start(&etcd.options(), &group, "n1").await;
-    let second = Running::start(&etcd.options(), &group, "n2").await;
+    let first = Running::start_with_ttl(&etcd.options(), &group, "n1", EXPIRING_TTL).await;
+    let second = Running::start_with_ttl(&etcd.options(), &group, "n2", EXPIRING_TTL).await;
     etcd.pause();
+    let stops = async |node: Running| {
+        let stalls = Stalls::watch();
+        let took = node.stop().await;
+        assert!(took < Duration::from_secs(2) + stalls.so_far(), "{took:?}");
+    };
     // One node is stopped at once, the other after its session has noticed the silence.
-    let took = first.stop().await;
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    stops(first).await;
     eventually("n2 is unhealthy", || {
         second.node.current_health() == HealthStatus::Unhealthy
     })
     .await;
-    let took = second.stop().await;
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    stops(second).await;
     etcd.resume();
     let discovery = ready(&etcd.options(), &group).await;
     eventually("the entries they left expire with their leases", || {
@@ -142,7 +146,7 @@ async fn a_leader_cut_off_gives_up_before_another_is_elected() {
     let etcd = Etcd::shared();
     let group = group("cutoff");
     let link = Link::to(etcd.address()).await;
-    let cut_off = Running::start(&link.options(), &group, "n1").await;
+    let cut_off = Running::start_with_ttl(&link.options(), &group, "n1", EXPIRING_TTL).await;
     within("the node leads", cut_off.node.wait_for_leadership()).await;
     let other = Running::start(&etcd.options(), &group, "n2").await;
     let discovery = ready(&etcd.options(), &group).await;
@@ -153,23 +157,30 @@ async fn a_leader_cut_off_gives_up_before_another_is_elected() {
     .await;
 
     link.set_silent(true);
-    let mut gave_up = None;
+    let (mut last_led, mut gave_up, mut elected) = (Duration::ZERO, None, None);
     let start = tokio::time::Instant::now();
-    let elected = eventually("n2 leads", || {
+    eventually("n2 leads", || {
+        let asked = start.elapsed();
         // The order matters: `other` is read first, so that two true values mean two leaders at one
         // time.
         let other_leads = other.node.is_leader();
         let cut_off_leads = cut_off.node.is_leader();
         assert!(!(other_leads && cut_off_leads), "two leaders");
-        if !cut_off_leads && gave_up.is_none() {
-            gave_up = Some(start.elapsed());
+        if cut_off_leads {
+            last_led = asked;
+        } else {
+            gave_up.get_or_insert_with(|| start.elapsed());
+        }
+        if other_leads {
+            elected = Some(start.elapsed());
         }
         other_leads
     })
     .await;
-    let gave_up = gave_up.expect("n1 gave up before n2 led");
-    assert!(gave_up < elected);
-    assert!(gave_up <= Duration::from_secs(2), "{gave_up:?}");
+    assert!(gave_up.is_some() && gave_up <= elected);
+    // A busy machine may notice late that it has given up, but not that it still led.
+    let ttl = Duration::from_secs(EXPIRING_TTL.unsigned_abs());
+    assert!(last_led <= ttl, "{last_led:?}");
     throughout("one leader", Duration::from_secs(2), || {
         other.node.is_leader() && !cut_off.node.is_leader()
     })
@@ -193,7 +204,7 @@ async fn a_candidate_cut_off_for_longer_than_the_ttl_is_registered_again() {
     let link = Link::to(etcd.address()).await;
     let leader = Running::start(&etcd.options(), &group, "n1").await;
     within("the node leads", leader.node.wait_for_leadership()).await;
-    let candidate = Running::start(&link.options(), &group, "n2").await;
+    let candidate = Running::start_with_ttl(&link.options(), &group, "n2", EXPIRING_TTL).await;
     let discovery = ready(&etcd.options(), &group).await;
     within(
         "the discovery shows both nodes",
@@ -225,12 +236,13 @@ async fn a_discovery_cut_off_silently_says_so_and_keeps_the_view() {
     within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     within("the discovery shows a leader", discovery.wait_for_leader()).await;
     let mut events = discovery.subscribe();
+    let stalls = Stalls::watch();
     link.set_silent(true);
     let start = tokio::time::Instant::now();
     let event = within("an event arrives", events.recv()).await.unwrap();
     assert_eq!(event, ClusterEvent::Disconnected);
     let took = start.elapsed();
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(took < Duration::from_secs(5) + stalls.so_far(), "{took:?}");
     assert_eq!(discovery.nodes().len(), 1);
     node.stop().await;
     assert_eq!(

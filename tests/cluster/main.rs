@@ -26,15 +26,25 @@ mod slow;
 #[cfg(feature = "tls")]
 mod tls;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use etcd_client::{Client, GetOptions};
 use pingora_etcd::{
     ClusterError, ClusterNode, ClusterNodeBuilder, EtcdOptions, HealthStatus, ServiceDiscovery,
 };
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use common::{local, within};
+use common::{DEADLINE, local, within};
+
+/// The TTL of most nodes, in seconds: a machine that is busy with other tests does not end their leases.
+const TTL: i64 = 10;
+/// The TTL of nodes whose leases have to expire, in seconds: the shortest that etcd grants.
+const EXPIRING_TTL: i64 = 2;
+/// The TTL of nodes that are watched for longer than their leases last, in seconds.
+const WATCHED_TTL: i64 = 5;
+/// For longer than that: etcd takes up to half a second to notice that a lease has expired.
+const LONGER_THAN_WATCHED: Duration = Duration::from_secs(6);
 
 /// A node whose run is a background task.
 struct Running {
@@ -62,9 +72,15 @@ impl Running {
         }
     }
 
-    /// A registered node with a TTL of 2 s.
+    /// A registered node.
     async fn start(etcd: &EtcdOptions, group: &str, id: &str) -> Self {
-        let running = Self::new(builder(etcd, group, id).try_build().unwrap());
+        Self::start_with_ttl(etcd, group, id, TTL).await
+    }
+
+    /// A registered node with this TTL, in seconds.
+    async fn start_with_ttl(etcd: &EtcdOptions, group: &str, id: &str, ttl: i64) -> Self {
+        let node = builder(etcd, group, id).ttl(ttl);
+        let running = Self::new(node.try_build().unwrap());
         running.wait_until_healthy().await;
         running
     }
@@ -103,7 +119,7 @@ impl Drop for Running {
 }
 
 fn builder(etcd: &EtcdOptions, group: &str, id: &str) -> ClusterNodeBuilder {
-    ClusterNodeBuilder::new(etcd.clone(), id, local(), group).ttl(2)
+    ClusterNodeBuilder::new(etcd.clone(), id, local(), group).ttl(TTL)
 }
 
 /// A discovery that runs in the background until the test ends.
@@ -124,4 +140,35 @@ async fn ready(etcd: &EtcdOptions, group: &str) -> ServiceDiscovery {
 
 fn leader_id(discovery: &ServiceDiscovery) -> Option<String> {
     discovery.leader().map(|leader| leader.id.clone())
+}
+
+/// Waits until the node is a candidate in etcd: what the node knows of itself may be older.
+async fn until_candidate(client: &mut Client, group: &str, id: &str) {
+    let queued = async {
+        loop {
+            let prefix = GetOptions::new().with_prefix();
+            let queue = client.get(format!("election/{group}/"), Some(prefix)).await;
+            let queue = queue.unwrap();
+            if queue
+                .kvs()
+                .iter()
+                .any(|entry| entry.value() == id.as_bytes())
+            {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    within("the node is a candidate", queued).await;
+}
+
+/// Registers a node without a lease. etcd refuses writes for a moment when its members change.
+async fn put_node(client: &mut Client, group: &str, id: &str) {
+    let value = format!(r#"{{"id":"{id}","ip":"10.0.0.1","port":8080}}"#);
+    let key = format!("registry/{group}/{id}");
+    let start = Instant::now();
+    while let Err(error) = client.put(key.as_str(), value.as_str(), None).await {
+        assert!(start.elapsed() < DEADLINE, "{key}: {error}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }

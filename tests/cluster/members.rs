@@ -12,8 +12,9 @@ use super::common::etcd::{Etcd, Process, binary};
 use super::common::scripted::{
     Answer, Message, Scripted, WatchRequest, created, header, progress, put, status,
 };
+use super::common::stalls::Stalls;
 use super::common::{eventually, free_port, group, local, throughout, within};
-use super::{Running, builder, ready};
+use super::{Running, builder, put_node, ready};
 
 /// gRPC status codes.
 const UNAVAILABLE: u8 = 14;
@@ -75,9 +76,7 @@ async fn a_learner_is_left_for_the_next_endpoint() {
 #[tokio::test]
 async fn an_answer_about_progress_is_not_for_watches_confirmed_after_it_was_asked_for() {
     let mut server = Scripted::start(healthy).await;
-    let options = server
-        .options()
-        .silence_timeout(Duration::from_millis(2000));
+    let options = server.options().silence_timeout(Duration::from_secs(4));
     let store = EtcdStore::new(options).unwrap();
     let (opened, mut watches) = tokio::join!(store.watch(vec![range("a", 2)]), async {
         let mut watches = server.watches().await;
@@ -123,7 +122,7 @@ async fn an_answer_about_progress_is_not_for_watches_confirmed_after_it_was_aske
 #[tokio::test]
 async fn a_silent_watch_is_replaced_and_tells_each_change_once() {
     let mut server = Scripted::start(healthy).await;
-    let options = server.options().silence_timeout(Duration::from_millis(800));
+    let options = server.options().silence_timeout(Duration::from_secs(3));
     let store = EtcdStore::new(options).unwrap();
     let (opened, (mut watches, old)) = tokio::join!(store.watch(vec![range("a", 2)]), async {
         let mut watches = server.watches().await;
@@ -175,7 +174,7 @@ async fn a_silent_watch_is_replaced_and_tells_each_change_once() {
 #[tokio::test]
 async fn a_server_that_does_not_say_any_more_how_far_it_is_is_not_left() {
     let mut server = Scripted::start(healthy).await;
-    let silence_limit = Duration::from_millis(800);
+    let silence_limit = Duration::from_secs(3);
     let options = server.options().silence_timeout(silence_limit);
     let store = EtcdStore::new(options).unwrap();
     let (opened, (mut watches, old)) = tokio::join!(store.watch(vec![range("a", 2)]), async {
@@ -205,13 +204,14 @@ async fn a_server_that_does_not_say_any_more_how_far_it_is_is_not_left() {
     });
     while watches.next().await != WatchRequest::Progress {}
     watches.answer(progress(5));
-    // From here on the server reports no progress, for several times the allowed silence.
-    let mut id = old;
-    for _ in 0..6 {
+    // From here on the server reports no progress, for more than twice the allowed silence.
+    let (mut id, start) = (old, Instant::now());
+    for _ in 0..4 {
         while watches.next().await != WatchRequest::Progress {}
         id = watches.next_create().await;
         watches.answer(created(id, 5));
     }
+    assert!(start.elapsed() > silence_limit * 2);
     watches.answer(put(id, "a", 6));
     let (next, _) = within("a change arrives", events.recv()).await.unwrap();
     assert_eq!(next.unwrap().len(), 1);
@@ -280,10 +280,17 @@ async fn a_server_that_numbers_watches_by_itself_is_asked_for_one_at_a_time() {
     assert_eq!(cancelled, [3, 5, 7]);
 }
 
-async fn put_node(client: &mut Client, group: &str, id: &str) {
-    let value = format!(r#"{{"id":"{id}","ip":"10.0.0.1","port":8080}}"#);
-    let key = format!("registry/{group}/{id}");
-    client.put(key, value, None).await.unwrap();
+/// Checks how long changes took until they were seen. A machine that stands still may delay any of them.
+fn are_seen_soon(mut took: Vec<Duration>, stalls: &Stalls) {
+    took.sort_unstable();
+    let (median, slowest) = (took[took.len() / 2], took[took.len() - 1]);
+    println!(
+        "of {} changes, the median {median:?} and the slowest {slowest:?}",
+        took.len()
+    );
+    let stalled = stalls.so_far();
+    assert!(median < Duration::from_millis(200) + stalled, "{took:?}");
+    assert!(slowest < Duration::from_secs(1) + stalled, "{took:?}");
 }
 
 struct Proxy {
@@ -364,7 +371,8 @@ async fn restarts_without_loss(
         "current state {:?} after the proxy's restart",
         back.elapsed()
     );
-    let mut slowest = Duration::ZERO;
+    let stalls = Stalls::watch();
+    let mut took = Vec::new();
     for index in 0..5 {
         let start = Instant::now();
         put_node(client, group, &format!("after{index}")).await;
@@ -373,10 +381,9 @@ async fn restarts_without_loss(
             discovery.nodes().get(&id).is_some()
         })
         .await;
-        slowest = slowest.max(start.elapsed());
+        took.push(start.elapsed());
     }
-    println!("the slowest of 5 changes after the restart: {slowest:?}");
-    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    are_seen_soon(took, &stalls);
 }
 
 #[tokio::test]
@@ -400,14 +407,15 @@ async fn through_etcds_grpc_proxy_changes_are_seen_as_soon_as_without() {
     within("the node leads", first.node.wait_for_leadership()).await;
     let discovery = ready(&options, &group).await;
     within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
-    let mut slowest = Duration::ZERO;
+    let stalls = Stalls::watch();
+    let mut took = Vec::new();
     let mut count = 1;
     let mut see = async |client: &mut Client, what: &str| {
         let start = Instant::now();
         put_node(client, &group, &format!("n{count}")).await;
         count += 1;
         within(what, discovery.wait_for_nodes(count)).await;
-        slowest = slowest.max(start.elapsed());
+        took.push(start.elapsed());
     };
     for _ in 0..20 {
         see(&mut client, "the discovery shows the change").await;
@@ -424,8 +432,7 @@ async fn through_etcds_grpc_proxy_changes_are_seen_as_soon_as_without() {
         )
         .await;
     }
-    println!("the slowest of 25 changes: {slowest:?}");
-    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+    are_seen_soon(took, &stalls);
 
     // The leader crashes.
     let second = builder(&options, &group, "w2").ttl(3);
@@ -591,8 +598,8 @@ async fn endpoints_follow_the_members_and_learners_are_left_out() {
     within("the discovery shows the node", stays.wait_for_nodes(1)).await;
     // The old member is removed.
     let mut of_second = second.connect().await;
-    let member = client.member_list().await.unwrap();
-    let old_id = member
+    let listed = change("list", async || client.member_list().await).await;
+    let old_id = listed
         .members()
         .iter()
         .find(|member| member.id() != id)
@@ -659,13 +666,15 @@ async fn three_members_are_replaced_by_three_others_one_by_one() {
         cluster.push((members[new].name.clone(), members[new].peer));
         members[new].launch_in("existing", &cluster);
         members[new].serves().await;
-        let listed = client.member_list().await.unwrap();
+        let listed = change("list", async || client.member_list().await).await;
         let mut listed = listed.members().iter();
         let id = listed.find(|member| member.name() == leaving).unwrap().id();
         change("remove", async || client.member_remove(id).await).await;
         cluster.retain(|(name, _)| *name != leaving);
         members[old].process.take().unwrap().end(false);
-        members[new].serves().await;
+        for member in &members[new - 1..=new] {
+            member.serves().await;
+        }
         let others: Vec<_> = members[old + 1..=new]
             .iter()
             .map(|member| Some(Member::url(member.client)))

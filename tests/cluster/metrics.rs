@@ -11,8 +11,9 @@ use pingora_etcd::{
 use serde_json::json;
 
 use super::common::etcd::Etcd;
-use super::common::{eventually, group, within};
-use super::{Running, builder, ready};
+use super::common::stalls::Stalls;
+use super::common::{eventually, group, throughout, within};
+use super::{LONGER_THAN_WATCHED, Running, WATCHED_TTL, builder, ready};
 
 /// Reports the depth of a queue, and counts how often it was asked.
 #[derive(Clone, Default)]
@@ -122,24 +123,25 @@ async fn a_collector_that_hangs_or_panics_harms_nobody() {
     let etcd = Etcd::shared();
     let group = group("hang");
     let hangs = builder(&etcd.options(), &group, "hangs")
+        .ttl(WATCHED_TTL)
         .metrics_collector(Hangs)
         .metrics_update_interval(1);
     let panics = builder(&etcd.options(), &group, "panics")
+        .ttl(WATCHED_TTL)
         .metrics_collector(Panics)
         .metrics_update_interval(1);
     let discovery = ready(&etcd.options(), &group).await;
     let running = [hangs, panics].map(|node| Running::new(node.try_build().unwrap()));
     within("both nodes are registered", discovery.wait_for_nodes(2)).await;
-    // For longer than the TTL, so the leases must have been renewed.
-    super::common::throughout(
-        "both nodes stay registered",
-        std::time::Duration::from_secs(4),
-        || discovery.nodes().len() == 2,
-    )
+    // So the leases must have been renewed.
+    throughout("both nodes stay registered", LONGER_THAN_WATCHED, || {
+        discovery.nodes().len() == 2
+    })
     .await;
     for running in running {
+        let stalls = Stalls::watch();
         let took = running.stop().await;
-        assert!(took < std::time::Duration::from_secs(2), "{took:?}");
+        assert!(took < Duration::from_secs(2) + stalls.so_far(), "{took:?}");
     }
 }
 
@@ -201,6 +203,7 @@ async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
     let (is_oversized, always) = (Arc::default(), Arc::new(AtomicBool::new(true)));
     let start = |id: String, when: &Arc<AtomicBool>, sample| {
         let node = builder(&etcd.options(), &group, &id)
+            .ttl(WATCHED_TTL)
             .metrics_collector(Oversized(when.clone(), sample))
             .metrics_update_interval(1);
         Running::new(node.try_build().unwrap())
@@ -232,21 +235,16 @@ async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
             })
     })
     .await;
-    // For longer than the TTL.
-    super::common::throughout(
-        "all nodes stay as they were",
-        Duration::from_secs(3),
-        || {
-            late.iter()
-                .all(|node| at(node).is_some_and(|node| is_good(&node)))
-                && early.iter().all(|node| at(node).is_some())
-                && late
-                    .iter()
-                    .chain(&early)
-                    .all(|node| node.node.current_health() == HealthStatus::Healthy)
-                && discovery.leader().is_some()
-        },
-    )
+    throughout("all nodes stay as they were", LONGER_THAN_WATCHED, || {
+        late.iter()
+            .all(|node| at(node).is_some_and(|node| is_good(&node)))
+            && early.iter().all(|node| at(node).is_some())
+            && late
+                .iter()
+                .chain(&early)
+                .all(|node| node.node.current_health() == HealthStatus::Healthy)
+            && discovery.leader().is_some()
+    })
     .await;
     for node in &late {
         within("the node drains", node.node.drain()).await.unwrap();
@@ -258,8 +256,12 @@ async fn a_collector_that_returns_too_much_does_not_lose_the_node() {
     let mut events = discovery.subscribe();
     for node in late.into_iter().chain(early) {
         let id = node.node.id().to_owned();
+        let stalls = Stalls::watch();
         let took = node.stop().await;
-        assert!(took < Duration::from_secs(1), "{id}: {took:?}");
+        assert!(
+            took < Duration::from_secs(1) + stalls.so_far(),
+            "{id}: {took:?}"
+        );
         loop {
             let event = within("the node leaves", events.recv()).await.unwrap();
             if let ClusterEvent::NodeLeft(node) = event

@@ -16,7 +16,7 @@ use super::common::certificates::{Authority, Directory, Pair};
 use super::common::etcd::{Etcd, Setup};
 use super::common::link::Link;
 use super::common::{eventually, group, throughout, within};
-use super::{Running, leader_id, ready};
+use super::{Running, WATCHED_TTL, leader_id, ready};
 
 /// An etcd with TLS, and the files of server and client.
 pub(super) struct Secure {
@@ -228,7 +228,7 @@ async fn replaced_certificates_are_in_use_without_a_restart() {
         |link: &Link| EtcdOptions::new([format!("https://{}", link.address())]).tls(tls.clone());
     let group = group("rotate");
     let discovery = ready(&options(&by_discovery), &group).await;
-    let node = Running::start(&options(&by_node), &group, "n1").await;
+    let node = Running::start_with_ttl(&options(&by_node), &group, "n1", WATCHED_TTL).await;
     within("the node leads", node.node.wait_for_leadership()).await;
     within("the discovery shows the node", discovery.wait_for_nodes(1)).await;
     let epoch = discovery.leadership().map(|leadership| leadership.epoch);

@@ -1,5 +1,5 @@
 //! What the integration tests share: a real etcd, a scripted one, a TCP proxy that can go silent,
-//! the example programs, and waiting for a state with a deadline.
+//! the example programs, waiting for a state with a deadline, and for how long the machine stood still.
 #![allow(dead_code)] // each test crate uses only a part of it
 
 pub mod certificates;
@@ -9,6 +9,7 @@ pub mod load;
 pub mod namespace;
 pub mod programs;
 pub mod scripted;
+pub mod stalls;
 
 use std::collections::BTreeSet;
 use std::future::Future;

@@ -214,7 +214,7 @@ pub fn worker(etcd: &str, group: &str, id: &str) -> Worker {
     Worker {
         program: Program::start(
             "worker",
-            &[&arguments[..], &["--ttl", "2", "--zone", "z"]].concat(),
+            &[&arguments[..], &["--ttl", "10", "--zone", "z"]].concat(),
         ),
         url: format!("http://{listen}"),
     }

@@ -5,6 +5,7 @@ mod world;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use etcd_client::{GetOptions, KeyValue, SortOrder, SortTarget};
 use world::{Etcd, Kind, Led, Member, Views, etcdctl, until};
 
 /// Programs as the README of `photon-etcd-cluster` shows them. The same text is compiled against both
@@ -30,16 +31,20 @@ async fn until_registered(etcd: &Etcd, group: &str, id: &str) {
     .await;
 }
 
-/// How many candidates wait or lead, and of which nodes.
-async fn candidates(etcd: &Etcd, group: &str) -> Vec<String> {
-    use etcd_client::{GetOptions, SortOrder, SortTarget};
+/// The candidates that lead or wait, in the order of their turns.
+async fn queue(etcd: &Etcd, group: &str) -> Vec<KeyValue> {
     let options = GetOptions::new()
         .with_prefix()
         .with_sort(SortTarget::Create, SortOrder::Ascend);
     let prefix = format!("election/{group}/");
     let found = etcd.client().await.get(prefix, Some(options)).await;
-    let found = found.unwrap();
-    let values = found.kvs().iter();
+    found.unwrap().take_kvs()
+}
+
+/// Of which nodes they are.
+async fn candidates(etcd: &Etcd, group: &str) -> Vec<String> {
+    let queue = queue(etcd, group).await;
+    let values = queue.iter();
     values
         .map(|entry| entry.value_str().unwrap_or_default().to_owned())
         .collect()
@@ -78,6 +83,8 @@ async fn the_leader_stays_in_the_views_when_one_that_waits_goes() {
     let views = Views::of(&etcd, group).await;
     let leader = Member::start(Kind::Ours, &etcd, group, "first");
     until("the first one leads", async || leader.leads()).await;
+    let term = async || queue(&etcd, group).await[0].create_revision();
+    let before = term().await;
     for (kind, crash) in [
         (Kind::Theirs, false),
         (Kind::Ours, false),
@@ -99,7 +106,8 @@ async fn the_leader_stays_in_the_views_when_one_that_waits_goes() {
         .await;
         views.until_nodes(&["first"]).await;
         views.until_leader(Some("first")).await;
-        assert!(leader.leads());
+        assert_eq!(term().await, before, "its term has not ended");
+        until("it leads still", async || leader.leads()).await;
     }
 }
 

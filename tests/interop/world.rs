@@ -1,5 +1,6 @@
 //! An etcd, members as processes, and what both crates see of a group.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -26,6 +27,19 @@ fn variable(name: &str) -> Option<PathBuf> {
     value.map(PathBuf::from)
 }
 
+/// A port that nobody listens on and that no other caller in this process gets. It is below the
+/// range from which the kernel assigns ephemeral ports.
+fn free_port() -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    loop {
+        let port = fastrand::u16(10_000..30_000);
+        let is_free = std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+        if is_free && GIVEN.lock().unwrap().insert(port) {
+            return port;
+        }
+    }
+}
+
 /// An etcd of the test's own.
 pub struct Etcd {
     process: Child,
@@ -38,11 +52,7 @@ impl Etcd {
         let binary = variable("ETCD_BIN").expect(
             "these tests need a real etcd: set ETCD_BIN to an etcd binary, or run `make interop`",
         );
-        let free = || {
-            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-            listener.local_addr().unwrap().port()
-        };
-        let (client, peer) = (free(), free());
+        let (client, peer) = (free_port(), free_port());
         let endpoint = format!("http://127.0.0.1:{client}");
         let peer = format!("http://127.0.0.1:{peer}");
         let data = tempfile::tempdir().unwrap();

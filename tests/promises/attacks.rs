@@ -333,6 +333,11 @@ async fn what_the_front_answers_by_itself_is_counted() {
          clients: {{ head_bytes: 4096, headers: 20 }}"
     );
     let balancer = in_front_of(&backend, "counted", &fields).await;
+    until("the metrics are there", async || {
+        let answer = reqwest::get(format!("http://{admin}/metrics")).await;
+        answer.is_ok()
+    })
+    .await;
     let counted = async |event: &str| {
         let text = reqwest::get(format!("http://{admin}/metrics"))
             .await

@@ -217,7 +217,7 @@ async fn a_client_keeps_its_connection_while_the_backend_fails() {
         }
     })
     .await;
-    let fields = "timeouts: { response_ms: 300 }\nclients: { requests_per_connection: 12 }";
+    let fields = "timeouts: { response_ms: 2000 }\nclients: { requests_per_connection: 12 }";
     let balancer = in_front_of(&backend, "kept-clients", fields).await;
     let request = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n");
     let post = "POST /ends HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody";

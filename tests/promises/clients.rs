@@ -21,13 +21,14 @@ async fn a_head_has_to_arrive_as_a_whole_in_its_time_for_each_request() {
     // A byte now and then does not help. The second one is a request on a connection that has
     // served one.
     for served in [false, true] {
+        let mut start = Instant::now();
         let mut client = Raw::to(&balancer).await;
         if served {
             assert_eq!(status(&client.get("").await), "200");
             // Longer than a head may take: nothing of one has been sent.
             tokio::time::sleep(SECOND).await;
+            start = Instant::now();
         }
-        let start = Instant::now();
         client.send(b"GET / HTTP/1.1\r\nHost: a\r\n").await;
         let answer = client.drip(b"x: 1\r\n", SECOND / 10).await;
         assert_eq!(status(&answer), "408", "{answer:?}");
@@ -214,7 +215,8 @@ async fn a_connection_ends_after_as_many_requests_as_are_set() {
         let says_so = response.to_ascii_lowercase().contains("connection: close");
         assert_eq!(says_so, last, "{response}");
     }
-    assert!(is_closed_within(&mut client.0, SECOND).await);
+    // Long before the time of a connection without requests is over.
+    assert!(is_closed_within(&mut client.0, 10 * SECOND).await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -481,7 +483,7 @@ async fn what_there_is_of_a_response_that_breaks_off_reaches_the_client() {
         [&head[..], &[b'x'; 500]].concat()
     };
     let backend = RawBackend::start(part).await;
-    let fields = "timeouts: { response_ms: 500 }";
+    let fields = "timeouts: { response_ms: 2000 }";
     let balancer = in_front_of(&backend, "breaks-off", fields).await;
     let mut client = Raw::to(&balancer).await;
     client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;

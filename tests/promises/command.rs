@@ -300,31 +300,40 @@ fn is_alive(process: u32) -> bool {
 async fn it_ends_with_the_status_of_its_program_whatever_happens() {
     let (etcd, group) = (Etcd::shared(), group("ends"));
     let mut keys = etcd.raw_client().await;
+    // A script makes this file once it is ready for a signal.
+    let ready = scratch(&format!("{group}.ready"));
+    let with_script = |arguments: &[&str], script: &str| {
+        let _ = std::fs::remove_file(&ready);
+        let child = ["sh", "-c", script, ready.to_str().unwrap()];
+        Member::start(&etcd, &group, arguments, &child)
+    };
+    let is_ready = async || ready.exists();
     for (script, signal, arguments, code) in [
         ("sleep 1; exit 3", None, &[][..], 3),
         ("kill -9 $$", None, &[], 137),
         (
-            "trap 'exit 5' TERM; while :; do sleep 0.05; done",
+            "trap 'exit 5' TERM; touch \"$0\"; while :; do sleep 0.05; done",
             Some("TERM"),
             &["--drain", "0"],
             5,
         ),
         (
-            "trap '' TERM; while :; do sleep 0.05; done",
+            "trap '' TERM; touch \"$0\"; while :; do sleep 0.05; done",
             Some("TERM"),
             &["--grace", "1"],
             137,
         ),
         (
-            "trap 'exit 6' HUP; while :; do sleep 0.05; done",
+            "trap 'exit 6' HUP; touch \"$0\"; while :; do sleep 0.05; done",
             Some("HUP"),
             &[],
             6,
         ),
     ] {
-        let mut member = Member::start(&etcd, &group, arguments, &["sh", "-c", script]);
+        let mut member = with_script(arguments, script);
         if let Some(signal) = signal {
             until_registered(&mut keys, &group, "m", |_, _| true).await;
+            until("the script is ready", is_ready).await;
             member.program.signal(signal);
         }
         let (status, _) = member.program.ended().await;
@@ -335,9 +344,10 @@ async fn it_ends_with_the_status_of_its_program_whatever_happens() {
         );
     }
     // A second signal is passed on at once, however long the node would drain, which leaves nevertheless.
-    let script = "trap 'exit 8' INT; while :; do sleep 0.05; done";
-    let mut member = Member::start(&etcd, &group, &["--drain", "600"], &["sh", "-c", script]);
+    let script = "trap 'exit 8' INT; touch \"$0\"; while :; do sleep 0.05; done";
+    let mut member = with_script(&["--drain", "600"], script);
     until_registered(&mut keys, &group, "m", |_, _| true).await;
+    until("the script is ready", is_ready).await;
     member.program.signal("TERM");
     until_registered(&mut keys, &group, "m", |entry, _| {
         entry["state"] == "draining"
@@ -374,9 +384,9 @@ async fn it_ends_with_the_status_of_its_program_whatever_happens() {
     std::fs::remove_file(&file).unwrap();
 
     // Signals reach what is left, too.
-    let script =
-        "(trap '' TERM; trap 'exit 0' HUP; while :; do sleep 0.05; done) & sleep 1; exit 4";
-    let mut member = Member::start(&etcd, &group, &["--grace", "600"], &["sh", "-c", script]);
+    let script = "(trap '' TERM; trap 'exit 0' HUP; touch \"$0\"; while :; do sleep 0.05; done) &
+                  until test -e \"$0\"; do sleep 0.05; done; exit 4";
+    let mut member = with_script(&["--grace", "600"], script);
     until("the command has ended", async || {
         member.log().contains("the command has ended")
     })
@@ -384,6 +394,7 @@ async fn it_ends_with_the_status_of_its_program_whatever_happens() {
     member.program.signal("HUP");
     let (status, _) = member.program.ended().await;
     assert_eq!(status.code(), Some(4), "{}", member.log());
+    let _ = std::fs::remove_file(&ready);
 
     let mut missing = Member::start(&etcd, &group, &[], &["/no/such/program"]);
     let (status, _) = missing.program.ended().await;

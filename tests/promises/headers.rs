@@ -1,6 +1,6 @@
 //! Tests of what backends and clients are told in headers.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -46,7 +46,7 @@ async fn a_proxy_header_names_the_client_if_it_comes_from_whom_it_is_expected() 
         &[192, 0, 2, 7, 192, 0, 2, 8, 0x13, 0x88, 0x20, 0xfb],
     ]
     .concat();
-    let from = "clients: { proxy_protocol: ['127.0.0.1'], proxy_protocol_timeout_ms: 500 }";
+    let from = "clients: { proxy_protocol: ['127.0.0.1'], proxy_protocol_timeout_ms: 4000 }";
     let balancer = in_front_of_after(&backend, "proxied", from, &v1).await;
     for header_bytes in [&v1, &v2] {
         // In one part, and byte by byte.
@@ -70,10 +70,14 @@ async fn a_proxy_header_names_the_client_if_it_comes_from_whom_it_is_expected() 
         }
     }
     // Without one, with half of one, and with one from somebody else.
-    for bytes in [request.as_bytes(), &v1[..20]] {
+    for (bytes, is_begun) in [(request.as_bytes(), false), (&v1[..20], true)] {
+        let start = Instant::now();
         let mut client = Raw::to(&balancer).await;
         client.send(bytes).await;
         assert_eq!(client.rest().await, "");
+        // By default it would be three seconds.
+        let took = start.elapsed();
+        assert!(!is_begun || took > Duration::from_millis(3_500), "{took:?}");
     }
     let from = "clients: { proxy_protocol: ['192.0.2.1'] }";
     let balancer = in_front_of(&backend, "unproxied", from).await;

@@ -1,5 +1,6 @@
 //! Connections to backends, as the backends see them.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,9 +17,9 @@ use super::world::{Balancer, Setup, entry, put, until};
 
 /// A balancer with these fields in front of a backend at this port.
 async fn in_front_of_port(port: u16, name: &str, fields: &str) -> Balancer {
-    let group = group(name);
+    let (etcd, group) = (Etcd::shared(), group(name));
     let entry = entry("a", Some(port), json!({}));
-    put(&mut Etcd::shared().raw_client().await, &group, &entry, None).await;
+    put(&mut etcd.raw_client().await, &group, &entry, None).await;
     let balancer = Setup::shared(&group).with(fields).start();
     until("it serves", async || balancer.get().await == "a").await;
     balancer
@@ -246,12 +247,17 @@ async fn a_tunnel_lives_while_one_side_writes() {
 async fn a_post_does_not_go_over_a_connection_that_its_backend_has_ended() {
     let listener = TcpListener::bind((local(), 0)).await.unwrap();
     let port = listener.local_addr().unwrap().port();
-    let posts = Arc::new(Mutex::new(Vec::new()));
-    let (recorded, mut serving) = (posts.clone(), JoinSet::new());
+    let (posts, open) = (
+        Arc::new(Mutex::new(Vec::new())),
+        Arc::new(AtomicUsize::new(0)),
+    );
+    let (recorded, counter) = (posts.clone(), open.clone());
+    let mut serving = JoinSet::new();
     serving.spawn(async move {
         let mut connections = JoinSet::new();
         while let Ok((mut stream, _)) = listener.accept().await {
-            let recorded = recorded.clone();
+            let (recorded, counter) = (recorded.clone(), counter.clone());
+            counter.fetch_add(1, Ordering::Relaxed);
             connections.spawn(async move {
                 let pause = Duration::from_millis(5);
                 let mut is_first = true;
@@ -266,8 +272,12 @@ async fn a_post_does_not_go_over_a_connection_that_its_backend_has_ended() {
                     if request.starts_with("P") {
                         recorded.lock().unwrap().push(request);
                     }
-                    stream.write_all(&ok("")).await.unwrap();
+                    if stream.write_all(&ok("")).await.is_err() {
+                        break;
+                    }
                 }
+                drop(stream);
+                counter.fetch_sub(1, Ordering::Relaxed);
             });
         }
     });
@@ -276,19 +286,35 @@ async fn a_post_does_not_go_over_a_connection_that_its_backend_has_ended() {
         "retries: 0\nbackends: {{ protocol: https, {} }}",
         tls.fields
     );
-    post_after_end(&in_front_of_port(port, "ended", "retries: 0").await, &posts).await;
-    post_after_end(
-        &in_front_of_port(tls.port, "ended-tls", &over_tls).await,
-        &posts,
-    )
-    .await;
+    for (name, port, fields) in [
+        ("ended", port, "retries: 0"),
+        ("ended-tls", tls.port, &over_tls),
+    ] {
+        let balancer = in_front_of_port(port, name, fields).await;
+        let has_ended = || open.load(Ordering::Relaxed) == 0 && !is_connected_to(port);
+        post_after_end(&balancer, has_ended, &posts).await;
+    }
 }
 
-async fn post_after_end(balancer: &Balancer, posts: &Mutex<Vec<String>>) {
+/// Whether somebody has a connection to this port whose end has not arrived.
+fn is_connected_to(port: u16) -> bool {
+    let port = format!(":{port:04X}");
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    table.lines().skip(1).any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        // 01 is an established connection.
+        fields[2].ends_with(&port) && fields[3] == "01"
+    })
+}
+
+async fn post_after_end(
+    balancer: &Balancer,
+    has_ended: impl Fn() -> bool,
+    posts: &Mutex<Vec<String>>,
+) {
     let mut client = Raw::to(balancer).await;
     for (number, method) in ["POST", "PUT", "PATCH"].repeat(5).iter().enumerate() {
-        // Long enough for the end to have arrived.
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        until("the end has arrived", async || has_ended()).await;
         let head =
             format!("{method} /{number} HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody");
         client.send(head.as_bytes()).await;

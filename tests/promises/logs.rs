@@ -19,7 +19,7 @@ async fn a_log_that_cannot_be_written_costs_nothing_but_its_lines() {
     let mut cases = Vec::new();
     for log in [Log::Full, Log::Closed, Log::Stuck] {
         let group = group("unwritable");
-        let worker = Worker::start(&endpoint, &group, "w1", &[], log);
+        let worker = Worker::with_ttl(&endpoint, &group, "w1", "6", &[], log);
         let setup = Setup::new(etcd.endpoints(), &group).log(log);
         let balancer = setup.start();
         let routing = setup.program("leader_routing").start();
@@ -70,7 +70,7 @@ async fn a_log_that_cannot_be_written_costs_nothing_but_its_lines() {
         .await;
     }
     // For longer than a lease lasts without renewals.
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
     for (log, group, worker, _, _) in &mut cases {
         assert!(
             registered(&mut keys, group, "w1").await.is_some(),

@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 use super::common::etcd::Etcd;
 use super::common::load::client;
 use super::common::programs::COMMAND;
-use super::common::{free_port, group};
+use super::common::{DEADLINE, free_port, group};
 use super::raw::{Raw, status};
 use super::world::{Backend, Setup, entry, put, scratch, until};
 
@@ -84,17 +84,28 @@ async fn memory_is_flat_under_load_with_page_metrics_and_log() {
         }
     });
 
-    let (start, length) = (Instant::now(), length());
+    let (mut start, length) = (Instant::now(), length());
     let (mut client, mut requests, mut warm) = (Raw::to(&balancer).await, 0_u64, None);
-    while start.elapsed() < length {
+    let (mut memory, mut looked) = (balancer.memory(), Instant::now());
+    while warm.is_none() || start.elapsed() < length {
         if requests % 50 == 0 {
             // New connections, too.
             client = Raw::to(&balancer).await;
         }
         assert_eq!(status(&client.get("").await), "200");
         requests += 1;
-        if warm.is_none() && start.elapsed() > length / 3 {
-            warm = Some((balancer.memory(), requests));
+        // It is warm once it has hardly changed for a second. The time begins then.
+        if warm.is_none() && looked.elapsed() >= Duration::from_secs(1) {
+            let before = std::mem::replace(&mut memory, balancer.memory());
+            looked = Instant::now();
+            if memory.abs_diff(before) < 256 {
+                warm = Some((memory, requests));
+                start = looked;
+            }
+            assert!(
+                start.elapsed() < DEADLINE,
+                "{before} KiB, {memory} KiB: it goes on growing"
+            );
         }
         tokio::time::sleep(Duration::from_micros(500)).await;
     }

@@ -7,11 +7,14 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
-use super::common::group;
+use super::common::stalls::Stalls;
+use super::common::{free_port, group};
 use super::raw::{Raw, RawBackend, http_2_backend, ok, read_message, register, status};
 use super::world::{Balancer, Setup, entry, put, until};
 
 const SECOND: Duration = Duration::from_secs(1);
+/// How long a request takes where several are sent at once: all of them are there before the first one is served.
+const SLOW: Duration = Duration::from_secs(3);
 
 /// A balancer in front of these backends, `n0` and so on.
 async fn before(backends: &[&RawBackend], name: &str, fields: &str) -> Balancer {
@@ -43,10 +46,12 @@ fn count(responses: &[(String, Duration)], code: &str) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_beyond_the_limit_wait_and_then_get_503() {
-    let backend = RawBackend::start_slow(SECOND).await;
-    let fields = "overload: { max_in_flight: 2, queue: 2, queue_timeout_ms: 15000 }";
+    let backend = RawBackend::start_slow(SLOW).await;
+    let fields = "overload: { max_in_flight: 2, queue: 2, queue_timeout_ms: 30000 }";
     let balancer = before(&[&backend], "limit", fields).await;
+    let stalls = Stalls::watch();
     let responses = at_once(&balancer, 6).await;
+    let stood = stalls.so_far();
     assert_eq!(
         (count(&responses, "200"), count(&responses, "503")),
         (4, 2),
@@ -54,7 +59,7 @@ async fn requests_beyond_the_limit_wait_and_then_get_503() {
     );
     for (response, took) in &responses {
         if status(response) == "503" {
-            assert!(*took < SECOND / 2, "{took:?}");
+            assert!(*took < SECOND / 2 + stood, "{took:?}");
             assert!(
                 response.to_ascii_lowercase().contains("retry-after: 1"),
                 "{response}"
@@ -63,8 +68,9 @@ async fn requests_beyond_the_limit_wait_and_then_get_503() {
             assert!(response.contains("Connection: keep-alive"), "{response}");
         }
     }
-    let waited = responses.iter().filter(|(_, took)| *took >= 2 * SECOND);
+    let waited = responses.iter().filter(|(_, took)| *took >= 2 * SLOW);
     assert_eq!(waited.count(), 2);
+    assert_eq!(backend.most_at_once(), 2);
     // Whoever waits too long gets 503, too.
     let fields = "overload: { max_in_flight: 1, queue: 9, queue_timeout_ms: 100 }";
     let balancer = before(&[&backend], "patience", fields).await;
@@ -78,31 +84,37 @@ async fn requests_beyond_the_limit_wait_and_then_get_503() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backend_gets_no_more_requests_at_a_time_than_it_may() {
-    let (one, two) = (
-        RawBackend::start_slow(SECOND).await,
-        RawBackend::start_slow(SECOND).await,
+    tokio::join!(
+        gets_no_more_than_it_may("adaptive"),
+        gets_no_more_than_it_may("headroom"),
+        gets_no_more_than_it_may("round_robin"),
+        gets_no_more_than_it_may("random"),
+        gets_no_more_than_it_may("consistent"),
     );
-    for policy in [
-        "adaptive",
-        "headroom",
-        "round_robin",
-        "random",
-        "consistent",
-    ] {
-        let fields = format!(
-            "policy: {policy}\noverload: {{ max_in_flight_per_node: 2, queue: 1, queue_timeout_ms: 15000 }}"
-        );
-        let balancer = before(&[&one, &two], "per-node", &fields).await;
-        // Four at once, one waits, and one too many.
-        let responses = at_once(&balancer, 6).await;
-        let got = (count(&responses, "200"), count(&responses, "503"));
-        assert_eq!(got, (5, 1), "{policy}: {responses:?}");
-        let mut times: Vec<_> = responses.iter().map(|(_, took)| *took).collect();
-        times.sort_unstable();
-        assert!(
-            times[4] < SECOND * 9 / 5 && times[5] >= 2 * SECOND,
-            "{policy}: {times:?}"
-        );
+}
+
+async fn gets_no_more_than_it_may(policy: &str) {
+    let backends = [
+        RawBackend::start_slow(SLOW).await,
+        RawBackend::start_slow(SLOW).await,
+    ];
+    let [one, two] = &backends;
+    let fields = format!(
+        "policy: {policy}\noverload: {{ max_in_flight_per_node: 2, queue: 1, queue_timeout_ms: 30000 }}"
+    );
+    let balancer = before(&[one, two], "per-node", &fields).await;
+    // Four at once, one waits, and one too many.
+    let responses = at_once(&balancer, 6).await;
+    let got = (count(&responses, "200"), count(&responses, "503"));
+    assert_eq!(got, (5, 1), "{policy}: {responses:?}");
+    let mut times: Vec<_> = responses.iter().map(|(_, took)| *took).collect();
+    times.sort_unstable();
+    assert!(
+        times[4] < SLOW * 9 / 5 && times[5] >= 2 * SLOW,
+        "{policy}: {times:?}"
+    );
+    for backend in &backends {
+        assert_eq!(backend.most_at_once(), 2, "{policy}");
     }
 }
 
@@ -350,26 +362,62 @@ async fn protocols_are_passed_on_as_is_set_and_others_are_refused() {
 /// From the first one to the last one, however many come while they wait.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_waits_is_served_in_the_order_of_coming() {
-    let backend = RawBackend::start_slow(SECOND / 3).await;
-    let fields = "overload: { max_in_flight_per_node: 1, queue: 100, queue_timeout_ms: 15000 }";
-    let balancer = before(&[&backend], "order", fields).await;
+    let backend = RawBackend::start(|request| match request.starts_with("GET /held ") {
+        // The rest never comes.
+        true => b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\npart".to_vec(),
+        false => ok(request),
+    })
+    .await;
+    let admin = format!("127.0.0.1:{}", free_port());
+    let fields = format!(
+        "admin: {{ listen: '{admin}' }}\n\
+         overload: {{ max_in_flight_per_node: 1, queue: 100, queue_timeout_ms: 60000 }}"
+    );
+    let balancer = before(&[&backend], "order", &fields).await;
+    let in_flight = async || {
+        let answer = reqwest::get(format!("http://{admin}/metrics")).await;
+        let text = answer.ok()?.text().await.ok()?;
+        let name = format!(
+            "pingora_etcd_requests_in_flight{{group=\"{}\"}} ",
+            balancer.group
+        );
+        let value = text.lines().find_map(|line| line.strip_prefix(&name))?;
+        value.parse::<f64>().ok()
+    };
+    // The first one has the only place, until its client leaves.
     let mut clients = Vec::new();
-    for _ in 0..12 {
-        clients.push(Raw::to(&balancer).await);
+    for number in 0..=12_u32 {
+        let path = match number {
+            0 => "held".to_owned(),
+            _ => number.to_string(),
+        };
+        let mut client = Raw::to(&balancer).await;
+        client
+            .send(format!("GET /{path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes())
+            .await;
+        let expected = Some(f64::from(number + 1));
+        until("the request is there", async || {
+            in_flight().await == expected
+        })
+        .await;
+        clients.push(client);
     }
-    let mut requests = JoinSet::new();
-    let ends = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
-    for (index, mut client) in clients.into_iter().enumerate() {
-        let ends = ends.clone();
-        requests.spawn(async move {
-            assert_eq!(status(&client.get("").await), "200");
-            ends.lock().unwrap().push(index);
-        });
-        tokio::time::sleep(SECOND / 50).await;
+    until("the backend has the first one", async || {
+        backend.requests().len() == 1
+    })
+    .await;
+    drop(clients.remove(0));
+    for client in &mut clients {
+        assert_eq!(status(&client.response().await), "200");
     }
-    requests.join_all().await;
-    let ends = ends.lock().unwrap();
-    assert!(ends.is_sorted(), "{ends:?}");
+    let served = backend.requests().split_off(1);
+    assert_eq!(served.len(), 12, "{served:?}");
+    for (number, request) in (1..).zip(&served) {
+        assert!(
+            request.starts_with(&format!("GET /{number} ")),
+            "{served:?}"
+        );
+    }
 }
 
 /// Whoever gives up often asks again: otherwise backends would work for nobody when they have most to do.

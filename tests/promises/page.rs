@@ -388,7 +388,10 @@ async fn nodes_are_drained_and_led_by_buttons_and_a_reload_shows_its_error() {
         browser.cell("w2", "State").await == "draining"
     })
     .await;
-    assert_eq!(browser.text("#done").await, "Done: drain w2");
+    until("it is said", async || {
+        browser.text("#done").await == "Done: drain w2"
+    })
+    .await;
     balancer.until_served_by(&["w1", "w3"]).await;
     until("the event says who it was", async || {
         browser
@@ -489,6 +492,11 @@ async fn the_page_is_for_its_own_names_and_only_reads() {
     let fields = format!("admin: {{ listen: '{listen}', hosts: [balancer.test] }}");
     let balancer = Setup::shared(&group).with(&fields).listening().await;
     let client = reqwest::Client::new();
+    let page = format!("http://{listen}/");
+    until("the page is there", async || {
+        client.get(&page).send().await.is_ok()
+    })
+    .await;
     let get = async |path: &str, host: &str| {
         let request = client
             .get(format!("http://{listen}{path}"))

@@ -133,7 +133,26 @@ pub struct RawBackend {
     pub address: SocketAddr,
     requests: Arc<Mutex<Vec<String>>>,
     connections: Arc<AtomicUsize>,
+    at_once: Arc<AtOnce>,
     _serving: JoinSet<()>,
+}
+
+/// Requests that have arrived and are not answered.
+#[derive(Default)]
+struct AtOnce {
+    now: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl AtOnce {
+    fn begins(&self) {
+        let now = self.now.fetch_add(1, Ordering::Relaxed) + 1;
+        self.most.fetch_max(now, Ordering::Relaxed);
+    }
+
+    fn ends(&self) {
+        self.now.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl RawBackend {
@@ -181,12 +200,15 @@ impl RawBackend {
         let recorded = requests.clone();
         let connections = Arc::new(AtomicUsize::new(0));
         let counter = connections.clone();
+        let at_once = Arc::<AtOnce>::default();
+        let counted = at_once.clone();
         let mut serving = JoinSet::new();
         serving.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((mut stream, _)) = listener.accept().await {
                 counter.fetch_add(1, Ordering::Relaxed);
                 let (answer, recorded) = (answer.clone(), recorded.clone());
+                let counted = counted.clone();
                 connections.spawn(async move {
                     loop {
                         let request = match is_early {
@@ -197,8 +219,11 @@ impl RawBackend {
                             return;
                         };
                         recorded.lock().unwrap().push(request.clone());
+                        counted.begins();
                         tokio::time::sleep(after).await;
                         let bytes = answer(&request);
+                        // Who gets the answer may send the next request at once.
+                        counted.ends();
                         let _ = stream.write_all(&bytes).await;
                         let text = String::from_utf8_lossy(&bytes).to_ascii_lowercase();
                         if bytes.is_empty() || text.contains("connection: close") {
@@ -212,6 +237,7 @@ impl RawBackend {
             address,
             requests,
             connections,
+            at_once,
             _serving: serving,
         }
     }
@@ -223,6 +249,11 @@ impl RawBackend {
     /// How many connections there have been.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
+    }
+
+    /// The greatest number of requests that it had at one time.
+    pub fn most_at_once(&self) -> usize {
+        self.at_once.most.load(Ordering::Relaxed)
     }
 
     /// The last request, in lower case.

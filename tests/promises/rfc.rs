@@ -519,7 +519,7 @@ async fn an_expectation_is_passed_on_and_an_early_answer_ends_an_upload() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_ends_its_side_is_served_if_that_is_set() {
-    let backend = RawBackend::start_slow(Duration::from_millis(300)).await;
+    let backend = RawBackend::start_slow(Duration::from_secs(2)).await;
     for (fields, expected) in [("", "none"), ("clients: { half_closed: true }", "200")] {
         let balancer = in_front_of(&backend, "half-closed", fields).await;
         let mut client = Raw::to(&balancer).await;

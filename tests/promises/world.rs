@@ -398,14 +398,26 @@ pub struct Worker {
 }
 
 impl Worker {
+    /// With a TTL that a busy machine does not exceed.
     pub fn start(endpoint: &str, group: &str, id: &str, more: &[&str], log: Log) -> Self {
+        Self::with_ttl(endpoint, group, id, "10", more, log)
+    }
+
+    pub fn with_ttl(
+        endpoint: &str,
+        group: &str,
+        id: &str,
+        ttl: &str,
+        more: &[&str],
+        log: Log,
+    ) -> Self {
         let port = free_port();
         let listen = format!("{}:{port}", local());
         let file = scratch(&format!("{group}-{id}-{port}.log"));
         let mut command = Command::new(optimised("worker"));
         command
             .args(["--etcd", endpoint, "--group", group, "--id", id])
-            .args(["--listen", &listen, "--ttl", "2"])
+            .args(["--listen", &listen, "--ttl", ttl])
             .args(more);
         Self {
             program: start(command, log, &file),

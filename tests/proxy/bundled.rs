@@ -10,7 +10,7 @@ use pingora_etcd::{ClusterNodeBuilder, EtcdOptions};
 
 use super::common::etcd::Etcd;
 use super::common::{DEADLINE, eventually, free_port, group, local, within};
-use super::{Backend, Load, RunningServer, client, cluster_config, load, until_it_answers};
+use super::{Backend, Load, RunningServer, TTL, client, cluster_config, load, until_it_answers};
 
 pub(crate) struct Proxy {
     pub(crate) url: String,
@@ -172,8 +172,10 @@ async fn a_crash_and_a_leave_under_load_cost_no_get() {
     let etcd = Etcd::shared();
     let group = group("crash");
     let mut backends = Vec::new();
-    for id in ["b1", "b2", "b3"] {
-        backends.push(Backend::start(&etcd.options(), &group, id).await);
+    // Only the lease of the one that crashes is to expire.
+    for (id, ttl) in [("b1", 2), ("b2", TTL), ("b3", TTL)] {
+        let lasting = |builder: ClusterNodeBuilder| builder.ttl(ttl);
+        backends.push(Backend::start_with(&etcd.options(), &group, id, lasting).await);
     }
     let proxy = proxy(&etcd.options(), &group, false, "").await;
     proxy.until_it_has(3).await;
@@ -347,9 +349,10 @@ async fn without_etcd_the_server_starts_after_a_bounded_wait() {
 async fn the_last_view_is_served_while_etcd_is_away() {
     let etcd = Etcd::own();
     let group = group("away");
+    let short = |builder: ClusterNodeBuilder| builder.ttl(3);
     let backends = [
-        Backend::start(&etcd.options(), &group, "b1").await,
-        Backend::start(&etcd.options(), &group, "b2").await,
+        Backend::start_with(&etcd.options(), &group, "b1", short).await,
+        Backend::start_with(&etcd.options(), &group, "b2", short).await,
     ];
     let proxy = proxy(&etcd.options(), &group, false, "").await;
     proxy.until_it_has(2).await;
@@ -399,18 +402,24 @@ async fn writes_go_to_the_leader_with_its_token_and_wait_for_one() {
     let group = group("writes");
     let mut first = Backend::start(&etcd.options(), &group, "b1").await;
     first.node.wait_for_leadership().await;
-    let second = Backend::start(&etcd.options(), &group, "b2").await;
+    // Its lease outlasts the wait of the first proxy below, and then has to expire.
+    let short = |builder: ClusterNodeBuilder| builder.ttl(4);
+    let second = Backend::start_with(&etcd.options(), &group, "b2", short).await;
+    let patient = "  leader_wait_ms: 30000\n";
+    let patient = proxy(&etcd.options(), &group, true, patient).await;
     let proxy = proxy(&etcd.options(), &group, true, "").await;
+    patient.until_it_has(2).await;
     proxy.until_it_has(2).await;
     let client = client();
-    let write = |method: &'static str| {
+    let write_to = |url: &str, method: &'static str| {
         let method = method.parse().unwrap();
         // The proxy must not forward a token that a client made up.
         let request = client
-            .request(method, &proxy.url)
+            .request(method, url)
             .header("x-leader-epoch", "999999999");
         async move { request.send().await.unwrap() }
     };
+    let write = |method| write_to(&proxy.url, method);
     let epoch = first.node.leadership().unwrap().epoch.to_string();
     for method in ["POST", "PUT", "PATCH", "DELETE"] {
         let response = write(method).await;
@@ -466,7 +475,7 @@ async fn writes_go_to_the_leader_with_its_token_and_wait_for_one() {
     );
 
     // A write that is waiting when a leader appears is forwarded.
-    let waiting = tokio::spawn(write("POST"));
+    let waiting = tokio::spawn(write_to(&patient.url, "POST"));
     let third = Backend::start(&etcd.options(), &group, "b3").await;
     let response = waiting.await.unwrap();
     assert_eq!(response.status(), 200);

@@ -17,7 +17,7 @@ use pingora_etcd::pingora::{BackendNode, ClusterBackends, LiveLoadBalancer, Metr
 use pingora_etcd::{Cluster, Operator, ServiceDiscovery};
 
 use super::common::etcd::Etcd;
-use super::common::{eventually, free_port, group, local, throughout};
+use super::common::{DEADLINE, eventually, free_port, group, local, throughout};
 use super::{Backend, RunningServer, load, until_it_answers};
 
 fn discovery(etcd: &Etcd, group: &str) -> ServiceDiscovery {
@@ -62,6 +62,8 @@ async fn a_down_backend_stays_down_when_its_weight_changes() {
         LiveLoadBalancer::<MetricsWeighted>::weighted(discovery(&etcd, &group), &headroom())
             .unwrap();
     let mut check = TcpHealthCheck::new();
+    // A port that is refused is known at once; the other backend may take its time on a busy machine.
+    check.peer_template.options.connection_timeout = Some(DEADLINE);
     // One failed check marks a backend as down, and no later check marks it as up again.
     check.consecutive_failure = 1;
     check.consecutive_success = 1_000_000;

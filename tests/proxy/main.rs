@@ -29,6 +29,9 @@ use tokio::task::JoinSet;
 use common::load::{Load, client, load, until_it_answers};
 use common::{free_port, local};
 
+/// The TTL of most backends, in seconds: a machine that is busy with other tests does not end their leases.
+const TTL: i64 = 10;
+
 /// A Pingora server on its own thread, stopped when this is dropped.
 struct RunningServer {
     stop: watch::Sender<bool>,
@@ -169,7 +172,7 @@ impl Backend {
     ) -> Self {
         let cpu = Cpu::default();
         let builder = ClusterNodeBuilder::new(etcd.clone(), id, local(), group)
-            .ttl(2)
+            .ttl(TTL)
             .port(port)
             .metrics_collector(cpu.clone())
             .metrics_update_interval(1);
