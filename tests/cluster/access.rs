@@ -20,7 +20,7 @@ use super::auth::{
 };
 use super::common::certificates::Directory;
 use super::common::etcd::{Etcd, Setup, newest};
-use super::common::{eventually, group, local, throughout, within};
+use super::common::{eventually, group, local, skipped, throughout, within};
 use super::{
     LONGER_THAN_WATCHED, Running, WATCHED_TTL, builder, leader_id, ready, until_candidate,
     watch_group,
@@ -516,7 +516,7 @@ async fn operators_need_the_rights_of_the_guide_and_take_none_from_nodes() {
 #[tokio::test]
 async fn operators_need_no_more_rights_in_an_etcd_that_checks_leases() {
     let Some(binary) = newest() else {
-        eprintln!("skipped: ETCD_NEWEST names no etcd of 3.5.30 or newer");
+        skipped("ETCD_NEWEST names no etcd of 3.5.30 or newer");
         return;
     };
     operators_act(&Guarded::of(Some(binary), &[]).await).await;

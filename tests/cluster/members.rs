@@ -13,7 +13,7 @@ use super::common::scripted::{
     Answer, Message, Scripted, WatchRequest, created, header, progress, put, status,
 };
 use super::common::stalls::Stalls;
-use super::common::{eventually, free_port, group, local, throughout, within};
+use super::common::{eventually, free_port, group, local, skipped, throughout, within};
 use super::{Running, builder, put_node, ready};
 
 /// gRPC status codes.
@@ -389,7 +389,7 @@ async fn restarts_without_loss(
 #[tokio::test]
 async fn through_etcds_grpc_proxy_changes_are_seen_as_soon_as_without() {
     if binary().is_none() {
-        println!("needs an etcd binary; skipped because ETCD_IMAGE is set");
+        skipped("it needs an etcd binary, and ETCD_IMAGE is set");
         return;
     }
     let etcd = Etcd::own();
@@ -553,7 +553,7 @@ async fn change<T, E: std::fmt::Display>(
 #[tokio::test]
 async fn endpoints_follow_the_members_and_learners_are_left_out() {
     if binary().is_none() {
-        println!("needs an etcd binary; skipped because ETCD_IMAGE is set");
+        skipped("it needs an etcd binary, and ETCD_IMAGE is set");
         return;
     }
     let group = group("replaced");
@@ -631,7 +631,7 @@ async fn endpoints_follow_the_members_and_learners_are_left_out() {
 #[tokio::test]
 async fn three_members_are_replaced_by_three_others_one_by_one() {
     if binary().is_none() {
-        println!("needs an etcd binary; skipped because ETCD_IMAGE is set");
+        skipped("it needs an etcd binary, and ETCD_IMAGE is set");
         return;
     }
     let group = group("replaced");

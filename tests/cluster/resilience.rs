@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use super::common::etcd::Etcd;
 use super::common::link::Link;
 use super::common::stalls::Stalls;
-use super::common::{eventually, free_port, group, local, throughout, within};
+use super::common::{eventually, free_port, group, local, skipped, throughout, within};
 use super::etcd_cluster::Cluster as EtcdCluster;
 use super::{Running, leader_id, put_node, ready};
 
@@ -585,7 +585,7 @@ async fn strangers_are_kept_out() {
 #[tokio::test]
 async fn without_a_quorum_one_member_gives_what_it_has_if_that_is_asked_for() {
     let Some(binary) = super::common::etcd::binary() else {
-        println!("needs an etcd binary for a cluster of three; skipped because ETCD_IMAGE is set");
+        skipped("a cluster of three needs an etcd binary, and ETCD_IMAGE is set");
         return;
     };
     let group = group("borrowed");

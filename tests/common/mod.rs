@@ -40,6 +40,16 @@ pub fn subscribe(subscriber: impl Into<tracing::Dispatch>) -> tracing::subscribe
     tracing::dispatcher::set_default(&subscriber.into())
 }
 
+/// Says that the test is skipped: on standard error directly, because the test harness hides what passing tests print.
+pub fn skipped(why: impl std::fmt::Display) {
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    let _ = std::io::Write::write_fmt(
+        &mut std::io::stderr(),
+        format_args!("skipped: {test}: {why}\n"),
+    );
+}
+
 /// A group name that no other test uses.
 pub fn group(test: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);

@@ -98,7 +98,7 @@ impl Drop for Program {
 pub fn is_installed(program: &str) -> bool {
     let found = Command::new(program).arg("--version").output().is_ok();
     if !found {
-        eprintln!("skipped, because {program} is not installed");
+        super::skipped(format_args!("{program} is not installed"));
     }
     found
 }

@@ -9,9 +9,9 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
 use super::common::etcd::{Etcd, Process};
-use super::common::group;
 use super::common::namespace::Namespace;
 use super::common::programs::optimised;
+use super::common::{group, skipped};
 use super::raw::{Raw, RawBackend, in_front_of, ok, register, status};
 use super::world::{Balancer, Setup, entry, put, scratch, until};
 
@@ -360,7 +360,7 @@ async fn a_network_that_drops_packets_in_silence_costs_seconds() {
     let namespace = match Namespace::create() {
         Ok(namespace) => namespace,
         Err(reason) => {
-            eprintln!("skipped, because this machine cannot drop packets: {reason}");
+            skipped(format_args!("this machine cannot drop packets: {reason}"));
             return;
         }
     };
@@ -590,7 +590,7 @@ async fn where_there_is_nobody_else_to_try_the_client_learns_what_has_failed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_cannot_be_connected_to_from_here_is_left_out() {
     let Some(address) = Prohibited::some() else {
-        eprintln!("skipped, because this machine cannot prohibit an address");
+        skipped("this machine cannot prohibit an address");
         return;
     };
     let closing =

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::common::etcd::Etcd;
 use super::common::stalls::Stalls;
-use super::common::{free_port, group, local};
+use super::common::{free_port, group, local, skipped};
 use super::raw::{Raw, RawBackend, in_front_of, ok, status};
 use super::world::{Balancer, Log, Setup, Worker, entry, put, scratch, until, until_registered};
 
@@ -618,7 +618,7 @@ async fn a_daemon_becomes_the_user_that_it_is_told() {
         line.unwrap().split_whitespace().nth(2).unwrap().to_owned()
     };
     if user(&own) != "0" {
-        eprintln!("skipped, because only root can become somebody else");
+        skipped("only root can become somebody else");
         return;
     }
     let backend = RawBackend::start(ok).await;

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::common::etcd::{Etcd, Setup as EtcdSetup, binary};
 use super::common::link::Link;
 use super::common::scripted::{Answer, Scripted, status};
-use super::common::{eventually, free_port, group, local};
+use super::common::{eventually, free_port, group, local, skipped};
 use super::etcd_cluster::Cluster;
 use super::world::{Backend, Balancer, Setup, may_replace_hosts, put, until};
 
@@ -114,7 +114,7 @@ impl Mute {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_a_name_with_several_addresses_one_that_is_of_use_is_found() {
     if !may_replace_hosts() {
-        println!("skipped: replacing /etc/hosts for a program needs root");
+        skipped("replacing /etc/hosts for a program needs root");
         return;
     }
     let (etcd, group) = (Etcd::shared(), group("names"));
