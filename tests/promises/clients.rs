@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use super::common::etcd::Etcd;
 use super::common::group;
 use super::raw::{Raw, RawBackend, http_2, in_front_of, is_closed_within, ok, status};
-use super::world::{Setup, entry, put, until};
+use super::world::{Setup, entry, put, scratch, until};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -76,15 +76,43 @@ async fn a_stalled_body_is_the_clients_fault() {
     let response = client.rest().await;
     assert_eq!(status(&response), "408", "{response:?}");
     assert!(start.elapsed() < 5 * SECOND);
-    // The other way round: the backend's time is over first.
-    let fields = "timeouts: { client_body_ms: 60000, response_ms: 500 }";
-    let balancer = in_front_of(&backend, "bodies-2", fields).await;
-    let mut client = Raw::to(&balancer).await;
-    client
-        .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n12345")
-        .await;
-    let response = client.rest().await;
-    assert_eq!(status(&response), "408", "{response:?}");
+    // The other way round: the backend's time is over first. It is blamed for none of them.
+    let access_log = scratch(&group("bodies-access"));
+    let fields = format!(
+        "timeouts: {{ client_body_ms: 60000, response_ms: 500 }}\naccess_log: {{ file: {} }}",
+        access_log.display()
+    );
+    let balancer = in_front_of(&backend, "bodies-2", &fields).await;
+    let mut clients = Vec::new();
+    for _ in 0..6 {
+        let mut client = Raw::to(&balancer).await;
+        client
+            .send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n12345")
+            .await;
+        clients.push(client);
+    }
+    for client in &mut clients {
+        let response = client.rest().await;
+        assert_eq!(status(&response), "408", "{response:?}");
+    }
+    let outcomes = || -> Vec<Value> {
+        let text = std::fs::read_to_string(&access_log).unwrap_or_default();
+        // The last line may not be whole yet.
+        let lines = text
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let stalled = lines.filter(|line| line["status"] == 408);
+        stalled.map(|line| line["outcome"].clone()).collect()
+    };
+    until("each of them has a line", async || outcomes().len() >= 6).await;
+    assert_eq!(outcomes(), ["unknown"; 6]);
+    until("the backend still serves", async || {
+        balancer.get().await == "a"
+    })
+    .await;
+    let log = balancer.log_text();
+    assert!(!log.contains("a backend fails"), "{log}");
+    let _ = std::fs::remove_file(access_log);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -129,6 +129,7 @@ async fn a_backend_that_asks_for_a_pause_gets_one_within_bounds() {
         let fine = RawBackend::start(ok).await;
         let fields = "policy: round_robin\noverload: { retry_after_most_ms: 4000 }";
         let balancer = before(&[&busy, &fine], "pause", fields).await;
+        let (stalls, start) = (Stalls::watch(), Instant::now());
         let counted = balancer.gets(40).await;
         assert_eq!(counted.get("n1"), Some(&39), "{counted:?}");
         assert_eq!(busy.requests().len(), 1);
@@ -137,6 +138,12 @@ async fn a_backend_that_asks_for_a_pause_gets_one_within_bounds() {
             busy.requests().len() > 1
         })
         .await;
+        // Without the field it would be after ten seconds.
+        let (took, stood) = (start.elapsed(), stalls.so_far());
+        assert!(
+            took >= 3 * SECOND && took < 8 * SECOND + stood,
+            "{code}: {took:?}, of which the machine stood still for {stood:?}"
+        );
         // Alone, it gets everything.
         let balancer = before(&[&busy], "alone", fields).await;
         let requests = busy.requests().len();

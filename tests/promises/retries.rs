@@ -133,18 +133,32 @@ async fn retries_are_limited_to_a_part_of_all_requests() {
     let fields = "retry: { on_status: [503], budget: 0.1, least_per_second: 2 }";
     let balancer = before(&[&busy, &good], "budget", fields).await;
     let sent = || count(&busy, "GET") + count(&good, "GET");
-    let (start, before) = (Instant::now(), sent());
+    let (start, earlier) = (Instant::now(), sent());
     let answers = balancer.gets(200).await;
     let (served, refused) = (answers["n1"], answers["503"]);
     assert_eq!(served + refused, 200, "{answers:?}");
     // Half of the requests need a retry. A tenth of all get one, and two a second.
     let allowed = 20 + 2 * (start.elapsed().as_secs() as usize + 2);
     assert!(served >= 100 && served <= 105 + allowed, "{answers:?}");
-    let retries = sent() - before - 200;
+    let retries = sent() - earlier - 200;
     assert!(
         retries >= 10 && retries <= allowed + 5,
         "{retries} of {allowed}"
     );
+    // Where requests earn none, nothing is left but the number a second: none at all, or more than there are requests.
+    for (least, is_retried) in [(0, false), (1_000, true)] {
+        let fields = format!("retry: {{ on_status: [503], budget: 0, least_per_second: {least} }}");
+        let balancer = before(&[&busy, &good], "least", &fields).await;
+        let (refused, all) = (count(&busy, "GET"), sent());
+        let answers = balancer.gets(200).await;
+        let (refused, retries) = (count(&busy, "GET") - refused, sent() - all - 200);
+        // The default would allow for some in the first case, and for much fewer in the second one.
+        assert!(refused >= 50, "{refused} of 200");
+        let expected = if is_retried { refused } else { 0 };
+        assert_eq!(retries, expected, "{least}: {answers:?}");
+        let served = answers.get("n1").copied();
+        assert_eq!(served, Some(200 - refused + retries), "{answers:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -329,8 +329,12 @@ async fn clients_show_certificates_and_backends_get_them() {
             let request = b"GET / HTTP/1.1\r\nHost: a\r\nClient-Cert: :AA==:\r\nclient_cert: x\r\nConnection: close\r\n\r\n";
             stream.write_all(request).await.unwrap();
             assert_eq!(status(&get(&mut stream).await), "200");
-            let requests = backend.requests();
-            assert!(requests.iter().all(|request| !request.contains("AA==")));
+            for request in backend.requests() {
+                // Many servers cannot tell a name with an underscore from one with a hyphen.
+                let is_forged = request.contains("AA==")
+                    || request.to_ascii_lowercase().contains("client_cert");
+                assert!(!is_forged, "{request}");
+            }
         }
     }
     // A route by the certificate is for those who have shown one, whatever others write.

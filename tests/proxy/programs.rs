@@ -537,29 +537,41 @@ async fn workers_and_a_load_balancer_over_tls_with_users() {
     ];
     let _second = start("w2", &identity, &[("ETCD_PASSWORD", "password of w2")]);
 
-    let (file, url) = adapted("load_balancer.yaml", &endpoint, &group);
-    let text = std::fs::read_to_string(&file).unwrap();
-    let fields = [
-        (
-            "\n      ca_file: null",
-            format!("\n      ca_file: {}", ca_file.display()),
-        ),
-        ("\n    user: null", "\n    user: balancer".to_owned()),
-        (
-            "\n    password_env: null",
-            "\n    password_env: BALANCER".to_owned(),
-        ),
-    ];
-    let text = fields.iter().fold(text, |text, (from, to)| {
-        assert_eq!(text.matches(from).count(), 1, "{from}");
-        text.replace(from, to)
-    });
-    std::fs::write(&file, text).unwrap();
-    let _balancer = Program::start_with(
-        "load_balancer",
-        &["--conf", file.to_str().unwrap()],
-        &[("BALANCER", "password of balancer")],
-    );
-    until_it_answers(&url).await;
-    until_nodes_answer(&url, 2).await;
+    let password_file = files.write("balancer", "password of balancer\n");
+    let for_its_user = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(&password_file, for_its_user).unwrap();
+    let in_environment = [("BALANCER", "password of balancer")];
+    for (field, value, variables) in [
+        ("password_env", "BALANCER", &in_environment[..]),
+        ("password_file", password_file.to_str().unwrap(), &[]),
+    ] {
+        let (file, url) = adapted("load_balancer.yaml", &endpoint, &group);
+        let text = std::fs::read_to_string(&file).unwrap();
+        let fields = [
+            (
+                "\n      ca_file: null".to_owned(),
+                format!("\n      ca_file: {}", ca_file.display()),
+            ),
+            (
+                "\n    user: null".to_owned(),
+                "\n    user: balancer".to_owned(),
+            ),
+            (
+                format!("\n    {field}: null"),
+                format!("\n    {field}: {value}"),
+            ),
+        ];
+        let text = fields.iter().fold(text, |text, (from, to)| {
+            assert_eq!(text.matches(from.as_str()).count(), 1, "{from}");
+            text.replace(from.as_str(), to)
+        });
+        std::fs::write(&file, text).unwrap();
+        let _balancer = Program::start_with(
+            "load_balancer",
+            &["--conf", file.to_str().unwrap()],
+            variables,
+        );
+        until_it_answers(&url).await;
+        until_nodes_answer(&url, 2).await;
+    }
 }
