@@ -319,6 +319,14 @@ mod tests {
         assert_eq!(keys.candidacy(LeaseId(0x1a2b)), "election/app/1a2b");
         let keys = GroupKeys::new("prod/", "app");
         assert_eq!(keys.registration("n1"), "prod/registry/app/n1");
+        assert_eq!(keys.candidacy(LeaseId(0x1a2b)), "prod/election/app/1a2b");
+        assert_eq!(keys.handover(LeaseId(0x1a2b)), "prod/handover/app/1a2b");
+        assert_eq!(keys.operator_request(), "prod/handover/app/operator");
+        assert_eq!(keys.override_of("n1"), "prod/override/app/n1");
+        assert_eq!(keys.registry_prefix(), "prod/registry/app/");
+        assert_eq!(keys.election_prefix(), "prod/election/app/");
+        assert_eq!(keys.handover_prefix(), "prod/handover/app/");
+        assert_eq!(keys.override_prefix(), "prod/override/app/");
     }
 
     #[test]

@@ -361,8 +361,12 @@ async fn a_hundred_thousand_nodes_load_and_the_old_view_stays_until_the_new_one_
     )
     .await;
     let events_seen = async {
-        while !matches!(events.recv().await.unwrap(), ClusterEvent::NodeJoined(node) if node.id == "new")
-        {
+        loop {
+            match events.recv().await.unwrap() {
+                ClusterEvent::Disconnected | ClusterEvent::Reconnected => {}
+                ClusterEvent::NodeJoined(node) if node.id == "new" => return,
+                other => panic!("{other}"),
+            }
         }
     };
     within("only the difference is reported", events_seen).await;

@@ -1,10 +1,11 @@
 //! A service of gRPC, and its client, without generated code: messages are texts.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -71,7 +72,11 @@ struct Echo {
     fails: Option<i32>,
     calls: Arc<AtomicUsize>,
     open: Arc<AtomicUsize>,
+    callers: Callers,
 }
+
+/// The other ends of the connections that calls have come on.
+type Callers = Arc<Mutex<BTreeSet<SocketAddr>>>;
 
 struct Open(Arc<AtomicUsize>);
 
@@ -97,6 +102,7 @@ impl StreamingService<String> for Echo {
 
     fn call(&mut self, request: Request<Streaming<String>>) -> Self::Future {
         self.calls.fetch_add(1, Ordering::SeqCst);
+        self.callers.lock().unwrap().extend(request.remote_addr());
         let (name, open, always) = (self.name.clone(), Open::new(&self.open), self.fails);
         Box::pin(async move {
             let asked = request.metadata().get("fail");
@@ -150,6 +156,7 @@ pub struct EchoServer {
     pub address: SocketAddr,
     calls: Arc<AtomicUsize>,
     open: Arc<AtomicUsize>,
+    callers: Callers,
     _serving: JoinSet<()>,
 }
 
@@ -182,11 +189,13 @@ impl EchoServer {
         let listener = TcpListener::bind((local(), 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (calls, open) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+        let callers = Callers::default();
         let echo = Echo {
             name: name.to_owned(),
             fails,
             calls: calls.clone(),
             open: open.clone(),
+            callers: callers.clone(),
         };
         let mut server = Server::builder();
         if let Some(identity) = identity {
@@ -209,6 +218,7 @@ impl EchoServer {
             address,
             calls,
             open,
+            callers,
             _serving: serving,
         }
     }
@@ -216,6 +226,11 @@ impl EchoServer {
     /// How many calls there have been.
     pub fn calls(&self) -> usize {
         self.calls.load(Ordering::SeqCst)
+    }
+
+    /// How many connections calls have come on.
+    pub fn connections(&self) -> usize {
+        self.callers.lock().unwrap().len()
     }
 
     /// How many calls have not ended.

@@ -108,6 +108,29 @@ async fn many_calls_share_connections_and_large_messages_pass() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_has_as_many_calls_at_one_time_as_is_set() {
+    for (streams, connections) in [(", streams: 2", 5), ("", 1)] {
+        let server = EchoServer::start("s").await;
+        let fields = format!("backends: {{ protocol: h2c{streams} }}");
+        let name = format!("grpc-streams-{connections}");
+        let port = server.address.port();
+        let (_balancer, mut client) = before(&[port], &name, Value::Null, &fields).await;
+        // One after the other, because of those that begin together some may find no connection in the pool.
+        let mut held = Vec::new();
+        for _ in 0..10 {
+            let (sender, receiver) = tokio::sync::mpsc::channel(1);
+            sender.send("one".to_owned()).await.unwrap();
+            let mut answers = client.stream(ReceiverStream::new(receiver)).await.unwrap();
+            let answer = answers.message().await.unwrap();
+            assert_eq!(answer.unwrap(), "s: one");
+            held.push((sender, answers));
+        }
+        assert_eq!(server.open(), 10, "{fields}");
+        assert_eq!(server.connections(), connections, "{fields}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_status_of_a_call_is_its_outcome() {
     // UNAVAILABLE, RESOURCE_EXHAUSTED and DEADLINE_EXCEEDED are the backend's fault; NOT_FOUND is not.
     for (status, is_fault) in [(14, true), (8, true), (4, true), (5, false)] {

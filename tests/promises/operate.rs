@@ -242,6 +242,18 @@ async fn drain_and_weight_hold_for_the_process_that_they_are_meant_for() {
     delete(&mut keys, &two.group, "n1").await;
 }
 
+/// Who has made way is one again only after a moment.
+async fn until_candidate(keys: &mut etcd_client::Client, group: &str, id: &str) {
+    let election = format!("election/{group}/");
+    let all = etcd_client::GetOptions::new().with_prefix();
+    until("it is a candidate", async || {
+        let listed = keys.get(election.clone(), Some(all.clone())).await.unwrap();
+        let mut entries = listed.kvs().iter();
+        entries.any(|entry| entry.value() == id.as_bytes())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leadership_is_transferred_from_outside_without_a_gap() {
     let (etcd, group) = (Etcd::shared(), group("transfer"));
@@ -249,18 +261,17 @@ async fn leadership_is_transferred_from_outside_without_a_gap() {
     let mut keys = etcd.raw_client().await;
     let mut workers = Vec::new();
     for id in ["w1", "w2", "w3"] {
-        workers.push(Worker::start(&endpoint, &group, id, &[], Log::File));
+        // The lease of one that is stopped for a while does not end meanwhile.
+        workers.push(Worker::with_ttl(
+            &endpoint,
+            &group,
+            id,
+            "30",
+            &[],
+            Log::File,
+        ));
         until_registered(&mut keys, &group, id, |_, _| true).await;
-        let election = format!("election/{group}/");
-        let all = etcd_client::GetOptions::new().with_prefix();
-        until("it is a candidate", async || {
-            let listed = keys.get(election.clone(), Some(all.clone())).await.unwrap();
-            listed
-                .kvs()
-                .iter()
-                .any(|entry| entry.value() == id.as_bytes())
-        })
-        .await;
+        until_candidate(&mut keys, &group, id).await;
     }
     let run = |words: &[&str]| command(&etcd, &group, words);
     let leader = || {
@@ -294,13 +305,21 @@ async fn leadership_is_transferred_from_outside_without_a_gap() {
     assert_eq!(left.count(), 0, "{left:?}");
     succeeds(&run(&["transfer", "w3"]), "w3 leads");
     succeeds(&run(&["transfer", "w1"]), "w1 leads");
-    assert_eq!(leader().0, "w1");
+    let term = leader();
+    assert_eq!(term.0, "w1");
     fails(&run(&["transfer", "nobody"]), 3, "is not registered");
     // A process that cannot answer: nothing changes, and the reason is said.
+    until_candidate(&mut keys, &group, "w2").await;
     workers[0].program.signal("STOP");
-    let refused = run(&["transfer", "w2", "--timeout", "1"]);
+    let refused = run(&["transfer", "w2", "--timeout", "3"]);
+    let same = leader();
     workers[0].program.signal("CONT");
-    assert!(!refused.status.success(), "{refused:?}");
+    fails(&refused, 1, "");
+    let reason = String::from_utf8_lossy(&refused.stderr);
+    // The second one is said if the command itself has had to wait for too long.
+    let reasons = ["has not handed over in time", "no answer from etcd within"];
+    assert!(reasons.iter().any(|it| reason.contains(it)), "{reason}");
+    assert_eq!(same, term);
     until("there is a leader again", async || leader().0 != "none").await;
 }
 

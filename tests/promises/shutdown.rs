@@ -654,11 +654,27 @@ async fn a_daemon_becomes_the_user_that_it_is_told() {
     until("it serves", async || started.get().await == "a").await;
     let pid = std::fs::read_to_string(&pid_file).unwrap();
     let status = std::fs::read_to_string(format!("/proc/{}/status", pid.trim())).unwrap();
-    let nobody = std::process::Command::new("id")
-        .args(["-u", "nobody"])
-        .output();
-    let nobody = String::from_utf8(nobody.unwrap().stdout).unwrap();
-    assert_eq!(user(&status), nobody.trim());
+    let of_nobody = |what: &str| {
+        let output = std::process::Command::new("id")
+            .args([what, "nobody"])
+            .output();
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    };
+    let group = std::fs::read_to_string("/etc/group").unwrap();
+    let group = group.lines().find(|line| line.starts_with("nogroup:"));
+    let group = group.unwrap().split(':').nth(2).unwrap();
+    let set = |ids: &str| -> std::collections::BTreeSet<String> {
+        ids.split_whitespace().map(str::to_owned).collect()
+    };
+    let ids = |field: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
+        set(line.unwrap())
+    };
+    // The real id, the effective one, and those that it could go back to.
+    assert_eq!(ids("Uid:"), set(&of_nobody("-u")));
+    assert_eq!(ids("Gid:"), set(group));
+    // None of the groups of root are left.
+    assert_eq!(ids("Groups:"), set(&of_nobody("-G")));
     let pid = pid.trim().parse().unwrap();
     super::common::etcd::send_signal(pid, "TERM");
     until("it has ended", async || !is_listened_on(&started.listen)).await;

@@ -661,7 +661,10 @@ const FIELDS: &[(&str, &[&str])] = &[
     ),
     (
         "backends.streams",
-        &["promises::grpc::many_calls_share_connections_and_large_messages_pass"],
+        &[
+            "promises::grpc::many_calls_share_connections_and_large_messages_pass",
+            "promises::grpc::a_connection_has_as_many_calls_at_one_time_as_is_set",
+        ],
     ),
     (
         "clients.connections",

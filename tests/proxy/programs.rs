@@ -189,8 +189,6 @@ fn wrong_configurations_are_explained() {
     let good = std::fs::read_to_string(config_file("load_balancer.yaml")).unwrap();
     assert!(run(&good).0);
     for (wrong, explained) in [
-        (good.replace("  group:", "  grupe:"), "grupe"),
-        (good.replace("threads:", "thread:"), "\"thread\""),
         (
             good.replace("policy: adaptive", "policy: quickest"),
             "quickest",
@@ -223,6 +221,25 @@ fn wrong_configurations_are_explained() {
         assert!(
             !succeeded && message.contains(explained),
             "{explained}: {message}"
+        );
+        assert!(!message.contains("panicked"), "{message}");
+    }
+    // A field that does not exist is named with its line.
+    for (field, wrong) in [("  group:", "grupe"), ("threads:", "thread")] {
+        let at = good.lines().position(|line| line.starts_with(field));
+        let at = (at.unwrap() + 1).to_string();
+        let renamed = field.replace(field.trim_matches([' ', ':']), wrong);
+        let (succeeded, message) = run(&good.replacen(field, &renamed, 1));
+        let mut lines = message.split("line ").skip(1);
+        let is_there = lines.any(|rest| {
+            let number = rest.split(|c: char| !c.is_ascii_digit()).next();
+            number == Some(&*at)
+        });
+        let is_named =
+            message.contains(&format!("{wrong:?}")) || message.contains(&format!("`{wrong}`"));
+        assert!(
+            !succeeded && is_named && is_there,
+            "{wrong}, {at}: {message}"
         );
         assert!(!message.contains("panicked"), "{message}");
     }

@@ -456,14 +456,16 @@ impl Checker {
             let Some(term) = watched.node.leadership() else {
                 continue;
             };
-            let group = watched.node.group_name().to_owned();
+            // Which group it leads is what its key says, not what it was built for.
+            let key = term.key.strip_prefix("election/").unwrap_or_default();
+            let (group, lease) = key.rsplit_once('/').unwrap_or_default();
+            let group = group.to_owned();
             if let Some(other) = leaders.iter().find(|leader| leader.1 == group) {
                 let other = &inner.nodes[other.0].name;
                 let text = format!("two leaders of {group}: {other} and {}", watched.name);
                 drop(inner);
                 return self.violation(text);
             }
-            let lease = term.key.rsplit('/').next().unwrap_or_default();
             let lease = LeaseId(i64::from_str_radix(lease, 16).unwrap_or(0));
             leaders.push((index, group, term.epoch, lease));
         }
@@ -535,7 +537,8 @@ impl Inner {
     ) -> Result<(), String> {
         let Watched { node, clock, name } = &self.nodes[index];
         if node.group_name() != group {
-            return Err(format!("{name} leads {group}"));
+            let own = node.group_name();
+            return Err(format!("{name} of {own} leads {group:?}"));
         }
         // The deadline holds even if the node's tasks are stuck.
         if clock.now() >= self.deadline(lease) {

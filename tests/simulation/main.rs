@@ -38,6 +38,9 @@ struct Arguments {
     log: bool,
 }
 
+/// As many seeds have terms, fenced writes and leader changes, or nothing is simulated any more.
+const ENOUGH_SEEDS: u64 = 100;
+
 struct Summary {
     seeds: u64,
     simulated: Duration,
@@ -46,6 +49,19 @@ struct Summary {
     commits: u64,
     claims: u64,
     failed: Option<(u64, String)>,
+}
+
+impl Summary {
+    /// What a run of many seeds has never seen, and so has not checked.
+    fn never_seen(&self) -> Option<&'static str> {
+        let seen = [
+            (self.terms, "term"),
+            (self.commits, "fenced write"),
+            (self.claims, "leader change seen by a reader"),
+        ];
+        let (_, what) = seen.into_iter().find(|(count, _)| *count == 0)?;
+        (self.seeds >= ENOUGH_SEEDS).then_some(what)
+    }
 }
 
 fn main() -> ExitCode {
@@ -74,6 +90,12 @@ fn main() -> ExitCode {
         summary.commits,
         summary.claims,
     );
+    if summary.failed.is_none()
+        && let Some(what) = summary.never_seen()
+    {
+        println!("FAILED: {} seeds without any {what}", summary.seeds);
+        return ExitCode::FAILURE;
+    }
     match summary.failed {
         None if is_reproducible(arguments.first) => ExitCode::SUCCESS,
         None => ExitCode::FAILURE,
