@@ -12,50 +12,25 @@ use super::link::Connection;
 use super::status::{CallError, Subject, bounded};
 use crate::error::ClusterError;
 
-/// Whether a call is made again after its connection has ended, when it is unknown whether it was carried out.
+/// Whether a call is made once more on another connection after its own one has ended, as when a member of etcd stops: then
+/// it is unknown whether it was carried out.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Repeat {
+pub(super) enum Repeat {
     Never,
+    /// It changes nothing.
     OnAnotherConnection,
 }
 
 impl Connector {
     /// Makes one call, bounded in time, and discards the connection if it turns out to be dead. If the
-    /// token is refused, the call has had no effect, and is made once more with a fresh one.
+    /// token is refused, the call has had no effect, and is made once more with a fresh one. If its
+    /// connection ends meanwhile, it is made once more as `repeat` says.
     pub(super) async fn call<T, F>(
         self: &Arc<Self>,
         operation: &'static str,
         subject: Subject<'_>,
-        request: impl Fn(Client) -> F,
-    ) -> Result<T, ClusterError>
-    where
-        F: Future<Output = Result<T, EtcdError>>,
-    {
-        self.repeated(operation, subject, request, Repeat::Never)
-            .await
-    }
-
-    /// The same for a call that changes nothing. If its connection ends meanwhile, as when a member of etcd stops, it is
-    /// made once more on another one.
-    pub(super) async fn read<T, F>(
-        self: &Arc<Self>,
-        operation: &'static str,
-        subject: Subject<'_>,
-        request: impl Fn(Client) -> F,
-    ) -> Result<T, ClusterError>
-    where
-        F: Future<Output = Result<T, EtcdError>>,
-    {
-        let repeat = Repeat::OnAnotherConnection;
-        self.repeated(operation, subject, request, repeat).await
-    }
-
-    async fn repeated<T, F>(
-        self: &Arc<Self>,
-        operation: &'static str,
-        subject: Subject<'_>,
-        request: impl Fn(Client) -> F,
         repeat: Repeat,
+        request: impl Fn(Client) -> F,
     ) -> Result<T, ClusterError>
     where
         F: Future<Output = Result<T, EtcdError>>,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use etcd_client::LeaseTimeToLiveOptions;
 
+use super::call::Repeat;
 use super::connector::{Connector, ConnectorHandle, NewConnection};
 use super::convert::{cluster_of, compare, operation, revision_of};
 use super::grants::Grants;
@@ -70,9 +71,12 @@ impl Store for EtcdStore {
         let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
         let granted = self
             .connector
-            .call("grant", Subject::default(), |mut client| async move {
-                client.lease_grant(seconds, None).await
-            })
+            .call(
+                "grant",
+                Subject::default(),
+                Repeat::Never,
+                |mut client| async move { client.lease_grant(seconds, None).await },
+            )
             .await?;
         let id = LeaseId(granted.id());
         self.grants.add(id, cluster_of(granted.header()));
@@ -89,9 +93,12 @@ impl Store for EtcdStore {
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), ClusterError> {
         self.connector
-            .call("revoke", about_lease(lease), |mut client| async move {
-                client.lease_revoke(lease.0).await
-            })
+            .call(
+                "revoke",
+                about_lease(lease),
+                Repeat::Never,
+                |mut client| async move { client.lease_revoke(lease.0).await },
+            )
             .await
             .map(drop)
     }
@@ -99,10 +106,15 @@ impl Store for EtcdStore {
     async fn keys_of(&self, lease: LeaseId) -> Result<Vec<String>, ClusterError> {
         let answer = self
             .connector
-            .read("lease", about_lease(lease), |mut client| async move {
-                let options = LeaseTimeToLiveOptions::new().with_keys();
-                client.lease_time_to_live(lease.0, Some(options)).await
-            })
+            .call(
+                "lease",
+                about_lease(lease),
+                Repeat::OnAnotherConnection,
+                |mut client| async move {
+                    let options = LeaseTimeToLiveOptions::new().with_keys();
+                    client.lease_time_to_live(lease.0, Some(options)).await
+                },
+            )
             .await?;
         // etcd reports an unknown lease by a TTL of -1, not by an error.
         if answer.ttl() < 0 {
@@ -121,7 +133,7 @@ impl Store for EtcdStore {
         let subject = Subject { keys: &keys, lease };
         let response = self
             .connector
-            .call("txn", subject, |mut client| {
+            .call("txn", subject, Repeat::Never, |mut client| {
                 let request = request.clone();
                 async move { client.txn(request).await }
             })

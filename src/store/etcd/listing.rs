@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use etcd_client::{Client, KvClient, TxnOp, TxnOpResponse};
 
+use super::call::Repeat;
 use super::connector::Connector;
 use super::convert::{cluster_of, entry, key_range, revision_of};
 use super::paging::{EntrySizes, page_options};
@@ -43,7 +44,7 @@ impl Lister {
                 lease: None,
             };
             let page = connector
-                .read("list", subject, |client| {
+                .call("list", subject, Repeat::OnAnotherConnection, |client| {
                     let (from, options) = (start.clone(), options.clone());
                     async move { large_kv(&client).get(from, Some(options)).await }
                 })
@@ -96,7 +97,7 @@ impl Lister {
             lease: None,
         };
         let response = connector
-            .read("list", subject, |client| {
+            .call("list", subject, Repeat::OnAnotherConnection, |client| {
                 let request = request.clone();
                 async move { large_kv(&client).txn(request).await }
             })
